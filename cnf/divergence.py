@@ -1,0 +1,247 @@
+"""f, div f and ‖J‖²_F from one derivative product: the exact trace, and Hutchinson's estimate of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cnf.errors import ConfigError
+from cnf.noise import Kind, Noise, draw
+
+__all__ = ["Bound", "Divergence", "Exact", "Hutchinson", "Linearization", "linearize"]
+
+NEEDS = ("div", "jac_sq")
+_CHUNK_NUMEL = 2**22  # entries of tangents pushed at once by the exact trace: 16 MB in float32
+
+
+class Linearization(NamedTuple):
+    """What one evaluation gives; a part that was not needed is None.
+
+    ``dx`` (N, \\*event); ``div`` (N,); ``jac_sq`` (N,) the squared Frobenius norm of J = ∂f/∂x; ``product`` the
+    derivative product itself (P, N, \\*event): eᵀJ in reverse mode, J e in forward mode.
+    """
+
+    dx: Tensor
+    div: Tensor | None = None
+    jac_sq: Tensor | None = None
+    product: Tensor | None = None
+
+
+class Divergence(Protocol):
+    """How the divergence is had: :class:`Exact` or :class:`Hutchinson`."""
+
+    def probe(self, x: Tensor, noise: Noise | None, need: frozenset[str], field: nn.Module) -> Tensor | None:
+        """The probe of one solve (P, N, \\*event), drawn once and held fixed; None where none is needed."""
+
+    def linearize(
+        self, field: nn.Module, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
+    ) -> Linearization:
+        """One evaluation; see :func:`linearize`."""
+
+
+def linearize(
+    field: nn.Module,
+    t: Tensor,
+    x: Tensor,
+    probe: Tensor | None,
+    context: Tensor | None,
+    need: Iterable[str],
+    divergence: Divergence,
+) -> Linearization:
+    """f, div f and ‖J‖²_F at one point, computing only what ``need`` names.
+
+    Args:
+        field: vector field, called as ``field(t, x, context)``.
+        t: time ().
+        x: point (N, \\*event).
+        probe: what ``divergence.probe`` gave.
+        context: (N, C), (C,) or None.
+        need: any of ``"div"``, ``"jac_sq"``.
+        divergence: :class:`Exact` or :class:`Hutchinson`.
+
+    Raises:
+        ConfigError: for an unknown need.
+
+    Example:
+        >>> from cnf.fields import MLP
+        >>> x = torch.randn(3, 2)
+        >>> linearize(MLP(2), torch.tensor(0.0), x, None, None, {"div"}, Exact()).div.shape
+        torch.Size([3])
+    """
+    wanted = frozenset(need)
+    if unknown := wanted - set(NEEDS):
+        raise ConfigError(f"need={sorted(unknown)} is unknown: a quadrature may need {NEEDS}")
+    if not wanted:
+        return Linearization(field(t, x, context))
+    return divergence.linearize(field, t, x, probe, context, wanted)
+
+
+class Bound:
+    """A field with its context filled in, as quadratures see it: ``f(t, x)`` and ``f.jvp(t, x, v)``."""
+
+    def __init__(self, field: nn.Module, context: Tensor | None = None):
+        self.field, self.context = field, context
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        """f(t, x), (N, \\*event)."""
+        value: Tensor = self.field(t, x, self.context)
+        return value
+
+    def jvp(self, t: Tensor, x: Tensor, v: Tensor, *, t_dot: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """f and J v + t_dot ∂f/∂t for K stacked tangents v (K, N, \\*event): a true Jacobian-vector product."""
+        own: Callable[..., tuple[Tensor, Tensor]] | None = getattr(self.field, "jvp", None)
+        if own is not None:
+            return own(t, x, v, self.context, t_dot=t_dot)
+        dt = torch.zeros_like(t) if t_dot is None else t_dot.to(t).expand_as(t)
+
+        def push(tangent: Tensor) -> tuple[Tensor, Tensor]:
+            pair: tuple[Tensor, Tensor] = torch.func.jvp(lambda s, y: self(s, y), (t, x), (dt, tangent))
+            return pair
+
+        if v.shape[0] == 1:
+            dx, product = push(v[0])
+            return dx, product[None]
+        dx, product = torch.func.vmap(push, out_dims=(None, 0), randomness="same")(v)
+        return dx, product
+
+
+class Exact:
+    r"""The exact trace of the Jacobian.
+
+    Where the field has a closed form (``field.divergence``) it costs about one evaluation. Elsewhere the D unit tangents
+    are pushed through the field in chunks, vectorised; while gradients are recorded each chunk but the first is
+    checkpointed, so that memory stays bounded. ``jac_sq`` has no closed form: beside a closed-form trace it takes one
+    Rademacher product, :math:`\|Je\|^2`, unbiased; with the D tangents it is exact.
+
+    Args:
+        chunk: tangents at once; None chooses by memory.
+        closed_form: set to False to insist on the D tangents.
+
+    Example:
+        >>> from cnf.fields import MLP
+        >>> x = torch.randn(3, 2)
+        >>> need = frozenset({"div", "jac_sq"})
+        >>> Exact(closed_form=False).linearize(MLP(2), torch.tensor(0.0), x, None, None, need).jac_sq.shape
+        torch.Size([3])
+    """
+
+    def __init__(self, chunk: int | None = None, closed_form: bool = True):
+        if chunk is not None and chunk < 1:
+            raise ConfigError(f"chunk={chunk}: expected at least 1 tangent at once, or None to choose by memory")
+        self.chunk, self.closed_form = chunk, closed_form
+
+    def __repr__(self) -> str:
+        return "Exact()" if self.closed_form else "Exact(closed_form=False)"
+
+    def _closed(self, field: nn.Module) -> bool:
+        return self.closed_form and hasattr(field, "divergence") and getattr(field, "closed_form", True)
+
+    def probe(self, x: Tensor, noise: Noise | None, need: frozenset[str], field: nn.Module) -> Tensor | None:
+        """A Rademacher probe for ‖J‖²_F beside a closed-form trace; None otherwise."""
+        if "jac_sq" not in need or not self._closed(field):
+            return None
+        return draw(noise, "probe", "rademacher", (1, *x.shape), dtype=x.dtype, device=x.device, batch_dim=1)
+
+    def linearize(
+        self, field: nn.Module, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
+    ) -> Linearization:
+        """One evaluation; see :func:`linearize`."""
+        if self._closed(field):
+            owner: Any = field
+            dx, div = owner.divergence(t, x, context)
+            if "jac_sq" not in need:
+                return Linearization(dx, div)
+            if probe is None:
+                raise ConfigError("probe=None, but ‖J‖²_F beside a closed-form trace needs one: pass divergence.probe()")
+            product = Bound(field, context).jvp(t, x, probe)[1]
+            return Linearization(dx, div, _mean_square(product), product)
+        return self._tangents(Bound(field, context), t, x)
+
+    def _tangents(self, field: Bound, t: Tensor, x: Tensor) -> Linearization:
+        dim = x[0].numel()
+        size = self.chunk or max(1, min(dim, _CHUNK_NUMEL // max(1, x.numel())))
+
+        def part(first: int, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            k = min(size, dim - first)
+            unit = torch.zeros(k, dim, dtype=x.dtype, device=x.device)
+            unit[torch.arange(k), torch.arange(first, first + k)] = 1
+            v = unit.reshape(k, 1, *x.shape[1:]).expand(k, *x.shape)
+            dx, product = field.jvp(t, y, v)
+            columns = product.flatten(2)
+            diagonal = columns[torch.arange(k), :, torch.arange(first, first + k)]
+            return dx, diagonal.sum(0), columns.square().sum((0, 2))
+
+        dx, div, square = part(0, x)
+        for first in range(size, dim, size):
+            if torch.is_grad_enabled():
+                _, d, s = checkpoint(part, first, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                _, d, s = part(first, x)
+            div, square = div + d, square + s
+        return Linearization(dx, div, square)
+
+
+class Hutchinson:
+    r"""Hutchinson's estimate: with a probe e, :math:`\mathrm{tr} J \approx e^\top J e`, and
+    :math:`\|J\|_F^2 \approx \|e^\top J\|^2` from the same product (FFJORD, 1810.01367; RNODE, 2002.02798, eq. 16).
+
+    Args:
+        noise: ``"rademacher"`` (less variance where the diagonal dominates) or ``"gaussian"``.
+        mode: ``"forward"`` pushes J e beside the point, one pass; ``"reverse"`` pulls eᵀJ back, as the published codes do.
+            Both estimates are unbiased for the trace and for the norm; for a given probe they give the same trace.
+        probes: how many probes are averaged.
+
+    Raises:
+        ConfigError: for an unknown noise or mode, or fewer than one probe.
+    """
+
+    def __init__(
+        self,
+        noise: Literal["rademacher", "gaussian"] = "rademacher",
+        mode: Literal["forward", "reverse"] = "forward",
+        probes: int = 1,
+    ):
+        if noise not in ("rademacher", "gaussian"):
+            raise ConfigError(f"noise={noise!r} is unknown: expected 'rademacher' or 'gaussian'")
+        if mode not in ("forward", "reverse"):
+            raise ConfigError(f"mode={mode!r} is unknown: expected 'forward' or 'reverse'")
+        if probes < 1:
+            raise ConfigError(f"probes={probes}: expected at least 1")
+        self.noise, self.mode, self.probes = noise, mode, probes
+
+    def __repr__(self) -> str:
+        return f"Hutchinson(noise={self.noise!r}, mode={self.mode!r}, probes={self.probes})"
+
+    def probe(self, x: Tensor, noise: Noise | None, need: frozenset[str], field: nn.Module) -> Tensor | None:
+        """The probe (P, N, \\*event) of one solve."""
+        if not need:
+            return None
+        kind: Kind = "normal" if self.noise == "gaussian" else "rademacher"
+        return draw(noise, "probe", kind, (self.probes, *x.shape), dtype=x.dtype, device=x.device, batch_dim=1)
+
+    def linearize(
+        self, field: nn.Module, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
+    ) -> Linearization:
+        """One evaluation; see :func:`linearize`."""
+        if probe is None:
+            raise ConfigError("probe=None: Hutchinson's estimate needs one; pass what divergence.probe(...) gave")
+        bound = Bound(field, context)
+        if self.mode == "forward":
+            dx, product = bound.jvp(t, x, probe)
+        else:
+            dx, pull = torch.func.vjp(lambda y: bound(t, y), x)
+            if probe.shape[0] == 1:
+                product = pull(probe[0])[0][None]
+            else:
+                product = torch.func.vmap(lambda e: pull(e)[0])(probe)
+        div = (product * probe).flatten(2).sum(2).mean(0) if "div" in need else None
+        return Linearization(dx, div, _mean_square(product) if "jac_sq" in need else None, product)
+
+
+def _mean_square(product: Tensor) -> Tensor:
+    """(P, N, *event) to (N,): the squared norm, averaged over probes."""
+    return product.flatten(2).square().sum(2).mean(0)

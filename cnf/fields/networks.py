@@ -1,0 +1,290 @@
+"""MLP and convolutional vector fields f(t, x): stacks of time layers, with fused tangents and closed-form traces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from cnf.errors import ConfigError
+from cnf.fields.activations import activation
+from cnf.fields.time import Affine, Conv, Linear, TimeLayer, time_layer
+
+__all__ = ["MLP", "ConvField", "Stack"]
+
+
+class Stack(nn.Module):
+    r"""A vector field :math:`f(t, x) = L_n(\sigma(L_{n-1}(\dots)))` of time layers.
+
+    Args:
+        layers: the time layers in order.
+        nonlinearity: name of the activation between them (none after the last).
+        residual: ``"none"``; ``"minus"`` for f - x (FFJORD's ``residual``); ``"linear"`` adds A x with a learned A, which
+            starts at zero (vectors only).
+    """
+
+    def __init__(self, layers: Sequence[TimeLayer], nonlinearity: str, residual: str = "none"):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.activation = activation(nonlinearity)
+        if residual not in ("none", "minus", "linear"):
+            raise ConfigError(f"residual={residual!r} is unknown: expected 'none', 'minus' or 'linear'")
+        if residual == "linear" and layers[0].map.spatial:
+            raise ConfigError("residual='linear' is for vector fields; a convolutional field takes 'none' or 'minus'")
+        self.residual = residual
+        dim = layers[0].map.inputs
+        self.linear = nn.Parameter(torch.zeros(dim, dim)) if residual == "linear" else None
+
+    @property
+    def time_layers(self) -> list[TimeLayer]:
+        """The layers, typed."""
+        return [cast(TimeLayer, layer) for layer in self.layers]
+
+    def zero_(self) -> None:
+        """Zero initialisation: the last layer's output is zero for every t and x (RNODE, 2002.02798), and so is f but
+        for a residual term."""
+        self.time_layers[-1].zero_()
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """dx/dt (N, \\*event) at x (N, \\*event) and t () (or (N,), one time a row)."""
+        h = self._enter(x)
+        entered = h
+        for i, layer in enumerate(self.time_layers):
+            h = layer(t, h, context)
+            if i + 1 < len(self.layers):
+                h = self.activation.value(h)
+        return self._skip(h, entered).reshape(x.shape)
+
+    def jvp(
+        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """f and its derivative along K stacked tangents, the primal computed once.
+
+        Args:
+            t: time ().
+            x: point (N, \\*event).
+            v: tangents (K, N, \\*event).
+            context: (N, C), (C,) or None.
+            t_dot: derivative of t along every tangent (a scalar tensor), for the total derivative J v + t_dot df/dt.
+
+        Returns:
+            dx (N, \\*event) and J v (K, N, \\*event).
+        """
+        k, n = v.shape[0], x.shape[0]
+        h = torch.cat([self._enter(x), self._enter(v.reshape(k * n, *x.shape[1:]))])
+        entered = h
+        for i, layer in enumerate(self.time_layers):
+            size = tuple(h.shape[2:])
+            weight, gate, shift = layer.affine(t, size, context)
+            y = layer.map.apply(weight, h)
+            y = y.unflatten(0, (1 + k, n))
+            point, tangent = y[0], y[1:]
+            if gate is not None:
+                pre, dpre = point * gate, tangent * gate
+            else:
+                pre, dpre = point, tangent
+            if shift is not None:
+                pre = pre + shift
+            if t_dot is not None:
+                dpre = dpre + t_dot * self._time_derivative(layer, t, size, context, h[:n], point, gate)
+            if i + 1 < len(self.layers):
+                value, slope = self.activation.pair(pre)
+                h = torch.cat([value, (slope * dpre).flatten(0, 1)])
+            else:
+                h = torch.cat([pre, dpre.flatten(0, 1)])
+        h = self._skip(h, entered)
+        return h[:n].reshape(x.shape), h[n:].reshape(v.shape)
+
+    @staticmethod
+    def _time_derivative(
+        layer: TimeLayer,
+        t: Tensor,
+        size: tuple[int, ...],
+        context: Tensor | None,
+        h: Tensor,
+        point: Tensor,
+        gate: Tensor | None,
+    ) -> Tensor:
+        """d/dt of gate (W h) + shift at fixed h; ``point`` is W h."""
+
+        def parts(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            a: Affine = layer.affine(s, size, context)
+            none = s.new_zeros(())
+            return a.weight, none if a.gate is None else a.gate, none if a.shift is None else a.shift
+
+        _, (dweight, dgate, dshift) = torch.func.jvp(parts, (t,), (torch.ones_like(t),))
+        out = dshift if gate is None else dgate * point + dshift
+        if layer.time_weights:
+            moved = layer.map.apply(dweight, h)
+            out = out + (moved if gate is None else moved * gate)
+        return cast(Tensor, out)
+
+    def _enter(self, x: Tensor) -> Tensor:
+        return x
+
+    def _skip(self, h: Tensor, x: Tensor) -> Tensor:
+        if self.residual == "minus":
+            return h - x
+        return h if self.linear is None else h + x @ self.linear.T
+
+
+class MLP(Stack):
+    r"""A fully connected vector field of any event shape (flattened inside), with a closed-form exact trace.
+
+    With one or two hidden layers :meth:`divergence` is exact at the price of one H x H product:
+    :math:`\mathrm{tr} J = s_2^\top (W_2 \circ (W_1 G_3 W_3)^\top) s_1`, with s the activations' derivatives times their
+    gates. The context enters every shift and every hidden gate; the last gate stays free of it, so that conditional
+    fields keep their closed form.
+
+    Args:
+        dim: number of dimensions D of an event.
+        hidden: widths of the hidden layers.
+        layer: how time enters (see :data:`cnf.fields.time.LAYERS`).
+        nonlinearity: tanh, softplus, elu, swish or relu.
+        context_dim: size of the context, 0 for none.
+        residual: ``"none"``, ``"minus"`` or ``"linear"`` (see :class:`Stack`).
+        zero_init: start as f = 0.
+
+    Raises:
+        ConfigError: for sizes below one or unknown names.
+
+    Example:
+        >>> field = MLP(2, hidden=(64, 64))
+        >>> x = torch.randn(5, 2)
+        >>> dx, div = field.divergence(torch.tensor(0.0), x)
+        >>> dx.shape, div.shape
+        (torch.Size([5, 2]), torch.Size([5]))
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: Sequence[int] = (64, 64),
+        layer: str = "concatsquash",
+        nonlinearity: str = "tanh",
+        context_dim: int = 0,
+        residual: str = "none",
+        zero_init: bool = False,
+    ):
+        sizes = _sizes("dim", dim, hidden)
+        layers = [
+            time_layer(layer, Linear(a, b), context_dim, context_gate=i + 2 < len(sizes))
+            for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))
+        ]
+        super().__init__(layers, nonlinearity, residual)
+        self.dim = dim
+        if zero_init:
+            self.zero_()
+
+    def _enter(self, x: Tensor) -> Tensor:
+        if x[0].numel() != self.dim:
+            raise ConfigError(f"x has shape {tuple(x.shape)}, but this MLP was built for dim={self.dim} per event")
+        return x.flatten(1)
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether :meth:`divergence` is offered: with at most two hidden layers."""
+        return len(self.layers) <= 3
+
+    def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """f (N, \\*event) and its exact divergence (N,), with no probe and no derivative pass.
+
+        Raises:
+            ConfigError: with more than two hidden layers, where there is no such form.
+        """
+        if not self.closed_form:
+            raise ConfigError(f"divergence has a closed form for at most two hidden layers, not {len(self.layers) - 1}")
+        h = self._enter(x)
+        entered = h
+        slopes, parts = [], []
+        for i, layer in enumerate(self.time_layers):
+            weight, gate, shift = layer.affine(t, (), context)
+            h = layer.map.apply(weight, h)
+            h = h if gate is None else h * gate
+            h = h if shift is None else h + shift
+            if i + 1 < len(self.layers):
+                h, slope = self.activation.pair(h)
+                slopes.append(slope if gate is None else slope * gate)
+            parts.append((weight, gate))
+        div = _trace(slopes, parts, x.shape[0])
+        if self.residual == "minus":
+            div = div - self.dim
+        elif self.linear is not None:
+            div = div + self.linear.diagonal().sum()
+        return self._skip(h, entered).reshape(x.shape), div
+
+
+def _trace(slopes: list[Tensor], parts: list[tuple[Tensor, Tensor | None]], n: int) -> Tensor:
+    """tr J (N,) of at most two hidden layers, from the layers' weights and gates and the slopes (N, H)."""
+    first = parts[0][0]
+    last, gate = parts[-1]
+    if not slopes:
+        diagonal = last.diagonal()
+        return (diagonal if gate is None else diagonal * gate).sum(-1).expand(n)
+    if gate is not None and gate.ndim == 2:  # times that differ by row: gate (N, D)
+        if len(slopes) == 1:
+            return torch.einsum("nh,nh->n", slopes[0], gate @ (last * first.T))
+        lifted = torch.einsum("bd,nd,da->nba", first, gate, last)
+        return torch.einsum("na,ab,nba,nb->n", slopes[1], parts[1][0], lifted, slopes[0])
+    gated = last if gate is None else gate[:, None] * last
+    if len(slopes) == 1:
+        return slopes[0] @ (first * gated.T).sum(1)
+    kernel = parts[1][0] * (first @ gated).T  # M = W2 * (W1 G3 W3)^T, free of x
+    return ((slopes[1] @ kernel) * slopes[0]).sum(1)
+
+
+class ConvField(Stack):
+    """A convolutional vector field on images (N, C, H, W): FFJORD's and RNODE's.
+
+    Args:
+        channels: channels of the image.
+        hidden: channels of the hidden layers.
+        layer: how time enters (see :data:`cnf.fields.time.LAYERS`).
+        nonlinearity: tanh, softplus, elu, swish or relu.
+        strides: one entry a layer (len(hidden) + 1): 1 = 3x3, 0 = 1x1, 2 = down, -2 = up; all 1 if None.
+        context_dim: size of the context, 0 for none.
+        residual: ``"none"`` or ``"minus"``.
+        zero_init: start as f = 0.
+
+    Raises:
+        ConfigError: for sizes below one, unknown names, or strides that do not lead back to the image's size.
+
+    Example:
+        >>> field = ConvField(1, hidden=(8, 8))
+        >>> field(torch.tensor(0.0), torch.randn(2, 1, 6, 4)).shape
+        torch.Size([2, 1, 6, 4])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: Sequence[int] = (64, 64, 64),
+        layer: str = "concat",
+        nonlinearity: str = "softplus",
+        strides: Sequence[int] | None = None,
+        context_dim: int = 0,
+        residual: str = "none",
+        zero_init: bool = False,
+    ):
+        sizes = _sizes("channels", channels, hidden)
+        steps = tuple(strides) if strides is not None else (1,) * (len(sizes) - 1)
+        if len(steps) != len(sizes) - 1:
+            raise ConfigError(f"strides={steps} has {len(steps)} entries; expected {len(sizes) - 1}, one a layer")
+        if steps.count(2) != steps.count(-2):
+            raise ConfigError(f"strides={steps} does not lead back to the image's size: give as many 2 as -2")
+        layers = [
+            time_layer(layer, Conv.of_stride(a, b, s), context_dim)
+            for a, b, s in zip(sizes, sizes[1:], steps, strict=False)
+        ]
+        super().__init__(layers, nonlinearity, residual)
+        if zero_init:
+            self.zero_()
+
+
+def _sizes(name: str, outer: int, hidden: Sequence[int]) -> list[int]:
+    sizes = [outer, *hidden, outer]
+    if any(not isinstance(s, int) or s < 1 for s in sizes):
+        raise ConfigError(f"{name}={outer}, hidden={tuple(hidden)}: every size must be a whole number of at least 1")
+    return sizes

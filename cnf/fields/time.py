@@ -1,0 +1,330 @@
+"""How time enters a layer: every layer is affine in x, y = gate * (W x) + shift, with W, gate and shift functions of t.
+
+That one form gives the value, the tangent (gate * (W v)) and the closed-form trace of every layer type alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cnf.errors import ConfigError
+
+__all__ = ["LAYERS", "Affine", "Conv", "Linear", "TimeLayer", "time_layer"]
+
+
+class Affine(NamedTuple):
+    """y = gate * (W x) + shift at one time; ``None`` stands for a gate of one or a shift of zero."""
+
+    weight: Tensor
+    gate: Tensor | None
+    shift: Tensor | None
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The map of a fully connected layer; weights are (out, in)."""
+
+    inputs: int
+    outputs: int
+    spatial = 0
+
+    def module(self, extra: int = 0) -> nn.Module:
+        return nn.Linear(self.inputs + extra, self.outputs)
+
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.outputs, self.inputs)
+
+    def apply(self, weight: Tensor, x: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def split(self, weight: Tensor, at: int) -> tuple[Tensor, Tensor]:
+        """Weights of the first ``at`` inputs and of the others."""
+        return weight[:, :at], weight[:, at:]
+
+
+@dataclass(frozen=True)
+class Conv:
+    """The map of a convolution (or its transpose); weights are (out, in, k, k), transposed (in, out, k, k)."""
+
+    inputs: int
+    outputs: int
+    kernel: int = 3
+    stride: int = 1
+    padding: int = 1
+    transposed: bool = False
+    spatial = 2
+
+    @staticmethod
+    def of_stride(inputs: int, outputs: int, stride: int) -> Conv:
+        """The published codes' names: 1 = 3x3, 0 = 1x1, 2 = 4x4 with stride 2, -2 = its transpose.
+
+        Raises:
+            ConfigError: for any other stride.
+        """
+        known = {1: (3, 1, 1, False), 0: (1, 1, 0, False), 2: (4, 2, 1, False), -2: (4, 2, 1, True)}
+        if stride not in known:
+            raise ConfigError(f"strides holds {stride}; expected 1 (3x3), 0 (1x1), 2 (down) or -2 (up)")
+        return Conv(inputs, outputs, *known[stride])
+
+    def module(self, extra: int = 0) -> nn.Module:
+        kind = nn.ConvTranspose2d if self.transposed else nn.Conv2d
+        return kind(self.inputs + extra, self.outputs, self.kernel, self.stride, self.padding)
+
+    def weight_shape(self) -> tuple[int, ...]:
+        first = (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
+        return (*first, self.kernel, self.kernel)
+
+    def apply(self, weight: Tensor, x: Tensor) -> Tensor:
+        op = F.conv_transpose2d if self.transposed else F.conv2d
+        return op(x, weight, stride=self.stride, padding=self.padding)
+
+    def split(self, weight: Tensor, at: int) -> tuple[Tensor, Tensor]:
+        if self.transposed:
+            return weight[:at], weight[at:]
+        return weight[:, :at], weight[:, at:]
+
+
+class TimeLayer(nn.Module):
+    """Base of the layers: subclasses say what W, gate and shift are at time t.
+
+    Args:
+        map: the linear map, :class:`Linear` or :class:`Conv`.
+        context_dim: size C of the context; 0 for none. The context adds V c to the shift and, where ``context_gate``
+            and the layer has a gate, to the gate's logits.
+        context_gate: whether the context may enter the gate.
+    """
+
+    time_weights = False  # whether W itself depends on t
+    has_gate = False
+
+    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
+        super().__init__()
+        self.map = map
+        self.context_shift = nn.Linear(context_dim, map.outputs, bias=False) if context_dim else None
+        gated = context_dim and context_gate and self.has_gate
+        self.context_gate = nn.Linear(context_dim, map.outputs, bias=False) if gated else None
+
+    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
+        """W, gate and shift at time ``t`` (() or (N,)) for inputs of spatial ``size`` (() for vectors)."""
+        raise NotImplementedError
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The layer's value at x (N, in) or (N, in, h, w)."""
+        weight, gate, shift = self.affine(t, tuple(x.shape[2:]), context)
+        y = self.map.apply(weight, x)
+        y = y if gate is None else y * gate
+        return y if shift is None else y + shift
+
+    def zero_(self) -> None:
+        """Make the layer's output zero for every t and x ("zero initialisation")."""
+        for p in self.parameters():
+            nn.init.zeros_(p)
+
+    def _spread(self, v: Tensor) -> Tensor:
+        """(..., out) as a factor for the layer's output."""
+        return v[..., None, None] if self.map.spatial else v
+
+    def _gate(self, gate: nn.Linear, t: Tensor, context: Tensor | None) -> Tensor:
+        logits = t[..., None] * gate.weight[:, 0] + gate.bias
+        if self.context_gate is not None:
+            logits = logits + self.context_gate(_given(context))
+        return self._spread(torch.sigmoid(logits))
+
+    def _shift(self, shift: Tensor, context: Tensor | None) -> Tensor:
+        if self.context_shift is None:
+            return shift
+        return shift + self._spread(self.context_shift(_given(context)))
+
+
+def _given(context: Tensor | None) -> Tensor:
+    if context is None:
+        raise ConfigError("context=None, but this field was built with context_dim > 0: pass context (N, C) or (C,)")
+    return context
+
+
+def _one_time(t: Tensor, name: str) -> None:
+    if t.ndim:
+        raise ConfigError(
+            f"t has shape {tuple(t.shape)}, but a {name!r} layer generates one set of weights per time: pass a single t"
+        )
+
+
+class Ignore(TimeLayer):
+    """W x + b: no time."""
+
+    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
+        super().__init__(map, context_dim, context_gate=context_gate)
+        self.core = map.module()
+
+    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
+        return Affine(_weight(self.core), None, self._shift(self._spread(_bias(self.core)), context))
+
+
+class Concat(TimeLayer):
+    """W [t; x] + b, time first; a convolution sees time as plane 0, zero padding included (FFJORD, 1810.01367)."""
+
+    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
+        super().__init__(map, context_dim, context_gate=context_gate)
+        self.core = map.module(extra=1)
+
+    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
+        time, weight = self.map.split(_weight(self.core), 1)
+        # the map of a constant plane t is t times that of ones: one small map per evaluation, not one per sample
+        plane = self.map.apply(time, time.new_ones(1, 1, *size))[0]
+        times = t.reshape(*t.shape, *(1,) * plane.ndim)
+        return Affine(weight, None, self._shift(times * plane + self._spread(_bias(self.core)), context))
+
+
+class ConcatCoord(TimeLayer):
+    """Convolution of [x; t; row; column], the indices plain integers; for vectors the same as concat."""
+
+    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
+        super().__init__(map, context_dim, context_gate=context_gate)
+        self.core = map.module(extra=3 if map.spatial else 1)
+
+    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
+        if not self.map.spatial:
+            time, weight = self.map.split(_weight(self.core), 1)
+            plane = self.map.apply(time, time.new_ones(1, 1))[0]
+            rest = _bias(self.core)
+        else:
+            weight, extra = self.map.split(_weight(self.core), self.map.inputs)
+            time, place = self.map.split(extra, 1)
+            plane = self.map.apply(time, time.new_ones(1, 1, *size))[0]
+            rows = torch.arange(size[0], dtype=place.dtype, device=place.device)
+            columns = torch.arange(size[1], dtype=place.dtype, device=place.device)
+            grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None]
+            rest = self.map.apply(place, grid)[0] + self._spread(_bias(self.core))
+        times = t.reshape(*t.shape, *(1,) * plane.ndim)
+        return Affine(weight, None, self._shift(times * plane + rest, context))
+
+
+class Squash(TimeLayer):
+    """(W x + b) sigmoid(a t + c)."""
+
+    has_gate = True
+
+    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
+        super().__init__(map, context_dim, context_gate=context_gate)
+        self.core = map.module()
+        self.gate = nn.Linear(1, map.outputs)
+
+    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
+        gate = self._gate(self.gate, t, context)
+        return Affine(_weight(self.core), gate, self._shift(gate * self._spread(_bias(self.core)), context))
+
+
+class ConcatSquash(TimeLayer):
+    """(W x + b) sigmoid(a t + c) + u t, FFJORD's layer for vectors (1810.01367)."""
+
+    has_gate = True
+
+    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
+        super().__init__(map, context_dim, context_gate=context_gate)
+        self.core = map.module()
+        self.gate = nn.Linear(1, map.outputs)
+        self.drift = nn.Linear(1, map.outputs, bias=False)
+
+    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
+        gate = self._gate(self.gate, t, context)
+        drift = self._spread(t[..., None] * self.drift.weight[:, 0])
+        return Affine(_weight(self.core), gate, self._shift(gate * self._spread(_bias(self.core)) + drift, context))
+
+
+class Blend(TimeLayer):
+    """y0 + (y1 - y0) t: two layers, blended over t in [0, 1]."""
+
+    time_weights = True
+
+    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
+        super().__init__(map, context_dim, context_gate=context_gate)
+        self.core0, self.core1 = map.module(), map.module()
+
+    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
+        _one_time(t, "blend")
+        weight = torch.lerp(_weight(self.core0), _weight(self.core1), t)
+        shift = torch.lerp(_bias(self.core0), _bias(self.core1), t)
+        return Affine(weight, None, self._shift(self._spread(shift), context))
+
+
+class Hyper(TimeLayer):
+    """Weights generated from t: by a small tanh net (vectors) or linearly in t (convolutions), as in FFJORD.
+
+    Weight and bias have slices of their own; the released convolution reads its bias from the start of the weight and
+    never uses the last entries (reference checkpoints are converted by ``cnf.compat``).
+    """
+
+    time_weights = True
+    hidden = 8  # width of the published generator
+
+    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
+        super().__init__(map, context_dim, context_gate=context_gate)
+        self.numel = torch.Size(map.weight_shape()).numel()
+        total = self.numel + map.outputs
+        self.generator: nn.Module
+        if map.spatial:
+            self.generator = nn.Linear(1, total)
+            last = self.generator
+        else:
+            last = nn.Linear(self.hidden, total)
+            self.generator = nn.Sequential(nn.Linear(1, self.hidden), nn.Tanh(), last)
+        self._last = (last,)  # in a tuple, so that it is not registered twice
+        nn.init.zeros_(last.weight)
+        nn.init.normal_(last.bias, 0.0, 0.01)
+
+    def zero_(self) -> None:
+        # the generator's first layer keeps its values, or nothing would ever move the weights away from constants
+        for p in (*self._last[0].parameters(), *(self.context_shift.parameters() if self.context_shift else ())):
+            nn.init.zeros_(p)
+
+    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
+        _one_time(t, "hyper")
+        flat = self.generator(t.reshape(1))
+        if self.map.spatial:
+            weight, bias = flat[: self.numel], flat[self.numel :]
+        else:  # the published order for vectors: bias first
+            bias, weight = flat[: self.map.outputs], flat[self.map.outputs :]
+        return Affine(weight.reshape(self.map.weight_shape()), None, self._shift(self._spread(bias), context))
+
+
+LAYERS: dict[str, type[TimeLayer]] = {
+    "ignore": Ignore,
+    "concat": Concat,
+    "squash": Squash,
+    "concatsquash": ConcatSquash,
+    "concatcoord": ConcatCoord,
+    "blend": Blend,
+    "hyper": Hyper,
+}
+
+
+def time_layer(kind: str, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True) -> TimeLayer:
+    """The layer of that kind around a linear map.
+
+    Raises:
+        ConfigError: for an unknown kind; the nearest is suggested.
+
+    Example:
+        >>> layer = time_layer("concatsquash", Linear(2, 64))
+        >>> layer(torch.tensor(0.5), torch.randn(7, 2)).shape
+        torch.Size([7, 64])
+    """
+    if kind not in LAYERS:
+        near = get_close_matches(str(kind), LAYERS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"layer={kind!r} is unknown: expected one of {', '.join(LAYERS)}{hint}")
+    return LAYERS[kind](map, context_dim, context_gate=context_gate)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return cast(Tensor, module.weight)
+
+
+def _bias(module: nn.Module) -> Tensor:
+    return cast(Tensor, module.bias)
