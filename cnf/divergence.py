@@ -99,13 +99,14 @@ class Bound:
         dt = torch.zeros_like(t) if t_dot is None else t_dot.to(t).expand_as(t)
 
         def push(tangent: Tensor) -> tuple[Tensor, Tensor]:
-            pair: tuple[Tensor, Tensor] = torch.func.jvp(lambda s, y: self(s, y), (t, x), (dt, tangent))
-            return pair
+            pair: Any = torch.func.jvp(lambda s, y: self(s, y), (t, x), (dt, tangent))
+            return pair[0], pair[1]
 
         if v.shape[0] == 1:
             dx, product = push(v[0])
             return dx, product[None]
-        dx, product = torch.func.vmap(push, out_dims=(None, 0), randomness="same")(v)
+        vmap: Any = torch.func.vmap
+        dx, product = vmap(push, out_dims=(None, 0), randomness="same")(v)
         return dx, product
 
 
@@ -233,7 +234,8 @@ class Hutchinson:
         if self.mode == "forward":
             dx, product = bound.jvp(t, x, probe)
         else:
-            dx, pull = torch.func.vjp(lambda y: bound(t, y), x)
+            vjp: Any = torch.func.vjp
+            dx, pull = vjp(lambda y: bound(t, y), x)
             if probe.shape[0] == 1:
                 product = pull(probe[0])[0][None]
             else:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cnf.datasets.splits import DataSplits, one_hot, split_indices
+from cnf.datasets.splits import DataSplits, contexts, split_indices
 from cnf.datasets.tables import load_table
 from cnf.errors import DataError
 
@@ -35,8 +35,8 @@ def load_path(
         DataError: for everything that is not a usable data set, saying what.
     """
     if path.is_dir():
-        images, labels, classes = _folder(path, image_size)
-        return _images(path, images, labels, classes, seed, condition, limit, nbits)
+        pictures, marks, kinds = _folder(path, image_size)
+        return _images(path, pictures, marks, kinds, seed, condition, limit, nbits)
     suffix = path.suffix.lower()
     if suffix == ".csv":
         values, columns = _csv(path)
@@ -168,8 +168,8 @@ def _images(
     train, validation, test = (keep[i] for i in split_indices(len(keep), seed))
     train = train[:limit]
     parts = [torch.from_numpy(np.ascontiguousarray(value[i])) >> (8 - nbits) for i in (train, validation, test)]
-    contexts = [one_hot(labels[i], len(classes)) if condition and labels is not None else None for i in (train, validation, test)]
+    rows = contexts([labels[i] for i in (train, validation, test)] if labels is not None else [], len(classes), condition)
     notes = [f"split by seed {seed}: {len(train):,} training, {len(validation):,} validation and {len(test):,} test images"]
     if dropped:
         notes.insert(0, f"{dropped:,} exact duplicate images dropped")
-    return DataSplits(path.stem, "image", *parts, *contexts, classes=classes, levels=2**nbits, notices=tuple(notes))
+    return DataSplits(path.stem, "image", parts[0], parts[1], parts[2], classes=classes, levels=2**nbits, notices=tuple(notes), **rows)

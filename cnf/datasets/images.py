@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnf.datasets.splits import DataSplits, one_hot
+from cnf.datasets.splits import DataSplits, contexts
 from cnf.errors import DataError
 
 __all__ = ["IMAGES", "load_digits_8x8", "load_torchvision"]
@@ -33,11 +33,11 @@ def load_digits_8x8(condition: str | None, limit: int | None) -> DataSplits:
     rest_x, test_x, rest_y, test_y = train_test_split(x, y, test_size=540, random_state=0, stratify=y)
     train_x, val_x, train_y, val_y = train_test_split(rest_x, rest_y, test_size=180, random_state=0, stratify=rest_y)
     train_x, train_y = train_x[:limit], train_y[:limit]
-    contexts = [one_hot(v, 10) if condition else None for v in (train_y, val_y, test_y)]
+    rows = contexts([train_y, val_y, test_y], 10, condition)
     parts = [torch.from_numpy(np.ascontiguousarray(v)) for v in (train_x, val_x, test_x)]
     note = f"fixed stratified splits: {len(train_x):,} training, 180 validation and 540 test images, 17 grey levels"
     return DataSplits(
-        "digits", "image", *parts, *contexts, classes=tuple("0123456789"), levels=17, notices=(note,)
+        "digits", "image", parts[0], parts[1], parts[2], classes=tuple("0123456789"), levels=17, notices=(note,), **rows
     )
 
 
@@ -75,11 +75,11 @@ def load_torchvision(
     test, test_y, _ = part(False)
     order = np.random.default_rng(seed).permutation(len(x))
     validation, train = order[:held], order[held:][:limit]
-    contexts = [one_hot(v, 10) if condition else None for v in (y[train], y[validation], test_y)]
+    rows = contexts([y[train], y[validation], test_y], 10, condition)
     note = (
         f"official test split of {len(test):,}; {held:,} training images kept for validation by split seed {seed}, "
         f"{len(train):,} to train on, {2**nbits} grey levels"
     )
     return DataSplits(
-        name, "image", x[train], x[validation], test, *contexts, classes=tuple(classes), levels=2**nbits, notices=(note,), flip=flip
+        name, "image", x[train], x[validation], test, classes=tuple(classes), levels=2**nbits, notices=(note,), flip=flip, **rows
     )

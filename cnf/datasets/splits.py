@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from cnf.errors import DataError
 
-__all__ = ["DataSplits", "one_hot", "split_indices"]
+__all__ = ["DataSplits", "contexts", "one_hot", "split_indices"]
 
 
 @dataclass(frozen=True)
@@ -54,3 +55,11 @@ def split_indices(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
 def one_hot(labels: np.ndarray, count: int) -> Tensor:
     """Class numbers (N,) as contexts (N, count), float32."""
     return torch.nn.functional.one_hot(torch.as_tensor(labels, dtype=torch.long), count).float()
+
+
+def contexts(labels: list[np.ndarray], count: int, condition: str | None) -> dict[str, Any]:
+    """The three splits' contexts as keywords of :class:`DataSplits`; none without a condition."""
+    if not condition:
+        return {}
+    names = ("train_context", "validation_context", "test_context")
+    return {name: one_hot(rows, count) for name, rows in zip(names, labels, strict=True)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cnf.datasets.splits import DataSplits, one_hot, split_indices
+from cnf.datasets.splits import DataSplits, contexts, split_indices
 from cnf.errors import DataError
 
 __all__ = ["BENCHMARKS", "lattice_step", "load_benchmark", "load_table"]
@@ -92,8 +92,8 @@ def load_table(
     train = train[:limit]
     notes.append(f"split by seed {seed}: {len(train):,} training, {len(validation):,} validation and {len(test):,} test rows")
     parts = [torch.from_numpy(values[i].astype(np.float32)) for i in (train, validation, test)]
-    contexts = [one_hot(labels[i], len(classes)) if condition and labels is not None else None for i in (train, validation, test)]
-    return DataSplits(name, "table", *parts, *contexts, classes=classes, columns=columns, notices=tuple(notes))
+    rows = contexts([labels[i] for i in (train, validation, test)] if labels is not None else [], len(classes), condition)
+    return DataSplits(name, "table", parts[0], parts[1], parts[2], classes=classes, columns=columns, notices=tuple(notes), **rows)
 
 
 def _check(name: str, values: np.ndarray, columns: tuple[str, ...]) -> None:
@@ -145,7 +145,7 @@ def load_benchmark(name: str, root: Path, limit: int | None) -> DataSplits:
     parts[0] = parts[0][:limit]
     note = f"{len(parts[0]):,} training, {len(parts[1]):,} validation and {len(parts[2]):,} test rows of {len(columns)} columns"
     tensors = [torch.from_numpy(p.astype(np.float32)) for p in parts]
-    return DataSplits(name, "table", *tensors, columns=columns, notices=(note,))
+    return DataSplits(name, "table", tensors[0], tensors[1], tensors[2], columns=columns, notices=(note,))
 
 
 def _array(path: Path) -> np.ndarray:

@@ -21,7 +21,7 @@ Sampler = Callable[[int, np.random.Generator], Array]
 def _8gaussians(n: int, rng: np.random.Generator) -> Array:
     angle = rng.integers(0, 8, n) * (np.pi / 4)
     centre = 4.0 * np.stack([np.cos(angle), np.sin(angle)], 1)
-    return (centre + 0.5 * rng.standard_normal((n, 2))) / 1.414
+    return np.asarray((centre + 0.5 * rng.standard_normal((n, 2))) / 1.414)
 
 
 def _2spirals(n: int, rng: np.random.Generator) -> Array:
@@ -132,7 +132,7 @@ def _splits(name: str, draw: Sampler, seed: int, limit: int | None, entropy: flo
     sizes = (min(50_000, limit or 50_000), 5_000, 10_000)
     parts = [torch.from_numpy(draw(n, np.random.default_rng([seed, i])).astype(np.float32)) for i, n in enumerate(sizes)]
     note = f"drawn by split seed {seed}: {sizes[0]:,} training, {sizes[1]:,} validation and {sizes[2]:,} test points"
-    return DataSplits(name, "toy", *parts, columns=("x", "y"), entropy=entropy, notices=(note, *notes))
+    return DataSplits(name, "toy", parts[0], parts[1], parts[2], columns=("x", "y"), entropy=entropy, notices=(note, *notes))
 
 
 def load_toy(name: str, seed: int, limit: int | None) -> DataSplits:

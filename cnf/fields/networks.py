@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,8 @@ class Stack(nn.Module):
             none = s.new_zeros(())
             return a.weight, none if a.gate is None else a.gate, none if a.shift is None else a.shift
 
-        _, (dweight, dgate, dshift) = torch.func.jvp(parts, (t,), (torch.ones_like(t),))
+        jvp: Any = torch.func.jvp
+        _, (dweight, dgate, dshift) = jvp(parts, (t,), (torch.ones_like(t),))
         out = dshift if gate is None else dgate * point + dshift
         if layer.time_weights:
             moved = layer.map.apply(dweight, h)
