@@ -234,14 +234,23 @@ class Hutchinson:
         if self.mode == "forward":
             dx, product = bound.jvp(t, x, probe)
         else:
-            vjp: Any = torch.func.vjp
-            dx, pull = vjp(lambda y: bound(t, y), x)
-            if probe.shape[0] == 1:
-                product = pull(probe[0])[0][None]
-            else:
-                product = torch.func.vmap(lambda e: pull(e)[0])(probe)
+            dx, product = self._pull(bound, t, x, probe)
         div = (product * probe).flatten(2).sum(2).mean(0) if "div" in need else None
         return Linearization(dx, div, _mean_square(product) if "jac_sq" in need else None, product)
+
+    @staticmethod
+    def _pull(field: Bound, t: Tensor, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
+        """f and eᵀJ for every probe. Plain autograd: torch.func.vjp cannot run inside a checkpoint."""
+        recording = torch.is_grad_enabled()
+        with torch.enable_grad():
+            point = x if recording and x.requires_grad else x.detach().requires_grad_()
+            dx = field(t, point)
+            rows = [
+                torch.autograd.grad(dx, point, e, create_graph=recording, retain_graph=True)[0]
+                for e in probe
+            ]
+        product = torch.stack(rows)
+        return (dx, product) if recording else (dx.detach(), product)
 
 
 def _mean_square(product: Tensor) -> Tensor:

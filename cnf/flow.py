@@ -56,11 +56,20 @@ class Flow(nn.Module):
         """The CNF blocks, data to noise."""
         return [m for m in self.modules() if isinstance(m, CNF)]
 
+    @torch.no_grad()
     def fit_statistics(self, x: Tensor) -> None:
-        """Set every Standardize at the chain's start to the data's mean and standard deviation."""
-        for module in self.modules():
+        """Set every Standardize before the first block to the mean and standard deviation of what reaches it.
+
+        Args:
+            x: training data (N, \\*event); images are dequantised with fixed noise.
+        """
+        chain = self.transform.transforms if isinstance(self.transform, Sequential) else [self.transform]
+        for i, module in enumerate(chain):
+            if isinstance(module, CNF):
+                return
             if isinstance(module, Standardize):
-                module.fit(x.to(module.mean.device))
+                module.fit(x)
+            x = module(x, noise=Noise(0, "statistics").child(i)).value
 
     def _check(self, x: Tensor) -> None:
         if tuple(x.shape[1:]) != self.event_shape:

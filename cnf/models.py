@@ -43,6 +43,8 @@ class ModelConfig:
     """Learn T."""
     alpha: float = 0.01
     """Margin of the logit transform of images."""
+    standardize: bool = True
+    """Images: standardise every pixel in logit space by the training data, so that the flow starts near the data."""
     base_std: float = 1.0
     """Standard deviation of the base distribution."""
 
@@ -135,6 +137,8 @@ def build(
         first = [Standardize(torch.zeros(event_shape), torch.ones(event_shape))]
     else:
         first = [Dequantize(levels), Logit(model.alpha)]
+        if model.standardize:
+            first.append(Standardize(torch.zeros(event_shape), torch.ones(event_shape)))
     blocks = []
     for _ in range(model.blocks):
         field: torch.nn.Module

@@ -33,6 +33,11 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
+def _axes(figure: Figure, *shape: int, **options: Any) -> Any:
+    """figure.subplots, untyped: it returns one axis or an array of them."""
+    return figure.subplots(*shape, **options)
+
+
 def _xy(points: Any) -> Any:
     """Points (N, 2) as the two coordinate arrays."""
     return np.asarray(points.cpu() if isinstance(points, Tensor) else points).T
@@ -42,13 +47,13 @@ def _tiles(images: Tensor, columns: int | None, levels: int) -> np.ndarray:
     """(N, C, H, W) uint8 grey levels or floats in [0, 1] as one picture (rows, columns, 3) with thin borders."""
     x = images.detach().cpu()
     x = x.float() / (levels - 1) if x.dtype == torch.uint8 else x.float()
-    x = (x.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-    n, _, h, w = x.shape
+    pixels = (x.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    n, _, h, w = pixels.shape
     columns = columns or max(1, round(n**0.5))
     rows = -(-n // columns)
     scale = max(1, 32 // max(h, w))  # small images are enlarged without smoothing
     canvas = np.full((rows * (h * scale + 1) + 1, columns * (w * scale + 1) + 1, 3), 128, dtype=np.uint8)
-    for i, image in enumerate(x):
+    for i, image in enumerate(pixels):
         top, left = (i // columns) * (h * scale + 1) + 1, (i % columns) * (w * scale + 1) + 1
         tile = np.repeat(np.repeat(image, scale, 1), scale, 2).transpose(1, 2, 0)
         canvas[top : top + h * scale, left : left + w * scale] = np.broadcast_to(tile, (h * scale, w * scale, 3))
@@ -67,27 +72,27 @@ def samples_beside_data(
     """Images as two grids, points as two scatters, tables as overlaid marginal histograms of up to twelve columns."""
     if samples.ndim == 4:
         figure = _figure(11, 5.8)
-        for axis, x, title in zip(figure.subplots(1, 2), (data, samples), ("data", "samples"), strict=True):
+        for axis, x, title in zip(_axes(figure, 1, 2), (data, samples), ("data", "samples"), strict=True):
             axis.imshow(_tiles(x, None, levels or 256))
             axis.set_title(title)
             axis.axis("off")
     elif samples.shape[1] == 2:
         figure = _figure(10, 5.2)
         low, high = data.min(0).values - 0.5, data.max(0).values + 0.5
-        for axis, x, title in zip(figure.subplots(1, 2), (data, samples), ("data", "samples"), strict=True):
-            axis.scatter(*_xy(x), s=2, alpha=0.5, linewidths=0)
+        for axis, x, title in zip(_axes(figure, 1, 2), (data, samples), ("data", "samples"), strict=True):
+            axis.scatter(*_xy(x), 2, alpha=0.5, linewidths=0)
             axis.set(title=title, xlim=(float(low[0]), float(high[0])), ylim=(float(low[1]), float(high[1])), aspect="equal")
     else:
         count = min(12, data.shape[1])
         rows = -(-count // 4)
         figure = _figure(13, 2.6 * rows + 0.6)
-        axes = figure.subplots(rows, 4, squeeze=False).ravel()
+        axes = _axes(figure, rows, 4, squeeze=False).ravel()
         for j, axis in enumerate(axes):
             if j >= count:
                 axis.axis("off")
                 continue
-            low, high = (float(v) for v in torch.quantile(data[:100_000, j], torch.tensor([0.001, 0.999])))
-            bins = np.linspace(low, high, 60)
+            ends = torch.quantile(data[:100_000, j], torch.tensor([0.001, 0.999]))
+            bins = np.linspace(float(ends[0]), float(ends[1]), 60)
             axis.hist(data[:, j].numpy(), bins, density=True, alpha=0.5, label="data")
             axis.hist(samples[:, j].numpy(), bins, density=True, histtype="step", label="samples", color="black")
             axis.set_title(f"column {columns[j] if columns else j}", fontsize=9)
@@ -108,9 +113,11 @@ def density_2d(flow: Flow, data: Tensor, path: Path, *, extent: float | None = N
     grid = torch.cartesian_prod(ticks, ticks).to(next(flow.parameters()))
     p = torch.cat([flow.log_prob(part).exp() for part in grid.split(20_000)]).reshape(resolution, resolution).cpu()
     figure = _figure(10.5, 5.2)
-    left, right = figure.subplots(1, 2)
+    left, right = _axes(figure, 1, 2)
     box = (-extent, extent, -extent, extent)
-    counts, _, _ = np.histogram2d(*_xy(data), bins=resolution // 2, range=[[-extent, extent]] * 2, density=True)
+    counts, _, _ = np.histogram2d(
+        _xy(data)[0], _xy(data)[1], bins=resolution // 2, range=[[-extent, extent]] * 2, density=True
+    )
     top = float(np.quantile(counts[counts > 0], 0.99)) if (counts > 0).any() else None
     left.imshow(counts.T, origin="lower", extent=box, cmap="magma", vmax=top)
     left.set_title("data (histogram)")
@@ -125,7 +132,7 @@ def vector_field_2d(flow: Flow, path: Path, *, times: int = 5, extent: float = 3
     """The blocks' vector fields over time, in the coordinates the ODE lives in (standardised data)."""
     blocks = flow.blocks[:4]
     figure = _figure(3 * times, 3.2 * len(blocks))
-    axes = figure.subplots(len(blocks), times, squeeze=False)
+    axes = _axes(figure, len(blocks), times, squeeze=False)
     ticks = torch.linspace(-extent, extent, 20)
     grid = torch.cartesian_prod(ticks, ticks).to(next(flow.parameters()))
     for i, block in enumerate(blocks):
@@ -144,10 +151,10 @@ def trajectories_2d(flow: Flow, data: Tensor, path: Path, *, n: int = 200) -> Pa
     """Paths from data (red) to latent (blue), in standardised coordinates."""
     paths = flow.trajectory(data[:n].to(next(flow.parameters())), torch.linspace(0, 1, 40)).cpu().numpy()
     figure = _figure(6.4, 6.2)
-    axis = figure.subplots()
+    axis = _axes(figure)
     axis.plot(paths[:, :, 0], paths[:, :, 1], color="grey", lw=0.5, alpha=0.6)
-    axis.scatter(*_xy(paths[0]), s=8, color="tab:red", label="data (t = 0)", zorder=3)
-    axis.scatter(*_xy(paths[-1]), s=8, color="tab:blue", label="latent (t = T)", zorder=3)
+    axis.scatter(*_xy(paths[0]), 8, color="tab:red", label="data (t = 0)", zorder=3)
+    axis.scatter(*_xy(paths[-1]), 8, color="tab:blue", label="latent (t = T)", zorder=3)
     axis.set(aspect="equal", title="trajectories (standardised coordinates)")
     axis.legend(loc="upper right", fontsize=8)
     return _write(path, lambda p: figure.savefig(p, format="png"))
@@ -166,8 +173,8 @@ def flow_gif(flow: Flow, path: Path, *, n: int = 2000, frames: int = 32, seed: i
             pictures.append(Image.fromarray(_tiles(torch.sigmoid(points), 8, 256)))
             continue
         figure = _figure(4.2, 4.4)
-        axis = figure.subplots()
-        axis.scatter(*_xy(points), s=3, alpha=0.6, linewidths=0)
+        axis = _axes(figure)
+        axis.scatter(*_xy(points), 3, alpha=0.6, linewidths=0)
         axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=f"t = {1 - i / (frames - 1):.2f} T")
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
@@ -181,7 +188,7 @@ def flow_gif(flow: Flow, path: Path, *, n: int = 2000, frames: int = 32, seed: i
 def learning_curves(metrics: list[dict[str, Any]], path: Path, *, unit: str) -> Path:
     """Training and validation against steps, the solver's evaluations below."""
     figure = _figure(8, 6)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    top, bottom = _axes(figure, 2, 1, sharex=True, height_ratios=[2, 1])
     for name, label, axis in (("nll", "training batch", top), ("validation", "validation (averaged weights)", top), ("nfe", "NFE", bottom)):
         rows = [(m["step"], m[name]) for m in metrics if name in m]
         if rows:

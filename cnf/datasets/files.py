@@ -3,173 +3,212 @@
 from __future__ import annotations
 
 import csv
-import warnings
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
 
-from cnf.datasets.splits import DataSplits, contexts, split_indices
-from cnf.datasets.tables import load_table
-from cnf.errors import DataError
+from cnf.datasets.checks import as_numbers, dequantize, duplicate_rows, require_usable
+from cnf.datasets.folders import read_folder
+from cnf.datasets.images import reduce_bits
+from cnf.datasets.splits import Array, DataSplits, Options, Rows, assemble, encode_labels, split_rows
+from cnf.errors import ConfigError, DataError
 
-__all__ = ["load_path"]
+__all__ = ["load_path", "read_csv", "read_numpy"]
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+_KEYS = ("images", "x", "data")
+_PARTS = ("train", "validation", "test")
+_READ_ERRORS = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
-def load_path(
-    path: Path,
-    *,
-    seed: int,
-    condition: str | None,
-    discrete: str,
-    limit: int | None,
-    nbits: int,
-    image_size: int | None,
-) -> DataSplits:
-    """A table or a set of images from a path.
+def load_path(path: Path, options: Options) -> DataSplits:
+    """Read, check, split.
 
     Raises:
-        DataError: for everything that is not a usable data set, saying what.
+        DataError: for anything that is not a usable data set, saying what is wrong.
+        ConfigError: for ``image_size`` or ``nbits`` where it means nothing.
     """
+    name = str(path)
     if path.is_dir():
-        pictures, marks, kinds = _folder(path, image_size)
-        return _images(path, pictures, marks, kinds, seed, condition, limit, nbits)
-    suffix = path.suffix.lower()
-    if suffix == ".csv":
-        values, columns = _csv(path)
-        return load_table(path.stem, values, columns, None, (), seed, condition, discrete, limit)
-    if suffix not in (".npy", ".npz"):
-        raise DataError(f"{path}: unknown kind of file {suffix!r}; expected .npz, .npy, .csv, a picture, or a folder of pictures")
-    arrays = _numpy(path)
-    labels = arrays.pop("labels", None)
-    names = [k for k in ("images", "x", "data", "") if k in arrays]
-    if not names:
-        raise DataError(f"{path} holds {sorted(arrays)}: expected an array called 'images' (uint8), or 'x' or 'data'")
-    value = arrays[names[0]]
-    if labels is not None and labels.shape != (len(value),):
-        raise DataError(f"{path}: labels have shape {labels.shape}; expected ({len(value)},), one for each item")
-    classes: tuple[str, ...] = ()
-    if labels is not None:
-        distinct, labels = np.unique(labels, return_inverse=True)
-        classes = tuple(map(str, distinct))
-    if value.ndim in (3, 4):
-        if value.dtype != np.uint8:
-            raise DataError(f"{path}: images of type {value.dtype}; expected uint8 grey levels 0 to 255")
-        if value.ndim == 3:
-            value = value[:, None]
-        elif value.shape[1] not in (1, 3) and value.shape[3] in (1, 3):
-            value = value.transpose(0, 3, 1, 2)
-        elif value.shape[1] not in (1, 3):
-            raise DataError(f"{path}: images of shape {value.shape}; expected (N, H, W), (N, H, W, C) or (N, C, H, W), C 1 or 3")
-        return _images(path, value, labels, classes, seed, condition, limit, nbits)
-    if value.ndim != 2 or value.dtype.kind not in "fiub":
-        raise DataError(f"{path}: an array of shape {value.shape} and type {value.dtype}; expected a numeric table (N, D) or images")
-    return load_table(path.stem, value.astype(np.float64), (), labels, classes, seed, condition, discrete, limit)
+        rows = read_folder(path, options.image_size)
+    elif options.image_size is not None:
+        raise ConfigError(f"image_size={options.image_size} means nothing for {name!r}; it applies to a folder of pictures")
+    elif path.suffix.lower() == ".csv":
+        table, columns = read_csv(path)
+        rows = Rows(table, columns=columns)
+    elif path.suffix.lower() in (".npy", ".npz"):
+        rows = _from_arrays(read_numpy(path), name)
+    else:
+        pickled = path.suffix.lower() in (".pkl", ".pickle", ".pt", ".pth")
+        extra = "; pickled files can run code and are never opened: save the array with numpy.save" if pickled else ""
+        raise DataError(f"{name!r} is no known kind of data; expected .npz, .npy, .csv, .png, .jpg or a folder{extra}")
+    return _finish(rows, name, options)
 
 
-def _numpy(path: Path) -> dict[str, np.ndarray]:
+def _finish(rows: Rows, name: str, options: Options) -> DataSplits:
+    """From rows as read to the data set."""
+    x, labels, notices = rows.x, rows.labels, list(rows.notices)
+    if labels is not None and labels.shape != (len(x),):
+        raise DataError(f"labels of {name!r} have shape {labels.shape}; expected ({len(x)},), one for each row")
+    columns = rows.columns
+    epsilon = float(np.finfo(x.dtype if x.dtype in (np.float16, np.float32) else np.float64).eps)
+    if rows.kind == "table":
+        if options.nbits != 8:
+            raise ConfigError(f"nbits={options.nbits} means nothing for {name!r}, which is a table")
+        x = as_numbers(x, name)
+        columns = columns or tuple(f"column {j}" for j in range(x.shape[1]))
+        require_usable(x, columns, name)
+    sizes = rows.parts
+    repeated = duplicate_rows(x, labels)
+    count = int(repeated.sum())
+    if count and options.duplicates == "drop" and sizes is None:
+        x, labels = x[~repeated], None if labels is None else labels[~repeated]
+        notices.append(f"{count:,} exact duplicate rows dropped before splitting: they would leak into the test set")
+    elif count:
+        why = "the file gives its own split" if sizes is not None else "duplicates='keep'"
+        notices.append(f"{count:,} exact duplicate rows kept ({why}): those that fall into two splits leak")
+    if rows.kind == "table":
+        x, found = dequantize(x, columns, options, epsilon, name)
+        notices += found
+    if sizes is None:
+        parts, notice = split_rows(len(x), options)
+    else:
+        ends = np.cumsum(sizes)
+        parts, notice = [np.arange(e - n, e) for e, n in zip(ends, sizes, strict=True)], "split as the file gives it"
+    codes, classes = (None, ()) if labels is None else encode_labels(labels)
+    image = rows.kind == "image"
+    return assemble(
+        name,
+        rows.kind,
+        [reduce_bits(x[i], options.nbits) if image else x[i] for i in parts],
+        options,
+        codes=None if codes is None else [codes[i] for i in parts],
+        classes=classes,
+        columns=() if image else columns,
+        levels=2**options.nbits if image else None,
+        notices=[*notices, notice],
+    )
+
+
+def read_numpy(path: Path) -> dict[str, Array]:
+    """The arrays of an .npz file by key, or that of an .npy file under ``"x"``; pickles are refused.
+
+    Raises:
+        DataError: if the file is missing, damaged, or holds Python objects.
+    """
     try:
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
-            return {"": loaded}
+            return {"x": loaded}
         with loaded:
-            return {k: loaded[k] for k in loaded.files}
+            return {key: loaded[key] for key in loaded.files}
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
-    except Exception as error:  # a damaged file can raise nearly anything from numpy and zipfile
-        raise DataError(f"{path} cannot be read as a NumPy file without pickles: {error}") from None
+        raise DataError(f"{str(path)!r} does not exist") from None
+    except _READ_ERRORS as error:
+        if "pickle" in str(error):
+            raise DataError(
+                f"{str(path)!r} holds pickled Python objects, which can run code when read and are refused; "
+                "save plain numbers: numpy.save(path, numpy.asarray(x, dtype=numpy.float32))"
+            ) from None
+        raise DataError(f"{str(path)!r} cannot be read as a NumPy file: {error}") from error
 
 
-def _csv(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
+def _from_arrays(arrays: dict[str, Array], name: str) -> Rows:
+    """Rows from the keys documented in data/README.md."""
+    used = {"labels"}
+    parts: tuple[int, int, int] | None = None
+    labels = arrays.get("labels")
+    stems = [k for k in _KEYS if any(f"{k}_{p}" in arrays for p in _PARTS)]
+    whole = [k for k in _KEYS if k in arrays]
+    if len(stems) + len(whole) != 1:
+        wanted = "expected exactly one of 'images', 'x', 'data' (or x_train, x_validation and x_test), optionally 'labels'"
+        raise DataError(f"{name!r} holds the keys {sorted(arrays)}; {wanted}")
+    if stems:
+        keys = [f"{stems[0]}_{p}" for p in _PARTS]
+        missing = [k for k in keys if k not in arrays]
+        if missing:
+            raise DataError(f"{name!r} gives its own split but lacks {', '.join(missing)}; expected {', '.join(keys)}")
+        pieces = [arrays[k] for k in keys]
+        if len({p.shape[1:] for p in pieces}) != 1 or len({p.dtype for p in pieces}) != 1:
+            raise DataError(f"{', '.join(keys)} of {name!r} differ in item shape or dtype: {[(p.shape, str(p.dtype)) for p in pieces]}")
+        parts = (len(pieces[0]), len(pieces[1]), len(pieces[2]))
+        x = np.concatenate(pieces)
+        label_keys = [f"labels_{p}" for p in _PARTS]
+        if all(k in arrays for k in label_keys):
+            for k, n in zip(label_keys, parts, strict=True):
+                if arrays[k].shape != (n,):
+                    raise DataError(f"{k} of {name!r} has shape {arrays[k].shape}; expected ({n},), one for each row")
+            labels = np.concatenate([arrays[k] for k in label_keys])
+        used |= {*keys, *label_keys}
+    else:
+        x = arrays[whole[0]]
+        used.add(whole[0])
+    idle = sorted(set(arrays) - used)
+    notices = [f"keys of the file that were not used: {', '.join(idle)}"] if idle else []
+    return Rows(_channels_first(x, name) if x.ndim in (3, 4) else x, labels, (), parts, notices)
+
+
+def _channels_first(x: Array, name: str) -> Array:
+    """uint8 (N, C, H, W) from (N, H, W), (N, H, W, C) or (N, C, H, W)."""
+    if x.dtype != np.uint8:
+        raise DataError(
+            f"images of {name!r} have dtype {x.dtype}; expected uint8 grey levels 0 to 255 "
+            "(from floats in [0, 1]: (255 * x).round().astype('uint8'))"
+        )
+    if x.ndim == 3:
+        return x[:, None]
+    first, last = x.shape[1] in (1, 3), x.shape[3] in (1, 3)
+    if first == last:
+        raise DataError(
+            f"images of {name!r} have shape {x.shape}, which does not say where the channels are; "
+            "expected (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels"
+        )
+    return x if first else x.transpose(0, 3, 1, 2)
+
+
+def read_csv(path: Path) -> tuple[Array, tuple[str, ...]]:
+    """A table and its column names. The first row is a header if none of its cells is a number.
+
+    Cells are parted by semicolons or tabs if the first line has any, else by commas.
+
+    Raises:
+        DataError: for an unreadable or empty file, rows of unequal length, or a cell that is no number.
+    """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.reader(file) if row]
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            first = file.readline()
+            file.seek(0)
+            delimiter = next((d for d in ";\t" if d in first), ",")
+            rows = [(i, row) for i, row in enumerate(csv.reader(file, delimiter=delimiter), start=1) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read as a csv file: {error}") from None
-    if not rows:
-        raise DataError(f"{path} is empty")
+        raise DataError(f"{str(path)!r} cannot be read as a csv file: {error}") from error
     columns: tuple[str, ...] = ()
-    if not any(_number(cell) for cell in rows[0]):
-        columns, rows = tuple(cell.strip() for cell in rows[0]), rows[1:]
-    values = np.empty((len(rows), len(columns) or (len(rows[0]) if rows else 0)))
-    for i, row in enumerate(rows):
-        if len(row) != values.shape[1]:
-            raise DataError(f"{path}: row {i + 1} has {len(row)} cells; expected {values.shape[1]}")
-        for j, cell in enumerate(row):
-            if not _number(cell):
-                name = columns[j] if columns else f"{j}"
-                raise DataError(f"{path}: row {i + 1}, column {name}: {cell!r} is not a number")
-            values[i, j] = float(cell)
-    return values, columns
+    if rows and not any(_is_number(cell) for cell in rows[0][1]):
+        columns = tuple(cell.strip() or f"column {j}" for j, cell in enumerate(rows[0][1]))
+        rows = rows[1:]
+    if not rows:
+        raise DataError(f"{str(path)!r} has no rows of numbers")
+    width = len(columns) or len(rows[0][1])
+    columns = columns or tuple(f"column {j}" for j in range(width))
+    table = np.empty((len(rows), width))
+    for k, (i, row) in enumerate(rows):
+        if len(row) != width:
+            raise DataError(f"row {i} of {str(path)!r} has {len(row)} cells; expected {width}")
+        try:
+            table[k] = [float(cell) for cell in row]
+        except ValueError:
+            j = next(j for j, cell in enumerate(row) if not _is_number(cell))
+            raise DataError(
+                f"row {i}, column {columns[j]!r} of {str(path)!r} is {row[j]!r}; expected a number "
+                "(encode categories as integers; if this row is a header, none of its names may be a number)"
+            ) from None
+    return table, columns
 
 
-def _number(cell: str) -> bool:
+def _is_number(cell: str) -> bool:
     try:
         float(cell)
     except ValueError:
         return False
     return True
-
-
-def _folder(path: Path, size: int | None) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in PICTURES and f.is_file())
-    if not files:
-        raise DataError(f"{path} holds no picture: expected {', '.join(PICTURES)}, in sub-folders if they have labels")
-    folders = [f.relative_to(path).parts[0] if f.parent != path else "" for f in files]
-    images = []
-    for file in files:
-        try:
-            with warnings.catch_warnings(), Image.open(file) as picture:
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                grey = picture.mode in ("1", "L", "I;16", "LA")
-                image = picture.convert("L" if grey else "RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise DataError(f"{file} cannot be read as a picture: {error}") from None
-        if size is not None:
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.crop((left, top, left + side, top + side)).resize((size, size))
-        images.append(image)
-    if any(image.mode == "RGB" for image in images):
-        images = [image.convert("RGB") for image in images]
-    for file, image in zip(files, images, strict=True):
-        if image.size != images[0].size:
-            raise DataError(
-                f"{file} is {image.size[0]}x{image.size[1]} but {files[0].name} is {images[0].size[0]}x{images[0].size[1]}: "
-                "all pictures must have one size; --image-size S crops the centre and resizes"
-            )
-    stack = np.stack([np.asarray(image) for image in images])
-    stack = stack[:, None] if stack.ndim == 3 else stack.transpose(0, 3, 1, 2)
-    if len(set(folders)) == 1:
-        return stack, None, ()
-    classes = tuple(sorted(set(folders)))
-    return stack, np.array([classes.index(f) for f in folders]), classes
-
-
-def _images(
-    path: Path,
-    value: np.ndarray,
-    labels: np.ndarray | None,
-    classes: tuple[str, ...],
-    seed: int,
-    condition: str | None,
-    limit: int | None,
-    nbits: int,
-) -> DataSplits:
-    if condition and labels is None:
-        raise DataError(f"condition={condition!r}, but {path} has no labels: give npz 'labels', or sub-folders named by class")
-    flat = np.ascontiguousarray(value).reshape(len(value), -1)
-    _, keep = np.unique(flat, axis=0, return_index=True)
-    keep.sort()
-    dropped = len(value) - len(keep)
-    train, validation, test = (keep[i] for i in split_indices(len(keep), seed))
-    train = train[:limit]
-    parts = [torch.from_numpy(np.ascontiguousarray(value[i])) >> (8 - nbits) for i in (train, validation, test)]
-    rows = contexts([labels[i] for i in (train, validation, test)] if labels is not None else [], len(classes), condition)
-    notes = [f"split by seed {seed}: {len(train):,} training, {len(validation):,} validation and {len(test):,} test images"]
-    if dropped:
-        notes.insert(0, f"{dropped:,} exact duplicate images dropped")
-    return DataSplits(path.stem, "image", parts[0], parts[1], parts[2], classes=classes, levels=2**nbits, notices=tuple(notes), **rows)

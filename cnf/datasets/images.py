@@ -1,85 +1,127 @@
-"""Image sets with fixed protocols: the 8x8 digits of scikit-learn, and torchvision's."""
+"""Image data sets by name: scikit-learn's digits, and MNIST, Fashion-MNIST, CIFAR-10 and SVHN through torchvision."""
 
 from __future__ import annotations
 
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from cnf.datasets.splits import DataSplits, contexts
-from cnf.errors import DataError
+from cnf.datasets.splits import Array, DataSplits, Options, assemble
+from cnf.errors import ConfigError, DataError
 
-__all__ = ["IMAGES", "load_digits_8x8", "load_torchvision"]
+__all__ = ["DIGITS_LEVELS", "NAMES", "load_images", "reduce_bits"]
 
-# name -> (torchvision class, images taken from training for validation, flips, classes)
-IMAGES = {
-    "mnist": ("MNIST", 10_000, False),
-    "fashion-mnist": ("FashionMNIST", 10_000, False),
-    "cifar10": ("CIFAR10", 5_000, True),
-    "svhn": ("SVHN", 5_000, False),
+NAMES: dict[str, str] = {
+    "digits": "8x8 handwritten digits, 17 grey levels, 1,797 images; ships with scikit-learn (no download)",
+    "mnist": "MNIST, 28x28 handwritten digits, 70,000 images; torchvision",
+    "fashion-mnist": "Fashion-MNIST, 28x28 pictures of clothes, 70,000 images; torchvision",
+    "cifar10": "CIFAR-10, 32x32 colour pictures, 60,000 images; torchvision",
+    "svhn": "SVHN, 32x32 colour house numbers, 99,289 images; torchvision",
 }
+DIGITS_LEVELS = 17
+
+_TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "svhn": "SVHN"}
+_FOLDER = {"mnist": "MNIST/raw", "fashion-mnist": "FashionMNIST/raw", "cifar10": "cifar-10-batches-py", "svhn": "."}
+_VALIDATION = {"mnist": 10_000, "fashion-mnist": 10_000, "cifar10": 5_000, "svhn": 5_000}
+_TEN = tuple("0123456789")
 
 
-def load_digits_8x8(condition: str | None, limit: int | None) -> DataSplits:
-    """The 1,797 digits, 17 grey levels; 540 for test and 180 for validation, stratified, whatever the seed."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    bunch: Any = load_digits()
-    x, y = bunch.images.astype(np.uint8)[:, None], bunch.target
-    rest_x, test_x, rest_y, test_y = train_test_split(x, y, test_size=540, random_state=0, stratify=y)
-    train_x, val_x, train_y, val_y = train_test_split(rest_x, rest_y, test_size=180, random_state=0, stratify=rest_y)
-    train_x, train_y = train_x[:limit], train_y[:limit]
-    rows = contexts([train_y, val_y, test_y], 10, condition)
-    parts = [torch.from_numpy(np.ascontiguousarray(v)) for v in (train_x, val_x, test_x)]
-    note = f"fixed stratified splits: {len(train_x):,} training, 180 validation and 540 test images, 17 grey levels"
-    return DataSplits(
-        "digits", "image", parts[0], parts[1], parts[2], classes=tuple("0123456789"), levels=17, notices=(note,), **rows
-    )
+def reduce_bits(images: Array, nbits: int) -> Array:
+    """The ``nbits`` most significant bits of 8-bit images: x // 2**(8 − nbits), with 2**nbits levels."""
+    return images if nbits == 8 else images >> np.uint8(8 - nbits)
 
 
-def load_torchvision(
-    name: str, root: Path, seed: int, condition: str | None, limit: int | None, nbits: int, download: bool
-) -> DataSplits:
-    """MNIST, Fashion-MNIST, CIFAR-10 or SVHN, the official test split as test.
+def load_images(name: str, options: Options) -> DataSplits:
+    """Load one of :data:`NAMES`.
 
     Raises:
-        DataError: where the files are neither there nor to be had.
+        DataError: if torchvision finds the files neither in ``root`` nor on the network.
+        ConfigError: for ``nbits`` other than 8 with the digits, which have 17 levels.
     """
-    import torchvision.datasets as sets
+    return _digits(options) if name == "digits" else _torchvision(name, options)
 
-    kind, held, flip = IMAGES[name]
-    maker: Any = getattr(sets, kind)
 
-    def part(train: bool) -> tuple[Tensor, np.ndarray, list[str]]:
-        key: dict[str, Any] = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
+def _digits(options: Options) -> DataSplits:
+    """The digits with the project's fixed protocol: 540 test and 180 validation images, stratified, whatever the seeds."""
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
+
+    if options.nbits != 8:
+        raise ConfigError(f"nbits={options.nbits} does not apply to digits, which have {DIGITS_LEVELS} levels; leave it at 8")
+    raw = load_digits()
+    images: Array = raw.images.astype(np.uint8)[:, None]
+    labels: Array = raw.target.astype(np.int64)
+    rest, test = train_test_split(np.arange(len(labels)), test_size=540, random_state=0, stratify=labels)
+    train, validation = train_test_split(rest, test_size=180, random_state=0, stratify=labels[rest])
+    parts = (train, validation, test)
+    return assemble(
+        "digits",
+        "image",
+        [images[i] for i in parts],
+        options,
+        codes=[labels[i] for i in parts],
+        classes=_TEN,
+        levels=DIGITS_LEVELS,
+        notices=["fixed stratified split (random_state 0), independent of all seeds"],
+    )
+
+
+def _torchvision(name: str, options: Options) -> DataSplits:
+    """A torchvision set: the official test set; validation images taken off the official training set by split_seed."""
+    (images, labels), (test, test_labels) = _read(name, True, options), _read(name, False, options)
+    held_out = _VALIDATION[name]
+    order = np.random.default_rng(options.split_seed).permutation(len(images))
+    if len(images) <= held_out:
+        raise DataError(f"{name} has {len(images)} training images; expected more than {held_out}: the files are not complete")
+    train, validation = order[held_out:], order[:held_out]
+    return assemble(
+        name,
+        "image",
+        [reduce_bits(x, options.nbits) for x in (images[train], images[validation], test)],
+        options,
+        codes=[labels[train], labels[validation], test_labels],
+        classes=_classes(name),
+        levels=2**options.nbits,
+        notices=[f"official test set; validation split off the training set by split_seed {options.split_seed}"],
+        flip=name == "cifar10",
+    )
+
+
+def _read(name: str, train: bool, options: Options) -> tuple[Array, Array]:
+    """uint8 images (N, C, H, W) and int64 labels (N,) of one official part."""
+    from torchvision import datasets  # type: ignore[import-untyped]
+
+    root = Path(options.root).expanduser()
+    make = getattr(datasets, _TORCHVISION[name])
+    part: dict[str, Any] = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
+    try:
         try:
-            raw: Any = maker(str(root), download=download, **key)
-        except Exception as error:  # torchvision raises whatever its downloader met
-            raise DataError(
-                f"{name} is not under {root} and could not be downloaded ({type(error).__name__}: {error}): "
-                f"put torchvision's files there, or name their folder with --data-root"
-            ) from None
-        pixels = torch.as_tensor(np.asarray(raw.data))
-        if pixels.ndim == 3:
-            pixels = pixels[:, None]
-        elif name == "cifar10":
-            pixels = pixels.permute(0, 3, 1, 2)
-        labels = np.asarray(raw.labels if name == "svhn" else raw.targets)
-        return (pixels >> (8 - nbits)).contiguous(), labels, [str(c) for c in getattr(raw, "classes", range(10))]
+            found = make(str(root), download=False, **part)
+        except RuntimeError:  # not there
+            if not options.download:
+                raise
+            found = make(str(root), download=True, **part)
+    except (RuntimeError, OSError, ValueError, EOFError, HTTPException) as error:
+        where = (root / _FOLDER[name]).resolve()
+        tried = "downloading it failed" if options.download else "download=False forbids fetching it"
+        raise DataError(
+            f"{name} was not found complete in {str(where)!r} (root={options.root!r}) and {tried}: {error}. Put the original "
+            "files there (data/README.md lists them) or connect to the network and let torchvision fetch them"
+        ) from error
+    labels = np.asarray(found.labels if name == "svhn" else found.targets, dtype=np.int64)
+    images: Array = np.asarray(found.data, dtype=np.uint8)
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.shape[-1] == 3 and images.shape[1] != 3:
+        images = images.transpose(0, 3, 1, 2)
+    return images, labels
 
-    x, y, classes = part(True)
-    test, test_y, _ = part(False)
-    order = np.random.default_rng(seed).permutation(len(x))
-    validation, train = order[:held], order[held:][:limit]
-    rows = contexts([y[train], y[validation], test_y], 10, condition)
-    note = (
-        f"official test split of {len(test):,}; {held:,} training images kept for validation by split seed {seed}, "
-        f"{len(train):,} to train on, {2**nbits} grey levels"
-    )
-    return DataSplits(
-        name, "image", x[train], x[validation], test, classes=tuple(classes), levels=2**nbits, notices=(note,), flip=flip, **rows
-    )
+
+def _classes(name: str) -> tuple[str, ...]:
+    if name == "fashion-mnist":
+        return ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+    if name == "cifar10":
+        return ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    return _TEN

@@ -1,25 +1,52 @@
-"""What a data set is to the program: three disjoint splits and what is known about them."""
+"""What a loaded data set is, and how rows become training, validation and test sets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from cnf.errors import DataError
+from cnf.errors import ConfigError, DataError
 
-__all__ = ["DataSplits", "contexts", "one_hot", "split_indices"]
+__all__ = ["Array", "DataSplits", "Kind", "Options", "Rows", "assemble", "split_rows"]
+
+Array = NDArray[Any]
+Kind = Literal["toy", "image", "table"]
+
+MINIMUM_ROWS = 10
+MAXIMUM_CLASSES = 1000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DataSplits:
-    """Train, validation and test (N, \\*event): uint8 images (N, C, H, W), or float32 vectors (N, D)."""
+    """A data set, split, with what was done to it.
+
+    Attributes:
+        name: the name or path it was loaded by.
+        kind: ``"toy"`` (points in the plane), ``"image"`` or ``"table"``.
+        train, validation, test: uint8 (N, C, H, W) for images, float32 (N, D) otherwise.
+        train_context, validation_context, test_context: one-hot labels, float32 (N, len(classes)), or None.
+        classes: names of the labels in the order of the one-hot columns; filled whenever the data set has labels.
+        columns: names of a table's columns.
+        levels: number of grey levels of an image channel; None for vectors.
+        entropy: the true differential entropy in nats where it is known.
+        notices: what was done and should be reported, a sentence each.
+        flip: whether horizontal flips of training images are part of the published protocol.
+
+    Example:
+        >>> from cnf import datasets
+        >>> digits = datasets.load("digits")
+        >>> digits.event_shape, digits.levels, len(digits.test)
+        ((1, 8, 8), 17, 540)
+    """
 
     name: str
-    kind: str  # "toy", "image" or "table"
+    kind: Kind
     train: Tensor
     validation: Tensor
     test: Tensor
@@ -28,38 +55,187 @@ class DataSplits:
     test_context: Tensor | None = None
     classes: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
-    levels: int | None = None  # grey levels of images; None for vectors
-    entropy: float | None = None  # differential entropy in nats, of toy sets where it is known
-    notices: tuple[str, ...] = ()  # what was done to the data
-    flip: bool = False  # horizontal flips in training
+    levels: int | None = None
+    entropy: float | None = None
+    notices: tuple[str, ...] = ()
+    flip: bool = False
 
     @property
     def event_shape(self) -> tuple[int, ...]:
         """Shape of one item."""
         return tuple(self.train.shape[1:])
 
+    @property
+    def context_dim(self) -> int:
+        """Number of context columns; 0 without a condition."""
+        return 0 if self.train_context is None else int(self.train_context.shape[1])
 
-def split_indices(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """80 / 10 / 10 by seed.
+
+@dataclass(frozen=True)
+class Options:
+    """The options of :func:`cnf.datasets.load`, checked."""
+
+    root: str = "data"
+    seed: int = 0
+    split_seed: int = 0
+    condition: str | None = None
+    discrete: str = "dequantize"
+    duplicates: str = "drop"
+    download: bool = True
+    limit: int | None = None
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.1
+    nbits: int = 8
+    image_size: int | None = None
+    invert: bool = False
+    sizes: tuple[int, int, int] = (50_000, 5_000, 10_000)
+
+    def __post_init__(self) -> None:
+        if self.condition not in (None, "label"):
+            raise DataError(f"condition={self.condition!r} is not known; expected None or 'label'")
+        _one_of("discrete", self.discrete, ("dequantize", "keep", "error"))
+        _one_of("duplicates", self.duplicates, ("drop", "keep"))
+        for name in ("seed", "split_seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} is negative; expected zero or more")
+        for name in ("limit", "image_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} is too small; expected at least 1, or None")
+        if not 1 <= self.nbits <= 8:
+            raise ConfigError(f"nbits={self.nbits} cannot be; expected 1 to 8 bits a channel")
+        fractions = (self.validation_fraction, self.test_fraction)
+        if not (min(fractions) > 0.0 and sum(fractions) < 1.0):
+            raise ConfigError(
+                f"validation_fraction={fractions[0]} and test_fraction={fractions[1]} leave no sensible split; "
+                "expected both positive with a sum below 1"
+            )
+        if min(self.sizes) < 1:
+            raise ConfigError(f"sizes={self.sizes} of a toy set's splits must be three positive numbers")
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not known; expected one of {', '.join(map(repr, allowed))}")
+
+
+@dataclass
+class Rows:
+    """Rows as read from somewhere, before they are checked and split.
+
+    Attributes:
+        x: (N, D) numbers, or uint8 images (N, C, H, W).
+        labels: (N,) integers or strings, or None.
+        columns: names of the columns of a table.
+        parts: sizes of train, validation and test where the source gives the split (rows in that order), else None.
+        notices: what the reader did.
+    """
+
+    x: Array
+    labels: Array | None = None
+    columns: tuple[str, ...] = ()
+    parts: tuple[int, int, int] | None = None
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def kind(self) -> Kind:
+        return "image" if self.x.ndim == 4 else "table"
+
+
+def split_rows(n: int, options: Options) -> tuple[list[Array], str]:
+    """Row numbers of train, validation and test at random by ``split_seed``, and the notice that says so.
 
     Raises:
-        DataError: for fewer than 20 items.
+        DataError: with fewer than ten rows.
     """
-    if n < 20:
-        raise DataError(f"{n} items are too few to split into training, validation and test: give at least 20")
-    order = np.random.default_rng(seed).permutation(n)
-    tenth = n // 10
-    return order[2 * tenth :], order[tenth : 2 * tenth], order[:tenth]
+    if n < MINIMUM_ROWS:
+        raise DataError(f"the data set has {n} rows (duplicates dropped); expected at least {MINIMUM_ROWS} to split")
+    test, validation = (max(1, round(n * f)) for f in (options.test_fraction, options.validation_fraction))
+    order = np.random.default_rng(options.split_seed).permutation(n)
+    parts = [order[test + validation :], order[test : test + validation], order[:test]]
+    if len(parts[0]) < 2:
+        raise DataError(f"{n} rows leave fewer than two for training; lower validation_fraction or test_fraction")
+    notice = f"split at random by split_seed {options.split_seed}"
+    return parts, notice
 
 
-def one_hot(labels: np.ndarray, count: int) -> Tensor:
-    """Class numbers (N,) as contexts (N, count), float32."""
-    return torch.nn.functional.one_hot(torch.as_tensor(labels, dtype=torch.long), count).float()
+def encode_labels(labels: Array) -> tuple[Array, tuple[str, ...]]:
+    """Class numbers (N,) and class names: sorted, numerically for numbers.
+
+    Raises:
+        DataError: if the labels are neither integers nor strings, or are too many different ones.
+    """
+    if labels.dtype.kind == "f" and np.array_equal(labels, np.rint(labels)):
+        labels = labels.astype(np.int64)
+    if labels.dtype.kind not in "iubU":
+        raise DataError(f"labels have dtype {labels.dtype}; expected integers or strings, one for each row")
+    values, codes = np.unique(labels, return_inverse=True)
+    if len(values) > MAXIMUM_CLASSES:
+        raise DataError(
+            f"labels take {len(values)} different values; expected at most {MAXIMUM_CLASSES} classes "
+            "(a continuous quantity belongs among the columns)"
+        )
+    return codes.reshape(-1), tuple(str(v) for v in values)
 
 
-def contexts(labels: list[np.ndarray], count: int, condition: str | None) -> dict[str, Any]:
-    """The three splits' contexts as keywords of :class:`DataSplits`; none without a condition."""
-    if not condition:
-        return {}
-    names = ("train_context", "validation_context", "test_context")
-    return {name: one_hot(rows, count) for name, rows in zip(names, labels, strict=True)}
+def assemble(
+    name: str,
+    kind: Kind,
+    parts: Sequence[Array],
+    options: Options,
+    *,
+    codes: Sequence[Array] | None = None,
+    classes: tuple[str, ...] = (),
+    columns: tuple[str, ...] = (),
+    levels: int | None = None,
+    entropy: float | None = None,
+    notices: Sequence[str] = (),
+    flip: bool = False,
+) -> DataSplits:
+    """Build the :class:`DataSplits`: apply ``limit`` and ``condition``, convert to tensors, report the sizes.
+
+    Raises:
+        DataError: if ``condition="label"`` and there are no labels, or a part is empty.
+    """
+    train, validation, test = parts
+    for which, part in (("training", train), ("validation", validation), ("test", test)):
+        if len(part) == 0:
+            raise DataError(f"the {which} part of {name!r} is empty; expected at least one row")
+    report = [*notices, f"{len(train):,} training, {len(validation):,} validation, {len(test):,} test rows"]
+    if options.limit is not None and options.limit < len(train):
+        kept = np.random.default_rng(options.split_seed).permutation(len(train))[: options.limit]
+        train = train[kept]
+        codes = None if codes is None else [codes[0][kept], *codes[1:]]
+        report.append(
+            f"only {options.limit:,} of the training rows are used (limit), chosen by split_seed {options.split_seed}"
+        )
+    contexts: list[Tensor | None] = [None, None, None]
+    if options.condition == "label":
+        if codes is None:
+            raise DataError(
+                f"condition='label' needs labels and {name!r} has none; give an .npz file with the key 'labels', "
+                "or a folder whose sub-folders are the classes"
+            )
+        eye = torch.eye(len(classes))
+        contexts = [eye[torch.from_numpy(np.asarray(c, dtype=np.int64))] for c in codes]
+    return DataSplits(
+        name,
+        kind,
+        _tensor(train),
+        _tensor(validation),
+        _tensor(test),
+        contexts[0],
+        contexts[1],
+        contexts[2],
+        classes=classes,
+        columns=columns,
+        levels=levels,
+        entropy=entropy,
+        notices=tuple(report),
+        flip=flip,
+    )
+
+
+def _tensor(x: Array) -> Tensor:
+    """uint8 stays, everything else becomes float32; always a copy, so that nobody shares memory with a reader."""
+    return torch.from_numpy(np.array(x, dtype=np.uint8 if x.dtype == np.uint8 else np.float32, order="C"))

@@ -69,7 +69,7 @@ class Trainer:
         self.device = torch.device(self.config.device)
         torch.manual_seed(self.config.seed)  # the initial weights
         self.flow = info.build().to(self.device)
-        self.flow.fit_statistics(data.train)
+        self.flow.fit_statistics(data.train.to(self.device))
         self.objective = Likelihood(self.flow, self.config.kinetic, self.config.jacobian)
         # betas and eps are Adam's usual; AdamW with zero decay is Adam
         self.optimizer = torch.optim.AdamW(
