@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import types
 import typing
 from collections.abc import Callable
@@ -20,9 +21,23 @@ from cnf.flow import Flow
 from cnf.models import build
 from cnf.presets import RunConfig
 
-__all__ = ["FORMAT", "RunInfo", "load", "load_trainer", "read_config", "save_trainer", "write_atomic", "write_config", "write_text", "write_weights"]
+__all__ = [
+    "FORMAT",
+    "RunInfo",
+    "has_trainer",
+    "load",
+    "load_trainer",
+    "one_line",
+    "read_config",
+    "save_trainer",
+    "write_atomic",
+    "write_config",
+    "write_text",
+    "write_weights",
+]
 
 FORMAT = 1
+TRAINER = ("trainer.pt", "trainer.previous.pt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +94,7 @@ def read_config(folder: Path) -> RunInfo:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no run folder: it has no config.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path}: this version reads format {FORMAT}")
@@ -118,6 +133,12 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
+def one_line(error: BaseException, length: int = 300) -> str:
+    """What torch says in many lines, in one."""
+    text = " ".join(str(error).replace("Error(s) in loading state_dict for Flow:", "").split())
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
 def write_weights(folder: Path, flow: Flow) -> None:
     """model.safetensors."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in flow.state_dict().items()}
@@ -146,7 +167,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Flow:
     except ConfigError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     except (OSError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} does not hold this model's weights: {str(error)[:400]}") from None
+        raise CheckpointError(f"{path} does not hold this model's weights: {one_line(error)}") from None
     return flow.to(device).eval()
 
 
@@ -156,21 +177,35 @@ def save_trainer(folder: Path, state: dict[str, Any]) -> None:
     if path.exists():
         previous = folder / "trainer.previous.pt"
         previous.unlink(missing_ok=True)
-        os.link(path, previous)  # a second name: at no moment is there no whole checkpoint
+        try:
+            os.link(path, previous)  # a second name: at no moment is there no whole checkpoint
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, previous)
     write_atomic(path, lambda p: torch.save(state, p))
 
 
-def load_trainer(folder: Path) -> dict[str, Any]:
-    """The resume state; where trainer.pt is damaged, the previous one.
+def has_trainer(folder: Path) -> bool:
+    """Whether there is any checkpoint to resume from, damaged or not."""
+    return any((folder / name).exists() for name in TRAINER)
+
+
+def load_trainer(folder: Path) -> tuple[dict[str, Any], str]:
+    """The resume state and, where trainer.pt is damaged and the previous one serves (and takes its place), a line about it.
 
     Raises:
-        CheckpointError: if neither can be read.
+        CheckpointError: if neither can be read. Nothing in them is executed: torch's ``weights_only`` reader refuses all but
+            tensors and plain values.
     """
     reasons = []
-    for name in ("trainer.pt", "trainer.previous.pt"):
+    for name in TRAINER:
         try:
-            state: dict[str, Any] = torch.load(folder / name, map_location="cpu", weights_only=True)
-            return state
+            state = torch.load(folder / name, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict):
+                raise TypeError(f"it holds a {type(state).__name__}")
         except Exception as error:  # torch raises many kinds for a damaged file; all mean the same here
-            reasons.append(f"{name}: {type(error).__name__}")
+            reasons.append(f"{name}: {type(error).__name__}: {one_line(error, 120)}")
+            continue
+        if reasons:  # else the next save would keep the damaged one as the previous
+            os.replace(folder / name, folder / TRAINER[0])
+        return state, f"{folder}: going back to the previous checkpoint ({'; '.join(reasons)})" if reasons else ""
     raise CheckpointError(f"{folder} has no checkpoint that can be read ({'; '.join(reasons)})")

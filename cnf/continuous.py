@@ -154,7 +154,10 @@ class CNF(Transform):
 
         flat = x.new_zeros(x.shape[0])
         entries = (x, *(flat for _ in range(bool(log_det) + len(quadratures))))
-        parameters = [*self.field.parameters(), *(v for v in (start, stop, context) if v is not None)]
+        # a running cost may be learned too
+        learned = [m for q in quadratures for m in (q, getattr(q, "cost", None)) if isinstance(m, nn.Module)]
+        parameters: list[Tensor] = [p for m in (self.field, *learned) for p in m.parameters()]
+        parameters += [v for v in (start, stop, context) if v is not None]
         solver = self.solver if self.training else self.eval_solver
         try:
             solution = solver.solve(rhs, entries, dynamic=1, parameters=parameters)

@@ -245,11 +245,11 @@ class Hutchinson:
         with torch.enable_grad():
             point = x if recording and x.requires_grad else x.detach().requires_grad_()
             dx = field(t, point)
-            rows = [
-                torch.autograd.grad(dx, point, e, create_graph=recording, retain_graph=True)[0]
-                for e in probe
-            ]
-        product = torch.stack(rows)
+            if dx.requires_grad:  # a field may leave x out (a drift, say): its derivative is then zero, not missing
+                pull: dict[str, bool] = {"create_graph": recording, "retain_graph": True, "materialize_grads": True}
+                product = torch.stack([torch.autograd.grad(dx, point, e, **pull)[0] for e in probe])
+            else:
+                product = torch.zeros_like(probe)
         return (dx, product) if recording else (dx.detach(), product)
 
 

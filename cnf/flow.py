@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
 
 from cnf.continuous import CNF
+from cnf.distribution import FlowDistribution
 from cnf.errors import ConfigError, DataError
 from cnf.noise import Noise, draw
-from cnf.transforms import Dequantize, Sequential, Standardize, Transform, Transformed
+from cnf.trajectory import trajectory
+from cnf.transforms import Dequantize, Gaussianize, Standardize, Transform, Transformed, leaves
+from cnf.transforms.base import placed
 
 __all__ = ["Flow", "FlowDistribution"]
 
@@ -20,10 +23,18 @@ __all__ = ["Flow", "FlowDistribution"]
 class Flow(nn.Module):
     """A density: ``transform`` carries data to z ~ N(0, base_std² I).
 
+    Points are of the weights' floating type; the method names are those of torch.distributions. ``context`` is (N, C), one
+    row for each row of x, or (C,) for all.
+
     Args:
         transform: data to noise.
-        event_shape: shape of one data point.
+        event_shape: shape of one data point, (D,) or (C, H, W).
         base_std: standard deviation of the base.
+
+    Raises:
+        ConfigError: for a base_std or an event_shape that cannot be, or one that the transform does not take.
+        DataError: from every method, for a shape, type or value of its point or context that does not fit.
+        SolverError: from every method, where an ODE could not be solved.
 
     Example:
         >>> from cnf.fields import MLP
@@ -34,8 +45,10 @@ class Flow(nn.Module):
 
     def __init__(self, transform: Transform, event_shape: tuple[int, ...], *, base_std: float = 1.0):
         super().__init__()
-        if base_std <= 0:
+        if not 0 < base_std < math.inf:
             raise ConfigError(f"base_std={base_std}; expected a positive number")
+        if not isinstance(event_shape, Sequence) or not event_shape or any(n < 1 for n in event_shape):
+            raise ConfigError(f"event_shape={event_shape}; expected the shape of one point, such as (2,) or (1, 8, 8)")
         self.transform = transform
         self.event_shape = tuple(event_shape)
         self.latent_shape = transform.latent_shape(self.event_shape)
@@ -56,24 +69,67 @@ class Flow(nn.Module):
         """The CNF blocks, data to noise."""
         return [m for m in self.modules() if isinstance(m, CNF)]
 
+    @property
+    def context_dim(self) -> int | None:
+        """Size C of the context, 0 for none; None where a field of one's own does not say (``field.context_dim``)."""
+        sizes = [[c for m in b.field.modules() if (c := getattr(m, "context_dim", None)) is not None] for b in self.blocks]
+        return max((max(s) for s in sizes), default=0) if all(sizes) else None
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the type and on the device that the flow computes in."""
+        return next((v for v in chain(self.parameters(), self.buffers()) if v.is_floating_point()), torch.zeros(()))
+
     @torch.no_grad()
-    def fit_statistics(self, x: Tensor) -> None:
-        """Set every Standardize before the first block to the mean and standard deviation of what reaches it.
+    def fit_statistics(self, x: Tensor, *, batch_size: int = 8192) -> None:
+        """Fit every Standardize and Gaussianize before the first block to what reaches it.
 
         Args:
             x: training data (N, \\*event); images are dequantised with fixed noise.
-        """
-        chain = self.transform.transforms if isinstance(self.transform, Sequential) else [self.transform]
-        for i, module in enumerate(chain):
-            if isinstance(module, CNF):
-                return
-            if isinstance(module, Standardize):
-                module.fit(x)
-            x = module(x, noise=Noise(0, "statistics").child(i)).value
+            batch_size: rows held as floats at once.
 
-    def _check(self, x: Tensor) -> None:
-        if tuple(x.shape[1:]) != self.event_shape:
-            raise DataError(f"x has shape {tuple(x.shape)}; expected (N, {', '.join(map(str, self.event_shape))})")
+        Raises:
+            DataError: for fewer than two rows, values that are not finite, or a constant dimension.
+        """
+
+        def arriving(at: int) -> Iterator[Tensor]:
+            for number, part in enumerate(x.split(batch_size)):
+                for leaf, noise in islice(placed(self.transform, Noise(0, "statistics", number)), at):
+                    part = leaf(part, noise=noise).value
+                yield part
+
+        for i, leaf in enumerate(leaves(self.transform)):
+            if any(isinstance(m, CNF) for m in leaf.modules()):
+                return
+            if isinstance(leaf, Standardize | Gaussianize):
+                leaf.fit_batches(arriving(i))
+
+    def _check(self, name: str, x: Tensor, shape: tuple[int, ...], context: Tensor | None) -> None:
+        """Refuse points (N, \\*shape) and contexts that do not fit, before a solve makes a riddle of them."""
+        if tuple(x.shape[1:]) != shape or x.ndim == 0 or len(x) == 0:
+            raise DataError(f"{name} has shape {tuple(x.shape)}; expected (N, {', '.join(map(str, shape))}), N at least 1")
+        floats, own = (torch.float32, torch.float64), self.like.dtype
+        if x.is_floating_point():
+            if x.dtype != own and x.dtype in floats and own in floats:
+                raise DataError(f"{name} has type {x.dtype}, but the flow computes in {own}: give {name}.to({own}), or convert the flow")
+            if not torch.compiler.is_compiling() and not bool(x.isfinite().all()):
+                row = int((~x.flatten(1).isfinite().all(1)).nonzero()[0])
+                raise DataError(f"{name} holds NaN or infinity, first in row {row}: remove or replace such rows")
+        elif self.levels is None or name != "x":
+            raise DataError(f"{name} has type {x.dtype}; expected floats")
+        if context is not None:
+            self._check_context(context, len(x))
+
+    def _check_context(self, context: Tensor, rows: int | None) -> None:
+        shape, size = tuple(context.shape), self.context_dim
+        if size == 0:
+            raise ConfigError(f"context has shape {shape}, but this flow was built without context (context_dim=0)")
+        if not context.is_floating_point():
+            raise DataError(f"context has type {context.dtype}; expected floats, a label as a one-hot row")
+        wide = size is None or shape[-1:] == (size,)
+        if context.ndim not in (1, 2) or not wide or (context.ndim == 2 and rows is not None and shape[0] != rows):
+            width = "C" if size is None else size
+            raise DataError(f"context has shape {shape}; expected ({width},), or ({'M' if rows is None else rows}, {width})")
 
     def evaluate(
         self,
@@ -85,13 +141,12 @@ class Flow(nn.Module):
         integrals: bool = True,
     ) -> Transformed:
         """Data to latent with everything that comes along: log_det (N,), integrals by name (N,), cost."""
-        self._check(x)
+        self._check("x", x, self.event_shape, context)
         return self.transform.forward(x, context, noise=noise, log_det=log_det, integrals=integrals)
 
     def base_log_prob(self, z: Tensor) -> Tensor:
         """log q(z), (N,) nats."""
-        dim = z[0].numel() if len(z) else self.dim
-        constant = dim * (0.5 * math.log(2 * math.pi) + math.log(self.base_std))
+        constant = math.prod(z.shape[1:]) * (0.5 * math.log(2 * math.pi) + math.log(self.base_std))
         return -0.5 * (z / self.base_std).square().flatten(1).sum(1) - constant
 
     def log_prob(self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> Tensor:
@@ -103,11 +158,23 @@ class Flow(nn.Module):
         """Bits per dimension (N,); floats in [0, 1] count with the data set's levels.
 
         Raises:
-            DataError: for a flow that is not one of images.
+            DataError: for a flow that is not one of images, or floats outside [0, 1].
         """
         if self.levels is None:
             raise DataError("bits_per_dim is for images (a flow with Dequantize): vectors have log_prob, in nats")
+        self.require_unit_interval(x)
         return self.to_bits(self.log_prob(x, context, noise=noise), x.is_floating_point())
+
+    @staticmethod
+    def require_unit_interval(x: Tensor) -> None:
+        """Refuse float images that no grey levels can have given.
+
+        Raises:
+            DataError: for floats outside [0, 1], where bits/dim mean nothing (the density itself reaches a little further).
+        """
+        if x.is_floating_point() and x.numel() and not bool(((x >= 0) & (x <= 1)).all()):
+            low, high = (float(v) for v in x.detach().aminmax())
+            raise DataError(f"x spans [{low:g}, {high:g}]; expected floats in [0, 1], or uint8 grey levels")
 
     def to_bits(self, log_prob: Tensor, floats: bool) -> Tensor:
         """Nats to bits/dim: −log p / (D ln 2), plus log2(levels) for a density on [0, 1]."""
@@ -120,27 +187,29 @@ class Flow(nn.Module):
 
     def decode(self, z: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> Tensor:
         """z to x, without any divergence."""
+        self._check("z", z, self.latent_shape, context)
         return self.transform.inverse(z, context, noise=noise, log_det=False).value
 
     def _latent(
         self, n: int, context: Tensor | None, noise: Noise | None, temperature: float
     ) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
         """z, the context row by row, and the sample's leading shape."""
-        if n < 1 or temperature <= 0:
+        if n < 1 or not temperature > 0:
             raise ConfigError(f"n={n}, temperature={temperature}: expected n >= 1 and a positive temperature")
         lead: tuple[int, ...] = (n,)
-        if context is not None and context.ndim == 2:
-            lead = (n, context.shape[0])
-            context = context.repeat(n, 1)
-        like = next((p for p in self.parameters()), torch.zeros(()))
+        if context is not None:
+            self._check_context(context, None)
+            if context.ndim == 2:
+                lead = (n, context.shape[0])
+                context = context.repeat(n, 1)
         shape = (math.prod(lead), *self.latent_shape)
-        z = draw(noise, "latent", "normal", shape, dtype=like.dtype, device=like.device)
+        z = draw(noise, "latent", "normal", shape, dtype=self.like.dtype, device=self.like.device)
         return z * (self.base_std * temperature), context, lead
 
     def rsample(
         self, n: int, context: Tensor | None = None, *, noise: Noise | None = None, temperature: float = 1.0
     ) -> Tensor:
-        """Samples with gradient: (n, \\*event); with context (M, C): (n, M, \\*event)."""
+        """Samples with gradient: (n, \\*event); with context (M, C): (n, M, \\*event). Images are not clamped to [0, 1]."""
         z, rows, lead = self._latent(n, context, noise, temperature)
         return self.decode(z, rows, noise=noise).reshape(*lead, *self.event_shape)
 
@@ -154,109 +223,54 @@ class Flow(nn.Module):
         temperature: float = 1.0,
         quantize: bool = False,
     ) -> Tensor:
-        """Samples (n, \\*event), or (n, M, \\*event) with context (M, C); ``quantize`` gives uint8 pixels."""
+        """Samples (n, \\*event), or (n, M, \\*event) with context (M, C); images in [0, 1].
+
+        Args:
+            n: how many, of each row of ``context`` where it is (M, C).
+            context: (C,) or (M, C).
+            noise: where z is drawn from.
+            temperature: factor of the base's standard deviation.
+            quantize: uint8 pixels in place of floats.
+        """
+        if quantize and self.levels is None:
+            raise ConfigError("quantize=True is for images: this flow has no Dequantize")
         x = self.rsample(n, context, noise=noise, temperature=temperature)
         if self.levels is None:
-            if quantize:
-                raise ConfigError("quantize=True is for images: this flow has no Dequantize")
             return x
         return Dequantize(self.levels).quantize(x) if quantize else x.clamp(0, 1)
 
     def sample_and_log_prob(
         self, n: int, context: Tensor | None = None, *, noise: Noise | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Samples and their log-density in one solve: (n, \\*event) and (n,)."""
+        """Samples, not clamped, and their log-density in one solve: (n, \\*event) and (n,), or (n, M, ...), with gradient."""
         z, rows, lead = self._latent(n, context, noise, 1.0)
         out = self.transform.inverse(z, rows, noise=noise, integrals=False)
         log_prob = self.base_log_prob(z) - out.log_det
         return out.value.reshape(*lead, *self.event_shape), log_prob.reshape(lead)
 
     def score(self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> Tensor:
-        """∇ log p(x), (N, \\*event)."""
+        """∇ log p(x), (N, \\*event), nats per unit of x; x must be floats."""
+        if not x.is_floating_point():
+            raise DataError(f"x has type {x.dtype}; the score is a derivative and takes floats")
         with torch.enable_grad():
             point = x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self.log_prob(point, context, noise=noise).sum(), point)
         return gradient
 
-    @torch.no_grad()
-    def trajectory(self, x: Tensor, times: Tensor, context: Tensor | None = None) -> Tensor:
-        """Where x is at each of ``times`` in [0, 1] (0 = data, 1 = latent), in the coordinates of the blocks.
-
-        The chain's blocks share [0, 1] evenly. Transforms without time (Standardize, Logit) are applied first, so the
-        path is drawn where the ODE lives.
-
-        Returns:
-            (len(times), N, \\*event).
+    def trajectory(
+        self, x: Tensor, times: Tensor, context: Tensor | None = None, *, noise: Noise | None = None
+    ) -> Tensor:
+        """Where x is at each of ``times`` in [0, 1] (0 = data, 1 = latent), (len(times), N, \\*event), in the coordinates of
+        the blocks (after Standardize or Logit); see :func:`cnf.trajectory.trajectory`.
 
         Raises:
-            ConfigError: for times outside [0, 1] or not increasing.
+            ConfigError: for times outside [0, 1] or decreasing, or a flow that has no such path (with a Split).
         """
-        self._check(x)
-        if len(times) == 0 or bool((times.diff() < 0).any()) or float(times[0]) < 0 or float(times[-1]) > 1:
-            raise ConfigError(f"times={times.tolist()[:8]}...: expected increasing times in [0, 1]")
-        chain = self.transform.transforms if isinstance(self.transform, Sequential) else [self.transform]
-        count = len(self.blocks)
-        frames: list[Tensor] = []
-        done, todo = 0, times.tolist()
-        for module in chain:
-            if not isinstance(module, CNF):
-                x = module(x, context, log_det=False).value
-                continue
-            now = 0.0
-            end = module.end_time(x)
-            while todo and todo[0] * count <= done + 1 + 1e-9:
-                local = min(1.0, max(0.0, todo.pop(0) * count - done))
-                if local > now:
-                    x = module.integrate(x, (now * end, local * end), context, log_det=False)[0]
-                    now = local
-                frames.append(x)
-            if now < 1:
-                x = module.integrate(x, (now * end, end), context, log_det=False)[0]
-            done += 1
-        return torch.stack(frames)
+        self._check("x", x, self.event_shape, context)
+        return trajectory(self.transform, x, times, context, noise=noise)
 
     def distribution(self, context: Tensor | None = None) -> FlowDistribution:
         """This flow as a ``torch.distributions.Distribution``; a context (M, C) becomes the batch shape (M,)."""
+        if context is not None:
+            self._check_context(context, None)
         return FlowDistribution(self, context)
-
-
-class FlowDistribution(Distribution):
-    """A flow inside torch.distributions: Independent and TransformedDistribution take it."""
-
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-    has_rsample = True
-
-    def __init__(self, flow: Flow, context: Tensor | None = None, batch_shape: tuple[int, ...] | None = None):
-        self.flow, self.context = flow, context
-        shape = tuple(context.shape[:-1]) if context is not None else ()
-        super().__init__(torch.Size(batch_shape or shape), torch.Size(flow.event_shape), validate_args=False)
-
-    @property
-    def support(self) -> Any:
-        """The reals, one per dimension of an event."""
-        return constraints.independent(constraints.real, len(self.event_shape))
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:
-        """The same flow for a larger batch of contexts."""
-        if self.context is None:
-            return FlowDistribution(self.flow, None, tuple(batch_shape))
-        return FlowDistribution(self.flow, self.context.expand(*batch_shape, self.context.shape[-1]))
-
-    def _rows(self, lead: torch.Size) -> Tensor | None:
-        if self.context is None:
-            return None
-        return self.context.expand(*lead, self.context.shape[-1]).reshape(-1, self.context.shape[-1])
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """log p of ``value`` (\\*sample, \\*batch, \\*event), nats."""
-        lead = value.shape[: value.ndim - len(self.event_shape)]
-        rows = self.flow.log_prob(value.reshape(-1, *self.event_shape), self._rows(lead))
-        return rows.reshape(lead)
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch.distributions' own signature)
-        """Samples with gradient."""
-        lead = torch.Size(sample_shape) + self.batch_shape
-        like = next(self.flow.parameters())
-        z = torch.randn((lead.numel(), *self.flow.latent_shape), dtype=like.dtype, device=like.device)
-        x = self.flow.decode(z * self.flow.base_std, self._rows(lead))
-        return x.reshape(*lead, *self.event_shape)

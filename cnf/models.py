@@ -4,31 +4,42 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 
 from cnf.continuous import CNF
+from cnf.dequantization import VariationalDequantize
 from cnf.divergence import Divergence, Exact, Hutchinson
 from cnf.errors import ConfigError
-from cnf.fields import MLP, ConvField
+from cnf.fields import MLP, ConvField, SqueezeSum
 from cnf.flow import Flow
+from cnf.multiscale import multiscale
 from cnf.solvers import Adaptive, FixedGrid, Solver
-from cnf.transforms import Dequantize, Logit, Sequential, Standardize, Transform
+from cnf.transforms import Dequantize, Gaussianize, Logit, Sequential, Squeeze, Standardize, Transform
 
 __all__ = ["ModelConfig", "SolverConfig", "build", "divergence", "eval_solver", "train_solver"]
+
+PARALLEL_LEVELS = 4  # nets in the field of FFJORD's multiscale-parallel model, where the size can be squeezed so often
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The flow's architecture."""
 
+    architecture: Literal["stack", "multiscale", "parallel"] = "stack"
+    """Blocks one after another; FFJORD's and RNODE's multiscale chain; or blocks whose fields sum nets at 4 sizes."""
     field: Literal["mlp", "conv"] = "mlp"
     """Vector field: fully connected, or convolutional (images only)."""
     hidden: tuple[int, ...] = (64, 64)
     """Widths (or channels) of the hidden layers; one or two give an MLP a closed-form exact trace."""
-    blocks: int = 1
-    """Number of CNF blocks, one after another."""
+    blocks: Annotated[int, tyro.conf.arg(aliases=("--num-blocks",))] = 1
+    """Number of CNF blocks, one after another; in a multiscale chain before and after every squeeze."""
+    strides: tuple[int, ...] = ()
+    """Conv: a number for each layer (one more than --hidden): 1 = 3x3, 0 = 1x1, 2 = down, -2 = up; all 1 if empty."""
+    squeeze_first: bool = False
+    """Images: squeeze 2x2 before the first block."""
     layer: str = "concatsquash"
     """How time enters: ignore, concat, squash, concatsquash, concatcoord, blend, hyper."""
     nonlinearity: str = "tanh"
@@ -42,9 +53,12 @@ class ModelConfig:
     learn_end_time: bool = False
     """Learn T."""
     alpha: float = 0.01
-    """Margin of the logit transform of images."""
-    standardize: bool = True
-    """Images: standardise every pixel in logit space by the training data, so that the flow starts near the data."""
+    """Margin of the logit (or of the pixels' distributions), which keeps black and white finite."""
+    dequantize: Literal["uniform", "variational"] = "uniform"
+    """Images: noise that spreads the grey levels: uniform, or learned with the model (Flow++), a tighter bound."""
+    marginals: Literal["logit", "standardize", "gaussianize"] = "standardize"
+    """Images, before the first block: the logit alone, as published; then each pixel standardised by the training data; or in
+    its place each pixel's own distribution made normal, exactly."""
     base_std: float = 1.0
     """Standard deviation of the base distribution."""
 
@@ -54,11 +68,11 @@ class SolverConfig:
     """How the ODE is solved and the trace taken."""
 
     method: str = "rk4"
-    """Training: a fixed grid (euler, midpoint, heun, rk4, rk4-classic), or an adaptive method with --adaptive."""
+    """Training: a fixed grid's (euler, midpoint, heun, rk4, rk4-classic, dopri5); with --adaptive dopri5, dopri8, bosh3, ..."""
     grid_steps: int = 4
     """Training: steps of the fixed grid, per block (the watch may raise it)."""
     adaptive: bool = False
-    """Training: solve adaptively (method dopri5, dopri8, bosh3, ...) instead of on a grid."""
+    """Training: solve adaptively (--method dopri5, say) instead of on a grid."""
     gradient: Literal["direct", "checkpoint", "adjoint"] = "direct"
     """Training gradient: direct; checkpoint (grids); adjoint (adaptive)."""
     rtol: float = 1e-5
@@ -86,9 +100,7 @@ class SolverConfig:
 def train_solver(config: SolverConfig, grid_steps: int | None = None) -> Solver:
     """The solver that training uses."""
     if config.adaptive:
-        gradient = "adjoint" if config.gradient == "adjoint" else "direct"
-        method = "dopri5" if config.method == "rk4" else config.method
-        return Adaptive(method, config.rtol, config.atol, gradient)
+        return Adaptive(config.method, config.rtol, config.atol, config.gradient)
     return FixedGrid(config.method, grid_steps or config.grid_steps, config.gradient)
 
 
@@ -102,6 +114,68 @@ def divergence(config: SolverConfig) -> Divergence:
     if config.divergence == "exact":
         return Exact()
     return Hutchinson(config.probe, config.mode, config.probes)
+
+
+def _dequantize(model: ModelConfig, levels: int, event_shape: tuple[int, ...]) -> Dequantize:
+    """How grey levels become numbers."""
+    if model.dequantize == "uniform":
+        return Dequantize(levels)
+    if len(event_shape) != 3:
+        raise ConfigError(f"dequantize={model.dequantize!r} needs images (C, H, W), but an event has shape {event_shape}")
+    return VariationalDequantize(levels, event_shape[0])
+
+
+def _field(model: ModelConfig, shape: tuple[int, ...], context_dim: int) -> torch.nn.Module:
+    """The vector field of one block for events of ``shape``."""
+    if model.field == "mlp":
+        for name, value, idle in (
+            ("architecture", model.architecture, "stack"),
+            ("strides", model.strides, ()),
+            ("squeeze_first", model.squeeze_first, False),
+        ):
+            if value != idle:
+                raise ConfigError(f"{name}={value!r} is for convolutions: use field='conv'")
+        dim = math.prod(shape)
+        return MLP(dim, model.hidden, model.layer, model.nonlinearity, context_dim, model.residual, model.zero_init)
+    if len(shape) != 3:
+        raise ConfigError(f"field='conv' needs images, but an event has shape {shape}: use field='mlp'")
+
+    def conv(part: tuple[int, ...]) -> ConvField:
+        return ConvField(
+            part[0],
+            model.hidden,
+            model.layer,
+            model.nonlinearity,
+            _strides(model, part),
+            context_dim,
+            model.residual,
+            model.zero_init,
+        )
+
+    if model.architecture != "parallel":
+        return conv(shape)
+    levels = 1
+    while levels < PARALLEL_LEVELS and not any(n % 2**levels for n in shape[1:]):
+        levels += 1
+    if levels == 1:
+        raise ConfigError(
+            f"architecture='parallel' squeezes images, but {shape[1]}x{shape[2]} is odd: give even sizes, or use "
+            "architecture='stack'"
+        )
+    return SqueezeSum([conv((4**s * shape[0], shape[1] >> s, shape[2] >> s)) for s in range(levels)])
+
+
+def _strides(model: ModelConfig, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The strides, once the size of ``shape`` is known to survive them."""
+    size = shape[1:]
+    for stride in model.strides:
+        if stride == 2 and any(n % 2 for n in size):
+            raise ConfigError(
+                f"strides={model.strides} halves {size[0]}x{size[1]} on the way through a block on events {shape}: give "
+                "sizes that can be halved so often, or fewer strides of 2"
+            )
+        size = tuple(n // 2 if stride == 2 else 2 * n if stride == -2 else n for n in size)
+    return model.strides or None
 
 
 def build(
@@ -123,50 +197,51 @@ def build(
         context_dim: size of the context, 0 for none.
 
     Raises:
-        ConfigError: for settings that do not fit each other.
+        ConfigError: for settings that do not fit each other, or images whose size cannot be squeezed as they ask.
 
     Example:
         >>> flow = build(ModelConfig(hidden=(32,)), SolverConfig(), (2,))
         >>> sum(p.numel() for p in flow.parameters())
-        298
+        264
+        >>> ffjord = ModelConfig("multiscale", "conv", (64, 64, 64), 1, layer="concat", nonlinearity="softplus",
+        ...                      zero_init=False, learn_end_time=True, alpha=1e-6, marginals="logit")
+        >>> flow = build(ffjord, SolverConfig(), (1, 28, 28), levels=256)
+        >>> sum(p.numel() for p in flow.parameters()), flow.latent_shape
+        (400323, (784,))
     """
     if model.blocks < 1:
         raise ConfigError(f"blocks={model.blocks}; expected at least 1")
+    if levels is None and model.dequantize != "uniform":
+        raise ConfigError(f"dequantize={model.dequantize!r} is for images; these data are vectors")
     first: list[Transform]
     if levels is None:
         first = [Standardize(torch.zeros(event_shape), torch.ones(event_shape))]
     else:
-        first = [Dequantize(levels), Logit(model.alpha)]
-        if model.standardize:
-            first.append(Standardize(torch.zeros(event_shape), torch.ones(event_shape)))
-    blocks = []
-    for _ in range(model.blocks):
-        field: torch.nn.Module
-        if model.field == "conv":
-            if len(event_shape) != 3:
-                raise ConfigError(f"field='conv' needs images, but an event has shape {event_shape}: use field='mlp'")
-            field = ConvField(
-                event_shape[0], model.hidden, model.layer, model.nonlinearity, None, context_dim, model.residual, model.zero_init
-            )
+        first = [_dequantize(model, levels, event_shape)]
+        if model.marginals == "gaussianize":
+            first.append(Gaussianize(event_shape, levels, model.alpha))
         else:
-            field = MLP(
-                math.prod(event_shape),
-                model.hidden,
-                model.layer,
-                model.nonlinearity,
-                context_dim,
-                model.residual,
-                model.zero_init,
-            )
-        blocks.append(
-            CNF(
-                field,
-                divergence(solver),
-                train_solver(solver),
-                eval_solver(solver),
-                end_time=model.end_time,
-                learn_end_time=model.learn_end_time,
-                steer=solver.steer,
-            )
+            first.append(Logit(model.alpha))
+        if model.marginals == "standardize":
+            first.append(Standardize(torch.zeros(event_shape), torch.ones(event_shape)))
+    shape = event_shape
+    if model.squeeze_first:
+        first.append(Squeeze())
+        shape = first[-1].latent_shape(shape)
+
+    def block(shape: tuple[int, ...]) -> CNF:
+        return CNF(
+            _field(model, shape, context_dim),
+            divergence(solver),
+            train_solver(solver),
+            eval_solver(solver),
+            end_time=model.end_time,
+            learn_end_time=model.learn_end_time,
+            steer=solver.steer,
         )
+
+    if model.architecture == "multiscale":
+        blocks: list[Transform] = [multiscale(shape, block, model.blocks)]
+    else:
+        blocks = [block(shape) for _ in range(model.blocks)]
     return Flow(Sequential([*first, *blocks]), event_shape, base_std=model.base_std)

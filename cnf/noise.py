@@ -30,6 +30,9 @@ class Noise:
         start: the first row of the joint batch that is held here.
         total: rows of the joint batch; ``None`` means that the rows held here are all.
 
+    Raises:
+        ConfigError: for rows that do not lie in the joint batch.
+
     Example:
         >>> a = Noise(seed=0, step=3).child(1).draw("probe", "normal", (4, 2))
         >>> b = Noise(seed=0, step=3, start=2, total=4).child(1).draw("probe", "normal", (2, 2))
@@ -38,6 +41,8 @@ class Noise:
     """
 
     def __init__(self, seed: int, purpose: str = "train", step: int = 0, *, start: int = 0, total: int | None = None):
+        if start < 0 or (total is None and start) or (total is not None and total < start):
+            raise ConfigError(f"start={start}, total={total}: expected 0 <= start <= total, the joint batch's size")
         self.seed, self.purpose, self.step = int(seed), purpose, int(step)
         self.start, self.total = int(start), total
         self.place: tuple[int, ...] = ()
@@ -45,8 +50,13 @@ class Noise:
     def child(self, i: int) -> Noise:
         """The noise of child ``i`` of the module that holds this one."""
         other = self._copy()
-        other.place = (*self.place, i)
+        other.place = (*self.place, int(i))
         return other
+
+    def __repr__(self) -> str:
+        rows = "" if self.total is None else f", start={self.start}, total={self.total}"
+        place = "".join(f".child({i})" for i in self.place)
+        return f"Noise({self.seed}, {self.purpose!r}, {self.step}{rows}){place}"
 
     def _copy(self) -> Noise:
         other = Noise(self.seed, self.purpose, self.step, start=self.start, total=self.total)
@@ -65,6 +75,8 @@ class Noise:
     ) -> Tensor:
         """Draw by name: the same arguments give the same tensor, bit for bit, on the same kind of device.
 
+        Torch's global generator is neither read nor moved.
+
         Args:
             name: what is drawn, unique within one module and one call.
             kind: ``"uniform"`` on [0, 1), standard ``"normal"``, or ``"rademacher"`` (plus or minus one).
@@ -72,6 +84,9 @@ class Noise:
             dtype: floating-point type of the result.
             device: where the result lives (and is drawn).
             batch_dim: which dimension counts the rows; ``None`` where the draw is one for the whole batch.
+
+        Raises:
+            ConfigError: for an unknown kind, or rows beyond the joint batch.
         """
         joint, start = list(shape), 0
         if batch_dim is not None and self.total is not None:
@@ -98,8 +113,14 @@ class Noise:
     def replay(tensors: Mapping[str, Tensor]) -> Noise:
         """Noise that returns the given tensors, keyed by place and name: ``{"1/probe": e, "0/dequantize": u}``.
 
+        A tensor may lack, or have, dimensions of size one: a probe (N, D) serves as (1, N, D).
+
         Raises:
             ConfigError: at a draw that has no tensor, or one whose shape does not fit (both named).
+
+        Example:
+            >>> Noise.replay({"1/probe": torch.ones(2)}).child(1).draw("probe", "normal", (1, 2))
+            tensor([[1., 1.]])
         """
         return _Replay(dict(tensors))
 
@@ -130,7 +151,7 @@ class _Replay(Noise):
         if key not in self.tensors:
             raise ConfigError(f"noise to replay has no tensor {key!r}; it holds {sorted(self.tensors)}")
         value = self.tensors[key].to(dtype=dtype or torch.get_default_dtype(), device=device)
-        if value.numel() != torch.Size(shape).numel():
+        if [n for n in value.shape if n != 1] != [n for n in shape if n != 1]:
             raise ConfigError(f"noise to replay: {key!r} has shape {tuple(value.shape)}, but {tuple(shape)} is needed")
         return value.reshape(tuple(shape))
 

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
+from cnf.divergence import Bound, Linearization
 from cnf.errors import ConfigError
 from cnf.flow import Flow
 from cnf.noise import Noise
-from cnf.quadratures import JacobianFrobenius, Kinetic
+from cnf.quadratures import JacobianFrobenius, Kinetic, Quadrature
 from cnf.solvers import Stats
 
 __all__ = ["Likelihood"]
+
+
+class _BlockMean:
+    """A regulariser as RNODE's released code weighs it: its mean over the block's own dimensions, times a factor."""
+
+    def __init__(self, quadrature: Quadrature, factor: float):
+        self.quadrature, self.factor = quadrature, factor
+        self.name, self.need = f"{quadrature.name}_mean", quadrature.need
+
+    def __call__(self, t: Tensor, x: Tensor, linearization: Linearization, field: Bound) -> Tensor:
+        return self.quadrature(t, x, linearization, field) * (self.factor / x[0].numel())
 
 
 class Likelihood(nn.Module):
@@ -23,21 +37,46 @@ class Likelihood(nn.Module):
         flow: the density to fit.
         kinetic: :math:`\lambda_K \ge 0`.
         jacobian: :math:`\lambda_J \ge 0`.
+        regularisers: ``"paper"``, as above; ``"code"`` for what RNODE's released code adds to the loss, images or
+            vectors: the sum over blocks of :math:`\frac{\lambda_K}{2}` and :math:`\lambda_J` times the integrals' means
+            over each block's own dimensions, so that small blocks weigh as much as large ones (terms ``kinetic_mean``
+            and ``jacobian_mean``).
 
     Raises:
-        ConfigError: for a negative weight.
+        ConfigError: for unknown regularisers, a weight that is negative or not finite, or a quadrature called ``loss`` or ``nll``, which are the objective's own terms.
+
+    Example:
+        >>> from cnf.fields import MLP
+        >>> from cnf.continuous import CNF
+        >>> objective = Likelihood(Flow(CNF(MLP(2)), (2,)), kinetic=0.01)
+        >>> terms = objective(torch.randn(5, 2))
+        >>> sorted(terms), terms["loss"].shape
+        (['kinetic', 'loss', 'nll'], torch.Size([5]))
     """
 
-    def __init__(self, flow: Flow, kinetic: float = 0.0, jacobian: float = 0.0):
+    def __init__(self, flow: Flow, kinetic: float = 0.0, jacobian: float = 0.0, regularisers: str = "paper"):
         super().__init__()
-        if kinetic < 0 or jacobian < 0:
-            raise ConfigError(f"kinetic={kinetic}, jacobian={jacobian}: a regulariser's weight must not be negative")
+        if regularisers not in ("paper", "code"):
+            raise ConfigError(f"regularisers={regularisers!r} is unknown: expected 'paper' or 'code'")
+        if not (0 <= kinetic < math.inf and 0 <= jacobian < math.inf):
+            raise ConfigError(f"kinetic={kinetic}, jacobian={jacobian}: a regulariser's weight must be finite and not negative")
         self.flow = flow
-        self.weights = {k: v for k, v in (("kinetic", kinetic), ("jacobian", jacobian)) if v}
+        released = regularisers == "code"
+        self.scale = flow.dim if flow.levels is not None and not released else 1
+        self.weights: dict[str, float] = {}
+        # the kinetic energy costs nothing beside the solve, so it is always reported in training
+        own: list[Quadrature] = [Kinetic()]
+        for quadrature, weight, factor in ((Kinetic(), kinetic, 0.5), (JacobianFrobenius(), jacobian, 1.0)):
+            if weight:
+                chosen: Quadrature = _BlockMean(quadrature, factor) if released else quadrature
+                self.weights[chosen.name] = weight
+                own += [chosen] if chosen.name != "kinetic" else []
         for block in flow.blocks:
-            kept = [q for q in block.quadratures if q.name not in ("kinetic", "jacobian")]
-            # the kinetic energy costs nothing beside the solve, so it is always reported in training
-            block.quadratures = (*kept, Kinetic(), *([JacobianFrobenius()] if jacobian else []))
+            # those of an earlier objective go
+            kept = [q for q in block.quadratures if q.name.removesuffix("_mean") not in ("kinetic", "jacobian")]
+            if taken := {q.name for q in kept} & {"loss", "nll"}:
+                raise ConfigError(f"quadrature name {min(taken)!r} is taken by the objective: give the integral another name")
+            block.quadratures = (*kept, *own)
 
     @property
     def unit(self) -> str:
@@ -52,11 +91,11 @@ class Likelihood(nn.Module):
         nll = self.flow.to_bits(log_prob, x.is_floating_point()) if images else -log_prob
         loss = nll
         for name, weight in self.weights.items():
-            loss = loss + weight * out.integrals[name] / (self.flow.dim if images else 1)
+            loss = loss + weight * out.integrals[name] / self.scale
         return {"loss": loss, "nll": nll, **out.integrals}, out.stats
 
     def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> dict[str, Tensor]:
-        """``loss`` and ``nll`` (N,) in the objective's unit, and every raw integral (N,) by name."""
+        """``loss`` and ``nll`` (N,) in the objective's unit, and every integral (N,) by name."""
         return self.evaluate(x, context, noise)[0]
 
     def per_dim(self, difference: float) -> float:

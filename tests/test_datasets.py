@@ -1,4 +1,4 @@
-"""Data sets: toy sets against independent truth, fixed protocols, the user's files, and every bad input's message."""
+"""Toy sets and pictures against independent truth, tables and their lattices, and every bad input's message."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import math
 import os
 import pickle
-import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -215,54 +214,6 @@ def test_decompression_bomb(tmp_path: Path, side: int) -> None:
 # --- named images ---------------------------------------------------------------------------------------------------------
 
 
-def test_digits_protocol() -> None:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    x, y = load_digits(return_X_y=True)
-    rest_x, test_x, rest_y, test_y = train_test_split(x, y, test_size=540, random_state=0, stratify=y)
-    train_x, val_x, _, val_y = train_test_split(rest_x, rest_y, test_size=180, random_state=0, stratify=rest_y)
-    data = datasets.load("digits", seed=5, split_seed=7, condition="label")
-    for part, expected in ((data.train, train_x), (data.validation, val_x), (data.test, test_x)):
-        assert part.dtype == torch.uint8 and np.array_equal(part.numpy().reshape(-1, 64), expected)
-    assert data.event_shape == (1, 8, 8) and data.levels == 17 and len(data.train) == 1077
-    assert data.classes == tuple("0123456789") and data.context_dim == 10 and not data.flip
-    for context, labels in ((data.validation_context, val_y), (data.test_context, test_y)):
-        assert context is not None and context.dtype == torch.float32
-        assert (context.sum(1) == 1).all() and np.array_equal(context.argmax(1).numpy(), labels)
-    few = datasets.load("digits", condition="label", limit=50)
-    assert few.train_context is not None and few.train_context.shape == (50, 10) and len(few.test) == 540
-
-
-def test_mnist_from_the_original_files(tmp_path: Path) -> None:
-    shutil.copytree(shared("mnist/MNIST"), tmp_path / "MNIST", copy_function=shutil.copyfile)
-    for folder in (tmp_path / "MNIST", tmp_path / "MNIST" / "raw"):
-        folder.chmod(0o755)
-    data = datasets.load("mnist", root=tmp_path, nbits=5, condition="label", limit=1000)
-    assert data.event_shape == (1, 28, 28) and data.levels == 32 and int(data.test.max()) == 31
-    assert (len(data.train), len(data.validation), len(data.test)) == (1000, 10_000, 10_000)
-    assert data.test_context is not None and data.test_context.argmax(1)[:5].tolist() == [7, 2, 1, 0, 4]
-    other = datasets.load("mnist", root=tmp_path, split_seed=1, download=False)
-    assert other.levels == 256 and not torch.equal(other.validation[:50] // 8, data.validation[:50])
-
-
-@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "svhn"])
-def test_missing_images_name_the_folder(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DataError, match=rf"(?s){tmp_path.name}.*download=False"):
-        datasets.load(name, root=tmp_path, download=False)
-
-
-def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torchvision.datasets.mnist as module
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(module, "download_and_extract_archive", refuse)
-    with pytest.raises(DataError, match="downloading it failed"):
-        datasets.load("mnist", root=tmp_path)
-
-
 # --- tables ---------------------------------------------------------------------------------------------------------------
 
 
@@ -359,8 +310,8 @@ def test_splits_depend_on_split_seed_only(tmp_path: Path) -> None:
 # --- the user's files -----------------------------------------------------------------------------------------------------
 
 
-def images(n: int = 40, shape: tuple[int, ...] = (6, 5)) -> np.ndarray:
-    return np.random.default_rng(0).integers(256, size=(n, *shape), dtype=np.uint8)
+def images(n: int = 40) -> np.ndarray:
+    return np.random.default_rng(0).integers(256, size=(n, 6, 5), dtype=np.uint8)
 
 
 def rows_of(data: datasets.DataSplits) -> np.ndarray:
@@ -371,38 +322,40 @@ def same_rows(data: datasets.DataSplits, expected: np.ndarray) -> bool:
     return np.array_equal(np.unique(rows_of(data), axis=0), np.unique(expected.reshape(len(expected), -1), axis=0))
 
 
-@pytest.mark.parametrize(("shape", "event"), [((6, 5), (1, 6, 5)), ((6, 5, 3), (3, 6, 5)), ((3, 6, 5), (3, 6, 5)), ((6, 5, 1), (1, 6, 5))])
-def test_image_arrays(tmp_path: Path, shape: tuple[int, ...], event: tuple[int, ...]) -> None:
-    x = images(shape=shape)
-    np.save(tmp_path / "x.npy", x)
-    data = datasets.load(tmp_path / "x.npy")
-    assert data.kind == "image" and data.event_shape == event and data.levels == 256 and data.train.dtype == torch.uint8
-    assert same_rows(data, x.transpose(0, 3, 1, 2) if len(shape) == 3 and shape[-1] == 3 else x)
-    assert datasets.load(tmp_path / "x.npy", nbits=3).levels == 8
-    assert int(datasets.load(tmp_path / "x.npy", nbits=3).train.max()) == 7
-
-
-def test_npz_labels_and_class_order(tmp_path: Path) -> None:
-    x, labels = images(60), np.arange(60) % 12
-    np.savez(tmp_path / "x.npz", images=x, labels=labels)
-    data = datasets.load(tmp_path / "x.npz", condition="label")
-    assert data.classes == tuple(map(str, range(12)))  # numerically, not "10" before "2"
-    lookup = {row.tobytes(): k for row, k in zip(x.reshape(60, -1), labels, strict=True)}
-    assert data.test_context is not None
-    for image, context in zip(data.test, data.test_context, strict=True):
-        assert context.sum() == 1 and lookup[image.numpy().tobytes()] == int(context.argmax())
-    assert datasets.load(tmp_path / "x.npz").test_context is None
-    np.savez(tmp_path / "s.npz", x=table(60), labels=np.array(["dog", "cat", "bird"])[labels % 3], spare=np.zeros(1))
-    text = datasets.load(tmp_path / "s.npz", condition="label")
-    assert text.classes == ("bird", "cat", "dog") and any("spare" in n for n in text.notices)
-
-
 def test_npz_with_its_own_split(tmp_path: Path) -> None:
     x = table(60)
     np.savez(tmp_path / "x.npz", x_train=x[:30], x_validation=x[30:40], x_test=np.concatenate([x[40:], x[:1]]))
     data = datasets.load(tmp_path / "x.npz")
     assert np.array_equal(data.train, x[:30].astype(np.float32)) and len(data.test) == 21
     assert any("1 exact duplicate rows kept" in n for n in data.notices)
+
+
+def test_split_of_a_table_without_validation(tmp_path: Path) -> None:
+    x = table(60)
+    np.savez(tmp_path / "x.npz", x_train=x[:40], x_test=np.concatenate([x[40:], x[:2]]), y_train=x[:40, 0], y_test=x[38:, 0])
+    data = datasets.load(tmp_path / "x.npz", validation_fraction=0.25, split_seed=3)
+    assert np.array_equal(data.test, np.concatenate([x[40:], x[:2]]).astype(np.float32))
+    assert (len(data.train), len(data.validation)) == (30, 10)
+    assert np.array_equal(np.unique(np.concatenate([data.train, data.validation]), axis=0), np.unique(x[:40].astype(np.float32), axis=0))
+    # a quantity to be predicted is no label
+    assert data.classes == () and any("y_test, y_train" in n for n in data.notices)
+    assert any("2 exact duplicate rows kept" in n and "2 of them in the test part" in n for n in data.notices)
+    for i, part in enumerate((x[:40], x[40:])):
+        np.save(tmp_path / f"{('train', 'test')[i]}_part.npy", part)
+    (tmp_path / "x.npz").unlink()
+    pair = datasets.load(tmp_path, validation_fraction=0.25, split_seed=3)
+    assert torch.equal(pair.train, data.train) and len(pair.test) == 20
+
+
+def test_lattice_of_a_given_split_is_one(tmp_path: Path) -> None:
+    x = table(600)
+    x[:, 1] = np.rint(3 * x[:, 1])
+    np.savez(tmp_path / "x.npz", x_train=x[:400], x_validation=x[400:500], x_test=x[500:])
+    data = datasets.load(tmp_path / "x.npz")
+    for part, raw in ((data.train, x[:400]), (data.validation, x[400:500]), (data.test, x[500:])):
+        noise = part[:, 1].double().numpy() - raw[:, 1]
+        assert noise.min() >= -1e-6 and 0.9 < noise.max() <= 1 + 1e-6
+        assert np.array_equal(part[:, 0], raw[:, 0].astype(np.float32))
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
@@ -417,28 +370,17 @@ def test_csv(tmp_path: Path, delimiter: str, header: bool, bom: str) -> None:
     assert same_rows(data, x.astype(np.float32))
 
 
-def folder(path: Path, classes: tuple[str, ...] = ("b", "a", "c"), mode: str = "L", size: tuple[int, int] = (5, 6)) -> None:
-    rng = np.random.default_rng(0)
-    for name in classes:
-        (path / name).mkdir(parents=True, exist_ok=True)
-        for i in range(12):
-            pixels = rng.integers(256, size=(*size, 3) if mode == "RGB" else size, dtype=np.uint8)
-            Image.fromarray(pixels).save(path / name / f"{i}.png")
+def test_labels_that_nobody_asked_for_are_left_aside(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=table(1500), labels=np.arange(1500))
+    data = datasets.load(tmp_path / "x.npz")
+    assert data.classes == () and any(n.startswith("labels not used: labels take 1500") for n in data.notices)
 
 
-def test_folder(tmp_path: Path) -> None:
-    folder(tmp_path / "grey")
-    data = datasets.load(tmp_path / "grey", condition="label")
-    assert data.event_shape == (1, 5, 6) and data.classes == ("a", "b", "c") and data.context_dim == 3
-    pixels = {np.asarray(Image.open(p)).tobytes(): p.parent.name for p in (tmp_path / "grey").rglob("*.png")}
-    assert data.train_context is not None
-    for image, context in zip(data.train, data.train_context, strict=True):
-        assert pixels[image.numpy().tobytes()] == data.classes[int(context.argmax())]
-    folder(tmp_path / "colour", ("",), "RGB")
-    assert datasets.load(tmp_path / "colour").event_shape == (3, 5, 6)
-    folder(tmp_path / "colour" / "", ("",), size=(9, 7))
-    small = datasets.load(tmp_path / "colour", image_size=4)
-    assert small.event_shape == (1, 4, 4) and any("cropped" in n for n in small.notices)
+def test_csv_with_columns_of_one_name(tmp_path: Path) -> None:
+    x = table(30, 3)
+    lines = ["a,b,a", *(",".join(map(repr, map(float, r))) for r in x)]
+    (tmp_path / "x.csv").write_text("\n".join(lines))
+    assert datasets.load(tmp_path / "x.csv").columns == ("a (0)", "b", "a (2)")
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------------
@@ -491,8 +433,7 @@ BAD_ARRAYS = [
     (table().astype(complex), "real numbers"),
     (np.array([["a", "b"]] * 20), "real numbers"),
     (table().reshape(50, 4, 3), "expected uint8"),
-    (images(20, (6, 5, 4)), "does not say where the channels are"),
-    (images(20, (3, 6, 3)), "does not say where the channels are"),
+    (np.array([[1.0], [np.nan]] * 20, dtype=np.float32), "20 values that are NaN"),
     (table().reshape(10, 5, 4, 3, 1), "expected a table"),
 ]
 
@@ -508,10 +449,15 @@ BAD_NPZ: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"y": table()}, {}, "expected exactly one of"),
     ({"x": table(), "images": images()}, {}, "expected exactly one of"),
     ({"x": table(), "labels": np.zeros(3)}, {}, r"shape \(3,\); expected \(200,\)"),
-    ({"x": table(), "labels": table(200, 1)[:, 0]}, {}, "integers or strings"),
-    ({"x": table(1500), "labels": np.arange(1500)}, {}, "at most 1000 classes"),
+    ({"x": table(), "labels": table(200, 1)[:, 0]}, {"condition": "label"}, "integers or strings"),
+    ({"x": table(1500), "labels": np.arange(1500)}, {"condition": "label"}, "at most 1000 classes"),
+    ({"x": np.float64(3), "labels": np.zeros(1)}, {}, r"expected \(\), one for each row"),
+    ({"x": np.float64(3)}, {}, r"shape \(\)"),
     ({"x": table()}, {"condition": "label"}, "needs labels"),
-    ({"x_train": table(), "x_test": table()}, {}, "lacks x_validation"),
+    ({"x_train": table(), "x_validation": table()}, {}, "lacks test"),
+    ({"x_test": table(), "x_val": table()}, {}, "lacks train"),
+    ({"x_train": table(), "x_test": table(), "labels_test": np.zeros(200)}, {}, "labels for test but not for train"),
+    ({"x_train": table(2), "x_test": table(30)}, {}, "too few to hold some out"),
     ({"x_train": table(), "x_test": table(), "x_validation": table(20, 2)}, {}, "differ in item shape"),
     ({"x_train": table(), "x_test": table()[:0], "x_validation": table(20)}, {}, "test part .*is empty"),
 ]
@@ -526,7 +472,8 @@ def test_bad_npz(tmp_path: Path, arrays: dict[str, Any], options: dict[str, Any]
 
 BAD_CSV = [
     ("a,b\n1,2\n3,x\n", "row 3, column 'b'.*'x'"),
-    ("1,2\n3,\n", "row 2, column 'column 1'.*''"),
+    ("1,2\n3,\n", "row 2, column 'column 1'.*''.*cell is empty"),
+    ("1;2\n3;4,5\n", "row 2, column 'column 1'.*'4,5'.*decimals with a point"),
     ("1,b\n3,4\n", "row 1.*header"),
     ("a,b\n1,2\n3\n", "row 3 .*has 1 cells; expected 2"),
     ("a,b\n", "no rows of numbers"),
@@ -552,16 +499,10 @@ def test_bad_files_and_folders(tmp_path: Path) -> None:
     (tmp_path / "x.dat").write_text("1")
     with pytest.raises(DataError, match="no known kind"):
         datasets.load(tmp_path / "x.dat")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no picture"):
-        datasets.load(tmp_path / "empty")
-    folder(tmp_path / "mixed", ("a",))
-    folder(tmp_path / "mixed", ("b",), size=(7, 7))
-    with pytest.raises(DataError, match=r"6x5.*7x7"):
-        datasets.load(tmp_path / "mixed")
-    picture(tmp_path / "mixed" / "loose.png")
-    with pytest.raises(DataError, match="beside sub-folders"):
-        datasets.load(tmp_path / "mixed")
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000000, 5), }"
+    (tmp_path / "huge.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header) + 1) + header + b"\n")
+    with pytest.raises(DataError, match="cannot be read"):
+        datasets.load(tmp_path / "huge.npy")
     deep = io.BytesIO()
     Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8)).save(deep, "PNG")
     (tmp_path / "deep.png").write_bytes(deep.getvalue())
@@ -581,7 +522,7 @@ def test_bad_files_and_folders(tmp_path: Path) -> None:
     [
         ("8gausians", {}, DataError, "did you mean '8gaussians'"),
         ("zzzzz", {}, DataError, "known names: digits"),
-        ("digits", {"condition": "colour"}, DataError, "condition='colour' is not known"),
+        ("digits", {"condition": "colour"}, ConfigError, "condition='colour' is not known"),
         ("moons", {"condition": "label"}, DataError, "needs labels"),
         ("moons", {"nbits": 5}, ConfigError, "means nothing"),
         ("digits", {"nbits": 5}, ConfigError, "17 levels"),
@@ -593,6 +534,7 @@ def test_bad_files_and_folders(tmp_path: Path) -> None:
         ("digits", {"discrete": "maybe"}, ConfigError, "dequantize"),
         ("digits", {"duplicates": "maybe"}, ConfigError, "'drop'"),
         ("digits", {"test_fraction": 1.0}, ConfigError, "sum below 1"),
+        ("moons", {"sizes": (5, 5)}, ConfigError, "three positive numbers"),
         ("power", {"discrete": "keep"}, ConfigError, "published protocol"),
     ],
 )
@@ -687,5 +629,6 @@ def test_miniboone_and_bsds300(tmp_path: Path) -> None:
 
 def test_names() -> None:
     known = datasets.names()
-    assert set(toy.TOYS) < set(known) and {"digits", "mnist", "fashion-mnist", "cifar10", "svhn", "power", "bsds300"} < set(known)
+    images = {"digits", "mnist", "fashion-mnist", "cifar10", "svhn", "celeba", "imagenet32", "imagenet64", "celebahq256"}
+    assert set(toy.TOYS) < set(known) and images < set(known) and {"power", "bsds300"} < set(known)
     assert all(line and "\n" not in line for line in known.values())

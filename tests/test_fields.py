@@ -127,6 +127,24 @@ def test_both_modes_agree_on_the_trace_for_one_probe_and_generic_fields_work():
     assert torch.allclose(exact.div, j.diagonal(dim1=1, dim2=2).sum(1), atol=1e-13)
 
 
+def test_a_field_that_leaves_x_out_has_no_divergence():
+    class Drift(torch.nn.Module):
+        def __init__(self, learned):
+            super().__init__()
+            self.speed = torch.nn.Parameter(torch.ones(3, dtype=F64), requires_grad=learned)
+
+        def forward(self, t, x, context=None):
+            return (t * self.speed).expand_as(x)
+
+    x, t = torch.randn(5, 3, dtype=F64), torch.tensor(0.7, dtype=F64)
+    need = frozenset({"div", "jac_sq"})
+    for estimate in (Hutchinson(probes=2), Hutchinson(mode="reverse", probes=2), Exact()):
+        for field in (Drift(True), Drift(False)):
+            found = linearize(field, t, x, estimate.probe(x, None, need, field), None, need, estimate)
+            assert torch.equal(found.dx, field(t, x))
+            assert not found.div.any() and not found.jac_sq.any() and found.div.shape == (5,)
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ConfigError, match="did you mean 'concatsquash'"):
         MLP(2, (3,), "concatsqush")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from pathlib import Path
 
-from cnf.datasets import images, pictures, tabular, toy
+from cnf.datasets import celeba, images, large, pictures, tabular, toy
 from cnf.datasets.files import load_path
 from cnf.datasets.splits import DataSplits, Options
 from cnf.errors import ConfigError, DataError
@@ -13,12 +13,21 @@ from cnf.errors import ConfigError, DataError
 __all__ = ["DataSplits", "load", "names"]
 
 PICTURE_PREFIX = "picture:"
-_ALIASES = {"cifar-10": "cifar10", "fashionmnist": "fashion-mnist", "hash": "hash-gaussian"}
+_ALIASES = {
+    "cifar-10": "cifar10",
+    "fashionmnist": "fashion-mnist",
+    "hash": "hash-gaussian",
+    "imagenet-32": "imagenet32",
+    "imagenet-64": "imagenet64",
+    "celeba-hq": "celebahq256",
+    "celebahq": "celebahq256",
+    "celeba-hq-256": "celebahq256",
+}
 
 
 def names() -> dict[str, str]:
     """Every data set known by name, with a line about it (files and folders need no name)."""
-    return images.NAMES | toy.NAMES | tabular.NAMES
+    return images.NAMES | celeba.NAMES | large.NAMES | toy.NAMES | tabular.NAMES
 
 
 def load(
@@ -37,25 +46,30 @@ def load(
     nbits: int = 8,
     image_size: int | None = None,
     invert: bool = False,
+    flip: bool | None = None,
     sizes: tuple[int, int, int] = (50_000, 5_000, 10_000),
 ) -> DataSplits:
     """Load a data set by name or path.
 
     Args:
-        name_or_path: one of :func:`names`; an .npz, .npy or .csv file; a folder of PNG or JPEG pictures; or one picture,
-            also as ``picture:path``, whose darkness is a density in the plane.
+        name_or_path: one of :func:`names`; an .npz, .npy or .csv file; a folder of PNG or JPEG pictures; a folder with
+            parts called train... and test... (files or folders); or one picture, also as ``picture:path``, whose
+            darkness is a density in the plane.
         root: where named data sets are looked for and downloaded to (data/README.md gives the layout).
         seed: draws toy points, and the noise that spreads discrete columns.
-        split_seed: decides random splits and what ``limit`` keeps; apart from ``seed``, so that runs share their test set.
+        split_seed: decides random splits and what ``limit`` keeps; apart from ``seed``, so that runs share their test
+            set.
         condition: ``"label"`` for one-hot contexts.
         discrete: columns on a lattice: ``"dequantize"`` (one step of uniform noise), ``"keep"`` or ``"error"``.
         duplicates: exact duplicate rows of the user's own data: ``"drop"`` before splitting, or ``"keep"``.
         download: whether torchvision may download.
         limit: use only so many training rows.
         validation_fraction, test_fraction: shares of the user's own data.
-        nbits: bits kept of 8-bit images.
-        image_size: centre-crop and resize a folder's pictures to this size.
+        nbits: bits kept of 8-bit images, 1 to 8: ``levels`` is then 2**nbits.
+        image_size: centre-crop and resize a folder's pictures, or CelebA's, to this size.
         invert: of a picture's density: light is dense instead of dark.
+        flip: whether training images are flipped at random from left to right; None: as their published protocol says,
+            and not where there is none.
         sizes: points of train, validation and test of a toy set.
 
     Raises:
@@ -68,7 +82,7 @@ def load(
     """
     options = Options(
         str(root), seed, split_seed, condition, discrete, duplicates, download, limit,
-        validation_fraction, test_fraction, nbits, image_size, invert, sizes,
+        validation_fraction, test_fraction, nbits, image_size, invert, flip, sizes,
     )  # fmt: skip
     name = str(name_or_path)
     known = names()
@@ -76,11 +90,19 @@ def load(
     plain = _ALIASES.get(plain, plain)
     is_picture = name.startswith(PICTURE_PREFIX) or (plain not in known and name.lower().endswith(pictures.SUFFIXES))
     path = Path(name.removeprefix(PICTURE_PREFIX)).expanduser()
-    _refuse_idle(options, name, image=plain in images.NAMES, picture=is_picture, own=plain not in known and not is_picture)
+    if plain in images.NAMES | celeba.NAMES | large.NAMES:
+        kind = "image"
+    else:
+        kind = "toy" if is_picture or plain in toy.NAMES else "tabular" if plain in tabular.NAMES else "own"
+    _refuse_idle(options, name, kind, plain if plain in celeba.NAMES else "picture" if is_picture else "")
     if is_picture:
         return pictures.load_picture(path, options)
     if plain in images.NAMES:
         return images.load_images(plain, options)
+    if plain in celeba.NAMES:
+        return celeba.load_celeba(options)
+    if plain in large.NAMES:
+        return large.load_large(plain, options)
     if plain in toy.NAMES:
         return toy.load_toy(plain, options)
     if plain in tabular.NAMES:
@@ -94,11 +116,24 @@ def load(
     raise DataError(f"data {name!r} is neither a known name nor a file or folder: {hint}")
 
 
-def _refuse_idle(options: Options, name: str, *, image: bool, picture: bool, own: bool) -> None:
+# which kinds of data an option is for (image, toy, tabular, own; celeba and picture are one set and one kind of toy
+# set), and how to say so
+_MEANT_FOR = {
+    "nbits": (("image", "own"), "images"),
+    "flip": (("image", "own"), "images"),
+    "image_size": (("own", "celeba"), "a folder of pictures and celeba"),
+    "invert": (("picture",), "the density of a picture"),
+    "sizes": (("toy",), "toy sets"),
+    "duplicates": (("own", "tabular"), "your own data"),
+    "discrete": (("own", "tabular"), "your own tables"),
+    "validation_fraction": (("own",), "your own data"),
+    "test_fraction": (("own",), "your own data"),
+}
+
+
+def _refuse_idle(options: Options, name: str, kind: str, special: str) -> None:
     """An option that would do nothing is a mistake, so it is refused."""
-    if options.nbits != 8 and not (image or own):
-        raise ConfigError(f"nbits={options.nbits} means nothing for {name!r}, which is no set of images")
-    if options.image_size is not None and not own:
-        raise ConfigError(f"image_size={options.image_size} means nothing for {name!r}; it applies to a folder of pictures")
-    if options.invert and not picture:
-        raise ConfigError(f"invert=True means nothing for {name!r}; it applies to the density of a picture")
+    for option, (kinds, what) in _MEANT_FOR.items():
+        value = getattr(options, option)
+        if value != getattr(Options(), option) and kind not in kinds and special not in kinds:
+            raise ConfigError(f"{option}={value!r} means nothing for {name!r}; it is for {what}")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from hashlib import blake2b
+
 import numpy as np
 from numpy.typing import NDArray
 
 from cnf.datasets.lattice import few_distinct, lattice_step
-from cnf.datasets.splits import Array, Options
+from cnf.datasets.rows import Array
+from cnf.datasets.splits import Options
 from cnf.errors import DataError
 
 __all__ = ["as_numbers", "column_name", "dequantize", "duplicate_rows", "require_usable"]
@@ -15,6 +19,7 @@ Table = NDArray[np.float64]
 
 DEQUANTIZE_STREAM = 1  # second word of the generator's seed, apart from those that draw toy points
 ATOM_SHARE = 0.05
+DIGEST_BYTES = 256  # rows that are wider are compared by a digest, to save memory
 
 
 def column_name(columns: tuple[str, ...], j: int) -> str:
@@ -58,8 +63,12 @@ def require_usable(table: Table, columns: tuple[str, ...], name: str) -> None:
     for j in range(table.shape[1]):
         column = table[:, j]
         if column.min() == column.max():
+            flat = (
+                len(columns) >= 64 and table.min() >= 0 and table.max() <= 255 and bool((table == np.rint(table)).all())
+            )
+            hint = " (if the rows are flattened images, reshape them to (N, height, width) in the file)" if flat else ""
             raise DataError(
-                f"{column_name(columns, j)} of {name!r} is constant ({column[0]:g}); it has no density: remove it"
+                f"{column_name(columns, j)} of {name!r} is constant ({column[0]:g}); it has no density: remove it{hint}"
             )
         largest = np.abs(column).max()
         if largest > np.finfo(np.float32).max or np.spacing(np.float32(largest)) > 1e-3 * column.std():
@@ -69,20 +78,41 @@ def require_usable(table: Table, columns: tuple[str, ...], name: str) -> None:
             )
 
 
-def duplicate_rows(x: Array, labels: Array | None = None) -> NDArray[np.bool_]:
-    """(N,) True for each row that repeats an earlier one exactly (label included)."""
-    flat = np.ascontiguousarray(x.reshape(len(x), -1))
-    if flat.dtype.kind == "f":
-        flat = flat + 0.0  # -0.0 and 0.0 are one value
+def duplicate_rows(pieces: Sequence[Array], labels: Array | None = None) -> NDArray[np.bool_]:
+    """(N,) True for each row that repeats an earlier one exactly (label included).
+
+    Args:
+        pieces: arrays of rows, one after another; they may be memory maps, of which a row at a time is read.
+        labels: (N,), or None.
+
+    Example:
+        >>> duplicate_rows([np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[1.0, 2.0]])]).tolist()
+        [False, False, True]
+    """
+    wide = pieces[0][:1].nbytes > DIGEST_BYTES
+    keys = [_digests(x) if wide else _plain_keys(x) for x in pieces]
     if labels is not None:
         codes = np.unique(labels, return_inverse=True)[1].reshape(-1, 1).astype(np.int64)
-        flat = np.concatenate([flat.view(np.uint8).reshape(len(x), -1), codes.view(np.uint8)], axis=1)
-    flat = np.ascontiguousarray(flat)
-    as_bytes = flat.view(np.dtype((np.void, flat.dtype.itemsize * flat.shape[1]))).reshape(-1)
-    first = np.unique(as_bytes, return_index=True)[1]
-    repeated = np.ones(len(x), dtype=bool)
-    repeated[first] = False
+        keys = [np.concatenate([np.concatenate(keys), codes.view(np.uint8)], axis=1)]
+    table = np.ascontiguousarray(np.concatenate(keys))
+    as_bytes = table.view(np.dtype((np.void, table.shape[1]))).reshape(-1)
+    repeated = np.ones(len(table), dtype=bool)
+    repeated[np.unique(as_bytes, return_index=True)[1]] = False
     return repeated
+
+
+def _plain_keys(x: Array) -> NDArray[np.uint8]:
+    flat = x.reshape(len(x), -1)
+    if flat.dtype.kind == "f":
+        flat = flat + 0.0  # -0.0 and 0.0 are one value
+    return np.ascontiguousarray(flat).view(np.uint8).reshape(len(x), -1)
+
+
+def _digests(x: Array) -> NDArray[np.uint8]:
+    """16 bytes a row: among a billion rows, two different ones would share theirs with probability 1e-21."""
+    floating = x.dtype.kind == "f"
+    rows = b"".join(blake2b((row + 0.0 if floating else row).tobytes(), digest_size=16).digest() for row in x)
+    return np.frombuffer(rows, dtype=np.uint8).reshape(len(x), 16)
 
 
 def dequantize(
@@ -90,8 +120,8 @@ def dequantize(
 ) -> tuple[Table, list[str]]:
     """Spread lattice columns over one step of uniform noise, value v to [v, v + step), as ``options.discrete`` says.
 
-    The noise depends on ``options.seed`` and the column's number only, and is drawn once: the table that is trained on, validated
-    and tested is one and the same.
+    The noise depends on ``options.seed`` and the column's number only, and is drawn once: the table that is trained on,
+    validated and tested is one and the same.
 
     Args:
         table: (N, D), distinct rows.
@@ -113,7 +143,9 @@ def dequantize(
         counts = np.unique(column, return_counts=True)[1]
         if step is not None:
             found.append(label)
-            what = f"{label} has {len(counts):,} distinct values in {len(column):,} rows, on a lattice of step {step:.6g}"
+            what = (
+                f"{label} has {len(counts):,} distinct values in {len(column):,} rows, on a lattice of step {step:.6g}"
+            )
             if options.discrete == "dequantize":
                 noise = np.random.default_rng([options.seed, DEQUANTIZE_STREAM, j]).random(len(column))
                 table[:, j] = column + step * noise
@@ -123,14 +155,14 @@ def dequantize(
         elif few_distinct(len(column), len(counts)):
             found.append(label)
             notices.append(
-                f"{label} has {len(counts):,} distinct values in {len(column):,} rows but on no lattice: its density is "
-                "unbounded and the likelihood is not to be trusted; encode it as integers, or remove it"
+                f"{label} has {len(counts):,} distinct values in {len(column):,} rows but on no lattice: its density "
+                "is unbounded and the likelihood is not to be trusted; encode it as integers, or remove it"
             )
         elif counts.max() >= max(2.0, ATOM_SHARE * len(column)):
             value = np.unique(column)[counts.argmax()]
             notices.append(
-                f"{label} is {value:g} in {counts.max() / len(column):.0%} of the rows: a spike there can make the density as "
-                "high as it likes; read the likelihood with care"
+                f"{label} is {value:g} in {counts.max() / len(column):.0%} of the rows: a spike there can make "
+                "the density as high as it likes; read the likelihood with care"
             )
     if found and options.discrete == "error":
         raise DataError(

@@ -1,25 +1,24 @@
-"""The user's own data: .npz, .npy, .csv, a folder of pictures. Nothing read here can execute code."""
+"""The user's own data: .npz, .npy, .csv, a folder of pictures or of a split. Nothing read here can execute code."""
 
 from __future__ import annotations
 
-import csv
-import zipfile
-import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from cnf.datasets.arrays import read_numpy, rows_of_keys
 from cnf.datasets.checks import as_numbers, dequantize, duplicate_rows, require_usable
-from cnf.datasets.folders import read_folder
-from cnf.datasets.images import reduce_bits
-from cnf.datasets.splits import Array, DataSplits, Options, Rows, assemble, encode_labels, split_rows
+from cnf.datasets.folders import ARRAYS, part_entries, read_folder
+from cnf.datasets.prepared import reduce_bits
+from cnf.datasets.rows import Array, hold_out, is_mapped, keep_rows
+from cnf.datasets.splits import DataSplits, Options, Rows, assemble, encode_labels, split_rows
+from cnf.datasets.text import read_csv
 from cnf.errors import ConfigError, DataError
 
-__all__ = ["load_path", "read_csv", "read_numpy"]
+__all__ = ["load_path"]
 
-_KEYS = ("images", "x", "data")
-_PARTS = ("train", "validation", "test")
-_READ_ERRORS = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+Parts = dict[str, Rows]  # all of it under "all", or "train", "test" and perhaps "validation"
 
 
 def load_path(path: Path, options: Options) -> DataSplits:
@@ -30,185 +29,188 @@ def load_path(path: Path, options: Options) -> DataSplits:
         ConfigError: for ``image_size`` or ``nbits`` where it means nothing.
     """
     name = str(path)
-    if path.is_dir():
-        rows = read_folder(path, options.image_size)
-    elif options.image_size is not None:
-        raise ConfigError(f"image_size={options.image_size} means nothing for {name!r}; it applies to a folder of pictures")
-    elif path.suffix.lower() == ".csv":
+    parts = _read_split(path, options) if path.is_dir() else None
+    if parts is None:
+        parts = {"all": read_folder(path, options.image_size)} if path.is_dir() else _read_file(path, options)
+    rows = [parts[p] for p in ("all", "train", "validation", "test") if p in parts]
+    shapes = {p: parts[p].x.shape[1:] for p in parts}
+    if len(set(shapes.values())) > 1:
+        raise DataError(f"the parts of {name!r} differ in the shape of an item: {shapes}")
+    with_labels = [r.labels is not None for r in rows]
+    if any(with_labels) and not all(with_labels):
+        raise DataError(f"some parts of {name!r} have labels and others none; expected all or none")
+    labels = np.concatenate([r.labels for r in rows if r.labels is not None]) if all(with_labels) else None
+    notices = list(dict.fromkeys(n for r in rows for n in r.notices))
+    if labels is not None and options.condition is None:
+        try:
+            encode_labels(labels)
+        except DataError as error:  # nothing that is asked for needs them
+            labels = None
+            notices.append(f"labels not used: {error}")
+    if rows[0].kind == "table":
+        return _table(rows, labels, name, options, notices)
+    return _images(rows, labels, name, options, notices)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+def _read_file(path: Path, options: Options) -> Parts:
+    name = str(path)
+    if options.image_size is not None:
+        raise ConfigError(f"image_size={options.image_size} means nothing for {name!r}; it is for a folder of pictures")
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
         table, columns = read_csv(path)
-        rows = Rows(table, columns=columns)
-    elif path.suffix.lower() in (".npy", ".npz"):
-        rows = _from_arrays(read_numpy(path), name)
-    else:
-        pickled = path.suffix.lower() in (".pkl", ".pickle", ".pt", ".pth")
-        extra = "; pickled files can run code and are never opened: save the array with numpy.save" if pickled else ""
-        raise DataError(f"{name!r} is no known kind of data; expected .npz, .npy, .csv, .png, .jpg or a folder{extra}")
-    return _finish(rows, name, options)
+        return {"all": Rows(table, columns=columns)}
+    if suffix in ARRAYS:
+        return rows_of_keys(read_numpy(path), name)
+    pickled = suffix in (".pkl", ".pickle", ".pt", ".pth")
+    extra = "; pickled files can run code and are never opened: save the array with numpy.save" if pickled else ""
+    raise DataError(f"{name!r} is no known kind of data; expected .npz, .npy, .csv, .png, .jpg or a folder{extra}")
 
 
-def _finish(rows: Rows, name: str, options: Options) -> DataSplits:
-    """From rows as read to the data set."""
-    x, labels, notices = rows.x, rows.labels, list(rows.notices)
-    if labels is not None and labels.shape != (len(x),):
-        raise DataError(f"labels of {name!r} have shape {labels.shape}; expected ({len(x)},), one for each row")
-    columns = rows.columns
-    epsilon = float(np.finfo(x.dtype if x.dtype in (np.float16, np.float32) else np.float64).eps)
-    if rows.kind == "table":
-        if options.nbits != 8:
-            raise ConfigError(f"nbits={options.nbits} means nothing for {name!r}, which is a table")
-        x = as_numbers(x, name)
-        columns = columns or tuple(f"column {j}" for j in range(x.shape[1]))
-        require_usable(x, columns, name)
-    sizes = rows.parts
-    repeated = duplicate_rows(x, labels)
-    count = int(repeated.sum())
-    if count and options.duplicates == "drop" and sizes is None:
-        x, labels = x[~repeated], None if labels is None else labels[~repeated]
-        notices.append(f"{count:,} exact duplicate rows dropped before splitting: they would leak into the test set")
-    elif count:
-        why = "the file gives its own split" if sizes is not None else "duplicates='keep'"
-        notices.append(f"{count:,} exact duplicate rows kept ({why}): those that fall into two splits leak")
-    if rows.kind == "table":
-        x, found = dequantize(x, columns, options, epsilon, name)
-        notices += found
-    if sizes is None:
-        parts, notice = split_rows(len(x), options)
-    else:
-        ends = np.cumsum(sizes)
-        parts, notice = [np.arange(e - n, e) for e, n in zip(ends, sizes, strict=True)], "split as the file gives it"
-    codes, classes = (None, ()) if labels is None else encode_labels(labels)
-    image = rows.kind == "image"
+def _read_split(folder: Path, options: Options) -> Parts | None:
+    """The parts of a folder with files or sub-folders called train... and test...; None where it is no such folder.
+
+    Where there are other sub-folders beside, they all are classes (one of them may well be called "train").
+    """
+    try:
+        found = part_entries(folder)
+        ours = {entry for entries in found.values() for entry in entries}
+        others = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".") and p not in ours]
+    except OSError as error:
+        raise DataError(f"folder {str(folder)!r} cannot be read: {error}") from None
+    if "train" not in found or len(found) < 2 or others:
+        return None
+    if "test" not in found:
+        given = ", ".join(p.name for p in sorted(ours))
+        raise DataError(
+            f"folder {str(folder)!r} gives its own split by {given} but no test part; expected train..., test... and "
+            "perhaps val...: rename the latter to test, and validation will be split off the training part"
+        )
+    parts = {}
+    for part, entries in found.items():
+        if len(entries) > 1:
+            several = ", ".join(p.name for p in entries)
+            raise DataError(f"folder {str(folder)!r} has several {part} parts: {several}; expected one")
+        if entries[0].is_dir():
+            parts[part] = read_folder(entries[0], options.image_size)
+            continue
+        inner = _read_file(entries[0], options)
+        if list(inner) != ["all"]:
+            raise DataError(
+                f"{str(entries[0])!r} is a {part} part and brings a split of its own; give that file itself"
+            )
+        parts[part] = inner["all"]
+    return parts
+
+
+# --- finishing --------------------------------------------------------------------------------------------------
+
+
+def _table(rows: list[Rows], labels: Array | None, name: str, options: Options, notices: list[str]) -> DataSplits:
+    if options.nbits != 8 or options.flip is not None:
+        raise ConfigError(f"nbits and flip mean nothing for {name!r}, which is a table")
+    kinds = [r.x.dtype for r in rows]
+    epsilon = max(float(np.finfo(k if k in (np.float16, np.float32) else np.float64).eps) for k in kinds)
+    table = np.concatenate([as_numbers(r.x, name) for r in rows])
+    columns = rows[0].columns or tuple(f"column {j}" for j in range(table.shape[1]))
+    require_usable(table, columns, name)
+    kept, said = _drop_duplicates(duplicate_rows([table], labels), [len(r.x) for r in rows], options)
+    parts, notice = _split([len(r.x) for r in rows], kept, options)
+    # lattices are looked for, and noise is drawn, among the rows that are used
+    table, labels = table[kept], None if labels is None else labels[kept]
+    place = np.empty(1 + int(kept.max()), dtype=np.int64)
+    place[kept] = np.arange(len(kept))
+    parts = [place[i] for i in parts]
+    table, noised = dequantize(table, columns, options, epsilon, name)
     return assemble(
         name,
-        rows.kind,
-        [reduce_bits(x[i], options.nbits) if image else x[i] for i in parts],
+        "table",
+        [table[i] for i in parts],
         options,
-        codes=None if codes is None else [codes[i] for i in parts],
-        classes=classes,
-        columns=() if image else columns,
-        levels=2**options.nbits if image else None,
-        notices=[*notices, notice],
+        **_classes(labels, parts),
+        columns=columns,
+        notices=[*notices, *said, *noised, notice],
     )
 
 
-def read_numpy(path: Path) -> dict[str, Array]:
-    """The arrays of an .npz file by key, or that of an .npy file under ``"x"``; pickles are refused.
+def _images(rows: list[Rows], labels: Array | None, name: str, options: Options, notices: list[str]) -> DataSplits:
+    pieces = [r.x for r in rows]
+    sizes = [len(x) for x in pieces]
+    kept, said = _drop_duplicates(duplicate_rows(pieces, labels), sizes, options)
+    parts, notice = _split(sizes, kept, options)
+    starts = np.cumsum([0, *sizes])
+    images = []
+    for i in (1, 2):  # first, because keeping the training rows of a memory map overwrites the others
+        parts[i] = np.sort(parts[i])
+        number = int(np.searchsorted(starts, parts[i][0], side="right")) - 1
+        own = parts[i] - starts[number]
+        images.append(pieces[number] if len(own) == sizes[number] else np.array(pieces[number][own]))
+    train, parts[0] = keep_rows(pieces[0], parts[0])
+    if options.nbits != 8 and is_mapped(train):
+        notices.append(f"nbits={options.nbits}: the training images are read into memory; those of 8 bits are mapped")
+    return assemble(
+        name,
+        "image",
+        [reduce_bits(x, options.nbits) for x in (train, *images)],
+        options,
+        **_classes(labels, parts),
+        levels=2**options.nbits,
+        notices=[*notices, *said, notice],
+    )
 
-    Raises:
-        DataError: if the file is missing, damaged, or holds Python objects.
-    """
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"x": loaded}
-        with loaded:
-            return {key: loaded[key] for key in loaded.files}
-    except FileNotFoundError:
-        raise DataError(f"{str(path)!r} does not exist") from None
-    except _READ_ERRORS as error:
-        if "pickle" in str(error):
-            raise DataError(
-                f"{str(path)!r} holds pickled Python objects, which can run code when read and are refused; "
-                "save plain numbers: numpy.save(path, numpy.asarray(x, dtype=numpy.float32))"
-            ) from None
-        raise DataError(f"{str(path)!r} cannot be read as a NumPy file: {error}") from error
 
-
-def _from_arrays(arrays: dict[str, Array], name: str) -> Rows:
-    """Rows from the keys documented in data/README.md."""
-    used = {"labels"}
-    parts: tuple[int, int, int] | None = None
-    labels = arrays.get("labels")
-    stems = [k for k in _KEYS if any(f"{k}_{p}" in arrays for p in _PARTS)]
-    whole = [k for k in _KEYS if k in arrays]
-    if len(stems) + len(whole) != 1:
-        wanted = "expected exactly one of 'images', 'x', 'data' (or x_train, x_validation and x_test), optionally 'labels'"
-        raise DataError(f"{name!r} holds the keys {sorted(arrays)}; {wanted}")
-    if stems:
-        keys = [f"{stems[0]}_{p}" for p in _PARTS]
-        missing = [k for k in keys if k not in arrays]
-        if missing:
-            raise DataError(f"{name!r} gives its own split but lacks {', '.join(missing)}; expected {', '.join(keys)}")
-        pieces = [arrays[k] for k in keys]
-        if len({p.shape[1:] for p in pieces}) != 1 or len({p.dtype for p in pieces}) != 1:
-            raise DataError(f"{', '.join(keys)} of {name!r} differ in item shape or dtype: {[(p.shape, str(p.dtype)) for p in pieces]}")
-        parts = (len(pieces[0]), len(pieces[1]), len(pieces[2]))
-        x = np.concatenate(pieces)
-        label_keys = [f"labels_{p}" for p in _PARTS]
-        if all(k in arrays for k in label_keys):
-            for k, n in zip(label_keys, parts, strict=True):
-                if arrays[k].shape != (n,):
-                    raise DataError(f"{k} of {name!r} has shape {arrays[k].shape}; expected ({n},), one for each row")
-            labels = np.concatenate([arrays[k] for k in label_keys])
-        used |= {*keys, *label_keys}
+def _drop_duplicates(repeated: Array, sizes: list[int], options: Options) -> tuple[Array, list[str]]:
+    """The rows to keep, and what to say. A split that was given stays as it is."""
+    count, everything = int(repeated.sum()), np.arange(len(repeated))
+    if not count:
+        return everything, []
+    if len(sizes) == 1 and options.duplicates == "drop":
+        notice = f"{count:,} exact duplicate rows dropped before splitting: they would leak into the test set"
+        return everything[~repeated], [notice]
+    if len(sizes) == 1:
+        notice = f"{count:,} exact duplicate rows kept (duplicates='keep'): those that fall into two splits leak"
     else:
-        x = arrays[whole[0]]
-        used.add(whole[0])
-    idle = sorted(set(arrays) - used)
-    notices = [f"keys of the file that were not used: {', '.join(idle)}"] if idle else []
-    return Rows(_channels_first(x, name) if x.ndim in (3, 4) else x, labels, (), parts, notices)
+        test = int(repeated[-sizes[-1] :].sum())
+        notice = f"{count:,} exact duplicate rows kept, since the split is given; {test:,} of them in the test part"
+    return everything, [notice]
 
 
-def _channels_first(x: Array, name: str) -> Array:
-    """uint8 (N, C, H, W) from (N, H, W), (N, H, W, C) or (N, C, H, W)."""
-    if x.dtype != np.uint8:
-        raise DataError(
-            f"images of {name!r} have dtype {x.dtype}; expected uint8 grey levels 0 to 255 "
-            "(from floats in [0, 1]: (255 * x).round().astype('uint8'))"
-        )
-    if x.ndim == 3:
-        return x[:, None]
-    first, last = x.shape[1] in (1, 3), x.shape[3] in (1, 3)
-    if first == last:
-        raise DataError(
-            f"images of {name!r} have shape {x.shape}, which does not say where the channels are; "
-            "expected (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels"
-        )
-    return x if first else x.transpose(0, 3, 1, 2)
+def _split(sizes: list[int], kept: Array, options: Options) -> tuple[list[Array], str]:
+    """Row numbers of train, validation and test, and what was done.
 
-
-def read_csv(path: Path) -> tuple[Array, tuple[str, ...]]:
-    """A table and its column names. The first row is a header if none of its cells is a number.
-
-    Cells are parted by semicolons or tabs if the first line has any, else by commas.
-
-    Raises:
-        DataError: for an unreadable or empty file, rows of unequal length, or a cell that is no number.
+    Args:
+        sizes: of what was given: all in one, train and test, or the three parts.
+        kept: rows that are no dropped duplicates.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
-            file.seek(0)
-            delimiter = next((d for d in ";\t" if d in first), ",")
-            rows = [(i, row) for i, row in enumerate(csv.reader(file, delimiter=delimiter), start=1) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{str(path)!r} cannot be read as a csv file: {error}") from error
-    columns: tuple[str, ...] = ()
-    if rows and not any(_is_number(cell) for cell in rows[0][1]):
-        columns = tuple(cell.strip() or f"column {j}" for j, cell in enumerate(rows[0][1]))
-        rows = rows[1:]
-    if not rows:
-        raise DataError(f"{str(path)!r} has no rows of numbers")
-    width = len(columns) or len(rows[0][1])
-    columns = columns or tuple(f"column {j}" for j in range(width))
-    table = np.empty((len(rows), width))
-    for k, (i, row) in enumerate(rows):
-        if len(row) != width:
-            raise DataError(f"row {i} of {str(path)!r} has {len(row)} cells; expected {width}")
-        try:
-            table[k] = [float(cell) for cell in row]
-        except ValueError:
-            j = next(j for j, cell in enumerate(row) if not _is_number(cell))
-            raise DataError(
-                f"row {i}, column {columns[j]!r} of {str(path)!r} is {row[j]!r}; expected a number "
-                "(encode categories as integers; if this row is a header, none of its names may be a number)"
-            ) from None
-    return table, columns
+    if len(sizes) == 1:
+        chosen, notice = split_rows(len(kept), options)
+        return [kept[i] for i in chosen], notice
+    fixed = ["test_fraction"] if len(sizes) == 2 else ["test_fraction", "validation_fraction"]
+    if len(sizes) == 3 and options.limit is None:
+        fixed.append("split_seed")
+    for option in fixed:
+        if getattr(options, option) != getattr(Options(), option):
+            raise ConfigError(f"{option}={getattr(options, option)} means nothing here, since the data bring their own split")
+    ends = np.cumsum(sizes)
+    if min(sizes) == 0:
+        part = ("train", "validation", "test")[sizes.index(0)] if len(sizes) == 3 else ("train", "test")[sizes.index(0)]
+        raise DataError(f"the {part} part that was given is empty; expected at least one row")
+    if len(sizes) == 3:
+        return [np.arange(e - n, e) for e, n in zip(ends, sizes, strict=True)], "split as it is given"
+    held = max(1, round(sizes[0] * options.validation_fraction))
+    if sizes[0] < held + 2:
+        raise DataError(f"{sizes[0]} training rows are too few to hold some out for validation; expected at least 3")
+    train, validation = hold_out(sizes[0], held, options.split_seed)
+    notice = f"test set as it is given; validation split off the training part by split_seed {options.split_seed}"
+    return [train, validation, np.arange(ends[0], ends[1])], notice
 
 
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
+def _classes(labels: Array | None, parts: list[Array]) -> dict[str, Any]:
+    """The labels of each part, and the names of the classes, as :func:`assemble` takes them."""
+    if labels is None:
+        return {}
+    codes, classes = encode_labels(labels)
+    return {"codes": [codes[i] for i in parts], "classes": classes}

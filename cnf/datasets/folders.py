@@ -1,60 +1,186 @@
-"""A folder of pictures as a data set; sub-folders are the classes."""
+"""Folders: pictures (sub-folders are the classes), and a split of one's own as train, validation and test inside."""
 
 from __future__ import annotations
 
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from cnf.datasets.pictures import SUFFIXES, open_picture
+from cnf.datasets.rows import Array
 from cnf.datasets.splits import Rows
 from cnf.errors import DataError
 
-__all__ = ["read_folder"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["ARRAYS", "Listing", "list_folder", "part_entries", "progress", "read_folder", "rgb", "stack_pictures"]
+
+ARRAYS = (".npy", ".npz")
+MANY = 2000  # pictures from which a progress bar is shown
+_PART = re.compile(r"(train|training|validation|valid|val|testing|test)(?![a-z])")
+
+
+def part_entries(folder: Path) -> dict[str, list[Path]]:
+    """Arrays and sub-folders whose names begin with train, val (valid, validation) or test, by part."""
+    parts: dict[str, list[Path]] = {}
+    for entry in sorted(folder.iterdir(), key=_natural):
+        found = _PART.match(entry.name.lower())
+        if found and (entry.is_dir() or entry.suffix.lower() in ARRAYS):
+            word = found[1]
+            part = "validation" if word.startswith("val") else "train" if word.startswith("train") else "test"
+            parts.setdefault(part, []).append(entry)
+    return parts
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Sorts batch_10 after batch_9."""
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", path.name)]
+
+
+@dataclass
+class Listing:
+    """What lies in a folder.
+
+    Attributes:
+        pictures: PNG and JPEG files, sorted by (sub-folder and) name.
+        labels: name of the sub-folder of each, or None where the pictures lie in the folder itself.
+        arrays: .npy and .npz files in the folder itself.
+        others: names of the files that are neither.
+    """
+
+    pictures: list[Path]
+    labels: list[str] | None
+    arrays: list[Path]
+    others: list[str]
+
+
+def list_folder(folder: Path) -> Listing:
+    """List a folder and its sub-folders (one level).
+
+    Raises:
+        DataError: for pictures beside sub-folders with pictures, or a folder that cannot be read.
+    """
+    try:
+        files, subs = _entries(folder)
+        inside = [(sub.name, p) for sub in subs for p in _entries(sub)[0]]
+    except OSError as error:
+        raise DataError(f"folder {str(folder)!r} cannot be read: {error}") from None
+    loose = [p for p in files if p.suffix.lower() in SUFFIXES]
+    labelled = [(label, p) for label, p in inside if p.suffix.lower() in SUFFIXES]
+    if loose and labelled:
+        raise DataError(
+            f"folder {str(folder)!r} has pictures ({loose[0].name}) beside sub-folders with pictures "
+            f"({labelled[0][0]}); expected either pictures only or one sub-folder for each class"
+        )
+    others = [p.name for p in [*files, *(p for _, p in inside)] if p.suffix.lower() not in (*SUFFIXES, *ARRAYS)]
+    return Listing(
+        loose or [p for _, p in labelled],
+        None if loose or not labelled else [label for label, _ in labelled],
+        [p for p in sorted(files, key=_natural) if p.suffix.lower() in ARRAYS],
+        others,
+    )
+
+
+def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Files and folders in a folder, by name, without asking the disk about each of a million files."""
+    with os.scandir(folder) as entries:
+        found = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
+    return [folder / n for n, is_folder in found if not is_folder], [folder / n for n, is_folder in found if is_folder]
+
+
+def progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+    """A bar over many pictures; where nobody watches a terminal, a line every half minute."""
+    wait = 0.1 if sys.stderr.isatty() else 30.0
+    return iter(tqdm(items, what, total, disable=total < MANY, mininterval=wait, unit=" pictures", leave=False))
+
+
+def rgb(picture: Image.Image) -> Array:
+    """uint8 (1, 3, H, W)."""
+    return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)[None]
+
+
+def centre_square(picture: Image.Image, size: int) -> Image.Image:
+    """The central square, resized to ``size`` (bicubic, antialiased)."""
+    from PIL import Image
+
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def read_folder(folder: Path, image_size: int | None = None) -> Rows:
     """Read the PNG and JPEG pictures of a folder, or of its sub-folders, whose names are then the labels.
 
-    Pictures are grey only if all of them are; otherwise all become RGB. With ``image_size`` each is cropped to its central
-    square and resized (bicubic, antialiased); without, all must have one size.
+    Pictures are decoded one by one into one uint8 array. They are grey only if all of them are; otherwise all become
+    RGB. With ``image_size`` each is cropped to its central square and resized (bicubic, antialiased); without, all must
+    have one size.
 
     Raises:
         DataError: for no pictures, pictures beside sub-folders, mixed sizes, or a picture that cannot be read.
     """
-    from PIL import Image
-
-    entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-    loose = [p for p in entries if p.is_file() and p.suffix.lower() in SUFFIXES]
-    labelled = [(sub.name, p) for sub in entries if sub.is_dir() for p in sorted(sub.iterdir()) if p.suffix.lower() in SUFFIXES]
-    if loose and labelled:
+    found = list_folder(folder)
+    if not found.pictures:
+        hint = ""
+        if found.arrays:
+            hint = f" (for {found.arrays[0].name}, give the file itself; files named train... and test... are a split)"
+        elif found.others:
+            hint = f" ({found.others[0]} is none)"
         raise DataError(
-            f"folder {str(folder)!r} has pictures ({loose[0].name}) beside sub-folders with pictures ({labelled[0][0]}); "
-            "expected either pictures only or one sub-folder for each class"
+            f"folder {str(folder)!r} holds no picture; expected {', '.join(SUFFIXES)} files, or sub-folders of "
+            f"them{hint}"
         )
-    files = loose or [p for _, p in labelled]
-    if not files:
-        raise DataError(f"folder {str(folder)!r} holds no picture; expected {', '.join(SUFFIXES)} files, or sub-folders of them")
-    pictures: list[Image.Image] = []
-    for file in files:
+    images, notices = stack_pictures(found.pictures, image_size, str(folder))
+    if found.others or found.arrays:
+        names = [*found.others, *(p.name for p in found.arrays)]
+        notices.append(f"{len(names):,} files that are no PNG or JPEG picture were left aside ({names[0]}, ...)")
+    return Rows(images, np.array(found.labels) if found.labels else None, notices=notices)
+
+
+def stack_pictures(files: Sequence[Path], image_size: int | None, name: str) -> tuple[Array, list[str]]:
+    """Decode pictures one by one into uint8 (N, 1 or 3, H, W); see :func:`read_folder`."""
+    images, size = np.empty((0, 1, 0, 0), dtype=np.uint8), (0, 0)
+    mixed = transparent = 0
+    for i, file in enumerate(progress(files, f"decoding {name}", len(files))):
         picture = open_picture(file)
-        picture = picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
+        transparent += "A" in picture.getbands() or "transparency" in picture.info
+        grey = picture.mode in ("1", "L", "LA")
+        picture = picture.convert("L" if grey else "RGB")
         if image_size is not None:
-            side = min(picture.size)
-            left, top = (picture.width - side) // 2, (picture.height - side) // 2
-            box = (left, top, left + side, top + side)
-            picture = picture.crop(box).resize((image_size, image_size), Image.Resampling.BICUBIC)
-        if pictures and picture.size != pictures[0].size:
-            sizes = ["x".join(map(str, p.size)) for p in (pictures[0], picture)]
+            picture = centre_square(picture, image_size)
+        if i == 0:
+            size = picture.size
+            shape = (len(files), 1 if grey else 3, size[1], size[0])
+            try:
+                images = np.empty(shape, dtype=np.uint8)
+            except MemoryError:
+                raise DataError(
+                    f"{len(files):,} pictures of {size[0]}x{size[1]} (in {name!r}) are more than the memory holds; "
+                    "image_size=S crops the centre and resizes"
+                ) from None
+        if picture.size != size:
+            sizes = ["x".join(map(str, s)) for s in (size, picture.size)]
             raise DataError(
-                f"pictures differ in size: {files[0].name!r} is {sizes[0]}, {file.name!r} is {sizes[1]} (in {str(folder)!r}); "
+                f"pictures differ in size: {files[0].name!r} is {sizes[0]}, {file.name!r} is {sizes[1]} (in {name!r}); "
                 "image_size=S crops the centre and resizes"
             )
-        pictures.append(picture)
-    notices = [] if image_size is None else [f"pictures cropped to the central square and resized to {image_size}x{image_size}"]
-    modes = {p.mode for p in pictures}
-    if len(modes) > 1:
+        mixed += grey == (images.shape[1] == 3)
+        if not grey and images.shape[1] == 1:  # the first colour picture: those before it become RGB
+            images = np.repeat(images, 3, axis=1)
+        pixels = np.asarray(picture)
+        images[i] = pixels if grey else pixels.transpose(2, 0, 1)
+    notices = []
+    if image_size is not None:
+        notices.append(f"pictures cropped to the central square and resized to {image_size}x{image_size}")
+    if mixed:
         notices.append("grey and colour pictures are mixed: all read as RGB")
-    stack = np.stack([np.asarray(p.convert("RGB") if len(modes) > 1 else p) for p in pictures])
-    images = stack[:, None] if stack.ndim == 3 else stack.transpose(0, 3, 1, 2)
-    return Rows(images, np.array([label for label, _ in labelled]) if labelled else None, notices=notices)
+    if transparent:
+        notices.append(f"{transparent:,} pictures have transparency, which was ignored: their hidden colours show")
+    return images, notices

@@ -1,4 +1,4 @@
-"""Image data sets by name: scikit-learn's digits, and MNIST, Fashion-MNIST, CIFAR-10 and SVHN through torchvision."""
+"""Small image sets by name: scikit-learn's digits, and MNIST, Fashion-MNIST, CIFAR-10 and SVHN through torchvision."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from cnf.datasets.splits import Array, DataSplits, Options, assemble
+from cnf.datasets.prepared import reduce_bits
+from cnf.datasets.rows import Array, hold_out
+from cnf.datasets.splits import DataSplits, Options, assemble
 from cnf.errors import ConfigError, DataError
 
-__all__ = ["DIGITS_LEVELS", "NAMES", "load_images", "reduce_bits"]
+__all__ = ["DIGITS_LEVELS", "NAMES", "TORCHVISION", "load_images"]
 
 NAMES: dict[str, str] = {
     "digits": "8x8 handwritten digits, 17 grey levels, 1,797 images; ships with scikit-learn (no download)",
@@ -22,15 +24,13 @@ NAMES: dict[str, str] = {
 }
 DIGITS_LEVELS = 17
 
-_TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "svhn": "SVHN"}
+TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "svhn": "SVHN"}
 _FOLDER = {"mnist": "MNIST/raw", "fashion-mnist": "FashionMNIST/raw", "cifar10": "cifar-10-batches-py", "svhn": "."}
+_SHAPE = {"mnist": (1, 28, 28), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32), "svhn": (3, 32, 32)}
 _VALIDATION = {"mnist": 10_000, "fashion-mnist": 10_000, "cifar10": 5_000, "svhn": 5_000}
 _TEN = tuple("0123456789")
-
-
-def reduce_bits(images: Array, nbits: int) -> Array:
-    """The ``nbits`` most significant bits of 8-bit images: x // 2**(8 − nbits), with 2**nbits levels."""
-    return images if nbits == 8 else images >> np.uint8(8 - nbits)
+# what torchvision raises for files that are missing, truncated or damaged, and for networks
+_FAILURES = (RuntimeError, OSError, ValueError, TypeError, LookupError, AssertionError, EOFError, HTTPException)
 
 
 def load_images(name: str, options: Options) -> DataSplits:
@@ -44,12 +44,14 @@ def load_images(name: str, options: Options) -> DataSplits:
 
 
 def _digits(options: Options) -> DataSplits:
-    """The digits with the project's fixed protocol: 540 test and 180 validation images, stratified, whatever the seeds."""
+    """The digits in a fixed protocol: 540 test and 180 validation images, stratified, whatever the seeds."""
     from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
 
     if options.nbits != 8:
-        raise ConfigError(f"nbits={options.nbits} does not apply to digits, which have {DIGITS_LEVELS} levels; leave it at 8")
+        raise ConfigError(
+            f"nbits={options.nbits} means nothing for digits, which have {DIGITS_LEVELS} levels; leave it at 8"
+        )
     raw = load_digits()
     images: Array = raw.images.astype(np.uint8)[:, None]
     labels: Array = raw.target.astype(np.int64)
@@ -72,10 +74,9 @@ def _torchvision(name: str, options: Options) -> DataSplits:
     """A torchvision set: the official test set; validation images taken off the official training set by split_seed."""
     (images, labels), (test, test_labels) = _read(name, True, options), _read(name, False, options)
     held_out = _VALIDATION[name]
-    order = np.random.default_rng(options.split_seed).permutation(len(images))
     if len(images) <= held_out:
-        raise DataError(f"{name} has {len(images)} training images; expected more than {held_out}: the files are not complete")
-    train, validation = order[held_out:], order[:held_out]
+        raise DataError(f"{name} has {len(images)} training images; expected more than {held_out}: files are missing")
+    train, validation = hold_out(len(images), held_out, options.split_seed)
     return assemble(
         name,
         "image",
@@ -94,7 +95,7 @@ def _read(name: str, train: bool, options: Options) -> tuple[Array, Array]:
     from torchvision import datasets  # type: ignore[import-untyped]
 
     root = Path(options.root).expanduser()
-    make = getattr(datasets, _TORCHVISION[name])
+    make = getattr(datasets, TORCHVISION[name])
     part: dict[str, Any] = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
     try:
         try:
@@ -103,12 +104,18 @@ def _read(name: str, train: bool, options: Options) -> tuple[Array, Array]:
             if not options.download:
                 raise
             found = make(str(root), download=True, **part)
-    except (RuntimeError, OSError, ValueError, EOFError, HTTPException) as error:
+    except PermissionError as error:
+        raise DataError(
+            f"{name} cannot be unpacked or stored under {str(root.resolve())!r}: {error}. Copy the files to a folder "
+            "that can be written, and name that as the root"
+        ) from error
+    except _FAILURES as error:
         where = (root / _FOLDER[name]).resolve()
         tried = "downloading it failed" if options.download else "download=False forbids fetching it"
         raise DataError(
-            f"{name} was not found complete in {str(where)!r} (root={options.root!r}) and {tried}: {error}. Put the original "
-            "files there (data/README.md lists them) or connect to the network and let torchvision fetch them"
+            f"{name} was not found complete in {str(where)!r} (root={options.root!r}) and {tried}: "
+            f"{error or type(error).__name__}. Put the original files there (data/README.md lists them; delete what is "
+            "damaged) or connect to the network and let torchvision fetch them"
         ) from error
     labels = np.asarray(found.labels if name == "svhn" else found.targets, dtype=np.int64)
     images: Array = np.asarray(found.data, dtype=np.uint8)
@@ -116,12 +123,28 @@ def _read(name: str, train: bool, options: Options) -> tuple[Array, Array]:
         images = images[:, None]
     elif images.shape[-1] == 3 and images.shape[1] != 3:
         images = images.transpose(0, 3, 1, 2)
+    if images.shape[1:] != _SHAPE[name] or labels.shape != (len(images),):
+        raise DataError(
+            f"{name} under {str(root.resolve())!r} has {len(images)} images of shape {images.shape[1:]} and "
+            f"{len(labels)} labels; expected {_SHAPE[name]}, and a label for each: put the original files there"
+        )
     return images, labels
 
 
 def _classes(name: str) -> tuple[str, ...]:
     if name == "fashion-mnist":
-        return ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+        return (
+            "T-shirt/top",
+            "Trouser",
+            "Pullover",
+            "Dress",
+            "Coat",
+            "Sandal",
+            "Shirt",
+            "Sneaker",
+            "Bag",
+            "Ankle boot",
+        )
     if name == "cifar10":
         return ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
     return _TEN

@@ -45,7 +45,7 @@ def find_step(distinct: Values, spacing: float = 0.0) -> float | None:
 
 
 def _refine(gaps: Values, step: float) -> float:
-    """Sharpen a step by ever longer gaps: each doubling knows the step well enough to count the next gaps' multiples."""
+    """Sharpen a step by ever longer gaps: each doubling knows it well enough to count the next gaps' multiples."""
     reach = 1.5
     while True:
         part = gaps[gaps <= reach * step] if reach * step < gaps.max() else gaps
@@ -66,12 +66,16 @@ def lattice_step(column: Values, epsilon: float) -> float | None:
 
     The rule: all values lie on one lattice (:func:`find_step`) **and** they repeat: either ten rows share a value on
     average, or two do and the lattice is coarse (at most 100 steps between the 5 % and the 95 % quantile, as
-    integers and one-decimal readings in a small table). A continuous column rounded to float32, or printed with five digits,
-    lies on a lattice too, but on one so fine that its values hardly repeat.
+    integers and one-decimal readings in a small table). A continuous column rounded to float32, or printed with five
+    digits, lies on a lattice too, but on one so fine that its values hardly repeat.
 
     Args:
         column: (N,) values.
         epsilon: relative rounding of the type that the values were stored in.
+
+    Example:
+        >>> round(lattice_step(np.repeat([0.0, 0.5, 2.0], 20), 1e-16), 9)
+        0.5
     """
     distinct = np.unique(column)
     n, k = len(column), len(distinct)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,19 +23,23 @@ MAX_PIXELS = 50_000_000  # a picture that claims more is refused before it is un
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A PNG or JPEG file, decoded.
+def open_picture(path: Path, file: IO[bytes] | None = None) -> Image.Image:
+    """A PNG or JPEG picture, decoded, turned the way up that its EXIF orientation says.
+
+    Args:
+        path: the file, or what messages call it.
+        file: read from here instead.
 
     Raises:
-        DataError: if the file is missing, unreadable, not 8-bit, or claims more than 50 million pixels (a decompression bomb).
+        DataError: if the file is missing, unreadable, not 8-bit, or claims more than 50 million pixels (a bomb).
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with warnings.catch_warnings():
             # Our own limit below is lower than the one PIL warns at.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(path, formats=("PNG", "JPEG"))
+            picture = Image.open(file or path, formats=("PNG", "JPEG"))
         if picture.width * picture.height > MAX_PIXELS:
             picture.close()
             raise Image.DecompressionBombError
@@ -46,19 +51,22 @@ def open_picture(path: Path) -> Image.Image:
         ) from None
     except FileNotFoundError:
         raise DataError(f"picture {str(path)!r} does not exist") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise DataError(f"picture {str(path)!r} cannot be read as PNG or JPEG: {error}") from error
     if picture.mode in _DEEP_MODES:
         raise DataError(f"picture {str(path)!r} has more than 8 bits a channel ({picture.mode}); convert it to 8 bits")
-    return picture
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # a damaged EXIF block raises many kinds; the pixels are whole, so they are taken as they lie
+        return picture
 
 
 class PictureDensity:
     """The density of a grey picture: points fall in proportion to darkness (FFJORD's ``train_img2d``).
 
-    A pixel's mass is proportional to (lightest value − its value), so that the lightest grey is empty; with ``invert=True``
-    to (its value − darkest value). Within a pixel the density is uniform. The longer side spans [-4, 4], the aspect
-    ratio is kept, y points up, the centre is the origin. Transparent pixels are empty.
+    A pixel's mass is proportional to (lightest value − its value), so that the lightest grey is empty; with
+    ``invert=True`` to (its value − darkest value). Within a pixel the density is uniform. The longer side spans
+    [-4, 4], the aspect ratio is kept, y points up, the centre is the origin. Transparent pixels are empty.
 
     Args:
         path: PNG or JPEG.
@@ -82,7 +90,8 @@ class PictureDensity:
         mass = grey - grey.min() if invert else grey.max() - grey
         if mass.sum() == 0.0:
             raise DataError(
-                f"picture {str(path)!r} has one grey value everywhere ({grey.flat[0]:g}); expected dark shapes on a light ground"
+                f"picture {str(path)!r} has one grey value everywhere ({grey.flat[0]:g}); expected dark shapes "
+                "on a light ground"
             )
         self.mass: NDArray[np.float64] = mass / mass.sum()
         self.side = 8.0 / max(mass.shape)
@@ -106,6 +115,4 @@ def load_picture(path: Path, options: Options) -> DataSplits:
     parts = [density.sample(n, np.random.default_rng([options.seed, 0, i])) for i, n in enumerate(options.sizes)]
     dense = "light is dense" if options.invert else "dark is dense"
     notice = f"the density of the picture {path.name} ({dense}), drawn once by seed {options.seed}"
-    return assemble(
-        str(path), "toy", parts, options, columns=("x", "y"), entropy=density.entropy, notices=[notice]
-    )
+    return assemble(str(path), "toy", parts, options, columns=("x", "y"), entropy=density.entropy, notices=[notice])

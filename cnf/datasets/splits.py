@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from cnf.datasets.rows import Array, is_mapped
 from cnf.errors import ConfigError, DataError
 
-__all__ = ["Array", "DataSplits", "Kind", "Options", "Rows", "assemble", "split_rows"]
+__all__ = [
+    "Array",
+    "DataSplits",
+    "Kind",
+    "Options",
+    "Rows",
+    "assemble",
+    "encode_labels",
+    "split_rows",
+]
 
-Array = NDArray[Any]
 Kind = Literal["toy", "image", "table"]
 
 MINIMUM_ROWS = 10
@@ -29,7 +37,9 @@ class DataSplits:
     Attributes:
         name: the name or path it was loaded by.
         kind: ``"toy"`` (points in the plane), ``"image"`` or ``"table"``.
-        train, validation, test: uint8 (N, C, H, W) for images, float32 (N, D) otherwise.
+        train, validation, test: uint8 (N, C, H, W) for images, float32 (N, D) otherwise. ``train`` of a set of 2 GiB or
+            more may be a memory map of its file: an ordinary tensor, of which only the rows that are read come into
+                memory.
         train_context, validation_context, test_context: one-hot labels, float32 (N, len(classes)), or None.
         classes: names of the labels in the order of the one-hot columns; filled whenever the data set has labels.
         columns: names of a table's columns.
@@ -88,11 +98,12 @@ class Options:
     nbits: int = 8
     image_size: int | None = None
     invert: bool = False
+    flip: bool | None = None
     sizes: tuple[int, int, int] = (50_000, 5_000, 10_000)
 
     def __post_init__(self) -> None:
         if self.condition not in (None, "label"):
-            raise DataError(f"condition={self.condition!r} is not known; expected None or 'label'")
+            raise ConfigError(f"condition={self.condition!r} is not known; expected None or 'label'")
         _one_of("discrete", self.discrete, ("dequantize", "keep", "error"))
         _one_of("duplicates", self.duplicates, ("drop", "keep"))
         for name in ("seed", "split_seed"):
@@ -110,7 +121,7 @@ class Options:
                 f"validation_fraction={fractions[0]} and test_fraction={fractions[1]} leave no sensible split; "
                 "expected both positive with a sum below 1"
             )
-        if min(self.sizes) < 1:
+        if len(self.sizes) != 3 or min(self.sizes) < 1:
             raise ConfigError(f"sizes={self.sizes} of a toy set's splits must be three positive numbers")
 
 
@@ -127,18 +138,17 @@ class Rows:
         x: (N, D) numbers, or uint8 images (N, C, H, W).
         labels: (N,) integers or strings, or None.
         columns: names of the columns of a table.
-        parts: sizes of train, validation and test where the source gives the split (rows in that order), else None.
         notices: what the reader did.
     """
 
     x: Array
     labels: Array | None = None
     columns: tuple[str, ...] = ()
-    parts: tuple[int, int, int] | None = None
     notices: list[str] = field(default_factory=list)
 
     @property
     def kind(self) -> Kind:
+        """A table or images: toy sets are not read."""
         return "image" if self.x.ndim == 4 else "table"
 
 
@@ -232,10 +242,13 @@ def assemble(
         levels=levels,
         entropy=entropy,
         notices=tuple(report),
-        flip=flip,
+        flip=flip if options.flip is None else options.flip,
     )
 
 
 def _tensor(x: Array) -> Tensor:
-    """uint8 stays, everything else becomes float32; always a copy, so that nobody shares memory with a reader."""
+    """uint8 stays, everything else becomes float32. A memory map stays one; all else is copied, so that nobody shares
+    memory with a reader."""
+    if is_mapped(x) and x.dtype == np.uint8:
+        return torch.from_numpy(x)
     return torch.from_numpy(np.array(x, dtype=np.uint8 if x.dtype == np.uint8 else np.float32, order="C"))

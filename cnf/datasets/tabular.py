@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cnf.datasets.arrays import read_numpy
 from cnf.datasets.checks import as_numbers, require_usable
-from cnf.datasets.files import read_csv, read_numpy
 from cnf.datasets.splits import DataSplits, Options, assemble
+from cnf.datasets.text import read_csv
 from cnf.errors import ConfigError, DataError
 
 __all__ = ["NAMES", "load_tabular"]
@@ -30,23 +31,26 @@ NAMES = {
 WIDTH = {"power": 6, "gas": 8, "hepmass": 21, "miniboone": 43, "bsds300": 63}
 _HEPMASS_FEATURES = 27
 _CONVERT_GAS = (
-    "the published ethylene_CO.pickle is never opened, because a pickle can run code; where you trust it, convert it once: "
-    "python -c \"import pandas; pandas.read_pickle('ethylene_CO.pickle').to_csv('ethylene_CO.csv', index=False)\""
+    "the published ethylene_CO.pickle is never opened, because a pickle can run code; where you trust it, convert it "
+    "once: python -c \"import pandas; pandas.read_pickle('ethylene_CO.pickle').to_csv('ethylene_CO.csv', index=False)\""
 )
 
 
 def load_tabular(name: str, options: Options) -> DataSplits:
     """Load one of :data:`NAMES`, standardised by the training rows (BSDS300 comes as it is).
 
-    One thing is mended: the published preprocessing standardises GAS by all rows and POWER and MINIBOONE by training and
-    validation rows together. Rows, columns and their order are the published ones; nothing else is dropped or dequantised.
+    One thing is mended: the published preprocessing standardises GAS by all rows and POWER and MINIBOONE by training
+    and validation rows together. Rows, columns and their order are the published ones; nothing else is dropped or
+    dequantised.
 
     Raises:
         DataError: for a missing or malformed file.
         ConfigError: for ``discrete`` or ``duplicates`` other than the default, which the published protocol fixes.
     """
     if options.discrete != "dequantize" or options.duplicates != "drop":
-        raise ConfigError(f"discrete and duplicates are fixed by the published protocol of {name!r}; leave them at their defaults")
+        raise ConfigError(
+            f"discrete and duplicates are fixed by the published protocol of {name!r}; leave them at their defaults"
+        )
     parts, notices = _READERS[name](Path(options.root).expanduser())
     width = parts[0].shape[1]
     if width != WIDTH[name]:
@@ -54,7 +58,9 @@ def load_tabular(name: str, options: Options) -> DataSplits:
     columns = tuple(f"column {j}" for j in range(width))
     for part, table in zip(("training", "validation", "test"), parts, strict=True):
         if len(table) == 0 or not np.isfinite(table).all():
-            raise DataError(f"the {part} part of {name!r} is empty or holds NaN; expected the published files, complete")
+            raise DataError(
+                f"the {part} part of {name!r} is empty or holds NaN; expected the published files, complete"
+            )
     require_usable(parts[0], columns, name)
     if name != "bsds300":
         mean, std = parts[0].mean(0), parts[0].std(0)
@@ -70,7 +76,10 @@ def _find(name: str, folders: tuple[Path, ...], files: tuple[str, ...], advice: 
             if (folder / file).is_file():
                 return folder / file
     wanted = " or ".join(repr(str((folders[0] / f).resolve())) for f in files)
-    raise DataError(f"{name} needs {wanted}, which is not there; data/README.md says where to get it{'; ' if advice else ''}{advice}")
+    raise DataError(
+        f"{name} needs {wanted}, which is not there; data/README.md says where to get it"
+        + (f"; {advice}" if advice else "")
+    )
 
 
 def _tenths(table: Table, notices: list[str]) -> Parts:
@@ -91,14 +100,19 @@ def _array(path: Path) -> Table:
 def _power(root: Path) -> tuple[Parts, list[str]]:
     table = _array(_find("power", (root / "power",), ("data.npy",)))
     if table.shape[1] != 8:
-        raise DataError(f"power/data.npy has {table.shape[1]} columns; expected 8 (active, reactive, voltage, intensity, 3 meters, minute)")
+        raise DataError(
+            f"power/data.npy has {table.shape[1]} columns; expected 8 (active and reactive power, voltage, intensity, "
+            "3 meters, minute)"
+        )
     rng = np.random.RandomState(42)
     rng.shuffle(table)
     table = np.delete(table, [1, 3], axis=1)
     n = len(table)
     voltage, active, meters = 0.01 * rng.rand(n, 1), 0.001 * rng.rand(n, 1), rng.rand(n, 3)
     table = table + np.hstack([active, voltage, meters, np.zeros((n, 1))])
-    notices = ["uniform noise of 0.001, 0.01 and 1 on power, voltage and meters (published); the minute stays on its lattice"]
+    notices = [
+        "uniform noise of 0.001, 0.01 and 1 on power, voltage and meters (published); the minute stays on its lattice"
+    ]
     return _tenths(table, notices), notices
 
 
@@ -112,7 +126,9 @@ def _gas(root: Path) -> tuple[Parts, list[str]]:
     if table.shape[1] == 19:  # the UCI file: time and two concentrations first
         table = table[:, 3:]
     if table.shape[1] != 16:
-        raise DataError(f"{str(path)!r} has {table.shape[1]} sensor columns; expected 16 (or 19 with Time, Meth and Eth first)")
+        raise DataError(
+            f"{str(path)!r} has {table.shape[1]} sensor columns; expected 16 (or 19 with Time, Meth and Eth first)"
+        )
     if len(table) < 3:
         raise DataError(f"{str(path)!r} has {len(table)} rows; expected the published 4 million")
     while True:  # of columns that correlate above 0.98 the first goes, until none do
@@ -132,7 +148,9 @@ def _hepmass(root: Path) -> tuple[Parts, list[str]]:
             # Label and 27 features; what follows (a mass, a stray delimiter) differs between the two files.
             table = np.loadtxt(path, delimiter=",", skiprows=1, usecols=range(1 + _HEPMASS_FEATURES), ndmin=2)
         except (OSError, ValueError, UnicodeDecodeError) as error:
-            raise DataError(f"{str(path)!r} cannot be read: {error}; expected a header, a label and 27 features a row") from error
+            raise DataError(
+                f"{str(path)!r} cannot be read: {error}; expected a header, a label and 27 features a row"
+            ) from error
         tables.append(table[table[:, 0] == 1.0, 1:])
     if min(map(len, tables)) == 0:
         raise DataError("hepmass has no rows of class 1; expected the published files")
@@ -142,7 +160,9 @@ def _hepmass(root: Path) -> tuple[Parts, list[str]]:
         raise DataError("hepmass has no continuous feature; expected the published files")
     rest, test = tables[0][:, keep], tables[1][:, keep]
     cut = len(rest) - len(rest) // 10
-    return (rest[:cut], rest[cut:], test), ["class 1 only; the last tenth of the training file is validation (published split)"]
+    return (rest[:cut], rest[cut:], test), [
+        "class 1 only; the last tenth of the training file is validation (published split)"
+    ]
 
 
 def _miniboone(root: Path) -> tuple[Parts, list[str]]:

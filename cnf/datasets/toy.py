@@ -122,9 +122,9 @@ NAMES = {
 
 _WAVE = float(np.log(5.0) + 0.5 * np.log(2 * np.pi * np.e * 0.1**2))
 
-# Differential entropies in nats. The first three are exact; the others come from quadrature of -p ln p on fine grids, p being
-# the exact density (a finite mixture, or a curve convolved with its noise), and are good to the last digit. The pinwheel's
-# density has no simple form.
+# Differential entropies in nats. The first three are exact; the others come from quadrature of -p ln p on fine grids, p
+# being the exact density (a finite mixture, or a curve convolved with its noise), and are good to the last digit. The
+# pinwheel's density has no simple form.
 ENTROPY = {
     "checkerboard": float(np.log(32.0)),
     "line": _WAVE,
@@ -142,9 +142,9 @@ ENTROPY = {
 def sample(name: str, n: int, seed: int | np.random.Generator = 0) -> NDArray[np.float32]:
     """Exactly ``n`` points of a toy set, float32 (n, 2).
 
-    Scales are FFJORD's. Two things differ from its released code: the rings' angles are random instead of evenly spaced, and
-    ``line`` and ``cos`` carry Gaussian noise of 0.1 in y, because a curve without width has no density. The nine components
-    of ``hash-gaussian`` have equal mass.
+    Scales are FFJORD's. Two things differ from its released code: the rings' angles are random instead of evenly
+    spaced, and ``line`` and ``cos`` carry Gaussian noise of 0.1 in y, because a curve without width has no density. The
+    nine components of ``hash-gaussian`` have equal mass.
 
     Args:
         name: a key of :data:`TOYS`.
@@ -171,6 +171,4 @@ def load_toy(name: str, options: Options) -> DataSplits:
     """A toy set, drawn once by ``options.seed``; each split from a generator of its own."""
     parts = [sample(name, n, np.random.default_rng([options.seed, 0, i])) for i, n in enumerate(options.sizes)]
     notice = f"drawn once by seed {options.seed}"
-    return assemble(
-        name, "toy", parts, options, columns=("x", "y"), entropy=ENTROPY.get(name), notices=[notice]
-    )
+    return assemble(name, "toy", parts, options, columns=("x", "y"), entropy=ENTROPY.get(name), notices=[notice])

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from cnf.errors import ConfigError
 from cnf.fields.activations import activation
-from cnf.fields.time import Affine, Conv, Linear, TimeLayer, time_layer
+from cnf.fields.maps import Conv, Linear
+from cnf.fields.time import Affine, TimeLayer, time_layer
 
 __all__ = ["MLP", "ConvField", "Stack"]
 

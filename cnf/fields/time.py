@@ -5,17 +5,16 @@ That one form gives the value, the tangent (gate * (W v)) and the closed-form tr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnf.errors import ConfigError
+from cnf.fields.maps import Conv, Linear
 
-__all__ = ["LAYERS", "Affine", "Conv", "Linear", "TimeLayer", "time_layer"]
+__all__ = ["LAYERS", "Affine", "TimeLayer", "time_layer"]
 
 
 class Affine(NamedTuple):
@@ -24,70 +23,6 @@ class Affine(NamedTuple):
     weight: Tensor
     gate: Tensor | None
     shift: Tensor | None
-
-
-@dataclass(frozen=True)
-class Linear:
-    """The map of a fully connected layer; weights are (out, in)."""
-
-    inputs: int
-    outputs: int
-    spatial = 0
-
-    def module(self, extra: int = 0) -> nn.Module:
-        return nn.Linear(self.inputs + extra, self.outputs)
-
-    def weight_shape(self) -> tuple[int, ...]:
-        return (self.outputs, self.inputs)
-
-    def apply(self, weight: Tensor, x: Tensor) -> Tensor:
-        return F.linear(x, weight)
-
-    def split(self, weight: Tensor, at: int) -> tuple[Tensor, Tensor]:
-        """Weights of the first ``at`` inputs and of the others."""
-        return weight[:, :at], weight[:, at:]
-
-
-@dataclass(frozen=True)
-class Conv:
-    """The map of a convolution (or its transpose); weights are (out, in, k, k), transposed (in, out, k, k)."""
-
-    inputs: int
-    outputs: int
-    kernel: int = 3
-    stride: int = 1
-    padding: int = 1
-    transposed: bool = False
-    spatial = 2
-
-    @staticmethod
-    def of_stride(inputs: int, outputs: int, stride: int) -> Conv:
-        """The published codes' names: 1 = 3x3, 0 = 1x1, 2 = 4x4 with stride 2, -2 = its transpose.
-
-        Raises:
-            ConfigError: for any other stride.
-        """
-        known = {1: (3, 1, 1, False), 0: (1, 1, 0, False), 2: (4, 2, 1, False), -2: (4, 2, 1, True)}
-        if stride not in known:
-            raise ConfigError(f"strides holds {stride}; expected 1 (3x3), 0 (1x1), 2 (down) or -2 (up)")
-        return Conv(inputs, outputs, *known[stride])
-
-    def module(self, extra: int = 0) -> nn.Module:
-        kind = nn.ConvTranspose2d if self.transposed else nn.Conv2d
-        return kind(self.inputs + extra, self.outputs, self.kernel, self.stride, self.padding)
-
-    def weight_shape(self) -> tuple[int, ...]:
-        first = (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
-        return (*first, self.kernel, self.kernel)
-
-    def apply(self, weight: Tensor, x: Tensor) -> Tensor:
-        op = F.conv_transpose2d if self.transposed else F.conv2d
-        return op(x, weight, stride=self.stride, padding=self.padding)
-
-    def split(self, weight: Tensor, at: int) -> tuple[Tensor, Tensor]:
-        if self.transposed:
-            return weight[:at], weight[at:]
-        return weight[:, :at], weight[:, at:]
 
 
 class TimeLayer(nn.Module):
@@ -106,6 +41,7 @@ class TimeLayer(nn.Module):
     def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
         super().__init__()
         self.map = map
+        self.context_dim = context_dim
         self.context_shift = nn.Linear(context_dim, map.outputs, bias=False) if context_dim else None
         gated = context_dim and context_gate and self.has_gate
         self.context_gate = nn.Linear(context_dim, map.outputs, bias=False) if gated else None

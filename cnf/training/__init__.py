@@ -1,6 +1,8 @@
 """Training: the loop, its watch over the solver, and what it writes."""
 
-from cnf.training.loop import Interrupted, Trainer
-from cnf.training.report import finish, score, summary, write_json
+from cnf.training.loop import Trainer
+from cnf.training.report import comparability, finish, summary, write_json
+from cnf.training.scoring import score, write_scores
+from cnf.training.signals import Interrupted
 
-__all__ = ["Interrupted", "Trainer", "finish", "score", "summary", "write_json"]
+__all__ = ["Interrupted", "Trainer", "comparability", "finish", "score", "summary", "write_json", "write_scores"]

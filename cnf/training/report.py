@@ -1,119 +1,136 @@
-"""The end of a run: the test set read once, result.json, pictures."""
+"""The end of a run: the test set read once, result.json in words, pictures."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import platform
+import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import torchdiffeq
-
-from cnf.checkpoint import RunInfo, write_atomic, write_text
+from cnf.checkpoint import write_atomic, write_text
 from cnf.datasets import DataSplits
 from cnf.errors import SolverError
 from cnf.flow import Flow
-from cnf.likelihood import Evaluation, evaluate, integral_2d, round_trip_error, solver_error
+from cnf.likelihood import column_report
 from cnf.noise import Noise
 from cnf.training.loop import Trainer
+from cnf.training.scoring import score, write_scores
 
-__all__ = ["finish", "score", "summary", "write_json"]
-
-TEST_SEED = 30_000
+__all__ = ["columns_text", "comparability", "finish", "summary", "write_json"]
 
 
-def score(flow: Flow, info: RunInfo, data: DataSplits, split: str = "test", draws: int = 10) -> tuple[dict[str, Any], Evaluation]:
-    """Everything that a reported likelihood depends on, and the likelihood."""
-    device = next(flow.parameters()).device
-    x: torch.Tensor = getattr(data, split).to(device)
-    context = getattr(data, f"{split}_context")
-    context = None if context is None else context.to(device)
-    random = flow.levels is not None or info.config.solver.divergence == "hutchinson"
-    found = evaluate(flow, x, context, draws=draws if random else 1, seed=TEST_SEED)
-    few, some = x[:256], None if context is None else context[:256]
-    noise = Noise(TEST_SEED, "check")
-    solver = info.config.solver
-    result: dict[str, Any] = {
-        "bits_per_dim" if flow.levels is not None else "nats": found.mean,
-        "standard_error": found.standard_error,
-        "noise_standard_error": found.noise_standard_error,
-        "split": split,
-        "items": len(x),
-        "levels": flow.levels,
-        "dequantisation_draws": found.draws if flow.levels is not None else 0,
-        "importance_samples": 1,
-        "alpha": info.config.model.alpha if flow.levels is not None else None,
-        "solver": solver.eval_method,
-        "rtol": solver.eval_rtol,
-        "atol": solver.eval_atol,
-        "divergence": solver.divergence,
-        "probes": solver.probes if solver.divergence == "hutchinson" else None,
-        "nfe": found.nfe,
-        "solver_error_per_dim": solver_error(flow, few, some, noise=noise),
-        "round_trip_error": round_trip_error(flow, few, some, noise=noise),
-        "parameters": sum(p.numel() for p in flow.parameters()),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchdiffeq": torchdiffeq.__version__},
-    }
-    if data.entropy is not None:
-        result["true_entropy"] = data.entropy
-    if data.kind == "toy":
-        result["integral"] = integral_2d(flow, extent=1.6 * float(data.test.abs().max()))
-    return result, found
+def _number(value: Any) -> str:
+    """A number, or the numbers of blocks that differ."""
+    return "/".join(map(_number, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def comparability(result: dict[str, Any]) -> str:
+    """One line with everything that changes the number: figures compare only where these agree."""
+    parts = []
+    if "bits_per_dim" in result:
+        kind = result["dequantisation"]
+        noise = "" if kind == "mid-bin" else f", K = {result['importance_samples']}, {result['noise_draws']} draws"
+        parts += [f"{result['levels']} levels", f"{kind} dequantisation{noise}"]
+        parts.append("no logit" if result["alpha"] is None else f"alpha {result['alpha']:g}")
+    trace = f"{_number(result['divergence'])} trace"
+    if result["probes"] is not None:
+        trace += f" ({_number(result['probes'])} {_number(result['probe'])} probes)"
+        if result["dequantisation"] not in ("uniform", "variational"):  # else the draws stand beside the dequantisation
+            trace += f", {result['noise_draws']} draws"
+    solver = _number(result["solver"])
+    if result["rtol"] is not None:
+        solver += f" rtol {_number(result['rtol'])} atol {_number(result['atol'])}"
+    if result["grid_steps"] is not None:
+        solver += f" in {_number(result['grid_steps'])} steps"
+    unit = "bits/dim" if "bits_per_dim" in result else "nats"
+    error = f"solver error {result['solver_error']:+.1e} {unit} on {result['checked_items']:,} items"
+    parts += [trace, solver, error, f"{result['items']:,} of {result['items_of']:,} {result['split']} items of {result['data']}"]
+    return "; ".join(parts)
 
 
 def summary(result: dict[str, Any]) -> str:
     """The result in words: the figure and everything that it depends on."""
     bits = "bits_per_dim" in result
     value, unit = (result["bits_per_dim"], "bits/dim") if bits else (result["nats"], "nats")
-    noise = f" (noise ± {result['noise_standard_error']:.4f})" if result["noise_standard_error"] else ""
-    lines = [f"{result['split']}: {value:.4f} ± {result['standard_error']:.4f} {unit}{noise} over {result['items']:,} items"]
-    if bits:
-        lines.append(
-            f"  {result['levels']} levels, uniform dequantisation, {result['dequantisation_draws']} draws an item, alpha {result['alpha']:g}"
-        )
+    error = "" if result["standard_error"] is None else f" ± {result['standard_error']:.4f}"
+    noise = result["noise_standard_error"]
+    aside = " (noise: one draw cannot tell)" if noise is None else f" (noise ± {noise:.4f})" if noise else ""
+    lines = [f"{result['split']}: {value:.4f}{error} {unit}{aside} over {result['items']:,} items"]
+    if result["note"] is not None:
+        lines.append(f"  not a bound: {result['note']}")
+    lines.append(f"  {comparability(result)}")
     lines.append(
-        f"  {result['solver']} rtol {result['rtol']:g} atol {result['atol']:g}, {result['divergence']} trace, NFE {result['nfe']:.0f}; "
-        f"solver error {result['solver_error_per_dim']:.1e} {'bits' if bits else 'nats'}/dim, "
-        f"round trip {result['round_trip_error']:.1e}; {result['parameters']:,} parameters"
+        f"  NFE {result['nfe']:.0f}; round trip {result['round_trip_error']:.1e} on {result['checked_items']:,} items, "
+        f"largest solver error of one {result['solver_error_largest']:.1e}; {result['parameters']:,} parameters"
     )
     if "true_entropy" in result:
         lines.append(f"  true entropy {result['true_entropy']:.4f} nats: {value - result['true_entropy']:.4f} above it")
     if "integral" in result:
         lines.append(f"  the density integrates to {result['integral']:.4f} on a grid")
+    if "columns" in result:
+        lines.append(columns_text(result["columns"]))
+    return "\n".join(lines)
+
+
+def columns_text(columns: list[dict[str, Any]]) -> str:
+    """The report on a table's columns in words, the costliest first, costs in units of each column's standard deviation."""
+    width = max(len("column"), *(len(column["name"]) for column in columns))
+    lines = [
+        "  what each column costs in nats, standardised: given all others (what the model pays), alone (its own entropy), and "
+        "what the model saves by the others; negative: it loses there",
+        f"    {'column':{width}}  given others        alone    saved",
+    ]
+    for column in sorted(columns, key=lambda c: c["log_scale"] - c["given_others"]):
+        given = column["given_others"] - column["log_scale"]
+        alone = "   (none)   (none)"
+        if math.isfinite(column["alone"]):
+            alone = f"{column['alone'] - column['log_scale']:9.3f}{column['saved']:9.3f}"
+        lines.append(f"    {column['name']:{width}}  {given:7.3f} ± {column['standard_error']:.3f} {alone}")
+    worst = max(column["quadrature_error"] for column in columns)
+    lines.append(f"    (half the points of the quadrature move a cost by {worst:.1e} at most)")
     return "\n".join(lines)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """JSON, whole or not at all."""
-    text = json.dumps(value, indent=2)
+    """JSON, whole or not at all; what is not finite, which JSON cannot say, becomes null."""
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: plain(inner) for key, inner in part.items()}
+        if isinstance(part, list | tuple):
+            return [plain(inner) for inner in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    text = json.dumps(plain(value), indent=2, allow_nan=False)
     write_atomic(path, lambda p: write_text(p, text))
 
 
 def finish(trainer: Trainer) -> dict[str, Any]:
-    """Score the test set with the best validation's weights; write result.json, test_nll.npz and the pictures."""
+    """Score the test set with the best validation's weights; write result.json, test_nll.npz and the pictures.
+
+    Tables also get a report on what each column costs.
+    """
     flow, info, folder = trainer.best_flow(), trainer.info, trainer.folder
-    result, found = score(flow, info, trainer.data, draws=info.config.train.draws)
+    result, found = score(flow, info, trainer.data, draws=info.config.train.draws, items=info.config.train.test_items)
     result |= {
         "validation": trainer.best,
         "best_step": trainer.best_step,
         "steps": trainer.step,
+        "stopped": trainer.stop_reason() or "max_time",
         "skipped": trainer.skipped,
         "seconds": round(trainer.seconds, 1),
-        "seed": info.config.train.seed,
         "notices": list(trainer.data.notices),
         "config": dataclasses.asdict(info.config),
     }
+    if trainer.data.kind == "table":
+        try:
+            report = column_report(flow, trainer.data.test, trainer.data.test_context, names=trainer.data.columns)
+            result["columns"] = [dataclasses.asdict(column) for column in report]
+        except SolverError as error:
+            trainer.say(f"no report on the columns: {error}")
     write_json(folder / "result.json", result)
-    nll = found.per_item.numpy()
-
-    def save(path: Path) -> None:
-        with path.open("wb") as file:
-            np.savez(file, nll=nll)
-
-    write_atomic(folder / "test_nll.npz", save)
+    write_scores(folder / "test_nll.npz", found)
     try:
         pictures(flow, trainer.data, folder, trainer.metrics, trainer.unit)
     except SolverError as error:

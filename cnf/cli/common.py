@@ -1,0 +1,129 @@
+"""What both programs share: exit codes, run folders, devices, data."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from cnf.checkpoint import RunInfo, read_config
+from cnf.datasets import DataSplits
+from cnf.datasets import load as load_data
+from cnf.errors import CNFError, ConfigError, DataError
+from cnf.presets import RunConfig
+from cnf.training import Interrupted
+
+__all__ = ["guard", "load_splits", "read_run", "usable_device"]
+
+HUNG_UP = 141  # what a shell calls the end by SIGPIPE
+
+
+def guard(run: Callable[[], int]) -> int:
+    """The programs' exit codes: 0 done, 1 failed, 2 wrong usage, 130 (SIGTERM: 143) interrupted but saved.
+
+    Where nobody reads what they say any longer (``| head``), they end quietly with 141.
+    """
+    try:
+        code = _outcome(run)
+        sys.stdout.flush()  # here, and not when the interpreter exits, where a closed pipe leaves a traceback
+        return code
+    except BrokenPipeError:
+        _hang_up()
+        return HUNG_UP
+
+
+def _hang_up() -> None:
+    """Whatever is still to be said to a closed pipe goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            with contextlib.suppress(OSError, ValueError):  # a stream that is no file
+                os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _outcome(run: Callable[[], int]) -> int:
+    try:
+        return run()
+    except BrokenPipeError:
+        raise
+    except (ConfigError, DataError) as error:
+        return _say(f"error: {error}", 2)
+    except CNFError as error:
+        return _say(f"failed: {error}", 1)
+    except torch.OutOfMemoryError as error:
+        hint = "try a smaller --batch-size or --gradient checkpoint"
+        return _say(f"failed: out of GPU memory ({str(error).splitlines()[0]}): {hint}", 1)
+    except OSError as error:
+        return _say(f"failed: {error}", 1)
+    except Interrupted as stop:
+        said = f"interrupted; everything up to step {stop.step} is saved, and --resume continues from there"
+        return _say(said, 128 + stop.number)
+    except KeyboardInterrupt:
+        return _say("interrupted", 130)
+    except SystemExit as stop:  # the parsers': help, or wrong usage that they have explained
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+
+
+def _say(line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    return code
+
+
+def read_run(folder: Path) -> RunInfo:
+    """What a run folder says about itself.
+
+    Raises:
+        ConfigError: if it is none.
+        CheckpointError: if its config.json is damaged.
+    """
+    if not (folder / "config.json").is_file():
+        why = "it has no config.json" if folder.is_dir() else "there is no such folder"
+        expected = "expected one that train_density.py made, such as runs/digits-0"
+        raise ConfigError(f"{folder} is no run folder: {why}; {expected}")
+    return read_config(folder)
+
+
+def usable_device(name: str) -> str:
+    """The device's name, once it is known to work.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("expected cpu, cuda or cuda:1")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def load_splits(config: RunConfig, *, download: bool = True) -> DataSplits:
+    """The data of a run."""
+    d = config.data
+    return load_data(
+        d.data,
+        root=d.data_root,
+        seed=d.data_seed,
+        split_seed=d.split_seed,
+        condition=None if d.condition == "none" else d.condition,
+        discrete=d.discrete,
+        duplicates=d.duplicates,
+        download=download and d.download,
+        limit=d.limit,
+        validation_fraction=d.validation_fraction,
+        test_fraction=d.test_fraction,
+        nbits=d.nbits,
+        image_size=d.image_size,
+        invert=d.invert,
+        flip=None if d.flip == "default" else d.flip == "yes",
+        sizes=d.toy_sizes,
+    )

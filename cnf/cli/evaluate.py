@@ -1,0 +1,208 @@
+"""train_density.py --evaluate: a trained run scored again, on a split or on the user's own items."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cnf.checkpoint import RunInfo, load
+from cnf.cli.common import read_run
+from cnf.cli.options import Command
+from cnf.datasets import DataSplits, tabular
+from cnf.datasets.arrays import read_numpy
+from cnf.datasets.items import Items, own_names, read_items
+from cnf.errors import ConfigError, DataError, SolverError
+from cnf.flow import Flow
+from cnf.likelihood import column_report, rank
+from cnf.models import divergence, eval_solver
+from cnf.training import score, summary, write_json, write_scores
+from cnf.training.scoring import TEST_SEED
+
+__all__ = ["evaluate_run", "score_items"]
+
+TEST_SCORES = "test_nll.npz"
+
+
+def _flow(folder: Path, info: RunInfo) -> Flow:
+    """The run's flow with the solver and the trace that were asked for."""
+    config = info.config
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    solver, trace = eval_solver(config.solver), divergence(config.solver)
+    flow = load(folder, config.train.device)
+    for block in flow.blocks:
+        block.eval_solver, block.divergence = solver, trace
+    return flow
+
+
+def _dequantisation(command: Command, info: RunInfo) -> str | None:
+    """What ``score`` and ``rank`` call it; None is the flow's own.
+
+    Raises:
+        ConfigError: for options that are for images, where the run models vectors.
+    """
+    if info.levels is None and (command.mid_bin or command.importance > 1):
+        option = "--mid-bin" if command.mid_bin else "--importance"
+        raise ConfigError(f"{option} is for images, and {command.evaluate} models vectors")
+    return "mid-bin" if command.mid_bin else None
+
+
+def _require_writable(command: Command, folder: Path) -> None:
+    """Known before hours of work, not after them.
+
+    Raises:
+        ConfigError: where --per-item, or for a split the run folder, cannot be written.
+    """
+    path = command.per_item
+    if path is not None:
+        if path.suffix not in (".npz", ".csv"):
+            raise ConfigError(f"--per-item {path}: expected a file ending in .npz or .csv")
+        if path.resolve() == (folder / TEST_SCORES).resolve():
+            raise ConfigError(f"--per-item {path} holds the scores of the run's own test: choose another file")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--per-item {path}: its folder cannot be made: {error}") from None
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            why = "it is a folder" if path.is_dir() else "its folder cannot be written"
+            raise ConfigError(f"--per-item {path}: {why}; expected a file that can be made")
+    if not command.score and not os.access(folder, os.W_OK):
+        raise ConfigError(f"--evaluate {folder}: the folder cannot be written, and the evaluation is kept there")
+
+
+def evaluate_run(command: Command, info: RunInfo, data: DataSplits) -> int:
+    """Score a split; the result goes into evaluation-N.json beside result.json.
+
+    Raises:
+        ConfigError: for options that the run has no use for, or files that cannot be written.
+        DataError: for data that the run does not model.
+    """
+    folder, config = command.evaluate, info.config
+    assert folder is not None
+    kind = _dequantisation(command, info)
+    _require_model(folder, info, data)
+    _require_writable(command, folder)
+    flow = _flow(folder, info)
+    result, found = score(
+        flow, info, data, command.split, config.train.draws, importance=command.importance, dequantisation=kind,
+        items=config.train.test_items, check=command.check,
+    )  # fmt: skip
+    if data.kind == "table":
+        x, context = getattr(data, command.split), getattr(data, f"{command.split}_context")
+        try:
+            report = column_report(flow, x, context, names=data.columns)
+            result["columns"] = [dataclasses.asdict(column) for column in report]
+        except (DataError, SolverError) as error:  # the figure stands without it
+            print(f"no report on the columns: {error}")
+    result |= {"notices": list(data.notices), "config": dataclasses.asdict(config)}
+    print(summary(result), flush=True)
+    number = 1
+    while (path := folder / f"evaluation-{number}.json").exists():
+        number += 1
+    write_json(path, result)
+    print(f"written to {path}")
+    if command.per_item is not None:
+        write_scores(command.per_item, found)
+        print(f"the likelihood of each item is in {command.per_item}")
+    return 0
+
+
+def _require_model(folder: Path, info: RunInfo, data: DataSplits) -> None:
+    """Data of the shape, levels, classes and columns that the run models."""
+
+    def words(shape: tuple[int, ...], levels: int | None, classes: int) -> str:
+        grey = "" if levels is None else f" of {levels} levels"
+        return f"events {shape}{grey}" + (f" with {classes} classes" if classes else "")
+
+    ours = words(info.event_shape, info.levels, info.context_dim)
+    theirs = words(data.event_shape, data.levels, data.context_dim)
+    if ours != theirs:
+        raise DataError(f"{folder} models {ours}, but {data.name} has {theirs}")
+    for what, known, given in (
+        ("classes", info.classes if info.context_dim else (), data.classes),
+        ("columns", info.columns if own_names(info.columns) and own_names(data.columns) else (), data.columns),
+    ):
+        if known and known != given:
+            raise DataError(f"{folder} models the {what} {', '.join(known)}, but {data.name} has {', '.join(given)}")
+
+
+def score_items(command: Command, info: RunInfo) -> int:
+    """Rank the user's items, beside the test items where their scores are comparable.
+
+    Raises:
+        ConfigError: for options that the run has no use for, or files that cannot be written.
+        DataError: for items that the run does not model, or without the classes that it wants.
+    """
+    folder, config = command.evaluate, info.config
+    assert folder is not None and command.score is not None
+    kind = _dequantisation(command, info)
+    items = read_items(
+        command.score, info.event_shape, info.levels, columns=info.columns, image_size=config.data.image_size
+    )
+    for line in (*items.notices, *_preparations(folder, info)):
+        print(f"data: {line}")
+    context = _context(folder, info, items)
+    reference = _reference(command, info)
+    _require_writable(command, folder)
+    ranking = rank(
+        _flow(folder, info), items.x, items.names, context, reference=reference, draws=config.train.draws,
+        importance=command.importance, dequantisation=kind, seed=TEST_SEED,
+    )  # fmt: skip
+    print(ranking.text())
+    if ranking.found.note is not None:
+        print(f"(not a bound: {ranking.found.note})")
+    if reference is not None:
+        print(f"(the reference is the run's own test: {len(reference):,} items)")
+    if command.per_item is not None:
+        write_scores(command.per_item, ranking.found, names=items.names)
+        print(f"the likelihood of each item is in {command.per_item}")
+    return 0
+
+
+def _context(folder: Path, info: RunInfo, items: Items) -> Tensor | None:
+    """One-hot rows (N, C), or None for a run without classes."""
+    if not info.context_dim:
+        return None
+    codes = {name: code for code, name in enumerate(info.classes)}
+    for name, label in zip(items.names, items.labels, strict=True):
+        if label not in codes:
+            has = "no class: give an .npz with 'labels', or a folder whose sub-folders are the classes"
+            raise DataError(
+                f"--score: {folder} is conditional, and {name} has {has if label is None else f'the class {label!r}'}; "
+                f"known are {', '.join(info.classes)}"
+            )
+    return torch.eye(info.context_dim)[[codes[label] for label in items.labels if label is not None]]
+
+
+def _reference(command: Command, info: RunInfo) -> Tensor | None:
+    """The scores of the run's test items, where the items are scored with the same noise; None elsewhere."""
+    folder = command.evaluate
+    assert folder is not None
+    path, trained, now = folder / TEST_SCORES, read_run(folder).config, info.config
+    noise = [(c.train.draws, c.solver.divergence, c.solver.probe, c.solver.probes) for c in (trained, now)]
+    if command.mid_bin or command.importance > 1 or noise[0] != noise[1] or not path.is_file():
+        return None
+    arrays = read_numpy(path)
+    if "nll" not in arrays:
+        raise DataError(f"{path} holds no scores (no array 'nll'): remove it, and the items are ranked without it")
+    return torch.from_numpy(arrays["nll"])
+
+
+def _preparations(folder: Path, info: RunInfo) -> Iterator[str]:
+    """What training did to its own table before the model saw it, and nobody did to the items."""
+    name = info.config.data.data
+    if name.lower() in tabular.NAMES:
+        yield f"{name} is prepared before training (data/README.md), and the items are not: prepare them alike"
+    try:
+        notices = json.loads((folder / "result.json").read_text(encoding="utf-8"))["notices"]
+    except (OSError, ValueError, KeyError, TypeError):  # an unfinished run; the items can be scored all the same
+        return
+    for line in notices:
+        if ": dequantised by" in line:
+            yield f"in training, {line}; the items are scored as they are: add such noise, or they stand at an edge"

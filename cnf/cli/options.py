@@ -1,0 +1,241 @@
+"""train_density.py's options: parsed, checked, and refused where they would do nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from cnf.checkpoint import RunInfo
+from cnf.cli.common import read_run
+from cnf.datasets import DataSplits, tabular
+from cnf.errors import ConfigError
+from cnf.likelihood import CAUTION
+from cnf.presets import PRESETS, RunConfig, preset
+
+__all__ = ["DEFAULT", "FITTING", "Command", "check", "parse", "refuse_changes", "refuse_idle", "refuse_idle_noise"]
+
+DEFAULT = "digits"
+FITTING = {"table": "tabular", "toy": "ffjord-toy"}  # where no preset is named and --data names such data
+PRESET_HINT = f"(default: {DEFAULT}; with --data tabular for tables, ffjord-toy for toy sets)"
+Flag = tyro.conf.FlagCreatePairsOff[bool]
+
+# what --resume may change: how long, where, and where the data are
+RESUME = {"data": ("data_root", "download"), "train": ("steps", "patience", "max_time", "device", "threads")}
+# what --evaluate may change: what is scored and how
+EVALUATE = {
+    "data": ("data", "data_root", "download"),
+    "solver": ("eval_method", "eval_rtol", "eval_atol", "divergence", "probe", "mode", "probes"),
+    "train": ("draws", "test_items", "device", "threads"),
+}
+# the same where it is the user's own items that are scored, without the run's data
+SCORE = {"solver": EVALUATE["solver"], "train": ("draws", "device", "threads")}
+
+EVALUATIONS = ("split", "importance", "mid_bin", "check", "per_item", "score")  # options that only --evaluate has
+
+POSITIVE = ("steps", "batch_size", "lr", "validate_every", "validation_items", "test_items", "draws", "watch_every", "watch_tolerance",
+            "max_grid_steps", "max_time", "threads")  # fmt: skip
+NOT_NEGATIVE = ("warmup", "weight_decay", "max_grad_norm", "kinetic", "jacobian", "patience", "seed", "split_seed", "data_seed")
+LARGEST_SEED = 2**32 - 1
+
+
+SCORE_HELP = (  # in one piece: a docstring's line ends would be kept
+    "--evaluate: rank your own items instead of a split, least likely first: .npz, .npy, .csv, pictures, folders. " + CAUTION
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Train a continuous normalizing flow on data, test it, and leave a run folder that sample.py reads.
+
+    PRESET sets the defaults shown here; --list tells the presets. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted
+    but saved.
+    """
+
+    config: tyro.conf.OmitArgPrefixes[RunConfig]
+    preset: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PRESET]", help_behavior_hint=PRESET_HINT)] = None
+    """Where to start from; --list tells the presets."""
+    out: Path | None = None
+    """Run folder; by default runs/PRESET-SEED. It must be new or empty."""
+    resume: Flag = False
+    """Continue the run in --out where it stopped. Only --steps, --patience, --max-time, --device, --threads, --data-root, --download may change."""
+    evaluate: Path | None = None
+    """Score this run again, without training: with another solver, tolerances, trace, --draws, --test-items, --split, --data."""
+    split: Literal["test", "validation", "train"] = "test"
+    """What --evaluate scores."""
+    importance: int = 1
+    """--evaluate, images: noise samples K of the importance-weighted bound; 1 is the plain bound."""
+    mid_bin: Flag = False
+    """--evaluate, images: score the middle of each grey level, as RNODE reports; not a bound."""
+    check: Flag = False
+    """--evaluate: solve every item again, ten times tighter, and there and back; without it a tenth of them."""
+    per_item: Path | None = None
+    """--evaluate: also write the likelihood of every item to this .npz or .csv file."""
+    score: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="PATH [PATH ...]", help=SCORE_HELP)] = None
+    dry_run: Flag = False
+    """Print parameters, memory and time per step, and stop."""
+    list: Flag = False
+    """List the presets and stop."""
+
+
+def _tyro(default: Command, arguments: Sequence[str]) -> Command:
+    found: Command = tyro.cli(Command, default=default, args=arguments, prog="train_density.py")
+    return found
+
+
+def parse(arguments: Sequence[str], fallback: str = DEFAULT) -> tuple[Command, RunConfig, RunInfo | None]:
+    """The command, the settings it started from, and the run it continues or scores.
+
+    Args:
+        arguments: the words of the command line.
+        fallback: the preset where none is named.
+
+    Raises:
+        ConfigError: for an unknown preset, or options that exclude each other.
+        SystemExit: from the parser: wrong usage (2) or help (0).
+    """
+    # once to learn which defaults hold (PRESET may stand anywhere), and once with them
+    bare = [word for word in arguments if word not in ("-h", "--help")]
+    first = _tyro(Command(preset(DEFAULT).config), bare)
+    _exclude(first)
+    info = None
+    if first.resume or first.evaluate:
+        folder = first.evaluate or first.out
+        assert folder is not None
+        info = read_run(folder)
+        default = info.config
+        if first.preset not in (None, default.name):
+            raise ConfigError(f"{folder} is a run of preset {default.name}, not {first.preset}: leave the preset out")
+    else:
+        default = preset(first.preset or fallback).config
+    return _tyro(Command(default), arguments), default, info
+
+
+def _exclude(command: Command) -> None:
+    if command.resume and command.out is None:
+        raise ConfigError("--resume needs --out DIR: the run folder to continue")
+    if command.evaluate and (command.resume or command.dry_run or command.out):
+        other = "--resume" if command.resume else "--dry-run" if command.dry_run else "--out"
+        raise ConfigError(f"{other} means nothing beside --evaluate, which writes into the folder that it scores")
+    plain = Command(command.config)
+    used = [name for name in EVALUATIONS if getattr(command, name) != getattr(plain, name)]
+    if used and not command.evaluate:
+        raise ConfigError(f"{_name(used[0])} is for --evaluate: a training is always tested once, on the test split")
+    if command.importance < 1:
+        raise ConfigError(f"--importance {command.importance}: expected at least 1 sample")
+    if command.mid_bin and command.importance > 1:
+        raise ConfigError(f"--importance {command.importance} weights noise, and --mid-bin has none: leave one out")
+    if command.score == ():
+        raise ConfigError("--score names no file: give .npz, .npy, .csv, pictures or folders of them")
+    if command.score and (idle := [name for name in ("split", "check") if name in used]):
+        raise ConfigError(f"{_name(idle[0])} is for a split of the data, and --score takes your own items: leave one out")
+
+
+def _name(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def _changed(old: RunConfig, new: RunConfig, allowed: dict[str, tuple[str, ...]]) -> list[str]:
+    found = []
+    for part in (f.name for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(getattr(old, f.name))):
+        before, after = (dataclasses.asdict(getattr(config, part)) for config in (old, new))
+        found += [_name(k) for k in before if before[k] != after[k] and k not in allowed.get(part, ())]
+    return found
+
+
+def refuse_changes(old: RunConfig, new: RunConfig, command: Command) -> None:
+    """Options that --resume cannot change, or that --evaluate (--score) does not use.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    allowed = RESUME if command.resume else SCORE if command.score else EVALUATE
+    if allowed is EVALUATE and old.data.data != new.data.data:  # other data are read in a way of their own
+        allowed = {**EVALUATE, "data": tuple(dataclasses.asdict(new.data))}
+    if changed := _changed(old, new, allowed):
+        uses = "--score does not use" if command.score else "--evaluate does not use"
+        what = "--resume cannot change" if command.resume else uses
+        raise ConfigError(f"{what} {', '.join(changed)}: leave {'them' if len(changed) > 1 else 'it'} out, or start a new run")
+
+
+def check(config: RunConfig) -> None:
+    """Numbers that cannot be.
+
+    Raises:
+        ConfigError: naming the option, the value and what was expected.
+    """
+    values = {k: v for part in (config.data, config.model, config.solver, config.train) for k, v in dataclasses.asdict(part).items()}
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{_name(name)} {value}: expected a finite number")
+    for names, expected, fits in (
+        (POSITIVE, "a positive number", lambda v: v > 0),
+        (NOT_NEGATIVE, "zero or more", lambda v: v >= 0),
+        (("ema_decay",), "0 (no averaging) or more, below 1", lambda v: 0 <= v < 1),
+        (("seed", "split_seed", "data_seed"), f"at most {LARGEST_SEED}", lambda v: v <= LARGEST_SEED),
+    ):
+        for name in names:
+            if values[name] is not None and not fits(values[name]):
+                raise ConfigError(f"{_name(name)} {values[name]}: expected {expected}")
+
+
+Idle = Iterator[tuple[str, tuple[str, ...], str]]  # part by part, the options that do nothing, and why
+
+
+def _idle_noise(config: RunConfig, levels: int | None, mid_bin: bool) -> Idle:
+    if config.solver.divergence == "exact":
+        yield "solver", ("probe", "mode", "probes"), "is for --divergence hutchinson"
+        if levels is None or mid_bin:
+            of = "vectors" if levels is None else "the middle of each grey level"
+            yield "train", ("draws",), f"repeats noise, and the exact trace of {of} has none"
+
+
+def _idle(config: RunConfig, data: DataSplits) -> Idle:
+    if data.levels is None:
+        yield "model", ("alpha", "marginals"), "is for images, and these data are vectors"
+    if not (config.train.kinetic or config.train.jacobian):
+        yield "train", ("regularisers",), "says how --kinetic and --jacobian are measured, and both are zero"
+    if config.data.limit is None and (data.kind == "toy" or data.name == "digits" or data.name in tabular.NAMES):
+        yield "data", ("split_seed",), f"decides random splits, and that of {data.name} is fixed"
+    if data.kind == "image":
+        yield "data", ("data_seed",), "draws toy points and the noise on a table's columns"
+    if data.kind != "table":
+        yield "data", ("discrete",), "is for tables"
+    if config.solver.adaptive:
+        yield "solver", ("grid_steps",), "is for fixed grids, not for --adaptive"
+        yield "train", ("max_grid_steps",), "is for fixed grids, not for --adaptive"
+    else:
+        yield "solver", ("rtol", "atol"), "is for --adaptive; evaluation has --eval-rtol and --eval-atol"
+
+
+def refuse_idle(default: RunConfig, config: RunConfig, data: DataSplits) -> None:
+    """Options that were changed and would do nothing with these data, but for those of the noise.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    _refuse(default, config, _idle(config, data))
+
+
+def refuse_idle_noise(default: RunConfig, config: RunConfig, levels: int | None, *, mid_bin: bool) -> None:
+    """Options of noise (draws, probes) that were changed and would do nothing, since none enters.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    _refuse(default, config, _idle_noise(config, levels, mid_bin))
+
+
+def _refuse(default: RunConfig, config: RunConfig, idle: Idle) -> None:
+    for part, names, reason in idle:
+        for name in names:
+            before: Any = getattr(getattr(default, part), name)
+            if getattr(getattr(config, part), name) != before:
+                raise ConfigError(f"{_name(name)} {reason}: leave it at {before}")
+
+
+assert DEFAULT in PRESETS

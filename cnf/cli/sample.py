@@ -1,0 +1,156 @@
+"""sample.py: draw from a run folder."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnf.checkpoint import RunInfo, load, write_atomic
+from cnf.cli.common import guard, load_splits, read_run, usable_device
+from cnf.errors import ConfigError, DataError
+from cnf.flow import Flow
+from cnf.noise import Noise
+
+__all__ = ["sample_main"]
+
+SUFFIXES = (".png", ".npz", ".gif")
+IMAGES, VECTORS = 64, 1000  # samples where -n is not given
+BATCH_NUMBERS = 2**20  # numbers solved together, at most 8192 samples
+FRAMES = 21  # of --trajectory
+
+
+def sample_main(arguments: Sequence[str] | None = None) -> int:
+    """sample.py: returns the exit code."""
+    return guard(lambda: _sample(_parser().parse_args(arguments)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sample.py", description="Draw samples from a trained run.")
+    add = parser.add_argument
+    add("run", metavar="RUN", type=Path, help="run folder that train_density.py made")
+    add("-n", type=int, help=f"number of samples (default: {IMAGES} images, {VECTORS} points or rows)")
+    add("--out", metavar="FILE", type=Path, help="what to write (default: RUN/samples/sample-SEED.png): a .png picture, beside the "
+        "data where it is at hand and the samples are no images; .npz with arrays samples, log_prob (nats) and, of a run with "
+        "classes, classes; a .gif of the noise flowing into samples")  # fmt: skip
+    add("--seed", type=int, default=0, help="the same seed draws the same samples (default: %(default)s)")
+    add("--temperature", type=float, default=1.0, help="scale of the latent noise; below 1 more typical, above 1 more varied "
+        "(default: %(default)s)")  # fmt: skip
+    add("--class", dest="label", metavar="NAME", help="of a run trained with --condition label: draw from this class (default: "
+        "every class in turn)")  # fmt: skip
+    add("--trajectory", action="store_true", help=f".npz: also the way from the noise to each sample, array trajectory ({FRAMES}, n, "
+        "...) in the coordinates of the ODE, at the times of array times (1 noise, 0 data)")  # fmt: skip
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    return parser
+
+
+def _check(options: Any) -> None:
+    if options.n is not None and options.n < 1:
+        raise ConfigError(f"-n {options.n}: expected at least 1 sample")
+    if not (math.isfinite(options.temperature) and options.temperature > 0):
+        raise ConfigError(f"--temperature {options.temperature:g}: expected a positive number, such as 0.8")
+    if options.seed < 0:
+        raise ConfigError(f"--seed {options.seed}: expected zero or more")
+    if options.out is not None and options.out.suffix not in SUFFIXES:
+        raise ConfigError(f"--out {options.out}: expected a file ending in {', '.join(SUFFIXES)}")
+    if options.trajectory and (options.out is None or options.out.suffix != ".npz"):
+        raise ConfigError("--trajectory is for --out FILE.npz; a .gif shows the way too")
+
+
+@torch.no_grad()
+def _sample(options: Any) -> int:
+    _check(options)
+    info = read_run(options.run)
+    flow = load(options.run, usable_device(options.device))
+    images = len(info.event_shape) == 3
+    n: int = options.n or (IMAGES if images else VECTORS)
+    context = _context(info, options.label, n, options.device)
+    out: Path = options.out or options.run / "samples" / f"sample-{options.seed}.png"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: its folder cannot be made: {error}") from None
+    if out.suffix == ".gif":
+        if not images and info.event_shape != (2,):
+            raise ConfigError(f"--out {out}: a .gif shows images or points in the plane, and these samples have {info.event_shape[0]} columns")
+        from cnf import plotting
+
+        plotting.flow_gif(flow, out, n=n, seed=options.seed, temperature=options.temperature, context=context)
+    else:
+        x, arrays = _draw(flow, n, context, options, full=out.suffix == ".npz")
+        if out.suffix == ".npz":
+            if context is not None:
+                arrays["classes"] = np.array(info.classes)[context.argmax(1).cpu().numpy()]
+
+            def save(path: Path) -> None:
+                with path.open("wb") as file:
+                    np.savez(file, **arrays)
+
+            write_atomic(out, save)
+        else:
+            _picture(x.cpu(), info, options.label, out)
+    print(f"{n:,} samples of {os.path.normpath(options.run)} in {out}")
+    return 0
+
+
+def _context(info: RunInfo, label: str | None, n: int, device: str) -> Tensor | None:
+    """One-hot rows (n, C), or None for a run without classes."""
+    if not info.context_dim:
+        if label is not None:
+            raise ConfigError(f"--class {label}: this run was trained without classes (--condition label)")
+        return None
+    eye = torch.eye(info.context_dim, device=device)
+    if label is None:  # every class in turn
+        return eye[torch.arange(n, device=device) % info.context_dim]
+    if label not in info.classes:
+        raise ConfigError(f"--class {label} is unknown: this run has {', '.join(info.classes)}")
+    return eye[info.classes.index(label)].expand(n, -1)
+
+
+def _draw(flow: Flow, n: int, context: Tensor | None, options: Any, *, full: bool) -> tuple[Tensor, dict[str, Any]]:
+    """Samples (n, \\*event), solved in batches; ``full``: also the arrays of the .npz file."""
+    size = max(1, min(8192, BATCH_NUMBERS // flow.dim))
+    times = torch.linspace(0, 1, FRAMES)
+    parts: dict[str, list[Tensor]] = {"samples": []}
+    for start in range(0, n, size):
+        count = min(size, n - start)
+        noise = Noise(options.seed, "sample", start=start, total=n)
+        rows = None if context is None else context[start : start + count]
+        if rows is None:
+            x = flow.sample(count, noise=noise, temperature=options.temperature)
+        else:
+            x = flow.sample(1, rows, noise=noise, temperature=options.temperature)[0]
+        parts["samples"].append(x)
+        if full:
+            parts.setdefault("log_prob", []).append(flow.log_prob(x, rows, noise=noise))
+        if full and options.trajectory:
+            parts.setdefault("trajectory", []).append(flow.trajectory(x, times, rows).flip(0))
+    joined = {name: torch.cat(values, dim=1 if name == "trajectory" else 0) for name, values in parts.items()}
+    arrays = {name: value.cpu().numpy() for name, value in joined.items()}
+    if "trajectory" in arrays:
+        arrays["times"] = times.flip(0).numpy()
+    return joined["samples"], arrays
+
+
+def _picture(x: Tensor, info: RunInfo, label: str | None, out: Path) -> None:
+    from cnf import plotting
+
+    if x.ndim == 4:
+        plotting.image_grid(x, out)
+        return
+    data = None
+    try:
+        found = load_splits(info.config, download=False)
+        data = found.test
+        if label is not None and found.test_context is not None:
+            data = data[found.test_context.argmax(1) == info.classes.index(label)]
+    except (DataError, ConfigError) as error:
+        print(f"the samples alone, since the data are not at hand: {error}")
+    plotting.samples_beside_data(x, data, out, columns=info.columns)

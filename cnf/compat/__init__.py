@@ -1,0 +1,13 @@
+"""The published codes' checkpoints, and what they compute otherwise than their papers say. Nothing else imports it."""
+
+from cnf.compat.checkpoints import Reference, load_reference, read_reference
+from cnf.compat.regularisers import FFJORD_REGULARISERS, RNODE_REGULARISERS, released
+
+__all__ = [
+    "FFJORD_REGULARISERS",
+    "RNODE_REGULARISERS",
+    "Reference",
+    "load_reference",
+    "read_reference",
+    "released",
+]

@@ -1,0 +1,269 @@
+"""From a released checkpoint to a Flow with the same function."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from cnf.compat.layout import Block, Layout, layout
+from cnf.compat.reading import Arguments, Reference, read_reference
+from cnf.errors import CheckpointError, ConfigError
+from cnf.fields import SqueezeSum, Stack, TimeLayer
+from cnf.fields.time import Hyper
+from cnf.flow import Flow
+from cnf.models import ModelConfig, SolverConfig, build
+from cnf.solvers import TABLEAUS, Adaptive
+from cnf.transforms import CenterShift, Logit, Sequential
+
+__all__ = ["Reference", "load_reference", "read_reference"]
+
+# channels and size of the data sets that the released scripts know
+IMAGES = {
+    "mnist": (1, 28),
+    "svhn": (3, 32),
+    "cifar10": (3, 32),
+    "celeba": (3, 64),
+    "lsun_church": (3, 64),
+    "imagenet64": (3, 64),
+    "celebahq": (3, 256),
+}
+LARGEST = 4096  # pixels on a side that a checkpoint may ask for
+LONGEST = 100_000  # steps of a grid that it may ask for
+# our parameter names and the released ones
+NAMES = {
+    "core.": "_layer.",
+    "core0.": "_layer0.",
+    "core1.": "_layer1.",
+    "gate.": "_hyper_gate.",
+    "drift.": "_hyper_bias.",
+    "generator.": "_hypernet.",
+}
+
+
+def load_reference(
+    source: str | Path | Mapping[str, Any],
+    args: argparse.Namespace | Mapping[str, Any] | None = None,
+    *,
+    event_shape: tuple[int, ...] | None = None,
+) -> Flow:
+    """A checkpoint of FFJORD's or RNODE's code (1810.01367, 2002.02798) as a flow with the same function.
+
+    Multiscale, multiscale-parallel and stacked image models and stacks on vectors are understood, with every layer type
+    that the released code can run. A hyper convolution's bias, which the released code reads from the start of the
+    weight, is copied into its own slice. The flow takes uint8 images and floats in [0, 1] as any flow here does; its
+    trace is estimated in reverse mode, as released (of vectors it is exact, as in the released evaluation); it is
+    evaluated with the recorded test solver and tolerances, or dopri5 where that solver is not adaptive.
+
+    Args:
+        source: a file, its content ``{"args": ..., "state_dict": ...}``, or a bare state dict.
+        args: arguments that the file lacks, or that shall replace its own, such as ``{"dims": "64,64,64"}``.
+        event_shape: (C, H, W) or (D,), where the arguments do not tell it by their data set's name.
+
+    Returns:
+        The flow, in evaluation mode and in the type of the weights.
+
+    Raises:
+        CheckpointError: for a file that is missing, damaged or holds more than weights and plain arguments (nothing in
+            it is executed), for another architecture, and where arguments and weights do not agree.
+
+    Example:
+        >>> flow = load_reference("experiments/cnf/checkpt.pth")  # doctest: +SKIP
+        >>> flow.bits_per_dim(images).mean()  # doctest: +SKIP
+    """
+    reference = read_reference(source, args)
+    found = layout(reference)
+    shape = _event_shape(found, reference.args, event_shape)
+    model = _model(found, reference.args)
+    images = found.images
+    nbits = reference.args.get("nbits", int, 8)
+    if not 1 <= nbits <= 8:
+        raise CheckpointError(f"args.nbits is {nbits}; expected 1 to 8")
+    levels = 2**nbits if images else None
+    solver = _solver(found, reference.args, model)
+    if model.blocks > len(found.blocks):
+        raise CheckpointError(
+            f"args.num_blocks is {model.blocks}, but the checkpoint has {len(found.blocks)} blocks in all"
+        )
+    try:
+        # weightless at first: arguments that ask for more than the file holds must not cost memory (with levels, since
+        # the statistics of vectors want to be looked at)
+        with torch.device("meta"):
+            _check(build(model, solver, shape, levels=256), found)
+        flow = build(model, solver, shape, levels=levels)
+    except CheckpointError:
+        raise
+    except (ConfigError, RuntimeError, OverflowError, TypeError) as error:  # torch's for sizes beyond all measure
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"the checkpoint's arguments do not make a flow: {reason[:300]}") from None
+    flow = flow.to(next(iter(found.first[0].values())).dtype)
+    if images and reference.args.get("alpha", float, 1e-6) <= 0:  # then the released code shifts by a half instead
+        chain = cast(Sequential, flow.transform).transforms
+        chain[next(i for i, m in enumerate(chain) if isinstance(m, Logit))] = CenterShift()
+    _fill(flow, found)
+    return flow.eval()
+
+
+def _event_shape(found: Layout, args: Arguments, given: tuple[int, ...] | None) -> tuple[int, ...]:
+    if given is not None:
+        return tuple(given)
+    if not found.images:
+        last = found.first[max(found.first)]
+        for name in ("_layer.bias", "_layer0.bias"):
+            if name in last:
+                return (last[name].numel(),)
+        # a generator gives (in + 1) out numbers
+        numbers = max(value.shape[0] for value in last.values())
+        return (numbers // (args.sizes("dims")[-1] + 1),)
+    data = args.get("data", str)
+    if data not in IMAGES:
+        raise CheckpointError(f"args.data is {data!r}: the size of its images is not known; give event_shape=(C, H, W)")
+    channels, size = IMAGES[data]
+    size = args.get("imagesize", int, size) if data != "imagenet64" else size
+    if not 1 <= size <= LARGEST:
+        raise CheckpointError(f"args.imagesize is {size}; expected 1 to {LARGEST}")
+    return (channels, size, size)
+
+
+def _model(found: Layout, args: Arguments) -> ModelConfig:
+    hidden = args.sizes("dims")
+    rnode = "zero_last" in args or "div_samples" in args
+    strides: tuple[int, ...] = ()
+    # FFJORD's multiscale script records --strides and does not use them
+    if found.conv and found.kind != "parallel" and (found.kind == "stack" or rnode):
+        strides = args.sizes("strides") if "strides" in args else ()
+    alpha = args.get("alpha", float, 1e-6)
+    return ModelConfig(
+        architecture=cast(Any, found.kind),
+        field="conv" if found.conv else "mlp",
+        hidden=hidden,
+        blocks=args.get("num_blocks", int, 2 if rnode else 1),
+        strides=() if set(strides) == {1} else strides,
+        squeeze_first=args.get("squeeze_first", bool, False),
+        layer=found.layer,
+        nonlinearity="softplus" if found.kind == "parallel" else args.get("nonlinearity", str, "softplus"),
+        residual="minus" if args.get("residual", bool, False) else "none",
+        zero_init=False,
+        end_time=_end_time(found, args),
+        learn_end_time=args.get("train_T", bool, False),
+        alpha=alpha if alpha > 0 else 0.25,  # a shift takes the logit's place later
+        marginals="logit",
+    )
+
+
+def _end_time(found: Layout, args: Arguments) -> float:
+    """T: as recorded, since the weights hold its rounded root; where they differ (a T that moved), the weights'."""
+    roots = [float(block.root) for block in found.blocks if block.root is not None and block.root.numel() == 1]
+    if len(roots) != len(found.blocks):
+        raise CheckpointError("the checkpoint lacks the end time (sqrt_end_time) of a block")
+    squares = [root * root for root in roots]
+    wanted: float = args.get("time_length", float, squares[0])
+    if all(math.isclose(square, wanted, rel_tol=1e-5) for square in squares):
+        return wanted
+    if not args.get("train_T", bool, False):
+        raise CheckpointError(f"args.time_length is {wanted}, but the blocks' end times are {sorted(set(squares))[:4]}")
+    return squares[0]
+
+
+def _solver(found: Layout, args: Arguments, model: ModelConfig) -> SolverConfig:
+    method = args.get("solver", str, "dopri5")
+    rtol, atol = (args.get(name, float, 1e-5) for name in ("rtol", "atol"))
+    test = args.get("test_solver", str, method)
+    known = method in TABLEAUS and method != "dopri5"
+    step = args.get("step_size", float, model.end_time)
+    if not step > 0:
+        raise CheckpointError(f"args.step_size is {step}; expected a positive number")
+    if known and model.end_time / step > LONGEST:
+        raise CheckpointError(f"args.step_size is {step}; expected at least {model.end_time / LONGEST:g}")
+    # the multiscale script records --divergence_fn and does not use it; vectors are evaluated with the exact trace
+    exact = not found.images or (
+        found.kind == "stack" and args.get("divergence_fn", str, "approximate") == "brute_force"
+    )
+    return SolverConfig(
+        method=method if known or method in Adaptive.METHODS else "dopri5",
+        grid_steps=max(1, math.ceil(model.end_time / step - 1e-9)) if known else 1,
+        adaptive=not known,
+        rtol=rtol,
+        atol=atol,
+        eval_method=test if test in Adaptive.METHODS else "dopri5",
+        # the released scripts take zero as not given
+        eval_rtol=args.get("test_rtol", float, rtol) or rtol,
+        eval_atol=args.get("test_atol", float, atol) or atol,
+        divergence="exact" if exact else "hutchinson",
+        probe="rademacher" if args.get("rademacher", bool, False) else "gaussian",
+        mode="reverse",
+        probes=args.get("div_samples", int, 1),
+    )
+
+
+def _nets(field: nn.Module) -> list[Stack]:
+    return [cast(Stack, net) for net in field.nets] if isinstance(field, SqueezeSum) else [cast(Stack, field)]
+
+
+def _pairs(flow: Flow, found: Layout) -> Iterable[tuple[Block, TimeLayer, dict[str, Tensor]]]:
+    """Every layer of ours beside the released one."""
+    if len(flow.blocks) != len(found.blocks):
+        raise CheckpointError(
+            f"args and data make {len(flow.blocks)} blocks, but the checkpoint has {len(found.blocks)}: "
+            "another size of image, or another num_blocks"
+        )
+    for ours, block in zip(flow.blocks, found.blocks, strict=True):
+        nets = _nets(ours.field)
+        if len(nets) != len(block.nets):
+            raise CheckpointError(
+                f"the field sums {len(block.nets)} nets in the checkpoint, but {len(nets)} for images of this size"
+            )
+        for k, net in enumerate(nets):
+            if len(net.time_layers) != len(block.nets[k]):
+                raise CheckpointError(
+                    f"args.dims makes {len(net.time_layers)} layers, but the checkpoint's block {_where(block)} has "
+                    f"{len(block.nets[k])}"
+                )
+            for j, layer in enumerate(net.time_layers):
+                yield block, layer, block.nets[k][j]
+
+
+def _check(flow: Flow, found: Layout) -> None:
+    """Refuse weights that do not fit."""
+    for block, layer, given in _pairs(flow, found):
+        wanted = {_name(name, given): p.shape for name, p in layer.named_parameters()}
+        for name in sorted(wanted.keys() | given.keys()):
+            have = tuple(given[name].shape) if name in given else None
+            want = tuple(wanted[name]) if name in wanted else None
+            if have != want:
+                raise CheckpointError(
+                    f"the checkpoint's block {_where(block)} has {name} of shape {have}, but the arguments make it "
+                    f"{want}: another architecture, dims, strides or size of image"
+                )
+
+
+def _name(ours: str, given: Mapping[str, Tensor]) -> str:
+    start = ours.split(".", 1)[0] + "."
+    name = NAMES[start] + ours.removeprefix(start)
+    # squash has a single generator, which the released code does not call a gate
+    return name if name in given or start != "gate." else name.replace("_hyper_gate", "_hyper")
+
+
+def _where(block: Block) -> str:
+    return ".".join(map(str, block.place))
+
+
+@torch.no_grad()
+def _fill(flow: Flow, found: Layout) -> None:
+    """The released weights into ours."""
+    for _, layer, given in _pairs(flow, found):
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(given[_name(name, given)])
+        if isinstance(layer, Hyper) and layer.map.spatial:
+            # the released bias is the generator's first entries, the start of the weight; ours are the last ones
+            out = layer.map.outputs
+            for parameter in layer.generator.parameters():
+                parameter[-out:] = parameter[:out].clone()
+    for ours, block in zip(flow.blocks, found.blocks, strict=True):
+        if ours.learn_end_time:
+            ours.sqrt_end_time.copy_(cast(Tensor, block.root).reshape(()))

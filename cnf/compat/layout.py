@@ -1,0 +1,123 @@
+"""Which architecture a released state dict describes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from cnf.compat.reading import Reference
+from cnf.errors import CheckpointError
+
+__all__ = ["Block", "Layout", "layout"]
+
+NET = re.compile(r"(?:odefunc\.)+diffeq\.(?:models\.(\d+)\.)?layers\.(\d+)\.(.+)")
+SCALED, CHAINED = re.compile(r"transforms\.(\d+)\.chain\.(\d+)\.(.+)"), re.compile(r"chain\.(\d+)\.(.+)")
+
+
+@dataclass
+class Block:
+    """One released CNF: its place, the root of its end time, and its nets' layers' parameters by their own names."""
+
+    place: tuple[int, ...]
+    root: Tensor | None = None
+    nets: dict[int, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
+
+
+@dataclass
+class Layout:
+    """What a state dict's names say. ``kind`` is ``"multiscale"``, ``"parallel"`` or ``"stack"``."""
+
+    kind: str
+    blocks: list[Block]
+    layer: str
+    conv: bool
+
+    @property
+    def first(self) -> dict[int, dict[str, Tensor]]:
+        """The layers of the first net."""
+        return self.blocks[0].nets[0]
+
+    @property
+    def images(self) -> bool:
+        """Whether a logit (without parameters) stands first."""
+        return self.kind != "stack" or self.blocks[0].place != (0,)
+
+
+def layout(reference: Reference) -> Layout:
+    """The architecture behind the names of the weights.
+
+    Raises:
+        CheckpointError: for names that belong to another architecture (batch normalisation, an autoencoder, Swish's
+            learned factor, spectral norm, a VAE, AFFJORD).
+    """
+    blocks: dict[tuple[int, ...], Block] = {}
+    unknown = []
+    place: tuple[int, ...]
+    for name, value in reference.state.items():
+        if found := SCALED.fullmatch(name):
+            place, rest = (int(found[1]), int(found[2])), found[3]
+        elif found := CHAINED.fullmatch(name):
+            place, rest = (int(found[1]),), found[2]
+        else:
+            unknown.append(name)
+            continue
+        block = blocks.setdefault(place, Block(place))
+        if rest == "sqrt_end_time":
+            block.root = value
+        elif inner := NET.fullmatch(rest):
+            block.nets.setdefault(int(inner[1] or 0), {}).setdefault(int(inner[2]), {})[inner[3]] = value
+        else:
+            unknown.append(name)
+    if unknown or not blocks:
+        raise CheckpointError(
+            f"the checkpoint is of an architecture that has no counterpart here: {len(unknown)} of "
+            f"{len(reference.state)} names, such as {sorted(unknown)[:3]}, are none of FFJORD's or RNODE's multiscale, "
+            "parallel, convolutional or vector flows"
+        )
+    ordered = [blocks[place] for place in sorted(blocks)]
+    for block in ordered:
+        layers = {j for net in block.nets.values() for j in net}
+        complete = set(block.nets) == set(range(len(block.nets))) and all(
+            set(net) == set(range(len(net))) for net in block.nets.values()
+        )
+        if not block.nets or not layers or not complete or len(block.place) != len(ordered[0].place):
+            raise CheckpointError(f"the checkpoint's block {'.'.join(map(str, block.place))} is not complete")
+    nets = {len(block.nets) for block in ordered}
+    kind = "parallel" if nets != {1} else "multiscale" if len(ordered[0].place) == 2 else "stack"
+    net = ordered[0].nets[0]
+    return Layout(kind, ordered, _layer(net), _conv(net))
+
+
+def _layer(net: dict[int, dict[str, Tensor]]) -> str:
+    """The layer type, from its parameters: FFJORD's multiscale script ignores the --layer_type that it records."""
+    names = {name.split(".")[0] for name in net[0]}
+    types = {
+        frozenset({"_layer", "_hyper_gate", "_hyper_bias"}): "concatsquash",
+        frozenset({"_layer", "_hyper"}): "squash",
+        frozenset({"_layer0", "_layer1"}): "blend",
+        frozenset({"_hypernet"}): "hyper",
+    }
+    if frozenset(names) in types:
+        return types[frozenset(names)]
+    after, before = (net.get(i, {}).get(f"_layer.{name}") for i, name in ((1, "weight"), (0, "bias")))
+    own = net.get(1, {}).get("_layer.bias")
+    if names == {"_layer"} and after is not None and before is not None and own is not None and after.ndim >= 2:
+        # the second layer takes what the first one gives and so many inputs more; a transposed convolution's come first
+        inputs = after.shape[1] if after.shape[0] == own.numel() else after.shape[0]
+        kinds = {0: "ignore", 1: "concat", 3: "concatcoord"}
+        if (extra := inputs - before.numel()) in kinds:
+            return kinds[extra]
+    raise CheckpointError(
+        f"a layer has the parameters {sorted(net[0])}, which belong to no layer type that can be loaded"
+    )
+
+
+def _conv(net: dict[int, dict[str, Tensor]]) -> bool:
+    weights = [v for name, v in net[0].items() if name.endswith("weight") and name.startswith("_layer")]
+    if weights:
+        return weights[0].ndim == 4
+    return (
+        "_hypernet.weight" in net[0]
+    )  # a convolution's generator is one linear layer, a linear layer's is a small net

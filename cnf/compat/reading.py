@@ -1,0 +1,145 @@
+"""Checkpoints of the published codes, read without executing anything in them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cnf.errors import CheckpointError
+
+__all__ = ["Arguments", "Reference", "read_reference"]
+
+PLAIN = (int, float, str, bool)
+COUNTERS = ("_num_evals",)  # released modules count evaluations in a buffer
+
+
+class Arguments:
+    """The training script's arguments: of a file's values only those that are int, float, str or bool are ever used.
+
+    Args:
+        values: all that the file says; None counts as not given.
+    """
+
+    def __init__(self, values: Mapping[str, Any]):
+        self.values = {k: v for k, v in values.items() if type(v) in PLAIN}
+        self.other = {k: type(v).__name__ for k, v in values.items() if v is not None and type(v) not in PLAIN}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def get(self, name: str, kind: type, default: Any = None) -> Any:
+        """One argument, of that type; ``default`` where it is not given.
+
+        Raises:
+            CheckpointError: for a value of another type, one that is not finite, or one that is missing and has no default.
+        """
+        if name in self.other:
+            raise CheckpointError(f"args.{name} is a {self.other[name]}; expected a {kind.__name__}")
+        if name not in self.values:
+            if default is None:
+                raise CheckpointError(
+                    f"args has no {name!r}, which the architecture depends on: give args={{{name!r}: ...}}"
+                )
+            return default
+        value = self.values[name]
+        if kind is float and type(value) is int:
+            value = float(value) if abs(value) < 2**1023 else math.inf
+        if type(value) is not kind:
+            raise CheckpointError(f"args.{name} is {value!r}; expected a {kind.__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CheckpointError(f"args.{name} is {value!r}; expected a finite number")
+        return value
+
+    def sizes(self, name: str) -> tuple[int, ...]:
+        """A list such as "64,64,64" or "64-64-64"."""
+        text = self.get(name, str)
+        try:
+            # a stride may be negative, so a dash separates only where no comma does
+            return tuple(int(part) for part in (text.split(",") if "," in text else text.split("-")))
+        except ValueError:
+            raise CheckpointError(f"args.{name} is {text!r}; expected whole numbers such as '64,64,64'") from None
+
+
+class Reference(NamedTuple):
+    """A released checkpoint: weights by the released names (module. and counters taken off), and the arguments."""
+
+    state: dict[str, Tensor]
+    args: Arguments
+
+
+def read_reference(
+    source: str | Path | Mapping[str, Any], args: argparse.Namespace | Mapping[str, Any] | None = None
+) -> Reference:
+    """The weights and arguments of a checkpoint that FFJORD's or RNODE's code wrote.
+
+    A file is read by torch's ``weights_only`` reader with one class more, ``argparse.Namespace``, which is a bag of
+    values; of those only int, float, str and bool are used.
+
+    Args:
+        source: a file (``checkpt.pth``), its content ``{"args": ..., "state_dict": ...}``, or a bare state dict.
+        args: arguments that the file lacks, or that shall replace its own.
+
+    Raises:
+        CheckpointError: for a file that is missing, truncated, or holds anything else, and for content of another form.
+    """
+    content = _load(Path(source)) if isinstance(source, (str, Path)) else source
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"the checkpoint holds a {type(content).__name__}; expected a dictionary with 'state_dict' and 'args'"
+        )
+    state = content.get("state_dict", content)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"the checkpoint's state_dict is a {type(state).__name__}; expected a dictionary of tensors"
+        )
+    merged = {**_values(content.get("args")), **_values(args)}
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = str(key).removeprefix("module.")
+        if name.rsplit(".", 1)[-1] in COUNTERS:
+            continue
+        tensors[name] = _checked(name, value)
+    if not tensors:
+        raise CheckpointError("the checkpoint has no weights")
+    return Reference(tensors, Arguments(merged))
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for what is damaged or refused
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}: {reason[:300]}): it is damaged, or holds more than "
+            "tensors, plain values and an argparse.Namespace, which is refused"
+        ) from None
+
+
+def _values(args: Any) -> dict[str, Any]:
+    if args is None:
+        return {}
+    found = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"the checkpoint's args is a {type(args).__name__}; expected an argparse.Namespace")
+    return {str(k): v for k, v in found.items()}
+
+
+def _checked(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.layout != torch.strided or not value.is_floating_point():
+        kind = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise CheckpointError(f"state_dict[{name!r}] is {kind}; expected a dense tensor of floats")
+    # a view that repeats a small storage could claim any size
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise CheckpointError(f"state_dict[{name!r}] claims the shape {tuple(value.shape)}, more than its file holds")
+    return value.detach()

@@ -1,0 +1,158 @@
+"""The regularisers as FFJORD's and RNODE's code computes them, quirks kept, as quadratures.
+
+They are means over the current block's own dimensions, so that a small block weighs as much as a large one; and what is
+called a directional derivative pulls f back, Jᵀf, where the derivative along the path is J f. The library's own
+regularisers (:mod:`cnf.quadratures`) are the papers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cnf.divergence import Bound, Linearization
+from cnf.errors import ConfigError
+
+__all__ = ["FFJORD_REGULARISERS", "RNODE_REGULARISERS", "Released", "released"]
+
+Integrand = Callable[[Tensor, Tensor, Linearization, Bound], Tensor]
+
+
+class Released:
+    """One released regulariser: its value at a time t () and points x (N, \\*event), per row (N,).
+
+    FFJORD keeps a batch mean as one scalar of the ODE's state; the mean over rows of this quadrature's integral is that
+    scalar. RNODE keeps one value a row, as here.
+    """
+
+    def __init__(self, name: str, integrand: Integrand, need: frozenset[str] = frozenset()):
+        self.name, self.need, self._integrand = name, need, integrand
+
+    def __call__(self, t: Tensor, x: Tensor, linearization: Linearization, field: Bound) -> Tensor:
+        """The integrand (N,)."""
+        return self._integrand(t, x, linearization, field)
+
+    def __repr__(self) -> str:
+        return f"released({self.name!r})"
+
+
+def _mean(v: Tensor) -> Tensor:
+    return v.flatten(1).square().mean(1)
+
+
+def _pulled(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
+    """Jᵀf (N, \\*event). Plain autograd, which may run inside a checkpointed step."""
+    recording = torch.is_grad_enabled()
+    with torch.enable_grad():
+        point = x if recording and x.requires_grad else x.detach().requires_grad_()
+        f = field(t, point)
+        (product,) = torch.autograd.grad(f, point, f if recording else f.detach(), create_graph=recording)
+    return product
+
+
+def _jacobian(t: Tensor, x: Tensor, field: Bound) -> Tensor:
+    """J (N, D, D), row by row, as the released code does at D backward passes."""
+    recording = torch.is_grad_enabled()
+    with torch.enable_grad():
+        point = x if recording and x.requires_grad else x.detach().requires_grad_()
+        f = field(t, point).flatten(1)
+        rows = [
+            torch.autograd.grad(f[:, i].sum(), point, create_graph=recording, retain_graph=True)[0].flatten(1)
+            for i in range(f.shape[1])
+        ]
+    return torch.stack(rows, 1)
+
+
+# RNODE (2002.02798's code): the factor 1/2 is on all but the Jacobian's
+
+
+def _kinetic(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
+    return 0.5 * _mean(parts.dx)
+
+
+def _jacobian_norm2(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
+    assert parts.jac_sq is not None
+    return parts.jac_sq / x[0].numel()
+
+
+def _directional(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
+    return 0.5 * _mean(_pulled(t, x, parts, field))
+
+
+def _total(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
+    moved = field.jvp(t, x, torch.zeros_like(x)[None], t_dot=torch.ones_like(t))[1][0]
+    return 0.5 * _mean(_pulled(t, x, parts, field) + moved)
+
+
+# FFJORD (1810.01367's code)
+
+
+def _l1(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
+    return parts.dx.flatten(1).abs().mean(1)
+
+
+def _l2(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
+    return _mean(parts.dx).sqrt()
+
+
+def _dl2(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
+    return _mean(_pulled(t, x, parts, field)).sqrt()
+
+
+def _frobenius(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
+    return _jacobian(t, x, field).square().sum((1, 2)).sqrt() / x[0].numel()
+
+
+def _diagonal(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
+    # the first column, not the diagonal: released so
+    return _jacobian(t, x, field)[:, :, 0].square().mean(1).sqrt()
+
+
+def _off_diagonal(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
+    # all but the first column, and no root: released so
+    j = _jacobian(t, x, field)
+    d = j.shape[1]
+    return (j.square().sum((1, 2)) - j[:, :, 0].square().sum(1)) / (d * (d - 1))
+
+
+RNODE_REGULARISERS = {
+    "kinetic_energy": Released("kinetic_energy", _kinetic),
+    "jacobian_norm2": Released("jacobian_norm2", _jacobian_norm2, frozenset({"jac_sq"})),
+    "directional_penalty": Released("directional_penalty", _directional),
+    "total_deriv": Released("total_deriv", _total),
+}
+"""RNODE's, by the names of its command line."""
+
+FFJORD_REGULARISERS = {
+    "l1int": Released("l1int", _l1),
+    "l2int": Released("l2int", _l2),
+    "dl2int": Released("dl2int", _dl2),
+    "JFrobint": Released("JFrobint", _frobenius),
+    "JdiagFrobint": Released("JdiagFrobint", _diagonal),
+    "JoffdiagFrobint": Released("JoffdiagFrobint", _off_diagonal),
+}
+"""FFJORD's, by the names of its command line."""
+
+
+def released(name: str) -> Released:
+    """The released regulariser of that name, a quadrature to put into a :class:`~cnf.CNF`.
+
+    With Hutchinson's estimate in reverse mode ``jacobian_norm2`` is RNODE's, from eᵀJ; in forward mode it is as
+    unbiased, from J e.
+
+    Raises:
+        ConfigError: for an unknown name.
+
+    Example:
+        >>> from cnf import CNF
+        >>> from cnf.fields import MLP
+        >>> block = CNF(MLP(2), quadratures=[released("kinetic_energy"), released("dl2int")])
+        >>> sorted(block(torch.randn(5, 2)).integrals)
+        ['dl2int', 'kinetic_energy']
+    """
+    known = RNODE_REGULARISERS | FFJORD_REGULARISERS
+    if name not in known:
+        raise ConfigError(f"regulariser {name!r} is unknown: the released ones are {', '.join(known)}")
+    return known[name]

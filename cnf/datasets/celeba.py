@@ -1,0 +1,130 @@
+"""CelebA's aligned faces, from the files that the user puts under the data root."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from cnf.datasets.folders import progress, rgb
+from cnf.datasets.pictures import open_picture
+from cnf.datasets.prepared import Blocks, prepare, stamp
+from cnf.datasets.rows import Array
+from cnf.datasets.splits import DataSplits, Options, assemble
+from cnf.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["NAMES", "celeba_picture", "load_celeba"]
+
+NAMES = {"celeba": "CelebA, 202,599 aligned faces, resized and centre-cropped to 32x32 (image_size); root/celeba"}
+ALIGNED = (178, 218)  # width and height of the aligned pictures
+SIZE = 32
+MAX_MEMBER = 2**24  # bytes of a picture in the zip file; CelebA's have about ten thousand
+
+
+def celeba_picture(picture: Image.Image, size: int) -> Image.Image:
+    """A picture as AFFJORD's published code makes it (arXiv 2306.02731).
+
+    The aligned picture (178 x 218) is resized so that its shorter side is ``size`` (bilinear, antialiased), and its
+    centre cropped, which shows the whole width. Others crop 148 x 148 pixels first: their figures do not compare.
+    """
+    from PIL import Image
+
+    height = size * ALIGNED[1] // ALIGNED[0]
+    top = round((height - size) / 2)
+    return picture.resize((size, height), Image.Resampling.BILINEAR).crop((0, top, size, top + size))
+
+
+def load_celeba(options: Options) -> DataSplits:
+    """CelebA in its official partition, decoded on first use into ``root/celeba/prepared``.
+
+    Raises:
+        DataError: for files that are missing, damaged, or not the aligned pictures.
+        ConfigError: for an ``image_size`` above that of the pictures.
+    """
+    size, folder = options.image_size or SIZE, Path(options.root).expanduser() / "celeba"
+    if size > ALIGNED[0]:
+        raise ConfigError(f"image_size={size} is larger than celeba's pictures, {ALIGNED[0]}x{ALIGNED[1]}")
+    lists = [folder / f"list_eval_partition.{suffix}" for suffix in ("txt", "csv")]
+    inner = folder / "img_align_celeba"  # some archives hold this folder twice, one in the other
+    sources = [inner / inner.name, inner, folder / "img_align_celeba.zip"]
+    partition, source = (next((p for p in paths if p.exists()), None) for paths in (lists, sources))
+    if partition is None or source is None:
+        lacking = [what for what, got in ((lists[0].name, partition), (inner.name, source)) if got is None]
+        raise DataError(
+            f"celeba needs img_align_celeba (a folder, or the .zip as it is) and list_eval_partition.txt in "
+            f"{str(folder.resolve())!r}; {' and '.join(lacking)} not there. data/README.md says where to get them"
+        )
+    names = _partition(partition)
+    mark = stamp([partition, source], size)
+    images, notices = [], []
+    for part, wanted in zip(("train", "validation", "test"), names, strict=True):
+        stem = f"{part}-{size}x{size}-{options.nbits}bit"
+        blocks = _faces(source, wanted, part, size)
+        found, said = prepare(folder / "prepared", stem, mark, blocks, (3, size, size), options.nbits)
+        images.append(found)
+        notices += [f"{part}: {notice}" for notice in said]
+    notices.append(f"official partition; shorter side resized to {size}, centre cropped to {size}x{size}")
+    if [len(n) for n in names] != [162_770, 19_867, 19_962]:
+        notices.append("the published partition has 162,770, 19,867 and 19,962 pictures: figures do not compare")
+    return assemble("celeba", "image", images, options, levels=2**options.nbits, notices=notices, flip=True)
+
+
+def _partition(path: Path) -> list[list[str]]:
+    """File names of the three parts, from lines such as ``000001.jpg 0`` (or with a comma)."""
+    names: list[list[str]] = [[], [], []]
+    try:
+        lines = path.read_text(encoding="utf-8").replace(",", " ").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{str(path)!r} cannot be read: {error}") from None
+    for i, line in enumerate(lines, start=1):
+        words = line.split()
+        if not words or (i == 1 and words[-1] == "partition"):
+            continue
+        if len(words) != 2 or words[1] not in ("0", "1", "2") or words[0] != Path(words[0]).name:
+            raise DataError(f"line {i} of {str(path)!r} is {line.strip()[:60]!r}; expected a file name and 0, 1 or 2")
+        names[int(words[1])].append(words[0])
+    if not all(names):
+        raise DataError(f"{str(path)!r} lists {[len(n) for n in names]} pictures in its parts; expected some in each")
+    return names
+
+
+def _faces(source: Path, names: list[str], part: str, size: int) -> Blocks:
+    def from_files(opened: Callable[[str], IO[bytes] | None]) -> Iterator[Array]:
+        for name in progress(names, f"decoding celeba ({part})", len(names)):
+            path = source / name
+            picture = open_picture(path, opened(name))
+            if picture.size != ALIGNED:
+                raise DataError(
+                    f"picture {str(path)!r} is {picture.width}x{picture.height}; expected the aligned "
+                    f"{ALIGNED[0]}x{ALIGNED[1]}. Pictures of your own: data={str(source)!r} with image_size={size}"
+                )
+            yield rgb(celeba_picture(picture.convert("RGB"), size))
+
+    def blocks() -> Iterator[Array]:
+        if source.is_dir():
+            yield from from_files(lambda name: None)
+            return
+        try:
+            with zipfile.ZipFile(source) as archive:  # members are decoded where they lie, never unpacked to the disk
+                members = {Path(m.filename).name: m for m in archive.infolist() if not m.is_dir()}
+                yield from from_files(lambda name: _member(archive, members[name]))
+        except KeyError as error:
+            raise DataError(f"{str(source)!r} lacks the picture {error}") from None
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+            raise DataError(f"{str(source)!r} cannot be read as a zip file: {error}") from None
+
+    return blocks
+
+
+def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> IO[bytes]:
+    if member.file_size > MAX_MEMBER:
+        raise DataError(
+            f"{member.filename!r} in {archive.filename!r} claims {member.file_size:,} bytes and was not read: a bomb?"
+        )
+    return io.BytesIO(archive.read(member))

@@ -1,0 +1,160 @@
+"""Downsampled ImageNet and CelebA-HQ, from arrays or folders that the user puts under the data root."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cnf.datasets.arrays import as_images, read_numpy
+from cnf.datasets.folders import Listing, list_folder, part_entries, progress, rgb
+from cnf.datasets.pictures import open_picture
+from cnf.datasets.prepared import find_prepared, prepare, reduce_bits, stamp
+from cnf.datasets.rows import Array, hold_out, is_mapped, keep_rows
+from cnf.datasets.splits import DataSplits, Options, assemble
+from cnf.errors import DataError
+
+__all__ = ["NAMES", "load_large"]
+
+NAMES = {
+    "imagenet32": "ImageNet downsampled to 32x32, 1.33 million pictures; arrays or folders in root/imagenet32",
+    "imagenet64": "ImageNet downsampled to 64x64, 1.33 million pictures; arrays or folders in root/imagenet64",
+    "celebahq256": "CelebA-HQ at 256x256, 30,000 faces (published at nbits=5); arrays or folders in root/celebahq256",
+}
+
+
+@dataclass(frozen=True)
+class _Set:
+    """A set of arrays or folders.
+
+    Attributes:
+        size: of a picture's side.
+        held_out: training images set aside for validation, since what was published as validation is the test set here.
+        flip: whether the published protocol flips training images.
+        published: known sizes of training and test set.
+    """
+
+    size: int
+    held_out: int
+    flip: bool
+    published: tuple[tuple[int, int], ...]
+
+
+# two sets go by the same name, made by different ways of downsampling: that of 1707.08819, and PixelRNN's (1601.06759)
+_IMAGENET = ((1_281_167, 50_000), (1_281_149, 49_999))
+_SETS = {
+    "imagenet32": _Set(32, 5_000, False, _IMAGENET),
+    "imagenet64": _Set(64, 5_000, False, _IMAGENET),
+    "celebahq256": _Set(256, 1_000, True, ((27_000, 3_000),)),
+}
+
+
+def load_large(name: str, options: Options) -> DataSplits:
+    """Load one of :data:`NAMES`, decoding it on first use into ``root/name/prepared``.
+
+    Raises:
+        DataError: for files that are missing, damaged, or of another size or number of channels.
+    """
+    spec, folder = _SETS[name], Path(options.root).expanduser() / name
+    found = part_entries(folder) if folder.is_dir() else {}
+    if "test" not in found and "validation" in found:
+        found["test"] = found.pop("validation")  # what was published as validation is what papers report on
+    if "train" not in found or "test" not in found:
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) if folder.is_dir() else "no such folder"
+        raise DataError(
+            f"{name} needs files or folders called train... and val... (or test...) in {str(folder.resolve())!r}, .npy "
+            f"or .npz arrays or PNG or JPEG pictures; found: {there or 'nothing'}. data/README.md lists the layouts"
+        )
+    images, notices = {}, []
+    for part, entries in found.items():
+        images[part], said = _read_part(name, part, entries, folder, spec.size, options.nbits)
+        notices += said
+    train, test = images["train"], images["test"]
+    counts = len(train), len(test)
+    if counts not in spec.published:
+        known = " or ".join(f"{a:,} and {b:,}" for a, b in spec.published)
+        notices.append(
+            f"{counts[0]:,} training and {counts[1]:,} test images, where {known} are published: figures do not compare"
+        )
+    if "validation" in images:
+        validation = images["validation"]
+        notices.append("split as the folder gives it")
+    else:
+        held = min(spec.held_out, len(train) // 10)
+        if held < 1:
+            raise DataError(f"{name} has {len(train)} training images; expected at least 10")
+        rest, taken = hold_out(len(train), held, options.split_seed)
+        validation = np.array(train[np.sort(taken)])
+        train, _ = keep_rows(train, rest)
+        notices.append(
+            "what was published as validation is the test set; validation is split off the training set by split_seed "
+            f"{options.split_seed}"
+        )
+    parts = [train, validation, test]
+    return assemble(name, "image", parts, options, levels=2**options.nbits, notices=notices, flip=spec.flip)
+
+
+def _read_part(
+    name: str, part: str, entries: list[Path], folder: Path, size: int, nbits: int
+) -> tuple[Array, list[str]]:
+    """One part's images, and what to say about them."""
+    shape, mark = (3, size, size), stamp(entries, size)
+    prepared, stem = folder / "prepared", f"{part}-{size}x{size}-{nbits}bit"
+    images = find_prepared(prepared, stem, mark, shape)
+    if images is not None:  # without listing a million pictures
+        return images, [f"{part}: decoded by an earlier run"]
+    pictures, arrays = [], []
+    for entry in entries:
+        listing = list_folder(entry) if entry.is_dir() else Listing([], None, [entry], [])
+        pictures += listing.pictures
+        arrays += listing.arrays
+    if bool(pictures) == bool(arrays):
+        what = "both pictures and arrays" if arrays else "neither pictures nor arrays"
+        given = ", ".join(p.name for p in entries)
+        raise DataError(f"{name}: {given} in {str(folder)!r} hold {what}; expected one of the two")
+    if len(arrays) == 1 and arrays[0].suffix.lower() == ".npy":
+        images = _array(arrays[0], size)
+        if nbits == 8 or not is_mapped(images):
+            return reduce_bits(images, nbits), []
+
+    def from_arrays() -> Iterator[Array]:
+        for path in arrays:
+            images = _array(path, size)
+            for start in range(0, len(images), 4096):
+                yield images[start : start + 4096]
+
+    def from_pictures() -> Iterator[Array]:
+        for path in progress(pictures, f"decoding {name} ({part})", len(pictures)):
+            picture = open_picture(path)
+            if picture.size != (size, size):
+                raise DataError(
+                    f"picture {str(path)!r} is {picture.width}x{picture.height}; {name} has {size}x{size}. To crop and "
+                    f"resize pictures of your own: data={str(path.parent)!r} with image_size={size}"
+                )
+            yield rgb(picture)
+
+    images, notices = prepare(prepared, stem, mark, from_arrays if arrays else from_pictures, shape, nbits)
+    return images, [f"{part}: {notice}" for notice in notices]
+
+
+def _array(path: Path, size: int) -> Array:
+    """uint8 (N, 3, size, size) from a file's images, or from its rows of 3 size² values, channel by channel."""
+    arrays = read_numpy(path)
+    keys = [k for k in ("images", "x", "data") if k in arrays]
+    if len(keys) != 1:
+        raise DataError(f"{str(path)!r} holds the keys {sorted(arrays)}; expected exactly one of 'images', 'x', 'data'")
+    x = arrays[keys[0]]
+    if x.ndim == 2 and x.shape[1] == 3 * size * size:
+        x = x.reshape(-1, 3, size, size)
+    if x.ndim != 4:
+        raise DataError(f"{str(path)!r} holds an array of shape {x.shape}; expected images (N, {size}, {size}, 3)")
+    if x.dtype != np.uint8:
+        raise DataError(f"{str(path)!r} holds {x.dtype} images; expected uint8 grey levels 0 to 255")
+    images, _ = as_images(x, str(path))
+    if images.shape[1:] != (3, size, size):
+        raise DataError(
+            f"{str(path)!r} holds images (channels, height, width) = {images.shape[1:]}; expected {(3, size, size)}"
+        )
+    return images

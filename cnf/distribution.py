@@ -1,0 +1,99 @@
+"""A flow as a torch.distributions.Distribution."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+from cnf.errors import DataError
+from cnf.transforms import Dequantize, Gaussianize, Logit, leaves
+
+if TYPE_CHECKING:
+    from cnf.flow import Flow
+
+__all__ = ["FlowDistribution"]
+
+
+class FlowDistribution(Distribution):
+    """A flow inside torch.distributions: Independent, TransformedDistribution and ``expand`` take it.
+
+    It is the density of floats (images: on [0, 1] and the logit's small margin around it), in nats, and draws from
+    torch's global generator. Samples are not clamped, so that log_prob is theirs.
+
+    Args:
+        flow: the density.
+        context: (C,) for one distribution, (\\*batch, C) for a batch of them; None for a flow without context.
+        batch_shape: of a flow without context, as ``expand`` makes it.
+        validate_args: check values against the support; torch's default where None.
+
+    Raises:
+        ValueError: from ``log_prob``, for values outside the support, where arguments are validated.
+        DataError: from ``log_prob``, for integers: of pixels there is only a bound, ``flow.log_prob``.
+
+    Example:
+        >>> from cnf.fields import MLP
+        >>> from cnf.continuous import CNF
+        >>> from cnf.flow import Flow
+        >>> flow = Flow(CNF(MLP(2, context_dim=3)), (2,))
+        >>> three = flow.distribution(torch.eye(3))
+        >>> three.batch_shape, three.event_shape, three.sample((5,)).shape
+        (torch.Size([3]), torch.Size([2]), torch.Size([5, 3, 2]))
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    has_rsample = True
+
+    def __init__(
+        self,
+        flow: Flow,
+        context: Tensor | None = None,
+        batch_shape: tuple[int, ...] = (),
+        validate_args: bool | None = None,
+    ):
+        self.flow, self.context = flow, context
+        shape = tuple(context.shape[:-1]) if context is not None else batch_shape
+        super().__init__(torch.Size(shape), torch.Size(flow.event_shape), validate_args=validate_args)
+
+    @property
+    def support(self) -> Any:
+        """The reals, one per dimension of an event; for images the interval that the logit or Gaussianize takes."""
+        first = next((leaf for leaf in leaves(self.flow.transform) if not isinstance(leaf, Dequantize)), None)
+        one = constraints.interval(*first.bounds) if isinstance(first, Logit | Gaussianize) else constraints.real
+        return constraints.independent(cast(Any, one), len(self.event_shape))
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:
+        """The same flow for a larger batch."""
+        shape = tuple(batch_shape)
+        context = None if self.context is None else self.context.expand(*shape, self.context.shape[-1])
+        return FlowDistribution(self.flow, context, shape, validate_args=self._validate_args)
+
+    def _rows(self, lead: torch.Size) -> Tensor | None:
+        if self.context is None or self.context.ndim == 1:
+            return self.context
+        return self.context.expand(*lead, self.context.shape[-1]).reshape(-1, self.context.shape[-1])
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p of ``value`` (\\*sample, \\*batch, \\*event), nats; a missing batch is broadcast."""
+        if not value.is_floating_point():
+            raise DataError(f"value has type {value.dtype}; a density takes floats: flow.log_prob bounds that of pixels")
+        if self._validate_args:
+            self._validate_sample(value)
+        given = value.shape[: value.ndim - len(self.event_shape)]
+        lead = torch.broadcast_shapes(given, self.batch_shape)
+        if self.context is None or self.context.ndim == 1:  # all alike: what was given is solved once
+            lead, out = given, lead
+        else:
+            value, out = value.expand(*lead, *self.event_shape), lead
+        found = self.flow.log_prob(value.reshape(-1, *self.event_shape), self._rows(lead))
+        return found.reshape(lead).expand(out)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch.distributions' own signature)
+        """Samples (\\*sample, \\*batch, \\*event) with gradient."""
+        lead = torch.Size(sample_shape) + self.batch_shape
+        like = self.flow.like
+        z = torch.randn((lead.numel(), *self.flow.latent_shape), dtype=like.dtype, device=like.device)
+        x = self.flow.decode(z * self.flow.base_std, self._rows(lead))
+        return x.reshape(*lead, *self.event_shape)

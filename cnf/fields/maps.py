@@ -1,0 +1,83 @@
+"""The linear maps inside a layer: fully connected, convolution, transposed convolution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cnf.errors import ConfigError
+
+__all__ = ["Conv", "Linear"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The map of a fully connected layer; weights are (out, in)."""
+
+    inputs: int
+    outputs: int
+    spatial = 0
+
+    def module(self, extra: int = 0) -> nn.Module:
+        """The torch layer with ``extra`` more inputs."""
+        return nn.Linear(self.inputs + extra, self.outputs)
+
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return (self.outputs, self.inputs)
+
+    def apply(self, weight: Tensor, x: Tensor) -> Tensor:
+        """W x, no bias."""
+        return F.linear(x, weight)
+
+    def split(self, weight: Tensor, at: int) -> tuple[Tensor, Tensor]:
+        """Weights of the first ``at`` inputs and of the others."""
+        return weight[:, :at], weight[:, at:]
+
+
+@dataclass(frozen=True)
+class Conv:
+    """The map of a convolution (or its transpose); weights are (out, in, k, k), transposed (in, out, k, k)."""
+
+    inputs: int
+    outputs: int
+    kernel: int = 3
+    stride: int = 1
+    padding: int = 1
+    transposed: bool = False
+    spatial = 2
+
+    @staticmethod
+    def of_stride(inputs: int, outputs: int, stride: int) -> Conv:
+        """The published codes' names: 1 = 3x3, 0 = 1x1, 2 = 4x4 with stride 2, -2 = its transpose.
+
+        Raises:
+            ConfigError: for any other stride.
+        """
+        known = {1: (3, 1, 1, False), 0: (1, 1, 0, False), 2: (4, 2, 1, False), -2: (4, 2, 1, True)}
+        if stride not in known:
+            raise ConfigError(f"strides holds {stride}; expected 1 (3x3), 0 (1x1), 2 (down) or -2 (up)")
+        return Conv(inputs, outputs, *known[stride])
+
+    def module(self, extra: int = 0) -> nn.Module:
+        """The torch layer with ``extra`` more input channels."""
+        kind = nn.ConvTranspose2d if self.transposed else nn.Conv2d
+        return kind(self.inputs + extra, self.outputs, self.kernel, self.stride, self.padding)
+
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        first = (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
+        return (*first, self.kernel, self.kernel)
+
+    def apply(self, weight: Tensor, x: Tensor) -> Tensor:
+        """W x, no bias."""
+        op = F.conv_transpose2d if self.transposed else F.conv2d
+        return op(x, weight, stride=self.stride, padding=self.padding)
+
+    def split(self, weight: Tensor, at: int) -> tuple[Tensor, Tensor]:
+        """Weights of the first ``at`` input channels and of the others."""
+        if self.transposed:
+            return weight[:at], weight[at:]
+        return weight[:, :at], weight[:, at:]

@@ -1,0 +1,91 @@
+"""A convolutional vector field that looks at an image at several squeeze levels at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cnf.errors import ConfigError
+from cnf.fields.networks import ConvField
+
+__all__ = ["SqueezeSum"]
+
+
+class SqueezeSum(nn.Module):
+    """f(t, x) = Σ_s unsqueeze_s(f_s(t, squeeze_s(x))): a sum of nets, net s on the image squeezed s times.
+
+    It is the field of FFJORD's multiscale-parallel model (1810.01367's code): net s sees 4^s C channels of an image 2^s
+    times smaller, so the nets' receptive fields double from one to the next.
+
+    Args:
+        nets: net s takes and gives (N, 4^s C, H/2^s, W/2^s).
+
+    Raises:
+        ConfigError: without nets, or for an image that cannot be squeezed so often.
+
+    Example:
+        >>> import torch
+        >>> field = SqueezeSum([ConvField(4**s, (8,)) for s in range(3)])
+        >>> field(torch.tensor(0.0), torch.randn(2, 1, 8, 8)).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(self, nets: Sequence[ConvField]):
+        super().__init__()
+        if not nets:
+            raise ConfigError("nets is empty: expected one net for each squeeze level")
+        self.nets = nn.ModuleList(nets)
+
+    @property
+    def _nets(self) -> list[ConvField]:
+        return [cast(ConvField, net) for net in self.nets]
+
+    def zero_(self) -> None:
+        """Zero initialisation of every net."""
+        for net in self._nets:
+            net.zero_()
+
+    def _check(self, x: Tensor) -> None:
+        unit = 2 ** (len(self.nets) - 1)
+        if x.shape[2] % unit or x.shape[3] % unit:
+            raise ConfigError(
+                f"x has shape {tuple(x.shape)}, but this field squeezes {len(self.nets) - 1} times: height and width "
+                f"must be multiples of {unit}"
+            )
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """dx/dt (N, C, H, W)."""
+        self._check(x)
+        total = self._nets[0](t, x, context)
+        for s, net in enumerate(self._nets[1:], 1):
+            total = total + _unsqueeze(net(t, _squeeze(x, s), context), s)
+        return cast(Tensor, total)
+
+    def jvp(
+        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """f and J v + t_dot ∂f/∂t for K stacked tangents v (K, N, C, H, W); see :meth:`cnf.fields.Stack.jvp`."""
+        self._check(x)
+        dx, product = self._nets[0].jvp(t, x, v, context, t_dot=t_dot)
+        for s, net in enumerate(self._nets[1:], 1):
+            tangents = _squeeze(v.flatten(0, 1), s).unflatten(0, v.shape[:2])
+            one, pushed = net.jvp(t, _squeeze(x, s), tangents, context, t_dot=t_dot)
+            dx = dx + _unsqueeze(one, s)
+            product = product + _unsqueeze(pushed.flatten(0, 1), s).unflatten(0, v.shape[:2])
+        return dx, product
+
+
+# step by step: one squeeze by 2^s would order the channels otherwise than the published nets see them
+def _squeeze(x: Tensor, times: int) -> Tensor:
+    for _ in range(times):
+        x = F.pixel_unshuffle(x, 2)
+    return x
+
+
+def _unsqueeze(x: Tensor, times: int) -> Tensor:
+    for _ in range(times):
+        x = F.pixel_shuffle(x, 2)
+    return x

@@ -1,0 +1,27 @@
+"""Evaluation: what a split costs in bits or nats, how far that figure can be trusted, and which items and columns cost it."""
+
+from cnf.likelihood.checks import Check, check, integral_2d, refined, round_trip_error, solver_error
+from cnf.likelihood.columns import Column, column_report, conditional_log_prob, spacing_entropy
+from cnf.likelihood.evaluation import DEQUANTISATIONS, Evaluation, ItemNoise, default_batch_size, evaluate
+from cnf.likelihood.ranking import CAUTION, Ranking, rank
+
+__all__ = [
+    "CAUTION",
+    "DEQUANTISATIONS",
+    "Check",
+    "Column",
+    "Evaluation",
+    "ItemNoise",
+    "Ranking",
+    "check",
+    "column_report",
+    "conditional_log_prob",
+    "default_batch_size",
+    "evaluate",
+    "integral_2d",
+    "rank",
+    "refined",
+    "round_trip_error",
+    "solver_error",
+    "spacing_entropy",
+]

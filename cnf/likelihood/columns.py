@@ -1,0 +1,213 @@
+"""Which columns of a table cost nats: each column's cost given all others, beside its cost alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cnf.divergence import Exact
+from cnf.errors import ConfigError, DataError
+from cnf.flow import Flow
+
+__all__ = ["Column", "column_report", "conditional_log_prob", "spacing_entropy"]
+
+BUDGET = 2**18  # points at which a report evaluates the density, where nothing is said
+FINEST = 1e-3  # of a column's standard deviation: the scale at which the quadrature resolves a conditional density
+
+
+@dataclass(frozen=True)
+class Column:
+    r"""One column's share of the cost, in nats, on the scale of the data.
+
+    A joint density's cost is not a sum over columns; these are the two ends of what a column may be said to cost. ``alone``
+    is the entropy :math:`H(x_j)` of the column, a property of the data: what the best density of this column by itself would
+    pay. ``given_others`` is the model's :math:`-E \ln p(x_j | x_{-j})`, what it pays for the column when all others are
+    known. ``saved`` = alone - given_others is what the model draws from the other columns: where the model is right the mutual
+    information :math:`I(x_j; x_{-j})`, and negative where the model is worse than ignoring them: there it loses nats.
+    """
+
+    name: str
+    given_others: float
+    standard_error: float
+    """Of ``given_others``, over items."""
+    alone: float
+    """By m-spacings of all items given; -inf for a column that repeats its values so often that it has no density."""
+    saved: float
+    log_scale: float
+    """ln of the column's standard deviation: the part of either cost that is the choice of units alone."""
+    quadrature_error: float
+    """How ``given_others`` moves when every other point of the quadrature is left out (its error is far smaller)."""
+
+
+@contextmanager
+def _exact_trace(flow: Flow) -> Iterator[None]:
+    """Inside, every block takes the exact trace: an estimate's noise would not leave the integral unbiased."""
+    kept = [(block, block.divergence) for block in flow.blocks]
+    try:
+        for block, divergence in kept:
+            block.divergence = divergence if isinstance(divergence, Exact) else Exact()
+        yield
+    finally:
+        for block, divergence in kept:
+            block.divergence = divergence
+
+
+@torch.no_grad()
+def conditional_log_prob(
+    flow: Flow,
+    x: Tensor,
+    column: int,
+    context: Tensor | None = None,
+    *,
+    support: tuple[float, float],
+    scale: float,
+    points: int = 121,
+    batch_size: int = 8192,
+) -> tuple[Tensor, Tensor]:
+    r"""log p(x_j | x_{-j}) = log p(x) - log ∫ p(x) dx_j, nats, by one-dimensional quadrature along the column.
+
+    x_j is itself a draw from the conditional density, so whatever the density's width w, its mass lies within a few w of
+    x_j. The trapezoidal rule therefore runs over :math:`x_j + a \sinh(v)`, even in v: points spaced in proportion to their
+    distance from x_j, down to a = scale/1000.
+
+    Args:
+        flow: a flow of vectors, in evaluation mode.
+        x: rows (N, D).
+        column: j.
+        context: (N, C), (C,) or None.
+        support: the interval that is integrated over; it must hold the column's mass.
+        scale: the column's standard deviation.
+        points: of the quadrature.
+        batch_size: rows of a solve.
+
+    Returns:
+        The conditional log-density (N,), and the same from every other point.
+
+    Raises:
+        DataError: for events that are no vectors, or a row outside the support.
+        ConfigError: for fewer than five points.
+    """
+    if x.ndim != 2:
+        raise DataError(f"columns are those of a table (N, D), but x has shape {tuple(x.shape)}")
+    if points < 5:
+        raise ConfigError(f"points={points}; expected at least 5 for the quadrature")
+    points += 1 - points % 2  # odd, so that leaving out every other one keeps both ends
+    own = x[:, column].double()
+    low, high = support
+    if float(own.min()) < low or float(own.max()) > high:
+        raise DataError(f"column {column} spans [{own.min():g}, {own.max():g}], beyond the support [{low:g}, {high:g}]")
+    a = FINEST * scale
+    left, right = -torch.asinh((own - low) / a), torch.asinh((high - own) / a)
+    steps = torch.linspace(0, 1, points, dtype=torch.float64, device=x.device)
+    v = left[:, None] + (right - left)[:, None] * steps
+    weights = (a * torch.cosh(v)).log() + ((right - left) / (points - 1)).log()[:, None]
+    grid = (own[:, None] + a * torch.sinh(v)).to(x.dtype)
+    rows = x[:, None].repeat(1, points, 1)
+    rows[:, :, column] = grid
+    per_row = None if context is None or context.ndim == 1 else context.repeat_interleave(points, 0)
+    parts = []
+    flat = rows.flatten(0, 1)
+    with _exact_trace(flow):
+        for start in range(0, len(flat), batch_size):
+            given = context if per_row is None else per_row[start : start + batch_size]
+            parts.append(flow.log_prob(flat[start : start + batch_size], given).double())
+        joint = flow.log_prob(x, context).double()
+    terms = torch.cat(parts).reshape(len(x), points) + weights
+    terms[:, 0] -= math.log(2)
+    terms[:, -1] -= math.log(2)
+    return joint - terms.logsumexp(1), joint - terms[:, ::2].logsumexp(1) - math.log(2)
+
+
+def spacing_entropy(values: Tensor, m: int | None = None) -> float:
+    r"""The differential entropy (nats) of one column (N,) by m-spacings, -inf where more than m items share a value.
+
+    :math:`\frac{1}{N-m} \sum_i \ln(x_{(i+m)} - x_{(i)}) - \psi(m) + \psi(N+1)`: unbiased for a uniform density.
+
+    Args:
+        values: the column.
+        m: the spacing; the root of N if None.
+
+    Raises:
+        DataError: for fewer than three values.
+
+    Example:
+        >>> uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+        >>> abs(spacing_entropy(uniform)) < 0.02
+        True
+    """
+    n = len(values)
+    if n < 3:
+        raise DataError(f"the entropy of a column takes at least 3 items, not {n}")
+    m = m or max(1, round(math.sqrt(n)))
+    ordered = values.double().cpu().sort().values
+    spacings = ordered[m:] - ordered[:-m]
+    psi = torch.digamma(torch.tensor([float(m), n + 1.0], dtype=torch.float64))
+    return float(spacings.log().mean() - psi[0] + psi[1])
+
+
+@torch.no_grad()
+def column_report(
+    flow: Flow,
+    x: Tensor,
+    context: Tensor | None = None,
+    *,
+    names: Sequence[str] = (),
+    items: int | None = None,
+    points: int = 121,
+) -> list[Column]:
+    """What each column costs (see :class:`Column`), always with the exact trace.
+
+    Args:
+        flow: a flow of vectors, in evaluation mode.
+        x: a split (N, D); all of it serves ``alone``.
+        context: (N, C), (C,) or None.
+        names: of the columns.
+        items: rows, evenly spread over the split, that serve ``given_others``; by default as many as BUDGET evaluations of
+            the density allow, at most 256.
+        points: of the quadrature.
+
+    Raises:
+        DataError: for events that are no vectors, fewer than three rows, or a constant column.
+        ConfigError: for numbers of names, items or points that cannot be.
+    """
+    if x.ndim != 2:
+        raise DataError(f"columns are those of a table (N, D), but x has shape {tuple(x.shape)}")
+    n, dim = x.shape
+    if names and len(names) != dim:
+        raise ConfigError(f"names={tuple(names)} are {len(names)}, but the table has {dim} columns")
+    if items is not None and items < 2:
+        raise ConfigError(f"items={items}; expected at least 2 rows")
+    count = min(n, items or max(16, min(256, BUDGET // (dim * points))))
+    chosen = torch.linspace(0, n - 1, count).round().long()
+    rows = x[chosen].to(flow.like)
+    given = context if context is None or context.ndim == 1 else context[chosen]
+    given = None if given is None else given.to(flow.like)
+    report = []
+    for j in range(dim):
+        column = x[:, j].double()
+        scale, low, high = float(column.std()), float(column.min()), float(column.max())
+        if not scale > 0:
+            raise DataError(f"column {j} is constant: it has no density")
+        alone = spacing_entropy(column)
+        pad = (high - low) / 2  # room for the tails that the items at hand did not reach
+        full, half = conditional_log_prob(
+            flow, rows, j, given, support=(low - pad, high + pad), scale=scale, points=points
+        )
+        cost = -float(full.mean())
+        report.append(
+            Column(
+                name=names[j] if names else f"column {j}",
+                given_others=cost,
+                standard_error=float(full.std()) / math.sqrt(count),
+                alone=alone,
+                saved=alone - cost,
+                log_scale=math.log(scale),
+                quadrature_error=float((half - full).abs().mean()),
+            )
+        )
+    return report

@@ -1,0 +1,99 @@
+"""Items in the order of their likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cnf.errors import ConfigError
+from cnf.flow import Flow
+from cnf.likelihood.evaluation import Evaluation, evaluate
+
+__all__ = ["CAUTION", "Ranking", "rank"]
+
+CAUTION = (
+    "Likelihood alone is not an anomaly score: densities depend on units and on how plain an item is, and models of images are "
+    "known to find plain images of other kinds likelier than their own data (1810.09136)."
+)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Items by likelihood, least likely first. Likelihood alone is not an anomaly score (see :data:`CAUTION`)."""
+
+    names: tuple[str, ...]
+    scores: Tensor
+    """(N,) negative log-likelihood, in the evaluation's unit, falling."""
+    order: Tensor
+    """(N,) where each of them stood among the items given."""
+    below: Tensor | None
+    """(N,) share of the reference's items that are less likely still."""
+    found: Evaluation
+
+    def text(self, limit: int | None = 20) -> str:
+        """The first ``limit`` items (all if None) as lines, with the caution."""
+        count = len(self.names) if limit is None else min(limit, len(self.names))
+        lines = [f"{len(self.names):,} items by likelihood, least likely first ({self.found.unit}, lower is likelier):"]
+        width = max((len(name) for name in self.names[:count]), default=0)
+        for i in range(count):
+            share = "" if self.below is None else f"   {100 * float(self.below[i]):5.1f} % of the reference is less likely"
+            lines.append(f"  {self.names[i]:{width}}  {float(self.scores[i]):10.4f}{share}")
+        if count < len(self.names):
+            lines.append(f"  ... and {len(self.names) - count:,} more")
+        return "\n".join([*lines, CAUTION])
+
+
+@torch.no_grad()
+def rank(
+    flow: Flow,
+    x: Tensor,
+    names: Sequence[str] | None = None,
+    context: Tensor | None = None,
+    *,
+    reference: Tensor | None = None,
+    draws: int = 1,
+    importance: int = 1,
+    dequantisation: str | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Ranking:
+    """Sort items by their likelihood, least likely first.
+
+    Likelihood alone is not an anomaly score: a density depends on the units of its data and falls for whatever is busy or
+    rare in detail, and models of images are known to find plain images of other kinds likelier than their own data ("Do deep
+    generative models know what they don't know?", 1810.09136). Compare with the spread of known good items (``reference``) and
+    look at what stands at both ends before calling anything an anomaly.
+
+    Args:
+        flow: in evaluation mode.
+        x: the items (N, \\*event).
+        names: of the items; their numbers if None.
+        context: (N, C), (C,) or None.
+        reference: (M,) scores of known items in the same unit, such as the per-item scores of a test split.
+        draws, importance, dequantisation, seed, batch_size: as for :func:`~cnf.likelihood.evaluate`.
+
+    Raises:
+        ConfigError: for names that do not fit the items.
+        DataError: for no items.
+
+    Example:
+        >>> from cnf import ModelConfig, SolverConfig, build
+        >>> flow = build(ModelConfig(hidden=(8,)), SolverConfig(), (2,)).eval()
+        >>> rank(flow, torch.tensor([[0.0, 0.0], [4.0, 4.0]]), ["near", "far"]).names
+        ('far', 'near')
+    """
+    if names is not None and len(names) != len(x):
+        raise ConfigError(f"names are {len(names)}, but there are {len(x)} items")
+    found = evaluate(
+        flow, x, context, draws=draws, importance=importance, dequantisation=dequantisation, seed=seed, batch_size=batch_size
+    )
+    scores, order = found.per_item.sort(descending=True, stable=True)
+    labels = [str(i) for i in range(len(x))] if names is None else list(names)
+    below = None
+    if reference is not None and len(reference):
+        known = reference.double().cpu().sort().values
+        below = (len(known) - torch.searchsorted(known, scores, right=True)).double() / len(known)
+    return Ranking(tuple(labels[int(i)] for i in order), scores, order, below, found)

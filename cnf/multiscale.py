@@ -1,0 +1,223 @@
+"""Split and the multiscale chain of Real NVP, FFJORD and RNODE: half of the channels leave at every scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from cnf.errors import ConfigError, DataError
+from cnf.noise import Noise, child
+from cnf.solvers import Stats
+from cnf.transforms import Sequential, Squeeze, Transform, Transformed
+
+__all__ = ["Multiscale", "Split", "multiscale", "scale_shapes"]
+
+Shape = tuple[int, ...]
+SMALLEST = 4  # height or width below which the published chain makes no further scale
+
+
+class Split(nn.Module):
+    """The first half of the channels goes on, the second half leaves (Real NVP, 1605.08803).
+
+    After a squeeze, whose channels are input-channel-major, one channel's half is the upper row of every 2x2 square; of
+    three colours red and the upper row of green go on.
+
+    Raises:
+        DataError: for an odd number of channels, or halves that do not fit each other.
+
+    Example:
+        >>> on, out = Split()(torch.arange(4.0).reshape(1, 4, 1, 1))
+        >>> on.flatten(), out.flatten()
+        (tensor([0., 1.]), tensor([2., 3.]))
+    """
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 2C, H, W) to what goes on and what leaves, (N, C, H, W) each."""
+        if x.ndim != 4 or x.shape[1] % 2:
+            raise DataError(f"split halves the channels of (N, C, H, W), but x has shape {tuple(x.shape)}")
+        half = x.shape[1] // 2
+        return x[:, :half], x[:, half:]
+
+    def inverse(self, on: Tensor, out: Tensor) -> Tensor:
+        """The two halves joined."""
+        if on.shape != out.shape or on.ndim != 4:
+            raise DataError(f"halves of shapes {tuple(on.shape)} and {tuple(out.shape)} do not belong to one split")
+        return torch.cat([on, out], 1)
+
+
+def scale_shapes(shape: Shape) -> list[Shape]:
+    """What enters each scale for images (C, H, W): one scale for every halving that starts from at least 4 x 4.
+
+    Raises:
+        ConfigError: for events that are no images, smaller than 4 x 4, or of a size that is odd before a squeeze.
+
+    Example:
+        >>> scale_shapes((1, 28, 28))
+        [(1, 28, 28), (2, 14, 14), (4, 7, 7)]
+    """
+    if len(shape) != 3:
+        raise ConfigError(f"a multiscale chain takes images (C, H, W), not events of shape {shape}")
+    channels, height, width = shape
+    if min(height, width) < SMALLEST:
+        raise ConfigError(
+            f"images of {height}x{width} are too small for a multiscale chain, which takes at least "
+            f"{SMALLEST}x{SMALLEST}: use architecture='stack'"
+        )
+    count = 0
+    while min(height >> count, width >> count) >= SMALLEST:
+        count += 1
+    unit = 2 ** (count - 1)
+    if height % unit or width % unit:
+        raise ConfigError(
+            f"images of {height}x{width} cannot be squeezed {count - 1} times: expected height and width to be "
+            f"multiples of {unit}; crop or pad them (such as to {height // unit * unit}x{width // unit * unit}), or use "
+            "architecture='stack'"
+        )
+    return [(channels * 2**i, height >> i, width >> i) for i in range(count)]
+
+
+class Multiscale(Transform):
+    """Scales one after another, a :class:`Split` between them; z (N, D) is what leaves them, flattened, in their order.
+
+    Scale i draws from ``noise.child(i)``, and so child j of a ``Sequential`` scale from place i/j. Integrals of one
+    name are summed, and so is the cost.
+
+    Args:
+        scales: a transform for each scale; all but the last must leave an even number of channels.
+        shape: (C, H, W) of what enters the first.
+
+    Raises:
+        ConfigError: without scales, or for a scale that cannot be split.
+        DataError: from ``inverse``, for a z of another size.
+
+    Example:
+        >>> from cnf.transforms import Sequential, Squeeze
+        >>> chain = Multiscale([Squeeze(), Sequential([])], (1, 4, 4))
+        >>> chain.latent_shape((1, 4, 4)), chain.outputs
+        ((16,), [(2, 2, 2), (2, 2, 2)])
+        >>> x = torch.randn(3, 1, 4, 4)
+        >>> bool((chain.inverse(chain(x).value).value == x).all())
+        True
+    """
+
+    def __init__(self, scales: Iterable[Transform], shape: Shape):
+        super().__init__()
+        self.scales = nn.ModuleList(scales)
+        self.split = Split()
+        self.shape = tuple(shape)
+        self.outputs: list[Shape] = []
+        if len(self.scales) == 0:
+            raise ConfigError("scales is empty: expected at least one transform")
+        for i, scale in enumerate(self._scales):
+            shape = scale.latent_shape(tuple(shape))
+            if i + 1 < len(self.scales):
+                if len(shape) != 3 or shape[0] % 2:
+                    raise ConfigError(
+                        f"scale {i} leaves events of shape {shape}: a split takes an even number of channels"
+                    )
+                shape = (shape[0] // 2, *shape[1:])
+            self.outputs.append(shape)
+
+    @property
+    def _scales(self) -> list[Transform]:
+        return [cast(Transform, scale) for scale in self.scales]
+
+    def latent_shape(self, shape: Shape) -> Shape:
+        """(D,): z is flat."""
+        if tuple(shape) != self.shape:
+            raise ConfigError(f"this multiscale chain was built for events of shape {self.shape}, not {tuple(shape)}")
+        return (math.prod(shape),)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        noise: Noise | None = None,
+        log_det: bool = True,
+        integrals: bool = True,
+    ) -> Transformed:
+        """Images (N, C, H, W) to z (N, D)."""
+        parts, results = [], []
+        for i, scale in enumerate(self._scales):
+            results.append(scale(x, context, noise=child(noise, i), log_det=log_det, integrals=integrals))
+            x = out = results[-1].value
+            if i + 1 < len(self.scales):
+                x, out = self.split(x)
+            parts.append(out.flatten(1))
+        return _joined(torch.cat(parts, 1), results)
+
+    def inverse(
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        *,
+        noise: Noise | None = None,
+        log_det: bool = True,
+        integrals: bool = True,
+    ) -> Transformed:
+        """z (N, D) to images (N, C, H, W)."""
+        sizes = [math.prod(shape) for shape in self.outputs]
+        if z.ndim != 2 or z.shape[1] != sum(sizes):
+            raise DataError(
+                f"z has shape {tuple(z.shape)}; expected (N, {sum(sizes)}), the scales' outputs one after another"
+            )
+        parts = [part.unflatten(1, shape) for part, shape in zip(z.split(sizes, 1), self.outputs, strict=True)]
+        x, results = parts[-1], []
+        for i, scale in reversed(list(enumerate(self._scales))):
+            if i + 1 < len(self.scales):
+                x = self.split.inverse(x, parts[i])
+            results.append(scale.inverse(x, context, noise=child(noise, i), log_det=log_det, integrals=integrals))
+            x = results[-1].value
+        return _joined(x, results)
+
+
+def _joined(value: Tensor, results: list[Transformed]) -> Transformed:
+    """The scales' log-dets, integrals and costs, summed."""
+    total = results[0].log_det
+    for result in results[1:]:
+        total = total + result.log_det
+    sums: dict[str, Tensor] = {}
+    for result in results:
+        for name, one in result.integrals.items():
+            sums[name] = sums[name] + one if name in sums else one
+    return Transformed(value, total, sums, sum((result.stats for result in results), Stats()))
+
+
+def multiscale(shape: Shape, block: Callable[[Shape], Transform], num_blocks: int = 1) -> Multiscale:
+    """The published chain for images (C, H, W) (FFJORD, 1810.01367; RNODE, 2002.02798).
+
+    Every scale but the last is ``num_blocks`` blocks, a squeeze, ``num_blocks`` blocks on the squeezed image, and a
+    split; the last one is ``num_blocks`` blocks. That makes num_blocks (2 n - 1) blocks on n scales.
+
+    Args:
+        shape: (C, H, W).
+        block: makes a block for events of the shape that it is given.
+        num_blocks: blocks in each group.
+
+    Raises:
+        ConfigError: for sizes that do not halve (see :func:`scale_shapes`), or fewer than one block.
+
+    Example:
+        >>> from cnf.continuous import CNF
+        >>> from cnf.fields import ConvField
+        >>> chain = multiscale((1, 8, 8), lambda shape: CNF(ConvField(shape[0], (4,))))
+        >>> chain.outputs, sum(isinstance(m, CNF) for m in chain.modules())
+        ([(2, 4, 4), (2, 4, 4)], 3)
+    """
+    if num_blocks < 1:
+        raise ConfigError(f"num_blocks={num_blocks}; expected at least 1 block in each group")
+    shapes = scale_shapes(shape)
+    scales = []
+    for i, entering in enumerate(shapes):
+        parts = [block(entering) for _ in range(num_blocks)]
+        if i + 1 < len(shapes):
+            squeeze = Squeeze()
+            squeezed = squeeze.latent_shape(entering)
+            parts += [squeeze, *(block(squeezed) for _ in range(num_blocks))]
+        scales.append(Sequential(parts))
+    return Multiscale(scales, shape)

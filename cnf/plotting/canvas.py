@@ -1,0 +1,82 @@
+"""What every picture needs: a figure without a display, frames, tiles, files written whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from cnf.checkpoint import write_atomic
+
+__all__ = ["array", "aspect_of", "frame", "new_figure", "subplots", "tiles", "write", "xy"]
+
+
+def write(path: Path, save: Callable[[Path], Any]) -> Path:
+    """Write a file whole or not at all."""
+
+    def whole(temporary: Path) -> None:
+        save(temporary)
+
+    write_atomic(path, whole)
+    return path
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure that needs no display, in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def subplots(figure: Figure, *shape: int, **options: Any) -> Any:
+    """figure.subplots, untyped: it returns one axis or an array of them."""
+    return figure.subplots(*shape, **options)
+
+
+def array(x: Any) -> Any:
+    """A tensor from any device, or anything, as an array."""
+    return np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x)
+
+
+def xy(points: Any) -> Any:
+    """Points (N, 2) as the two coordinate arrays."""
+    return array(points).T
+
+
+def frame(points: Tensor, margin: float = 0.05) -> tuple[float, float, float, float]:
+    """Left, right, bottom and top of a frame around points (N, 2)."""
+    low, high = array(points).min(0), array(points).max(0)
+    room = margin * np.maximum(high - low, 1e-6)
+    return float(low[0] - room[0]), float(high[0] + room[0]), float(low[1] - room[1]), float(high[1] + room[1])
+
+
+def aspect_of(box: tuple[float, float, float, float]) -> str:
+    """Equal units on both axes, unless they would make a strip of the picture (two columns of different units)."""
+    ratio = (box[1] - box[0]) / (box[3] - box[2])
+    return "equal" if 1 / 3 < ratio < 3 else "auto"
+
+
+def tiles(images: Tensor, columns: int | None, levels: int) -> np.ndarray:
+    """(N, C, H, W) uint8 grey levels or floats in [0, 1] as one picture (rows, columns, 3) with thin borders."""
+    x = images.detach().cpu()
+    if x.is_floating_point():  # shown as the grey levels that they stand for, like the data beside them
+        x = (x * levels).floor().clamp(0, levels - 1)
+    pixels = (x.float() * (255 / (levels - 1))).round().to(torch.uint8).numpy()
+    if pixels.shape[1] not in (1, 3):  # neither grey nor RGB: the mean of the channels
+        pixels = pixels.mean(1, keepdims=True).round().astype(np.uint8)
+    n, _, h, w = pixels.shape
+    columns = columns or max(1, round(n**0.5))
+    rows = -(-n // columns)
+    scale = max(1, 64 // max(h, w))  # small images are enlarged without smoothing
+    canvas = np.full((rows * (h * scale + 1) + 1, columns * (w * scale + 1) + 1, 3), 128, dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        top, left = (i // columns) * (h * scale + 1) + 1, (i % columns) * (w * scale + 1) + 1
+        tile = np.repeat(np.repeat(image, scale, 1), scale, 2).transpose(1, 2, 0)
+        canvas[top : top + h * scale, left : left + w * scale] = np.broadcast_to(tile, (h * scale, w * scale, 3))
+    return canvas

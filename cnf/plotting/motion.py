@@ -1,0 +1,89 @@
+"""The flow in motion, as a GIF."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+from torch import Tensor
+
+from cnf.continuous import CNF
+from cnf.errors import ConfigError
+from cnf.flow import Flow
+from cnf.noise import Noise
+from cnf.plotting.canvas import array, new_figure, subplots, tiles, write
+from cnf.transforms import leaves
+
+__all__ = ["flow_gif"]
+
+
+@torch.no_grad()
+def flow_gif(
+    flow: Flow,
+    path: Path,
+    *,
+    n: int | None = None,
+    frames: int = 32,
+    seed: int = 0,
+    temperature: float = 1.0,
+    context: Tensor | None = None,
+) -> Path:
+    """Noise flowing into data: 2,000 points in two dimensions, a grid of 64 images otherwise, if ``n`` is not given.
+
+    Args:
+        flow: of points in the plane or of images, with one shape all along (no Split).
+        path: of the GIF.
+        n: how many points or images.
+        frames: at least 2, evenly spaced in time; the last one stays for a while.
+        seed: of the noise.
+        temperature: factor of the base's standard deviation.
+        context: (n, C), a row for each.
+
+    Raises:
+        ConfigError: for vectors of another dimension, or fewer than two frames.
+    """
+    images = len(flow.event_shape) == 3
+    if not images and flow.event_shape != (2,):
+        raise ConfigError(f"a GIF shows images or points in the plane, but an event of this flow has shape {flow.event_shape}")
+    if frames < 2:
+        raise ConfigError(f"frames={frames}; expected at least 2")
+    n, noise = n or (64 if images else 2000), Noise(seed, "sample")
+    if context is None:
+        x = flow.rsample(n, noise=noise, temperature=temperature)
+    else:
+        x = flow.rsample(1, context, noise=noise, temperature=temperature)[0]
+    way = flow.trajectory(x, torch.linspace(0, 1, frames), context).flip(0)
+    if images:
+        before = list(itertools.takewhile(lambda leaf: not isinstance(leaf, CNF), leaves(flow.transform)))
+        pictures = []
+        for points in way:
+            for leaf in reversed(before):  # from where the ODE lives to pixels
+                points = leaf.inverse(points).value
+            pictures.append(Image.fromarray(tiles(points, None, 256)))
+    else:
+        pictures = _scatters(array(way))
+    durations = [80] * (frames - 1) + [1500]
+    return write(
+        path, lambda p: pictures[0].save(p, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    )
+
+
+def _scatters(way: Any) -> list[Image.Image]:
+    """Frames of points (frames, N, 2), from noise to data."""
+    limit = float(np.quantile(np.abs(way), 0.999)) * 1.1
+    figure = new_figure(4.2, 4.4)
+    axis = subplots(figure)
+    dots = axis.scatter(*way[0].T, 3, alpha=0.6, linewidths=0)
+    axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xlabel="standardised coordinates")
+    canvas, pictures = FigureCanvasAgg(figure), []
+    for i, points in enumerate(way):
+        dots.set_offsets(points)
+        axis.set_title(f"t = {1 - i / (len(way) - 1):.2f} T")
+        canvas.draw()
+        pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
+    return pictures

@@ -1,0 +1,92 @@
+"""Flows of the plane: density, vector field, trajectories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnf.flow import Flow
+from cnf.plotting.canvas import array, aspect_of, frame, new_figure, subplots, write, xy
+
+__all__ = ["density_2d", "trajectories_2d", "vector_field_2d"]
+
+
+@torch.no_grad()
+def density_2d(flow: Flow, data: Tensor, path: Path, *, extent: float | None = None, resolution: int = 160) -> Path:
+    """Heat map of the density p(x) beside the data's histogram, both on one colour scale.
+
+    Args:
+        flow: of points in the plane, without context.
+        data: (N, 2).
+        path: of the PNG.
+        extent: the square [-extent, extent]² is drawn; a frame around the data if None.
+        resolution: cells along each axis.
+    """
+    box = frame(data, 0.1) if extent is None else (-extent, extent, -extent, extent)
+    cells = [low + (torch.arange(resolution) + 0.5) * (high - low) / resolution for low, high in (box[:2], box[2:])]
+    grid = torch.cartesian_prod(*cells).to(flow.like)
+    p = array(torch.cat([flow.log_prob(part).exp() for part in grid.split(20_000)]).reshape(resolution, resolution))
+    bins = max(8, min(resolution // 2, int(len(data) ** 0.5)))  # of few points, few bins: else all is noise
+    across, up = xy(data)
+    counts, _, _ = np.histogram2d(across, up, bins=bins, range=[list(box[:2]), list(box[2:])])
+    share = counts * bins**2 / (len(data) * (box[1] - box[0]) * (box[3] - box[2]))  # per unit of area, as p is
+    # the peaks of either may be clipped, so that the rest can be seen
+    top = max((float(np.quantile(v[v > 0.01 * v.max()], 0.99)) for v in (p, share) if v.max() > 0), default=1.0)
+    figure = new_figure(10.5, 4.6)
+    pair = subplots(figure, 1, 2)
+    for axis, values, title in zip(pair, (share, p), ("data (histogram)", "model"), strict=True):
+        image = axis.imshow(values.T, origin="lower", extent=box, cmap="magma", vmin=0, vmax=top, aspect=aspect_of(box))
+        axis.set_title(title)
+    figure.colorbar(image, ax=list(pair), shrink=0.85, label="density p(x)", extend="max")
+    return write(path, lambda q: figure.savefig(q, format="png"))
+
+
+@torch.no_grad()
+def vector_field_2d(flow: Flow, path: Path, *, times: int = 5, extent: float = 3.0) -> Path:
+    """The blocks' vector fields over time, in the coordinates the ODE lives in (standardised data).
+
+    All panels share their scales: the colour is the speed, an arrow's length its root (slow regions would vanish otherwise).
+
+    Args:
+        flow: of points in the plane, without context; the first four blocks are drawn.
+        path: of the PNG.
+        times: panels of a block, from t = 0 to T.
+        extent: the square [-extent, extent]² is drawn.
+    """
+    blocks = flow.blocks[:4]
+    ticks = torch.linspace(-extent, extent, 18)
+    grid = torch.cartesian_prod(ticks, ticks).to(flow.like)
+    panels = []
+    for block in blocks:
+        for t in torch.linspace(0, 1, times).to(grid) * block.end_time(grid):
+            panels.append((float(t), array(block.field(t, grid, None))))
+    speeds = np.stack([np.hypot(*v.T) for _, v in panels])
+    top = float(np.quantile(speeds, 0.99)) or 1.0
+    figure = new_figure(2.7 * times + 0.8, 2.95 * len(blocks) + 0.3)
+    axes = subplots(figure, len(blocks), times, squeeze=False, sharex=True, sharey=True)
+    for number, (axis, (t, v), speed) in enumerate(zip(axes.ravel(), panels, speeds, strict=True)):
+        arrows = v.T * 1.5 * (2 * extent / 17) / np.sqrt(top * np.maximum(speed, 1e-12 * top))  # the fastest: one and a half cells
+        image = axis.quiver(
+            *xy(grid), *arrows, speed, cmap="viridis", clim=(0, top), angles="xy", scale_units="xy", scale=1, width=0.005
+        )
+        axis.set(title=f"block {number // times + 1}, t = {t:.2f}", aspect="equal")
+        axis.tick_params(labelsize=7)
+    figure.colorbar(image, ax=list(axes.ravel()), label="speed |f|", shrink=0.8, pad=0.01, extend="max")
+    figure.supxlabel("standardised coordinates", fontsize=9)
+    return write(path, lambda p: figure.savefig(p, format="png"))
+
+
+def trajectories_2d(flow: Flow, data: Tensor, path: Path, *, n: int = 200) -> Path:
+    """Paths of the first ``n`` points of data (N, 2) to the latent, in standardised coordinates; PNG."""
+    paths = array(flow.trajectory(data[:n].to(flow.like), torch.linspace(0, 1, 40)))
+    figure = new_figure(6.4, 6.6)
+    axis = subplots(figure)
+    axis.plot(paths[:, :, 0], paths[:, :, 1], color="grey", lw=0.5, alpha=0.6)
+    axis.scatter(*xy(paths[0]), 8, color="tab:red", label="data (t = 0)", zorder=3)
+    axis.scatter(*xy(paths[-1]), 8, color="tab:blue", label="latent (t = T)", zorder=3)
+    axis.set(aspect="equal", title="trajectories (standardised coordinates)")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    return write(path, lambda p: figure.savefig(p, format="png"))

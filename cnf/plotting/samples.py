@@ -1,0 +1,80 @@
+"""Samples beside data: grids of images, points in the plane, histograms of columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from cnf.plotting.canvas import array, aspect_of, frame, new_figure, subplots, tiles, write, xy
+
+__all__ = ["image_grid", "samples_beside_data"]
+
+
+def image_grid(images: Tensor, path: Path, *, columns: int | None = None, levels: int = 256) -> Path:
+    """A grid of images (N, C, H, W), uint8 grey levels or floats in [0, 1]; PNG.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = image_grid(torch.rand(16, 1, 8, 8), Path(folder) / "grid.png")
+        ...     Image.open(path).size  # 4 x 4 tiles, enlarged eight times, a line between them
+        (261, 261)
+    """
+    picture = Image.fromarray(tiles(images, columns, levels))
+    return write(path, lambda p: picture.save(p, format="PNG"))
+
+
+def samples_beside_data(
+    samples: Tensor, data: Tensor | None, path: Path, *, levels: int | None = None, columns: tuple[str, ...] = ()
+) -> Path:
+    """Images as two grids, points as two scatters, tables as overlaid marginal histograms of up to twelve columns.
+
+    Args:
+        samples: (N, C, H, W) or (N, D).
+        data: of the same kind; None draws the samples alone.
+        path: of the PNG.
+        levels: grey levels of images, 256 if None.
+        columns: names of a table's columns.
+    """
+    parts = [(samples, "samples")] if data is None else [(data, "data"), (samples, "samples")]
+    guide = samples if data is None else data
+    if samples.ndim == 4:
+        figure = new_figure(5.5 * len(parts), 5.8)
+        for axis, (x, title) in zip(subplots(figure, 1, len(parts), squeeze=False)[0], parts, strict=True):
+            axis.imshow(tiles(x, None, levels or 256), interpolation="nearest")
+            axis.set_title(title)
+            axis.axis("off")
+    elif samples.shape[1] == 2:
+        figure = new_figure(5 * len(parts), 4.8)
+        box = frame(guide)
+        for axis, (x, title) in zip(subplots(figure, 1, len(parts), squeeze=False)[0], parts, strict=True):
+            axis.scatter(*xy(x), min(12.0, max(2.5, 12_000 / len(x))), alpha=0.6, linewidths=0)
+            axis.set(title=title, xlim=box[:2], ylim=box[2:], aspect=aspect_of(box))
+            if columns:
+                axis.set(xlabel=columns[0], ylabel=columns[1])
+    else:
+        count = min(12, samples.shape[1])
+        across = min(4, count)
+        rows = -(-count // across)
+        figure = new_figure(3.25 * across, 2.6 * rows + 0.6)
+        axes = subplots(figure, rows, across, squeeze=False).ravel()
+        for j, axis in enumerate(axes):
+            if j >= count:
+                axis.axis("off")
+                continue
+            low, high = (float(v) for v in np.quantile(array(guide[:100_000, j]), (0.001, 0.999)))
+            low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
+            bins = np.linspace(low, high, 60)
+            if data is not None:
+                axis.hist(array(data[:, j]), bins, density=True, alpha=0.5, label="data")
+            axis.hist(array(samples[:, j]), bins, density=True, histtype="step", label="samples", color="black")
+            axis.set_title(columns[j] if columns else f"column {j}", fontsize=9)
+            axis.set_yticks([])
+            axis.tick_params(labelsize=8)
+        axes[0].legend(fontsize=8)
+        if count < samples.shape[1]:
+            figure.supxlabel(f"the first {count} of {samples.shape[1]} columns", fontsize=9)
+    return write(path, lambda p: figure.savefig(p, format="png"))

@@ -1,0 +1,107 @@
+"""The published image models, each with the number of parameters that its paper gives or its released code makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from cnf.models import ModelConfig, SolverConfig, build
+
+__all__ = ["FFJORD", "PUBLISHED", "RNODE", "Published", "count"]
+
+FFJORD = ModelConfig(
+    architecture="multiscale",
+    field="conv",
+    hidden=(64, 64, 64),
+    blocks=2,  # the README's --num_blocks 2
+    layer="concat",
+    nonlinearity="softplus",
+    zero_init=False,
+    learn_end_time=True,  # --train_T; in the released code no gradient reaches T, here it does
+    alpha=1e-6,
+    marginals="logit",
+)
+"""FFJORD's image model (1810.01367): its README's command."""
+
+RNODE = ModelConfig(
+    architecture="multiscale",
+    field="conv",
+    hidden=(64, 64, 64),
+    blocks=2,  # the default of its training script
+    layer="concat",
+    nonlinearity="softplus",
+    # f = 0 at the start, as the paper means it; the released code leaves the last bias at random
+    zero_init=True,
+    learn_end_time=False,
+    alpha=0.05,
+    marginals="logit",
+)
+"""RNODE's image model (2002.02798)."""
+
+MNIST, CIFAR, IMAGENET64, CELEBAHQ256 = (1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 256, 256)
+SQUASH = "the released layer has one input channel too many and cannot run; without it the count is ours"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published model: settings, shape of the images, and number of parameters in the paper or the released code.
+
+    ``reason`` says why ours differs, where it does.
+    """
+
+    name: str
+    model: ModelConfig
+    shape: tuple[int, int, int]
+    parameters: int
+    reason: str = ""
+
+
+def count(model: ModelConfig, shape: tuple[int, ...], levels: int | None = 256) -> int:
+    """Number of parameters, without making them.
+
+    Example:
+        >>> count(FFJORD, (1, 28, 28))
+        800646
+    """
+    with torch.device("meta"):
+        return sum(p.numel() for p in build(model, SolverConfig(), shape, levels=levels).parameters())
+
+
+def _published() -> Iterator[Published]:
+    one = replace(FFJORD, blocks=1)
+    for data, shape, single, two in (
+        ("MNIST", MNIST, 400_323, 800_646),
+        ("CIFAR-10, CelebA 32", CIFAR, 679_441, 1_358_882),
+    ):
+        yield Published(f"FFJORD concat {data}, one block", one, shape, single)
+        yield Published(f"FFJORD concat {data}, two blocks", FFJORD, shape, two)
+    for layer, mnist, cifar in (
+        ("ignore", 391_512, 666_184),
+        ("concatsquash", 394_449, 670_603),
+        ("squash", 402_281, 682_387),
+        ("concatcoord", 417_945, 705_955),
+        ("blend", 783_019, 1_332_361),
+        # the released hyper layer never uses its last outputs; here they are the bias, so the count is the same
+        ("hyper", 783_019, 1_332_361),
+    ):
+        for data, shape, parameters in (("MNIST", MNIST, mnist), ("CIFAR-10", CIFAR, cifar)):
+            reason = SQUASH if layer == "squash" else ""
+            yield Published(f"FFJORD {layer} {data}, one block", replace(one, layer=layer), shape, parameters, reason)
+    for data, shape, two, single in (
+        ("MNIST", MNIST, 800_636, 400_318),
+        ("CIFAR-10", CIFAR, 1_358_868, 679_434),
+        ("ImageNet64", IMAGENET64, 1_996_116, 998_058),
+        ("CelebA-HQ 256", CELEBAHQ256, 4_609_236, 2_304_618),
+    ):
+        yield Published(f"RNODE {data}, two blocks", RNODE, shape, two)
+        yield Published(f"RNODE {data}, one block", replace(RNODE, blocks=1), shape, single)
+    for data, shape, parameters in (("MNIST", MNIST, 518_960), ("CIFAR-10", CIFAR, 1_286_352)):
+        yield Published(
+            f"RNODE squeeze_first {data}, two blocks", replace(RNODE, squeeze_first=True), shape, parameters
+        )
+
+
+PUBLISHED = tuple(_published())
+"""Every image model whose number of parameters is known from its paper or by running its released code."""

@@ -1,0 +1,8 @@
+"""Fixed grids and adaptive solving, both over s in [0, 1], with direct, checkpointed and adjoint gradients."""
+
+from cnf.solvers.adaptive import Adaptive
+from cnf.solvers.base import Solution, Solver, Stats
+from cnf.solvers.fixed import FixedGrid
+from cnf.solvers.tableaus import TABLEAUS, Tableau
+
+__all__ = ["TABLEAUS", "Adaptive", "FixedGrid", "Solution", "Solver", "Stats", "Tableau"]

@@ -1,0 +1,129 @@
+"""torchdiffeq's adaptive methods, with direct and adjoint gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+import torchdiffeq
+from torch import Tensor
+
+from cnf.errors import ConfigError, SolverError
+from cnf.solvers.base import RHS, Counter, Solution, State, Stats, finite
+
+__all__ = ["Adaptive"]
+
+
+class _Function:
+    """The right-hand side as torchdiffeq wants it, counting evaluations and steps."""
+
+    def __init__(self, rhs: RHS, dtype: torch.dtype):
+        self.rhs, self.dtype, self.counter = rhs, dtype, Counter()
+
+    def __call__(self, s: Tensor, y: State) -> State:
+        self.counter.count()
+        return self.rhs(s.to(self.dtype), y)
+
+    def callback_accept_step(self, s: Tensor, y: State, h: Tensor) -> None:
+        self.counter.accepted += 1
+
+    def callback_reject_step(self, s: Tensor, y: State, h: Tensor) -> None:
+        self.counter.rejected += 1
+
+
+class Adaptive:
+    """torchdiffeq's adaptive methods, landing on the end time, quadratures out of the error norm.
+
+    Args:
+        method: an adaptive method of torchdiffeq: ``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"adaptive_heun"``, ``"fehlberg2"``.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+        gradient: ``"direct"`` (back-propagation through the steps taken) or ``"adjoint"`` (the continuous adjoint with the
+            seminorm of 2009.09457).
+        max_steps: steps after which the solve is given up.
+        quadratures_in_norm: let log-det and the other integrals drive the step size too.
+
+    Raises:
+        ConfigError: for an unknown method or gradient, or tolerances that are not positive and finite.
+    """
+
+    METHODS = ("dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2")
+
+    def __init__(
+        self,
+        method: str = "dopri5",
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        gradient: str = "direct",
+        max_steps: int = 1000,
+        quadratures_in_norm: bool = False,
+    ):
+        if method not in self.METHODS:
+            near = get_close_matches(str(method), self.METHODS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"method={method!r} is unknown among adaptive solvers: expected {self.METHODS}{hint}")
+        if not (0 < rtol < math.inf and 0 < atol < math.inf):  # nan is neither
+            raise ConfigError(f"rtol={rtol}, atol={atol}: tolerances must be positive and finite")
+        if gradient not in ("direct", "adjoint"):
+            raise ConfigError(f"gradient={gradient!r}: an adaptive solver takes 'direct' or 'adjoint'")
+        self.method, self.rtol, self.atol, self.gradient = method, rtol, atol, gradient
+        self.max_steps, self.quadratures_in_norm = max_steps, quadratures_in_norm
+
+    def __repr__(self) -> str:
+        return f"Adaptive({self.method!r}, rtol={self.rtol:g}, atol={self.atol:g}, gradient={self.gradient!r})"
+
+    def refined(self) -> Adaptive:
+        """The same method, ten times tighter."""
+        return Adaptive(
+            self.method, self.rtol / 10, self.atol / 10, self.gradient, 4 * self.max_steps, self.quadratures_in_norm
+        )
+
+    def solve(self, rhs: RHS, state: State, *, dynamic: int = 1, parameters: Sequence[Tensor] = ()) -> Solution:
+        """The state at s = 1; ``parameters`` are all tensors that ``rhs`` closes over (the adjoint needs them).
+
+        Raises:
+            SolverError: too many steps, an underflowing step, or a state that is not finite.
+        """
+        like = state[0]
+        function = _Function(rhs, like.dtype)
+        used = len(state) if self.quadratures_in_norm else dynamic
+
+        def norm(y: State) -> Tensor:
+            return torch.stack([e.abs().square().mean().sqrt() for e in y[:used]]).max()
+
+        def options(end: float) -> dict[str, Any]:
+            # step_t makes the last step land on the end, where torchdiffeq would step past it and interpolate
+            return {"step_t": like.new_tensor([end], dtype=torch.float64), "max_num_steps": self.max_steps}
+
+        ends = torch.tensor([0.0, 1.0], dtype=like.dtype, device=like.device)
+        common: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol, "method": self.method}
+        try:
+            if self.gradient == "adjoint" and torch.is_grad_enabled():
+                path = torchdiffeq.odeint_adjoint(
+                    function,
+                    state,
+                    ends,
+                    options={**options(1.0), "norm": norm},
+                    adjoint_options={**options(0.0), "norm": "seminorm"},
+                    adjoint_params=tuple(p for p in parameters if p.requires_grad),
+                    **common,
+                )
+            else:
+                path = torchdiffeq.odeint(function, state, ends, options={**options(1.0), "norm": norm}, **common)
+        except AssertionError as error:
+            raise SolverError(self._diagnosis(str(error), function.counter)) from None
+        y = tuple(e[-1] for e in path)
+        if not finite(y):
+            raise SolverError(self._diagnosis("the final state is not finite", function.counter))
+        function.counter.backward = True
+        return Solution(y, Stats([function.counter]))
+
+    def _diagnosis(self, reason: str, counter: Counter) -> str:
+        return (
+            f"{self!r} gave up after {counter.accepted} accepted and {counter.rejected} rejected steps, {counter.nfe} "
+            f"evaluations ({reason[:200]}): looser tolerances, a larger max_steps (now {self.max_steps}), or a kinetic "
+            "penalty may help"
+        )

@@ -1,0 +1,72 @@
+"""Training batches as functions of (seed, step), and how a run knows its data again."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from cnf.datasets import DataSplits
+from cnf.noise import Noise
+
+__all__ = ["Batches", "fingerprint", "validation_rows"]
+
+
+class Batches:
+    """The batch of every step, in an order shuffled anew each epoch; what does not fill a batch waits for the next shuffle.
+
+    Args:
+        data: the splits; the training rows are kept on the device (images as uint8) where they fit into half of its free
+            memory, and fetched batch by batch otherwise.
+        size: rows a batch; all there are, if they are fewer.
+        seed: decides order and noise.
+        device: where batches live.
+    """
+
+    def __init__(self, data: DataSplits, size: int, seed: int, device: torch.device):
+        self.device = device
+        self.x = data.train.to(device) if _fits(data.train, device) else data.train
+        self.context = None if data.train_context is None else data.train_context.to(device)
+        self.size, self.seed, self.flip = min(size, len(self.x)), seed, data.flip
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # of the latest epoch: a memory, not a state
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor | None, Noise]:
+        """x (size, \\*event), context (size, C) or None, and the noise of a step."""
+        epoch, place = divmod(step, len(self.x) // self.size)
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._order = epoch, torch.randperm(len(self.x), generator=generator).to(self.x.device)
+        rows = self._order[1][place * self.size : (place + 1) * self.size]
+        noise = Noise(self.seed, "train", step)
+        x = self.x[rows].to(self.device).contiguous()
+        if self.flip:
+            chosen = noise.draw("flip", "uniform", (self.size,), device=x.device) < 0.5
+            x = torch.where(chosen[:, None, None, None], x.flip(3), x)
+        return x, None if self.context is None else self.context[rows.to(self.device)], noise
+
+
+def _fits(x: Tensor, device: torch.device) -> bool:
+    return device.type != "cuda" or 2 * x.nbytes <= torch.cuda.mem_get_info(device)[0]
+
+
+def fingerprint(data: DataSplits) -> str:
+    """Sizes and checksums (of up to about a thousand rows a part) of what is trained on and what selects."""
+    parts = []
+    for x in (data.train, data.train_context, data.validation, data.validation_context):
+        if x is not None:
+            some = x[:: max(1, len(x) // 1000)].contiguous()
+            parts.append(f"{len(x)}:{zlib.crc32(some.numpy().tobytes()):08x}")
+    return " ".join(parts)
+
+
+def validation_rows(
+    data: DataSplits, items: int | None, seed: int, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Validation rows, their context and their numbers in the split: so many chosen at random, or all."""
+    total, context = len(data.validation), data.validation_context
+    if items is None or items >= total:
+        index = torch.arange(total)
+    else:  # at random, since a set may be sorted
+        index = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:items].sort().values
+    return data.validation[index].to(device), None if context is None else context[index].to(device), index

@@ -1,0 +1,70 @@
+"""What a training step costs, before a long run."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cnf.training.loop import Trainer
+
+__all__ = ["Cost", "measure"]
+
+MINIMUM_STEPS = 3
+ENOUGH_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A step's cost, memory in MiB, time in seconds."""
+
+    parameters: int
+    batch: int
+    kept: float
+    """What the forward pass keeps for the backward pass, weights and batch apart."""
+    peak: float
+    """The most that the process (or its part of the GPU) has held."""
+    where: str
+    seconds: float
+
+
+def measure(trainer: Trainer) -> Cost:
+    """Take a few steps with ``trainer``, which is of no use afterwards, and measure them."""
+    kept: dict[int, int] = {}
+    known = {t.untyped_storage().data_ptr() for t in (*trainer.flow.parameters(), *trainer.flow.buffers())}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    trainer.flow.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):  # what a backward pass repeats is not kept
+        terms, _ = trainer.objective.evaluate(*trainer.batches(trainer.step))
+    del terms
+    _step(trainer)
+    steps, started = 0, time.perf_counter()
+    while steps < MINIMUM_STEPS or (time.perf_counter() - started < ENOUGH_SECONDS and steps < 50):
+        _step(trainer)
+        steps += 1
+    seconds = (time.perf_counter() - started) / steps
+    if trainer.device.type == "cuda":
+        peak, where = torch.cuda.max_memory_allocated(trainer.device) / 2**20, "GPU"
+    else:
+        import resource  # where there is no Unix, the rest still works
+
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+        peak, where = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, "process"
+    count = sum(p.numel() for p in trainer.flow.parameters())
+    return Cost(count, trainer.batches.size, sum(kept.values()) / 2**20, peak, where, seconds)
+
+
+def _step(trainer: Trainer) -> None:
+    trainer.update()
+    trainer.step += 1
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)

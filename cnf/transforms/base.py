@@ -1,0 +1,184 @@
+"""What a transform is, and transforms one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from cnf.noise import Noise, child
+from cnf.solvers import Stats
+
+__all__ = ["Plain", "Sequential", "Transform", "Transformed", "leaves", "placed", "zeros"]
+
+Shape = tuple[int, ...]
+
+
+class Transformed(NamedTuple):
+    """A transform's result: value (N, \\*event'), log_det (N,) of the map just applied in nats, integrals, cost."""
+
+    value: Tensor
+    log_det: Tensor
+    integrals: dict[str, Tensor]
+    stats: Stats
+
+
+class Transform(nn.Module):
+    """Base: ``forward`` leads from data to noise, ``inverse`` back.
+
+    With ``log_det=False`` no divergence is evaluated and log_det means nothing; with ``integrals=False`` a CNF leaves its
+    regularisers out.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        noise: Noise | None = None,
+        log_det: bool = True,
+        integrals: bool = True,
+    ) -> Transformed:
+        """Data to noise."""
+        raise NotImplementedError
+
+    def inverse(
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        *,
+        noise: Noise | None = None,
+        log_det: bool = True,
+        integrals: bool = True,
+    ) -> Transformed:
+        """Noise to data; log_det is that of x over z."""
+        raise NotImplementedError
+
+    def latent_shape(self, shape: Shape) -> Shape:
+        """The shape of z for events of ``shape``."""
+        return shape
+
+
+class Plain(Transform):
+    """A transform without noise, context, integrals or cost: subclasses give two maps."""
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        noise: Noise | None = None,
+        log_det: bool = True,
+        integrals: bool = True,
+    ) -> Transformed:
+        """Data to noise."""
+        return Transformed(*self._forward(x), {}, Stats())
+
+    def inverse(
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        *,
+        noise: Noise | None = None,
+        log_det: bool = True,
+        integrals: bool = True,
+    ) -> Transformed:
+        """Noise to data."""
+        return Transformed(*self._inverse(z), {}, Stats())
+
+
+class Sequential(Transform):
+    """Transforms one after another; child i draws from ``noise.child(i)``, integrals of one name are summed.
+
+    Example:
+        >>> from cnf.transforms import CenterShift, Logit
+        >>> chain = Sequential([Logit(0.05), CenterShift()])
+        >>> chain(torch.full((2, 3), 0.5)).value
+        tensor([[-0.5000, -0.5000, -0.5000],
+                [-0.5000, -0.5000, -0.5000]])
+    """
+
+    def __init__(self, transforms: Iterable[Transform]):
+        super().__init__()
+        self.transforms = nn.ModuleList(transforms)
+
+    def _chain(
+        self, x: Tensor, context: Tensor | None, noise: Noise | None, log_det: bool, integrals: bool, back: bool
+    ) -> Transformed:
+        total: Tensor | None = None
+        sums: dict[str, Tensor] = {}
+        stats = Stats()
+        numbered = list(enumerate(self.transforms))
+        for i, module in reversed(numbered) if back else numbered:
+            transform = cast(Transform, module)
+            step = transform.inverse if back else transform.forward
+            x, one, parts, cost = step(x, context, noise=child(noise, i), log_det=log_det, integrals=integrals)
+            total = one if total is None else total + one
+            stats = stats + cost
+            for name, value in parts.items():
+                sums[name] = sums[name] + value if name in sums else value
+        return Transformed(x, zeros(x) if total is None else total, sums, stats)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        noise: Noise | None = None,
+        log_det: bool = True,
+        integrals: bool = True,
+    ) -> Transformed:
+        """Data to noise, first to last."""
+        return self._chain(x, context, noise, log_det, integrals, back=False)
+
+    def inverse(
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        *,
+        noise: Noise | None = None,
+        log_det: bool = True,
+        integrals: bool = True,
+    ) -> Transformed:
+        """Noise to data, last to first."""
+        return self._chain(z, context, noise, log_det, integrals, back=True)
+
+    def latent_shape(self, shape: Shape) -> Shape:
+        """Through every child in turn."""
+        for transform in self.transforms:
+            shape = cast(Transform, transform).latent_shape(shape)
+        return shape
+
+
+def leaves(transform: Transform) -> Iterator[Transform]:
+    """The transforms of a chain in order, chains inside it opened too.
+
+    Example:
+        >>> from cnf.transforms import CenterShift, Logit
+        >>> chain = Sequential([Sequential([Logit(0.05)]), CenterShift()])
+        >>> [type(leaf).__name__ for leaf in leaves(chain)]
+        ['Logit', 'CenterShift']
+    """
+    return (leaf for leaf, _ in placed(transform, None))
+
+
+def placed(transform: Transform, noise: Noise | None) -> Iterator[tuple[Transform, Noise | None]]:
+    """The leaves of a chain, each with the noise that the chain would hand to it."""
+    if not isinstance(transform, Sequential):
+        yield transform, noise
+        return
+    for i, part in enumerate(transform.transforms):
+        yield from placed(cast(Transform, part), child(noise, i))
+
+
+def zeros(x: Tensor) -> Tensor:
+    """A log-det (N,) of zero for x (N, \\*event)."""
+    return torch.zeros(x.shape[0], dtype=x.dtype if x.is_floating_point() else torch.get_default_dtype(), device=x.device)

@@ -1,0 +1,129 @@
+"""Marginal Gaussianization: each pixel through its own cumulative distribution, then to a standard normal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from cnf.errors import ConfigError, DataError
+from cnf.transforms.base import Plain, Shape
+
+__all__ = ["Gaussianize"]
+
+
+class Gaussianize(Plain):
+    r"""z = Φ⁻¹(s), s = alpha + (1 − 2 alpha) F(x), with F each pixel's own distribution function on [0, 1] (the marginal layer
+    of Gaussianization flows, 2003.01941).
+
+    Dequantised grey levels are uniform within their bin, so F is piecewise linear and its slope the bin's probability: of
+    pixels that do not depend on each other this transform alone gives the exact probability. Pixels that are nearly always
+    one level, which a logit leaves to the ODE as a narrow spike, cost nothing here. Beyond [0, 1] F goes on straight.
+
+    Args:
+        event_shape: shape of an image.
+        levels: grey levels, the bins of F.
+        alpha: margin in (0, 0.5), which keeps the borders finite.
+        prior: observations that are added to each pixel's counts, spread half as all pixels together are and half evenly,
+            so that no level has probability zero.
+
+    Raises:
+        ConfigError: for alpha outside (0, 0.5), a prior that is not positive, or fewer than two levels.
+        DataError: for integers, or x outside [0, 1] by more than the margin.
+
+    Example:
+        >>> transform = Gaussianize((1,), 2)
+        >>> transform.fit(torch.tensor([[0.2], [0.6], [0.7], [0.9]]))
+        >>> [round(float(m), 3) for m in transform.mass[0]]  # 1 and 3 counts, and one more shared out
+        [0.275, 0.725]
+    """
+
+    mass: Tensor
+
+    def __init__(self, event_shape: Shape, levels: int, alpha: float = 1e-4, prior: float = 1.0):
+        super().__init__()
+        if levels < 2:
+            raise ConfigError(f"levels={levels}; expected at least 2")
+        if not 0 < alpha < 0.5:
+            raise ConfigError(f"alpha={alpha}; expected a number in (0, 0.5), such as 1e-4")
+        if not (math.isfinite(prior) and prior > 0):
+            raise ConfigError(f"prior={prior}; expected a positive number of observations, such as 1")
+        self.event_shape, self.levels, self.alpha, self.prior = tuple(event_shape), levels, alpha, prior
+        self.register_buffer("mass", torch.full((*event_shape, levels), 1 / levels))
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The ends of each pixel's domain, a little beyond [0, 1]: (*event_shape) each."""
+        margin = self.alpha / (1 - 2 * self.alpha) / self.levels
+        return -margin / self.mass[..., 0], 1 + margin / self.mass[..., -1]
+
+    def fit(self, x: Tensor) -> None:
+        """Take the marginals of dequantised data (N, \\*event) in [0, 1]; see :meth:`fit_batches`."""
+        self.fit_batches([x])
+
+    @torch.no_grad()
+    def fit_batches(self, batches: Iterable[Tensor]) -> None:
+        """Take the marginals of data (n, \\*event) that come batch by batch.
+
+        Raises:
+            DataError: for another shape than the image's, or no rows.
+        """
+        counts = torch.zeros(self.mass.shape, dtype=torch.float64, device=self.mass.device)
+        for batch in batches:
+            self._check(batch)
+            bins = self._bins(batch.to(self.mass.device))
+            for level in range(self.levels):
+                counts[..., level] += (bins == level).sum(0)
+        if not counts.any():
+            raise DataError("marginals of no rows: expected at least one")
+        pooled = counts.reshape(-1, self.levels).sum(0)
+        counts += self.prior * (0.5 * pooled / pooled.sum() + 0.5 / self.levels)
+        self.mass.copy_(counts / counts.sum(-1, keepdim=True))
+
+    def _check(self, x: Tensor) -> None:
+        if tuple(x.shape[1:]) != self.event_shape:
+            raise DataError(f"x has shape {tuple(x.shape)}; expected (N, {', '.join(map(str, self.event_shape))})")
+        if not x.is_floating_point():
+            raise DataError(f"Gaussianize takes floats in [0, 1], not {x.dtype}: put Dequantize before it")
+
+    def _bins(self, x: Tensor) -> Tensor:
+        return (x.detach() * self.levels).floor().clamp(0, self.levels - 1).long()
+
+    def _piece(self, bins: Tensor) -> tuple[Tensor, Tensor]:
+        """F at the left end of each bin, and its probability; float64, because 1 − F matters too."""
+        mass = self.mass.double()
+        mass = mass / mass.sum(-1, keepdim=True)
+        left = mass.cumsum(-1) - mass
+        index = bins[..., None]
+        return torch.take_along_dim(left[None], index, -1)[..., 0], torch.take_along_dim(mass[None], index, -1)[..., 0]
+
+    def _log_slope(self, z: Tensor, mass: Tensor) -> Tensor:
+        """ln dz/dx summed over the event, (N,)."""
+        # dz/ds = 1 / φ(z), ds/dx = (1 − 2 alpha) mass levels
+        slope = (mass * (self.levels * (1 - 2 * self.alpha))).log()
+        return (slope + 0.5 * z.square() + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self._check(x)
+        bins = self._bins(x)
+        left, mass = self._piece(bins)
+        s = self.alpha + (1 - 2 * self.alpha) * (left + mass * (x.double() * self.levels - bins))
+        if s.numel() and not bool(((s > 0) & (s < 1)).all()):
+            low, high = (float(v) for v in x.detach().aminmax())
+            what = "x holds NaN" if math.isnan(low) else f"x spans [{low:g}, {high:g}]"
+            raise DataError(f"Gaussianize takes x in [0, 1], but {what}: rescale the data")
+        z = torch.special.ndtri(s)
+        return z.to(x), self._log_slope(z, mass).to(x)
+
+    def _inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        deep = z.double()
+        u = (torch.special.ndtr(deep) - self.alpha) / (1 - 2 * self.alpha)
+        mass = self.mass.double()
+        ends = (mass / mass.sum(-1, keepdim=True)).cumsum(-1).expand(*z.shape, self.levels)
+        bins = torch.searchsorted(ends.contiguous(), u[..., None].detach().contiguous(), right=True)[..., 0]
+        bins = bins.clamp(max=self.levels - 1)
+        left, width = self._piece(bins)
+        x = (bins + (u - left) / width) / self.levels
+        return x.to(z), -self._log_slope(deep, width).to(z)

@@ -1,0 +1,198 @@
+"""Transforms of images: grey levels to numbers, numbers to the real line, pixels to channels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cnf.errors import ConfigError, DataError
+from cnf.noise import Noise, draw
+from cnf.solvers import Stats
+from cnf.transforms.base import Plain, Shape, Transform, Transformed, zeros
+
+__all__ = ["CenterShift", "Dequantize", "Logit", "Squeeze"]
+
+
+class Dequantize(Transform):
+    """uint8 k becomes (k + u) / levels with u uniform on [0, 1): log_det = -D ln levels. Floats pass unchanged.
+
+    So log_prob of uint8 images bounds the log probability of the pixels from below (in expectation over u), and log_prob
+    of floats in [0, 1] is the density there. Pixels become floats of the module's type (``flow.double()`` changes it).
+
+    Args:
+        levels: number of grey levels of the data set, such as 256; never the largest value seen.
+
+    Raises:
+        ConfigError: for fewer than 2 or more than 256 levels.
+        DataError: at pixels of ``levels`` or more, or an integer type other than uint8.
+
+    Example:
+        >>> out = Dequantize(17)(torch.zeros(5, 1, 8, 8, dtype=torch.uint8), noise=Noise(0))
+        >>> bool((out.value < 1 / 17).all()), round(float(out.log_det[0]) / 64, 4)
+        (True, -2.8332)
+    """
+
+    _one: Tensor
+
+    def __init__(self, levels: int = 256):
+        super().__init__()
+        if not 2 <= levels <= 256:
+            raise ConfigError(f"levels={levels}; expected 2 to 256 grey levels")
+        self.levels = levels
+        # follows .double() and .to(device), so that pixels get the type that the weights have; no part of the state
+        self.register_buffer("_one", torch.ones(()), persistent=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        noise: Noise | None = None,
+        log_det: bool = True,
+        integrals: bool = True,
+    ) -> Transformed:
+        """uint8 to floats in [0, 1)."""
+        if x.is_floating_point():
+            return Transformed(x, zeros(x), {}, Stats())
+        self.check(x)
+        dtype = self._one.dtype
+        u = draw(noise, "dequantize", "uniform", x.shape, dtype=dtype, device=x.device)
+        # k + u would be rounded up to k + 1 for the largest u, into the next grey level
+        u = u.clamp(max=1 - 2 * self.levels * torch.finfo(dtype).eps)
+        total = -math.log(self.levels) * math.prod(x.shape[1:])
+        return Transformed((x.to(dtype) + u) / self.levels, u.new_full(x.shape[:1], total), {}, Stats())
+
+    def inverse(
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        *,
+        noise: Noise | None = None,
+        log_det: bool = True,
+        integrals: bool = True,
+    ) -> Transformed:
+        """Floats stay floats; :meth:`quantize` gives the pixels."""
+        return Transformed(z, zeros(z), {}, Stats())
+
+    def check(self, x: Tensor) -> None:
+        """Refuse what are no grey levels.
+
+        Raises:
+            DataError: at an integer type other than uint8, or pixels of ``levels`` or more.
+        """
+        if x.dtype != torch.uint8:
+            raise DataError(f"images of type {x.dtype}: expected uint8 grey levels, or floats in [0, 1]")
+        if x.numel() and int(x.max()) >= self.levels:
+            raise DataError(f"a pixel is {int(x.max())}, but levels={self.levels}: expected 0 to {self.levels - 1}")
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Floats in [0, 1] to uint8 grey levels; what lies outside goes to the nearest one."""
+        # k / levels * levels may fall short of k by a rounding
+        k = (x * self.levels + self.levels * torch.finfo(x.dtype).eps).floor()
+        return k.clamp(0, self.levels - 1).to(torch.uint8)
+
+
+class Logit(Plain):
+    r"""logit(s), s = alpha + (1 - 2 alpha) x (Real NVP, 1605.08803): from [0, 1] to the real line.
+
+    The map reaches the whole line from the slightly larger interval (-margin, 1 + margin), where
+    margin = alpha / (1 - 2 alpha): that is where the inverse lands, and where a density lives that is pulled back by it.
+
+    Args:
+        alpha: margin in (0, 0.5), which keeps the borders finite.
+
+    Raises:
+        ConfigError: for alpha outside (0, 0.5).
+        DataError: for x outside that interval, which would give NaN, and for integers.
+
+    Example:
+        >>> y = Logit(0.05)(torch.tensor([[0.5]]))
+        >>> float(y.value), round(float(y.log_det), 4)
+        (0.0, 1.2809)
+    """
+
+    def __init__(self, alpha: float):
+        super().__init__()
+        if not 0 < alpha < 0.5:
+            raise ConfigError(f"alpha={alpha}; expected a number in (0, 0.5), such as 0.05 or 1e-6")
+        self.alpha = alpha
+
+    @property
+    def margin(self) -> float:
+        """How far the domain reaches beyond [0, 1]."""
+        return self.alpha / (1 - 2 * self.alpha)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The ends of the domain."""
+        return -self.margin, 1 + self.margin
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not x.is_floating_point():
+            raise DataError(f"the logit transform takes floats in [0, 1], not {x.dtype}: put Dequantize before it")
+        scale = 1 - 2 * self.alpha
+        s = self.alpha + scale * x
+        low, high = (float(v) for v in s.detach().aminmax()) if s.numel() else (0.5, 0.5)
+        if not (low > 0 and high < 1):
+            low, high = (float(v) for v in x.detach().aminmax())
+            what = "x holds NaN" if math.isnan(low) else f"x spans [{low:g}, {high:g}]"
+            raise DataError(f"the logit transform takes x in [0, 1], but {what}: rescale the data")
+        y = torch.log(s) - torch.log1p(-s)
+        # ds/dx = scale and dy/ds = 1 / (s (1 - s))
+        log_det = (math.log(scale) - torch.log(s) - torch.log1p(-s)).flatten(1).sum(1)
+        return y, log_det
+
+    def _inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        scale = 1 - 2 * self.alpha
+        x = (torch.sigmoid(z) - self.alpha) / scale
+        log_det = (F.logsigmoid(z) + F.logsigmoid(-z) - math.log(scale)).flatten(1).sum(1)
+        return x, log_det
+
+
+class CenterShift(Plain):
+    """x - 1/2, what the published codes use in place of the logit where alpha <= 0.
+
+    Example:
+        >>> CenterShift()(torch.tensor([[0.75]])).value
+        tensor([[0.2500]])
+    """
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not x.is_floating_point():
+            raise DataError(f"the shift to the centre takes floats in [0, 1], not {x.dtype}: put Dequantize before it")
+        return x - 0.5, zeros(x)
+
+    def _inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z + 0.5, zeros(z)
+
+
+class Squeeze(Plain):
+    """(C, H, W) to (4C, H/2, W/2): channel 4c + 2·(row offset) + (column offset) (Real NVP, 1605.08803).
+
+    Raises:
+        DataError: for sizes that are not even (and, back, channels that are no multiple of 4).
+        ConfigError: from ``latent_shape`` for such a shape.
+
+    Example:
+        >>> Squeeze()(torch.arange(4.0).reshape(1, 1, 2, 2)).value.flatten()
+        tensor([0., 1., 2., 3.])
+    """
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.ndim != 4 or x.shape[2] % 2 or x.shape[3] % 2:
+            raise DataError(f"squeeze halves height and width, but x has shape {tuple(x.shape)}: give even sizes")
+        return F.pixel_unshuffle(x, 2), zeros(x)
+
+    def _inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        if z.ndim != 4 or z.shape[1] % 4:
+            raise DataError(f"unsqueezing takes (N, 4C, H, W), but z has shape {tuple(z.shape)}")
+        return F.pixel_shuffle(z, 2), zeros(z)
+
+    def latent_shape(self, shape: Shape) -> Shape:
+        """Four times the channels, half the size."""
+        if len(shape) != 3 or shape[1] % 2 or shape[2] % 2:
+            raise ConfigError(f"squeeze takes images (C, H, W) of even height and width, not events of shape {shape}")
+        return (4 * shape[0], shape[1] // 2, shape[2] // 2)

@@ -1,0 +1,108 @@
+"""Standardisation by the training data's mean and standard deviation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from cnf.errors import ConfigError, DataError
+from cnf.transforms.base import Plain
+
+__all__ = ["Standardize"]
+
+
+class Standardize(Plain):
+    """(x - mean) / std, per dimension; the statistics are buffers and travel with the weights.
+
+    Args:
+        mean: of the event's shape, or one that broadcasts to it, such as (C, 1, 1) for channels.
+        std: of mean's shape, positive.
+
+    Raises:
+        ConfigError: for shapes that differ, a mean that is not finite, or a std that is not finite and positive.
+
+    Example:
+        >>> whiten = Standardize(torch.zeros(2), torch.ones(2))
+        >>> whiten.fit(torch.tensor([[0.0, 10.0], [2.0, 30.0]]))
+        >>> whiten.mean, whiten.std
+        (tensor([ 1., 20.]), tensor([ 1.4142, 14.1421]))
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        super().__init__()
+        if mean.shape != std.shape:
+            raise ConfigError(f"mean has shape {tuple(mean.shape)} and std {tuple(std.shape)}: give both of one shape")
+        for name, value, good in (("mean", mean, mean.isfinite()), ("std", std, (std > 0) & std.isfinite())):
+            if (where := _first(~good)) is not None:
+                expected = "a finite number" if name == "mean" else "a finite, positive number"
+                raise ConfigError(f"{name} is {float(value[tuple(where)]):g} at index {where}; expected {expected}")
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+
+    def fit(self, x: Tensor) -> None:
+        """Take mean and standard deviation of the data (N, \\*event); see :meth:`fit_batches`."""
+        self.fit_batches([x])
+
+    @torch.no_grad()
+    def fit_batches(self, batches: Iterable[Tensor]) -> None:
+        """Take mean and standard deviation (divided by N - 1) of data (n, \\*event) that come batch by batch.
+
+        Raises:
+            DataError: for fewer than two rows, values that are not finite, or a constant dimension, which has no density.
+        """
+        count, mean, square = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for batch in batches:
+            part = batch.to(self.mean.device, torch.float64)
+            if part.shape[1:] != self.mean.shape:
+                raise DataError(f"data have shape {tuple(part.shape)}; expected (N, {', '.join(map(str, self.mean.shape))})")
+            if len(part) == 0:
+                continue
+            total, own = count + len(part), part.mean(0)
+            shift = own - mean.to(own)
+            # two batches' sums of squares about their own means, and what the distance of the means adds
+            square = square.to(own) + (part - own).square().sum(0) + shift.square() * (count * len(part) / total)
+            mean = mean.to(own) + shift * (len(part) / total)
+            count = total
+        if count < 2:
+            raise DataError(f"statistics of {count} row(s): expected at least 2")
+        if (where := _first(~(mean.isfinite() & square.isfinite()))) is not None:
+            raise DataError(f"the data hold a NaN or an infinity in dimension {where}: remove or replace those rows")
+        std = (square / (count - 1)).sqrt()
+        # a constant column's mean is rounded, which leaves a std of about eps |mean|
+        floor = 4 * torch.finfo(torch.float64).eps * mean.abs()
+        if (where := _first(~((std > floor) & (std.to(self.std) > 0)))) is not None:
+            raise DataError(
+                f"dimension {where} is constant at {float(mean[tuple(where)]):g}: it has no density; drop it, or add noise"
+            )
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def _factors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, std and the sum of ln std over an event, in x's type."""
+        mean, std = self.mean.to(x), self.std.to(x)
+        try:
+            whole = std.expand(x.shape[1:])
+        except RuntimeError:
+            raise DataError(
+                f"x has shape {tuple(x.shape)}; expected (N, {', '.join(map(str, self.mean.shape))}), as the statistics have"
+            ) from None
+        return mean, std, whole.log().sum()
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std, logs = self._factors(x)
+        return (x - mean) / std, (-logs).expand(x.shape[0])
+
+    def _inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std, logs = self._factors(z)
+        return z * std + mean, logs.expand(z.shape[0])
+
+
+def _first(bad: Tensor) -> list[int] | None:
+    """Index of the first True."""
+    found = bad.nonzero()
+    return [int(i) for i in found[0]] if len(found) else None

@@ -1,0 +1,567 @@
+"""train_density.py and sample.py from end to end, with tiny settings; every wrong use and its message."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cnf
+from cnf.checkpoint import read_config
+from cnf.cli import sample_main, train_main
+from cnf.errors import TrainingError
+from cnf.noise import Noise
+from cnf.presets import PRESETS, RunConfig
+from cnf.training import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--hidden", "8", "--limit", "60", "--steps", "6", "--batch-size", "20", "--warmup", "2", "--validate-every", "3",
+        "--validation-items", "12", "--test-items", "16", "--draws", "2", "--ema-decay", "0.5"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A table of three columns with a header."""
+    path = tmp_path_factory.mktemp("data") / "table.csv"
+    x = np.random.default_rng(0).normal(size=(120, 3)) @ np.array([[1, 0.5, 0], [0, 1, 0], [0, 0, 3.0]])
+    np.savetxt(path, x, delimiter=",", header="a,b,c", comments="")
+    return path
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A finished run on the digits."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    assert train_main(["digits", *TINY, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory, table):
+    """A finished run on the table."""
+    folder = tmp_path_factory.mktemp("runs") / "rows"
+    tiny = [word for i, word in enumerate(TINY) if "--draws" not in TINY[max(0, i - 1) : i + 1]]
+    assert train_main(["tabular", *tiny, "--data", str(table), "--out", str(folder)]) == 0
+    return folder
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def metrics(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+# -- training ----------------------------------------------------------------------------------------------------
+
+
+def test_run_folder(digits):
+    names = {str(p.relative_to(digits)) for p in digits.rglob("*") if p.is_file() and "tensorboard" not in str(p)}
+    assert names == {
+        "config.json", "metrics.jsonl", "model.safetensors", "trainer.pt", "trainer.previous.pt", "result.json", "test_nll.npz",
+        "samples/samples.png", "plots/learning_curves.png",
+    }  # fmt: skip
+    assert len(list((digits / "tensorboard").iterdir())) == 1
+
+
+def test_result_says_what_the_number_is(digits):
+    result = json.loads((digits / "result.json").read_text())
+    needed = {
+        "bits_per_dim", "standard_error", "items", "items_of", "levels", "dequantisation", "importance_samples", "alpha", "solver", "rtol",
+        "atol", "divergence", "nfe", "round_trip_error", "parameters", "seconds", "seed", "versions", "validation", "best_step", "config",
+    }  # fmt: skip
+    assert needed <= result.keys()
+    config = read_config(digits).config
+    expected = {
+        "levels": 17, "alpha": config.model.alpha, "solver": config.solver.eval_method, "rtol": config.solver.eval_rtol,
+        "divergence": config.solver.divergence, "items": 16, "items_of": 540, "split": "test", "seed": 0, "steps": 6, "stopped": "steps",
+        "skipped": 0, "noise_draws": 2, "importance_samples": 1,
+    }  # fmt: skip
+    assert {name: result[name] for name in expected} == expected
+    assert result["parameters"] == sum(p.numel() for p in cnf.load(digits).parameters())
+    assert result["config"]["train"]["steps"] == 6 and result["seconds"] > 0
+    nll = np.load(digits / "test_nll.npz")["nll"]
+    assert result["bits_per_dim"] == pytest.approx(nll.mean()) and len(nll) == 16
+
+
+def test_interrupted_run_resumes_to_the_same_weights(tmp_path, monkeypatch, capsys, digits):
+    real = Trainer.update
+
+    def update(self):
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self)
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", update)
+        assert train_main(["digits", *TINY, "--out", str(folder)]) == 130
+    assert "interrupted; everything up to step 4 is saved" in capsys.readouterr().err
+    assert not (folder / "result.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("cnf.training.report.pictures", lambda *args: None)
+        assert train_main(["--resume", "--out", str(folder)]) == 0
+    assert f"{folder}: from step 4 on" in capsys.readouterr().out
+    for name in ("model.safetensors", "test_nll.npz", "config.json"):
+        assert (folder / name).read_bytes() == (digits / name).read_bytes()
+    assert metrics(folder) == metrics(digits)
+    figures = [{k: v for k, v in json.loads((f / "result.json").read_text()).items() if "seconds" not in k} for f in (folder, digits)]
+    assert figures[0] == figures[1]
+
+
+def test_terminated_run_says_143(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "update", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    assert train_main(["digits", *TINY, "--out", str(tmp_path / "run")]) == 143
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (TrainingError("10 batches in a row"), 1, "failed: 10 batches in a row"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 1, "failed: out of GPU memory (CUDA out of memory. Tried): try a smaller"),
+        (OSError(28, "No space left on device"), 1, "failed: [Errno 28] No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_a_training_that_fails(tmp_path, monkeypatch, capsys, error, code, message):
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr(Trainer, "update", fail)
+    assert train_main(["digits", *TINY, "--out", str(tmp_path / "run")]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_interrupted_final_test_is_repeated_by_resume(tmp_path, monkeypatch, capsys):
+    def interrupted(trainer):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    monkeypatch.setattr("cnf.training.report.pictures", lambda *args: None)
+    with monkeypatch.context() as patch:
+        patch.setattr("cnf.cli.train.finish", interrupted)
+        assert train_main(["digits", *TINY, "--out", str(folder)]) == 130
+    assert "everything up to step 6 is saved" in capsys.readouterr().err
+    before = metrics(folder)
+    assert train_main(["--resume", "--out", str(folder)]) == 0
+    assert (folder / "result.json").exists() and metrics(folder) == before
+
+
+def test_resume_of_a_finished_run_changes_nothing_and_more_steps_train_on(tmp_path, monkeypatch, capsys, rows):
+    monkeypatch.setattr("cnf.training.report.pictures", lambda *args: None)
+    before = contents(rows)
+    assert train_main(["--resume", "--out", str(rows)]) == 0
+    assert "has finished already (steps, step 6)" in capsys.readouterr().out
+    assert contents(rows) == before
+    folder = tmp_path / "longer"
+    for path, data in before.items():
+        (folder / path.relative_to(rows)).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path.relative_to(rows)).write_bytes(data)
+    assert train_main(["--resume", "--out", str(folder), "--steps", "9"]) == 0
+    assert json.loads((folder / "result.json").read_text())["steps"] == 9
+    assert read_config(folder).config.train.steps == 9  # so that a resume of the resumed run goes on to 9 too
+    assert metrics(folder)[: len(metrics(rows))] == metrics(rows)
+
+
+def test_dry_run_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("cnf.training.measure.ENOUGH_SECONDS", 0.0)
+    monkeypatch.chdir(tmp_path)
+    assert train_main(["digits", *TINY, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"1,\d\d\d parameters; batch 20\n", said)
+    assert re.search(r"memory: \d+ MiB kept for the backward pass, [\d,]+ MiB at the peak \(process\)\n", said)
+    assert re.search(r"time: [\d.e-]+ s a step; 6 steps take about 0 seconds, validations apart\n", said)
+    assert not any(tmp_path.iterdir())
+
+
+def test_run_folders_are_named_by_preset_data_and_seed(tmp_path, monkeypatch, table):
+    monkeypatch.setattr("cnf.cli.train.finish", lambda trainer: {})
+    monkeypatch.setattr("cnf.cli.train.summary", lambda result: "")
+    monkeypatch.chdir(tmp_path)
+    quick = ["--hidden", "4", "--steps", "1", "--validation-items", "4"]
+    own = ["--data", str(table)]
+    for arguments in (["digits"], ["digits"], ["tabular", *own, "--seed", "3"], [*own, "--seed", "4"]):
+        assert train_main([*arguments, *quick]) == 0
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
+        "digits-0", "digits-0-2", "tabular-table-3", "tabular-table-4",
+    ]  # fmt: skip
+
+
+def test_preset_may_stand_anywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("cnf.training.measure.ENOUGH_SECONDS", 0.0)
+    small = ["--batch-size", "8", "--limit", "50"]
+    for arguments in (["ffjord-toy", *small, "--dry-run"], [*small, "--dry-run", "ffjord-toy"], ["--dry-run", *small, "ffjord-toy", "--lr", "1"]):
+        assert train_main(arguments) == 0
+        assert "9,224 parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tabular", "ffjord-toy", "digits"])
+def test_preset_fits_the_data_where_none_is_named(tmp_path, monkeypatch, capsys, table, name):
+    monkeypatch.setattr("cnf.training.measure.ENOUGH_SECONDS", 0.0)
+    np.savez(tmp_path / "x.npz", images=np.random.default_rng(0).integers(256, size=(40, 4, 4), dtype=np.uint8))
+    data = {"tabular": table, "ffjord-toy": "moons", "digits": tmp_path / "x.npz"}[name]
+    words = ["--data", str(data), "--limit", "30", "--dry-run"]
+    assert train_main(words) == 0
+    said = capsys.readouterr().out
+    assert (f"preset {name}, since {data} is a" in said) == (name != "digits")
+    assert train_main([name, *words]) == 0
+    named = capsys.readouterr().out
+    assert "since" not in named
+    count = [re.search(r"[\d,]+ parameters; batch \d+", text)[0] for text in (said, named)]
+    assert count[0] == count[1]
+    # what means nothing for the preset that was taken is refused as if it had been named
+    assert train_main([*words, "--alpha", "0.1"]) == (0 if name == "digits" else 2)
+
+
+def test_list_has_a_line_for_each_preset(capsys):
+    assert train_main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()[: len(PRESETS)]
+    assert [line.split()[0] for line in lines] == list(PRESETS)
+    assert all(PRESETS[line.split()[0]].cost in line and re.search(r"data \S+, [\d,]+ parameters", line) for line in lines)
+
+
+@pytest.mark.parametrize("name", ["digits", "tabular"])
+def test_help_shows_every_option_and_default(capsys, name):
+    assert train_main([name, "--help"]) == 0
+    said = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    config: RunConfig = PRESETS[name].config
+    for part in (config.data, config.model, config.solver, config.train):
+        for field in dataclasses.fields(part):
+            option, value = "--" + field.name.replace("_", "-"), getattr(part, field.name)
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            ending = re.compile(rf".{{,300}}?\(default: {re.escape(shown)}\)")
+            assert any(ending.match(said, m.end()) for m in re.finditer(rf"{option}[ ,]", said)), f"{option} {shown}"
+
+
+# -- wrong use ---------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "--stesp 5": r"--stesp.*--steps INT",
+    "--lr fast": r"--lr: could not convert string to float",
+    "--steps 1.5": r"--steps",
+    "--schedule linear": r"linear.*cosine",
+    "dgits": r"preset 'dgits' is unknown: did you mean 'digits'",
+    "--steps 5 dgits": r"preset 'dgits' is unknown: did you mean 'digits'",
+    "digits tabular": r"tabular",
+    "--data digts": r"'digts'.*did you mean 'digits'",
+    "--data nowhere/file.npy": r"nowhere/file\.npy.*does not exist",
+    "--device gpu": r"--device gpu cannot be used here",
+    "--device meta": r"--device meta cannot be used here: expected cpu, cuda or cuda:1",
+    "--device cuda:99": r"--device cuda:99 cannot be used here",
+    "--threads 0": r"--threads 0: expected a positive number",
+    "--steps 0": r"--steps 0: expected a positive number",
+    "--steps -3": r"--steps -3: expected a positive number",
+    "--batch-size 0": r"--batch-size 0: expected a positive number",
+    "--lr 0": r"--lr 0\.0: expected a positive number",
+    "--lr nan": r"--lr nan: expected a finite number",
+    "--max-time inf": r"--max-time inf: expected a finite number",
+    "--weight-decay -1": r"--weight-decay -1\.0: expected zero or more",
+    "--max-grad-norm -1": r"--max-grad-norm -1\.0: expected zero or more",
+    "--ema-decay 1": r"--ema-decay 1\.0: expected 0 \(no averaging\) or more, below 1",
+    "--validate-every 0": r"--validate-every 0: expected a positive number",
+    "--watch-every 0": r"--watch-every 0: expected a positive number",
+    "--validation-items 0": r"--validation-items 0: expected a positive number",
+    "--test-items -1": r"--test-items -1: expected a positive number",
+    "--draws 0": r"--draws 0: expected a positive number",
+    "--seed -1": r"--seed -1: expected zero or more",
+    "--seed 99999999999999999999": r"--seed 9+: expected at most",
+    "--limit 0": r"limit=0",
+    "--kinetic -1": r"--kinetic -1\.0: expected zero or more",
+    "--alpha 0.7": r"alpha=0\.7; expected a number in \(0, 0\.5\)",
+    "--blocks 0": r"blocks=0",
+    "--hidden 0": r"hidden=\(0,\)",
+    "--layer concatsqash": r"concatsqash.*did you mean 'concatsquash'",
+    "--nonlinearity tahn": r"tahn.*did you mean 'tanh'",
+    "--method rk45": r"rk45.*unknown on a fixed grid",
+    "--eval-method rk4": r"rk4.*unknown among adaptive solvers",
+    "--eval-rtol 0": r"rtol=0\.0.*positive",
+    "--grid-steps 0": r"steps=0",
+    "--gradient adjoint": r"gradient='adjoint': a fixed grid takes",
+    "--adaptive --method dopri5 --gradient checkpoint": r"gradient='checkpoint': an adaptive solver takes",
+    "--end-time -1": r"end_time=-1\.0",
+    "--steer 2": r"steer=2\.0",
+    "--resume": r"--resume needs --out DIR",
+    "--resume --out nowhere": r"nowhere is no run folder: there is no such folder",
+    "--evaluate nowhere": r"nowhere is no run folder: there is no such folder",
+    "--split train": r"--split is for --evaluate: a training is always tested once",
+    # what would do nothing is refused
+    "--probes 4": r"--probes is for --divergence hutchinson: leave it at 1",
+    "--mode reverse": r"--mode is for --divergence hutchinson",
+    "--rtol 1e-3": r"--rtol is for --adaptive; evaluation has --eval-rtol",
+    "--adaptive --method dopri5 --grid-steps 9": r"--grid-steps is for fixed grids, not for --adaptive",
+    "--discrete keep": r"discrete='keep' means nothing for 'digits'",
+    "ffjord-toy --alpha 0.1": r"--alpha is for images, and these data are vectors",
+    "ffjord-toy --marginals logit": r"--marginals is for images",
+    "ffjord-toy --draws 3": r"--draws repeats noise, and the exact trace of vectors has none",
+    "ffjord-toy --nbits 5": r"nbits=5",
+    "ffjord-toy --split-seed 3": r"--split-seed decides random splits, and that of 8gaussians is fixed",
+    "--split-seed 3": r"--split-seed decides random splits, and that of digits is fixed",
+    "--data-seed 3": r"--data-seed draws toy points",
+    "ffjord-toy --field conv": r"field='conv' needs images",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_use_says_what_is_wrong_and_exits_with_2(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    assert train_main(words.split()) == 2
+    said = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+    assert re.search(WRONG[words], said), said
+    assert not any(tmp_path.iterdir())  # nothing is left behind that would stand in the way of the next try
+
+
+def test_out_that_is_taken(tmp_path, capsys, digits):
+    assert train_main(["digits", *TINY, "--out", str(digits)]) == 2
+    assert f"is not empty: expected a new or an empty folder; --resume --out {digits} continues" in capsys.readouterr().err
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for out, message in ((file, "is a file"), (tmp_path, "is not empty"), (file / "below", "cannot be made")):
+        assert train_main(["digits", *TINY, "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err
+    assert file.read_text() == "mine"
+
+
+def test_resume_names_what_it_cannot_change(digits, capsys):
+    before = contents(digits)
+    assert train_main(["--resume", "--out", str(digits), "--lr", "0.5", "--hidden", "9", "--steps", "7"]) == 2
+    assert "--resume cannot change --hidden, --lr: leave them out" in capsys.readouterr().err
+    assert train_main(["tabular", "--resume", "--out", str(digits)]) == 2
+    assert "is a run of preset digits, not tabular" in capsys.readouterr().err
+    assert contents(digits) == before
+
+
+def test_resume_with_data_that_have_changed(tmp_path, monkeypatch, capsys, table):
+    monkeypatch.setattr("cnf.training.report.pictures", lambda *args: None)
+    path = tmp_path / "mine.csv"
+    path.write_bytes(table.read_bytes())
+    run = ["tabular", "--hidden", "4", "--steps", "2", "--data", str(path), "--out", str(tmp_path / "run")]
+    assert train_main(run) == 0
+    path.write_text(path.read_text().replace("a,b,c", "a,b,d"))
+    assert train_main(["--resume", "--out", str(tmp_path / "run"), "--steps", "3"]) == 2
+    assert "the data are not those" in capsys.readouterr().err
+    lines = path.read_text().replace("a,b,d", "a,b,c").splitlines()
+    path.write_text("\n".join([lines[0], "0.5,0.5,0.5", *lines[2:]]))
+    assert train_main(["--resume", "--out", str(tmp_path / "run"), "--steps", "3"]) == 1
+    assert "the data are not those" in capsys.readouterr().err
+
+
+def test_damage_fails_with_1(tmp_path, capsys, digits):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((digits / name).read_bytes()[:-9])
+        assert sample_main([str(tmp_path)]) == 1
+        assert f"failed: {tmp_path / name}" in capsys.readouterr().err
+        (tmp_path / name).write_bytes((digits / name).read_bytes())
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_scores_again_and_overwrites_nothing(tmp_path, capsys, digits):
+    before = contents(digits)
+    assert train_main(["--evaluate", str(digits)]) == 0
+    assert "written to" in capsys.readouterr().out
+    first = json.loads((digits / "evaluation-1.json").read_text())
+    result = json.loads((digits / "result.json").read_text())
+    assert first["bits_per_dim"] == result["bits_per_dim"] and first["items"] == 16
+    other = "--eval-method bosh3 --eval-rtol 1e-4 --divergence hutchinson --probes 3 --mode reverse --split validation --test-items 9"
+    assert train_main(["--evaluate", str(digits), *other.split(), "--draws", "1"]) == 0
+    second = json.loads((digits / "evaluation-2.json").read_text())
+    expected = {"solver": "bosh3", "rtol": 1e-4, "divergence": "hutchinson", "probes": 3, "split": "validation", "items": 9}
+    assert {name: second[name] for name in expected} == expected
+    assert abs(second["bits_per_dim"] - first["bits_per_dim"]) < 0.5
+    assert {p: v for p, v in contents(digits).items() if "evaluation-" not in p.name} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--lr 0.1 --steps 9", "--evaluate does not use --steps, --lr: leave them out"),
+        ("--split-seed 4", "--evaluate does not use --split-seed"),
+        ("--validation-items 3", "--evaluate does not use --validation-items"),
+        ("--probes 2", "--probes is for --divergence hutchinson"),
+        ("--data 8gaussians", "models events (1, 8, 8) of 17 levels"),
+        ("--resume --out x", "--resume means nothing beside --evaluate"),
+        ("--out x", "--out means nothing beside --evaluate"),
+        ("--dry-run", "--dry-run means nothing beside --evaluate"),
+        ("tabular", "is a run of preset digits, not tabular"),
+    ],
+)
+def test_evaluate_refuses_what_it_would_not_use(digits, capsys, options, message):
+    before = contents(digits)
+    assert train_main(["--evaluate", str(digits), *options.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert contents(digits) == before
+
+
+# -- sampling ----------------------------------------------------------------------------------------------------
+
+
+def run(program, *arguments):
+    return subprocess.run([sys.executable, str(ROOT / program), *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_sample_in_a_fresh_process_is_the_same_bit_for_bit(tmp_path, digits):
+    torch.manual_seed(123)
+    done = run("sample.py", digits, "-n", 5, "--seed", 7, "--temperature", 0.8, "--out", tmp_path / "x.npz")
+    assert done.returncode == 0, done.stderr
+    flow, noise = cnf.load(digits), Noise(7, "sample")
+    x = flow.sample(5, noise=noise, temperature=0.8)
+    with np.load(tmp_path / "x.npz") as file:
+        assert sorted(file.files) == ["log_prob", "samples"]
+        assert np.array_equal(file["samples"], x.numpy())
+        assert np.array_equal(file["log_prob"], flow.log_prob(x, noise=noise).detach().numpy())
+    assert sample_main([str(digits), "-n", "5", "--seed", "8", "--out", str(tmp_path / "y.npz")]) == 0
+    assert not np.array_equal(np.load(tmp_path / "y.npz")["samples"], x.numpy())
+
+
+def test_train_density_in_a_fresh_process():
+    done = run("train_density.py", "--list")
+    assert done.returncode == 0 and done.stdout.startswith("digits")
+
+
+def test_pictures(tmp_path, capsys, digits, rows):
+    assert sample_main([str(digits), "-n", "9"]) == 0
+    assert f"9 samples of {digits} in {digits / 'samples' / 'sample-0.png'}" in capsys.readouterr().out
+    with Image.open(digits / "samples" / "sample-0.png") as picture:
+        assert picture.size[0] == picture.size[1] > 3 * 8  # three by three
+    assert sample_main([str(digits), "-n", "4", "--out", str(tmp_path / "new" / "x.gif")]) == 0
+    with Image.open(tmp_path / "new" / "x.gif") as picture:
+        assert picture.n_frames > 10 and picture.size[0] == picture.size[1] > 2 * 8
+    assert sample_main([str(rows), "--out", str(tmp_path / "rows.png")]) == 0
+    assert "1,000 samples" in capsys.readouterr().out
+
+
+def test_a_run_whose_data_are_gone_still_samples(tmp_path, capsys, rows):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        text = (rows / name).read_bytes()
+        (folder / name).write_bytes(re.sub(rb'"data": "[^"]*table.csv"', b'"data": "gone/table.csv"', text))
+    for out in ("x.png", "x.npz"):
+        assert sample_main([str(folder), "-n", "50", "--out", str(tmp_path / out)]) == 0
+        said = capsys.readouterr().out
+        assert ("the samples alone, since the data are not at hand: data 'gone/table.csv' does not exist" in said) == (out == "x.png")
+        assert (tmp_path / out).stat().st_size > 500
+
+
+def test_trajectory_leads_from_noise_to_the_samples(tmp_path, rows):
+    assert sample_main([str(rows), "-n", "20", "--trajectory", "--out", str(tmp_path / "x.npz")]) == 0
+    with np.load(tmp_path / "x.npz") as file:
+        way, times, x = file["trajectory"], file["times"], torch.from_numpy(file["samples"])
+    assert way.shape == (21, 20, 3) and times[0] == 1 and times[-1] == 0 and (np.diff(times) < 0).all()
+    flow = cnf.load(rows)
+    with torch.no_grad():
+        assert np.abs(way[0] - flow.encode(x).numpy()).max() < 1e-3
+        standardised = flow.transform.transforms[0](x).value.numpy()
+    assert np.abs(way[-1] - standardised).max() < 1e-5
+
+
+def test_many_samples_are_drawn_in_batches_of_one_joint_noise(tmp_path, monkeypatch, rows):
+    arguments = [str(rows), "-n", "50", "--out", str(tmp_path / "x.npz")]
+    assert sample_main(arguments) == 0
+    whole = dict(np.load(tmp_path / "x.npz"))
+    monkeypatch.setattr("cnf.cli.sample.BATCH_NUMBERS", 3 * 20)
+    assert sample_main(arguments) == 0
+    parts = dict(np.load(tmp_path / "x.npz"))
+    for name, value in whole.items():  # the adaptive steps depend on the batch
+        assert parts[name].shape == value.shape and np.abs(parts[name] - value).max() < 2e-3, name
+
+
+def test_temperature_scales_the_latent_noise(tmp_path, rows):
+    flow = cnf.load(rows)
+    latent = []
+    for temperature in ("1", "0.25"):
+        assert sample_main([str(rows), "-n", "30", "--temperature", temperature, "--out", str(tmp_path / "x.npz")]) == 0
+        latent.append(flow.encode(torch.from_numpy(np.load(tmp_path / "x.npz")["samples"])))
+    assert torch.allclose(latent[1], 0.25 * latent[0], atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    """A finished run with classes, in which the class decides everything."""
+    folder = tmp_path_factory.mktemp("runs") / "classes"
+    data = tmp_path_factory.mktemp("data") / "two.npz"
+    labels = np.arange(200) % 2
+    x = np.random.default_rng(0).normal(size=(200, 2)) * 0.3 + 6.0 * labels[:, None]
+    np.savez(data, x=x, labels=np.array(["low", "high"])[labels])
+    options = f"--data {data} --condition label --hidden 16 --blocks 1 --steps 60 --lr 0.03 --warmup 5 --batch-size 100 --ema-decay 0 --out {folder}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cnf.cli.train.finish", lambda trainer: {})  # the test is not what this is about
+        patch.setattr("cnf.cli.train.summary", lambda result: "")
+        assert train_main(["tabular", *options.split()]) == 0
+    return folder
+
+
+def test_class_draws_from_one(tmp_path, classes):
+    out = str(tmp_path / "x.npz")
+    found = {}
+    for label in ("low", "high"):
+        assert sample_main([str(classes), "-n", "40", "--class", label, "--out", out]) == 0
+        with np.load(out) as file:
+            assert set(file["classes"]) == {label}
+            found[label] = file["samples"]
+    assert found["low"].mean() < 2 < 4 < found["high"].mean()
+    assert sample_main([str(classes), "-n", "7", "--out", out]) == 0
+    with np.load(out) as file:  # every class in turn
+        assert file["classes"].tolist() == ["high", "low", "high", "low", "high", "low", "high"]
+        x = torch.from_numpy(file["samples"])
+        context = torch.eye(2)[torch.arange(7) % 2]
+        expected = cnf.load(classes).log_prob(x, context).detach().numpy()
+        assert np.abs(file["log_prob"] - expected).max() < 1e-5
+    assert sample_main([str(classes), "-n", "7", "--temperature", "0.5", "--out", out]) == 0
+    flow = cnf.load(classes)
+    cold = flow.encode(torch.from_numpy(np.load(out)["samples"]), context)
+    assert torch.allclose(cold, 0.5 * flow.encode(x, context), atol=2e-3)
+    for picture in ("x.png", "x.gif"):
+        assert sample_main([str(classes), "-n", "30", "--class", "low", "--out", str(tmp_path / picture)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("-n 0", "-n 0: expected at least 1 sample"),
+        ("-n x", "invalid int value: 'x'"),
+        ("--temperature 0", "--temperature 0: expected a positive number"),
+        ("--temperature -1", "--temperature -1: expected a positive number"),
+        ("--temperature nan", "--temperature nan: expected a positive number"),
+        ("--seed -1", "--seed -1: expected zero or more"),
+        ("--out x.jpg", "--out x.jpg: expected a file ending in .png, .npz, .gif"),
+        ("--trajectory", "--trajectory is for --out FILE.npz"),
+        ("--trajectory --out x.png", "--trajectory is for --out FILE.npz"),
+        ("--class 3", "--class 3: this run was trained without classes"),
+        ("--device gpu", "--device gpu cannot be used here"),
+        ("--sed 3", "unrecognized arguments: --sed 3"),
+    ],
+)
+def test_sample_refuses_nonsense(digits, capsys, options, message):
+    assert sample_main([str(digits), *options.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_sample_refuses_what_does_not_fit_the_run(tmp_path, capsys, rows, classes):
+    for arguments, message in (
+        ([classes, "--class", "middle"], "--class middle is unknown: this run has high, low"),
+        ([rows, "--out", tmp_path / "x.gif"], "these samples have 3 columns"),
+        ([tmp_path / "none"], "is no run folder: there is no such folder"),
+        ([tmp_path], "is no run folder: it has no config.json"),
+        ([rows, "--out", rows / "config.json" / "x.npz"], "its folder cannot be made"),
+    ):
+        assert sample_main([str(word) for word in arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_sample_help_shows_the_defaults(capsys):
+    assert sample_main(["--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for default in ("64 images, 1000 points or rows", "RUN/samples/sample-SEED.png", "(default: 0)", "(default: 1.0)", "(default: cpu)"):
+        assert default in said

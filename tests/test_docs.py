@@ -1,0 +1,114 @@
+"""Documentation that is true: every module's examples run, and every public name says what it is."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pkgutil
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cnf
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted(["cnf", *(m.name for m in pkgutil.walk_packages(cnf.__path__, "cnf."))])
+NETWORK = re.compile(r"download|urlopen|https?://")  # examples that need more than this machine
+
+
+def path_of(name):
+    return Path(importlib.import_module(name).__file__)
+
+
+def public(module):
+    return [(name, getattr(module, name)) for name in module.__all__]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_opens_with_a_line_and_its_public_names(name):
+    module = importlib.import_module(name)
+    first = (module.__doc__ or "").split("\n\n")[0].strip()
+    assert first and "\n" not in first, f"{name}: the first paragraph of the docstring must be one line"
+    assert first.endswith((".", "?", "!")), f"{name}: {first!r} is no sentence"
+    assert isinstance(getattr(module, "__all__", None), list | tuple), f"{name} has no __all__"
+    assert len(set(module.__all__)) == len(module.__all__)
+    for public_name in module.__all__:
+        assert hasattr(module, public_name), f"{name}.__all__ names {public_name}, which does not exist"
+    exec(f"from {name} import *", {})
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_public_names_have_docstrings(name):
+    module = importlib.import_module(name)
+    bare = []
+    for public_name, value in public(module):
+        if not (inspect.isclass(value) or inspect.isroutine(value)):
+            continue
+        if not inspect.getdoc(value) or (inspect.isclass(value) and value.__doc__ is None):
+            bare.append(public_name)
+        if not inspect.isclass(value):
+            continue
+        for attribute, member in vars(value).items():
+            function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+            # an override says what its base says, unless it says more
+            if attribute.startswith("_") or not inspect.isfunction(function) or inspect.getdoc(getattr(value, attribute)):
+                continue
+            bare.append(f"{public_name}.{attribute}")
+    assert not bare, f"{name}: no docstring on {', '.join(bare)}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name, monkeypatch, tmp_path):
+    module = importlib.import_module(name)
+    monkeypatch.chdir(tmp_path)
+    state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    runner = doctest.DocTestRunner(optionflags=flags, verbose=False)
+    report = []
+    for test in doctest.DocTestFinder(exclude_empty=True).find(module, name):
+        if NETWORK.search(" ".join(e.source for e in test.examples)):
+            continue
+        torch.manual_seed(0)
+        test.globs["torch"] = torch  # the one name that examples may use unsaid, beside their own module's
+        runner.run(test, out=report.append)
+    torch.set_rng_state(state[0])
+    np.random.set_state(state[1])
+    random.setstate(state[2])
+    assert runner.failures == 0, "".join(report)
+
+
+def test_no_module_depends_on_this_machine():
+    for path in [*ROOT.glob("*.py"), *(path_of(name) for name in MODULES), *ROOT.glob("tests/*.py")]:
+        text = path.read_text(encoding="utf-8")
+        if path == Path(__file__):
+            continue
+        assert not re.search(r"[\"' ](/root|/work|/home)/", text), path
+
+
+def imports(name):
+    found = set()
+    for node in ast.walk(ast.parse(path_of(name).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_who_may_import_what(name):
+    """The published codes' quirks stay in compat; pictures, data and progress bars stay out of the mathematics."""
+    found = imports(name)
+    if not name.startswith("cnf.compat"):
+        assert not [m for m in found if m.startswith("cnf.compat")], f"{name} imports compat"
+    heavy = {m.split(".")[0] for m in found} & {"matplotlib", "torchvision", "tqdm", "tensorboard"}
+    if not name.startswith(("cnf.plotting", "cnf.datasets", "cnf.training")):
+        assert not heavy, f"{name} imports {heavy}"
+    mathematics = ("cnf.noise", "cnf.divergence", "cnf.quadratures", "cnf.solvers", "cnf.fields")
+    if name.startswith(mathematics):
+        above = [m for m in found if m.startswith(("cnf.flow", "cnf.models", "cnf.training", "cnf.cli", "cnf.datasets"))]
+        assert not above, f"{name} imports {above}"

@@ -1,0 +1,159 @@
+"""The loss of vectors and of images against hand computation, its gradients, and what it does to a flow."""
+
+import math
+
+import pytest
+import scipy.integrate
+import scipy.linalg
+import torch
+from torch.distributions import Normal
+
+from cnf.continuous import CNF
+from cnf.divergence import Exact, Hutchinson
+from cnf.errors import ConfigError
+from cnf.fields import MLP
+from cnf.flow import Flow
+from cnf.noise import Noise
+from cnf.objectives import Likelihood
+from cnf.quadratures import Directional, Kinetic, RunningCost
+from cnf.solvers import FixedGrid
+from cnf.transforms import Dequantize, Logit, Sequential
+
+F64 = torch.float64
+GRID = FixedGrid("dopri5", 12)
+END = 0.7
+
+
+class LinearField(torch.nn.Module):
+    def __init__(self, a):
+        super().__init__()
+        self.a = torch.nn.Parameter(a)
+
+    def forward(self, t, x, context=None):
+        return (x.flatten(1) @ self.a.T).reshape(x.shape)
+
+
+def linear(dim, images, quadratures=()):
+    a = torch.randn(dim, dim, generator=torch.Generator().manual_seed(0), dtype=F64) / 2
+    block = CNF(LinearField(a), Exact(), GRID, GRID, quadratures, end_time=END)
+    if not images:
+        return Flow(block, (dim,)), a.numpy()
+    return Flow(Sequential([Dequantize(17), Logit(0.1), block]), (1, 1, dim)).double(), a.numpy()
+
+
+def by_hand(y, a):
+    """z, log-det, kinetic energy and ‖J‖² of y through dx/dt = A x, by scipy."""
+    y = y.flatten(1).numpy()
+
+    def speed(t):
+        return ((y @ scipy.linalg.expm(t * a).T @ a.T) ** 2).sum(1)
+
+    kinetic = scipy.integrate.quad_vec(speed, 0, END, epsabs=1e-12)[0]
+    z = torch.from_numpy(y @ scipy.linalg.expm(END * a).T)
+    log_prob = Normal(torch.zeros((), dtype=F64), 1.0).log_prob(z).sum(1) + END * a.trace()
+    return log_prob, torch.from_numpy(kinetic), END * (a**2).sum()
+
+
+def test_loss_of_vectors():
+    flow, a = linear(3, images=False)
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=F64)
+    objective = Likelihood(flow, kinetic=0.3, jacobian=0.2)
+    terms = objective(x)
+    log_prob, kinetic, jacobian = by_hand(x, a)
+    assert objective.unit == "nats" and sorted(terms) == ["jacobian", "kinetic", "loss", "nll"]
+    assert torch.allclose(terms["nll"], -log_prob, rtol=0, atol=1e-8)
+    assert torch.allclose(terms["kinetic"], kinetic, rtol=0, atol=1e-8)
+    assert torch.allclose(terms["jacobian"], torch.tensor(jacobian, dtype=F64), rtol=0, atol=1e-8)
+    assert torch.allclose(terms["loss"], -log_prob + 0.3 * kinetic + 0.2 * jacobian, rtol=0, atol=1e-8)
+    assert objective.per_dim(6.0) == 2.0
+
+
+def test_loss_of_images():
+    flow, a = linear(4, images=True)
+    k = torch.randint(0, 17, (5, 1, 1, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    u = torch.rand(k.shape, generator=torch.Generator().manual_seed(2), dtype=F64)
+    objective = Likelihood(flow, kinetic=0.3, jacobian=0.2)
+    assert objective.unit == "bits/dim" and objective.per_dim(6.0) == 6.0
+    s = 0.1 + 0.8 * (k + u) / 17
+    log_prob, kinetic, jacobian = by_hand(torch.log(s / (1 - s)), a)
+    log_prob = log_prob + (math.log(0.8 / 17) - torch.log(s * (1 - s))).flatten(1).sum(1)
+    bits = -log_prob / (4 * math.log(2))
+    terms = objective(k, noise=Noise.replay({"0/dequantize": u}))
+    assert torch.allclose(terms["nll"], bits, rtol=0, atol=1e-8)
+    assert torch.allclose(terms["loss"], bits + (0.3 * kinetic + 0.2 * jacobian) / 4, rtol=0, atol=1e-8)
+    floats = objective((k + u) / 17)  # the same bits: the density there counts with the levels
+    for name, value in terms.items():
+        assert torch.allclose(floats[name], value, rtol=0, atol=1e-9), name
+
+
+def test_integrals_add_up_over_blocks():
+    torch.manual_seed(0)
+    fields = [MLP(2, (5,)).double(), MLP(2, (4,)).double()]
+    blocks = [CNF(f, Exact(), GRID, GRID) for f in fields]
+    objective = Likelihood(Flow(Sequential(blocks), (2,)), kinetic=1.0)
+    x = torch.randn(4, 2, dtype=F64)
+    terms = objective(x)
+    alone = [CNF(f, Exact(), GRID, GRID, [Kinetic()]) for f in fields]
+    first = alone[0](x)
+    second = alone[1](first.value)
+    total = first.integrals["kinetic"] + second.integrals["kinetic"]
+    assert torch.allclose(terms["kinetic"], total, atol=1e-12)
+    assert torch.allclose(terms["loss"] - terms["nll"], total, atol=1e-12)
+
+
+@pytest.mark.parametrize("divergence", [Exact(), Exact(closed_form=False), Hutchinson(), Hutchinson("gaussian", "reverse", 2)])
+def test_gradients(divergence):
+    torch.manual_seed(0)
+    blocks = [CNF(MLP(2, (4,), context_dim=2), divergence, FixedGrid("rk4", 2), learn_end_time=True) for _ in range(2)]
+    objective = Likelihood(Flow(Sequential(blocks), (2,)).double(), kinetic=0.5, jacobian=0.3)
+    x, c = torch.randn(3, 2, dtype=F64), torch.rand(3, 2, dtype=F64)
+
+    def loss():
+        return objective(x, c, Noise(0))["loss"].mean()
+
+    parameters = list(objective.parameters())
+    gradients = torch.autograd.grad(loss(), parameters)
+    assert all(bool((g != 0).any()) for g in gradients)
+    direction = [torch.randn(p.shape, dtype=F64) for p in parameters]
+    slope = sum(float((g * d).sum()) for g, d in zip(gradients, direction, strict=True))
+    values = []
+    with torch.no_grad():
+        for h in (1e-5, -2e-5):  # up, then down past the start
+            for p, d in zip(parameters, direction, strict=True):
+                p.add_(h * d)
+            values.append(float(loss()))
+    assert abs(slope - (values[0] - values[1]) / 2e-5) < 1e-6 * max(1, abs(slope))
+
+
+def test_only_what_is_weighted_is_integrated():
+    mine = RunningCost("distance", lambda t, x: x.square().flatten(1).sum(1))
+    flow, _ = linear(3, images=False, quadratures=[mine, Directional()])
+    Likelihood(flow, jacobian=0.1)
+    objective = Likelihood(flow)  # a second objective on the flow: the first one's regulariser goes
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+    terms = objective(x)
+    assert sorted(terms) == ["directional", "distance", "kinetic", "loss", "nll"]
+    assert torch.equal(terms["loss"], terms["nll"])
+    assert [q.name for q in flow.blocks[0].quadratures] == ["distance", "directional", "kinetic"]
+    assert torch.allclose(flow.log_prob(x), -terms["nll"], atol=1e-12)
+    values, stats = objective.evaluate(x)
+    assert all(torch.equal(values[name], terms[name]) for name in terms) and stats.nfe == 72
+    assert flow.evaluate(x, integrals=False).integrals == {}
+
+
+def test_refusals():
+    flow, _ = linear(2, images=False)
+    for kinetic, jacobian in ((-0.1, 0.0), (0.0, -1.0), (math.nan, 0.0), (0.0, math.inf)):
+        with pytest.raises(ConfigError, match=f"kinetic={kinetic}, jacobian={jacobian}"):
+            Likelihood(flow, kinetic, jacobian)
+    for name in ("loss", "nll"):
+        flow, _ = linear(2, images=False, quadratures=[RunningCost(name, lambda t, x: x.sum(1))])
+        with pytest.raises(ConfigError, match=f"'{name}' is taken by the objective"):
+            Likelihood(flow)
+    with pytest.raises(ConfigError, match="'kinetic' is taken"):
+        linear(2, images=False, quadratures=[Kinetic(), Kinetic()])
+    with pytest.raises(ConfigError, match="'log_det' is taken"):
+        linear(2, images=False, quadratures=[RunningCost("log_det", lambda t, x: x.sum(1))])
+    flow, _ = linear(2, images=False, quadratures=[RunningCost("bad", lambda t, x: x)])
+    with pytest.raises(ConfigError, match=r"'bad' returned shape \(3, 2\); expected \(3,\)"):
+        Likelihood(flow)(torch.zeros(3, 2, dtype=F64))

@@ -1,0 +1,247 @@
+"""Pictures: what they show is what the flow says, nothing is cropped, and files are written whole."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cnf import plotting
+from cnf.errors import CheckpointError, ConfigError
+from cnf.models import ModelConfig, SolverConfig, build
+from cnf.noise import Noise
+from cnf.plotting import canvas, curves, motion, plane, samples
+from cnf.solvers import FixedGrid
+
+
+@pytest.fixture(scope="module")
+def flow():
+    return ready(build(ModelConfig(hidden=(8,), blocks=2), SolverConfig(), (2,)))
+
+
+@pytest.fixture(scope="module")
+def image_flow():
+    flow = build(ModelConfig(hidden=(8,), alpha=0.05), SolverConfig(), (1, 4, 4), levels=17)
+    flow.fit_statistics(torch.randint(0, 17, (200, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8))
+    return ready(flow)
+
+
+def ready(flow):
+    generator = torch.Generator().manual_seed(0)
+    for p in flow.parameters():
+        p.data += 0.4 * torch.randn(p.shape, generator=generator)
+    for block in flow.blocks:
+        block.eval_solver = FixedGrid("rk4", 4)
+    return flow.eval()
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Every figure that is drawn; at the end nothing in it may be cropped or lie on its neighbour."""
+    drawn = []
+
+    def remember(width, height):
+        drawn.append(canvas.new_figure(width, height))
+        return drawn[-1]
+
+    for module in (curves, motion, plane, samples):
+        if hasattr(module, "new_figure"):
+            monkeypatch.setattr(module, "new_figure", remember)
+    yield drawn
+    for figure in drawn:
+        figure.canvas.draw()
+        whole = [axis.get_tightbbox() for axis in figure.axes]  # with titles, labels and ticks
+        for i, a in enumerate(whole):
+            assert a.x0 > -1 and a.y0 > -1 and a.x1 < figure.bbox.x1 + 1 and a.y1 < figure.bbox.y1 + 1, "cropped"
+            for b in whole[i + 1 :]:
+                assert not a.overlaps(b.padded(-1)), "overlap"
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        return np.asarray(picture.convert("RGB")).astype(int)
+
+
+def points(n=400, scale=1.0):
+    return scale * torch.randn(n, 2, generator=torch.Generator().manual_seed(1))
+
+
+def test_image_grid(tmp_path):
+    for channels, levels in ((1, 17), (3, 256)):
+        images = torch.randint(0, levels, (7, channels, 4, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        path = plotting.image_grid(images, tmp_path / "grid.png", columns=3, levels=levels)
+        found = pixels(path)
+        assert found.shape == (3 * 41 + 1, 3 * 61 + 1, 3)
+        for i, image in enumerate(images):
+            tile = found[i // 3 * 41 + 1 : i // 3 * 41 + 41, i % 3 * 61 + 1 : i % 3 * 61 + 61]
+            truth = (image.float() * 255 / (levels - 1)).round().int().permute(1, 2, 0).expand(4, 6, 3)
+            assert np.array_equal(tile, truth.numpy().repeat(10, 0).repeat(10, 1))
+        # floats are the grey levels that they stand for
+        floats = (images.float() + 0.7) / levels
+        assert np.array_equal(pixels(plotting.image_grid(floats, tmp_path / "f.png", columns=3, levels=levels)), found)
+    outside = torch.tensor([-3.0, 7.0]).reshape(1, 1, 1, 2)
+    tile = pixels(plotting.image_grid(outside, tmp_path / "o.png"))[1:-1, 1:-1]
+    assert (tile[:, :32] == 0).all() and (tile[:, 32:] == 255).all()
+    assert pixels(plotting.image_grid(torch.rand(2, 2, 8, 8), tmp_path / "two.png")).shape[2] == 3  # two channels: their mean
+
+
+def test_samples_beside_images(tmp_path, figures):
+    data = torch.randint(0, 17, (9, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    plotting.samples_beside_data((data.float() + 0.3) / 17, data, tmp_path / "a.png", levels=17)
+    left, right = figures[0].axes
+    assert [a.get_title() for a in (left, right)] == ["data", "samples"]
+    assert np.array_equal(left.images[0].get_array(), right.images[0].get_array())
+    plotting.samples_beside_data(data, None, tmp_path / "b.png", levels=17)
+    assert [a.get_title() for a in figures[1].axes] == ["samples"]
+
+
+def test_samples_beside_points(tmp_path, figures):
+    data, drawn = points(), points() + 0.1
+    plotting.samples_beside_data(drawn, data, tmp_path / "a.png")
+    left, right = figures[0].axes
+    assert left.get_xlim() == right.get_xlim() and left.get_ylim() == right.get_ylim()
+    assert np.allclose(left.collections[0].get_offsets(), data) and np.allclose(right.collections[0].get_offsets(), drawn)
+    low, high = data.min(0).values, data.max(0).values
+    assert left.get_xlim()[0] < low[0] and left.get_xlim()[1] > high[0] and left.get_ylim()[1] > high[1]
+    assert left.get_aspect() == 1
+    # two columns of different units fill the frame all the same
+    plotting.samples_beside_data(drawn * torch.tensor([1.0, 1e4]), None, tmp_path / "b.png", columns=("length", "mass"))
+    (axis,) = figures[1].axes
+    assert axis.get_aspect() == "auto" and (axis.get_xlabel(), axis.get_ylabel()) == ("length", "mass")
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(1, torch.float32), (5, torch.float64), (14, torch.float32)])
+def test_samples_beside_tables(tmp_path, figures, dim, dtype):
+    data = torch.randn(500, dim, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    data[:, 0] = 2.5  # a constant column is drawn, too
+    names = tuple(f"quantity {i}" for i in range(dim))
+    plotting.samples_beside_data(data + 0.1, data, tmp_path / "a.png", columns=names)
+    plotting.samples_beside_data(data, None, tmp_path / "b.png")
+    titles = [a.get_title() for a in figures[0].axes if a.axison]
+    assert titles == list(names[:12])
+    assert [a.get_title() for a in figures[1].axes if a.axison] == [f"column {i}" for i in range(min(dim, 12))]
+    legend = [t.get_text() for t in figures[0].axes[0].get_legend().get_texts()]
+    assert sorted(legend) == ["data", "samples"]
+
+
+def test_density(tmp_path, figures, flow):
+    data = 5 + points(900)
+    plotting.density_2d(flow, data, tmp_path / "a.png", resolution=30)
+    left, right, bar = figures[0].axes
+    values = np.asarray(right.images[0].get_array())
+    x0, x1, y0, y1 = right.images[0].get_extent()
+    assert x0 < data[:, 0].min() and x1 > data[:, 0].max() and y0 < data[:, 1].min() and y1 > data[:, 1].max()
+    row, column = 21, 4  # row = second coordinate
+    point = torch.tensor([[x0 + (column + 0.5) * (x1 - x0) / 30, y0 + (row + 0.5) * (y1 - y0) / 30]])
+    assert np.isclose(values[row, column], float(flow.log_prob(point.float()).detach().exp()), rtol=1e-4)
+    counts = np.asarray(left.images[0].get_array())
+    assert np.isclose(counts.sum() * (x1 - x0) * (y1 - y0) / counts.size, 1)  # a density, as the model's is
+    assert left.images[0].get_clim() == right.images[0].get_clim() and left.images[0].get_clim()[0] == 0
+    assert bar.get_ylabel() == "density p(x)"
+    plotting.density_2d(flow, data, tmp_path / "b.png", extent=2.0, resolution=10)
+    assert tuple(figures[1].axes[1].images[0].get_extent()) == (-2, 2, -2, 2)
+    assert not np.asarray(figures[1].axes[0].images[0].get_array()).any()  # no data there
+
+
+def test_vector_field(tmp_path, figures, flow):
+    plotting.vector_field_2d(flow, tmp_path / "a.png", times=3)
+    panels = figures[0].axes[:6]
+    assert [a.get_title() for a in panels] == [f"block {b}, t = {t}" for b in (1, 2) for t in ("0.00", "0.50", "1.00")]
+    quivers = [a.collections[0] for a in panels]
+    assert len({q.get_clim() for q in quivers}) == 1 and len({q.scale for q in quivers}) == 1
+    at = torch.from_numpy(np.stack([quivers[4].X, quivers[4].Y], 1)).float()
+    v = flow.blocks[1].field(torch.tensor(0.5), at).detach().numpy()
+    assert np.allclose(quivers[4].get_array(), np.hypot(*v.T), rtol=1e-4, atol=1e-6)
+    assert np.allclose(np.arctan2(quivers[4].V, quivers[4].U), np.arctan2(*v.T[::-1]), atol=1e-4)
+    still = build(ModelConfig(hidden=(4,)), SolverConfig(), (2,))  # f = 0 everywhere
+    plotting.vector_field_2d(still, tmp_path / "b.png", times=2)
+    assert np.isfinite(figures[1].axes[0].collections[0].U).all()
+
+
+def test_trajectories(tmp_path, figures, flow):
+    data = points(30)
+    plotting.trajectories_2d(flow, data, tmp_path / "a.png", n=10)
+    (axis,) = figures[0].axes
+    assert len(axis.lines) == 10
+    start, end = (c.get_offsets() for c in axis.collections)
+    assert np.allclose(end, flow.encode(data[:10]).detach(), atol=1e-4)
+    assert np.allclose(start, flow.transform.transforms[0](data[:10]).value, atol=1e-6)
+    assert np.allclose([line.get_xydata()[0] for line in axis.lines], start, atol=1e-6)
+    (legend,) = figures[0].legends
+    figures[0].canvas.draw()
+    assert not legend.get_window_extent().overlaps(axis.get_window_extent())  # it hides no point
+
+
+def frames_of(path):
+    with Image.open(path) as picture:
+        assert picture.format == "GIF" and picture.info["loop"] == 0
+        out = []
+        for i in range(picture.n_frames):
+            picture.seek(i)
+            out.append((np.asarray(picture.convert("RGB")).astype(int), picture.info["duration"]))
+    return out
+
+
+def test_gif_of_points(tmp_path, flow, figures):
+    frames = frames_of(plotting.flow_gif(flow, tmp_path / "a.gif", n=50, frames=4))
+    assert [d for _, d in frames] == [80, 80, 80, 1500]
+    assert len({f.shape for f, _ in frames}) == 1
+    (axis,) = figures[0].axes
+    x = flow.rsample(50, noise=Noise(0, "sample"))
+    assert np.allclose(axis.collections[0].get_offsets(), flow.transform.transforms[0](x).value.detach(), atol=1e-5)
+    assert axis.get_title() == "t = 0.00 T"
+    context = torch.eye(2)[torch.arange(6) % 2]
+    conditional = ready(build(ModelConfig(hidden=(4,)), SolverConfig(), (2,), context_dim=2))
+    assert len(frames_of(plotting.flow_gif(conditional, tmp_path / "b.gif", n=6, frames=3, context=context))) == 3
+
+
+def test_gif_of_images(tmp_path, image_flow):
+    frames = frames_of(plotting.flow_gif(image_flow, tmp_path / "a.gif", n=9, frames=3, seed=4))
+    assert len(frames) == 3
+    x = image_flow.sample(9, noise=Noise(4, "sample"))
+    truth = pixels(plotting.image_grid(x, tmp_path / "a.png"))
+    assert np.abs(frames[-1][0] - truth).max() <= 4  # the last frame is the sample, up to a grey level or two
+    z = image_flow.encode(image_flow.rsample(9, noise=Noise(4, "sample")))
+    logit, whiten = image_flow.transform.transforms[1:3]
+    noise = pixels(plotting.image_grid(logit.inverse(whiten.inverse(z).value).value.detach(), tmp_path / "z.png"))
+    assert np.abs(frames[0][0] - noise).max() <= 4
+
+
+def test_gif_refuses(tmp_path, flow):
+    with pytest.raises(ConfigError, match="frames=1"):
+        plotting.flow_gif(flow, tmp_path / "a.gif", frames=1)
+    with pytest.raises(ConfigError, match=r"event of this flow has shape \(3,\)"):
+        plotting.flow_gif(build(ModelConfig(), SolverConfig(), (3,)), tmp_path / "a.gif")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_learning_curves(tmp_path, figures):
+    rows = [{"step": s, "nll": 3 + 50 / s**2, "nfe": 16, "nfe_backward": 0} for s in range(1, 101)]
+    rows[49]["validation"], rows[99]["validation"] = 3.2, float("inf")
+    plotting.learning_curves(rows, tmp_path / "a.png", unit="bits/dim")
+    top, bottom = figures[0].axes
+    assert top.get_ylabel() == "bits/dim" and bottom.get_xlabel() == "step"
+    labels = [[t.get_text() for t in a.get_legend().get_texts()] for a in (top, bottom)]
+    assert labels == [["training batch", "validation (averaged weights)"], ["forward"]]
+    assert np.array_equal(top.lines[1].get_xydata(), [[50, 3.2]])
+    low, high = top.get_ylim()
+    assert low < 3.005 and 3.2 < high < 20  # the first steps do not squeeze the rest
+    for row in rows:
+        row["nfe_backward"] = 30
+    plotting.learning_curves(rows, tmp_path / "b.png", unit="nats")
+    assert len(figures[1].axes[1].lines) == 2
+    plotting.learning_curves([], tmp_path / "c.png", unit="nats")  # a run stopped before its first row
+    plotting.learning_curves([{"step": 10, "skipped": 3}], tmp_path / "d.png", unit="nats")
+
+
+def test_files_are_written_whole(tmp_path, monkeypatch):
+    path = plotting.image_grid(torch.rand(4, 1, 4, 4), tmp_path / "a.png")
+    before = path.read_bytes()
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(CheckpointError, match="disk full"):
+        plotting.image_grid(torch.rand(9, 1, 4, 4), path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.png"]
