@@ -41,7 +41,8 @@ COLUMNS = {
     "batch": "{batch}",
     "saved MiB": "{saved_mib:,.1f}",
     "peak MiB": "{peak_mib:,.0f}",
-    "RSS MiB": "{rss_mib:,.0f}",
+    "RSS MiB, of the step": "{rss_mib:,.0f}",
+    "peak RSS MiB, of the process": "{whole_mib:,.0f}",
     "peak at batch {large}, by arithmetic, GiB": "{large_gib:,.1f}",
 }
 
@@ -160,6 +161,7 @@ def child(name: str, batch: int, gradient: str, steps: int) -> dict[str, Any]:
         "saved_mib": sizes["saved"] / MIB,
         "peak_mib": sizes["peak"] / MIB,
         "rss_mib": rss / MIB,
+        "whole_mib": (before + rss) / MIB,
         "before_mib": before / MIB,
         "parameters_mib": sum(p.nbytes for p in objective.parameters()) / MIB,
     }
