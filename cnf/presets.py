@@ -133,7 +133,7 @@ PRESETS = {
         RunConfig(
             "digits",
             DataConfig("digits"),
-            # two hidden layers: the trace has a closed form; a third of the pixels is nearly always black, which each
+            # two hidden layers: the trace has a closed form; a quarter of the pixels is nearly always black, which each
             # pixel's own distribution takes off the field's hands
             ModelConfig(hidden=(270, 270), marginals="gaussianize", alpha=1e-4),
             SolverConfig(grid_steps=4),
