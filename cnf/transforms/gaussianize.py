@@ -73,9 +73,9 @@ class Gaussianize(Plain):
         counts = torch.zeros(self.mass.shape, dtype=torch.float64, device=self.mass.device)
         for batch in batches:
             self._check(batch)
-            bins = self._bins(batch.to(self.mass.device))
-            for level in range(self.levels):
-                counts[..., level] += (bins == level).sum(0)
+            bins = self._bins(batch.to(self.mass.device)).flatten(1)
+            cells = bins + self.levels * torch.arange(bins.shape[1], device=bins.device)
+            counts += torch.bincount(cells.flatten(), minlength=counts.numel()).reshape(counts.shape)
         if not counts.any():
             raise DataError("marginals of no rows: expected at least one")
         pooled = counts.reshape(-1, self.levels).sum(0)
@@ -91,13 +91,17 @@ class Gaussianize(Plain):
     def _bins(self, x: Tensor) -> Tensor:
         return (x.detach() * self.levels).floor().clamp(0, self.levels - 1).long()
 
-    def _piece(self, bins: Tensor) -> tuple[Tensor, Tensor]:
-        """F at the left end of each bin, and its probability; float64, because 1 − F matters too."""
+    def _pieces(self) -> tuple[Tensor, Tensor]:
+        """F at the right end of every bin, and the bins' probabilities; float64, because 1 − F matters too."""
         mass = self.mass.double()
         mass = mass / mass.sum(-1, keepdim=True)
-        left = mass.cumsum(-1) - mass
+        return mass.cumsum(-1), mass
+
+    @staticmethod
+    def _piece(bins: Tensor, ends: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+        """F at the left end of each point's bin, and the bin's probability."""
         index = bins[..., None]
-        return torch.take_along_dim(left[None], index, -1)[..., 0], torch.take_along_dim(mass[None], index, -1)[..., 0]
+        return torch.take_along_dim((ends - mass)[None], index, -1)[..., 0], torch.take_along_dim(mass[None], index, -1)[..., 0]
 
     def _log_slope(self, z: Tensor, mass: Tensor) -> Tensor:
         """ln dz/dx summed over the event, (N,)."""
@@ -108,7 +112,7 @@ class Gaussianize(Plain):
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check(x)
         bins = self._bins(x)
-        left, mass = self._piece(bins)
+        left, mass = self._piece(bins, *self._pieces())
         s = self.alpha + (1 - 2 * self.alpha) * (left + mass * (x.double() * self.levels - bins))
         if s.numel() and not bool(((s > 0) & (s < 1)).all()):
             low, high = (float(v) for v in x.detach().aminmax())
@@ -120,10 +124,10 @@ class Gaussianize(Plain):
     def _inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         deep = z.double()
         u = (torch.special.ndtr(deep) - self.alpha) / (1 - 2 * self.alpha)
-        mass = self.mass.double()
-        ends = (mass / mass.sum(-1, keepdim=True)).cumsum(-1).expand(*z.shape, self.levels)
-        bins = torch.searchsorted(ends.contiguous(), u[..., None].detach().contiguous(), right=True)[..., 0]
+        ends, mass = self._pieces()
+        every = ends.expand(*z.shape, self.levels).contiguous()
+        bins = torch.searchsorted(every, u[..., None].detach().contiguous(), right=True)[..., 0]
         bins = bins.clamp(max=self.levels - 1)
-        left, width = self._piece(bins)
+        left, width = self._piece(bins, ends, mass)
         x = (bins + (u - left) / width) / self.levels
         return x.to(z), -self._log_slope(deep, width).to(z)
