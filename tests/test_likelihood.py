@@ -579,3 +579,15 @@ def test_score_of_a_toy_set_gives_its_entropy_and_integral():
     assert result["integral"] == pytest.approx(1, abs=1e-3) and result["bound"] is None and result["alpha"] is None
     text = summary(result)
     assert "true entropy" in text and "integrates" in text and "levels" not in text and "exact trace; dopri5" in text
+
+
+def test_a_report_that_cannot_be_made_does_not_take_the_figure_with_it():
+    from types import SimpleNamespace
+
+    from cnf.training.report import add_columns
+
+    x = torch.stack([torch.randn(9), torch.ones(9)], 1)  # a constant column, as a small split may have
+    data = SimpleNamespace(kind="table", test=x, test_context=None, columns=("a", "b"))
+    result, said = {"nats": 1.0}, []
+    add_columns(result, gaussian(torch.eye(2)), data, "test", said.append)
+    assert result == {"nats": 1.0} and len(said) == 1 and "constant" in said[0]

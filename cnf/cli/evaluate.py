@@ -17,16 +17,15 @@ from cnf.cli.options import Command
 from cnf.datasets import DataSplits, tabular
 from cnf.datasets.arrays import read_numpy
 from cnf.datasets.items import Items, own_names, read_items
-from cnf.errors import ConfigError, DataError, SolverError
+from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
-from cnf.likelihood import column_report, rank
+from cnf.likelihood import rank
 from cnf.models import divergence, eval_solver
 from cnf.training import score, summary, write_json, write_scores
+from cnf.training.report import TEST_SCORES, add_columns
 from cnf.training.scoring import TEST_SEED
 
 __all__ = ["evaluate_run", "score_items"]
-
-TEST_SCORES = "test_nll.npz"
 
 
 def _flow(folder: Path, info: RunInfo) -> Flow:
@@ -93,13 +92,7 @@ def evaluate_run(command: Command, info: RunInfo, data: DataSplits) -> int:
         flow, info, data, command.split, config.train.draws, importance=command.importance, dequantisation=kind,
         items=config.train.test_items, check=command.check,
     )  # fmt: skip
-    if data.kind == "table":
-        x, context = getattr(data, command.split), getattr(data, f"{command.split}_context")
-        try:
-            report = column_report(flow, x, context, names=data.columns)
-            result["columns"] = [dataclasses.asdict(column) for column in report]
-        except (DataError, SolverError) as error:  # the figure stands without it
-            print(f"no report on the columns: {error}")
+    add_columns(result, flow, data, command.split, print)
     result |= {"notices": list(data.notices), "config": dataclasses.asdict(config)}
     print(summary(result), flush=True)
     number = 1

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from cnf.datasets import DataSplits
+from cnf.errors import ConfigError
 from cnf.noise import Noise
 
-__all__ = ["Batches", "fingerprint", "validation_rows"]
+__all__ = ["Batches", "choose_rows", "fingerprint", "validation_rows"]
 
 
 class Batches:
@@ -60,13 +61,22 @@ def fingerprint(data: DataSplits) -> str:
     return " ".join(parts)
 
 
+def choose_rows(total: int, items: int | None, seed: int) -> Tensor:
+    """Numbers of ``items`` rows in their order: chosen at random, since sets are often sorted, but always the same; all if None.
+
+    Raises:
+        ConfigError: for fewer than one item.
+    """
+    if items is not None and items < 1:
+        raise ConfigError(f"items={items}; expected at least 1, or None for all")
+    if items is None or items >= total:
+        return torch.arange(total)
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:items].sort().values
+
+
 def validation_rows(
     data: DataSplits, items: int | None, seed: int, device: torch.device
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Validation rows, their context and their numbers in the split: so many chosen at random, or all."""
-    total, context = len(data.validation), data.validation_context
-    if items is None or items >= total:
-        index = torch.arange(total)
-    else:  # at random, since a set may be sorted
-        index = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:items].sort().values
+    index, context = choose_rows(len(data.validation), items, seed), data.validation_context
     return data.validation[index].to(device), None if context is None else context[index].to(device), index

@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cnf.checkpoint import write_atomic, write_text
 from cnf.datasets import DataSplits
-from cnf.errors import SolverError
+from cnf.errors import DataError, SolverError
 from cnf.flow import Flow
 from cnf.likelihood import column_report
 from cnf.noise import Noise
 from cnf.training.loop import Trainer
 from cnf.training.scoring import score, write_scores
 
-__all__ = ["columns_text", "comparability", "finish", "summary", "write_json"]
+__all__ = ["TEST_SCORES", "add_columns", "columns_text", "comparability", "finish", "summary", "write_json"]
+
+TEST_SCORES = "test_nll.npz"  # the test items' likelihoods, in the run folder
 
 
 def _number(value: Any) -> str:
@@ -106,6 +109,17 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_atomic(path, lambda p: write_text(p, text))
 
 
+def add_columns(result: dict[str, Any], flow: Flow, data: DataSplits, split: str, say: Callable[[str], None]) -> None:
+    """Put a table's report on its columns into the result; where there can be none, the figure stands without it."""
+    if data.kind != "table":
+        return
+    try:
+        report = column_report(flow, getattr(data, split), getattr(data, f"{split}_context"), names=data.columns)
+        result["columns"] = [dataclasses.asdict(column) for column in report]
+    except (DataError, SolverError) as error:
+        say(f"no report on the columns: {error}")
+
+
 def finish(trainer: Trainer) -> dict[str, Any]:
     """Score the test set with the best validation's weights; write result.json, test_nll.npz and the pictures.
 
@@ -123,14 +137,9 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         "notices": list(trainer.data.notices),
         "config": dataclasses.asdict(info.config),
     }
-    if trainer.data.kind == "table":
-        try:
-            report = column_report(flow, trainer.data.test, trainer.data.test_context, names=trainer.data.columns)
-            result["columns"] = [dataclasses.asdict(column) for column in report]
-        except SolverError as error:
-            trainer.say(f"no report on the columns: {error}")
+    add_columns(result, flow, trainer.data, "test", trainer.say)
     write_json(folder / "result.json", result)
-    write_scores(folder / "test_nll.npz", found)
+    write_scores(folder / TEST_SCORES, found)
     try:
         pictures(flow, trainer.data, folder, trainer.metrics, trainer.unit)
     except SolverError as error:

@@ -23,6 +23,7 @@ from cnf.flow import Flow
 from cnf.likelihood import Evaluation, evaluate, integral_2d
 from cnf.likelihood import check as check_items
 from cnf.solvers import Adaptive, FixedGrid
+from cnf.training.batches import choose_rows
 from cnf.transforms import Gaussianize, Logit
 
 __all__ = ["TEST_SEED", "score", "write_scores"]
@@ -66,7 +67,7 @@ def score(
     x: torch.Tensor = getattr(data, split)
     context = getattr(data, f"{split}_context")
     total = len(x)
-    index = _choose(total, items)
+    index = choose_rows(total, items, TEST_SEED)
     x, context = x[index], None if context is None else context[index]
     found = evaluate(
         flow, x, context, draws=draws, importance=importance, dequantisation=dequantisation, seed=TEST_SEED,
@@ -117,16 +118,6 @@ def score(
     if data.kind == "toy":
         result["integral"] = integral_2d(flow, extent=1.6 * float(data.test.abs().max()))
     return result, found
-
-
-def _choose(total: int, items: int | None) -> torch.Tensor:
-    """Which items are scored, in their order: chosen at random, since sets are often sorted, but always the same."""
-    if items is not None and items < 1:
-        raise ConfigError(f"items={items}; expected at least 1, or None for all")
-    if items is None or items >= total:
-        return torch.arange(total)
-    generator = torch.Generator().manual_seed(TEST_SEED)
-    return torch.randperm(total, generator=generator)[:items].sort().values
 
 
 def _solvers(flow: Flow) -> dict[str, Any]:
