@@ -1,4 +1,4 @@
-"""Flows from plain settings: what a run folder's config.json describes and rebuilds."""
+"""Flows from plain settings."""
 
 from __future__ import annotations
 

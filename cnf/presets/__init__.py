@@ -1,0 +1,27 @@
+"""The presets that the command line knows."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from cnf.errors import ConfigError
+from cnf.presets.density import DENSITY
+from cnf.presets.images import IMAGES
+from cnf.presets.settings import DataConfig, Preset, RunConfig, TrainConfig
+
+__all__ = ["PRESETS", "DataConfig", "Preset", "RunConfig", "TrainConfig", "preset"]
+
+PRESETS = DENSITY | IMAGES
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        ConfigError: for an unknown one; the nearest is suggested.
+    """
+    if name not in PRESETS:
+        near = get_close_matches(name, PRESETS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(PRESETS)}; --data NAME chooses data"
+        raise ConfigError(f"preset {name!r} is unknown: {hint} (--list shows all)")
+    return PRESETS[name]

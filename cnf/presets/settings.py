@@ -1,0 +1,124 @@
+"""Every default, listed once: which data, which model, how it is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import tyro
+
+from cnf.models import ModelConfig, SolverConfig
+
+__all__ = ["DataConfig", "Preset", "RunConfig", "TrainConfig"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which data."""
+
+    data: str = "digits"
+    """A known data set (digits, 8gaussians, mnist, miniboone, ...) or a path: .npz, .npy, .csv, a folder, one picture."""
+    data_root: str = "data"
+    """Folder where named data sets are looked for and downloaded to."""
+    download: bool = True
+    """Whether named data sets that are not there may be downloaded."""
+    split_seed: int = 0
+    """Decides the split where none is fixed; apart from --seed, so that runs share their test set."""
+    data_seed: int = 0
+    """Draws toy points and the noise of --discrete dequantize; apart from --seed, so that runs share their data."""
+    validation_fraction: float = 0.1
+    """Share of your own data that is held out for validation."""
+    test_fraction: float = 0.1
+    """Share of your own data that is held out for the test."""
+    condition: Literal["none", "label"] = "none"
+    """label: one-hot classes as context (npz 'labels', sub-folder names)."""
+    discrete: Literal["dequantize", "keep", "error"] = "dequantize"
+    """Table columns on a lattice: add one step of uniform noise, keep, or refuse."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """Exact duplicates in your own data: drop them before splitting, since they would leak into the test, or keep them."""
+    limit: int | None = None
+    """Keep only so many training items."""
+    nbits: int = 8
+    """Bits kept of 8-bit images (5 for CelebA-HQ): 2**nbits grey levels."""
+    image_size: int | None = None
+    """Crop and resize a folder's pictures, or celeba's, to this size."""
+    flip: Literal["default", "yes", "no"] = "default"
+    """Flip training images at random from left to right; by default where it is published so (cifar10, celeba, celebahq256)."""
+    invert: bool = False
+    """One picture as a density: light is dense instead of dark."""
+    toy_sizes: tuple[int, int, int] = (50_000, 5_000, 10_000)
+    """Points of a toy set for training, validation and test."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How it is trained."""
+
+    steps: int = 3000
+    """Training steps."""
+    batch_size: int = 256
+    """Items a step."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    warmup: int = 100
+    """Steps of linear warm-up; without it the first steps of a flow can throw it far off."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: down to zero along a cosine, or constant."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW); zero is Adam."""
+    max_grad_norm: float = 10.0
+    """Gradients are clipped to this norm, since rare batches explode; 0 leaves them as they are."""
+    ema_decay: float = 0.999
+    """Decay of the averaged weights, which are what is validated and saved (shorter at first); 0 does not average."""
+    kinetic: float = 0.0
+    """Weight of the kinetic energy ∫‖f‖² (RNODE)."""
+    jacobian: float = 0.0
+    """Weight of the Jacobian's norm ∫‖J‖² (RNODE)."""
+    regularisers: Literal["paper", "code"] = "paper"
+    """paper: integrals of sums (images: over D); code: RNODE's released means over each block, half on kinetic."""
+    validate_every: int = 250
+    """Steps between validations."""
+    patience: int = 0
+    """Stop after so many validations without a better one; 0 never."""
+    validation_items: int | None = None
+    """Validate on so many items only, chosen once at random; all if not given."""
+    test_items: int | None = None
+    """Test on so many items only, chosen once at random; all if not given."""
+    draws: int = 10
+    """Noise draws an item in the final test, where noise enters (images, Hutchinson's trace)."""
+    watch_every: int = 100
+    """Steps between measurements of the training solver's error."""
+    watch_tolerance: float = 0.01
+    """Error, in bits/dim or nats/dim, above which the grid gets twice the steps (an adaptive solver a tenth of its tolerances)."""
+    max_grid_steps: int = 64
+    """Where the watch stops doubling."""
+    max_time: float | None = None
+    """Train for so many seconds at most in this call, then test; --resume goes on."""
+    seed: int = 0
+    """Seed of weights, order and noise."""
+    device: str = "cpu"
+    """Where to train: cpu, cuda, cuda:1, ..."""
+    threads: int | None = None
+    """CPU threads; torch's choice if not given."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    name: tyro.conf.Suppress[str] = "digits"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A run's settings with a line about them and what they were measured to cost."""
+
+    config: RunConfig
+    summary: str
+    cost: str
+    shape: tuple[int, ...]  # of the events of its data, for the parameter count
+    levels: int | None = None
