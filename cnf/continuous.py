@@ -9,8 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from cnf.divergence import Bound, Divergence, Exact, linearize
+from cnf.divergence import Bound, Divergence, Driven, Exact, linearize
 from cnf.errors import ConfigError, SolverError
+from cnf.fields.augmented import TimePath, check_drive
 from cnf.noise import Noise, draw
 from cnf.quadratures import Quadrature, check_names
 from cnf.solvers import Adaptive, FixedGrid, Solution, Solver
@@ -34,9 +35,12 @@ class CNF(Transform):
         end_time: T > 0.
         learn_end_time: learn T = τ², τ a parameter called ``sqrt_end_time``.
         steer: half-width b of a random end time T' in [T - b, T + b], one a batch, in training (STEER, 2006.10711).
+        path: the learned time a(t) of AFFJORD (2306.02731), :class:`~cnf.fields.TimePath`: a (1, k) is integrated with
+            batch 1 beside x, in both directions, and the field is called with a (k,) in place of t. Since a never sees
+            x, the map is injective in x and the log-det stays the integral of the field's own divergence.
 
     Raises:
-        ConfigError: for a T or a b that cannot be.
+        ConfigError: for a T or a b that cannot be, or a field and a path that do not belong together.
         SolverError: from a solve that failed.
 
     Example:
@@ -59,6 +63,7 @@ class CNF(Transform):
         end_time: float = 1.0,
         learn_end_time: bool = False,
         steer: float = 0.0,
+        path: TimePath | None = None,
     ):
         super().__init__()
         if not (math.isfinite(end_time) and end_time > 0):
@@ -66,12 +71,15 @@ class CNF(Transform):
         if not 0 <= steer < end_time:
             raise ConfigError(f"steer={steer}; expected 0 <= steer < end_time={end_time}")
         check_names(quadratures)
+        check_drive(field, path)
         self.field = field
+        self.path = path
         self.divergence: Divergence = divergence or Exact()
         self.solver: Solver = solver or FixedGrid("rk4", 4)
         self.eval_solver: Solver = eval_solver or Adaptive("dopri5", 1e-5, 1e-5)
         self.quadratures = tuple(quadratures)
         self.steer = steer
+        self.label = "block"  # in messages; a flow numbers its blocks
         self.learn_end_time = learn_end_time
         root = torch.tensor(math.sqrt(end_time))
         if learn_end_time:
@@ -112,15 +120,71 @@ class CNF(Transform):
     def _solve(
         self, x: Tensor, context: Tensor | None, noise: Noise | None, log_det: bool, integrals: bool, back: bool
     ) -> Transformed:
+        end = self.drawn_end(x, noise)
+        drive = self.start(x)
+        if back and drive is not None:  # g runs forward first, then a walks back beside x
+            drive = self.carry(drive, end)
+        return self.through(x, end, drive, context, noise=noise, log_det=log_det, integrals=integrals, back=back)[0]
+
+    def drawn_end(self, x: Tensor, noise: Noise | None = None) -> Tensor:
+        """The end time of one solve: T, or with ``steer`` a random one in training."""
         end = self.end_time(x)
         if self.steer and self.training:
             u = draw(noise, "end_time", "uniform", (), dtype=x.dtype, device=x.device, batch_dim=None)
             end = end + self.steer * (2 * u - 1)
+        return end
+
+    def start(self, x: Tensor) -> Tensor | None:
+        """a(0) of the augmented time; None without a path."""
+        return None if self.path is None else self.path.start(x)
+
+    def carry(self, drive: Tensor, span: Tensor) -> Tensor:
+        """The augmented time after ``span``, integrated alone (batch 1), by the solver that x takes."""
+        path = self.path
+        assert path is not None
+        named = (*path.parameters(), drive, span)
+        try:
+            solution = self._solver().solve(lambda s, state: (span * path(state[0]),), (drive,), parameters=named)
+        except SolverError as error:
+            raise SolverError(
+                f"{self.label}, augmented time over {float(span):g}: {error}{error.where(0.0, float(span))}"
+            ) from None
+        return solution.state[0]
+
+    def through(
+        self,
+        x: Tensor,
+        end: Tensor,
+        drive: Tensor | None,
+        context: Tensor | None = None,
+        *,
+        noise: Noise | None = None,
+        log_det: bool = True,
+        integrals: bool = True,
+        back: bool = False,
+    ) -> tuple[Transformed, Tensor | None]:
+        """From t = 0 to ``end`` (or back), from the augmented time ``drive`` on that side; with it on the other side."""
         zero = torch.zeros_like(end)
-        state, values, stats = self.integrate(
-            x, (end, zero) if back else (zero, end), context, noise=noise, log_det=log_det, integrals=integrals
+        state, values, solution = self.integrate(
+            x,
+            (end, zero) if back else (zero, end),
+            context,
+            noise=noise,
+            log_det=log_det,
+            integrals=integrals,
+            drive=drive,
         )
-        return Transformed(state, values.pop("log_det"), values, stats.stats)
+        left = None if drive is None else solution.state[1]
+        return Transformed(state, values.pop("log_det"), values, solution.stats), left
+
+    def velocity(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """f at time t () and points x (N, \\*event), its augmented time integrated up to there where there is one."""
+        time = t if self.path is None else self.carry(self.path.start(x), t)[0]
+        value: Tensor = self.field(time, x, context)
+        return value
+
+    def _solver(self) -> Solver:
+        return self.solver if self.training else self.eval_solver
 
     def integrate(
         self,
@@ -131,21 +195,33 @@ class CNF(Transform):
         noise: Noise | None = None,
         log_det: bool = True,
         integrals: bool = True,
+        drive: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], Solution]:
-        """The point carried from ``times[0]`` to ``times[1]``, with every integral by name (N,) and the solution."""
+        """The point carried from ``times[0]`` to ``times[1]``, with every integral by name (N,) and the solution.
+
+        ``drive`` is the augmented time at ``times[0]``, where there is a path; None integrates it up to there.
+        """
         start, stop = times
         span = stop - start
+        path = self.path
+        if path is not None and drive is None:
+            drive = self.carry(path.start(x), start)
         quadratures = self.quadratures if log_det and integrals else ()
         need = frozenset({"div"} if log_det else ()).union(*(q.need for q in quadratures))
         # drawn once, before the solve and outside anything checkpointed: a probe held fixed makes one smooth ODE
         probe = self.divergence.probe(x, noise, need, self.field)
-        bound = Bound(self.field, context)
 
         def rhs(s: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             t = start + s * span
             point = state[0]
-            parts = linearize(self.field, t, point, probe, context, need, self.divergence)
-            out = [span * parts.dx]
+            if path is None:
+                time, bound, moved = t, Bound(self.field, context), []
+            else:
+                drift = path(state[1])
+                time, moved = state[1][0], [span * drift]
+                bound = Driven(self.field, context, time, drift[0])
+            parts = linearize(self.field, time, point, probe, context, need, self.divergence)
+            out = [span * parts.dx, *moved]
             if log_det:
                 out.append(span * cast(Tensor, parts.div))
             # regularisers are non-negative both ways, so they take the length of the step, not its sign
@@ -153,17 +229,20 @@ class CNF(Transform):
             return tuple(out)
 
         flat = x.new_zeros(x.shape[0])
-        entries = (x, *(flat for _ in range(bool(log_det) + len(quadratures))))
+        dynamic = (x,) if drive is None else (x, drive)
+        entries = (*dynamic, *(flat for _ in range(bool(log_det) + len(quadratures))))
         # a running cost may be learned too
         learned = [m for q in quadratures for m in (q, getattr(q, "cost", None)) if isinstance(m, nn.Module)]
-        parameters: list[Tensor] = [p for m in (self.field, *learned) for p in m.parameters()]
+        modules = (self.field, *([path] if path is not None else []), *learned)
+        parameters: list[Tensor] = [p for m in modules for p in m.parameters()]
         parameters += [v for v in (start, stop, context) if v is not None]
-        solver = self.solver if self.training else self.eval_solver
         try:
-            solution = solver.solve(rhs, entries, dynamic=1, parameters=parameters)
+            solution = self._solver().solve(rhs, entries, dynamic=len(dynamic), parameters=parameters)
         except SolverError as error:
-            raise SolverError(f"block on events {tuple(x.shape[1:])}, t {float(start):g} to {float(stop):g}: {error}") from None
+            low, high = float(start), float(stop)
+            on = f"{self.label} on events {tuple(x.shape[1:])}, t {low:g} to {high:g}"
+            raise SolverError(f"{on}: {error}{error.where(low, high - low)}") from None
         names = (["log_det"] if log_det else []) + [q.name for q in quadratures]
-        values = dict(zip(names, solution.state[1:], strict=True))
+        values = dict(zip(names, solution.state[len(dynamic) :], strict=True))
         values.setdefault("log_det", flat)
         return solution.state[0], values, solution

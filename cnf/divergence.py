@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from cnf.errors import ConfigError
 from cnf.noise import Kind, Noise, draw
 
-__all__ = ["Bound", "Divergence", "Exact", "Hutchinson", "Linearization", "linearize"]
+__all__ = ["Bound", "Divergence", "Driven", "Exact", "Hutchinson", "Linearization", "linearize"]
 
 NEEDS = ("div", "jac_sq")
 _CHUNK_NUMEL = 2**22  # entries of tangents pushed at once by the exact trace: 16 MB in float32
@@ -108,6 +108,29 @@ class Bound:
         vmap: Any = torch.func.vmap
         dx, product = vmap(push, out_dims=(None, 0), randomness="same")(v)
         return dx, product
+
+
+class Driven(Bound):
+    """A field driven by an augmented time, as quadratures see it: whatever t they name, a (k,) at the present one.
+
+    Args:
+        field: called with a in place of t.
+        context: (N, C), (C,) or None.
+        time: a (k,).
+        drift: da/dt (k,), so that a derivative in t follows a.
+    """
+
+    def __init__(self, field: nn.Module, context: Tensor | None, time: Tensor, drift: Tensor):
+        super().__init__(field, context)
+        self.time, self.drift = time, drift
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        """f(a, x), (N, \\*event)."""
+        return super().__call__(self.time, x)
+
+    def jvp(self, t: Tensor, x: Tensor, v: Tensor, *, t_dot: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """f and J v + t_dot ∂f/∂a · da/dt for K stacked tangents v (K, N, \\*event)."""
+        return super().jvp(self.time, x, v, t_dot=None if t_dot is None else t_dot * self.drift)
 
 
 class Exact:

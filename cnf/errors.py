@@ -16,7 +16,30 @@ class DataError(CNFError, ValueError):
 
 
 class SolverError(CNFError, RuntimeError):
-    """An ODE solve failed: a non-finite state, an underflowing step, or too many steps."""
+    """An ODE solve failed: a non-finite state, an underflowing step, or too many steps.
+
+    Args:
+        message: what happened, and what to try.
+        s: where, in the solver's own time from 0 to 1.
+        step: the size of the step in that time.
+        largest: the largest entry of the state there.
+    """
+
+    def __init__(self, message: str, *, s: float | None = None, step: float | None = None, largest: float | None = None):
+        super().__init__(message)
+        self.s, self.step, self.largest = s, step, largest
+
+    def where(self, start: float, span: float) -> str:
+        """Place, step size and state in the time from ``start`` to ``start + span``, in words; "" where not known.
+
+        Example:
+            >>> SolverError("too many steps", s=0.25, step=0.001, largest=1e9).where(0.0, 2.0)
+            ' (at t = 0.5, step size 0.002, largest entry 1e+09)'
+        """
+        if self.s is None or self.step is None:
+            return ""
+        entry = "" if self.largest is None else f", largest entry {self.largest:.3g}"
+        return f" (at t = {start + self.s * span:.4g}, step size {self.step * abs(span):.3g}{entry})"
 
 
 class CheckpointError(CNFError, RuntimeError):

@@ -53,6 +53,8 @@ class Flow(nn.Module):
         self.event_shape = tuple(event_shape)
         self.latent_shape = transform.latent_shape(self.event_shape)
         self.base_std = base_std
+        for number, block in enumerate(blocks := self.blocks, 1):
+            block.label = f"block {number} of {len(blocks)}"
 
     @property
     def dim(self) -> int:

@@ -9,12 +9,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from cnf.continuous import CNF
 from cnf.errors import ConfigError, DataError
 from cnf.noise import Noise, child
 from cnf.solvers import Stats
 from cnf.transforms import Sequential, Squeeze, Transform, Transformed
 
-__all__ = ["Multiscale", "Split", "multiscale", "scale_shapes"]
+__all__ = ["Carried", "Multiscale", "Split", "multiscale", "scale_shapes"]
 
 Shape = tuple[int, ...]
 SMALLEST = 4  # height or width below which the published chain makes no further scale
@@ -78,6 +79,69 @@ def scale_shapes(shape: Shape) -> list[Shape]:
             "architecture='stack'"
         )
     return [(channels * 2**i, height >> i, width >> i) for i in range(count)]
+
+
+class Carried(Sequential):
+    """Blocks of one scale that share one augmented time: a starts afresh at the first and is carried from each block to
+    the next (AFFJORD, 2306.02731, §3.5).
+
+    The inverse integrates g forward through all blocks first, then walks back beside x; nothing is remembered from an
+    earlier call. Transforms between the blocks leave a as it is.
+
+    Example:
+        >>> from cnf.continuous import CNF
+        >>> from cnf.fields import MLP, Drive, TimePath
+        >>> block = lambda: CNF(MLP(2, (8,), Drive("concat", k=3)), path=TimePath(3)).eval()
+        >>> chain = Carried([block(), block()])
+        >>> x = torch.randn(5, 2)
+        >>> bool((chain.inverse(chain(x).value).value - x).abs().max() < 1e-3)
+        True
+    """
+
+    def __init__(self, transforms: Iterable[Transform]):
+        super().__init__(transforms)
+        if not self._blocks or any(block.path is None for block in self._blocks):
+            raise ConfigError("a carried chain takes blocks with an augmented time: give every CNF in it a path")
+
+    @property
+    def _blocks(self) -> list[CNF]:
+        return [transform for transform in self.transforms if isinstance(transform, CNF)]
+
+    def start(self, x: Tensor, back: bool) -> Tensor | None:
+        """The augmented time at the beginning of the scale; x is what the chain is given."""
+        return self._blocks[0].start(x)
+
+    def between(self, transform: Transform, drive: Tensor | None) -> Tensor | None:
+        """What a transform without an ODE makes of the augmented time."""
+        return drive
+
+    def _chain(
+        self, x: Tensor, context: Tensor | None, noise: Noise | None, log_det: bool, integrals: bool, back: bool
+    ) -> Transformed:
+        steps = [(cast(Transform, transform), child(noise, i)) for i, transform in enumerate(self.transforms)]
+        ends = [step.drawn_end(x, own) if isinstance(step, CNF) else None for step, own in steps]
+        drive = self.start(x, back)
+        drives = [drive]  # where each step starts: before the chain runs (back), or while it runs
+        if back:
+            for (step, _), end in zip(steps, ends, strict=True):
+                assert drive is not None
+                drive = self.between(step, drive) if end is None else cast(CNF, step).carry(drive, end)
+                drives.append(drive)
+        results = []
+        for i, (step, own) in reversed(list(enumerate(steps))) if back else enumerate(steps):
+            end, here = ends[i], drives[i + back]
+            if end is None:
+                move = step.inverse if back else step.forward
+                one = move(x, context, noise=own, log_det=log_det, integrals=integrals)
+                there = here if back else self.between(step, here)
+            else:
+                one, there = cast(CNF, step).through(
+                    x, end, here, context, noise=own, log_det=log_det, integrals=integrals, back=back
+                )
+            results.append(one)
+            drives += [] if back else [there]
+            x = one.value
+        return _joined(x, results)
 
 
 class Multiscale(Transform):
@@ -192,7 +256,8 @@ def multiscale(shape: Shape, block: Callable[[Shape], Transform], num_blocks: in
     """The published chain for images (C, H, W) (FFJORD, 1810.01367; RNODE, 2002.02798).
 
     Every scale but the last is ``num_blocks`` blocks, a squeeze, ``num_blocks`` blocks on the squeezed image, and a
-    split; the last one is ``num_blocks`` blocks. That makes num_blocks (2 n - 1) blocks on n scales.
+    split; the last one is ``num_blocks`` blocks. That makes num_blocks (2 n - 1) blocks on n scales. Blocks with an
+    augmented time share one a in each scale (:class:`Carried`).
 
     Args:
         shape: (C, H, W).
@@ -219,5 +284,6 @@ def multiscale(shape: Shape, block: Callable[[Shape], Transform], num_blocks: in
             squeeze = Squeeze()
             squeezed = squeeze.latent_shape(entering)
             parts += [squeeze, *(block(squeezed) for _ in range(num_blocks))]
-        scales.append(Sequential(parts))
+        driven = any(isinstance(part, CNF) and part.path is not None for part in parts)
+        scales.append((Carried if driven else Sequential)(parts))
     return Multiscale(scales, shape)

@@ -53,6 +53,18 @@ class Noise:
         other.place = (*self.place, int(i))
         return other
 
+    def rows(self, start: int, total: int) -> Noise:
+        """The noise of a micro-batch: rows from ``start`` on of the ``total`` that this one serves.
+
+        Example:
+            >>> whole = Noise(seed=0)
+            >>> bool((whole.rows(2, 4).draw("u", "uniform", (2,)) == whole.draw("u", "uniform", (4,))[2:]).all())
+            True
+        """
+        other = self._copy()
+        other.start, other.total = self.start + start, total if self.total is None else self.total
+        return other
+
     def __repr__(self) -> str:
         rows = "" if self.total is None else f", start={self.start}, total={self.total}"
         place = "".join(f".child({i})" for i in self.place)

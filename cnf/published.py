@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from cnf.models import ModelConfig, SolverConfig, build
+from cnf.multiscale import scale_shapes
 
-__all__ = ["FFJORD", "PUBLISHED", "RNODE", "Published", "count"]
+__all__ = ["AFFJORD", "FFJORD", "PUBLISHED", "RNODE", "Published", "count"]
 
 FFJORD = ModelConfig(
     architecture="multiscale",
@@ -39,6 +41,10 @@ RNODE = ModelConfig(
     marginals="logit",
 )
 """RNODE's image model (2002.02798)."""
+
+AFFJORD = replace(FFJORD, blocks=1, drive="hyper")
+"""AFFJORD's image model (2306.02731), as its paper means it: one a a scale, k = 20, weights from its first 10 entries; with
+``drive="concat"`` every convolution sees a as 20 constant channels."""
 
 MNIST, CIFAR, IMAGENET64, CELEBAHQ256 = (1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 256, 256)
 SQUASH = "the released layer has one input channel too many and cannot run; without it the count is ours"
@@ -101,6 +107,32 @@ def _published() -> Iterator[Published]:
         yield Published(
             f"RNODE squeeze_first {data}, two blocks", replace(RNODE, squeeze_first=True), shape, parameters
         )
+    for data, shape, concat, hyper in (
+        ("MNIST", MNIST, 417_629, 4_556_169),
+        ("CIFAR-10, CelebA 32", CIFAR, 820_815, 8_976_115),
+    ):
+        yield _affjord("concat", data, shape, concat)
+        yield _affjord("hyper", data, shape, hyper)
+
+
+def _affjord(drive: Literal["concat", "hyper"], data: str, shape: tuple[int, int, int], parameters: int) -> Published:
+    """AFFJORD's released network carries parts that never act; ours is that one without them, term by term."""
+    # channels of the blocks, as the multiscale chain of one block a group makes them
+    channels = [part for c, _, _ in scale_shapes(shape) for part in (c, 4 * c)][:-1]
+    n, c, k = len(channels), sum(channels), 20
+    weights = 11 if drive == "hyper" else 1  # a full generator: 10 entries of a and a constant for every weight
+    terms = [
+        (-weights * 9 * 64 * c, "weights of input channels that are always zero"),
+        (-weights * (9 * 64 + 1) * c, "outputs that are thrown away"),
+        (-2 * n, "unused 1x1 convolutions"),
+    ]
+    if drive == "hyper":
+        terms.append((-n * 4 * 220, "unused mixers"))
+    else:
+        terms.append((9 * k * (3 * 64 * n + c), f"the {k} channels of a, which the released layers leave out"))
+    model = replace(AFFJORD, drive=drive)
+    reason = "; ".join(f"{number:+,} {what}" for number, what in terms)
+    return Published(f"AFFJORD {drive} {data}", model, shape, parameters, reason)
 
 
 PUBLISHED = tuple(_published())

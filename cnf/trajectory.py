@@ -46,15 +46,15 @@ def trajectory(
                 raise ConfigError(f"a trajectory needs a plain chain of blocks, but this flow has a {type(leaf).__name__}")
             x = leaf(x, context, noise=own, log_det=False).value
             continue
-        now, end = 0.0, leaf.end_time(x)
+        now, end, drive = 0.0, leaf.end_time(x), leaf.start(x)
         while todo and todo[0] * count <= done + 1 + 1e-9:
             local = min(1.0, max(0.0, todo.pop(0) * count - done))
             if local > now:
-                x = leaf.integrate(x, (now * end, local * end), context, log_det=False)[0]
+                x, drive = _moved(leaf, x, (now * end, local * end), context, drive)
                 now = local
             frames.append(x)
         if now < 1:
-            x = leaf.integrate(x, (now * end, end), context, log_det=False)[0]
+            x, drive = _moved(leaf, x, (now * end, end), context, drive)
         done += 1
     if not frames:
         raise ConfigError("a trajectory needs at least one block, but this flow has none")
@@ -62,3 +62,11 @@ def trajectory(
         shapes = sorted({tuple(frame.shape[1:]) for frame in frames})
         raise ConfigError(f"a trajectory needs one shape all along, but this flow's points have the shapes {shapes}")
     return torch.stack(frames)
+
+
+def _moved(
+    block: CNF, x: Tensor, times: tuple[Tensor, Tensor], context: Tensor | None, drive: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The point a frame later, and the augmented time there."""
+    x, _, solution = block.integrate(x, times, context, log_det=False, drive=drive)
+    return x, None if drive is None else solution.state[1]

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 
 from cnf.datasets import DataSplits
-from cnf.models import ModelConfig, SolverConfig, build
+from cnf.models import ModelConfig, SolverConfig, build, build_predictor
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
 from cnf.presets import preset
@@ -18,6 +18,7 @@ from cnf.solvers import Adaptive, FixedGrid
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import anode
 import data_share
 import measure
 import memory
@@ -161,3 +162,19 @@ def test_functions_are_timed_in_turn():
     found = measure.alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, warmup=1)
     assert order == ["a", "b"] * 3
     assert set(found) == {"a", "b"} and found["a"]["wall"] >= found["a"]["fastest"] >= 0
+
+
+def test_models_of_the_three_spheres_share_one_budget():
+    counts = {n: sum(p.numel() for p in build_predictor(c, SolverConfig(), (2,), outputs=3).parameters()) for n, c in anode.THREE.items()}
+    assert len(counts) == 8 and all(1250 <= n <= 1320 for n in counts.values()), counts
+
+
+def test_anode_rows_become_tables(tmp_path, capsys):
+    rows = [anode.three("vanilla NODE", seed, 1) for seed in (0, 1)]
+    assert rows[0]["nfe"] > 0 and 0 < rows[0]["test_accuracy"] < 1 and rows[0]["parameters"] == 1298
+    accuracies = [100 * r["test_accuracy"] for r in rows]
+    line = anode.table(rows).splitlines()[2]
+    assert line.startswith("| 1 | vanilla NODE | 1,298 | 2 |") and f"{sum(accuracies) / 2:.1f} ± " in line
+    anode.draw_three(rows, tmp_path / "three.png")
+    fits = [anode.fit("anode-flip", "flip", 0, 1)]
+    assert len(fits[0]["loss"]) == len(fits[0]["nfe"]) == 1 and f"{fits[0]['test']:.2g}" in anode.table(fits)

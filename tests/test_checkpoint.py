@@ -10,6 +10,7 @@ import torch
 from cnf import checkpoint
 from cnf.checkpoint import (
     RunInfo,
+    config_digest,
     load,
     load_trainer,
     read_config,
@@ -47,6 +48,7 @@ def change(run, edit):
     path = run / "config.json"
     raw = json.loads(path.read_text(encoding="utf-8"))
     edit(raw)
+    raw["sha256"] = config_digest(raw)
     path.write_text(json.dumps(raw), encoding="utf-8")
 
 
@@ -86,8 +88,8 @@ def test_loaded_flow_is_the_saved_one(run):
         (lambda raw: raw["config"]["model"].update(hidden=["5"]), r"model: hidden is '5'; expected int"),
         (lambda raw: raw["config"]["model"].update(field="mlpp"), r"model: field is 'mlpp'; expected one of \('mlp'"),
         (lambda raw: raw["config"].update(train=[]), r"config: train is \[\]; expected an object"),
-        (lambda raw: raw.update(format=99), r"reads format 1"),
-        (lambda raw: raw.pop("format"), r"reads format 1"),
+        (lambda raw: raw.update(format=99), r"reads format 2"),
+        (lambda raw: raw.pop("format"), r"reads format 2"),
     ],
 )
 def test_damaged_config_is_named(run, edit, message):
@@ -155,8 +157,9 @@ def test_whole_trainer_is_read_without_a_word(run):
 
 
 def test_no_trainer_that_can_be_read(run):
+    save_trainer(run, [1, 2])
+    (run / "trainer.pt").rename(run / "trainer.previous.pt")
     (run / "trainer.pt").write_bytes(b"")
-    torch.save([1, 2], run / "trainer.previous.pt")
     with pytest.raises(CheckpointError, match=r"no checkpoint that can be read \(trainer\.pt: .*; trainer\.previous\.pt: .*it holds a list"):
         load_trainer(run)
 

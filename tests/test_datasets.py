@@ -61,6 +61,15 @@ def hash_density(x: np.ndarray) -> np.ndarray:
     return np.log(p / 9)
 
 
+def letters_density(x: np.ndarray) -> np.ndarray:
+    p = 3 * np.exp(curve_density(x, np.array([[0, 0], [1.2, 0.5], [-1.0, 1.3]]), 0.12))
+    for x0, y0, width, height in ((-1.5, -0.8, 0.2, 1.6), (-0.7, -0.8, 0.2, 1.6), (-1.3, -0.1, 0.6, 0.2),
+                                  (0.5, -0.8, 0.2, 1.6), (0.7, -0.8, 0.8, 0.2)):  # fmt: skip
+        inside = (x > [x0, y0]) & (x < [x0 + width, y0 + height])
+        p = p + inside.all(1) / (width * height)
+    return np.log(p / 8)
+
+
 def spirals_density(x: np.ndarray) -> np.ndarray:
     turn = 3 * math.pi * np.sqrt((np.arange(1200) + 0.5) / 1200)
     arm = np.stack([-np.cos(turn) * turn, np.sin(turn) * turn], 1) / 3
@@ -94,6 +103,8 @@ def log_density(name: str, x: np.ndarray) -> np.ndarray:
     if name == "swissroll":
         t = 1.5 * math.pi * (1 + 2 * (np.arange(1500) + 0.5) / 1500)
         return curve_density(x, np.stack([t * np.cos(t), t * np.sin(t)], 1) / 5, 0.2)
+    if name == "letters-gaussian":
+        return letters_density(x)
     return spirals_density(x) if name == "2spirals" else hash_density(x)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import shutil
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,17 +92,64 @@ def colour(n: int, channels_last: bool) -> np.ndarray:
     return np.random.default_rng(n).integers(256, size=(n, 32, 32, 3) if channels_last else (n, 3, 32, 32), dtype=np.uint8)
 
 
-def test_cifar10_is_flipped_in_training_and_channels_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    train, test = colour(5100, True), colour(40, True)
-    parts = {k: SimpleNamespace(data=x, targets=list(np.arange(len(x)) % 10)) for k, x in (("train", train), ("test", test))}
-    stand_in(monkeypatch, "CIFAR10", **parts)
-    data = datasets.load("cifar10", condition="label")
+def python2_batch(x: np.ndarray, labels: list[int]) -> bytes:
+    """A batch as Python 2 and the NumPy of its day pickled it: {'data': uint8 (N, 3072), 'labels': [...]}."""
+
+    def text(s: bytes) -> bytes:
+        return b"U" + bytes([len(s)]) + s
+
+    def number(n: int) -> bytes:
+        return b"J" + n.to_bytes(4, "little", signed=True)
+
+    raw = x.reshape(len(x), -1).tobytes()
+    dtype = b"cnumpy\ndtype\n(" + text(b"u1") + b"K\0K\1tR(K\3" + text(b"|") + b"NNN" + number(-1) * 2 + b"K\0tb"
+    state = b"(K\1" + number(len(x)) + number(3072) + b"\x86" + dtype + b"\x89T" + len(raw).to_bytes(4, "little") + raw + b"tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\0\x85" + text(b"b") + b"tR" + state
+    classes = b"](" + b"".join(number(n) for n in labels) + b"e"
+    return b"\x80\x02}(" + text(b"batch_label") + text(b"a batch") + text(b"labels") + classes + text(b"data") + array + b"u."
+
+
+def cifar10(monkeypatch: pytest.MonkeyPatch, root: Path, contents: dict[str, bytes], archive: bool) -> None:
+    """A data root with these batches, the published checksums exchanged for theirs."""
+    from torchvision.datasets import CIFAR10
+
+    root.mkdir(exist_ok=True)
+    sums = {name: hashlib.md5(content).hexdigest() for name, content in contents.items()}
+    monkeypatch.setattr(CIFAR10, "train_list", [[n, s] for n, s in sums.items() if n != "test_batch"])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    if archive:
+        path = root / "cifar-10-python.tar.gz"
+        with tarfile.open(path, "w:gz") as tar:
+            for name, content in contents.items():
+                member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(path.read_bytes()).hexdigest())
+        return
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_cifar10_is_flipped_in_training_and_channels_come_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, archive: bool) -> None:
+    train, test = colour(5100, False), colour(40, False)
+    labels = np.arange(5100) % 10
+    parts = {f"data_batch_{i}": python2_batch(train[i::2], labels[i::2].tolist()) for i in (0, 1)}
+    cifar10(monkeypatch, tmp_path, parts | {"test_batch": python2_batch(test, [3] * 40)}, archive)
+    data = datasets.load("cifar10", root=tmp_path, condition="label", download=False)
     assert data.flip and data.event_shape == (3, 32, 32) and data.classes[3] == "cat"
-    assert np.array_equal(data.test.numpy().transpose(0, 2, 3, 1), test) and len(data.validation) == 5000
-    assert not datasets.load("cifar10", flip=False).flip
-    parts["train"].targets = parts["train"].targets[:-1]
-    with pytest.raises(DataError, match="a label for each"):
-        datasets.load("cifar10")
+    assert np.array_equal(data.test.numpy(), test) and len(data.validation) == 5000
+    order = np.random.default_rng(0).permutation(5100)
+    joined, codes = (np.concatenate([v[0::2], v[1::2]]) for v in (train, labels))
+    assert np.array_equal(data.train.numpy(), joined[order[5000:]])
+    assert data.train_context is not None and np.array_equal(data.train_context.argmax(1).numpy(), codes[order[5000:]])
+    assert not datasets.load("cifar10", root=tmp_path, flip=False, download=False).flip
+    path = tmp_path / ("cifar-10-python.tar.gz" if archive else "cifar-10-batches-py/data_batch_1")
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(DataError, match="is not the published file: its checksum differs"):
+        datasets.load("cifar10", root=tmp_path, download=False)
 
 
 def test_svhn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,3 +162,51 @@ def test_bad_arguments_are_named():
         Hutchinson(probes=0)
     with pytest.raises(ConfigError, match="need="):
         linearize(MLP(2), torch.tensor(0.0), torch.randn(1, 2), None, None, {"nonsense"}, Exact())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 2), (2, 3), (3, 2), (4, 5), (6, 3)])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("hidden", [(), (3,), (3, 5)])
+def test_conv_closed_form_at_every_border(size, channels, hidden):
+    """The trace against autodiff for every class of pixel: corners, lines, interior, and images without interior."""
+    torch.manual_seed(0)
+    field = perturbed(ConvField(channels, hidden, "concatsquash", residual="minus"))
+    x, t = torch.randn(2, channels, *size, dtype=F64), torch.tensor(0.3, dtype=F64)
+    dx, div = field.divergence(t, x)
+    assert torch.equal(dx, field(t, x)) or torch.allclose(dx, field(t, x), rtol=0, atol=1e-13)
+    truth = jacobian(field, t, x).diagonal(dim1=1, dim2=2).sum(1)
+    assert (div - truth).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("context", [None, "rows"])
+@pytest.mark.parametrize("layer", list(LAYERS))
+def test_conv_closed_form_of_every_layer_and_its_gradient(layer, context):
+    torch.manual_seed(0)
+    field = perturbed(ConvField(2, (3, 4), layer, strides=(1, 0, 1), context_dim=2 if context else 0))
+    c = torch.randn(2, 2, dtype=F64) if context else None
+    x, t = torch.randn(2, 2, 4, 3, dtype=F64), torch.tensor(0.3, dtype=F64)
+    if context and layer in ("squash", "concatsquash"):  # the context is in the last gate: a kernel of its own for every row
+        assert not field.closed_form
+        with pytest.raises(ConfigError, match="context"):
+            field.divergence(t, x, c)
+        return
+    ways = [Exact(), Exact(closed_form=False)]
+    found = [linearize(field, t, x, None, c, {"div"}, way).div for way in ways]
+    assert torch.allclose(*found, rtol=0, atol=1e-12)
+    weights = torch.randn(2, dtype=F64)
+    gradients = [
+        torch.autograd.grad((div * weights).sum(), list(field.parameters()), allow_unused=True, retain_graph=True) for div in found
+    ]
+    for p, mine, other in zip(field.parameters(), *gradients, strict=True):
+        mine, other = (torch.zeros_like(p) if g is None else g for g in (mine, other))
+        assert torch.allclose(mine, other, rtol=1e-9, atol=1e-11)
+
+
+def test_strided_and_deep_convolutions_have_no_closed_form():
+    for field in (ConvField(1, (3, 3), strides=(2, 1, -2)), ConvField(1, (3, 3, 3))):
+        assert not field.closed_form
+        with pytest.raises(ConfigError, match="closed form"):
+            field.divergence(torch.tensor(0.0), torch.randn(2, 1, 4, 4))
+    rows = ConvField(1, (3, 3), "squash")
+    with pytest.raises(ConfigError, match="one time for all rows"):
+        rows.divergence(torch.rand(2), torch.randn(2, 1, 4, 4))

@@ -245,3 +245,47 @@ def test_files_are_written_whole(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="disk full"):
         plotting.image_grid(torch.rand(9, 1, 4, 4), path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+# -- models that predict -----------------------------------------------------------------------------------------
+
+
+def test_principal_axes_are_scikit_learns():
+    from sklearn.decomposition import PCA
+
+    from cnf.plotting.features import _plane
+
+    states = np.random.default_rng(0).normal(size=(3, 40, 5)) * [3, 2, 1, 0.5, 0.1]
+    points, names = _plane(states)
+    pca = PCA(2).fit(states.reshape(-1, 5))
+    expected = pca.transform(states.reshape(-1, 5)).reshape(3, 40, 2)
+    assert np.allclose(np.abs(points), np.abs(expected), atol=1e-9)
+    assert names[0] == f"principal axis 1 ({100 * pca.explained_variance_ratio_[0]:.0f} %)"
+    assert _plane(states[..., :2])[1] == ("$x_1$", "$x_2$")
+
+
+def test_the_boundary_is_where_the_model_has_it(tmp_path):
+    from cnf.models import residual_net
+
+    net = residual_net(2, 2, hidden=2, blocks=1)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.zero_()
+        net.head.weight[0, 0], net.head.weight[1, 0] = 50.0, -50.0  # class 0 where x_1 > 0
+    x = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
+    path = plotting.decision_boundary(net, x, torch.tensor([1, 0]), tmp_path / "b.png", classes=("right", "left"), resolution=50)
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    shades = ((132, 180, 214), (255, 185, 122))  # of both classes where the model is certain
+    blue, orange = (np.argwhere(np.abs(pixels - np.array(c)).sum(2) < 8) for c in shades)
+    assert len(blue) > 1000 and len(orange) > 1000
+    assert blue[:, 1].min() >= orange[:, 1].max() - 2
+
+
+def test_pictures_of_predictors_refuse_what_they_cannot_show(tmp_path):
+    from cnf.models import anode_mlp, residual_net
+
+    with pytest.raises(ConfigError, match=r"one or two dimensions, not for events \(3,\)"):
+        plotting.decision_boundary(residual_net(3), torch.zeros(4, 3), torch.zeros(4), tmp_path / "a.png")
+    with pytest.raises(ConfigError, match="times=1; expected at least 2 panels"):
+        plotting.feature_evolution(anode_mlp(2), torch.zeros(4, 2), torch.zeros(4), tmp_path / "a.png", times=1)
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,6 @@
-"""The command line: train_density.py and sample.py."""
+"""The command line: train_density.py, train_classifier.py and sample.py."""
 
 from cnf.cli.sample import sample_main
-from cnf.cli.train import train_main
+from cnf.cli.train import classify_main, train_main
 
-__all__ = ["sample_main", "train_main"]
+__all__ = ["classify_main", "sample_main", "train_main"]

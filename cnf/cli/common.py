@@ -13,9 +13,11 @@ import torch
 from cnf.checkpoint import RunInfo, read_config
 from cnf.datasets import DataSplits
 from cnf.datasets import load as load_data
+from cnf.distributed import ALONE, Group, muted, speaks
 from cnf.errors import CNFError, ConfigError, DataError
 from cnf.presets import RunConfig
 from cnf.training import Interrupted
+from cnf.training.memory import exhausted
 
 __all__ = ["guard", "load_splits", "read_run", "usable_device"]
 
@@ -25,10 +27,14 @@ HUNG_UP = 141  # what a shell calls the end by SIGPIPE
 def guard(run: Callable[[], int]) -> int:
     """The programs' exit codes: 0 done, 1 failed, 2 wrong usage, 130 (SIGTERM: 143) interrupted but saved.
 
-    Where nobody reads what they say any longer (``| head``), they end quietly with 141.
+    Where nobody reads what they say any longer (``| head``), they end quietly with 141. Of several processes rank 0 speaks.
     """
+    def quietly() -> int:
+        with muted():
+            return run()
+
     try:
-        code = _outcome(run)
+        code = _outcome(quietly)
         sys.stdout.flush()  # here, and not when the interpreter exits, where a closed pipe leaves a traceback
         return code
     except BrokenPipeError:
@@ -57,9 +63,11 @@ def _outcome(run: Callable[[], int]) -> int:
         return _say(f"error: {error}", 2)
     except CNFError as error:
         return _say(f"failed: {error}", 1)
-    except torch.OutOfMemoryError as error:
-        hint = "try a smaller --batch-size or --gradient checkpoint"
-        return _say(f"failed: out of GPU memory ({str(error).splitlines()[0]}): {hint}", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not exhausted(error):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return _say(f"failed: out of memory ({reason}): try --accumulate 4, a smaller --batch-size or --gradient checkpoint", 1)
     except OSError as error:
         return _say(f"failed: {error}", 1)
     except Interrupted as stop:
@@ -72,7 +80,8 @@ def _outcome(run: Callable[[], int]) -> int:
 
 
 def _say(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
+    if speaks():  # other ranks have said what rank 0 does not know when they left their group
+        print(line, file=sys.stderr)
     return code
 
 
@@ -106,15 +115,20 @@ def usable_device(name: str) -> str:
     return name
 
 
-def load_splits(config: RunConfig, *, download: bool = True) -> DataSplits:
-    """The data of a run."""
+def load_splits(config: RunConfig, *, download: bool = True, group: Group = ALONE) -> DataSplits:
+    """The data of a run; where it predicts, with what it predicts as context. Of several processes rank 0 downloads first."""
+    return group.in_turn(lambda: _load(config, download))
+
+
+def _load(config: RunConfig, download: bool) -> DataSplits:
     d = config.data
+    predicted = {"classification": "label", "regression": "target"}.get(config.train.objective)
     return load_data(
         d.data,
         root=d.data_root,
         seed=d.data_seed,
         split_seed=d.split_seed,
-        condition=None if d.condition == "none" else d.condition,
+        condition=predicted or (None if d.condition == "none" else d.condition),
         discrete=d.discrete,
         duplicates=d.duplicates,
         download=download and d.download,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +19,13 @@ from cnf.cli.options import Command
 from cnf.datasets import DataSplits, tabular
 from cnf.datasets.arrays import read_numpy
 from cnf.datasets.items import Items, own_names, read_items
+from cnf.distributed import ALONE, Group
 from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
 from cnf.likelihood import rank
-from cnf.models import divergence, eval_solver
+from cnf.models import NeuralODE, divergence, eval_solver
 from cnf.training import score, summary, write_json, write_scores
+from cnf.training.predictions import PREDICTIONS, score_predictions, write_predictions
 from cnf.training.report import TEST_SCORES, add_columns
 from cnf.training.scoring import TEST_SEED
 
@@ -34,7 +38,7 @@ def _flow(folder: Path, info: RunInfo) -> Flow:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     solver, trace = eval_solver(config.solver), divergence(config.solver)
-    flow = load(folder, config.train.device)
+    flow: Flow = load(folder, config.train.device)
     for block in flow.blocks:
         block.eval_solver, block.divergence = solver, trace
     return flow
@@ -62,7 +66,7 @@ def _require_writable(command: Command, folder: Path) -> None:
     if path is not None:
         if path.suffix not in (".npz", ".csv"):
             raise ConfigError(f"--per-item {path}: expected a file ending in .npz or .csv")
-        if path.resolve() == (folder / TEST_SCORES).resolve():
+        if path.resolve() in ((folder / TEST_SCORES).resolve(), (folder / PREDICTIONS).resolve()):
             raise ConfigError(f"--per-item {path} holds the scores of the run's own test: choose another file")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +79,7 @@ def _require_writable(command: Command, folder: Path) -> None:
         raise ConfigError(f"--evaluate {folder}: the folder cannot be written, and the evaluation is kept there")
 
 
-def evaluate_run(command: Command, info: RunInfo, data: DataSplits) -> int:
+def evaluate_run(command: Command, info: RunInfo, data: DataSplits, group: Group = ALONE) -> int:
     """Score a split; the result goes into evaluation-N.json beside result.json.
 
     Raises:
@@ -87,12 +91,20 @@ def evaluate_run(command: Command, info: RunInfo, data: DataSplits) -> int:
     kind = _dequantisation(command, info)
     _require_model(folder, info, data)
     _require_writable(command, folder)
-    flow = _flow(folder, info)
-    result, found = score(
-        flow, info, data, command.split, config.train.draws, importance=command.importance, dequantisation=kind,
-        items=config.train.test_items, check=command.check,
-    )  # fmt: skip
-    add_columns(result, flow, data, command.split, print)
+    write: Callable[[Path], None]
+    if config.train.objective != "likelihood":
+        result, write = _predict(command, info, data, group)
+    else:
+        flow = _flow(folder, info)
+        result, found = score(
+            flow, info, data, command.split, config.train.draws, importance=command.importance, dequantisation=kind,
+            items=config.train.test_items, check=command.check, group=group,
+        )  # fmt: skip
+        if group.main:
+            add_columns(result, flow, data, command.split, print)
+        write = partial(write_scores, found=found)
+    if not group.main:
+        return 0
     result |= {"notices": list(data.notices), "config": dataclasses.asdict(config)}
     print(summary(result), flush=True)
     number = 1
@@ -101,9 +113,27 @@ def evaluate_run(command: Command, info: RunInfo, data: DataSplits) -> int:
     write_json(path, result)
     print(f"written to {path}")
     if command.per_item is not None:
-        write_scores(command.per_item, found)
-        print(f"the likelihood of each item is in {command.per_item}")
+        write(command.per_item)
+        what = "likelihood" if config.train.objective == "likelihood" else "prediction"
+        print(f"the {what} of each item is in {command.per_item}")
     return 0
+
+
+def _predict(command: Command, info: RunInfo, data: DataSplits, group: Group) -> tuple[dict[str, Any], Callable[[Path], None]]:
+    """The result of a run that predicts, and what writes its predictions."""
+    folder, config = command.evaluate, info.config
+    assert folder is not None
+    if command.mid_bin or command.importance > 1:
+        raise ConfigError(f"{'--mid-bin' if command.mid_bin else '--importance'} is for densities, and {folder} predicts")
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    model = load(folder, config.train.device)
+    if isinstance(model, NeuralODE):
+        model.eval_solver = eval_solver(config.solver)
+    result, found, index = score_predictions(
+        model, info, data, command.split, items=config.train.test_items, check=command.check, group=group
+    )
+    return result, partial(write_predictions, found=found, index=index, classes=data.classes)
 
 
 def _require_model(folder: Path, info: RunInfo, data: DataSplits) -> None:
@@ -125,7 +155,7 @@ def _require_model(folder: Path, info: RunInfo, data: DataSplits) -> None:
             raise DataError(f"{folder} models the {what} {', '.join(known)}, but {data.name} has {', '.join(given)}")
 
 
-def score_items(command: Command, info: RunInfo) -> int:
+def score_items(command: Command, info: RunInfo, group: Group = ALONE) -> int:
     """Rank the user's items, beside the test items where their scores are comparable.
 
     Raises:
@@ -134,6 +164,8 @@ def score_items(command: Command, info: RunInfo) -> int:
     """
     folder, config = command.evaluate, info.config
     assert folder is not None and command.score is not None
+    if config.train.objective != "likelihood":
+        raise ConfigError(f"--score ranks by likelihood, and {folder} predicts: --split, --data and --per-item are for it")
     kind = _dequantisation(command, info)
     items = read_items(
         command.score, info.event_shape, info.levels, columns=info.columns, image_size=config.data.image_size
@@ -145,8 +177,10 @@ def score_items(command: Command, info: RunInfo) -> int:
     _require_writable(command, folder)
     ranking = rank(
         _flow(folder, info), items.x, items.names, context, reference=reference, draws=config.train.draws,
-        importance=command.importance, dequantisation=kind, seed=TEST_SEED,
+        importance=command.importance, dequantisation=kind, seed=TEST_SEED, group=group,
     )  # fmt: skip
+    if not group.main:
+        return 0
     print(ranking.text())
     if ranking.found.note is not None:
         print(f"(not a bound: {ranking.found.note})")

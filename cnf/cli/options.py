@@ -15,17 +15,25 @@ from cnf.cli.common import read_run
 from cnf.datasets import DataSplits, tabular
 from cnf.errors import ConfigError
 from cnf.likelihood import CAUTION
+from cnf.models.flows import PREDICTIVE
 from cnf.presets import PRESETS, RunConfig, preset
 
-__all__ = ["DEFAULT", "FITTING", "Command", "check", "parse", "refuse_changes", "refuse_idle", "refuse_idle_noise"]
+__all__ = ["CLASSIFIER", "DEFAULT", "Command", "check", "fitting", "parse", "refuse_changes", "refuse_idle", "refuse_idle_noise", "suited"]
 
 DEFAULT = "digits"
-FITTING = {"table": "tabular", "toy": "ffjord-toy"}  # where no preset is named and --data names such data
-PRESET_HINT = f"(default: {DEFAULT}; with --data tabular for tables, ffjord-toy for toy sets)"
+CLASSIFIER = "anode-digits"  # train_classifier.py's
+# where no preset is named: by the name of --data, before it is loaded, and by its kind
+SUITED = {"flip": "anode-flip", "spheres1": "anode-spheres", "spheres2": "anode-spheres"}
+SUITED_CLASSIFIER = SUITED | {"three-spheres": "anode-three-spheres", "mnist": "anode-mnist"}
+FITTING = {"table": "tabular", "toy": "ffjord-toy"}
+FITTING_CLASSIFIER = {"table": "anode-three-spheres"}
+PRESET_HINT = (
+    f"(default: {DEFAULT}, of train_classifier.py {CLASSIFIER}; with --data tabular for tables, ffjord-toy for toy sets)"
+)
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 
 # what --resume may change: how long, where, and where the data are
-RESUME = {"data": ("data_root", "download"), "train": ("steps", "patience", "max_time", "device", "threads")}
+RESUME = {"data": ("data_root", "download"), "train": ("steps", "patience", "max_time", "device", "threads", "accumulate")}
 # what --evaluate may change: what is scored and how
 EVALUATE = {
     "data": ("data", "data_root", "download"),
@@ -37,7 +45,7 @@ SCORE = {"solver": EVALUATE["solver"], "train": ("draws", "device", "threads")}
 
 EVALUATIONS = ("split", "importance", "mid_bin", "check", "per_item", "score")  # options that only --evaluate has
 
-POSITIVE = ("steps", "batch_size", "lr", "validate_every", "validation_items", "test_items", "draws", "watch_every", "watch_tolerance",
+POSITIVE = ("steps", "batch_size", "accumulate", "lr", "validate_every", "validation_items", "test_items", "draws", "watch_every", "watch_tolerance",
             "max_grid_steps", "max_time", "threads")  # fmt: skip
 NOT_NEGATIVE = ("warmup", "weight_decay", "max_grad_norm", "kinetic", "jacobian", "patience", "seed", "split_seed", "data_seed")
 LARGEST_SEED = 2**32 - 1
@@ -62,7 +70,7 @@ class Command:
     out: Path | None = None
     """Run folder; by default runs/PRESET-SEED. It must be new or empty."""
     resume: Flag = False
-    """Continue the run in --out where it stopped. Only --steps, --patience, --max-time, --device, --threads, --data-root, --download may change."""
+    """Continue the run in --out where it stopped. Only --steps, --patience, --max-time, --device, --threads, --accumulate, --data-root, --download may change."""
     evaluate: Path | None = None
     """Score this run again, without training: with another solver, tolerances, trace, --draws, --test-items, --split, --data."""
     split: Literal["test", "validation", "train"] = "test"
@@ -80,6 +88,16 @@ class Command:
     """Print parameters, memory and time per step, and stop."""
     list: Flag = False
     """List the presets and stop."""
+
+
+def suited(default: str, data: str) -> str | None:
+    """The preset for data of that name, where none is named, and another is the program's default."""
+    return (SUITED_CLASSIFIER if default == CLASSIFIER else SUITED).get(data)
+
+
+def fitting(default: str, kind: str) -> str | None:
+    """The preset for data of that kind, where none is named."""
+    return (FITTING_CLASSIFIER if default == CLASSIFIER else FITTING).get(kind)
 
 
 def _tyro(default: Command, arguments: Sequence[str]) -> Command:
@@ -172,6 +190,10 @@ def check(config: RunConfig) -> None:
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{_name(name)} {value}: expected a finite number")
+    objective, architecture = config.train.objective, config.model.architecture
+    if (objective == "likelihood") == (architecture in PREDICTIVE):
+        wanted = "stack, multiscale or parallel" if objective == "likelihood" else "node or resnet"
+        raise ConfigError(f"--objective {objective} with --architecture {architecture}: expected {wanted} (the presets node-..., anode-...)")
     for names, expected, fits in (
         (POSITIVE, "a positive number", lambda v: v > 0),
         (NOT_NEGATIVE, "zero or more", lambda v: v >= 0),
@@ -187,17 +209,30 @@ Idle = Iterator[tuple[str, tuple[str, ...], str]]  # part by part, the options t
 
 
 def _idle_noise(config: RunConfig, levels: int | None, mid_bin: bool) -> Idle:
-    if config.solver.divergence == "exact":
+    if config.solver.divergence == "exact" and config.train.objective == "likelihood":
         yield "solver", ("probe", "mode", "probes"), "is for --divergence hutchinson"
         if levels is None or mid_bin:
             of = "vectors" if levels is None else "the middle of each grey level"
             yield "train", ("draws",), f"repeats noise, and the exact trace of {of} has none"
 
 
+def _idle_predicting(config: RunConfig) -> Idle:
+    if config.train.objective == "likelihood":
+        return
+    yield "data", ("condition",), "conditions densities; what is to be predicted is taken from the data by --objective"
+    yield "solver", ("divergence", "probe", "mode", "probes", "steer"), "is for densities"
+    yield "train", ("draws", "kinetic", "jacobian", "regularisers"), "is for densities"
+    if config.model.architecture == "resnet":
+        names = tuple(f.name for f in dataclasses.fields(config.solver))
+        yield "solver", names, "is for ODEs, and --architecture resnet solves none"
+        yield "train", ("watch_every", "watch_tolerance", "max_grid_steps"), "is for ODEs, and --architecture resnet solves none"
+
+
 def _idle(config: RunConfig, data: DataSplits) -> Idle:
+    yield from _idle_predicting(config)
     if data.levels is None:
         yield "model", ("alpha", "marginals"), "is for images, and these data are vectors"
-    if not (config.train.kinetic or config.train.jacobian):
+    if config.train.objective == "likelihood" and not (config.train.kinetic or config.train.jacobian):
         yield "train", ("regularisers",), "says how --kinetic and --jacobian are measured, and both are zero"
     if config.data.limit is None and (data.kind == "toy" or data.name == "digits" or data.name in tabular.NAMES):
         yield "data", ("split_seed",), f"decides random splits, and that of {data.name} is fixed"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cnf.checkpoint import RunInfo, load, write_atomic
 from cnf.cli.common import guard, load_splits, read_run, usable_device
+from cnf.distributed import Group, join
 from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
 from cnf.noise import Noise
@@ -68,6 +69,16 @@ def _check(options: Any) -> None:
 def _sample(options: Any) -> int:
     _check(options)
     info = read_run(options.run)
+    if (objective := info.config.train.objective) != "likelihood":
+        raise ConfigError(
+            f"{options.run} was trained for {objective}: it predicts, and has no density to draw from; train_classifier.py "
+            f"--evaluate {options.run} --per-item FILE writes its predictions"
+        )
+    with join(options.device) as group:
+        return _joined(options, info, group)
+
+
+def _joined(options: Any, info: RunInfo, group: Group) -> int:
     flow = load(options.run, usable_device(options.device))
     images = len(info.event_shape) == 3
     n: int = options.n or (IMAGES if images else VECTORS)
@@ -80,11 +91,14 @@ def _sample(options: Any) -> int:
     if out.suffix == ".gif":
         if not images and info.event_shape != (2,):
             raise ConfigError(f"--out {out}: a .gif shows images or points in the plane, and these samples have {info.event_shape[0]} columns")
-        from cnf import plotting
+        if group.main:
+            from cnf import plotting
 
-        plotting.flow_gif(flow, out, n=n, seed=options.seed, temperature=options.temperature, context=context)
+            plotting.flow_gif(flow, out, n=n, seed=options.seed, temperature=options.temperature, context=context)
     else:
-        x, arrays = _draw(flow, n, context, options, full=out.suffix == ".npz")
+        x, arrays = _draw(flow, n, context, options, full=out.suffix == ".npz", group=group)
+        if not group.main:
+            return 0
         if out.suffix == ".npz":
             if context is not None:
                 arrays["classes"] = np.array(info.classes)[context.argmax(1).cpu().numpy()]
@@ -114,26 +128,39 @@ def _context(info: RunInfo, label: str | None, n: int, device: str) -> Tensor | 
     return eye[info.classes.index(label)].expand(n, -1)
 
 
-def _draw(flow: Flow, n: int, context: Tensor | None, options: Any, *, full: bool) -> tuple[Tensor, dict[str, Any]]:
-    """Samples (n, \\*event), solved in batches; ``full``: also the arrays of the .npz file."""
+def _draw(flow: Flow, n: int, context: Tensor | None, options: Any, *, full: bool, group: Group) -> tuple[Tensor, dict[str, Any]]:
+    """Samples (n, \\*event), solved in batches; ``full``: also the arrays of the .npz file.
+
+    Several processes share the batches out, each drawing its rows of the joint noise; rank 0 gets them all, the others nothing.
+    """
     size = max(1, min(8192, BATCH_NUMBERS // flow.dim))
     times = torch.linspace(0, 1, FRAMES)
-    parts: dict[str, list[Tensor]] = {"samples": []}
-    for start in range(0, n, size):
-        count = min(size, n - start)
-        noise = Noise(options.seed, "sample", start=start, total=n)
-        rows = None if context is None else context[start : start + count]
-        if rows is None:
-            x = flow.sample(count, noise=noise, temperature=options.temperature)
-        else:
-            x = flow.sample(1, rows, noise=noise, temperature=options.temperature)[0]
-        parts["samples"].append(x)
-        if full:
-            parts.setdefault("log_prob", []).append(flow.log_prob(x, rows, noise=noise))
-        if full and options.trajectory:
-            parts.setdefault("trajectory", []).append(flow.trajectory(x, times, rows).flip(0))
-    joined = {name: torch.cat(values, dim=1 if name == "trajectory" else 0) for name, values in parts.items()}
-    arrays = {name: value.cpu().numpy() for name, value in joined.items()}
+    parts: dict[int, dict[str, Tensor]] = {}
+    with group.together():
+        for number, start in enumerate(range(0, n, size)):
+            if not group.owns(number):
+                continue
+            count = min(size, n - start)
+            noise = Noise(options.seed, "sample", start=start, total=n)
+            rows = None if context is None else context[start : start + count]
+            if rows is None:
+                x = flow.sample(count, noise=noise, temperature=options.temperature)
+            else:
+                x = flow.sample(1, rows, noise=noise, temperature=options.temperature)[0]
+            part = {"samples": x}
+            if full:
+                part["log_prob"] = flow.log_prob(x, rows, noise=noise)
+            if full and options.trajectory:
+                part["trajectory"] = flow.trajectory(x, times, rows).flip(0)
+            parts[number] = {name: value.cpu() for name, value in part.items()}
+    gathered = {number: part for some in group.collect(parts) for number, part in some.items()}
+    if not gathered:
+        return torch.empty(0), {}
+    joined = {
+        name: torch.cat([gathered[i][name] for i in range(len(gathered))], dim=1 if name == "trajectory" else 0)
+        for name in gathered[0]
+    }
+    arrays = {name: value.numpy() for name, value in joined.items()}
     if "trajectory" in arrays:
         arrays["times"] = times.flip(0).numpy()
     return joined["samples"], arrays

@@ -1,4 +1,4 @@
-"""train_density.py: train, resume, dry run, list; evaluation is next door."""
+"""train_density.py and train_classifier.py: train, resume, dry run, list; evaluation is next door."""
 
 from __future__ import annotations
 
@@ -7,85 +7,122 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
-from cnf.checkpoint import RunInfo, has_trainer, write_config
+from cnf.checkpoint import LOCK, RunInfo, has_trainer, leftovers, write_config
 from cnf.cli.common import guard, load_splits, usable_device
 from cnf.cli.evaluate import evaluate_run, score_items
-from cnf.cli.options import FITTING, Command, check, parse, refuse_changes, refuse_idle, refuse_idle_noise
+from cnf.cli.options import (
+    CLASSIFIER,
+    DEFAULT,
+    Command,
+    check,
+    fitting,
+    parse,
+    refuse_changes,
+    refuse_idle,
+    refuse_idle_noise,
+    suited,
+)
 from cnf.datasets import DataSplits
+from cnf.distributed import Group, join
 from cnf.errors import ConfigError, DataError
-from cnf.models import build
 from cnf.presets import PRESETS, RunConfig
 from cnf.published import PUBLISHED
 from cnf.published import count as parameters
 from cnf.training import Interrupted, Trainer, finish, summary
 from cnf.training.measure import measure
+from cnf.training.predictions import PREDICTIONS
+from cnf.training.state import owning
 
-__all__ = ["train_main"]
+__all__ = ["classify_main", "train_main"]
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
     """train_density.py: returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return guard(lambda: _main(given))
+    return guard(lambda: _main(given, DEFAULT))
 
 
-def _main(given: list[str]) -> int:
-    command, default, old = parse(given)
+def classify_main(arguments: Sequence[str] | None = None) -> int:
+    """train_classifier.py: the same, with presets that predict where none is named; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return guard(lambda: _main(given, CLASSIFIER))
+
+
+def _main(given: list[str], program: str) -> int:
+    command, default, old = parse(given, program)
     if command.list:
         return _list()
+    if old is None and command.preset is None and (name := suited(program, command.config.data.data)):
+        command, default, _ = parse(given, name)
+        print(f"preset {name}, which is for {command.config.data.data} (name one to choose another)")
+        program = name
     config = command.config
     check(config)
+    with join(config.train.device) as group:
+        return _joined(given, program, command, default, old, group)
+
+
+def _joined(given: list[str], program: str, command: Command, default: RunConfig, old: RunInfo | None, group: Group) -> int:
+    config = command.config
     usable_device(config.train.device)
     if old is not None:
         refuse_changes(old.config, config, command)
     if command.score:
         assert old is not None
         refuse_idle_noise(default, config, old.levels, mid_bin=command.mid_bin)
-        return score_items(command, dataclasses.replace(old, config=config))
-    if old is None and command.out is not None:
-        _refuse_occupied(command.out)
-    data = load_splits(config)
-    if old is None and command.preset is None and data.kind in FITTING:
+        return score_items(command, dataclasses.replace(old, config=config), group)
+    out = command.out
+    if old is None and out is not None:
+        group.first(lambda: _refuse_occupied(out))
+    data = load_splits(config, group=group)
+    if old is None and command.preset is None and program in (DEFAULT, CLASSIFIER) and (name := fitting(program, data.kind)):
         # digits' settings would be a poor start; presets differ in the data's name alone, so the data stay what they are
-        command, default, _ = parse(given, FITTING[data.kind])
+        command, default, _ = parse(given, name)
         config = command.config
         check(config)
         print(f"preset {default.name}, since {data.name} is a {data.kind} set (name one to choose another)")
-    folder = command.evaluate or command.out or _free_folder(config)
+    folder = command.evaluate or out or group.first(lambda: _free_folder(config))
     refuse_idle(default, config, data)
     refuse_idle_noise(default, config, data.levels, mid_bin=command.mid_bin)
     for line in data.notices:
         print(f"data: {line}")
+    if config.train.objective != "likelihood" and data.kind == "table":
+        print("data: columns enter as they are: standardise them beforehand where their units differ")
     info = _describe(config, data)
     if command.evaluate:
         assert old is not None
-        return evaluate_run(command, dataclasses.replace(old, config=config), data)
+        return evaluate_run(command, dataclasses.replace(old, config=config), data, group)
     if old is not None and dataclasses.replace(info, config=old.config) != old:
         raise DataError(f"the data are not those that {folder} was trained on ({old.event_shape}): put them back, or start a new run")
     if command.dry_run:
-        return _dry_run(info, data, folder)
-    return _train(command, info, data, folder)
+        return _dry_run(info, data, folder, group)
+    return _train(command, info, data, folder, group)
 
 
 def _describe(config: RunConfig, data: DataSplits) -> RunInfo:
     return RunInfo(config, data.event_shape, data.levels, data.context_dim, data.classes, data.columns)
 
 
-def _train(command: Command, info: RunInfo, data: DataSplits, folder: Path) -> int:
-    trainer = Trainer(info, data, folder, resume=command.resume)
-    if command.resume:
-        done = trainer.stop_reason()
-        if done and (folder / "result.json").is_file():
-            print(f"{folder} has finished already ({done}, step {trainer.step:,}): more --steps train on, --evaluate scores it again")
-            return 0
-        print(f"{folder}: from step {trainer.step:,} on" if has_trainer(folder) else f"{folder}: no checkpoint yet, from the beginning")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {folder} cannot be made: {error}") from None
-    write_config(folder, info)
+def _train(command: Command, info: RunInfo, data: DataSplits, folder: Path, group: Group) -> int:
+    with owning(folder, group) if command.resume else nullcontext():
+        trainer = Trainer(info, data, folder, resume=command.resume, group=group)
+        if command.resume:
+            done = trainer.stop_reason()
+            if done and group.first((folder / "result.json").is_file):
+                print(f"{folder} has finished already ({done}, step {trainer.step:,}): more --steps train on, --evaluate scores it again")
+                return 0
+            print(f"{folder}: from step {trainer.step:,} on" if has_trainer(folder) else f"{folder}: no checkpoint yet, from the beginning")
+        group.first(lambda: _make(folder))
+        with owning(folder, group):
+            group.first(lambda: _begin(folder, info, command.resume))
+            return _run(trainer)
+
+
+def _run(trainer: Trainer) -> int:
+    info, data, folder, group = trainer.info, trainer.data, trainer.folder, trainer.group
     count = sum(p.numel() for p in trainer.flow.parameters())
     print(f"{folder}: {count:,} parameters, {len(data.train):,} items, {info.config.train.steps:,} steps", flush=True)
     trainer.run()
@@ -93,9 +130,27 @@ def _train(command: Command, info: RunInfo, data: DataSplits, folder: Path) -> i
         result = finish(trainer)
     except KeyboardInterrupt:  # the training is saved, and --resume goes straight to the test
         raise Interrupted(signal.SIGINT, trainer.step) from None
+    if not group.main:
+        return 0
     print(summary(result))
-    print(f"pictures in {folder / 'samples'} and {folder / 'plots'}; python sample.py {folder} draws more")
+    if info.config.train.objective == "likelihood":
+        print(f"pictures in {folder / 'samples'} and {folder / 'plots'}; python sample.py {folder} draws more")
+    else:
+        print(f"pictures in {folder / 'plots'}, the test items' predictions in {folder / PREDICTIONS}")
     return 0
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {folder} cannot be made: {error}") from None
+
+
+def _begin(folder: Path, info: RunInfo, resume: bool) -> None:
+    if not resume:  # another run may have begun there while the data were read
+        _refuse_occupied(folder)
+    write_config(folder, info)
 
 
 def _refuse_occupied(folder: Path) -> None:
@@ -103,7 +158,8 @@ def _refuse_occupied(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise ConfigError(f"--out {folder} is a file: expected a folder")
-    if any(folder.iterdir()):
+    killed = {folder / LOCK, *leftovers(folder)}  # of a run that ended before it had begun
+    if set(folder.iterdir()) - killed:
         hint = f"--resume --out {folder} continues the run there" if (folder / "config.json").is_file() else "choose another"
         raise ConfigError(f"--out {folder} is not empty: expected a new or an empty folder; {hint}")
 
@@ -124,8 +180,7 @@ def _free_folder(config: RunConfig) -> Path:
 def _list() -> int:
     width = max(map(len, PRESETS))
     for name, entry in PRESETS.items():
-        flow = build(entry.config.model, entry.config.solver, entry.shape, levels=entry.levels)
-        count = sum(p.numel() for p in flow.parameters())
+        count = sum(p.numel() for p in RunInfo(entry.config, entry.shape, entry.levels, entry.outputs, (), ()).build().parameters())
         print(f"{name:{width}}  {entry.summary}; data {entry.config.data.data}, {count:,} parameters, {entry.cost}")
     print("\nparameters of the published image models, as their papers give them or their released code makes them:")
     width = max(len(entry.name) for entry in PUBLISHED)
@@ -136,10 +191,11 @@ def _list() -> int:
     return 0
 
 
-def _dry_run(info: RunInfo, data: DataSplits, folder: Path) -> int:
-    found = measure(Trainer(info, data, folder, quiet=True))
+def _dry_run(info: RunInfo, data: DataSplits, folder: Path, group: Group) -> int:
+    found = measure(Trainer(info, data, folder, quiet=True, group=group))
     train = info.config.train
-    print(f"{found.parameters:,} parameters; batch {found.batch}")
+    parts = f" in {train.accumulate} micro-batches, whose memory this is" if train.accumulate > 1 else ""
+    print(f"{found.parameters:,} parameters; batch {found.batch}{parts}")
     print(f"memory: {found.kept:,.0f} MiB kept for the backward pass, {found.peak:,.0f} MiB at the peak ({found.where})")
     print(f"time: {found.seconds:.3g} s a step; {train.steps:,} steps take about {_duration(found.seconds * train.steps)}, validations apart")
     if info.config.solver.adaptive or train.warmup:

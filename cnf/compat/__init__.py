@@ -1,5 +1,6 @@
 """The published codes' checkpoints, and what they compute otherwise than their papers say. Nothing else imports it."""
 
+from cnf.compat.affjord_toy import affjord_toy, load_affjord_toy
 from cnf.compat.checkpoints import Reference, load_reference, read_reference
 from cnf.compat.regularisers import FFJORD_REGULARISERS, RNODE_REGULARISERS, released
 
@@ -7,6 +8,8 @@ __all__ = [
     "FFJORD_REGULARISERS",
     "RNODE_REGULARISERS",
     "Reference",
+    "affjord_toy",
+    "load_affjord_toy",
     "load_reference",
     "read_reference",
     "released",

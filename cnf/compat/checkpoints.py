@@ -11,10 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from cnf.compat.affjord import ENTRIES, GENERATING, check_path, fill_path, released_layer, squeeze_paths
 from cnf.compat.layout import Block, Layout, layout
 from cnf.compat.reading import Arguments, Reference, read_reference
 from cnf.errors import CheckpointError, ConfigError
-from cnf.fields import SqueezeSum, Stack, TimeLayer
+from cnf.fields import Conv, SqueezeSum, Stack, TimeLayer
 from cnf.fields.time import Hyper
 from cnf.flow import Flow
 from cnf.models import ModelConfig, SolverConfig, build
@@ -52,13 +53,15 @@ def load_reference(
     *,
     event_shape: tuple[int, ...] | None = None,
 ) -> Flow:
-    """A checkpoint of FFJORD's or RNODE's code (1810.01367, 2002.02798) as a flow with the same function.
+    """A checkpoint of FFJORD's, RNODE's or AFFJORD's code (1810.01367, 2002.02798, 2306.02731) as the same function.
 
     Multiscale, multiscale-parallel and stacked image models and stacks on vectors are understood, with every layer type
     that the released code can run. A hyper convolution's bias, which the released code reads from the start of the
     weight, is copied into its own slice. The flow takes uint8 images and floats in [0, 1] as any flow here does; its
     trace is estimated in reverse mode, as released (of vectors it is exact, as in the released evaluation); it is
-    evaluated with the recorded test solver and tolerances, or dopri5 where that solver is not adaptive.
+    evaluated with the recorded test solver and tolerances, or dopri5 where that solver is not adaptive. Of AFFJORD's
+    image models what can reach the image is kept (:mod:`cnf.compat.affjord`); a freshly loaded one samples, which the
+    released code cannot.
 
     Args:
         source: a file, its content ``{"args": ..., "state_dict": ...}``, or a bare state dict.
@@ -96,6 +99,8 @@ def load_reference(
         with torch.device("meta"):
             _check(build(model, solver, shape, levels=256), found)
         flow = build(model, solver, shape, levels=levels)
+        if model.drive != "none":
+            squeeze_paths(flow)
     except CheckpointError:
         raise
     except (ConfigError, RuntimeError, OverflowError, TypeError) as error:  # torch's for sizes beyond all measure
@@ -132,6 +137,9 @@ def _event_shape(found: Layout, args: Arguments, given: tuple[int, ...] | None) 
 
 def _model(found: Layout, args: Arguments) -> ModelConfig:
     hidden = args.sizes("dims")
+    if found.affjord and args.get("residual", bool, False):
+        raise CheckpointError("args.residual is True, with which the released AFFJORD cannot run")
+    driven: dict[str, Any] = {"drive": "hyper", "drive_dim": ENTRIES, "drive_entries": GENERATING}
     rnode = "zero_last" in args or "div_samples" in args
     strides: tuple[int, ...] = ()
     # FFJORD's multiscale script records --strides and does not use them
@@ -153,6 +161,7 @@ def _model(found: Layout, args: Arguments) -> ModelConfig:
         learn_end_time=args.get("train_T", bool, False),
         alpha=alpha if alpha > 0 else 0.25,  # a shift takes the logit's place later
         marginals="logit",
+        **(driven if found.affjord and found.layer == "hyper" else {}),
     )
 
 
@@ -225,7 +234,19 @@ def _pairs(flow: Flow, found: Layout) -> Iterable[tuple[Block, TimeLayer, dict[s
                     f"{len(block.nets[k])}"
                 )
             for j, layer in enumerate(net.time_layers):
-                yield block, layer, block.nets[k][j]
+                given = block.nets[k][j]
+                yield block, layer, _converted(block, j, layer, given) if found.affjord else given
+
+
+def _converted(block: Block, j: int, layer: TimeLayer, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A released layer of AFFJORD's by our names, without what cannot reach the image."""
+    try:
+        check_path(block.path)
+        return released_layer(given, cast(Conv, layer.map), first=j == 0, last=j + 1 == len(block.nets[0]))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the checkpoint's block {_where(block)}, layer {j}: {error}: another architecture, dims or size of image"
+        ) from None
 
 
 def _check(flow: Flow, found: Layout) -> None:
@@ -243,6 +264,8 @@ def _check(flow: Flow, found: Layout) -> None:
 
 
 def _name(ours: str, given: Mapping[str, Tensor]) -> str:
+    if ours in given:
+        return ours
     start = ours.split(".", 1)[0] + "."
     name = NAMES[start] + ours.removeprefix(start)
     # squash has a single generator, which the released code does not call a gate
@@ -265,5 +288,7 @@ def _fill(flow: Flow, found: Layout) -> None:
             for parameter in layer.generator.parameters():
                 parameter[-out:] = parameter[:out].clone()
     for ours, block in zip(flow.blocks, found.blocks, strict=True):
+        if ours.path is not None:
+            fill_path(ours.path, block.path)
         if ours.learn_end_time:
             ours.sqrt_end_time.copy_(cast(Tensor, block.root).reshape(()))

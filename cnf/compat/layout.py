@@ -13,16 +13,21 @@ from cnf.errors import CheckpointError
 __all__ = ["Block", "Layout", "layout"]
 
 NET = re.compile(r"(?:odefunc\.)+diffeq\.(?:models\.(\d+)\.)?layers\.(\d+)\.(.+)")
+AUGMENTED = re.compile(r"(?:odefunc\.)+diffeq\.aug_cnn\.((?:fc1|fc2|network\.0)\.(?:weight|bias))")
+MIXER = re.compile(r"mixer2?\.(?:weight|bias)")  # AFFJORD's, which nothing uses
+TOY = re.compile(r"(?:hyper_net2?|neunet)\..+")
 SCALED, CHAINED = re.compile(r"transforms\.(\d+)\.chain\.(\d+)\.(.+)"), re.compile(r"chain\.(\d+)\.(.+)")
 
 
 @dataclass
 class Block:
-    """One released CNF: its place, the root of its end time, and its nets' layers' parameters by their own names."""
+    """One released CNF: its place, the root of its end time, its nets' layers' parameters by their own names, and those
+    of AFFJORD's augmented time."""
 
     place: tuple[int, ...]
     root: Tensor | None = None
     nets: dict[int, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
+    path: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -33,6 +38,7 @@ class Layout:
     blocks: list[Block]
     layer: str
     conv: bool
+    affjord: bool = False
 
     @property
     def first(self) -> dict[int, dict[str, Tensor]]:
@@ -41,8 +47,8 @@ class Layout:
 
     @property
     def images(self) -> bool:
-        """Whether a logit (without parameters) stands first."""
-        return self.kind != "stack" or self.blocks[0].place != (0,)
+        """Whether a logit (without parameters) stands first; AFFJORD's stands outside the released model."""
+        return self.affjord or self.kind != "stack" or self.blocks[0].place != (0,)
 
 
 def layout(reference: Reference) -> Layout:
@@ -50,7 +56,7 @@ def layout(reference: Reference) -> Layout:
 
     Raises:
         CheckpointError: for names that belong to another architecture (batch normalisation, an autoencoder, Swish's
-            learned factor, spectral norm, a VAE, AFFJORD).
+            learned factor, spectral norm, a VAE, AFFJORD's parallel model and 2-D examples).
     """
     blocks: dict[tuple[int, ...], Block] = {}
     unknown = []
@@ -68,13 +74,17 @@ def layout(reference: Reference) -> Layout:
             block.root = value
         elif inner := NET.fullmatch(rest):
             block.nets.setdefault(int(inner[1] or 0), {}).setdefault(int(inner[2]), {})[inner[3]] = value
+        elif inner := AUGMENTED.fullmatch(rest):
+            block.path[inner[1]] = value
         else:
             unknown.append(name)
+    if unknown and all(TOY.fullmatch(name) for name in unknown):
+        raise CheckpointError("the checkpoint is of AFFJORD's 2-D examples: load it with cnf.compat.load_affjord_toy")
     if unknown or not blocks:
         raise CheckpointError(
             f"the checkpoint is of an architecture that has no counterpart here: {len(unknown)} of "
-            f"{len(reference.state)} names, such as {sorted(unknown)[:3]}, are none of FFJORD's or RNODE's multiscale, "
-            "parallel, convolutional or vector flows"
+            f"{len(reference.state)} names, such as {sorted(unknown)[:3]}, are none of FFJORD's, RNODE's or AFFJORD's "
+            "multiscale, parallel, convolutional or vector flows"
         )
     ordered = [blocks[place] for place in sorted(blocks)]
     for block in ordered:
@@ -87,6 +97,16 @@ def layout(reference: Reference) -> Layout:
     nets = {len(block.nets) for block in ordered}
     kind = "parallel" if nets != {1} else "multiscale" if len(ordered[0].place) == 2 else "stack"
     net = ordered[0].nets[0]
+    if any(block.path for block in ordered):
+        if kind == "parallel":
+            raise CheckpointError("the checkpoint is of AFFJORD's parallel model, which has no counterpart here")
+        for block in ordered:
+            for values in block.nets[0].values():
+                for name in [name for name in values if MIXER.fullmatch(name)]:
+                    del values[name]
+        if (layer := _layer(net)) not in ("ignore", "hyper"):
+            raise CheckpointError(f"the checkpoint has an augmented time beside layers of type {layer!r}")
+        return Layout(kind, ordered, layer, conv=True, affjord=True)
     return Layout(kind, ordered, _layer(net), _conv(net))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cnf.errors import CheckpointError
+from cnf.strangers import check_pickle, refusal, require_file
 
 __all__ = ["Arguments", "Reference", "read_reference"]
 
@@ -77,7 +78,7 @@ class Reference(NamedTuple):
 def read_reference(
     source: str | Path | Mapping[str, Any], args: argparse.Namespace | Mapping[str, Any] | None = None
 ) -> Reference:
-    """The weights and arguments of a checkpoint that FFJORD's or RNODE's code wrote.
+    """The weights and arguments of a checkpoint that FFJORD's, RNODE's or AFFJORD's code wrote.
 
     A file is read by torch's ``weights_only`` reader with one class more, ``argparse.Namespace``, which is a bag of
     values; of those only int, float, str and bool are used.
@@ -94,7 +95,7 @@ def read_reference(
         raise CheckpointError(
             f"the checkpoint holds a {type(content).__name__}; expected a dictionary with 'state_dict' and 'args'"
         )
-    state = content.get("state_dict", content)
+    state = content.get("state_dict", content.get("func_state_dict", content))  # the latter in AFFJORD's 2-D examples
     if not isinstance(state, Mapping):
         raise CheckpointError(
             f"the checkpoint's state_dict is a {type(state).__name__}; expected a dictionary of tensors"
@@ -112,16 +113,15 @@ def read_reference(
 
 
 def _load(path: Path) -> Any:
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
+    require_file(path, CheckpointError, str(path))
     try:
+        check_pickle(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for what is damaged or refused
-        reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{path} cannot be read ({type(error).__name__}: {reason[:300]}): it is damaged, or holds more than "
+            f"{path} cannot be read ({type(error).__name__}: {refusal(error)[:300]}): it is damaged, or holds more than "
             "tensors, plain values and an argparse.Namespace, which is refused"
         ) from None
 

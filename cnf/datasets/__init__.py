@@ -5,7 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from pathlib import Path
 
-from cnf.datasets import celeba, images, large, pictures, tabular, toy
+from cnf.datasets import celeba, images, large, pictures, supervised, tabular, toy
 from cnf.datasets.files import load_path
 from cnf.datasets.splits import DataSplits, Options
 from cnf.errors import ConfigError, DataError
@@ -27,7 +27,7 @@ _ALIASES = {
 
 def names() -> dict[str, str]:
     """Every data set known by name, with a line about it (files and folders need no name)."""
-    return images.NAMES | celeba.NAMES | large.NAMES | toy.NAMES | tabular.NAMES
+    return images.NAMES | celeba.NAMES | large.NAMES | toy.NAMES | supervised.NAMES | tabular.NAMES
 
 
 def load(
@@ -59,7 +59,7 @@ def load(
         seed: draws toy points, and the noise that spreads discrete columns.
         split_seed: decides random splits and what ``limit`` keeps; apart from ``seed``, so that runs share their test
             set.
-        condition: ``"label"`` for one-hot contexts.
+        condition: ``"label"`` for one-hot contexts, ``"target"`` for a regression's targets.
         discrete: columns on a lattice: ``"dequantize"`` (one step of uniform noise), ``"keep"`` or ``"error"``.
         duplicates: exact duplicate rows of the user's own data: ``"drop"`` before splitting, or ``"keep"``.
         download: whether torchvision may download.
@@ -93,7 +93,7 @@ def load(
     if plain in images.NAMES | celeba.NAMES | large.NAMES:
         kind = "image"
     else:
-        kind = "toy" if is_picture or plain in toy.NAMES else "tabular" if plain in tabular.NAMES else "own"
+        kind = "toy" if is_picture or plain in toy.NAMES | supervised.NAMES else "tabular" if plain in tabular.NAMES else "own"
     _refuse_idle(options, name, kind, plain if plain in celeba.NAMES else "picture" if is_picture else "")
     if is_picture:
         return pictures.load_picture(path, options)
@@ -105,6 +105,8 @@ def load(
         return large.load_large(plain, options)
     if plain in toy.NAMES:
         return toy.load_toy(plain, options)
+    if plain in supervised.NAMES:
+        return supervised.load_supervised(plain, options)
     if plain in tabular.NAMES:
         return tabular.load_tabular(plain, options)
     if path.exists():

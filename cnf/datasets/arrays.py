@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from cnf.datasets.rows import Array
 from cnf.datasets.splits import MAXIMUM_CLASSES, Rows
 from cnf.errors import DataError
+from cnf.strangers import memory, require_file, zip_members
 
 __all__ = ["MAP_FROM", "PARTS", "as_images", "read_numpy", "rows_of_keys"]
 
 MAP_FROM = 2**31  # bytes from which an .npy file is mapped instead of read
+MANY_OF_NOTHING = 2**24  # rows or columns that a file without a number may claim
 PARTS = ("train", "validation", "test")
 
 _SPELLINGS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
 _KEYS = ("images", "x", "data")
 _LABELS = ("labels", "y")
-_READ_ERRORS = (
-    OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError
-)  # fmt: skip
 _DARK = 32  # images whose highest grey level is below this are probably not on a scale of 0 to 255
 _WHAT = (
     "expected exactly one of 'images', 'x', 'data' (or x_train, x_test and perhaps x_validation), optionally 'labels'"
@@ -33,27 +32,60 @@ def read_numpy(path: Path) -> dict[str, Array]:
     """The arrays of an .npz file by key, or that of an .npy file under ``"x"``; pickles are refused.
 
     An .npy file of 2 GiB or more is mapped (private, copy on write: the file itself is never changed). Members of an
-    .npz file are read as arrays, and never unpacked to the disk.
+    .npz file are read as arrays, and never unpacked to the disk. A file must have as many bytes as its header says, and
+    the members of an .npz file the checksums that it gives.
 
     Raises:
-        DataError: if the file is missing, damaged, larger than the memory, or holds Python objects.
+        DataError: if the file is missing, damaged, larger than the memory, a decompression bomb, or holds Python
+            objects.
     """
+    size = require_file(path, DataError)
     try:
-        large = path.suffix.lower() == ".npy" and path.stat().st_size >= MAP_FROM
-        loaded = np.load(path, mmap_mode="c" if large else None, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"x": loaded}
-        with loaded:
-            return {key: loaded[key] for key in loaded.files}
-    except FileNotFoundError:
-        raise DataError(f"{str(path)!r} does not exist") from None
-    except _READ_ERRORS as error:
-        if "pickle" in str(error) or "Python objects" in str(error):
+        with path.open("rb") as file:
+            start = file.read(6)
+            file.seek(0)
+            if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+                return _read_zip(file, size)
+            if start != b"\x93NUMPY":
+                pickled = " (is it a pickle? those can run code)" if start.startswith(b"\x80") else ""
+                raise ValueError(f"it is neither an .npy nor an .npz file{pickled}")
+            if size < MAP_FROM:
+                return {"x": _read_array(file)}
+        mapped = np.load(path, mmap_mode="c", allow_pickle=False)
+        if mapped.offset + mapped.nbytes != size:
+            raise ValueError("it has more bytes than its header says")
+        return {"x": mapped}
+    except Exception as error:  # zipfile and numpy raise many kinds for what is damaged; all mean the same here
+        if "allow_pickle" in str(error) or "Python objects" in str(error):
             raise DataError(
                 f"{str(path)!r} holds pickled Python objects, which can run code when read and are refused; "
                 "save plain numbers: numpy.save(path, numpy.asarray(x, dtype=numpy.float32))"
             ) from None
         raise DataError(f"{str(path)!r} cannot be read as a NumPy file: {error or type(error).__name__}") from error
+
+
+def _read_zip(file: IO[bytes], size: int) -> dict[str, Array]:
+    arrays: dict[str, Array] = {}
+    with zipfile.ZipFile(file) as archive:
+        members = zip_members(archive, size)
+        total = sum(m.file_size for m in members)
+        if total > memory():
+            raise ValueError(f"it unpacks to {total:,} bytes, more than the memory has")
+        for member in members:
+            if not member.filename.endswith(".npy"):
+                raise ValueError(f"its member {member.filename[:80]!r} is no array")
+            with archive.open(member) as part:
+                arrays[member.filename.removesuffix(".npy")] = _read_array(part)
+    return arrays
+
+
+def _read_array(file: IO[bytes]) -> Array:
+    array: Array = np.lib.format.read_array(file, allow_pickle=False)
+    if file.read(1):  # of a zip file's member, this also has its checksum compared
+        raise ValueError("it has more bytes than its header says")
+    if array.nbytes == 0 and max(array.shape, default=0) > MANY_OF_NOTHING:
+        raise ValueError(f"it claims the shape {array.shape} and holds nothing")
+    return array
 
 
 def rows_of_keys(arrays: dict[str, Array], name: str) -> dict[str, Rows]:

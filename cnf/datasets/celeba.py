@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from cnf.datasets.prepared import Blocks, prepare, stamp
 from cnf.datasets.rows import Array
 from cnf.datasets.splits import DataSplits, Options, assemble
 from cnf.errors import ConfigError, DataError
+from cnf.strangers import require_file, zip_members
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -78,6 +79,7 @@ def load_celeba(options: Options) -> DataSplits:
 def _partition(path: Path) -> list[list[str]]:
     """File names of the three parts, from lines such as ``000001.jpg 0`` (or with a comma)."""
     names: list[list[str]] = [[], [], []]
+    require_file(path, DataError)
     try:
         lines = path.read_text(encoding="utf-8").replace(",", " ").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -110,21 +112,28 @@ def _faces(source: Path, names: list[str], part: str, size: int) -> Blocks:
         if source.is_dir():
             yield from from_files(lambda name: None)
             return
-        try:
-            with zipfile.ZipFile(source) as archive:  # members are decoded where they lie, never unpacked to the disk
-                members = {Path(m.filename).name: m for m in archive.infolist() if not m.is_dir()}
-                yield from from_files(lambda name: _member(archive, members[name]))
-        except KeyError as error:
-            raise DataError(f"{str(source)!r} lacks the picture {error}") from None
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-            raise DataError(f"{str(source)!r} cannot be read as a zip file: {error}") from None
+        with ExitStack() as stack:  # members are decoded where they lie, never unpacked to the disk
+            try:
+                size_of_zip = require_file(source, DataError)
+                archive = stack.enter_context(zipfile.ZipFile(source))
+                members = {Path(m.filename).name: m for m in zip_members(archive, size_of_zip)}
+            except DataError:
+                raise
+            except Exception as error:  # zipfile raises many kinds for what is damaged; all mean the same here
+                raise DataError(f"{str(source)!r} cannot be read as a zip file: {error}") from None
+            yield from from_files(lambda name: _member(archive, members.get(name), name))
 
     return blocks
 
 
-def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> IO[bytes]:
+def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo | None, name: str) -> IO[bytes]:
+    if member is None:
+        raise DataError(f"{archive.filename!r} lacks the picture {name!r}")
     if member.file_size > MAX_MEMBER:
         raise DataError(
             f"{member.filename!r} in {archive.filename!r} claims {member.file_size:,} bytes and was not read: a bomb?"
         )
-    return io.BytesIO(archive.read(member))
+    try:
+        return io.BytesIO(archive.read(member))
+    except Exception as error:
+        raise DataError(f"{archive.filename!r} cannot be read as a zip file: {error}") from None

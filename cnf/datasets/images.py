@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cnf.datasets.cifar import read_cifar10
 from cnf.datasets.prepared import reduce_bits
 from cnf.datasets.rows import Array, hold_out
 from cnf.datasets.splits import DataSplits, Options, assemble
@@ -30,7 +32,10 @@ _SHAPE = {"mnist": (1, 28, 28), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32,
 _VALIDATION = {"mnist": 10_000, "fashion-mnist": 10_000, "cifar10": 5_000, "svhn": 5_000}
 _TEN = tuple("0123456789")
 # what torchvision raises for files that are missing, truncated or damaged, and for networks
-_FAILURES = (RuntimeError, OSError, ValueError, TypeError, LookupError, AssertionError, EOFError, HTTPException)
+_FAILURES = (
+    RuntimeError, OSError, ValueError, TypeError, LookupError, AssertionError, EOFError, HTTPException, ArithmeticError,
+    MemoryError, pickle.UnpicklingError,
+)  # fmt: skip
 
 
 def load_images(name: str, options: Options) -> DataSplits:
@@ -95,15 +100,17 @@ def _read(name: str, train: bool, options: Options) -> tuple[Array, Array]:
     from torchvision import datasets  # type: ignore[import-untyped]
 
     root = Path(options.root).expanduser()
-    make = getattr(datasets, TORCHVISION[name])
+    # torchvision reads CIFAR-10 with pickle
+    make: Any = read_cifar10 if name == "cifar10" else getattr(datasets, TORCHVISION[name])
     part: dict[str, Any] = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
     try:
         try:
-            found = make(str(root), download=False, **part)
+            found = make(root, download=False, **part)
         except RuntimeError:  # not there
             if not options.download:
                 raise
-            found = make(str(root), download=True, **part)
+            _refuse_links(name, root)
+            found = make(root, download=True, **part)
     except PermissionError as error:
         raise DataError(
             f"{name} cannot be unpacked or stored under {str(root.resolve())!r}: {error}. Copy the files to a folder "
@@ -118,7 +125,9 @@ def _read(name: str, train: bool, options: Options) -> tuple[Array, Array]:
             "damaged) or connect to the network and let torchvision fetch them"
         ) from error
     labels = np.asarray(found.labels if name == "svhn" else found.targets, dtype=np.int64)
-    images: Array = np.asarray(found.data, dtype=np.uint8)
+    images: Array = np.asarray(found.data)
+    if images.dtype != np.uint8:
+        raise DataError(f"{name} under {str(root.resolve())!r} has {images.dtype} images: put the original files there")
     if images.ndim == 3:
         images = images[:, None]
     elif images.shape[-1] == 3 and images.shape[1] != 3:
@@ -128,7 +137,16 @@ def _read(name: str, train: bool, options: Options) -> tuple[Array, Array]:
             f"{name} under {str(root.resolve())!r} has {len(images)} images of shape {images.shape[1:]} and "
             f"{len(labels)} labels; expected {_SHAPE[name]}, and a label for each: put the original files there"
         )
+    if len(labels) and (labels.min() < 0 or labels.max() > 9):
+        raise DataError(f"{name} under {str(root.resolve())!r} has labels beyond 0 to 9: put the original files there")
     return images, labels
+
+
+def _refuse_links(name: str, root: Path) -> None:
+    """A download would be written to where a link points."""
+    for path in (*(root / _FOLDER[name]).glob("*"), *root.glob("*.gz")):
+        if path.is_symlink() and (path.suffix in (".gz", ".mat") or name != "svhn"):
+            raise DataError(f"{str(path)!r} is a link, and {name} is to be downloaded over it: remove it, or mend its target")
 
 
 def _classes(name: str) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import warnings
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from cnf.datasets.splits import DataSplits, Options, assemble
 from cnf.errors import DataError
+from cnf.strangers import require_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,6 +20,7 @@ __all__ = ["MAX_PIXELS", "SUFFIXES", "PictureDensity", "load_picture", "open_pic
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 MAX_PIXELS = 50_000_000  # a picture that claims more is refused before it is unpacked
+MAX_SCANS = 200  # of a progressive JPEG, each of which is a way through all pixels; usual ones have about ten
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -35,23 +36,20 @@ def open_picture(path: Path, file: IO[bytes] | None = None) -> Image.Image:
     """
     from PIL import Image, ImageOps
 
+    if file is None:
+        require_file(path, DataError, f"picture {str(path)!r}")
     try:
-        with warnings.catch_warnings():
-            # Our own limit below is lower than the one PIL warns at.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(file or path, formats=("PNG", "JPEG"))
-        if picture.width * picture.height > MAX_PIXELS:
-            picture.close()
-            raise Image.DecompressionBombError
-        picture.load()
+        if file is None:
+            with path.open("rb") as own:
+                picture = _decode(own)
+        else:
+            picture = _decode(file)
     except Image.DecompressionBombError:
         raise DataError(
             f"picture {str(path)!r} claims more than {MAX_PIXELS:,} pixels and was not opened (decompression bomb?); "
             "shrink it first"
         ) from None
-    except FileNotFoundError:
-        raise DataError(f"picture {str(path)!r} does not exist") from None
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
+    except Exception as error:  # Pillow raises many kinds for what is damaged; all mean the same here
         raise DataError(f"picture {str(path)!r} cannot be read as PNG or JPEG: {error}") from error
     if picture.mode in _DEEP_MODES:
         raise DataError(f"picture {str(path)!r} has more than 8 bits a channel ({picture.mode}); convert it to 8 bits")
@@ -59,6 +57,33 @@ def open_picture(path: Path, file: IO[bytes] | None = None) -> Image.Image:
         return ImageOps.exif_transpose(picture)
     except Exception:  # a damaged EXIF block raises many kinds; the pixels are whole, so they are taken as they lie
         return picture
+
+
+def _decode(file: IO[bytes]) -> Image.Image:
+    from PIL import Image
+
+    def opened() -> Image.Image:
+        file.seek(0)
+        return Image.open(file, formats=("PNG", "JPEG"))
+
+    with warnings.catch_warnings():
+        # our own limit is lower than the one that Pillow warns at; a damaged EXIF block is no matter
+        warnings.simplefilter("ignore")
+        picture = opened()
+        if picture.width * picture.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
+        if picture.format == "PNG":
+            picture.verify()  # the checksums of the pixels, which decoding leaves unread
+            picture = opened()
+        elif picture.info.get("progressive"):
+            file.seek(0)
+            scans = file.read().count(b"\xff\xda")
+            if scans > MAX_SCANS:
+                raise ValueError(f"it has {scans:,} scans, expected at most {MAX_SCANS}")
+            file.seek(0)
+            picture = opened()
+        picture.load()
+    return picture
 
 
 class PictureDensity:

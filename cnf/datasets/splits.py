@@ -40,7 +40,8 @@ class DataSplits:
         train, validation, test: uint8 (N, C, H, W) for images, float32 (N, D) otherwise. ``train`` of a set of 2 GiB or
             more may be a memory map of its file: an ordinary tensor, of which only the rows that are read come into
                 memory.
-        train_context, validation_context, test_context: one-hot labels, float32 (N, len(classes)), or None.
+        train_context, validation_context, test_context: what is given with each item, float32: one-hot labels
+            (N, len(classes)), or a regression's targets (N, targets); or None.
         classes: names of the labels in the order of the one-hot columns; filled whenever the data set has labels.
         columns: names of a table's columns.
         levels: number of grey levels of an image channel; None for vectors.
@@ -77,7 +78,7 @@ class DataSplits:
 
     @property
     def context_dim(self) -> int:
-        """Number of context columns; 0 without a condition."""
+        """Number of context columns: classes or targets; 0 without."""
         return 0 if self.train_context is None else int(self.train_context.shape[1])
 
 
@@ -102,8 +103,8 @@ class Options:
     sizes: tuple[int, int, int] = (50_000, 5_000, 10_000)
 
     def __post_init__(self) -> None:
-        if self.condition not in (None, "label"):
-            raise ConfigError(f"condition={self.condition!r} is not known; expected None or 'label'")
+        if self.condition not in (None, "label", "target"):
+            raise ConfigError(f"condition={self.condition!r} is not known; expected None, 'label' or 'target'")
         _one_of("discrete", self.discrete, ("dequantize", "keep", "error"))
         _one_of("duplicates", self.duplicates, ("drop", "keep"))
         for name in ("seed", "split_seed"):
@@ -195,6 +196,7 @@ def assemble(
     options: Options,
     *,
     codes: Sequence[Array] | None = None,
+    targets: Sequence[Array] | None = None,
     classes: tuple[str, ...] = (),
     columns: tuple[str, ...] = (),
     levels: int | None = None,
@@ -205,7 +207,7 @@ def assemble(
     """Build the :class:`DataSplits`: apply ``limit`` and ``condition``, convert to tensors, report the sizes.
 
     Raises:
-        DataError: if ``condition="label"`` and there are no labels, or a part is empty.
+        DataError: if ``condition`` asks for labels (targets) and there are none, or a part is empty.
     """
     train, validation, test = parts
     for which, part in (("training", train), ("validation", validation), ("test", test)):
@@ -216,6 +218,7 @@ def assemble(
         kept = np.random.default_rng(options.split_seed).permutation(len(train))[: options.limit]
         train = train[kept]
         codes = None if codes is None else [codes[0][kept], *codes[1:]]
+        targets = None if targets is None else [targets[0][kept], *targets[1:]]
         report.append(
             f"only {options.limit:,} of the training rows are used (limit), chosen by split_seed {options.split_seed}"
         )
@@ -228,6 +231,10 @@ def assemble(
             )
         eye = torch.eye(len(classes))
         contexts = [eye[torch.from_numpy(np.asarray(c, dtype=np.int64))] for c in codes]
+    if options.condition == "target":
+        if targets is None:
+            raise DataError(f"a regression needs targets and {name!r} has none; take flip, spheres1 or spheres2")
+        contexts = [_tensor(y) for y in targets]
     return DataSplits(
         name,
         kind,

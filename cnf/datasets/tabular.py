@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from cnf.datasets.arrays import read_numpy
 from cnf.datasets.checks import as_numbers, require_usable
 from cnf.datasets.splits import DataSplits, Options, assemble
-from cnf.datasets.text import read_csv
+from cnf.datasets.text import bounded_lines, read_csv
 from cnf.errors import ConfigError, DataError
+from cnf.strangers import memory, require_file
 
 __all__ = ["NAMES", "load_tabular"]
 
@@ -146,8 +147,13 @@ def _hepmass(root: Path) -> tuple[Parts, list[str]]:
         path = _find("hepmass", (root / "hepmass",), (f"1000_{part}.csv",))
         try:
             # Label and 27 features; what follows (a mass, a stray delimiter) differs between the two files.
-            table = np.loadtxt(path, delimiter=",", skiprows=1, usecols=range(1 + _HEPMASS_FEATURES), ndmin=2)
-        except (OSError, ValueError, UnicodeDecodeError) as error:
+            with path.open(encoding="utf-8") as file:
+                table = np.loadtxt(
+                    bounded_lines(file), delimiter=",", skiprows=1, usecols=range(1 + _HEPMASS_FEATURES), ndmin=2
+                )
+        except DataError:
+            raise
+        except (OSError, ValueError, StopIteration) as error:
             raise DataError(
                 f"{str(path)!r} cannot be read: {error}; expected a header, a label and 27 features a row"
             ) from error
@@ -172,14 +178,18 @@ def _miniboone(root: Path) -> tuple[Parts, list[str]]:
 
 def _bsds300(root: Path) -> tuple[Parts, list[str]]:
     path = _find("bsds300", (root / "BSDS300", root / "bsds300"), ("BSDS300.hdf5",))
+    require_file(path, DataError)
     try:
         h5py: Any = importlib.import_module("h5py")
     except ImportError:
         raise DataError("bsds300 is an HDF5 file and needs the package h5py: pip install h5py") from None
     try:
         with h5py.File(path, "r") as file:
-            train, validation, test = (np.asarray(file[k], dtype=np.float64) for k in ("train", "validation", "test"))
-    except (OSError, KeyError, ValueError) as error:
+            parts = [file[k] for k in ("train", "validation", "test")]
+            if any(p.ndim != 2 or p.dtype.kind not in "iuf" for p in parts) or sum(8 * p.size for p in parts) > memory():
+                raise ValueError("they are no tables of numbers, or more than the memory holds")
+            train, validation, test = (np.asarray(p, dtype=np.float64) for p in parts)
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise DataError(f"{str(path)!r} cannot be read as HDF5 with train, validation and test: {error}") from error
     return (train, validation, test), ["split and preprocessed by the file"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -12,8 +13,25 @@ import numpy as np
 
 from cnf.datasets.rows import Array
 from cnf.errors import DataError
+from cnf.strangers import require_file
 
-__all__ = ["read_csv"]
+__all__ = ["bounded_lines", "read_csv"]
+
+LONGEST = 2**24  # characters of a line: a million columns
+
+
+def bounded_lines(file: TextIO) -> Iterator[str]:
+    """The lines of a file.
+
+    Raises:
+        DataError: for one of more than 16 million characters, which may have no end.
+    """
+    number = 0
+    while line := file.readline(LONGEST):
+        number += 1
+        if len(line) == LONGEST and not line.endswith("\n"):
+            raise DataError(f"line {number} of {file.name!r} has more than {LONGEST:,} characters; expected rows of numbers")
+        yield line
 
 
 def read_csv(path: Path) -> tuple[Array, tuple[str, ...]]:
@@ -25,6 +43,7 @@ def read_csv(path: Path) -> tuple[Array, tuple[str, ...]]:
     Raises:
         DataError: for an unreadable or empty file, rows of unequal length, or a cell that is no number.
     """
+    require_file(path, DataError)
     numbers, columns, width = array("d"), (), 0  # type: tuple[array[float], tuple[str, ...], int]
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -38,6 +57,8 @@ def read_csv(path: Path) -> tuple[Array, tuple[str, ...]]:
                     raise DataError(f"row {i} of {str(path)!r} has {len(row)} cells; expected {width}")
                 try:
                     numbers.extend(map(float, row))
+                    if "_" in "".join(row):  # Python reads 1_0 as ten
+                        raise ValueError
                 except ValueError:
                     raise DataError(_complaint(path, i, row, columns)) from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -45,19 +66,21 @@ def read_csv(path: Path) -> tuple[Array, tuple[str, ...]]:
     if not numbers:
         raise DataError(f"{str(path)!r} has no rows of numbers")
     columns = columns or tuple(f"column {j}" for j in range(width))
-    if len(set(columns)) < width:
-        columns = tuple(f"{c} ({j})" if columns.count(c) > 1 else c for j, c in enumerate(columns))
+    count = Counter(columns)
+    if len(count) < width:
+        columns = tuple(f"{c} ({j})" if count[c] > 1 else c for j, c in enumerate(columns))
     return np.array(numbers).reshape(-1, width), columns
 
 
 def _rows(file: TextIO) -> Iterator[tuple[int, list[str]]]:
     """Numbered rows that are not empty."""
-    first = file.readline()
+    lines = bounded_lines(file)
+    first = next(lines, "")
     delimiter = next((d for d in ";\t" if d in first), ",")
 
     def all_lines() -> Iterator[str]:
         yield first
-        yield from file
+        yield from lines
 
     for i, row in enumerate(csv.reader(all_lines(), delimiter=delimiter), start=1):
         if row:
@@ -81,4 +104,4 @@ def _is_number(cell: str) -> bool:
         float(cell)
     except ValueError:
         return False
-    return True
+    return "_" not in cell

@@ -1,4 +1,4 @@
-"""Two-dimensional toy densities at FFJORD's scales (arXiv 1810.01367), and AFFJORD's hash (arXiv 2306.02731)."""
+"""Two-dimensional toy densities at FFJORD's scales (arXiv 1810.01367), AFFJORD's hash (arXiv 2306.02731), and letters."""
 
 from __future__ import annotations
 
@@ -82,6 +82,28 @@ def _hash(n: int, rng: np.random.Generator) -> Array:
     return np.where((part < 4)[:, None], bar, blob)
 
 
+# H and L, each bar (left, right, bottom, top), and three Gaussians between them
+_BARS = np.array(
+    [
+        (-1.5, -1.3, -0.8, 0.8),
+        (-0.7, -0.5, -0.8, 0.8),
+        (-1.3, -0.7, -0.1, 0.1),
+        (0.5, 0.7, -0.8, 0.8),
+        (0.7, 1.5, -0.8, -0.6),
+    ]
+)
+_BLOBS = np.array([(0.0, 0.0), (1.2, 0.5), (-1.0, 1.3)])
+
+
+def _letters(n: int, rng: np.random.Generator) -> Array:
+    # eight components of equal mass: the letters' five bars, three Gaussians of standard deviation 0.12
+    part = rng.integers(0, 8, n)
+    left, right, bottom, top = _BARS[np.minimum(part, 4)].T
+    bar = np.stack([left, bottom], 1) + np.stack([right - left, top - bottom], 1) * rng.random((n, 2))
+    blob = _BLOBS[np.clip(part - 5, 0, 2)] + 0.12 * rng.standard_normal((n, 2))
+    return np.where((part < 5)[:, None], bar, blob)
+
+
 def _line(n: int, rng: np.random.Generator) -> Array:
     x = rng.random(n) * 5 - 2.5
     return np.stack([x, x + 0.1 * rng.standard_normal(n)], 1)
@@ -102,6 +124,7 @@ TOYS: dict[str, Sampler] = {
     "pinwheel": _pinwheel,
     "swissroll": _swissroll,
     "hash-gaussian": _hash,
+    "letters-gaussian": _letters,
     "line": _line,
     "cos": _cos,
 }
@@ -116,6 +139,7 @@ NAMES = {
     "pinwheel": "2-D: five bent arms",
     "swissroll": "2-D: one spiral",
     "hash-gaussian": "2-D: four crossing bars and five Gaussians",
+    "letters-gaussian": "2-D: the letters H and L and three Gaussians",
     "line": "2-D: a straight line with noise",
     "cos": "2-D: a sine wave with noise",
 }
@@ -136,6 +160,7 @@ ENTROPY = {
     "circles": 3.2681,
     "swissroll": 2.6696,
     "hash-gaussian": 0.9545,
+    "letters-gaussian": 0.6320,
 }
 
 

@@ -6,7 +6,7 @@ That one form gives the value, the tangent (gate * (W v)) and the closed-form tr
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cnf.errors import ConfigError
 from cnf.fields.maps import Conv, Linear
 
-__all__ = ["LAYERS", "Affine", "TimeLayer", "time_layer"]
+__all__ = ["LAYERS", "Affine", "LayerFactory", "TimeLayer", "time_layer"]
 
 
 class Affine(NamedTuple):
@@ -240,8 +240,17 @@ LAYERS: dict[str, type[TimeLayer]] = {
 }
 
 
-def time_layer(kind: str, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True) -> TimeLayer:
-    """The layer of that kind around a linear map.
+class LayerFactory(Protocol):
+    """Makes a layer around a linear map: what a field takes in place of a layer's name."""
+
+    def __call__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True) -> TimeLayer:
+        """The layer."""
+
+
+def time_layer(
+    kind: str | LayerFactory, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True
+) -> TimeLayer:
+    """The layer of that kind around a linear map; a factory, such as :class:`~cnf.fields.Drive`, makes its own.
 
     Raises:
         ConfigError: for an unknown kind; the nearest is suggested.
@@ -251,6 +260,8 @@ def time_layer(kind: str, map: Linear | Conv, context_dim: int = 0, *, context_g
         >>> layer(torch.tensor(0.5), torch.randn(7, 2)).shape
         torch.Size([7, 64])
     """
+    if not isinstance(kind, str):
+        return kind(map, context_dim, context_gate=context_gate)
     if kind not in LAYERS:
         near = get_close_matches(str(kind), LAYERS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cnf.distributed import ALONE, Group
 from cnf.flow import Flow
 from cnf.likelihood.evaluation import Evaluation, ItemNoise, default_batch_size, evaluate
 from cnf.noise import Noise
@@ -56,6 +57,7 @@ def check(
     seed: int = 0,
     batch_size: int | None = None,
     index: Tensor | None = None,
+    group: Group = ALONE,
 ) -> Check:
     """Solve again at ten times tighter tolerances, and go there and back, batch by batch.
 
@@ -63,7 +65,7 @@ def check(
         flow: in evaluation mode.
         x: the items to check (N, \\*event).
         context: (N, C), (C,) or None.
-        dequantisation, seed, batch_size, index: as for :func:`~cnf.likelihood.evaluate`.
+        dequantisation, seed, batch_size, index, group: as for :func:`~cnf.likelihood.evaluate`.
 
     Example:
         >>> from cnf import ModelConfig, SolverConfig, build
@@ -74,34 +76,44 @@ def check(
     """
 
     def solve() -> Evaluation:
-        return evaluate(flow, x, context, dequantisation=dequantisation, seed=seed, batch_size=batch_size, index=index)
+        return evaluate(
+            flow, x, context, dequantisation=dequantisation, seed=seed, batch_size=batch_size, index=index, group=group
+        )
 
     before = solve()
     with refined(flow):
         moved = solve().per_item - before.per_item
     size = batch_size or default_batch_size(flow)
-    trips = []
-    for start in range(0, len(x), size):
-        rows = slice(start, start + size)
-        given = context if context is None or context.ndim == 1 else context[rows]
-        noise = ItemNoise(seed, before.index[rows].tolist())
-        given = None if given is None else given.to(flow.like)
-        part = x[rows].to(flow.like) if x.is_floating_point() else x[rows].to(flow.like.device)
-        trips.append(round_trip_error(flow, part, given, noise=noise))
-    return Check(len(x), before.unit, float(moved.mean()), float(moved.abs().max()), float(torch.tensor(trips, dtype=torch.float64).max()))
+    starts = range(0, len(x), size)
+    trips = torch.zeros(len(starts), dtype=torch.float64)
+    with group.together():
+        for place, start in enumerate(starts):
+            if not group.owns(place):
+                continue
+            rows = slice(start, start + size)
+            given = context if context is None or context.ndim == 1 else context[rows]
+            noise = ItemNoise(seed, before.index[rows].tolist())
+            given = None if given is None else given.to(flow.like)
+            part = x[rows].to(flow.like) if x.is_floating_point() else x[rows].to(flow.like.device)
+            trips[place] = round_trip_error(flow, part, given, noise=noise)
+    trips = group.sum(trips)
+    return Check(len(x), before.unit, float(moved.mean()), float(moved.abs().max()), float(trips.max()))
 
 
 @torch.no_grad()
-def solver_error(flow: Flow, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> float:
+def solver_error(
+    flow: Flow, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, group: Group = ALONE
+) -> float:
     """How much the mean likelihood of a batch moves when its solver is refined (twice the steps, or ten times tighter).
 
     The same noise is used twice, so give ``noise``. In bits/dim for images and nats per dimension for vectors; the mode of
-    ``flow`` says which solver is measured.
+    ``flow`` says which solver is measured. In a ``group`` each process gives its rows of the batch, and all get its error.
     """
-    before = flow.log_prob(x, context, noise=noise)
-    with refined(flow):
-        after = flow.log_prob(x, context, noise=noise)
-    difference = abs(float((after - before).double().mean())) / flow.dim
+    with group.together():
+        before = flow.log_prob(x, context, noise=noise)
+        with refined(flow):
+            moved = flow.log_prob(x, context, noise=noise) - before
+    difference = abs(group.mean(moved)) / flow.dim
     return difference / math.log(2) if flow.levels is not None else difference
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cnf.dequantization import VariationalDequantize
+from cnf.distributed import ALONE, Group
 from cnf.divergence import Hutchinson
 from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
@@ -129,6 +130,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int | None = None,
     index: Tensor | None = None,
+    group: Group = ALONE,
 ) -> Evaluation:
     r"""The negative log-likelihood of every item, no batch dropped, sums in double precision.
 
@@ -146,8 +148,11 @@ def evaluate(
         seed: of the noise.
         batch_size: items solved together; by their size if None.
         index: (N,) the items' numbers in their split, by which their noise is drawn; 0, 1, ... if None.
+        group: processes that all call this with the same arguments: the batches are dealt out, and each gets the whole result,
+            to the last bit that of one process (of the same kind).
 
     Raises:
+        SolverError: from a solve that failed, on all processes alike.
         DataError: for no items at all, or float images outside [0, 1].
         ConfigError: for numbers below one, or a dequantisation or importance weighting that the flow or the data lacks.
 
@@ -172,19 +177,23 @@ def evaluate(
     draws = draws if spread or probed else 1
     size = batch_size or default_batch_size(flow)
     index = torch.arange(len(x)) if index is None else index.cpu()
-    table = torch.empty(draws, len(x), dtype=torch.float64)
-    nfe = []
-    for number in range(draws):
-        for start in range(0, len(x), size):
+    table = torch.zeros(draws, len(x), dtype=torch.float64)
+    starts = range(0, len(x), size)
+    work = [(number, start) for number in range(draws) for start in starts]
+    nfe = torch.zeros(len(work), importance, dtype=torch.float64)
+    with group.together():
+        for place, (number, start) in enumerate(work):
+            if not group.owns(place):
+                continue
             rows = slice(start, start + size)
             given = context if context is None or context.ndim == 1 else context[rows]
             items = cast(list[int], index[rows].tolist())
             total: Tensor | None = None
             for sample in range(importance):
-                one, cost = _log_prob(flow, x[rows], given, ItemNoise(seed, items, number, sample), kind)
+                one, nfe[place, sample] = _log_prob(flow, x[rows], given, ItemNoise(seed, items, number, sample), kind)
                 total = one if total is None else torch.logaddexp(total, one)
-                nfe.append(cost)
             table[number, rows] = cast(Tensor, total) - math.log(importance)
+    table, nfe = group.sum(table), group.sum(nfe)
     log_prob = table.mean(0)
     scale = -1 / (flow.dim * math.log(2)) if flow.levels is not None else -1.0
     per_item = scale * log_prob
@@ -205,7 +214,7 @@ def evaluate(
         importance=importance,
         dequantisation=kind,
         bound=None if kind == "none" else spread and not (probed and importance > 1),
-        nfe=sum(nfe) / len(nfe),
+        nfe=float(nfe.mean()),
     )
 
 

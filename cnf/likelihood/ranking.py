@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cnf.distributed import ALONE, Group
 from cnf.errors import ConfigError
 from cnf.flow import Flow
 from cnf.likelihood.evaluation import Evaluation, evaluate
@@ -59,6 +60,7 @@ def rank(
     dequantisation: str | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    group: Group = ALONE,
 ) -> Ranking:
     """Sort items by their likelihood, least likely first.
 
@@ -73,7 +75,7 @@ def rank(
         names: of the items; their numbers if None.
         context: (N, C), (C,) or None.
         reference: (M,) scores of known items in the same unit, such as the per-item scores of a test split.
-        draws, importance, dequantisation, seed, batch_size: as for :func:`~cnf.likelihood.evaluate`.
+        draws, importance, dequantisation, seed, batch_size, group: as for :func:`~cnf.likelihood.evaluate`.
 
     Raises:
         ConfigError: for names that do not fit the items.
@@ -88,8 +90,9 @@ def rank(
     if names is not None and len(names) != len(x):
         raise ConfigError(f"names are {len(names)}, but there are {len(x)} items")
     found = evaluate(
-        flow, x, context, draws=draws, importance=importance, dequantisation=dequantisation, seed=seed, batch_size=batch_size
-    )
+        flow, x, context, draws=draws, importance=importance, dequantisation=dequantisation, seed=seed,
+        batch_size=batch_size, group=group,
+    )  # fmt: skip
     scores, order = found.per_item.sort(descending=True, stable=True)
     labels = [str(i) for i in range(len(x))] if names is None else list(names)
     below = None

@@ -13,7 +13,7 @@ from cnf.continuous import CNF
 from cnf.dequantization import VariationalDequantize
 from cnf.divergence import Divergence, Exact, Hutchinson
 from cnf.errors import ConfigError
-from cnf.fields import MLP, ConvField, SqueezeSum
+from cnf.fields import MLP, ConvField, Drive, SqueezeSum, TimePath
 from cnf.flow import Flow
 from cnf.multiscale import multiscale
 from cnf.solvers import Adaptive, FixedGrid, Solver
@@ -21,6 +21,9 @@ from cnf.transforms import Dequantize, Gaussianize, Logit, Sequential, Squeeze, 
 
 __all__ = ["ModelConfig", "SolverConfig", "build", "divergence", "eval_solver", "train_solver"]
 
+PREDICTIVE = ("node", "resnet")  # architectures that predict, built by cnf.models.predictors
+# what they alone read
+PREDICTIVE_FIELDS = ("augment", "input_layer", "data_control", "adaptive_depth", "depth", "depth_terms", "head")
 PARALLEL_LEVELS = 4  # nets in the field of FFJORD's multiscale-parallel model, where the size can be squeezed so often
 
 
@@ -28,8 +31,9 @@ PARALLEL_LEVELS = 4  # nets in the field of FFJORD's multiscale-parallel model, 
 class ModelConfig:
     """The flow's architecture."""
 
-    architecture: Literal["stack", "multiscale", "parallel"] = "stack"
-    """Blocks one after another; FFJORD's and RNODE's multiscale chain; or blocks whose fields sum nets at 4 sizes."""
+    architecture: Literal["stack", "multiscale", "parallel", "node", "resnet"] = "stack"
+    """Blocks one after another; FFJORD's and RNODE's multiscale chain; blocks whose fields sum nets at 4 sizes. To predict: a
+    neural ODE with a linear head (--augment makes it an ANODE), or a residual net (--blocks of them)."""
     field: Literal["mlp", "conv"] = "mlp"
     """Vector field: fully connected, or convolutional (images only)."""
     hidden: tuple[int, ...] = (64, 64)
@@ -61,6 +65,30 @@ class ModelConfig:
     its place each pixel's own distribution made normal, exactly."""
     base_std: float = 1.0
     """Standard deviation of the base distribution."""
+    drive: Literal["none", "concat", "hyper"] = "none"
+    """AFFJORD: what a learned time a(t) drives in place of t: features beside x, or a hypernetwork of all weights."""
+    drive_dim: int = 20
+    """--drive: size k of a."""
+    drive_entries: int = 10
+    """--drive hyper: entries m of a from which weights are generated."""
+    drive_rank: int = 0
+    """--drive hyper: 0 for a full generator (m + 1 times the weights), or the rank of a small one."""
+    drive_start: Literal["zero", "learned"] = "zero"
+    """--drive: a(0)."""
+    augment: int = 0
+    """node: zero features (channels) appended to the event."""
+    input_layer: bool = False
+    """node: a learned linear layer makes the first state, in place of zeros appended (IL-NODE)."""
+    data_control: bool = False
+    """node: the field also sees the event itself, f(t, x, x0)."""
+    adaptive_depth: bool = False
+    """node: each event has an end time of its own, learned, --end-time at the start."""
+    depth: Literal["constant", "chebyshev", "fourier", "stacked"] = "constant"
+    """node: weights over depth: constant (but for --layer), in a basis, or piecewise constant."""
+    depth_terms: int = 1
+    """node: terms of --depth's basis, or pieces if stacked."""
+    head: Literal["linear", "state"] = "linear"
+    """node, resnet: outputs by a linear layer on the final state, or its first entries themselves."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +153,19 @@ def _dequantize(model: ModelConfig, levels: int, event_shape: tuple[int, ...]) -
     return VariationalDequantize(levels, event_shape[0])
 
 
+def _layer(model: ModelConfig) -> str | Drive:
+    """How time, or the learned time, enters the layers."""
+    plain = ModelConfig()
+    for name in ("drive_dim", "drive_start", "drive_entries", "drive_rank"):
+        only = "hyper" if name in ("drive_entries", "drive_rank") else "concat' or 'hyper"
+        if model.drive not in only.split("' or '") and getattr(model, name) != getattr(plain, name):
+            raise ConfigError(f"{name}={getattr(model, name)!r} is for drive='{only}': leave it at {getattr(plain, name)!r}")
+    if model.drive == "none":
+        return model.layer
+    entries = model.drive_entries if model.drive == "hyper" else 1
+    return Drive(model.drive, model.drive_dim, entries, model.drive_rank)
+
+
 def _field(model: ModelConfig, shape: tuple[int, ...], context_dim: int) -> torch.nn.Module:
     """The vector field of one block for events of ``shape``."""
     if model.field == "mlp":
@@ -136,7 +177,7 @@ def _field(model: ModelConfig, shape: tuple[int, ...], context_dim: int) -> torc
             if value != idle:
                 raise ConfigError(f"{name}={value!r} is for convolutions: use field='conv'")
         dim = math.prod(shape)
-        return MLP(dim, model.hidden, model.layer, model.nonlinearity, context_dim, model.residual, model.zero_init)
+        return MLP(dim, model.hidden, _layer(model), model.nonlinearity, context_dim, model.residual, model.zero_init)
     if len(shape) != 3:
         raise ConfigError(f"field='conv' needs images, but an event has shape {shape}: use field='mlp'")
 
@@ -144,7 +185,7 @@ def _field(model: ModelConfig, shape: tuple[int, ...], context_dim: int) -> torc
         return ConvField(
             part[0],
             model.hidden,
-            model.layer,
+            _layer(model),
             model.nonlinearity,
             _strides(model, part),
             context_dim,
@@ -209,6 +250,11 @@ def build(
         >>> sum(p.numel() for p in flow.parameters()), flow.latent_shape
         (400323, (784,))
     """
+    if model.architecture in PREDICTIVE:
+        raise ConfigError(f"architecture={model.architecture!r} predicts and has no density: objective 'classification' or 'regression'")
+    for name in PREDICTIVE_FIELDS:
+        if getattr(model, name) != (idle := getattr(ModelConfig(), name)):
+            raise ConfigError(f"{name}={getattr(model, name)!r} is for architecture='node': leave it at {idle!r}")
     if model.blocks < 1:
         raise ConfigError(f"blocks={model.blocks}; expected at least 1")
     if levels is None and model.dequantize != "uniform":
@@ -238,6 +284,7 @@ def build(
             end_time=model.end_time,
             learn_end_time=model.learn_end_time,
             steer=solver.steer,
+            path=None if model.drive == "none" else TimePath(model.drive_dim, learn_start=model.drive_start == "learned"),
         )
 
     if model.architecture == "multiscale":

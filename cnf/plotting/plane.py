@@ -62,7 +62,7 @@ def vector_field_2d(flow: Flow, path: Path, *, times: int = 5, extent: float = 3
     panels = []
     for block in blocks:
         for t in torch.linspace(0, 1, times).to(grid) * block.end_time(grid):
-            panels.append((float(t), array(block.field(t, grid, None))))
+            panels.append((float(t), array(block.velocity(t, grid))))
     speeds = np.stack([np.hypot(*v.T) for _, v in panels])
     top = float(np.quantile(speeds, 0.99)) or 1.0
     figure = new_figure(2.7 * times + 0.8, 2.95 * len(blocks) + 0.3)

@@ -8,7 +8,7 @@ from cnf.models import ModelConfig, SolverConfig
 from cnf.presets.settings import DataConfig, Preset, RunConfig, TrainConfig
 from cnf.published import FFJORD, RNODE
 
-__all__ = ["IMAGES"]
+__all__ = ["FFJORD_SOLVER", "IMAGES", "PUBLISHED_TRAIN"]
 
 # The published image models. Sources: FFJORD is 1810.01367, its README's command and its script's defaults; RNODE is
 # 2002.02798, its example scripts and their script's defaults. Where RNODE's paper and code differ the preset follows
@@ -19,7 +19,7 @@ __all__ = ["IMAGES"]
 # no averaging, gradients as they are (clipped at 1e10 and at infinity), one pass over the test set. Both choose weights
 # by the test set; here a validation split does (of the large sets on some items, which is ours). Their epoch is 300
 # steps of MNIST, 250 of CIFAR-10
-_TRAIN = TrainConfig(
+PUBLISHED_TRAIN = TrainConfig(
     batch_size=200,
     lr=1e-3,
     warmup=1000,
@@ -47,14 +47,14 @@ _SOLVER = SolverConfig(
     probes=1,
 )
 # FFJORD: one Rademacher probe (README: --rademacher True)
-_FFJORD_SOLVER = replace(_SOLVER, probe="rademacher")
+FFJORD_SOLVER = replace(_SOLVER, probe="rademacher")
 # RNODE: one Gaussian probe; the scripts for ImageNet64 and CelebA-HQ name no solver, and the default is dopri5
 _RNODE_ADAPTIVE = replace(_SOLVER, probe="gaussian")
 # rk4 (the 3/8 rule) at step 0.25 in training: MNIST's script, and the paper for CIFAR-10. The code's gradient is the
 # adjoint on that grid; the grid's own, by checkpoints, costs as little memory
 _RNODE_SOLVER = replace(_RNODE_ADAPTIVE, method="rk4", adaptive=False, grid_steps=4, gradient="checkpoint")
 # λ_K = λ_J = 0.01 (all scripts); the published grid is kept: the watch only warns
-_RNODE_TRAIN = replace(_TRAIN, kinetic=0.01, jacobian=0.01, max_grid_steps=4)
+_RNODE_TRAIN = replace(PUBLISHED_TRAIN, kinetic=0.01, jacobian=0.01, max_grid_steps=4)
 
 
 def _published(
@@ -74,13 +74,13 @@ def _published(
 
 IMAGES = (
     # 1000 epochs (script's default)
-    _published("ffjord-mnist", FFJORD, _FFJORD_SOLVER, replace(_TRAIN, steps=300_000, validate_every=300), (1, 28, 28),
+    _published("ffjord-mnist", FFJORD, FFJORD_SOLVER, replace(PUBLISHED_TRAIN, steps=300_000, validate_every=300), (1, 28, 28),
                cost="about 12 s a step of 16 images on two cores")
     | _published(
         "ffjord-cifar10",
         FFJORD,
-        _FFJORD_SOLVER,
-        replace(_TRAIN, steps=250_000, validate_every=250),
+        FFJORD_SOLVER,
+        replace(PUBLISHED_TRAIN, steps=250_000, validate_every=250),
         (3, 32, 32),
     )
     # alpha: scripts; 100 epochs (paper; script's default)

@@ -54,10 +54,15 @@ class DataConfig:
 class TrainConfig:
     """How it is trained."""
 
+    objective: Literal["likelihood", "regression", "classification"] = "likelihood"
+    """What is minimised: a density's negative log-likelihood; or, by --architecture node or resnet, the squared error of the
+    data's targets, or the cross entropy of their classes."""
     steps: int = 3000
     """Training steps."""
     batch_size: int = 256
     """Items a step."""
+    accumulate: int = 1
+    """Micro-batches a step, one after another: the same gradient as the whole batch's, in the memory of one of them."""
     lr: float = 1e-3
     """Peak learning rate."""
     warmup: int = 100
@@ -122,3 +127,4 @@ class Preset:
     cost: str
     shape: tuple[int, ...]  # of the events of its data, for the parameter count
     levels: int | None = None
+    outputs: int = 0  # numbers predicted; 0 of a density

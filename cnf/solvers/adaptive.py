@@ -12,7 +12,7 @@ import torchdiffeq
 from torch import Tensor
 
 from cnf.errors import ConfigError, SolverError
-from cnf.solvers.base import RHS, Counter, Solution, State, Stats, finite
+from cnf.solvers.base import RHS, Counter, Solution, State, Stats, finite, largest
 
 __all__ = ["Adaptive"]
 
@@ -22,10 +22,17 @@ class _Function:
 
     def __init__(self, rhs: RHS, dtype: torch.dtype):
         self.rhs, self.dtype, self.counter = rhs, dtype, Counter()
+        self.attempt: tuple[Tensor, State, Tensor] | None = None
 
     def __call__(self, s: Tensor, y: State) -> State:
         self.counter.count()
         return self.rhs(s.to(self.dtype), y)
+
+    def callback_step(self, s: Tensor, y: State, h: Tensor) -> None:
+        self.attempt = s, y, h
+
+    def callback_step_adjoint(self, s: Tensor, y: State, h: Tensor) -> None:
+        self.counter.attempt = s, h
 
     def callback_accept_step(self, s: Tensor, y: State, h: Tensor) -> None:
         self.counter.accepted += 1
@@ -114,16 +121,21 @@ class Adaptive:
             else:
                 path = torchdiffeq.odeint(function, state, ends, options={**options(1.0), "norm": norm}, **common)
         except AssertionError as error:
-            raise SolverError(self._diagnosis(str(error), function.counter)) from None
+            raise self._failed(" ".join(str(error).split()), function) from None
         y = tuple(e[-1] for e in path)
         if not finite(y):
-            raise SolverError(self._diagnosis("the final state is not finite", function.counter))
-        function.counter.backward = True
+            raise self._failed("the final state is not finite", function)
+        function.counter.backward, function.attempt = True, None
         return Solution(y, Stats([function.counter]))
 
-    def _diagnosis(self, reason: str, counter: Counter) -> str:
-        return (
+    def _failed(self, reason: str, function: _Function) -> SolverError:
+        counter, where = function.counter, {}
+        if function.attempt is not None:
+            s, y, h = function.attempt
+            where = {"s": float(s.detach()), "step": float(h.detach()), "largest": largest(y)}
+        return SolverError(
             f"{self!r} gave up after {counter.accepted} accepted and {counter.rejected} rejected steps, {counter.nfe} "
             f"evaluations ({reason[:200]}): looser tolerances, a larger max_steps (now {self.max_steps}), or a kinetic "
-            "penalty may help"
+            "penalty may help",
+            **where,
         )

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["RHS", "Counter", "Solution", "Solver", "State", "Stats", "finite"]
+__all__ = ["RHS", "Counter", "Solution", "Solver", "State", "Stats", "finite", "largest"]
 
 State = tuple[Tensor, ...]
 RHS = Callable[[Tensor, State], State]
@@ -20,6 +20,7 @@ class Counter:
     def __init__(self) -> None:
         self.nfe = self.nfe_backward = self.accepted = self.rejected = 0
         self.backward = False
+        self.attempt: tuple[Tensor, Tensor] | None = None  # s and step size of the adjoint's latest step
 
     def count(self) -> None:
         """One more evaluation."""
@@ -61,6 +62,22 @@ class Stats:
         """Rejected steps (adaptive solvers)."""
         return self._sum("rejected")
 
+    def costliest(self) -> str:
+        """The block that took most evaluations, in words; "" where there is one only."""
+        if len(self._counters) < 2:
+            return ""
+        number, counter = max(enumerate(self._counters, 1), key=lambda pair: pair[1].nfe)
+        return f" in block {number} of {len(self._counters)} ({counter.nfe:,} evaluations)"
+
+    def stalled(self) -> str:
+        """Where an adjoint's backward solve stopped, in words: the blocks are solved last to first."""
+        for number, counter in enumerate(self._counters, 1):
+            if counter.attempt is not None:
+                s, h = (abs(float(v.detach())) for v in counter.attempt)
+                where = f" in block {number} of {len(self._counters)}" if len(self._counters) > 1 else ""
+                return f"{where} at s={s:.4g} of its time, step size {h:.3g}, after {counter.nfe_backward:,} evaluations"
+        return ""
+
     def __repr__(self) -> str:
         parts = (f"{n}={self._sum(n)}" for n in ("nfe", "nfe_backward", "accepted", "rejected"))
         return f"Stats({', '.join(parts)})"
@@ -81,6 +98,11 @@ class Solver(Protocol):
 
     def refined(self) -> Solver:
         """The same solver, finer: what this one's error is measured against."""
+
+
+def largest(y: State) -> float:
+    """The largest entry of a state, in absolute value."""
+    return max(float(e.detach().abs().max()) for e in y)
 
 
 def finite(y: State) -> bool:

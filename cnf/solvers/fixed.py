@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cnf.errors import ConfigError, SolverError
 from cnf.recompute import Recompute
-from cnf.solvers.base import RHS, Counter, Solution, State, Stats, finite
+from cnf.solvers.base import RHS, Counter, Solution, State, Stats, finite, largest
 from cnf.solvers.tableaus import TABLEAUS
 
 __all__ = ["FixedGrid"]
@@ -93,13 +93,14 @@ class FixedGrid:
                 return Recompute(parameters).chain(parts, state)
             y = state
             for i, part in enumerate(parts):
-                y = part(*y)
+                before, y = y, part(*y)
                 if check and not finite(y):
                     raise SolverError(
                         f"the state is not finite after step {i + 1} of {self.steps} ({self.method}) at s={nodes[i + 1]:.4g} "
                         f"of the block's time, {counter.nfe} evaluations: more steps, a smaller learning rate, or a "
-                        "kinetic penalty may help"
-                    )
+                        "kinetic penalty may help",
+                        s=float(nodes[i]), step=1 / self.steps, largest=largest(before),
+                    )  # fmt: skip
             return y
 
         y = run(check=False)

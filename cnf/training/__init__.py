@@ -1,7 +1,8 @@
 """Training: the loop, its watch over the solver, and what it writes."""
 
+from cnf.training.files import write_json
 from cnf.training.loop import Trainer
-from cnf.training.report import comparability, finish, summary, write_json
+from cnf.training.report import comparability, finish, summary
 from cnf.training.scoring import score, write_scores
 from cnf.training.signals import Interrupted
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 
 import torch
 from torch import Tensor
 
 from cnf.datasets import DataSplits
+from cnf.distributed import ALONE, Group
 from cnf.errors import ConfigError
 from cnf.noise import Noise
+from cnf.presets import RunConfig
 
-__all__ = ["Batches", "choose_rows", "fingerprint", "validation_rows"]
+__all__ = ["Batches", "choose_rows", "fingerprint", "shared_settings", "validation_rows"]
+
+LOCAL = ("data_root", "download", "device", "threads")  # options that may differ between machines
 
 
 class Batches:
@@ -20,29 +25,36 @@ class Batches:
     Args:
         data: the splits; the training rows are kept on the device (images as uint8) where they fit into half of its free
             memory, and fetched batch by batch otherwise.
-        size: rows a batch; all there are, if they are fewer.
+        size: rows of the joint batch; all there are, if they are fewer.
         seed: decides order and noise.
         device: where batches live.
+        group: the processes that share each batch: the order is the same on all of them, and each takes its rows.
+
+    Raises:
+        ConfigError: for fewer rows than processes.
     """
 
-    def __init__(self, data: DataSplits, size: int, seed: int, device: torch.device):
+    def __init__(self, data: DataSplits, size: int, seed: int, device: torch.device, group: Group = ALONE):
         self.device = device
         self.x = data.train.to(device) if _fits(data.train, device) else data.train
         self.context = None if data.train_context is None else data.train_context.to(device)
         self.size, self.seed, self.flip = min(size, len(self.x)), seed, data.flip
+        if self.size < group.size:
+            raise ConfigError(f"a batch has {self.size} rows, fewer than the {group.size} processes: take a larger --batch-size, or fewer processes")
+        self.share, self.joint = group.share(self.size), self.size if group.size > 1 else None
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # of the latest epoch: a memory, not a state
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor | None, Noise]:
-        """x (size, \\*event), context (size, C) or None, and the noise of a step."""
+        """x (N, \\*event), context (N, C) or None, and the noise of a step: this process's rows of the joint batch."""
         epoch, place = divmod(step, len(self.x) // self.size)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = epoch, torch.randperm(len(self.x), generator=generator).to(self.x.device)
-        rows = self._order[1][place * self.size : (place + 1) * self.size]
-        noise = Noise(self.seed, "train", step)
+        rows = self._order[1][place * self.size : (place + 1) * self.size][self.share]
+        noise = Noise(self.seed, "train", step, start=self.share.start, total=self.joint)
         x = self.x[rows].to(self.device).contiguous()
         if self.flip:
-            chosen = noise.draw("flip", "uniform", (self.size,), device=x.device) < 0.5
+            chosen = noise.draw("flip", "uniform", (len(x),), device=x.device) < 0.5
             x = torch.where(chosen[:, None, None, None], x.flip(3), x)
         return x, None if self.context is None else self.context[rows.to(self.device)], noise
 
@@ -59,6 +71,13 @@ def fingerprint(data: DataSplits) -> str:
             some = x[:: max(1, len(x) // 1000)].contiguous()
             parts.append(f"{len(x)}:{zlib.crc32(some.numpy().tobytes()):08x}")
     return " ".join(parts)
+
+
+def shared_settings(config: RunConfig, data: DataSplits) -> dict[str, object]:
+    """What every process of a run must have alike: all options but for places and threads, torch's version, the data."""
+    parts = [dataclasses.asdict(part) for part in (config.data, config.model, config.solver, config.train)]
+    options = {f"--{name.replace('_', '-')}": value for part in parts for name, value in part.items() if name not in LOCAL}
+    return {**options, "torch": torch.__version__, "the data's fingerprint": fingerprint(data)}
 
 
 def choose_rows(total: int, items: int | None, seed: int) -> Tensor:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from cnf.checkpoint import write_atomic
+from cnf.training.board import Board
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "Mute"]
 
 LINE_SECONDS = 60.0  # without a terminal: a line at least this often
 
@@ -34,52 +35,97 @@ class Journal:
         self.path, self.total, self.quiet = folder / "metrics.jsonl", total, quiet
         self.rows: list[dict[str, Any]] = []
         self._log: IO[str] | None = None
-        self._writer: SummaryWriter | None = None
+        self._board: Board | None = None
         self._bar: Any = None
         self._said = time.monotonic()
 
     def cut(self, rows: int) -> None:
-        """Read metrics.jsonl back and drop what was written after its first ``rows`` lines."""
-        lines = self.path.read_text(encoding="utf-8").splitlines()[:rows] if self.path.exists() else []
-        self.rows = [{k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in lines]
-        text = "".join(line + "\n" for line in lines)
+        """Read metrics.jsonl back and drop what was written after its first ``rows`` lines, and lines that are damaged."""
+        self.rows, damaged = [], 0
+        for line in self.path.read_bytes().splitlines()[:rows] if self.path.exists() else []:
+            try:
+                self.rows.append({k: math.nan if v is None else v for k, v in json.loads(line).items()})
+            except (ValueError, AttributeError, RecursionError):
+                damaged += 1
+        if damaged:
+            self.say(f"{self.path}: {damaged} damaged lines left out; training does not depend on them")
+        self.write(self.path)
 
-        def save(path: Path) -> None:
-            path.write_text(text, encoding="utf-8")
+    def write(self, path: Path) -> None:
+        """All rows, as a file of their own.
 
-        write_atomic(self.path, save)
+        Raises:
+            CheckpointError: where it cannot be written.
+        """
+        text = "".join(map(_line, self.rows))
+
+        def save(temporary: Path) -> None:
+            temporary.write_text(text, encoding="utf-8")
+
+        write_atomic(path, save)
 
     @contextmanager
     def opened(self, step: int) -> Iterator[None]:
         """The files and the bar, open while the run trains from ``step`` on."""
-        # purge_step: what TensorBoard has of later steps, from before a resume, is void
-        self._writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
+        self._board = Board(self.path.parent, step, self.say)
         bare = self.quiet or not sys.stderr.isatty()
         try:
-            with (
-                self.path.open("a", encoding="utf-8") as self._log,
-                tqdm(total=self.total, initial=step, disable=bare, dynamic_ncols=True, unit="step") as self._bar,
-            ):
+            with tqdm(total=self.total, initial=step, disable=bare, dynamic_ncols=True, unit="step") as self._bar:
+                self._open()
                 yield
         finally:
-            self._writer.close()
-            self._log = self._writer = self._bar = None
+            self._board.close()
+            self._close()
+            self._board = self._bar = None
 
     def record(self, row: dict[str, Any]) -> None:
         """One row, ``row["step"]`` its step."""
-        assert self._log is not None and self._writer is not None
         self.rows.append(row)
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._log.write(json.dumps(finite) + "\n")
-        for name, value in row.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, row["step"])
+        if self._log is not None:
+            try:
+                self._log.write(_line(row))
+            except OSError:  # a full disk: the next flush writes all rows anew
+                self._close()
+        if self._board is not None:
+            self._board.add(row)
 
     def flush(self) -> None:
-        """Everything recorded so far is in the files."""
-        if self._log is not None and self._writer is not None:
-            self._log.flush()
-            self._writer.flush()
+        """Everything recorded so far is in the files, and on the disk.
+
+        Raises:
+            CheckpointError: where metrics.jsonl cannot be written; the rows are kept, and the next call tries again.
+        """
+        if self._board is None:  # no run is under way
+            return
+        try:
+            if self._log is not None:
+                self._log.flush()
+                os.fsync(self._log.fileno())
+                if not os.path.samestat(os.stat(self.path), os.fstat(self._log.fileno())):
+                    raise FileNotFoundError
+        except OSError:
+            self._close()
+        if self._log is None:
+            self.write(self.path)
+            self._open()
+        self._board.flush()
+
+    def renew(self) -> None:
+        """The folder was made anew: TensorBoard's files from the beginning (metrics.jsonl comes with the next flush)."""
+        self._close()
+        if self._board is not None:
+            self._board.close()
+            self._board = Board(self.path.parent, -1, self.say, self.rows)
+
+    def _open(self) -> None:
+        with suppress(OSError):  # the next flush tries again, and says why not
+            self._log = self.path.open("a", encoding="utf-8")
+
+    def _close(self) -> None:
+        if self._log is not None:
+            with suppress(OSError):
+                self._log.close()
+            self._log = None
 
     def progress(self, step: int, text: str, *, line: bool) -> None:
         """One more step. Without a terminal ``text`` is printed if ``line``, or if nothing was for a minute."""
@@ -94,3 +140,29 @@ class Journal:
         self._said = time.monotonic()
         if not self.quiet:
             tqdm.write(line, file=sys.stderr)
+
+
+def _line(row: dict[str, Any]) -> str:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite) + "\n"
+
+
+class Mute(Journal):
+    """Says and writes nothing: of several processes one keeps the journal."""
+
+    def cut(self, rows: int) -> None:
+        """Nothing was written."""
+
+    @contextmanager
+    def opened(self, step: int) -> Iterator[None]:
+        """No files, no bar."""
+        yield
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Forget it."""
+
+    def progress(self, step: int, text: str, *, line: bool) -> None:
+        """Tell nobody."""
+
+    def say(self, line: str) -> None:
+        """Tell nobody."""

@@ -4,37 +4,51 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel
 
-from cnf.checkpoint import RunInfo, has_trainer, load_trainer, one_line, save_trainer, write_weights
+from cnf.checkpoint import RunInfo, has_trainer
 from cnf.datasets import DataSplits
-from cnf.errors import CheckpointError, SolverError, TrainingError
+from cnf.distributed import ALONE, Group
+from cnf.errors import CheckpointError, ConfigError, SolverError
 from cnf.flow import Flow
-from cnf.likelihood import evaluate
-from cnf.objectives import Likelihood
-from cnf.training.batches import Batches, fingerprint, validation_rows
-from cnf.training.journal import Journal
-from cnf.training.schedule import averaging, learning_rate
-from cnf.training.signals import Interrupted, Signals
+from cnf.models import Predictor
+from cnf.objectives import Likelihood, Objective, Supervised
+from cnf.presets import TrainConfig
+from cnf.training.batches import Batches, shared_settings, validation_rows
+from cnf.training.journal import Journal, Mute
+from cnf.training.memory import fitting
+from cnf.training.recovery import Recovery, skip
+from cnf.training.schedule import averaging, learning_rate, optimizer
+from cnf.training.signals import Abandoned, Interrupted, Signals
+from cnf.training.state import NUMBERS, export, owning, rescue, restore, write
+from cnf.training.step import culprit, gradient
 from cnf.training.watch import Watch
 
-__all__ = ["Trainer"]
+__all__ = ["NUMBERS", "Trainer"]
 
-MAX_SKIPS = 10  # batches skipped in a row before giving up
 VALIDATION_SEED = 20_000  # validation noise never changes: validations are comparable within and between runs
 LOG_EVERY = 10  # steps between lines of metrics.jsonl
 SAVE_SECONDS = 300.0  # a checkpoint at least so often, however rare validations are
-NUMBERS = ("step", "skipped", "skips_in_row", "worse", "best", "best_step", "validated", "seconds")
+RETRY_SECONDS = 30.0  # to the next attempt where a checkpoint could not be written
+
+
+def _objective(model: Flow | Predictor, config: TrainConfig) -> Objective:
+    if isinstance(model, Flow):
+        return Likelihood(model, config.kinetic, config.jacobian, config.regularisers)
+    if config.kinetic or config.jacobian:
+        raise ConfigError(f"kinetic={config.kinetic:g}, jacobian={config.jacobian:g} are for densities: leave both at 0")
+    return Supervised(model, config.objective)
 
 
 class Trainer:
-    """Trains one run in one folder, which :meth:`run` fills; making a Trainer writes nothing unless it resumes.
+    """Trains one run, of a flow or of a model that predicts, in one folder, which :meth:`run` fills; making a Trainer writes nothing unless it resumes.
 
     Args:
         info: settings and the data's shape.
@@ -42,48 +56,51 @@ class Trainer:
         folder: the run folder (with its config.json).
         resume: continue from the folder's checkpoint.
         quiet: no progress bar and no lines.
+        group: the processes that train this run together, all with the same arguments: one optimiser step on each joint
+            batch, the same weights everywhere, and one (rank 0) that writes. Any number of them may resume a run.
 
     Raises:
         CheckpointError: on resume, for a checkpoint that is damaged, of another model or of other data.
         ConfigError: for settings that do not fit each other.
     """
 
-    def __init__(self, info: RunInfo, data: DataSplits, folder: Path, *, resume: bool = False, quiet: bool = False):
-        self.info, self.data, self.folder = info, data, folder
+    def __init__(
+        self, info: RunInfo, data: DataSplits, folder: Path, *, resume: bool = False, quiet: bool = False, group: Group = ALONE
+    ):
+        self.info, self.data, self.folder, self.group = info, data, folder, group
         self.config = info.config.train
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         self.device = torch.device(self.config.device)
         torch.manual_seed(self.config.seed)  # the initial weights
         self.flow = info.build().to(self.device)
-        self.batches = Batches(data, self.config.batch_size, self.config.seed, self.device)
-        self.flow.fit_statistics(self.batches.x)
-        self.objective = Likelihood(self.flow, self.config.kinetic, self.config.jacobian, self.config.regularisers)
-        # AdamW with zero decay is Adam; betas and eps are Adam's usual. A learned end time is not decayed: it has no
-        # reason to be short
-        named = list(self.flow.named_parameters())
-        groups = [
-            {"params": [p for n, p in named if not n.endswith("sqrt_end_time")], "weight_decay": self.config.weight_decay},
-            {"params": [p for n, p in named if n.endswith("sqrt_end_time")], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.config.lr)
+        self.batches = Batches(data, self.config.batch_size, self.config.seed, self.device, group)
+        self.objective = _objective(self.flow, self.config)
+        self.objective.prepare(self.batches.x)
+        group.agree(shared_settings(info.config, data))
+        group.spread(self.flow.state_dict().values())  # the same already, but for what another machine rounds differently
+        self.optimizer = optimizer(self.flow, self.config.lr, self.config.weight_decay)
         self.ema = AveragedModel(self.flow, multi_avg_fn=averaging(self.config.ema_decay))
         self.validation = validation_rows(data, self.config.validation_items, VALIDATION_SEED, self.device)
         self.step = self.skipped = self.skips_in_row = self.worse = 0
         self.best, self.best_step, self.validated, self.seconds = math.inf, 0, -1, 0.0
         self.best_weights: dict[str, Tensor] = {}
-        self.journal = Journal(folder, self.config.steps, quiet=quiet)
-        self.watch = Watch(self.flow, info.config.solver, self.config.watch_tolerance, self.config.max_grid_steps, self.say)
-        self.signals = Signals()
-        self._saved, self._saved_at = -1, time.monotonic()
-        if resume and has_trainer(folder):
-            self._restore()
-        elif resume:  # stopped before its first checkpoint: the beginning is where it continues
-            self.journal.cut(0)
+        self.journal = (Journal if group.main else Mute)(folder, self.config.steps, quiet=quiet)
+        self.watch = Watch(self.objective, info.config.solver, self.config.watch_tolerance, self.config.max_grid_steps, self.say)
+        self.signals = Signals(shared=group.size > 1, quiet=not group.main)
+        self.recovery = Recovery(self.flow, self.ema, self.optimizer)
+        self.pending: dict[str, Any] = {}  # of the latest step, while what follows it (:meth:`_after`) is not complete
+        self.export_due = False  # the best weights are not in the folder yet
+        self.signal, self._saved, self._saved_at = 0, -1, time.monotonic()
+        with owning(folder, group) if resume else nullcontext():
+            if resume and group.first(lambda: has_trainer(folder)):
+                restore(self)
+            elif resume:  # stopped before its first checkpoint: the beginning is where it continues
+                self.journal.cut(0)
 
     @property
     def unit(self) -> str:
-        """bits/dim or nats."""
+        """Of the objective: bits/dim, nats, or squared error."""
         return self.objective.unit
 
     @property
@@ -98,44 +115,23 @@ class Trainer:
     # -- state ---------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write the whole resume state."""
-        self.journal.flush()
-        state = {
-            "flow": self.flow.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "best_weights": self.best_weights,
-            "numbers": {name: getattr(self, name) for name in NUMBERS},
-            "refinements": self.watch.refinements,
-            "metrics": len(self.metrics),
-            "data": fingerprint(self.data),
-        }
-        save_trainer(self.folder, state)
+        """Write the whole resume state.
+
+        Raises:
+            CheckpointError: where it cannot be written; what was saved before is still there.
+        """
+        if self.group.main:
+            write(self)
         self._saved, self._saved_at = self.step, time.monotonic()
 
-    def _restore(self) -> None:
-        state, notice = load_trainer(self.folder)
-        if notice:
-            self.say(notice)
-        if state.get("data") != fingerprint(self.data):
-            raise CheckpointError(f"the data are not those that {self.folder} was trained on: put them back, or start a new run")
+    def _try_save(self) -> None:
         try:
-            self.flow.load_state_dict(state["flow"])
-            self.ema.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.best_weights = {k: v.to(self.device) for k, v in state["best_weights"].items()}
-            best = self.best_flow() if self.best_weights else None
-            for name in NUMBERS:
-                setattr(self, name, type(getattr(self, name))(state["numbers"][name]))
-            self.watch.refinements, rows = int(state["refinements"]), int(state["metrics"])
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise CheckpointError(f"{self.folder / 'trainer.pt'} is not of this model: {one_line(error)}") from None
-        self.watch.apply()
-        self.journal.cut(rows)
-        if best is not None:  # a later best, from after this checkpoint, is void
-            write_weights(self.folder, best)
+            self.save()
+        except CheckpointError as error:
+            self._saved_at = time.monotonic() - SAVE_SECONDS + RETRY_SECONDS
+            self.say(f"step {self.step}: no checkpoint: {error}; training goes on, and the next save tries again")
 
-    def best_flow(self) -> Flow:
+    def best_flow(self) -> Any:
         """The averaged weights of the best validation, in evaluation mode."""
         flow = self.info.build().to(self.device)
         flow.load_state_dict(self.best_weights)
@@ -147,73 +143,63 @@ class Trainer:
         """One optimiser step at the present ``step``; None if the batch had to be skipped.
 
         Raises:
-            TrainingError: when too many batches in a row could not be used.
+            TrainingError: when too many batches in a row could not be used, again and again; when one does not fit into memory.
         """
-        rate = learning_rate(self.step, self.config.lr, self.config.warmup, self.config.steps, self.config.schedule)
+        config = self.config
+        rate = learning_rate(self.step, config.lr, config.warmup, config.steps, config.schedule) * self.recovery.factor
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         x, context, noise = self.batches(self.step)
         self.flow.train()
         self.optimizer.zero_grad(set_to_none=True)
-        try:
-            terms, stats = self.objective.evaluate(x, context, noise)
-            loss = terms["loss"].mean()
-            loss.backward()
-        except SolverError as error:
-            self._skip(str(error))
+        adjoint, limit = self.info.config.solver.gradient == "adjoint", self.recovery.limit()
+        with self.signals.abandoning(), fitting(self, x, context, noise):
+            found = gradient(self.objective, x, context, noise, count=config.accumulate, limit=limit, adjoint=adjoint)
+        # from here on, gradient and figures are the joint batch's, so that all processes do the same
+        figures, failure = self.group.joint(self.flow.parameters(), len(x) / self.batches.size, found.figures, found.failure)
+        if failure:
+            skip(self, failure)
             return None
-        except AssertionError as error:  # torchdiffeq's word for a solve that failed, here in the adjoint's backward pass
-            if self.info.config.solver.gradient != "adjoint":
-                raise
-            self._skip(f"the adjoint's solve failed: {error}")
+        norm = clip_grad_norm_(self.flow.parameters(), config.max_grad_norm or math.inf)
+        grad_norm, *numbers = torch.cat([norm.detach().double().reshape(1), figures]).tolist()  # all leave the device together
+        values = dict(zip(found.names, numbers, strict=True))
+        values |= {n: round(values[n], 3) for n in ("nfe", "nfe_backward")}  # no whole number where it is a mean over processes
+        if not (math.isfinite(values["loss"]) and math.isfinite(grad_norm)):
+            skip(self, culprit(self.flow, values, grad_norm))
             return None
-        norm = clip_grad_norm_(self.flow.parameters(), self.config.max_grad_norm or math.inf)
-        # all figures leave the device together
-        numbers = torch.stack([v.detach().double() for v in (loss, norm, *(t.mean() for t in terms.values()))]).tolist()
-        if not (math.isfinite(numbers[0]) and math.isfinite(numbers[1])):
-            self._skip(f"loss {numbers[0]:g}, gradient norm {numbers[1]:g}")
+        if values["nfe_backward"] > (most := self.recovery.limit("nfe_backward")):
+            skip(self, f"{values['nfe_backward']:,.0f} evaluations in the backward pass, {most:,.0f} at most: it runs away")
             return None
         self.optimizer.step()
         self.ema.update_parameters(self.flow)
+        self.recovery.count(values)
         self.skips_in_row = 0
-        values = dict(zip(terms, numbers[2:], strict=True))
-        return {**values, "nfe": stats.nfe, "nfe_backward": stats.nfe_backward, "grad_norm": numbers[1], "lr": rate}
-
-    def _skip(self, reason: str) -> None:
-        self.skipped += 1
-        self.skips_in_row += 1
-        if self.skips_in_row >= MAX_SKIPS:
-            solver = self.info.config.solver
-            finer = f"a smaller --rtol (now {solver.rtol:g})" if solver.adaptive else f"more --grid-steps (now {solver.grid_steps})"
-            raise TrainingError(
-                f"{MAX_SKIPS} batches in a row could not be used, the last at step {self.step} ({reason}): try a smaller --lr "
-                f"(now {self.config.lr:g}), a longer --warmup (now {self.config.warmup}), --kinetic 0.01 or more (now "
-                f"{self.config.kinetic:g}), or {finer}, in a new run"
-            )
-        if self.skipped <= MAX_SKIPS:  # all are counted in metrics.jsonl and result.json
-            self.say(f"step {self.step}: batch skipped: {reason}")
+        return {**values, "grad_norm": grad_norm, "lr": rate}
 
     # -- validation ----------------------------------------------------------------------------------------------
 
     def validate(self) -> dict[str, Any]:
         """Validation of the averaged weights with the evaluation solver; keeps the best."""
-        flow = cast(Flow, self.ema.module)
-        flow.eval()
+        model = self.ema.module.eval()
         x, context, index = self.validation
+        found: dict[str, float] = {}
         try:
-            value = evaluate(flow, x, context, seed=VALIDATION_SEED, index=index).mean
+            with self.signals.abandoning():
+                found = self.objective.validate(model, x, context, index=index, seed=VALIDATION_SEED, group=self.group)
         except SolverError as error:
             self.say(f"step {self.step}: validation failed: {error}")
-            value = math.inf
+        value = found.get("validation", math.inf)
         if math.isnan(value):  # which would compare as neither better nor worse
             value = math.inf
-        self.validated = self.step
-        self.worse += 1
+        self.validated, self.worse = self.step, self.worse + 1
         if value < self.best or not self.best_weights:
             self.best, self.best_step, self.worse = value, self.step, 0
-            self.best_weights = {k: v.detach().clone() for k, v in flow.state_dict().items()}
-            write_weights(self.folder, flow)
-        return {"validation": value, "best": self.best, "best_step": self.best_step}
+            self.best_weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            if self.group.main:
+                export(self)
+        if math.isfinite(value):
+            self.recovery.keep(self.step)
+        return {**found, "validation": value, "best": self.best, "best_step": self.best_step}
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -227,51 +213,68 @@ class Trainer:
             return "max_time"
         return None
 
+    def _stop(self, started: float) -> str | None:
+        """The reason to stop on all processes alike: rank 0's clock counts, and a signal to one of them is one to all."""
+        elapsed = time.monotonic() - started if self.group.main else 0.0
+        number, elapsed = self.group.largest([self.signals.number, elapsed])
+        self.signal = int(number)
+        return self.stop_reason(elapsed)
+
     def run(self) -> str:
         """Train to the end, from wherever it stands, and say why it ended (see :meth:`stop_reason`).
 
         Raises:
             Interrupted: after SIGINT or SIGTERM, everything saved.
-            TrainingError: when too many batches in a row could not be used.
+            TrainingError: when too many batches in a row could not be used, again and again.
+            CheckpointError: when the end of the run cannot be saved; it says where it is instead.
         """
         started, before, first = time.monotonic(), self.seconds, self.step
         self._saved_at = started
-        with self.signals, self.journal.opened(self.step):
-            while (reason := self.stop_reason(time.monotonic() - started)) is None and not self.signals.number:
-                values = self.update()
-                self.step += 1
-                self.seconds = before + time.monotonic() - started
-                self._after(values, (self.step - first) / max(1e-9, self.seconds - before))
+        with owning(self.folder, self.group), self.signals, self.journal.opened(self.step):
+            while ((reason := self._stop(started)) is None or self.pending) and not self.signal:
+                with suppress(Abandoned):  # a signal: the step, or what follows it, is for who resumes
+                    if not self.pending:
+                        values = self.update()
+                        self.step += 1
+                        self.pending = {"values": values, "extra": {}}
+                    self.seconds = before + time.monotonic() - started
+                    self._after(**self.pending, rate=(self.step - first) / max(1e-9, self.seconds - before))
             # where time ran out between two validations, the last weights get theirs; an interrupted run gets none, so
             # that it selects what it would have selected had it never stopped
-            if reason is not None and not self.signals.number and self.validated != self.step:
-                self.journal.record({"step": self.step, **self.validate(), "seconds": round(self.seconds, 3)})
-                self._saved = -1
+            if reason is not None and not self.signal and self.validated != self.step:
+                with suppress(Abandoned):
+                    self.journal.record({"step": self.step, **self.validate(), "seconds": round(self.seconds, 3)})
+                    self._saved = -1
             if self._saved != self.step:
-                self.save()
-        if self.signals.number:
-            raise Interrupted(self.signals.number, self.step)
+                try:
+                    self.save()
+                except CheckpointError as error:
+                    raise rescue(self, error) from None
+            self._stop(started)  # a signal during the last validation; and all wait until everything is saved
+        if self.signal:
+            raise Interrupted(self.signal, self.step)
         assert reason is not None
         if reason != "steps":
             self.say(f"step {self.step}: " + ("time is up" if reason == "max_time" else f"no better validation in {self.worse}"))
         return reason
 
-    def _after(self, values: dict[str, float] | None, rate: float) -> None:
-        """Watch, validate, log and save where it is due."""
-        extra: dict[str, Any] = {}
-        if self.step % self.config.watch_every == 0:
-            extra |= self.watch.measure(self.step, *self.batches(self.step))
+    def _after(self, values: dict[str, float] | None, extra: dict[str, Any], rate: float) -> None:
+        """Watch, validate, log and save where it is due; ``extra`` is what an earlier call that was interrupted has found."""
+        if self.objective.solves and self.step % self.config.watch_every == 0 and not extra:
+            extra |= self.watch.measure(self.step, *self.batches(self.step), self.group)
         due = self.step % self.config.validate_every == 0 or self.step == self.config.steps
         if due:
             extra |= self.validate()
         if extra or self.step % LOG_EVERY == 0:
-            row = {"step": self.step, **(values or {}), "skipped": self.skipped, **extra, "seconds": round(self.seconds, 3)}
+            row = {"step": self.step, **(values or {}), "skipped": self.skipped, **self.recovery.told, **extra, "seconds": round(self.seconds, 3)}
             self.journal.record(row)
-        parts = [f"{values['nll']:.4f} {self.unit}, NFE {values['nfe']:g}"] if values else ["batch skipped"]
-        parts.append(f"{rate * self.batches.size:,.0f} samples/s")
+        form = ".4f" if isinstance(self.flow, Flow) else ".4g"  # a loss may fall by orders of magnitude
+        told = f"{values[self.objective.metric]:{form}} {self.unit}, NFE {values['nfe']:g}" if values else "batch skipped"
+        parts = [told, f"{rate * self.batches.size:,.0f} samples/s"]
         if self.best_weights:
-            last = f"validation {extra['validation']:.4f}, " if due else ""
-            parts.append(f"{last}best {self.best:.4f} at {self.best_step}")
+            last = f"validation {extra['validation']:{form}}, " if due else ""
+            parts.append(f"{last}best {self.best:{form}} at {self.best_step}")
         self.journal.progress(self.step, ", ".join(parts), line=due)
+        self.pending = {}
         if due or time.monotonic() - self._saved_at > SAVE_SECONDS:
-            self.save()
+            self._try_save()

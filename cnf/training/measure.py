@@ -7,9 +7,10 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from cnf.training.loop import Trainer
+from cnf.training.memory import kept_bytes
+from cnf.training.step import pieces
 
 __all__ = ["Cost", "measure"]
 
@@ -33,22 +34,20 @@ class Cost:
 
 def measure(trainer: Trainer) -> Cost:
     """Take a few steps with ``trainer``, which is of no use afterwards, and measure them."""
-    kept: dict[int, int] = {}
-    known = {t.untyped_storage().data_ptr() for t in (*trainer.flow.parameters(), *trainer.flow.buffers())}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     trainer.flow.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):  # what a backward pass repeats is not kept
-        terms, _ = trainer.objective.evaluate(*trainer.batches(trainer.step))
-    del terms
+    x, context, noise = trainer.batches(trainer.step)
+    rows = next(pieces(len(x), trainer.config.accumulate))
+    own = noise if rows.stop == len(x) else noise.rows(0, len(x))
+    part = x[rows], None if context is None else context[rows], own
+    kept = kept_bytes(trainer.flow, lambda: trainer.objective.evaluate(*part))
     _step(trainer)
     steps, started = 0, time.perf_counter()
-    while steps < MINIMUM_STEPS or (time.perf_counter() - started < ENOUGH_SECONDS and steps < 50):
+
+    def more() -> bool:  # as long as one of the processes wants more
+        wanted = steps < MINIMUM_STEPS or (time.perf_counter() - started < ENOUGH_SECONDS and steps < 50)
+        return bool(trainer.group.largest([float(wanted)])[0])
+
+    while more():
         _step(trainer)
         steps += 1
     seconds = (time.perf_counter() - started) / steps
@@ -60,7 +59,7 @@ def measure(trainer: Trainer) -> Cost:
         unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
         peak, where = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, "process"
     count = sum(p.numel() for p in trainer.flow.parameters())
-    return Cost(count, trainer.batches.size, sum(kept.values()) / 2**20, peak, where, seconds)
+    return Cost(count, trainer.batches.size, kept / 2**20, peak, where, seconds)
 
 
 def _step(trainer: Trainer) -> None:

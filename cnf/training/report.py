@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cnf.checkpoint import write_atomic, write_text
 from cnf.datasets import DataSplits
 from cnf.errors import DataError, SolverError
 from cnf.flow import Flow
 from cnf.likelihood import column_report
 from cnf.noise import Noise
+from cnf.training.files import write_json
 from cnf.training.loop import Trainer
+from cnf.training.predictions import finish_predictions, predicted, predictions_text
 from cnf.training.scoring import score, write_scores
 
-__all__ = ["TEST_SCORES", "add_columns", "columns_text", "comparability", "finish", "summary", "write_json"]
+__all__ = ["TEST_SCORES", "add_columns", "columns_text", "comparability", "finish", "summary"]
 
 TEST_SCORES = "test_nll.npz"  # the test items' likelihoods, in the run folder
 
@@ -54,6 +54,8 @@ def comparability(result: dict[str, Any]) -> str:
 
 def summary(result: dict[str, Any]) -> str:
     """The result in words: the figure and everything that it depends on."""
+    if predicted(result):
+        return predictions_text(result)
     bits = "bits_per_dim" in result
     value, unit = (result["bits_per_dim"], "bits/dim") if bits else (result["nats"], "nats")
     error = "" if result["standard_error"] is None else f" ± {result['standard_error']:.4f}"
@@ -95,20 +97,6 @@ def columns_text(columns: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """JSON, whole or not at all; what is not finite, which JSON cannot say, becomes null."""
-
-    def plain(part: Any) -> Any:
-        if isinstance(part, dict):
-            return {key: plain(inner) for key, inner in part.items()}
-        if isinstance(part, list | tuple):
-            return [plain(inner) for inner in part]
-        return None if isinstance(part, float) and not math.isfinite(part) else part
-
-    text = json.dumps(plain(value), indent=2, allow_nan=False)
-    write_atomic(path, lambda p: write_text(p, text))
-
-
 def add_columns(result: dict[str, Any], flow: Flow, data: DataSplits, split: str, say: Callable[[str], None]) -> None:
     """Put a table's report on its columns into the result; where there can be none, the figure stands without it."""
     if data.kind != "table":
@@ -123,10 +111,14 @@ def add_columns(result: dict[str, Any], flow: Flow, data: DataSplits, split: str
 def finish(trainer: Trainer) -> dict[str, Any]:
     """Score the test set with the best validation's weights; write result.json, test_nll.npz and the pictures.
 
-    Tables also get a report on what each column costs.
+    Tables also get a report on what each column costs. Where several processes train they share the scoring; rank 0 does the rest. Of a run that predicts it is the loss and accuracy, and
+    test_predictions.npz.
     """
+    if not isinstance(trainer.flow, Flow):
+        return finish_predictions(trainer)
     flow, info, folder = trainer.best_flow(), trainer.info, trainer.folder
-    result, found = score(flow, info, trainer.data, draws=info.config.train.draws, items=info.config.train.test_items)
+    train, group = info.config.train, trainer.group
+    result, found = score(flow, info, trainer.data, draws=train.draws, items=train.test_items, group=group)
     result |= {
         "validation": trainer.best,
         "best_step": trainer.best_step,
@@ -137,6 +129,8 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         "notices": list(trainer.data.notices),
         "config": dataclasses.asdict(info.config),
     }
+    if not group.main:
+        return result
     add_columns(result, flow, trainer.data, "test", trainer.say)
     write_json(folder / "result.json", result)
     write_scores(folder / TEST_SCORES, found)

@@ -17,6 +17,7 @@ import torchdiffeq
 import cnf
 from cnf.checkpoint import RunInfo, write_atomic
 from cnf.datasets import DataSplits
+from cnf.distributed import ALONE, Group
 from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError
 from cnf.flow import Flow
@@ -44,6 +45,7 @@ def score(
     items: int | None = None,
     check: bool = False,
     batch_size: int | None = None,
+    group: Group = ALONE,
 ) -> tuple[dict[str, Any], Evaluation]:
     """The likelihood of a split, and everything that it depends on.
 
@@ -58,6 +60,8 @@ def score(
         items: score so many only, chosen at random once and for all; all if None.
         check: solve every scored item at ten times tighter tolerances and there and back, not some of them only.
         batch_size: items solved together.
+        group: processes that all call this with the same arguments and share the work; each gets the result (but rank 0 alone
+            the integral of a toy density).
 
     Raises:
         ConfigError: for fewer than one item, or what the data or the flow cannot do.
@@ -71,12 +75,12 @@ def score(
     x, context = x[index], None if context is None else context[index]
     found = evaluate(
         flow, x, context, draws=draws, importance=importance, dequantisation=dequantisation, seed=TEST_SEED,
-        batch_size=batch_size, index=index,
+        batch_size=batch_size, index=index, group=group,
     )  # fmt: skip
     few = len(x) if check else min(len(x), QUICK_CHECK, max(16, len(x) // 10))
     checked = check_items(
         flow, x[:few], None if context is None else context[:few], dequantisation=dequantisation, seed=TEST_SEED,
-        batch_size=batch_size, index=index[:few],
+        batch_size=batch_size, index=index[:few], group=group,
     )  # fmt: skip
     images = flow.levels is not None
     result: dict[str, Any] = {
@@ -115,7 +119,7 @@ def score(
     }
     if data.entropy is not None:
         result["true_entropy"] = data.entropy
-    if data.kind == "toy":
+    if data.kind == "toy" and context is None and group.main:  # given a class, each density has an integral of its own
         result["integral"] = integral_2d(flow, extent=1.6 * float(data.test.abs().max()))
     return result, found
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["Interrupted", "Signals"]
+__all__ = ["Abandoned", "Interrupted", "Signals"]
 
 
 class Interrupted(Exception):
@@ -19,19 +20,57 @@ class Interrupted(Exception):
         self.number, self.step = number, step
 
 
-class Signals:
-    """Inside ``with``, the first SIGINT or SIGTERM sets ``number`` and a second one raises KeyboardInterrupt."""
+class Abandoned(BaseException):
+    """A signal came while something was computed that can be computed again."""
 
-    def __init__(self) -> None:
+
+class Signals:
+    """Inside ``with``, the first SIGINT or SIGTERM sets ``number`` and a second one raises KeyboardInterrupt.
+
+    Args:
+        shared: the process is one of several, whose launcher passes signals on and repeats them: a second one is ignored (the
+            launcher itself kills what does not end in time).
+        quiet: say nothing.
+    """
+
+    def __init__(self, *, shared: bool = False, quiet: bool = False) -> None:
+        self.shared, self.quiet = shared, quiet
         self.number = 0
         self._old: dict[int, Any] = {}
+        self._open = False
+
+    @contextmanager
+    def abandoning(self) -> Iterator[None]:
+        """Inside, where nothing is changed that lasts, the first signal ends the work at once, however long it takes.
+
+        Several processes that wait for each other go on to the end of their step.
+
+        Raises:
+            Abandoned: when the signal comes.
+        """
+        self._open = not self.shared
+        try:
+            yield
+        finally:
+            self._open = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number and self.shared:
+            return
         if self.number:
             raise KeyboardInterrupt
         self.number = number
+        self._tell()
+        if self._open:
+            self._open = False
+            raise Abandoned
+
+    def _tell(self) -> None:
+        if self.quiet:
+            return
         with suppress(OSError):  # not print(), which a handler may interrupt in the middle
-            os.write(2, b"\nstopping after this step (once more: at once, back to the last checkpoint)\n")
+            again = b"" if self.shared else b" (once more: at once, back to the last checkpoint)"
+            os.write(2, b"\nstopping, and saving" + again + b"\n")
 
     def __enter__(self) -> Signals:
         with suppress(ValueError):  # not in the main thread, where signals cannot be handled

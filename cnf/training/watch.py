@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from cnf.distributed import ALONE, Group
 from cnf.errors import SolverError
-from cnf.flow import Flow
-from cnf.likelihood import solver_error
 from cnf.models import SolverConfig, train_solver
 from cnf.noise import Noise
+from cnf.objectives import Objective
 from cnf.solvers import FixedGrid, Solver
 
 __all__ = ["Watch"]
@@ -23,20 +23,22 @@ MIN_RTOL = 1e-7  # where an adaptive solver is not tightened any further: float3
 class Watch:
     """A coarse grid's likelihood can be gamed: the log-det of the grid leaves that of the flow, and training follows it.
 
-    So a batch is solved again, finer, now and then. Where the mean likelihood moves by more than the tolerance, a grid gets
+    So a batch is solved again, finer, now and then. Where the mean likelihood (of what predicts: the mean loss) moves by more than the tolerance, a grid gets
     twice the steps, an adaptive method a tenth of its tolerances. How often that happened is ``refinements``, which is all
     the state there is.
 
     Args:
-        flow: what is trained.
+        objective: what is trained, in training mode when it is measured.
         config: its solver.
-        tolerance: in bits/dim (images) or nats/dim.
+        tolerance: in bits/dim (images), nats/dim, or the loss's unit.
         max_grid_steps: where doubling stops.
         say: takes a line for the reader.
     """
 
-    def __init__(self, flow: Flow, config: SolverConfig, tolerance: float, max_grid_steps: int, say: Callable[[str], None]):
-        self.flow, self.config, self.tolerance, self.max_grid_steps = flow, config, tolerance, max_grid_steps
+    def __init__(
+        self, objective: Objective, config: SolverConfig, tolerance: float, max_grid_steps: int, say: Callable[[str], None]
+    ):
+        self.objective, self.config, self.tolerance, self.max_grid_steps = objective, config, tolerance, max_grid_steps
         self.say = say
         self.refinements = 0
         self._warned = False
@@ -49,19 +51,19 @@ class Watch:
         return solver
 
     def apply(self) -> None:
-        """Put the present solver into every block."""
-        for block in self.flow.blocks:
-            block.solver = self.solver()
+        """Train with the present solver."""
+        if self.objective.solves:
+            self.objective.put_solver(self.solver())
 
-    def measure(self, step: int, x: Tensor, context: Tensor | None, noise: Noise) -> dict[str, Any]:
-        """``solver_error`` on one batch, and the grid's steps (or rtol) from now on."""
-        self.flow.train()
+    def measure(self, step: int, x: Tensor, context: Tensor | None, noise: Noise, group: Group = ALONE) -> dict[str, Any]:
+        """``solver_error`` on one batch, of which each process gives its rows, and the grid's steps (or rtol) from now on."""
+        self.objective.train()
         try:
-            error = solver_error(self.flow, x, context, noise=noise)
+            error = self.objective.solver_error(x, context, noise, group=group)
         except SolverError:
             error = math.inf
         if not error <= self.tolerance:  # nan is no pass
-            self._refine(f"step {step}: the training solver's error is {error:.3g} {'bits' if self.flow.levels else 'nats'}/dim")
+            self._refine(f"step {step}: the training solver's error is {error:.3g} {self.objective.per_dim_unit}")
         solver = self.solver()
         now = {"grid_steps": solver.steps} if isinstance(solver, FixedGrid) else {"rtol": getattr(solver, "rtol", math.nan)}
         return {"solver_error": error, **now}
@@ -78,7 +80,7 @@ class Watch:
             self.say(f"{found}, above --watch-tolerance {self.tolerance:g}: now {finer!r}")
         elif not self._warned:
             self._warned = True
-            self.say(
-                f"{found}, and {self.solver()!r} is not refined any further (validation and test do not use it): a new run "
-                "with --kinetic, or a larger --max-grid-steps, may help"
-            )
+            hint = "a new run with --kinetic, or a larger --max-grid-steps, may help"
+            if self.objective.metric != "nll":  # no density, no regularisers
+                hint = "a smaller --lr, or a larger --max-grid-steps, may help"
+            self.say(f"{found}, and {self.solver()!r} is not refined any further (validation and test do not use it): {hint}")

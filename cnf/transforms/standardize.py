@@ -38,7 +38,7 @@ class Standardize(Plain):
         if mean.shape != std.shape:
             raise ConfigError(f"mean has shape {tuple(mean.shape)} and std {tuple(std.shape)}: give both of one shape")
         for name, value, good in (("mean", mean, mean.isfinite()), ("std", std, (std > 0) & std.isfinite())):
-            if (where := _first(~good)) is not None:
+            if not good.is_meta and (where := _first(~good)) is not None:
                 expected = "a finite number" if name == "mean" else "a finite, positive number"
                 raise ConfigError(f"{name} is {float(value[tuple(where)]):g} at index {where}; expected {expected}")
         self.register_buffer("mean", mean.clone())

@@ -1,4 +1,4 @@
-"""What training minimises: the likelihood with its regularisers."""
+"""The likelihood with its regularisers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import math
 
 from torch import Tensor, nn
 
+from cnf.distributed import ALONE, Group
 from cnf.divergence import Bound, Linearization
 from cnf.errors import ConfigError
 from cnf.flow import Flow
+from cnf.likelihood import evaluate, solver_error
 from cnf.noise import Noise
 from cnf.quadratures import JacobianFrobenius, Kinetic, Quadrature
-from cnf.solvers import Stats
+from cnf.solvers import Solver, Stats
 
 __all__ = ["Likelihood"]
 
@@ -54,6 +56,9 @@ class Likelihood(nn.Module):
         (['kinetic', 'loss', 'nll'], torch.Size([5]))
     """
 
+    metric = "nll"
+    solves = True
+
     def __init__(self, flow: Flow, kinetic: float = 0.0, jacobian: float = 0.0, regularisers: str = "paper"):
         super().__init__()
         if regularisers not in ("paper", "code"):
@@ -82,6 +87,32 @@ class Likelihood(nn.Module):
     def unit(self) -> str:
         """``"bits/dim"`` for images, ``"nats"`` for vectors."""
         return "nats" if self.flow.levels is None else "bits/dim"
+
+    @property
+    def per_dim_unit(self) -> str:
+        """``"bits/dim"`` for images, ``"nats/dim"`` for vectors."""
+        return "nats/dim" if self.flow.levels is None else "bits/dim"
+
+    def prepare(self, x: Tensor) -> None:
+        """Fit the flow's statistics (Standardize, Gaussianize) to the training data (N, \\*event)."""
+        self.flow.fit_statistics(x)
+
+    def validate(
+        self, model: Flow, x: Tensor, context: Tensor | None = None, *, index: Tensor, seed: int, group: Group = ALONE
+    ) -> dict[str, float]:
+        """``validation``: the mean negative log-likelihood of ``model``, whose noise belongs to the items ``index``."""
+        return {"validation": evaluate(model, x, context, seed=seed, index=index, group=group).mean}
+
+    def solver_error(
+        self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, group: Group = ALONE
+    ) -> float:
+        """What the training solver's mean likelihood of a batch is off by, in bits/dim or nats/dim."""
+        return solver_error(self.flow, x, context, noise=noise, group=group)
+
+    def put_solver(self, solver: Solver) -> None:
+        """The training solver of every block."""
+        for block in self.flow.blocks:
+            block.solver = solver
 
     def evaluate(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> tuple[dict[str, Tensor], Stats]:
         """The terms (see :meth:`forward`) and what the solve cost."""

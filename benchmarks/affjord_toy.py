@@ -1,0 +1,217 @@
+"""FFJORD against AFFJORD (2306.02731) on points in the plane and on digits: equal field, equal steps, several seeds.
+
+    python benchmarks/affjord_toy.py                                  # three toy sets, three seeds
+    python benchmarks/affjord_toy.py --sets digits --steps 3000       # the digits preset with each drive
+    python benchmarks/affjord_toy.py --report                         # tables and pictures from what was measured
+
+FFJORD's field is a concatsquash MLP; AFFJORD's has the same hidden sizes, with the learned time beside x (concat) or
+generating all weights (hyper). Everything else is the same: solver, steps, batch, rate, data, and the seeds of noise and
+order. NFE are those of a dopri5 solve at 1e-5 of the validation points, at every validation. Rows go to a JSON file as they
+come, so an interrupted benchmark goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+from matplotlib import pyplot as plt
+from measure import machine, markdown, versions
+from torch import Tensor
+
+from cnf.checkpoint import RunInfo
+from cnf.datasets import load
+from cnf.flow import Flow
+from cnf.likelihood import evaluate
+from cnf.presets import DataConfig, RunConfig, preset
+from cnf.training import Trainer
+
+TOYS = ("checkerboard", "hash-gaussian", "letters-gaussian")
+DRIVES = {"none": "FFJORD", "concat": "AFFJORD concat", "hyper": "AFFJORD hyper"}
+HERE = Path(__file__).resolve().parent
+NFE_ITEMS = 500
+
+
+class Measured(Trainer):
+    """Training that also counts, at each validation, what a solve of validation points takes."""
+
+    def validate(self) -> dict[str, Any]:
+        """Validation, with the averaged weights' NFE."""
+        found = super().validate()
+        x, context, _ = self.validation
+        flow = self.ema.module.eval()
+        with torch.no_grad():
+            found["solve_nfe"] = flow.evaluate(x[:NFE_ITEMS], context, integrals=False).stats.nfe
+        return found
+
+
+def settings(data: str, drive: str, seed: int, steps: int | None) -> RunConfig:
+    """The preset of the data, with one drive."""
+    base = preset("digits" if data == "digits" else "affjord-toy-checkerboard").config
+    model = dataclasses.replace(base.model, drive=drive)
+    train = dataclasses.replace(base.train, seed=seed, steps=steps or base.train.steps)
+    return dataclasses.replace(base, data=DataConfig(data), model=model, train=train)
+
+
+def run(data: str, drive: str, seed: int, steps: int | None, densities: Path) -> dict[str, Any]:
+    """One training, and its test."""
+    config = settings(data, drive, seed, steps)
+    splits = load(data)
+    info = RunInfo(config, splits.event_shape, splits.levels, 0, splits.classes, splits.columns)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Measured(info, splits, Path(folder), quiet=True)
+        trainer.run()
+        seconds = time.perf_counter() - started
+        flow = trainer.best_flow()
+        found = evaluate(flow, splits.test, None, draws=10 if splits.levels else 1, seed=30_000)
+        curve = [(r["step"], r["validation"], r["solve_nfe"]) for r in trainer.metrics if "solve_nfe" in r]
+    if splits.event_shape == (2,) and seed == 0:
+        torch.save(density(flow, splits.test), densities / f"{data}-{drive}.pt")
+    return {
+        "data": data,
+        "drive": drive,
+        "seed": seed,
+        "steps": config.train.steps,
+        "parameters": sum(p.numel() for p in flow.parameters()),
+        "validation": min(v for _, v, _ in curve),
+        "test": found.mean,
+        "standard_error": found.standard_error,
+        "nfe": curve[-1][2],
+        "refinements": trainer.watch.refinements,
+        "seconds": round(seconds, 1),
+        "curve": curve,
+    }
+
+
+@torch.no_grad()
+def density(flow: Flow, data: Tensor, resolution: int = 200) -> Tensor:
+    """p(x) on a grid over the data's square."""
+    half = extent(data)
+    ticks = (torch.arange(resolution) + 0.5) / resolution * 2 * half - half
+    grid = torch.cartesian_prod(ticks, ticks)
+    return torch.cat([flow.log_prob(part).exp() for part in grid.split(10_000)]).reshape(resolution, resolution)
+
+
+def extent(data: Tensor) -> float:
+    """Half the side of the square that is drawn."""
+    return 1.15 * float(data.abs().max())
+
+
+def report(rows: list[dict[str, Any]], densities: Path, pictures: Path) -> str:
+    """Tables, and a picture a set: curves of all seeds, densities side by side."""
+    tables = []
+    for data in dict.fromkeys(row["data"] for row in rows):
+        of = [row for row in rows if row["data"] == data]
+        tables.append(f"\n{data}, {of[0]['steps']:,} steps:\n\n" + markdown(list(summaries(of)), COLUMNS))
+        curves(data, of, pictures / f"affjord-{data}-curves.png")
+        if data in TOYS and all((densities / f"{data}-{drive}.pt").exists() for drive in DRIVES):
+            side_by_side(data, densities, pictures / f"affjord-{data}.png")
+    return "\n".join(tables)
+
+
+COLUMNS = {
+    "model": "{model}",
+    "parameters": "{parameters:,}",
+    "seeds": "{seeds}",
+    "validation": "{validation:.4f}",
+    "spread over seeds": "{spread:.4f}",
+    "test": "{test:.4f}",
+    "NFE at the end": "{nfe:.0f}",
+    "seconds a run": "{seconds:.0f}",
+}
+
+
+def summaries(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Means over seeds, for each drive."""
+    for drive, name in DRIVES.items():
+        of = [row for row in rows if row["drive"] == drive]
+        if of:
+            means = {key: statistics.mean(row[key] for row in of) for key in ("validation", "test", "nfe", "seconds")}
+            spread = statistics.stdev(row["validation"] for row in of) if len(of) > 1 else float("nan")
+            yield {"model": name, "parameters": of[0]["parameters"], "seeds": len(of), "spread": spread, **means}
+
+
+def curves(data: str, rows: list[dict[str, Any]], path: Path) -> None:
+    """Validation and NFE against steps: the mean of the seeds, and their range."""
+    unit = "bits/dim" if data == "digits" else "nats"
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 3.8), layout="constrained")
+    for drive, name in DRIVES.items():
+        runs = [row["curve"] for row in rows if row["drive"] == drive]
+        for axis, entry in zip(axes, (1, 2), strict=True):
+            if runs:
+                columns = list(zip(*runs, strict=False))
+                steps = [points[0][0] for points in columns]
+                values = [[point[entry] for point in points] for points in columns]
+                (line,) = axis.plot(steps, [statistics.mean(v) for v in values], label=name)
+                axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=line.get_color())
+    axes[0].set(xlabel="step", ylabel=f"validation, {unit}", title=data)
+    axes[1].set(xlabel="step", ylabel="NFE of a solve (dopri5, 1e-5)")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def side_by_side(data: str, densities: Path, path: Path) -> None:
+    """The data's histogram and the three densities of seed 0, on one scale."""
+    points = load(data).test
+    half = extent(points)
+    share, _, _ = torch.histogramdd(points.double(), 80, range=[-half, half] * 2, density=True), None, None
+    panels = {"data": share.hist} | {name: torch.load(densities / f"{data}-{drive}.pt", weights_only=True) for drive, name in DRIVES.items()}
+    top = float(panels["data"][panels["data"] > 0].quantile(0.97))
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 3.3), layout="constrained")
+    for axis, (title, values) in zip(axes, panels.items(), strict=True):
+        axis.imshow(values.T, origin="lower", extent=(-half, half, -half, half), cmap="magma", vmin=0, vmax=top)
+        axis.set(title=title, xticks=[], yticks=[])
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure what is missing, then report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", nargs="+", default=TOYS, choices=(*TOYS, "digits"))
+    parser.add_argument("--drives", nargs="+", default=tuple(DRIVES), choices=tuple(DRIVES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=None, help="the preset's if not given")
+    parser.add_argument("--results", type=Path, default=HERE / "affjord_toy.json")
+    parser.add_argument("--densities", type=Path, default=Path(tempfile.gettempdir()) / "affjord-toy-densities")
+    parser.add_argument("--pictures", type=Path, default=HERE.parent / "docs" / "pictures")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    options = parser.parse_args(arguments)
+    options.densities.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(options.results.read_text(encoding="utf-8")) if options.results.exists() else {"rows": []}
+    rows = kept["rows"]
+    done = {(row["data"], row["drive"], row["seed"]) for row in rows}
+    for seed in options.seeds:
+        for data in options.sets:
+            for drive in options.drives:
+                if options.report or (data, drive, seed) in done:
+                    continue
+                row = run(data, drive, seed, options.steps, options.densities)
+                rows.append(row)
+                about = {**machine(), "versions": versions("torch", "torchdiffeq")}
+                options.results.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+                shown = {k: v for k, v in row.items() if k != "curve"}
+                print(json.dumps(shown), flush=True)
+    print(report(rows, options.densities, options.pictures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Run folders: config.json, trainer.pt (the whole resume state), model.safetensors (the export), each with a checksum."""
+
+from cnf.checkpoint.config import FORMAT, RunInfo, config_digest, read_config, write_config
+from cnf.checkpoint.files import leftovers, one_line, write_atomic, write_text
+from cnf.checkpoint.lock import LOCK, locked, renew
+from cnf.checkpoint.trainer import has_trainer, load_trainer, save_trainer
+from cnf.checkpoint.weights import load, load_model, weights_digest, write_weights
+
+__all__ = [
+    "FORMAT",
+    "LOCK",
+    "RunInfo",
+    "config_digest",
+    "has_trainer",
+    "leftovers",
+    "load",
+    "load_model",
+    "load_trainer",
+    "locked",
+    "one_line",
+    "read_config",
+    "renew",
+    "save_trainer",
+    "weights_digest",
+    "write_atomic",
+    "write_config",
+    "write_text",
+    "write_weights",
+]

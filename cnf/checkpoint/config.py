@@ -1,0 +1,171 @@
+"""config.json: a run's settings, and the shape of its data, so that its flow can be rebuilt."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import reprlib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cnf.checkpoint.files import write_atomic, write_text
+from cnf.errors import CheckpointError
+from cnf.flow import Flow
+from cnf.models import Predictor, build, build_predictor
+from cnf.presets import RunConfig
+from cnf.strangers import require_file
+
+__all__ = ["FORMAT", "RunInfo", "config_digest", "read_config", "write_config"]
+
+FORMAT = 2
+LARGEST = 2**24  # bytes of a config.json
+_HEAD = ("format", "sha256")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInfo:
+    """What config.json says beside the settings: the data's shape, so that a model can be rebuilt without the data.
+
+    ``context_dim`` counts what the data give with each item: what a flow is conditioned on, or what a predictor predicts.
+    """
+
+    config: RunConfig
+    event_shape: tuple[int, ...]
+    levels: int | None
+    context_dim: int
+    classes: tuple[str, ...]
+    columns: tuple[str, ...]
+
+    def build(self) -> Flow | Predictor:
+        """The model, untrained: a flow, or what predicts where the objective is a regression or a classification."""
+        config = self.config
+        if config.train.objective != "likelihood":
+            return build_predictor(
+                config.model, config.solver, self.event_shape, outputs=self.context_dim, levels=self.levels
+            )
+        return build(config.model, config.solver, self.event_shape, levels=self.levels, context_dim=self.context_dim)
+
+
+def config_digest(fields: Mapping[str, Any]) -> str:
+    """SHA-256 of what config.json says, whatever the order of its fields and its white space.
+
+    Example:
+        >>> config_digest({"a": 1, "b": 2.5})[:8] == config_digest({"sha256": "", "b": 2.5, "a": 1})[:8]
+        True
+    """
+    text = json.dumps({k: v for k, v in fields.items() if k not in _HEAD}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_config(folder: Path, info: RunInfo) -> None:
+    """config.json, with the format's number and a checksum."""
+    fields = dataclasses.asdict(info)
+    text = json.dumps({"format": FORMAT, "sha256": config_digest(fields), **fields}, indent=2)
+    write_atomic(folder / "config.json", lambda p: write_text(p, text))
+
+
+def read_config(folder: Path) -> RunInfo:
+    """What config.json says.
+
+    Raises:
+        CheckpointError: where it is missing or damaged; where a field is unknown, missing, of the wrong type, or a number
+            that is not finite or too large (named); or where it is not what was written (its checksum differs).
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise CheckpointError(f"{folder} is no run folder: it has no config.json")
+    if require_file(path, CheckpointError, str(path)) > LARGEST:
+        raise CheckpointError(f"{path} is larger than any config.json")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(raw, dict) or type(raw.get("format")) is not int or raw["format"] != FORMAT:
+        raise CheckpointError(f"{path}: this version reads format {FORMAT}")
+    info: RunInfo = _decode(RunInfo, {k: v for k, v in raw.items() if k not in _HEAD}, str(path))
+    _check(info, str(path))
+    if raw.get("sha256") != config_digest(raw):
+        raise CheckpointError(
+            f"{path} is not what was written: its checksum differs. Options are changed on the command line, not in the file"
+        )
+    return info
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field {next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return found
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    """A JSON value as a dataclass, tuple, Literal or plain type; anything else is refused by name."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{where} is {reprlib.repr(value)}; expected an object")
+        hints = typing.get_type_hints(kind)
+        for name in value.keys() - hints.keys():
+            raise CheckpointError(f"{where}: unknown field {name[:80]!r}")
+        for name in hints.keys() - value.keys():
+            raise CheckpointError(f"{where}: field {name!r} is missing")
+        return kind(**{name: _decode(hint, value[name], f"{where}: {name}") for name, hint in hints.items()})
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise CheckpointError(f"{where} is {reprlib.repr(value)}; expected a list")
+        if arguments[-1] is Ellipsis:
+            arguments = (arguments[0],) * len(value)
+        if len(value) != len(arguments):
+            raise CheckpointError(f"{where} is {reprlib.repr(value)}; expected a list of {len(arguments)}")
+        return tuple(_decode(a, v, where) for a, v in zip(arguments, value, strict=True))
+    if origin is typing.Literal:
+        if not any(type(value) is type(a) and value == a for a in arguments):
+            raise CheckpointError(f"{where} is {reprlib.repr(value)}; expected one of {arguments}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _decode(next(a for a in arguments if a is not type(None)), value, where)
+    return _plain(kind, value, where)
+
+
+def _plain(kind: Any, value: Any, where: str) -> Any:
+    """A number, text or truth value."""
+    whole = type(value) is int
+    if type(value) is not kind and not (whole and kind is float):
+        raise CheckpointError(f"{where} is {reprlib.repr(value)}; expected {kind.__name__}")
+    if whole and abs(value) >= 2**63:
+        raise CheckpointError(f"{where} is a whole number of {value.bit_length()} bits; expected at most 63")
+    value = float(value) if kind is float else value
+    if kind is float and not math.isfinite(value):
+        raise CheckpointError(f"{where} is {value}; expected a finite number")
+    if kind is str and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise CheckpointError(f"{where} is {reprlib.repr(value)}; expected text (it has half a character)")
+    return value
+
+
+def _check(info: RunInfo, where: str) -> None:
+    """The shape of the data: what no data set has."""
+    shape = info.event_shape
+    if len(shape) not in (1, 3) or not all(1 <= n <= 2**31 for n in shape):
+        raise CheckpointError(f"{where}: event_shape is {reprlib.repr(shape)}; expected (D,) or (C, H, W)")
+    if info.levels is not None and not 2 <= info.levels <= 2**16:
+        raise CheckpointError(f"{where}: levels is {info.levels}; expected 2 to 65536, or null for vectors")
+    if (info.levels is None) != (len(shape) == 1):
+        raise CheckpointError(
+            f"{where}: levels is {info.levels} with event_shape {shape}; images have levels, vectors none"
+        )
+    targets = info.config.train.objective == "regression"  # which are no classes
+    if not 0 <= info.context_dim <= 2**31 or not (targets or info.context_dim in (0, len(info.classes))):
+        known = f"{len(info.classes)} (classes)"
+        raise CheckpointError(f"{where}: context_dim is {info.context_dim}; expected 0, or {known}")
+    if info.columns and len(info.columns) != shape[0]:
+        raise CheckpointError(
+            f"{where}: columns names {len(info.columns)} of event_shape {shape}; expected all or none"
+        )

@@ -1,0 +1,130 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from cnf.errors import CheckpointError, CNFError
+
+__all__ = ["PLACES", "leftovers", "one_line", "sweep", "sync_folder", "temporary_name", "why", "write_atomic", "write_text"]
+
+# Tests set it, to fail or to die there: called at every one of PLACES with the file in question. Nothing else can set it
+hook: Callable[[str, Path], None] | None = None
+PLACES = ("before", "written", "synced", "renamed", "done")
+
+_TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")
+# what only the owner of a run folder writes (see cnf.checkpoint.lock): a temporary of these is nobody's once the lock is held
+_OWN = (
+    "config.json", "metrics.jsonl", "model.safetensors", "result.json", "test_nll.npz", "test_predictions.npz",
+    "trainer.previous.pt", "trainer.pt",
+)  # fmt: skip
+_ADVICE = {
+    errno.ENOSPC: "the disk is full: make room on it",
+    errno.EDQUOT: "your quota is used up: make room in it",
+    errno.EFBIG: "files may not become so large here: raise the limit (ulimit -f)",
+    errno.EROFS: "the file system is read-only: make it writable, or take another folder",
+    errno.EACCES: "you may not write there: change the folder's permissions, or take another folder",
+    errno.EPERM: "you may not write there: change the folder's permissions, or take another folder",
+    errno.ENOENT: "its folder is gone: put it back",
+    errno.ENOTDIR: "its folder is a file: put the folder back",
+}
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Write under a temporary name in the same folder, flush to the disk, rename, flush the folder: whole or not at all.
+
+    After a crash of the machine, too, there is either the old file or the new one.
+
+    Raises:
+        CheckpointError: where it cannot be written, with the reason and what to try; the old file is still there.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     write_atomic(Path(folder, "a.txt"), lambda p: write_text(p, "whole"))
+        ...     [(p.name, p.read_text()) for p in Path(folder).iterdir()]
+        [('a.txt', 'whole\\n')]
+    """
+    temporary = temporary_name(path)
+    try:
+        _at("before", path)
+        write(temporary)
+        _at("written", temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        _at("synced", temporary)
+        os.replace(temporary, path)
+        _at("renamed", path)
+        sync_folder(path.parent)
+        _at("done", path)
+    except CNFError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have words of their own for a full disk
+        raise CheckpointError(f"{path} cannot be written: {why(path, error)}") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """Where this process writes what is to become ``path``."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's names to the disk, where the system can."""
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def why(path: Path, error: BaseException) -> str:
+    """A failed write in words, with what to try."""
+    number = getattr(error, "errno", None)
+    text = (getattr(error, "strerror", None) or one_line(error)) if isinstance(error, OSError) else one_line(error)
+    if number is None and not path.parent.is_dir():
+        number = errno.ENOENT
+    elif number is None and not isinstance(error, OSError):
+        with suppress(OSError):
+            number = errno.ENOSPC if shutil.disk_usage(path.parent).free < 2**20 else None
+    return f"{text} ({_ADVICE[number]})" if number in _ADVICE else text
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What a killed process may have left in a run folder: temporaries of files that only a folder's owner writes."""
+    found = (_TEMPORARY.fullmatch(p.name) for p in folder.iterdir())
+    return sorted(folder / m.string for m in found if m is not None and m[1] in _OWN)
+
+
+def sweep(folder: Path) -> None:
+    """Remove them; only who holds the folder's lock may."""
+    with suppress(OSError):
+        for path in leftovers(folder):
+            path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Text with its last newline."""
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def one_line(error: BaseException, length: int = 300) -> str:
+    """What torch says in many lines, in one."""
+    text = " ".join(str(error).replace("Error(s) in loading state_dict for Flow:", "").split())
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def _at(place: str, path: Path) -> None:
+    if hook is not None:
+        hook(place, path)

@@ -1,0 +1,164 @@
+"""AFFJORD's released image model on the library's own fields and blocks (2306.02731's code).
+
+The released state of a block is [z*; z], and its convolutions see [zeros; z] and give twice the channels, half of which
+are dropped. What can reach z is less, and is all that is kept, so that the function is the released one exactly:
+
+- z* has an image's shape, but is zero at first, and its derivative is zero outside its first 20 entries; those 20 are
+  all that anything reads. They are the path a (1, 20) of a :class:`~cnf.CNF`, and a squeeze moves them as it moves an
+  image's (:class:`ReleasedScale`).
+- the first convolution's weights on zeros and the last one's discarded outputs are left out, as are the mixers and the
+  1x1 convolution that nothing uses (:func:`released_layer`).
+- "concat" concatenates neither z* nor time: it is a field without time, and z* is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cnf.errors import CheckpointError, ConfigError
+from cnf.fields import Conv, TimePath
+from cnf.flow import Flow
+from cnf.multiscale import Carried, Multiscale, scale_shapes
+from cnf.transforms import Sequential, Squeeze, Transform
+
+__all__ = ["ENTRIES", "GENERATING", "ReleasedScale", "check_path", "fill_path", "released_layer", "squeeze_paths"]
+
+ENTRIES = 20
+"""Entries of z*, flattened, that move and are read."""
+GENERATING = 10
+"""Those of them that generate weights."""
+
+PATH = {"net.0.weight": "fc1.weight", "net.0.bias": "fc1.bias", "net.2.weight": "fc2.weight", "net.2.bias": "fc2.bias"}
+
+
+class ReleasedScale(Carried):
+    """The blocks of one scale, whose augmented time is squeezed along with the image, as released.
+
+    Args:
+        transforms: blocks and at most one squeeze.
+        shape: (C, H, W) of z, and so of z*, where the scale begins.
+
+    Raises:
+        ConfigError: for an image of fewer than 20 entries, which the released code cannot run.
+
+    Example:
+        >>> from cnf.continuous import CNF
+        >>> from cnf.fields import ConvField, Drive
+        >>> field = ConvField(1, (2,), Drive("hyper", ENTRIES, GENERATING))
+        >>> scale = ReleasedScale([CNF(field, path=TimePath(ENTRIES)), Squeeze()], (1, 28, 28))
+        >>> u = torch.arange(20.0)[None]
+        >>> scale.between(Squeeze(), u)[0, :12].int().tolist()
+        [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 0, 0]
+    """
+
+    def __init__(self, transforms: Iterable[Transform], shape: tuple[int, ...]):
+        super().__init__(transforms)
+        if math.prod(shape) < ENTRIES:
+            raise ConfigError(f"an image of shape {tuple(shape)} has fewer than the {ENTRIES} entries that z* needs")
+        self.shape = tuple(shape)
+
+    def between(self, transform: Transform, drive: Tensor | None) -> Tensor | None:
+        """The first 20 entries of z* after ``transform``: a squeeze keeps the even ones of a row."""
+        if drive is None or not isinstance(transform, Squeeze):
+            return drive
+        image = F.pad(drive, (0, math.prod(self.shape) - ENTRIES)).reshape(1, *self.shape)
+        squeezed: Tensor = transform(image).value
+        return squeezed.flatten(1)[:, :ENTRIES]
+
+
+def released_layer(
+    given: Mapping[str, Tensor], conv: Conv, *, first: bool = False, last: bool = False
+) -> dict[str, Tensor]:
+    """The parameters of one of our layers, from a released ConcatConv2d's or HyperConv2d's.
+
+    Args:
+        given: by the released names, ``_layer.*`` or ``_hypernet.*``.
+        conv: the convolution of our layer.
+        first: whether the released layer sees as many zeros in front of its inputs, which are left out.
+        last: whether it gives twice the outputs, of which the first half is used (of two channels the second).
+
+    Returns:
+        ``core.weight`` and ``core.bias`` of an :class:`~cnf.fields.time.Ignore`, or ``weight``, ``bias``, ``move`` and
+        ``move_bias`` of a layer with :class:`~cnf.fields.Drive` ``("hyper", 20, 10)``. The released hyper layer reads
+        its bias from the start of the weight: here it is a copy.
+
+    Raises:
+        CheckpointError: for names or shapes that do not fit.
+
+    Example:
+        >>> given = {"_layer.weight": torch.randn(8, 6, 3, 3), "_layer.bias": torch.randn(8)}
+        >>> released_layer(given, Conv(3, 8), first=True)["core.weight"].shape
+        torch.Size([8, 3, 3, 3])
+    """
+    whole = replace(conv, inputs=conv.inputs * (1 + first), outputs=conv.outputs * (1 + last))
+    shape = whole.weight_shape()
+    numel, out = math.prod(shape), whole.outputs
+    own: dict[str, Tensor]
+    if "_hypernet.weight" in given:
+        _check(given, {"_hypernet.weight": (numel + out, GENERATING), "_hypernet.bias": (numel + out,)})
+        constant, linear = given["_hypernet.bias"], given["_hypernet.weight"]
+        own = {
+            "weight": constant[:numel].reshape(shape),
+            "bias": constant[:out],
+            "move": linear[:numel].reshape(*shape, GENERATING),
+            "move_bias": linear[:out],
+        }
+    else:
+        _check(given, {"_layer.weight": shape, "_layer.bias": (out,)})
+        own = {"core.weight": given["_layer.weight"], "core.bias": given["_layer.bias"]}
+    rows, columns = (1, 0) if conv.transposed else (0, 1)
+    for name, value in own.items():
+        bias = name.endswith("bias")
+        if first and not bias:
+            value = value.narrow(columns, conv.inputs, conv.inputs)
+        if last:
+            # the released code special-cases one channel, and takes the other half there
+            value = value.narrow(0 if bias else rows, conv.outputs if conv.outputs == 1 else 0, conv.outputs)
+        own[name] = value
+    return own
+
+
+def check_path(given: Mapping[str, Tensor]) -> None:
+    """Refuse parameters of the released Aug_Cnn (``fc1.*``, ``fc2.*``) that do not fit.
+
+    Raises:
+        CheckpointError: naming the parameter and its shape.
+    """
+    shapes: dict[str, tuple[int, ...]] = {"weight": (ENTRIES, ENTRIES), "bias": (ENTRIES,)}
+    wanted = {f"fc{i}.{name}": shape for i in (1, 2) for name, shape in shapes.items()}
+    _check({name: value for name, value in given.items() if name.startswith("fc")}, wanted, "aug_cnn.")
+
+
+@torch.no_grad()
+def fill_path(path: TimePath, given: Mapping[str, Tensor]) -> None:
+    """The released Aug_Cnn's parameters into a path of 20 entries."""
+    for name, parameter in path.named_parameters():
+        parameter.copy_(given[PATH[name]])
+
+
+def squeeze_paths(flow: Flow) -> None:
+    """Let the augmented time of every scale of a multiscale flow be squeezed along with the image, as released.
+
+    Raises:
+        ConfigError: for images of fewer than 20 entries.
+    """
+    chain = cast(Sequential, flow.transform).transforms[-1]
+    if isinstance(chain, Multiscale):
+        for i, shape in enumerate(scale_shapes(chain.shape)):
+            chain.scales[i] = ReleasedScale(cast(Any, chain.scales[i]).transforms, shape)
+    elif flow.dim < ENTRIES:
+        raise ConfigError(f"images of shape {flow.event_shape} have fewer than the {ENTRIES} entries that z* needs")
+
+
+def _check(given: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], prefix: str = "") -> None:
+    for name in sorted(wanted.keys() | given.keys()):
+        have = tuple(given[name].shape) if name in given else None
+        if have != wanted.get(name):
+            raise CheckpointError(f"{prefix}{name} is of shape {have}, but the arguments make it {wanted.get(name)}")

@@ -1,0 +1,201 @@
+"""AFFJORD's released 2-D examples (2306.02731's code): the plain model and the augmented one, as flows of the library.
+
+They integrate from t = 10 (data) to t = 0 (noise); a :class:`~cnf.CNF` runs from 0 to 10, so its field and its path are
+the released ones at 10 - t, with the other sign.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from cnf.compat.reading import read_reference
+from cnf.continuous import CNF
+from cnf.divergence import Exact
+from cnf.errors import CheckpointError, ConfigError
+from cnf.fields import TimePath
+from cnf.flow import Flow
+from cnf.solvers import FixedGrid
+
+__all__ = ["SPAN", "ToyField", "ToyPath", "affjord_toy", "load_affjord_toy"]
+
+SPAN = 10.0
+"""Time from data to noise."""
+DIM = 2  # of a point, and of its z* where there is one
+BASE_VARIANCE = 0.1
+STEPS = 20  # of the released grid
+DEAD = "hyper_net2."  # a second hypernetwork, which nothing calls
+LAYERS = {"generator.0.": "hyper_net.fc1.", "generator.2.": "hyper_net.fc2.", "generator.4.": "hyper_net.fc3."}
+PATH = {"net.0.": "neunet.fc1.", "net.2.": "neunet.fc2."}
+
+
+class ToyField(nn.Module):
+    """dx/dt = -mean over m of U_m tanh(W_m y + B_m), with W, U and B generated: y = [x, a] from a, or y = x from time.
+
+    Args:
+        augmented: the field takes the augmented time a (2,) in place of t; otherwise it takes t, rounded to float32 as
+            in the released code.
+        hidden: width of the generator.
+        width: number of terms in the mean.
+
+    Example:
+        >>> field = ToyField(augmented=True)
+        >>> dx, div = field.divergence(torch.rand(2), torch.randn(5, 2))
+        >>> dx.shape, div.shape
+        (torch.Size([5, 2]), torch.Size([5]))
+    """
+
+    context_dim = 0
+    closed_form = True
+
+    def __init__(self, augmented: bool, hidden: int = 32, width: int = 64):
+        super().__init__()
+        self.augmented, self.width = augmented, width
+        self.seen = 2 * DIM if augmented else DIM
+        self.generator = nn.Sequential(
+            nn.Linear(DIM if augmented else 1, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, (3 * self.seen + 1) * width),
+        )
+
+    def _terms(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """W (M, 2) on x, everything else inside the tanh (M,), and U (M, 2)."""
+        if self.augmented:
+            if t.shape != (DIM,):
+                raise ConfigError(f"t has shape {tuple(t.shape)}, but the augmented field takes a ({DIM},) instead")
+            entering = t
+        else:
+            entering = (SPAN - t).reshape(1).float().to(t)
+        size = self.width * self.seen
+        w, u, gate, b = self.generator(entering).split([size, size, size, self.width])
+        w, u = (v.reshape(self.width, self.seen) for v in (w, u * torch.sigmoid(gate)))
+        shift = b + w[:, DIM:] @ t if self.augmented else b
+        return w[:, :DIM], shift, -u[:, :DIM] / self.width
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """dx/dt (N, 2)."""
+        w, shift, u = self._terms(t)
+        return torch.tanh(x @ w.T + shift) @ u
+
+    def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """dx/dt (N, 2) and its exact divergence (N,)."""
+        w, shift, u = self._terms(t)
+        h = torch.tanh(x @ w.T + shift)
+        return h @ u, (1 - h * h) @ (w * u).sum(1)
+
+
+class ToyPath(TimePath):
+    """a (1, 2) from a learned start at the data: da/dt = -fc2(ELU(fc1 a)).
+
+    Example:
+        >>> path = ToyPath()
+        >>> path.start(torch.zeros(())).shape, sum(p.numel() for p in path.parameters())
+        (torch.Size([1, 2]), 19)
+    """
+
+    def __init__(self) -> None:
+        super().__init__(DIM, DIM + 1, learn_start=True)
+        self.net[1] = nn.ELU()
+        nn.init.uniform_(cast(Tensor, self.initial))
+
+    def forward(self, a: Tensor) -> Tensor:
+        """da/dt (1, 2)."""
+        return -super().forward(a)
+
+
+def affjord_toy(augmented: bool, hidden: int = 32, width: int = 64) -> Flow:
+    """The released 2-D model: exact trace, base N(0, 0.1 I), trained on 20 steps of rk4, here evaluated on dopri5.
+
+    Args:
+        augmented: with z*, or the plain model.
+        hidden: width of the generator.
+        width: number of terms in the field's mean.
+
+    Example:
+        >>> flow = affjord_toy(augmented=False)
+        >>> sum(p.numel() for p in flow.parameters())
+        15904
+        >>> flow.log_prob(torch.zeros(3, 2)).shape
+        torch.Size([3])
+    """
+    block = CNF(
+        ToyField(augmented, hidden, width),
+        Exact(),
+        FixedGrid("rk4", STEPS),
+        end_time=SPAN,
+        path=ToyPath() if augmented else None,
+    )
+    return Flow(block, (DIM,), base_std=math.sqrt(BASE_VARIANCE))
+
+
+def load_affjord_toy(source: str | Path | Mapping[str, Any], seed: Tensor | Sequence[float] | None = None) -> Flow:
+    """A checkpoint of the released 2-D examples as a flow with the same function.
+
+    Args:
+        source: a file, its content ``{"func_state_dict": ...}``, or a bare state dict, of either model.
+        seed: z* at the data (2,), which the augmented example learns and does not save.
+
+    Returns:
+        The flow, in evaluation mode and in the type of the weights.
+
+    Raises:
+        CheckpointError: for a file that is missing, damaged or of another model, or an augmented model without seed.
+        ConfigError: for a seed of another shape, or one beside the plain model.
+
+    Example:
+        >>> flow = load_affjord_toy("ckpt.pth", seed=[0.3, 0.8])  # doctest: +SKIP
+    """
+    state = read_reference(source).state
+    augmented = any(name.startswith("neunet.") for name in state)
+    hidden, width = _sizes(state, augmented)
+    if augmented and seed is None:
+        raise CheckpointError(
+            "seed=None, but the augmented example learns z* at the data, which its checkpoint does not hold: give its "
+            f"{DIM} numbers"
+        )
+    if not augmented and seed is not None:
+        raise ConfigError("seed is given, but the checkpoint is the plain model's, which has no z*: leave it out")
+    flow = affjord_toy(augmented, hidden, width).to(state["hyper_net.fc1.weight"].dtype)
+    block = flow.blocks[0]
+    with torch.no_grad():
+        for module, names in ((block.field, LAYERS), (block.path, PATH)):
+            for name, parameter in module.named_parameters() if module is not None else ():
+                for ours, theirs in names.items():
+                    if name.startswith(ours):
+                        parameter.copy_(state[theirs + name.removeprefix(ours)])
+        if block.path is not None:
+            start, given = cast(Tensor, block.path.initial), torch.as_tensor(seed)
+            if given.shape != start.shape or not given.is_floating_point() or not bool(given.isfinite().all()):
+                raise ConfigError(f"seed={seed}; expected {DIM} finite floats")
+            start.copy_(given)
+    return flow.eval()
+
+
+def _sizes(state: Mapping[str, Tensor], augmented: bool) -> tuple[int, int]:
+    """The generator's width and the number of terms, once every shape is known to fit them."""
+    for name in ("hyper_net.fc1.bias", "hyper_net.fc3.bias"):
+        if name not in state:
+            raise CheckpointError(f"the checkpoint has no {name}: it is of no 2-D example of AFFJORD's")
+    hidden = state["hyper_net.fc1.bias"].numel()
+    seen, entering = (2 * DIM, DIM) if augmented else (DIM, 1)
+    width = max(1, state["hyper_net.fc3.bias"].numel() // (3 * seen + 1))
+    wanted: dict[str, tuple[int, ...]] = {}
+    nets = {"hyper_net": [entering, hidden, hidden, (3 * seen + 1) * width]}
+    if augmented:
+        nets["neunet"] = [DIM, DIM + 1, DIM]
+    for net, sizes in nets.items():
+        for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False), 1):
+            wanted |= {f"{net}.fc{i}.weight": (b, a), f"{net}.fc{i}.bias": (b,)}
+    found = {name: tuple(value.shape) for name, value in state.items() if not name.startswith(DEAD)}
+    for name in sorted(wanted.keys() | found.keys()):
+        have, want = found.get(name), wanted.get(name)
+        if have != want:
+            raise CheckpointError(f"the checkpoint has {name} of shape {have}; expected {want}")
+    return hidden, width

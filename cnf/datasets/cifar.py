@@ -1,0 +1,121 @@
+"""CIFAR-10's batches, which are pickles: read so that nothing in them can run, from their folder or their archive."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from cnf.datasets.rows import Array
+from cnf.errors import DataError
+from cnf.strangers import require_file
+
+__all__ = ["parse_batch", "read_cifar10"]
+
+LARGEST = 2**26  # bytes of a batch; the published ones have 31 million
+PIXELS = 3 * 32 * 32
+_ARRAYS = (("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"))
+
+
+class _Inert:
+    """What a pickle's constructors make here: it keeps what it is given, and does nothing."""
+
+    def __init__(self, *given: Any):
+        self.given, self.state = given, ()
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ARRAYS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
+        return type(name, (_Inert,), {})  # anew each time: a pickle may set attributes on what it gets
+
+
+def parse_batch(content: bytes) -> tuple[Array, list[int]]:
+    """Images (N, 3, 32, 32) in uint8 and labels of one batch, as Python 2 and NumPy pickled it. Nothing is executed.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    try:
+        batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+        array, labels = batch[b"data"], batch[b"labels"]
+        _, shape, dtype, fortran, pixels = array.state
+        fits = dtype.given[0] == b"u1" and not fortran and shape[1:] == (PIXELS,) and len(pixels) == shape[0] * PIXELS
+        if not (fits and type(pixels) is bytes and len(labels) == shape[0] and all(type(n) is int for n in labels)):
+            raise TypeError("it holds no uint8 images with a label for each")
+        return np.frombuffer(pixels, dtype=np.uint8).reshape(-1, 3, 32, 32), labels
+    except Exception as error:  # pickle raises many kinds for what is damaged; all mean the same here
+        raise ValueError(f"no CIFAR-10 batch: {error}") from None
+
+
+def read_cifar10(root: Path, train: bool, download: bool) -> SimpleNamespace:
+    """``data`` and ``targets`` of one part, from ``root/cifar-10-batches-py`` or ``root/cifar-10-python.tar.gz``.
+
+    Each batch is compared with its published checksum. The archive is read where it lies, and nothing is unpacked.
+
+    Args:
+        root: of the data.
+        train: the five training batches, else the test batch.
+        download: let torchvision fetch the archive.
+
+    Raises:
+        RuntimeError: where the files are missing, or are not the published ones.
+        DataError: for a pipe or device in a file's place.
+    """
+    from torchvision.datasets import CIFAR10, utils  # type: ignore[import-untyped]
+
+    listed = CIFAR10.train_list if train else CIFAR10.test_list
+    if download:
+        utils.download_url(CIFAR10.url, str(root), CIFAR10.filename, CIFAR10.tgz_md5)
+    parts: list[tuple[Array, list[int]]] = []
+    folder, archive = root / CIFAR10.base_folder, root / CIFAR10.filename
+    if not folder.exists() or download:
+        contents = _from_archive(archive, CIFAR10.tgz_md5, [f"{CIFAR10.base_folder}/{name}" for name, _ in listed])
+    else:
+        contents = [_from_file(folder / name) for name, _ in listed]
+    for (name, known), content in zip(listed, contents, strict=True):
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != known:
+            raise RuntimeError(f"{name} is not the published file: its checksum differs")
+        parts.append(parse_batch(content))
+    return SimpleNamespace(
+        data=np.concatenate([x for x, _ in parts]), targets=[n for _, labels in parts for n in labels]
+    )
+
+
+def _from_file(path: Path) -> bytes:
+    if not path.exists():
+        raise RuntimeError(f"{path.name} is missing")
+    if require_file(path, DataError) > LARGEST:
+        raise RuntimeError(f"{path.name} is larger than any batch")
+    return path.read_bytes()
+
+
+def _from_archive(path: Path, known: str, names: list[str]) -> list[bytes]:
+    if not path.exists():
+        raise RuntimeError(f"{path.name} is missing")
+    require_file(path, DataError)
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() != known:
+            raise RuntimeError(f"{path.name} is not the published file: its checksum differs")
+    found: dict[str, bytes] = {}
+    with tarfile.open(path, "r|gz") as archive:  # from first to last
+        for member in archive:
+            if member.name not in names:
+                continue
+            part = archive.extractfile(member) if member.isreg() and member.size <= LARGEST else None
+            if part is None:
+                raise RuntimeError(f"{member.name} is a link, or larger than any batch")
+            found[member.name] = part.read()
+    if len(found) < len(names):
+        raise RuntimeError(f"{path.name} lacks {', '.join(sorted(set(names) - set(found)))}")
+    return [found[name] for name in names]

@@ -1,0 +1,194 @@
+"""AFFJORD: a learned, augmented time a(t), and the layers that it drives in place of t (2306.02731).
+
+A driven layer is a :class:`~cnf.fields.TimeLayer` whose "time" is the vector a (k,): W, gate and shift are functions of
+a, computed once per evaluation, and everything that is built on layers (fused tangents, closed-form traces, context)
+holds for it unchanged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor, nn
+
+from cnf.errors import ConfigError
+from cnf.fields.maps import Conv, Linear
+from cnf.fields.time import Affine, TimeLayer, _bias, _weight
+
+__all__ = ["DRIVES", "Drive", "TimePath", "check_drive"]
+
+
+class TimePath(nn.Module):
+    """The learned time a(t) (1, k): da/dt = g(a), with g a small tanh net that never sees x (AFFJORD, 2306.02731, eq. 17).
+
+    Args:
+        k: size of a.
+        hidden: width of g's hidden layer; k if None.
+        learn_start: learn a(0), which is zero otherwise.
+
+    Raises:
+        ConfigError: for sizes below one.
+
+    Example:
+        >>> path = TimePath(20)
+        >>> a = path.start(torch.zeros(()))
+        >>> a.shape, path(a).shape
+        (torch.Size([1, 20]), torch.Size([1, 20]))
+    """
+
+    def __init__(self, k: int = 20, hidden: int | None = None, learn_start: bool = False):
+        super().__init__()
+        width = k if hidden is None else hidden
+        if k < 1 or width < 1:
+            raise ConfigError(f"k={k}, hidden={hidden}: the augmented time needs sizes of at least 1")
+        self.k = k
+        self.net = nn.Sequential(nn.Linear(k, width), nn.Tanh(), nn.Linear(width, k))
+        self.initial = nn.Parameter(torch.zeros(k)) if learn_start else None
+
+    def start(self, x: Tensor) -> Tensor:
+        """a(0) (1, k), in x's type and on its device."""
+        return x.new_zeros(1, self.k) if self.initial is None else self.initial.to(x)[None]
+
+    def forward(self, a: Tensor) -> Tensor:
+        """da/dt = g(a), (1, k)."""
+        value: Tensor = self.net(a)
+        return value
+
+
+@dataclass(frozen=True)
+class Drive:
+    """How a drives every layer of a field; give it as the field's ``layer``.
+
+    Args:
+        kind: ``"concat"``: W [a; x] + b, a as k constant features, or channels that zero padding meets as it meets x;
+            ``"hyper"``: weight and bias are linear in the first ``m`` entries of a.
+        k: size of a.
+        m: entries of a that generate weights; the released code has 10 (``"hyper"`` alone).
+        rank: 0 for a full generator, (m + 1) times the parameters; r for W₀ + U diag(S a) V with factors of rank r, a
+            few more than a plain layer has (``"hyper"`` alone).
+
+    Raises:
+        ConfigError: for an unknown kind, or sizes that cannot be.
+
+    Example:
+        >>> from cnf.fields import MLP
+        >>> field = MLP(2, (16, 16), Drive("hyper", k=8, m=4))
+        >>> a = torch.zeros(8)
+        >>> dx, div = field.divergence(a, torch.randn(5, 2))
+        >>> dx.shape, div.shape
+        (torch.Size([5, 2]), torch.Size([5]))
+    """
+
+    kind: str = "hyper"
+    k: int = 20
+    m: int = 10
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in DRIVES:
+            near = get_close_matches(str(self.kind), DRIVES, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"drive={self.kind!r} is unknown: expected one of {', '.join(DRIVES)}{hint}")
+        if self.k < 1:
+            raise ConfigError(f"drive k={self.k}: the augmented time needs a size of at least 1")
+        if self.kind == "hyper" and not 1 <= self.m <= self.k:
+            raise ConfigError(f"drive m={self.m}: expected 1 to k={self.k} entries of a, from which weights are generated")
+        if self.rank < 0:
+            raise ConfigError(f"drive rank={self.rank}: expected 0 (a full generator) or the rank of its factors")
+
+    def __call__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True) -> TimeLayer:
+        """The driven layer around a linear map; what a field's ``layer`` is asked for."""
+        return DRIVES[self.kind](map, self, context_dim)
+
+
+class _Driven(TimeLayer):
+    """Base: checks that the layer is handed a, not t."""
+
+    def __init__(self, map: Linear | Conv, drive: Drive, context_dim: int = 0):
+        super().__init__(map, context_dim)
+        self.drive = drive
+
+    def _check(self, a: Tensor, rows: bool) -> None:
+        if a.shape[-1:] != (self.drive.k,) or a.ndim > 1 + rows:
+            raise ConfigError(
+                f"t has shape {tuple(a.shape)}, but a layer driven by {self.drive.kind!r} takes the augmented time a "
+                f"({self.drive.k},) in place of t: give the CNF path=TimePath({self.drive.k})"
+            )
+
+
+class DriveConcat(_Driven):
+    """W [a; x] + b, a first."""
+
+    def __init__(self, map: Linear | Conv, drive: Drive, context_dim: int = 0):
+        super().__init__(map, drive, context_dim)
+        self.core = map.module(extra=drive.k)
+
+    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
+        self._check(t, rows=True)
+        weight, bias = _weight(self.core), _bias(self.core)  # also where functional_call has put tensors in
+        driven, rest = self.map.split(weight, self.drive.k)
+        # one small map of k constant planes per evaluation (one a row where times differ by row), not one per sample
+        planes = t.reshape(-1, self.drive.k, *(1,) * len(size)).expand(-1, -1, *size)
+        shift = self.map.apply(driven, planes)
+        shift = (shift if t.ndim == 2 else shift[0]) + self._spread(bias)
+        return Affine(rest, None, self._shift(shift, context))
+
+
+class DriveHyper(_Driven):
+    """Weight and bias linear in a[:m], with a full generator or low-rank factors."""
+
+    time_weights = True
+
+    def __init__(self, map: Linear | Conv, drive: Drive, context_dim: int = 0):
+        super().__init__(map, drive, context_dim)
+        shape, m, r = map.weight_shape(), drive.m, drive.rank
+        self.weight, self.bias = (nn.Parameter(p.detach()) for p in map.module().parameters())  # θ(0), as a plain layer's
+        self.move_bias = nn.Parameter(torch.zeros(map.outputs, m))
+        if r == 0:
+            self.move = nn.Parameter(torch.zeros(*shape, m))
+            return
+        rows, columns = shape[0], self.weight[0].numel()
+        # one factor is zero: the weights start as a plain layer's, and the other factors move from the second step on
+        self.left = nn.Parameter(torch.zeros(rows, r))
+        self.scales = nn.Parameter(torch.randn(r, m))
+        self.right = nn.Parameter(torch.randn(r, columns) / columns**0.5)
+
+    def zero_(self) -> None:
+        scales = {"scales", "right"}
+        for name, p in self.named_parameters():
+            if name not in scales:  # with all factors zero nothing would ever move them
+                nn.init.zeros_(p)
+
+    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
+        self._check(t, rows=False)
+        v = t[: self.drive.m]
+        if self.drive.rank == 0:
+            weight = self.weight + self.move @ v
+        else:
+            weight = self.weight + ((self.left * (self.scales @ v)) @ self.right).reshape(self.weight.shape)
+        return Affine(weight, None, self._shift(self._spread(self.bias + self.move_bias @ v), context))
+
+
+DRIVES: dict[str, type[DriveConcat] | type[DriveHyper]] = {"concat": DriveConcat, "hyper": DriveHyper}
+
+
+def check_drive(field: nn.Module, path: TimePath | None) -> None:
+    """Refuse a field and an augmented time that do not belong together (a field of one's own is left alone).
+
+    Raises:
+        ConfigError: for driven layers without a path, a path beside layers that take t, or two sizes of a.
+    """
+    for layer in field.modules():
+        if not isinstance(layer, TimeLayer):
+            continue
+        if path is None and isinstance(layer, _Driven):
+            raise ConfigError(f"path=None, but the field is driven by an augmented time: give path=TimePath({layer.drive.k})")
+        if path is not None and not isinstance(layer, _Driven):
+            raise ConfigError(
+                f"path is given, but the field has a {type(layer).__name__} layer, which takes t: build the field with "
+                "layer=Drive(...), or leave the path out"
+            )
+        if path is not None and isinstance(layer, _Driven) and layer.drive.k != path.k:
+            raise ConfigError(f"the field takes an augmented time of size {layer.drive.k}, but the path has size {path.k}")

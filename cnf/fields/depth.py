@@ -1,0 +1,138 @@
+"""Layers whose weights move with depth: W(t) = Σ_n b_n(t) W_n in a Chebyshev or Fourier basis (2002.08071, section 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from cnf.errors import ConfigError
+from cnf.fields.maps import Conv, Linear
+from cnf.fields.time import Affine, TimeLayer
+
+__all__ = ["BASES", "Galerkin", "basis", "galerkin"]
+
+
+def _chebyshev(u: Tensor, terms: int) -> Tensor:
+    r""":math:`T_n(2u - 1)`, by :math:`T_{n+1}(y) = 2y T_n(y) - T_{n-1}(y)`."""
+    y = 2 * u - 1
+    values = [torch.ones_like(y), y]
+    for _ in range(2, terms):
+        values.append(2 * y * values[-1] - values[-2])
+    return torch.stack(values[:terms])
+
+
+def _fourier(u: Tensor, terms: int) -> Tensor:
+    """1, cos 2πu, sin 2πu, cos 4πu, sin 4πu, ..."""
+    values = [torch.ones_like(u)]
+    for n in range(1, terms):
+        angle = 2 * math.pi * ((n + 1) // 2) * u
+        values.append(torch.cos(angle) if n % 2 else torch.sin(angle))
+    return torch.stack(values)
+
+
+BASES: dict[str, Callable[[Tensor, int], Tensor]] = {"chebyshev": _chebyshev, "fourier": _fourier}
+
+
+def _known(name: str, terms: int) -> None:
+    if name not in BASES:
+        raise ConfigError(f"basis={name!r} is unknown: expected {' or '.join(map(repr, BASES))}")
+    if terms < 1:
+        raise ConfigError(f"terms={terms}: a basis needs at least 1")
+
+
+def basis(name: str, u: Tensor, terms: int) -> Tensor:
+    r"""The first ``terms`` functions of a basis on [0, 1], at u (): (terms,).
+
+    ``"chebyshev"``: :math:`T_n(2u - 1)`; ``"fourier"``: 1, cos 2πu, sin 2πu, cos 4πu, sin 4πu, ...
+
+    Raises:
+        ConfigError: for an unknown basis or fewer than one term.
+
+    Example:
+        >>> basis("chebyshev", torch.tensor(0.75), 3)
+        tensor([ 1.0000,  0.5000, -0.5000])
+    """
+    _known(name, terms)
+    return BASES[name](u, terms)
+
+
+class Galerkin(TimeLayer):
+    r"""W(t) x + b(t) with :math:`W(t) = \sum_n b_n(t/T) W_n` and b(t) likewise (2002.08071).
+
+    At the start the layer is constant in t: :math:`W_0` and its bias are as a plain layer's, the others zero.
+
+    Args:
+        map: the linear map, :class:`Linear` or :class:`Conv`.
+        context_dim: size C of the context; 0 for none.
+        context_gate: without meaning here, since the layer has no gate.
+        name: the basis, see :func:`basis`.
+        terms: how many functions.
+        end_time: T.
+
+    Raises:
+        ConfigError: for an unknown basis or fewer than one term; from the layer, for times that differ by row.
+    """
+
+    time_weights = True
+
+    def __init__(
+        self,
+        map: Linear | Conv,
+        context_dim: int = 0,
+        *,
+        context_gate: bool = True,
+        name: str = "chebyshev",
+        terms: int = 5,
+        end_time: float = 1.0,
+    ):
+        super().__init__(map, context_dim, context_gate=context_gate)
+        _known(name, terms)
+        self.name, self.terms, self.end_time = name, terms, end_time
+        self.weights = nn.Parameter(torch.zeros(terms, *map.weight_shape()))
+        self.biases = nn.Parameter(torch.zeros(terms, map.outputs))
+        plain = map.module()
+        with torch.no_grad():
+            for own, p in ((self.weights, plain.weight), (self.biases, plain.bias)):
+                assert isinstance(p, Tensor)
+                own[0] = p
+
+    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
+        if t.ndim:
+            raise ConfigError(
+                f"t has shape {tuple(t.shape)}, but a layer in a {self.name} basis has one set of weights per time: pass a "
+                "single t"
+            )
+        b = basis(self.name, t / self.end_time, self.terms)
+        weight = torch.tensordot(b, self.weights, 1)
+        return Affine(weight, None, self._shift(self._spread(b @ self.biases), context))
+
+
+class _Factory:
+    """Makes layers in one basis."""
+
+    def __init__(self, name: str, terms: int, end_time: float):
+        self.name, self.terms, self.end_time = name, terms, end_time
+
+    def __call__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True) -> Galerkin:
+        return Galerkin(
+            map, context_dim, context_gate=context_gate, name=self.name, terms=self.terms, end_time=self.end_time
+        )
+
+
+def galerkin(name: str, terms: int, end_time: float = 1.0) -> _Factory:
+    """Layers in a basis over depth, to be given to a field in place of a layer's name.
+
+    Raises:
+        ConfigError: for an unknown basis or fewer than one term.
+
+    Example:
+        >>> from cnf.fields import MLP
+        >>> field = MLP(2, hidden=(8,), layer=galerkin("fourier", 3))
+        >>> sum(p.numel() for p in field.parameters())
+        126
+    """
+    _known(name, terms)
+    return _Factory(name, terms, end_time)

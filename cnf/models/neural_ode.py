@@ -1,0 +1,249 @@
+"""Neural ODEs that predict, plain and augmented (ANODE, 1904.01681), with the variants of 2002.08071."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from cnf.errors import ConfigError, SolverError
+from cnf.models.odenet import ODENet, conv_maps, mlp_maps
+from cnf.models.predictor import Prediction, Predictor
+from cnf.solvers import Adaptive, FixedGrid, Solver, Stats
+
+__all__ = ["NeuralODE", "anode_conv", "anode_mlp"]
+
+DEPTH_WIDTH = 16  # hidden units of the net that gives each sample its end time
+
+
+class NeuralODE(Predictor):
+    r"""Zeros appended, an ODE solved, a linear layer: :math:`y = A\,\phi_T([x; 0]) + b` (ANODE, 1904.01681).
+
+    ``module.train()`` selects ``solver``, ``module.eval()`` ``eval_solver``. There is no log-det. With several fields the
+    weights are piecewise constant over depth: [0, T] is cut into as many equal pieces, each solved on its own, so that a
+    grid's steps never straddle two of them (``solver`` and ``eval_solver`` are those of one piece).
+
+    Args:
+        fields: vector field f(t, x) -> dx on states, or one for each piece of [0, T].
+        event_shape: (D,) or (C, H, W).
+        outputs: numbers predicted.
+        augment: p, features (or channels) of zeros appended last.
+        input_layer: in place of the zeros, a learned linear layer (images: 1x1 convolution) from the event's features to
+            p more (IL-NODE, 2002.08071).
+        data_control: the field is f(t, x, x₀), called as ``field(t, x, x0)``.
+        adaptive_depth: each sample has an end time of its own, T(x₀) > 0, a small net of the event: dx/ds = T(x₀) f over
+            s in [0, 1]; it starts at T for all.
+        head: see :class:`~cnf.models.predictor.Predictor`.
+        flatten: fields of vectors on images, which are flattened first.
+        solver: for training; rk4 with 4 steps if None.
+        eval_solver: for evaluation; dopri5 at 1e-5 if None.
+        end_time: T > 0.
+        learn_end_time: learn T = τ², τ a parameter called ``sqrt_end_time``.
+        levels: grey levels of uint8 images.
+
+    Raises:
+        ConfigError: for p < 0, an end time that is not positive, no field, or options that exclude each other.
+        DataError: from every method, for events that do not fit.
+        SolverError: from every method, where the ODE could not be solved.
+
+    Example:
+        >>> model = anode_mlp(2, hidden=32, augment=5)
+        >>> sum(p.numel() for p in model.parameters())
+        1551
+        >>> outputs, features, stats = model.predict(torch.randn(4, 2))
+        >>> outputs.shape, features.shape, stats.nfe
+        (torch.Size([4, 1]), torch.Size([4, 7]), 16)
+    """
+
+    sqrt_end_time: Tensor
+
+    def __init__(
+        self,
+        fields: nn.Module | Sequence[nn.Module],
+        event_shape: tuple[int, ...],
+        outputs: int,
+        *,
+        augment: int = 0,
+        input_layer: bool = False,
+        data_control: bool = False,
+        adaptive_depth: bool = False,
+        head: str = "linear",
+        flatten: bool = False,
+        solver: Solver | None = None,
+        eval_solver: Solver | None = None,
+        end_time: float = 1.0,
+        learn_end_time: bool = False,
+        levels: int | None = None,
+    ):
+        if augment < 0:
+            raise ConfigError(f"augment={augment}; expected zero or more features (channels) to append")
+        if not (math.isfinite(end_time) and end_time > 0):
+            raise ConfigError(f"end_time={end_time}; expected a positive number")
+        if adaptive_depth and learn_end_time:
+            raise ConfigError("adaptive_depth=True learns an end time for each sample: leave learn_end_time=False")
+        channels, *size = (math.prod(event_shape),) if flatten else event_shape or (0,)
+        super().__init__(event_shape, outputs, (channels + augment, *size), head, levels)
+        self.fields = nn.ModuleList([fields] if isinstance(fields, nn.Module) else fields)
+        if not self.fields:
+            raise ConfigError("fields=() is empty; expected one vector field, or one for each piece of [0, T]")
+        self.augment, self.flatten, self.data_control, self.learn_end_time = augment, flatten, data_control, learn_end_time
+        self.solver: Solver = solver or FixedGrid("rk4", 4)
+        self.eval_solver: Solver = eval_solver or Adaptive("dopri5", 1e-5, 1e-5)
+        width = channels + augment
+        self.lift: nn.Module | None = None
+        if input_layer:
+            self.lift = nn.Conv2d(channels, width, 1) if size else nn.Linear(channels, width)
+        self.depth: nn.Module | None = None
+        if adaptive_depth:
+            last = nn.Linear(DEPTH_WIDTH, 1)
+            self.depth = nn.Sequential(nn.Flatten(), nn.Linear(self.dim, DEPTH_WIDTH), nn.Tanh(), last)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        if learn_end_time:
+            self.sqrt_end_time = nn.Parameter(torch.tensor(math.sqrt(end_time)))
+        else:
+            self.fixed_end_time = float(end_time)
+
+    def end_time(self, x: Tensor) -> Tensor:
+        """T (), or T(x₀) (N,) with ``adaptive_depth``, for events (N, \\*event)."""
+        x = self._entering(x)
+        if self.learn_end_time:
+            return self.sqrt_end_time.to(x).square()
+        if self.depth is None:
+            return x.new_tensor(self.fixed_end_time)
+        # softplus(0) = ln 2: at the start every sample has T itself
+        rate: Tensor = nn.functional.softplus(self.depth(x)[:, 0])
+        return rate * (self.fixed_end_time / math.log(2))
+
+    def start(self, x: Tensor) -> Tensor:
+        """x(0) (N, \\*state): the event with p zero features (channels) behind it, or as the input layer lifts it."""
+        x = self._entering(x)
+        if self.lift is not None:
+            return cast(Tensor, self.lift(x))
+        if not self.augment:
+            return x
+        return torch.cat([x, x.new_zeros(x.shape[0], self.augment, *x.shape[2:])], 1)
+
+    def _entering(self, x: Tensor) -> Tensor:
+        x = self.numbers(x)
+        return x.flatten(1) if self.flatten else x
+
+    def predict(self, x: Tensor) -> Prediction:
+        """Outputs (N, outputs), features x(T) (N, \\*state) and what the solve cost."""
+        features, stats = self._carry(self.start(x), x, 0.0, 1.0)
+        return Prediction(self.read(features), features, stats)
+
+    @torch.no_grad()
+    def trajectory(self, x: Tensor, times: Tensor) -> Tensor:
+        """The state at each of ``times`` in [0, 1], shares of T, (len(times), N, \\*state), for events (N, \\*event).
+
+        Raises:
+            ConfigError: for times outside [0, 1] or decreasing.
+        """
+        if times.ndim != 1 or not len(times) or not bool(((times >= 0) & (times <= 1)).all() and (times.diff() >= 0).all()):
+            raise ConfigError(f"times={times.tolist()}: expected increasing times in [0, 1]")
+        state, now, frames = self.start(x), 0.0, []
+        for time in times.tolist():
+            if time > now:
+                state = self._carry(state, x, now, time)[0]
+                now = time
+            frames.append(state)
+        return torch.stack(frames)
+
+    def _carry(self, state: Tensor, x: Tensor, start: float, stop: float) -> tuple[Tensor, Stats]:
+        """A state carried from ``start`` to ``stop``, shares of T, through the pieces between."""
+        count, stats = len(self.fields), Stats()
+        end, control = self.end_time(x), self._entering(x) if self.data_control else None
+        for k, field in enumerate(self.fields):
+            low, high = max(start, k / count), min(stop, (k + 1) / count)
+            if low < high:
+                state, cost = self._piece(field, state, control, end * low, end * (high - low))
+                stats = stats + cost
+        return state, stats
+
+    def _piece(
+        self, field: nn.Module, state: Tensor, control: Tensor | None, start: Tensor, span: Tensor
+    ) -> tuple[Tensor, Stats]:
+        """One solve; ``start`` and ``span`` are () or, with an end time for each sample, (N,)."""
+        factor = span.reshape(-1, *(1,) * (state.ndim - 1)) if span.ndim else span
+
+        def rhs(s: Tensor, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (factor * field(start + s * span, y[0], control),)
+
+        parameters = [*field.parameters(), start, span, *(() if control is None else (control,))]
+        solver = self.solver if self.training else self.eval_solver
+        try:
+            solution = solver.solve(rhs, (state,), dynamic=1, parameters=parameters)
+        except SolverError as error:
+            low, high = (float(v.detach().max()) for v in (start, start + span))
+            raise SolverError(f"neural ODE on states {self.state_shape}, t {low:g} to {high:g}: {error}{error.where(low, high - low)}") from None
+        return solution.state[0], solution.stats
+
+
+def anode_mlp(
+    dim: int,
+    hidden: int = 32,
+    outputs: int = 1,
+    augment: int = 0,
+    *,
+    time_dependent: bool = False,
+    nonlinearity: str = "relu",
+    **options: Any,
+) -> NeuralODE:
+    """ANODE's model of vectors (1904.01681): three linear layers, time in front of the first alone, ``augment=0`` a NODE.
+
+    Args:
+        dim: of the events.
+        hidden: width of both hidden layers.
+        outputs: numbers predicted.
+        augment: p.
+        time_dependent: whether t enters; not in the published runs.
+        nonlinearity: ``"relu"`` or ``"softplus"`` as published.
+        options: of :class:`NeuralODE`.
+
+    Raises:
+        ConfigError: as :class:`NeuralODE`.
+
+    Example:
+        >>> [sum(p.numel() for p in anode_mlp(1, augment=p, time_dependent=True).parameters()) for p in (0, 5)]
+        [1187, 1517]
+    """
+    maps, layers = mlp_maps(dim + max(0, augment), (hidden, hidden), "concat" if time_dependent else "ignore")
+    return NeuralODE(ODENet(maps, layers, nonlinearity), (dim,), outputs, augment=augment, **options)
+
+
+def anode_conv(
+    event_shape: tuple[int, int, int],
+    filters: int = 64,
+    outputs: int = 10,
+    augment: int = 0,
+    *,
+    time_dependent: bool = False,
+    nonlinearity: str = "relu",
+    **options: Any,
+) -> NeuralODE:
+    """ANODE's model of images (1904.01681): 1x1, 3x3 and 1x1 convolutions, ``augment=0`` a NODE.
+
+    Args:
+        event_shape: (C, H, W).
+        filters: channels of both hidden layers.
+        outputs: numbers predicted.
+        augment: p channels.
+        time_dependent: whether a plane of t enters every convolution; the published counts are without.
+        nonlinearity: ``"relu"`` or ``"softplus"`` as published.
+        options: of :class:`NeuralODE`.
+
+    Raises:
+        ConfigError: as :class:`NeuralODE`.
+
+    Example:
+        >>> [sum(p.numel() for p in anode_conv((1, 28, 28), k, augment=p).parameters()) for k, p in ((92, 0), (64, 5))]
+        [84395, 84816]
+    """
+    maps, layers = conv_maps(
+        event_shape[0] + max(0, augment), (filters, filters), "concat" if time_dependent else "ignore", (0, 1, 0)
+    )
+    return NeuralODE(ODENet(maps, layers, nonlinearity), event_shape, outputs, augment=augment, **options)

@@ -1,0 +1,87 @@
+"""The vector fields of neural ODEs that predict: plain stacks of time layers, with room for a control."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from cnf.errors import ConfigError
+from cnf.fields.activations import activation
+from cnf.fields.maps import Conv, Linear
+from cnf.fields.time import LayerFactory, TimeLayer, time_layer
+
+__all__ = ["ODENet", "conv_maps", "mlp_maps"]
+
+
+class ODENet(nn.Module):
+    """f(t, x), or f(t, x, x₀) with ``control`` extra inputs that x₀ fills, behind x: a stack of time layers.
+
+    Args:
+        maps: the linear maps in order; the first takes x's entries and the control's, the last gives x's.
+        layers: how time enters each, a name of :data:`cnf.fields.LAYERS` or a factory of layers.
+        nonlinearity: between them (none after the last).
+        zero_init: start as f = 0.
+    """
+
+    def __init__(
+        self,
+        maps: Sequence[Linear | Conv],
+        layers: Sequence[str | LayerFactory],
+        nonlinearity: str = "relu",
+        zero_init: bool = False,
+    ):
+        super().__init__()
+        self.layers = nn.ModuleList(time_layer(kind, map) for kind, map in zip(layers, maps, strict=True))
+        self.activation = activation(nonlinearity)
+        if zero_init:
+            cast(TimeLayer, self.layers[-1]).zero_()
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """dx/dt (N, \\*state) at x (N, \\*state) and t () or (N,); ``context`` is x₀ (N, \\*event) where there is a control."""
+        h = x if context is None else torch.cat([x, context], 1)
+        for i, layer in enumerate(self.layers):
+            h = layer(t, h)
+            if i + 1 < len(self.layers):
+                h = self.activation.value(h)
+        return h
+
+
+def mlp_maps(
+    dim: int, hidden: Sequence[int], layer: str | LayerFactory, control: int = 0
+) -> tuple[list[Linear | Conv], list[str | LayerFactory]]:
+    """Linear maps dim + control -> hidden -> dim, and their layers: a name in the first alone, a factory everywhere.
+
+    Raises:
+        ConfigError: for sizes below one.
+    """
+    sizes = _sizes(dim, control, hidden)
+    maps: list[Linear | Conv] = [Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    rest: str | LayerFactory = "ignore" if isinstance(layer, str) else layer
+    return maps, [layer, *[rest] * (len(maps) - 1)]
+
+
+def conv_maps(
+    channels: int, hidden: Sequence[int], layer: str | LayerFactory, strides: Sequence[int], control: int = 0
+) -> tuple[list[Linear | Conv], list[str | LayerFactory]]:
+    """Convolutions channels + control -> hidden -> channels, and their layers.
+
+    Raises:
+        ConfigError: for sizes below one, or strides that do not lead back to the image's size.
+    """
+    sizes = _sizes(channels, control, hidden)
+    if len(strides) != len(sizes) - 1:
+        raise ConfigError(f"strides={tuple(strides)} has {len(strides)} entries; expected {len(sizes) - 1}, one a layer")
+    if strides.count(2) != strides.count(-2):
+        raise ConfigError(f"strides={tuple(strides)} does not lead back to the image's size: give as many 2 as -2")
+    pairs = zip(sizes, sizes[1:], strides, strict=False)
+    maps: list[Linear | Conv] = [Conv.of_stride(a, b, s) for a, b, s in pairs]
+    return maps, [layer] * len(maps)
+
+
+def _sizes(width: int, control: int, hidden: Sequence[int]) -> list[int]:
+    if width < 1 or any(h < 1 for h in hidden):
+        raise ConfigError(f"hidden={tuple(hidden)} between states of {width}: every size must be at least 1")
+    return [width + control, *hidden, width]

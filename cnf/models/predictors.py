@@ -1,0 +1,136 @@
+"""Models that predict, from plain settings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+
+from torch import nn
+
+from cnf.errors import ConfigError
+from cnf.fields.depth import galerkin
+from cnf.fields.time import LayerFactory
+from cnf.models.flows import PREDICTIVE, ModelConfig, SolverConfig, eval_solver, train_solver
+from cnf.models.neural_ode import NeuralODE
+from cnf.models.odenet import ODENet, conv_maps, mlp_maps
+from cnf.models.predictor import Predictor
+from cnf.models.residual import ResidualNet
+
+__all__ = ["build_predictor"]
+
+# what each architecture reads of ModelConfig; anything else that was changed would do nothing
+_COMMON = ("architecture", "field", "hidden", "head")
+_READ = {
+    "node": (*_COMMON, "strides", "layer", "nonlinearity", "zero_init", "end_time", "learn_end_time", "augment", "input_layer",
+             "data_control", "adaptive_depth", "depth", "depth_terms"),
+    "resnet": (*_COMMON, "blocks", "layer", "nonlinearity", "zero_init"),
+}  # fmt: skip
+_ONE_TIME = ("blend", "hyper")  # layers that have one set of weights per time
+
+
+def build_predictor(
+    model: ModelConfig, solver: SolverConfig, event_shape: tuple[int, ...], *, outputs: int, levels: int | None = None
+) -> Predictor:
+    """The model of these settings that predicts ``outputs`` numbers from events of one shape.
+
+    Args:
+        model: architecture ``"node"`` or ``"resnet"``.
+        solver: solvers.
+        event_shape: (D,) for vectors, (C, H, W) for images.
+        outputs: numbers predicted: classes, or a regression's targets.
+        levels: grey levels of images; None for vectors.
+
+    Raises:
+        ConfigError: for settings that do not fit each other, or that would do nothing.
+
+    Example:
+        >>> anode = ModelConfig("node", "conv", (64, 64), strides=(0, 1, 0), layer="ignore", nonlinearity="relu",
+        ...                     zero_init=False, augment=5)
+        >>> model = build_predictor(anode, SolverConfig(), (1, 28, 28), outputs=10, levels=256)
+        >>> sum(p.numel() for p in model.parameters())
+        84816
+    """
+    if model.architecture not in PREDICTIVE:
+        raise ConfigError(f"architecture={model.architecture!r} is a density; to predict takes {' or '.join(map(repr, PREDICTIVE))}")
+    plain = ModelConfig()
+    for f in fields(ModelConfig):
+        if f.name not in _READ[model.architecture] and getattr(model, f.name) != getattr(plain, f.name):
+            raise ConfigError(
+                f"{f.name}={getattr(model, f.name)!r} does nothing with architecture={model.architecture!r}: leave it at "
+                f"{getattr(plain, f.name)!r}"
+            )
+    if model.field == "mlp" and model.strides:
+        raise ConfigError(f"strides={model.strides} is for convolutions: use field='conv'")
+    if model.architecture == "resnet":
+        return _resnet(model, event_shape, outputs, levels)
+    return _node(model, solver, event_shape, outputs, levels)
+
+
+def _resnet(model: ModelConfig, event_shape: tuple[int, ...], outputs: int, levels: int | None) -> ResidualNet:
+    fixed = {"field": "mlp", "layer": "ignore", "nonlinearity": "relu", "zero_init": False}
+    for name, value in fixed.items():
+        if getattr(model, name) != value:
+            raise ConfigError(f"{name}={getattr(model, name)!r}: architecture='resnet' takes {name}={value!r} alone")
+    if len(model.hidden) != 1:
+        raise ConfigError(f"hidden={model.hidden}: architecture='resnet' takes one width, that inside a block")
+    return ResidualNet(event_shape, outputs, model.hidden[0], model.blocks, head=model.head, levels=levels)
+
+
+def _node(
+    model: ModelConfig, solver: SolverConfig, event_shape: tuple[int, ...], outputs: int, levels: int | None
+) -> NeuralODE:
+    if model.augment < 0:
+        raise ConfigError(f"augment={model.augment}; expected zero or more features (channels) to append")
+    pieces, layer = 1, _layer(model)
+    if model.depth == "stacked":
+        pieces = model.depth_terms
+    if model.adaptive_depth and (isinstance(layer, str) is False or layer in _ONE_TIME):
+        what = f"depth={model.depth!r}" if model.depth in ("chebyshev", "fourier") else f"layer={model.layer!r}"
+        raise ConfigError(f"{what} has one set of weights per time, and adaptive_depth gives every sample its own: leave one out")
+    shape = event_shape if model.field == "conv" else (math.prod(event_shape),)
+    if model.field == "conv" and len(shape) != 3:
+        raise ConfigError(f"field='conv' needs images, but an event has shape {event_shape}: use field='mlp'")
+    control = shape[0] if model.data_control else 0
+    width = shape[0] + model.augment
+
+    def field() -> nn.Module:
+        if model.field == "mlp":
+            maps, layers = mlp_maps(width, model.hidden, layer, control)
+        else:
+            strides = model.strides or (1,) * (len(model.hidden) + 1)
+            maps, layers = conv_maps(width, model.hidden, layer, strides, control)
+        return ODENet(maps, layers, model.nonlinearity, model.zero_init)
+
+    return NeuralODE(
+        [field() for _ in range(pieces)],
+        event_shape,
+        outputs,
+        flatten=model.field == "mlp",
+        augment=model.augment,
+        input_layer=model.input_layer,
+        data_control=model.data_control,
+        adaptive_depth=model.adaptive_depth,
+        head=model.head,
+        solver=train_solver(solver),
+        eval_solver=eval_solver(solver),
+        end_time=model.end_time,
+        learn_end_time=model.learn_end_time,
+        levels=levels,
+    )
+
+
+def _layer(model: ModelConfig) -> str | LayerFactory:
+    """A layer's name, or the factory of a basis over depth."""
+    if model.depth == "constant":
+        if model.depth_terms != 1:
+            raise ConfigError(f"depth_terms={model.depth_terms} counts the terms of a depth basis or the stacked pieces: set depth too")
+        return model.layer
+    if model.depth_terms < 2:
+        raise ConfigError(f"depth_terms={model.depth_terms}: depth={model.depth!r} takes at least 2, else weights are constant")
+    if model.depth == "stacked":
+        return model.layer
+    if model.layer != "ignore":
+        raise ConfigError(f"layer={model.layer!r}: with depth={model.depth!r} time enters by the weights; use layer='ignore'")
+    if model.learn_end_time:
+        raise ConfigError(f"learn_end_time=True: the basis of depth={model.depth!r} lives on [0, end_time]; leave it False")
+    return galerkin(model.depth, model.depth_terms, model.end_time)

@@ -1,0 +1,184 @@
+"""The error of a prediction: mean squared error, or cross entropy with its accuracy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cnf.distributed import ALONE, Group
+from cnf.errors import ConfigError, DataError
+from cnf.models import NeuralODE, Predictor
+from cnf.noise import Noise
+from cnf.solvers import Solver, Stats
+
+__all__ = ["KINDS", "Assessment", "Supervised", "assess"]
+
+KINDS = ("regression", "classification")
+BATCH_NUMBERS = 2**18  # numbers solved together, at most 4096 items
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """How well a split was predicted."""
+
+    loss: Tensor
+    """(N,) float64: squared error (mean over targets), or cross entropy in nats."""
+    correct: Tensor | None
+    """(N,) bool, of a classification."""
+    outputs: Tensor
+    """(N, outputs)."""
+    nfe: float
+    """Evaluations of the field in a batch's solve, averaged over batches."""
+
+    @property
+    def mean(self) -> float:
+        """The mean loss."""
+        return float(self.loss.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean loss, over items; NaN for a single one."""
+        return float(self.loss.std()) / math.sqrt(len(self.loss))
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of items whose largest output is their class."""
+        return None if self.correct is None else float(self.correct.double().mean())
+
+    @property
+    def accuracy_standard_error(self) -> float | None:
+        """Binomial: √(a(1 − a)/N)."""
+        a = self.accuracy
+        return None if a is None else math.sqrt(a * (1 - a) / len(self.loss))
+
+
+def _losses(outputs: Tensor, targets: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
+    """Losses (N,), and of a classification which items are right."""
+    if outputs.shape != targets.shape:
+        raise DataError(f"targets have shape {tuple(targets.shape)}, but the model's outputs have {tuple(outputs.shape)}")
+    if kind == "regression":
+        return (outputs - targets).square().mean(1), None
+    classes = targets.argmax(1)
+    return F.cross_entropy(outputs, classes, reduction="none"), outputs.argmax(1) == classes
+
+
+@torch.no_grad()
+def assess(
+    model: Predictor, x: Tensor, targets: Tensor, kind: str, *, batch_size: int | None = None, group: Group = ALONE
+) -> Assessment:
+    """Predict every item of a split and compare.
+
+    Args:
+        model: in evaluation mode, if its evaluation solver is to be used.
+        x: events (N, \\*event).
+        targets: (N, outputs): values, or one-hot classes.
+        kind: ``"regression"`` or ``"classification"``.
+        batch_size: items solved together.
+        group: processes that all call this with the same arguments: the batches are dealt out, and each gets the whole result.
+
+    Raises:
+        DataError: for targets that do not fit the outputs.
+        SolverError: from a solve that failed.
+    """
+    size = batch_size or max(1, min(4096, BATCH_NUMBERS // model.dim))
+    parts = x.split(size)
+    joined, nfes = torch.zeros(len(x), model.outputs, dtype=torch.float64), torch.zeros(len(parts), dtype=torch.float64)
+    with group.together():
+        for place, part in enumerate(parts):
+            if group.owns(place):
+                found = model.predict(part.to(model.like.device))
+                joined[place * size : place * size + len(part)], nfes[place] = found.outputs.double().cpu(), found.stats.nfe
+    joined, nfes = group.sum(joined), group.sum(nfes)
+    loss, correct = _losses(joined, targets.double().cpu(), kind)
+    return Assessment(loss, correct, joined, float(nfes.mean()))
+
+
+class Supervised(nn.Module):
+    """Mean squared error (``"regression"``) or cross entropy in nats (``"classification"``) of a model that predicts.
+
+    Args:
+        model: what predicts.
+        kind: ``"regression"`` or ``"classification"``.
+
+    Raises:
+        ConfigError: for another kind.
+
+    Example:
+        >>> from cnf.models import anode_mlp
+        >>> objective = Supervised(anode_mlp(2, outputs=3, augment=1), "classification")
+        >>> terms = objective(torch.randn(5, 2), torch.eye(3)[[0, 1, 2, 0, 1]])
+        >>> sorted(terms), terms["loss"].shape
+        (['accuracy', 'loss'], torch.Size([5]))
+    """
+
+    metric = "loss"
+
+    def __init__(self, model: Predictor, kind: str):
+        super().__init__()
+        if kind not in KINDS:
+            raise ConfigError(f"kind={kind!r} is unknown: expected {' or '.join(map(repr, KINDS))}")
+        self.model, self.kind = model, kind
+
+    @property
+    def unit(self) -> str:
+        """``"nats"`` (cross entropy) or ``"squared error"``."""
+        return "nats" if self.kind == "classification" else "squared error"
+
+    @property
+    def per_dim_unit(self) -> str:
+        """The same."""
+        return self.unit
+
+    @property
+    def solves(self) -> bool:
+        """Whether the model is an ODE."""
+        return isinstance(self.model, NeuralODE)
+
+    def prepare(self, x: Tensor) -> None:
+        """Nothing is fitted to the data beforehand."""
+
+    def evaluate(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> tuple[dict[str, Tensor], Stats]:
+        """The terms (see :meth:`forward`) and what the solve cost."""
+        if context is None:
+            raise DataError("there are no targets: a regression or a classification needs them as context (N, outputs)")
+        outputs, _, stats = self.model.predict(x)
+        loss, correct = _losses(outputs, context.to(outputs), self.kind)
+        return {"loss": loss, **({} if correct is None else {"accuracy": correct.to(loss.dtype)})}, stats
+
+    def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> dict[str, Tensor]:
+        """``loss`` (N,) and, of a classification, ``accuracy`` (N,), zero or one; ``context`` is the targets."""
+        return self.evaluate(x, context, noise)[0]
+
+    def validate(
+        self, model: Predictor, x: Tensor, context: Tensor | None = None, *, index: Tensor, seed: int, group: Group = ALONE
+    ) -> dict[str, float]:
+        """``validation``: the mean loss of ``model``; ``validation_accuracy`` of a classification."""
+        assert context is not None
+        found = assess(model, x, context, self.kind, group=group)
+        more = {} if found.accuracy is None else {"validation_accuracy": found.accuracy}
+        return {"validation": found.mean, **more, "validation_nfe": found.nfe}
+
+    @torch.no_grad()
+    def solver_error(
+        self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, group: Group = ALONE
+    ) -> float:
+        """How far the training solver's mean loss of a batch is from that of the same solver, refined."""
+        model = cast(NeuralODE, self.model)
+        used = model.solver
+        try:
+            with group.together():
+                coarse = self.evaluate(x, context, noise)[0]["loss"].double()
+                model.solver = used.refined()
+                moved = self.evaluate(x, context, noise)[0]["loss"].double() - coarse
+        finally:
+            model.solver = used
+        return abs(group.mean(moved))
+
+    def put_solver(self, solver: Solver) -> None:
+        """The model's training solver."""
+        cast(NeuralODE, self.model).solver = solver

@@ -1,0 +1,195 @@
+"""Models that predict: how features move over depth, the paths of one dimension, the decision boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.lines import Line2D
+from torch import Tensor
+
+from cnf.errors import ConfigError
+from cnf.models import NeuralODE, Predictor
+from cnf.plotting.canvas import array, aspect_of, frame, new_figure, subplots, write
+
+__all__ = ["decision_boundary", "feature_evolution", "paths_1d"]
+
+
+def _colours(marks: Tensor, classes: Sequence[str]) -> tuple[Any, list[Line2D]]:
+    """A colour for each item, and the legend's entries."""
+    values = array(marks)
+    if classes:
+        names, codes = list(classes), values.astype(int)
+        palette = [f"C{i}" for i in range(len(names))]
+    else:
+        levels = np.unique(values)
+        if len(levels) > 6:  # a continuous target: shades, and no legend
+            return values, []
+        names, codes = [f"target {v:g}" for v in levels], np.searchsorted(levels, values)
+        palette = ["tab:blue", "tab:red", "tab:green", "tab:orange", "tab:purple", "tab:brown"]
+    handles = [Line2D([], [], color=palette[i], marker="o", ls="", ms=5, label=name) for i, name in enumerate(names)]
+    return np.array(palette)[codes], handles
+
+
+def _plane(states: Any) -> tuple[Any, tuple[str, str]]:
+    """States (times, N, D) in two coordinates: their own if D = 2, else the principal axes of all of them together."""
+    if states.shape[2] == 2:
+        return states, ("$x_1$", "$x_2$")
+    flat = states.reshape(-1, states.shape[2]).astype(float)
+    flat = flat - flat.mean(0)
+    _, _, axes = np.linalg.svd(flat, full_matrices=False)
+    two = flat @ axes[:2].T
+    share = (two**2).sum(0) / max(1e-300, (flat**2).sum())
+    names = tuple(f"principal axis {i + 1} ({100 * s:.0f} %)" for i, s in enumerate(share))
+    return two.reshape(*states.shape[:2], 2), (names[0], names[1])
+
+
+def feature_evolution(
+    model: NeuralODE, x: Tensor, marks: Tensor, path: Path, *, classes: Sequence[str] = (), times: int = 5
+) -> Path:
+    """The states of points at several times: two dimensions as they are, more on their two principal axes.
+
+    All panels share a frame, unless the states spread (or shrink) more than fourfold. A state of one dimension is drawn as
+    a histogram at each time.
+
+    Args:
+        model: in evaluation mode.
+        x: events (N, \\*event).
+        marks: (N,) class numbers, or targets.
+        path: of the PNG.
+        classes: names of the classes; none of a regression.
+        times: panels, from 0 to T.
+
+    Raises:
+        ConfigError: for fewer than two panels.
+    """
+    if times < 2:
+        raise ConfigError(f"times={times}; expected at least 2 panels")
+    ticks = torch.linspace(0, 1, times)
+    states = array(model.trajectory(x.to(model.like.device), ticks).flatten(2))
+    colours, handles = _colours(marks, classes)
+    spread = np.ptp(states.reshape(times, -1), axis=1)
+    shared = bool(spread.max() <= 4 * spread.min()) or states.shape[2] == 1
+    figure = new_figure(2.7 * times, 3.7)
+    axes = subplots(figure, 1, times, squeeze=False, sharex=shared, sharey=shared)[0]
+    if states.shape[2] == 1:
+        values, edges = array(marks), np.linspace(states.min() - 1e-6, states.max() + 1e-6, 41)
+        for axis, state in zip(axes, states[..., 0], strict=True):
+            for handle, level in zip(handles, np.unique(values), strict=False):
+                axis.hist(state[values == level], bins=edges, alpha=0.6, color=handle.get_color())
+            axis.set_xlabel("$x$")
+        axes[0].set_ylabel("points")
+    else:
+        points, names = _plane(states)
+        for axis, state in zip(axes, points, strict=True):
+            box = frame(torch.from_numpy(np.ascontiguousarray(points if shared else state).reshape(-1, 2)))
+            axis.scatter(*state.T, 5, c=colours, alpha=0.6, linewidths=0)
+            axis.set(xlim=box[:2], ylim=box[2:], aspect=aspect_of(box) if shared else "auto")
+            axis.set_xlabel(names[0], fontsize=8)
+            axis.tick_params(labelsize=7)
+        axes[0].set_ylabel(names[1], fontsize=8)
+    for axis, tick in zip(axes, ticks.tolist(), strict=True):
+        axis.set_title(f"t = {tick:g} T", fontsize=9)
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(10, len(handles)), fontsize=8, frameon=False)
+    return write(path, lambda p: figure.savefig(p, format="png"))
+
+
+def paths_1d(model: NeuralODE, x: Tensor, marks: Tensor, path: Path) -> Path:
+    """The paths x(t) of points of one dimension; of an augmented state its first entry, which may cross others.
+
+    Args:
+        model: in evaluation mode.
+        x: events (N, 1).
+        marks: (N,) class numbers or targets, which colour the paths.
+        path: of the PNG.
+    """
+    ticks = torch.linspace(0, 1, 60)
+    states = array(model.trajectory(x.to(model.like.device), ticks))[..., 0]
+    colours, handles = _colours(marks, ())
+    figure = new_figure(6.4, 4.6)
+    axis = subplots(figure)
+    for i in range(states.shape[1]):
+        colour = colours[i] if handles else "tab:blue"
+        axis.plot(array(ticks), states[:, i], color=colour, lw=0.6, alpha=0.5)
+    axis.set(xlabel="t / T", ylabel="$x(t)$" if model.augment == 0 else "first entry of the state", title="trajectories")
+    axis.grid(alpha=0.3)
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
+    return write(path, lambda p: figure.savefig(p, format="png"))
+
+
+@torch.no_grad()
+def decision_boundary(
+    model: Predictor, x: Tensor, marks: Tensor, path: Path, *, classes: Sequence[str] = (), resolution: int = 160
+) -> Path:
+    """What the model says everywhere, with points of the data, for events of one or two dimensions.
+
+    Of a regression the first output, of a classification the most probable class, shaded by its probability; in one
+    dimension as curves.
+
+    Args:
+        model: in evaluation mode.
+        x: events (N, 1) or (N, 2).
+        marks: (N,) class numbers, or targets.
+        path: of the PNG.
+        classes: names of the classes; none of a regression.
+        resolution: cells along each axis.
+
+    Raises:
+        ConfigError: for events of another dimension.
+    """
+    if model.event_shape not in ((1,), (2,)):
+        raise ConfigError(f"a decision boundary is drawn in one or two dimensions, not for events {model.event_shape}")
+    colours, handles = _colours(marks, classes)
+    figure = new_figure(6.2, 5.2)
+    axis = subplots(figure)
+    if model.event_shape == (1,):
+        _curves(model, x, marks, axis, colours, classes)
+    else:
+        box = frame(x, 0.1)
+        ticks = [torch.linspace(low, high, resolution) for low, high in (box[:2], box[2:])]
+        grid = torch.cartesian_prod(*ticks).to(model.like)
+        out = torch.cat([model(part) for part in grid.split(20_000)]).double().cpu()
+        if classes:
+            probability, chosen = out.softmax(1).max(1)
+            from matplotlib.colors import to_rgb
+
+            palette = np.array([to_rgb(f"C{i}") for i in range(len(classes))])
+            strength = 0.55 * array(probability)[:, None]  # white where nothing is likely
+            picture = 1 - strength * (1 - palette[array(chosen)])
+            axis.imshow(picture.reshape(resolution, resolution, 3).swapaxes(0, 1), origin="lower", extent=box, aspect="auto")
+        else:
+            values = array(out[:, 0]).reshape(resolution, resolution).T
+            top = max(1.0, float(np.quantile(np.abs(values), 0.99)))
+            image = axis.imshow(values, origin="lower", extent=box, cmap="coolwarm", vmin=-top, vmax=top, aspect="auto")
+            figure.colorbar(image, ax=axis, label="prediction", extend="both")
+            if values.min() < 0 < values.max():
+                axis.contour(values, levels=[0.0], extent=box, colors="black", linewidths=1)
+        axis.scatter(*array(x).T, 9, c=colours, edgecolors="black", linewidths=0.25)
+        axis.set(xlabel="$x_1$", ylabel="$x_2$", aspect=aspect_of(box))
+    axis.set_title("decision boundary" if classes else "prediction")
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
+    return write(path, lambda p: figure.savefig(p, format="png"))
+
+
+def _curves(model: Predictor, x: Tensor, marks: Tensor, axis: Any, colours: Any, classes: Sequence[str]) -> None:
+    """Outputs against the one coordinate."""
+    low, high = float(x.min()), float(x.max())
+    room = 0.15 * (high - low)
+    line = torch.linspace(low - room, high + room, 400)[:, None].to(model.like)
+    out = model(line).double().cpu()
+    if classes:
+        for i, p in enumerate(out.softmax(1).T):
+            axis.plot(array(line), array(p), color=f"C{i}")
+        heights = np.full(len(x), -0.05)
+    else:
+        axis.plot(array(line), array(out[:, 0]), color="black", label="prediction")
+        heights = array(marks)
+    axis.scatter(array(x)[:, 0], heights, 10, c=colours, alpha=0.5, linewidths=0)
+    axis.set(xlabel="$x$", ylabel="probability" if classes else "output and target")
+    axis.grid(alpha=0.3)

@@ -1,0 +1,15 @@
+"""The cable rule: Jacobians of a flow by forward sensitivity, its Magnus terms, and derivatives by parameters."""
+
+from cnf.sensitivity.cable import jacobian, log_det
+from cnf.sensitivity.magnus import MagnusSolution, magnus
+from cnf.sensitivity.parameters import parameter_jacobian, piecewise_jacobian, response
+
+__all__ = [
+    "MagnusSolution",
+    "jacobian",
+    "log_det",
+    "magnus",
+    "parameter_jacobian",
+    "piecewise_jacobian",
+    "response",
+]

@@ -1,0 +1,117 @@
+"""A block's state and its tangents along the path, with other parameters than its own and derivatives by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cnf.continuous import CNF
+from cnf.errors import ConfigError
+from cnf.sensitivity.paths import clock, solver_of
+from cnf.solvers import Solver
+from cnf.solvers.base import State
+
+__all__ = ["Along", "Values"]
+
+Values = Mapping[str, Tensor]
+
+
+class _Functional(nn.Module):
+    """A block's right-hand side as one module, so that functional_call can give it other parameters."""
+
+    def __init__(self, block: CNF):
+        super().__init__()
+        self.block = block
+
+    def forward(self, share: Tensor | None, context: Tensor | None, *point: Tensor) -> State:
+        """d(x, a)/du at u, the share of the block's time that has passed; without one, the state that x starts from."""
+        x, a = point[0], point[1] if len(point) > 1 else None
+        if share is None:
+            a = self.block.start(x)
+            return (x,) if a is None else (x, a)
+        end, path = self.block.end_time(x), self.block.path
+        dx = end * self.block.field(clock(end * share, a), x, context)
+        return (dx,) if a is None or path is None else (dx, end * path(a))
+
+
+class Along:
+    """The state (x, [a]) of a block and K tangents of it, moved by parameters and their tangents (K, ...)."""
+
+    def __init__(self, block: CNF, context: Tensor | None, solver: Solver | None, pieces: Sequence[Values] = ()):
+        self.block, self.context, self.solver = block, context, solver
+        given = [value for piece in pieces for value in piece.values()] + ([] if context is None else [context])
+        self.known = [*block.parameters(), *given]  # what a solver that recomputes or goes back must know of
+        self.whole = _Functional(block)
+        self.own = dict(block.named_parameters())
+
+    def check(self, values: Mapping[str, Tensor | None]) -> None:
+        """Refuse names that are no parameters of the block, and values of another shape."""
+        for name, value in values.items():
+            if name not in self.own:
+                near = get_close_matches(name, self.own, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else f": it has {sorted(self.own)}"
+                raise ConfigError(f"{name!r} is no parameter of this block{hint}")
+            if value is not None and value.shape != self.own[name].shape:
+                raise ConfigError(f"{name!r} has shape {tuple(value.shape)}; expected {tuple(self.own[name].shape)}")
+
+    def _jvp(
+        self, share: Tensor | None, values: Values, unit: Values, point: State, tangents: State
+    ) -> tuple[State, State]:
+        """The right-hand side, and its derivative A S + (∂f/∂θ) θ' in one product along every column."""
+        theta = {name: values.get(name, self.own[name]) for name in unit}
+        rest = {f"block.{name}": value for name, value in values.items() if name not in unit}
+
+        def call(moved: Values, *y: Tensor) -> State:
+            named = rest | {f"block.{name}": value for name, value in moved.items()}
+            out: State = torch.func.functional_call(self.whole, named, (share, self.context, *y))
+            return out
+
+        if not tangents:
+            return call(theta, *point), ()
+        jvp: Any = torch.func.jvp
+        vmap: Any = torch.func.vmap
+
+        def push(direction: Values, *moved: Tensor) -> tuple[State, State]:
+            pair: tuple[State, State] = jvp(call, (theta, *point), (dict(direction), *moved))
+            return pair
+
+        value, derivative = vmap(push, out_dims=(None, 0), randomness="same")(dict(unit), *tangents)
+        return value, derivative
+
+    def still(self, point: State, unit: Values) -> State:
+        """Zero tangents (K, ...) of a state, one for every column of ``unit``."""
+        count = next(iter(unit.values())).shape[0] if unit else 0
+        return tuple(entry.new_zeros(count, *entry.shape) for entry in point) if count else ()
+
+    def begin(self, x: Tensor, values: Values, unit: Values) -> tuple[State, State]:
+        """The state at t = 0, and its tangents: zero, but for a start that is learned."""
+        if self.block.path is None:
+            return (x,), self.still((x,), unit)
+        return self._jvp(None, values, unit, (x,), self.still((x,), unit))
+
+    def go(
+        self,
+        point: State,
+        tangents: State,
+        shares: tuple[float, float],
+        values: Callable[[Tensor], Values],
+        unit: Callable[[Tensor], Values],
+    ) -> tuple[State, State]:
+        """From one share of the block's time to another."""
+        first, last = shares
+        count = len(point)
+
+        def rhs(s: Tensor, state: State) -> State:
+            share = first + s * (last - first)
+            t = self.block.end_time(state[0]) * share
+            slope, moved = self._jvp(share, values(t), unit(t), state[:count], state[count:])
+            return tuple((last - first) * part for part in (*slope, *moved))
+
+        entries = (*point, *tangents)
+        solver = solver_of(self.block, self.solver)
+        out = solver.solve(rhs, entries, dynamic=len(entries), parameters=self.known).state
+        return out[:count], out[count:]

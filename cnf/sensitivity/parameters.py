@@ -1,0 +1,229 @@
+"""The continuous total derivative dz/dθ: parameters that are constant, piecewise constant, or functions of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from cnf.continuous import CNF
+from cnf.errors import ConfigError
+from cnf.sensitivity.along import Along, Values
+from cnf.sensitivity.paths import chunk_size, require_points
+from cnf.solvers import Solver
+from cnf.solvers.base import State
+
+__all__ = ["parameter_jacobian", "piecewise_jacobian", "response"]
+
+END = "sqrt_end_time"  # of the whole block, not of a moment in it
+
+
+def parameter_jacobian(
+    block: CNF,
+    x: Tensor,
+    context: Tensor | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    chunk: int | None = None,
+    solver: Solver | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""z and ∂z/∂θ of a block's constant parameters, by forward sensitivity.
+
+    :math:`dS/dt = A\, S + \partial f/\partial\theta,\ S(0) = 0` beside the point (AFFJORD, 2306.02731, eq. 11), ``chunk``
+    columns at a time. All of the block's parameters have one: its field's, its learned path's, and a learned end time.
+
+    Args:
+        block: a CNF.
+        x: floats (N, \*event).
+        context: (N, C), (C,) or None.
+        names: of the parameters, as ``block.named_parameters()`` has them; all that want a gradient if None.
+        chunk: columns at once; None chooses by memory.
+        solver: None for the one that the block would use itself in its present mode.
+
+    Returns:
+        z (N, \*event), and by name ∂z/∂θ (N, \*event, \*θ's shape).
+
+    Raises:
+        ConfigError: for names that are none of the block's parameters, or a chunk below one.
+        DataError: for x that is no batch of floats.
+        SolverError: from a solve that failed.
+
+    Example:
+        >>> from cnf.fields import MLP
+        >>> block = CNF(MLP(2, hidden=(8,), layer="concat"))
+        >>> z, s = parameter_jacobian(block, torch.randn(5, 2), names=["field.layers.0.core.bias"])
+        >>> s["field.layers.0.core.bias"].shape
+        torch.Size([5, 2, 8])
+    """
+    if names is None:
+        names = [name for name, p in block.named_parameters() if p.requires_grad]
+    z, pieces = _pieces(block, x, [{}], context, names, chunk, solver)
+    return z, {name: value[0] for name, value in pieces.items()}
+
+
+def piecewise_jacobian(
+    block: CNF,
+    x: Tensor,
+    pieces: Sequence[Values],
+    context: Tensor | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    chunk: int | None = None,
+    solver: Solver | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""z and ∂z/∂θ_k of parameters that are constant on each of K equal pieces of [0, T] (AFFJORD, 2306.02731, app. C).
+
+    :math:`\partial z/\partial\theta_k = \int_{t_k}^{t_{k+1}} Y(T)\, Y(t)^{-1} (\partial f/\partial\theta)(t)\, dt`:
+    forward sensitivity within piece k, whose columns then follow the cable rule to T.
+
+    Args:
+        block: a CNF.
+        x: floats (N, \*event).
+        pieces: for each piece the parameters by name (as in ``block.named_parameters()``); what a piece leaves out is
+            the block's own.
+        context: (N, C), (C,) or None.
+        names: the parameters to differentiate by; if None all that want a gradient, but for a learned end time.
+        chunk: columns at once; None chooses by memory.
+        solver: for each piece; None for the one that the block would use itself in its present mode.
+
+    Returns:
+        z (N, \*event), and by name (K, N, \*event, \*θ's shape).
+
+    Raises:
+        ConfigError: without pieces, for names that are none of the block's parameters or its end time, values of
+            another shape, or a chunk below one.
+        DataError: for x that is no batch of floats.
+        SolverError: from a solve that failed.
+
+    Example:
+        >>> from cnf.fields import MLP
+        >>> block = CNF(MLP(2, hidden=(8,), layer="concat"))
+        >>> bias = "field.layers.1.core.bias"
+        >>> pieces = [{bias: torch.zeros(2)}, {bias: torch.ones(2)}]
+        >>> z, s = piecewise_jacobian(block, torch.randn(5, 2), pieces, names=[bias])
+        >>> s[bias].shape
+        torch.Size([2, 5, 2, 2])
+    """
+    if not pieces:
+        raise ConfigError("pieces is empty: expected the parameters of at least one piece, [{}] for the block's own")
+    if names is None:
+        names = [name for name, p in block.named_parameters() if p.requires_grad and name != END]
+    if END in {*names, *(name for piece in pieces for name in piece)}:
+        raise ConfigError(f"{END!r} belongs to the whole block and not to a piece of it: see parameter_jacobian")
+    return _pieces(block, x, pieces, context, names, chunk, solver)
+
+
+def response(
+    block: CNF,
+    x: Tensor,
+    perturbation: Callable[[Tensor], Values],
+    context: Tensor | None = None,
+    *,
+    parameters: Callable[[Tensor], Values] | None = None,
+    solver: Solver | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""z and its first-order change when the parameters change by δθ(t), a function of time.
+
+    :math:`\delta z = \int_0^T Y(T)\, Y(t)^{-1} (\partial f/\partial\theta)(t)\, \delta\theta(t)\, dt` (AFFJORD, 2306.02731,
+    eq. 13), had without any inverse from
+    :math:`d\,\delta x/dt = A\, \delta x + (\partial f/\partial\theta)\, \delta\theta(t)`. Where θ(t) is a sum of coefficients
+    times functions φ_j(t), the response to φ_j in one entry is the derivative by that coefficient. A learned start of a
+    learned path feels δθ(0). A gradient by what the two functions close over takes a solver whose gradient is
+    ``"direct"``.
+
+    Args:
+        block: a CNF.
+        x: floats (N, \*event).
+        perturbation: δθ by name (as in ``block.named_parameters()``) at t () in [0, T]; the same names at every t.
+        context: (N, C), (C,) or None.
+        parameters: θ by name at t about which they change; None, or a name left out, is the block's own.
+        solver: None for the one that the block would use itself in its present mode.
+
+    Returns:
+        z and δz, (N, \*event) each.
+
+    Raises:
+        ConfigError: for names that are none of the block's parameters or its end time, or values of another shape.
+        DataError: for x that is no batch of floats.
+        SolverError: from a solve that failed.
+
+    Example:
+        >>> from cnf.fields import MLP
+        >>> block = CNF(MLP(2, hidden=(8,), layer="concat"))
+        >>> z, dz = response(block, torch.randn(5, 2), lambda t: {"field.layers.1.core.bias": t.cos() * torch.ones(2)})
+        >>> dz.shape
+        torch.Size([5, 2])
+    """
+    require_points(x)
+    along = Along(block, context, solver)
+    zero = torch.zeros_like(block.end_time(x))
+    base = parameters or (lambda t: {})
+    for values in (perturbation(zero), base(zero)):
+        along.check(values)
+        if END in values:
+            raise ConfigError(f"{END!r} belongs to the whole block and is no function of time: see parameter_jacobian")
+
+    def direction(t: Tensor) -> Values:
+        return {name: value[None] for name, value in perturbation(t).items()}
+
+    point, tangents = along.begin(x, base(zero), direction(zero))
+    point, tangents = along.go(point, tangents, (0.0, 1.0), base, direction)
+    return point[0], tangents[0][0]
+
+
+def _pieces(
+    block: CNF,
+    x: Tensor,
+    pieces: Sequence[Values],
+    context: Tensor | None,
+    names: Sequence[str],
+    chunk: int | None,
+    solver: Solver | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The derivative by each piece's parameters, columns in chunks, each chunk beside a path of its own."""
+    require_points(x)
+    along = Along(block, context, solver, pieces)
+    along.check(dict.fromkeys(names))
+    for piece in pieces:
+        along.check(piece)
+    shapes = [along.own[name].shape for name in names]
+    total = sum(shape.numel() for shape in shapes)
+    bounds = list(accumulate((shape.numel() for shape in shapes), initial=0))
+    size = chunk_size(chunk, total, max(x.numel(), total))
+
+    def run(k: int, point: State, tangents: State, unit: Values) -> tuple[State, State]:
+        edges = k / len(pieces), (k + 1) / len(pieces)
+        return along.go(point, tangents, edges, lambda t: pieces[k], lambda t: unit)
+
+    def columns(first: int) -> Values:
+        count = min(size, total - first)
+        flat = torch.zeros(count, total, dtype=x.dtype, device=x.device)
+        flat[torch.arange(count), torch.arange(first, first + count)] = 1
+        parts = [flat[:, a:b].reshape(count, *shape) for a, b, shape in zip(bounds, bounds[1:], shapes, strict=False)]
+        return dict(zip(names, parts, strict=True))
+
+    if not names:
+        raise ConfigError("names is empty: expected at least one of the block's parameters")
+    start, _ = along.begin(x, pieces[0], {})
+    z: Tensor | None = None
+    rows = []
+    for k in range(len(pieces)):
+        row = []
+        for first in range(0, total, size):
+            unit = columns(first)
+            point, tangents = along.begin(x, pieces[0], unit) if k == 0 else (start, along.still(start, unit))
+            point, tangents = run(k, point, tangents, unit)
+            for later in range(k + 1, len(pieces)):
+                point, tangents = run(later, point, tangents, {})
+            row.append(tangents[0])
+            z = point[0] if z is None else z
+        rows.append(torch.cat(row))  # (P, N, *event)
+        if k + 1 < len(pieces):
+            start, _ = run(k, start, (), {})
+    assert z is not None
+    split = torch.stack(rows).movedim(1, -1).split([shape.numel() for shape in shapes], -1)
+    return z, {
+        name: part.reshape(*part.shape[:-1], *shape) for name, part, shape in zip(names, split, shapes, strict=True)
+    }

@@ -1,0 +1,232 @@
+"""The end of a run that predicts: the test set's loss and accuracy with all they depend on, predictions, pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchdiffeq
+
+import cnf
+from cnf.checkpoint import RunInfo, write_atomic
+from cnf.datasets import DataSplits
+from cnf.distributed import ALONE, Group
+from cnf.errors import ConfigError
+from cnf.models import NeuralODE, Predictor
+from cnf.objectives import Assessment, assess
+from cnf.solvers import Adaptive
+from cnf.training.batches import choose_rows
+from cnf.training.files import write_json
+from cnf.training.loop import Trainer
+from cnf.training.scoring import QUICK_CHECK, TEST_SEED
+
+__all__ = ["PREDICTIONS", "finish_predictions", "predicted", "predictions_text", "score_predictions", "write_predictions"]
+
+PREDICTIONS = "test_predictions.npz"  # the test items' outputs, in the run folder
+
+
+def predicted(result: dict[str, Any]) -> bool:
+    """Whether a result is that of a prediction, not of a density."""
+    return "loss" in result
+
+
+def score_predictions(
+    model: Predictor,
+    info: RunInfo,
+    data: DataSplits,
+    split: str = "test",
+    *,
+    items: int | None = None,
+    check: bool = False,
+    group: Group = ALONE,
+) -> tuple[dict[str, Any], Assessment, torch.Tensor]:
+    """The loss (and accuracy) of a split and everything that it depends on, each item's, and the items' numbers.
+
+    Args:
+        model: in evaluation mode.
+        info: the run's settings.
+        data: its data, with targets.
+        split: ``"test"``, ``"validation"`` or ``"train"``.
+        items: score so many only, chosen at random once and for all; all if None.
+        check: solve every scored item again, ten times tighter, not some of them only.
+        group: processes that all call this with the same arguments and share the work; each gets the result.
+
+    Raises:
+        ConfigError: for fewer than one item.
+        SolverError: from a solve that failed.
+    """
+    started = time.monotonic()
+    kind = info.config.train.objective
+    total = len(getattr(data, split))
+    index = choose_rows(total, items, TEST_SEED)
+    x, targets = getattr(data, split)[index], getattr(data, f"{split}_context")[index]
+    found = assess(model, x, targets, kind, group=group)
+    result: dict[str, Any] = {
+        "objective": kind,
+        "loss": found.mean,
+        "unit": "nats" if kind == "classification" else "squared error",
+        "standard_error": None if math.isnan(found.standard_error) else found.standard_error,
+        "accuracy": found.accuracy,
+        "accuracy_standard_error": found.accuracy_standard_error,
+        "data": data.name,
+        "split": split,
+        "items": len(x),
+        "items_of": total,
+        "dimensions": model.dim,
+        "levels": data.levels,
+        "outputs": model.outputs,
+        "classes": list(data.classes),
+        **_solver(model, x, found, kind, targets, check, group),
+        "nfe": found.nfe,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(model.like.dtype).removeprefix("torch."),
+        "device": model.like.device.type,
+        "evaluation_seconds": round(time.monotonic() - started, 1),
+        "seed": info.config.train.seed,
+        "versions": {
+            "cnf": cnf.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchdiffeq": torchdiffeq.__version__,
+        },
+    }
+    return result, found, index
+
+
+def _solver(
+    model: Predictor, x: torch.Tensor, found: Assessment, kind: str, targets: torch.Tensor, check: bool, group: Group
+) -> dict[str, Any]:
+    """The evaluation solver, and what ten times tighter tolerances change on some items."""
+    none = {"solver": None, "rtol": None, "atol": None, "solver_error": None, "changed_predictions": None, "checked_items": 0}
+    if not isinstance(model, NeuralODE):
+        return none
+    few = len(x) if check else min(len(x), QUICK_CHECK, max(16, len(x) // 10))
+    used = model.eval_solver
+    try:
+        model.eval_solver = used.refined()
+        finer = assess(model, x[:few], targets[:few], kind, group=group)
+    finally:
+        model.eval_solver = used
+    changed = None if finer.correct is None else int((finer.outputs.argmax(1) != found.outputs[:few].argmax(1)).sum())
+    return {
+        "solver": used.method if isinstance(used, Adaptive) else repr(used),
+        "rtol": used.rtol if isinstance(used, Adaptive) else None,
+        "atol": used.atol if isinstance(used, Adaptive) else None,
+        "solver_error": float((finer.loss - found.loss[:few]).mean()),
+        "changed_predictions": changed,
+        "checked_items": few,
+    }
+
+
+def predictions_text(result: dict[str, Any]) -> str:
+    """The result in words."""
+    error = "" if result["standard_error"] is None else f" ± {result['standard_error']:.2g}"
+    loss = f"{'cross entropy' if result['accuracy'] is not None else 'mean squared error'} {result['loss']:.4g}{error}"
+    loss += " nats" if result["accuracy"] is not None else ""
+    head = loss
+    if result["accuracy"] is not None:
+        head = f"accuracy {100 * result['accuracy']:.2f} ± {100 * result['accuracy_standard_error']:.2f} %, {loss}"
+    lines = [f"{result['split']}: {head} over {result['items']:,} of {result['items_of']:,} items of {result['data']}"]
+    if result["solver"] is not None:
+        tolerances = "" if result["rtol"] is None else f" rtol {result['rtol']:g} atol {result['atol']:g}"
+        changed = "" if result["changed_predictions"] is None else f", {result['changed_predictions']} predictions changed"
+        lines.append(
+            f"  {result['solver']}{tolerances}, NFE {result['nfe']:.0f}; ten times tighter: loss {result['solver_error']:+.1e}"
+            f"{changed} on {result['checked_items']:,} items"
+        )
+    lines.append(f"  {result['parameters']:,} parameters")
+    return "\n".join(lines)
+
+
+def write_predictions(path: Path, found: Assessment, index: torch.Tensor, classes: tuple[str, ...]) -> None:
+    """Each item's number in its split, outputs, loss and, of a classification, predicted class; .npz or .csv.
+
+    Raises:
+        ConfigError: for another ending.
+        CheckpointError: where the file cannot be written.
+    """
+    if path.suffix not in (".npz", ".csv"):
+        raise ConfigError(f"{path}: per-item scores go into a file ending in .npz or .csv")
+    arrays: dict[str, Any] = {"index": index.numpy(), "loss": found.loss.numpy()}
+    if found.correct is not None:
+        arrays["predicted"] = np.array([str(c) for c in classes])[found.outputs.argmax(1).numpy()]
+        arrays["correct"] = found.correct.numpy()
+
+    def save_npz(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez(file, outputs=found.outputs.numpy(), **arrays)
+
+    def save_csv(temporary: Path) -> None:
+        import csv
+
+        names = [f"output {i}" for i in range(found.outputs.shape[1])]
+        rows = zip(*(v.tolist() for v in arrays.values()), *found.outputs.T.tolist(), strict=True)
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow([*arrays, *names])
+            writer.writerows(rows)
+
+    write_atomic(path, save_npz if path.suffix == ".npz" else save_csv)
+
+
+def predictor_pictures(
+    model: Predictor, info: RunInfo, data: DataSplits, folder: Path, metrics: list[dict[str, Any]]
+) -> None:
+    """Learning curves; the features' evolution; of one or two dimensions the paths and the decision boundary."""
+    from cnf import plotting
+
+    plots = folder / "plots"
+    plots.mkdir(exist_ok=True)
+    classification = info.config.train.objective == "classification"
+    unit = "cross entropy, nats" if classification else "mean squared error"
+    plotting.learning_curves(metrics, plots / "learning_curves.png", unit=unit, name="loss")
+    x, targets = data.test[:1000], data.test_context
+    assert targets is not None
+    if data.kind != "image":  # toys may be sorted by class
+        chosen = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:1000]
+        x, targets = data.test[chosen], targets[chosen]
+    targets = targets[: len(x)]
+    marks = targets.argmax(1) if classification else targets[:, 0]
+    if isinstance(model, NeuralODE):
+        plotting.feature_evolution(model, x, marks, plots / "features.png", classes=data.classes if classification else ())
+        if data.event_shape == (1,):
+            plotting.paths_1d(model, x[:200], marks[:200], plots / "trajectories.png")
+    if data.event_shape in ((1,), (2,)):
+        plotting.decision_boundary(
+            model, x, marks, plots / "boundary.png", classes=data.classes if classification else ()
+        )
+
+
+def finish_predictions(trainer: Trainer) -> dict[str, Any]:
+    """Score the test set with the best validation's weights; write result.json, test_predictions.npz and the pictures.
+
+    Raises:
+        SolverError: from a solve that failed.
+    """
+    model, info, folder = trainer.best_flow(), trainer.info, trainer.folder
+    result, found, index = score_predictions(model, info, trainer.data, items=info.config.train.test_items, group=trainer.group)
+    solved = [row for row in trainer.metrics if "nfe" in row]
+    result |= {
+        "validation": trainer.best,
+        "best_step": trainer.best_step,
+        "steps": trainer.step,
+        "nfe_training": solved[-1]["nfe"] if solved else None,
+        "nfe_backward_training": solved[-1]["nfe_backward"] if solved else None,
+        "stopped": trainer.stop_reason() or "max_time",
+        "skipped": trainer.skipped,
+        "seconds": round(trainer.seconds, 1),
+        "notices": list(trainer.data.notices),
+        "config": dataclasses.asdict(info.config),
+    }
+    if not trainer.group.main:
+        return result
+    write_json(folder / "result.json", result)
+    write_predictions(folder / PREDICTIONS, found, index, trainer.data.classes)
+    predictor_pictures(model, info, trainer.data, folder, trainer.metrics)
+    return result

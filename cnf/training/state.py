@@ -1,0 +1,138 @@
+"""A run's whole state: collected, taken up again, written, and kept where it cannot be written."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cnf.checkpoint import load_trainer, locked, one_line, renew, save_trainer, write_config, write_weights
+from cnf.checkpoint.files import why
+from cnf.distributed import Group
+from cnf.errors import CheckpointError, ConfigError
+from cnf.training.batches import fingerprint
+
+if TYPE_CHECKING:
+    from cnf.training.loop import Trainer
+
+__all__ = ["NUMBERS", "collect", "export", "owning", "rescue", "restore", "write"]
+
+NUMBERS = ("step", "skipped", "skips_in_row", "worse", "best", "best_step", "validated", "seconds")
+
+
+def collect(trainer: Trainer) -> dict[str, Any]:
+    """Everything that resuming needs, as tensors and plain values; the same for any number of processes."""
+    return {
+        "flow": trainer.flow.state_dict(),
+        "ema": trainer.ema.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "best_weights": trainer.best_weights,
+        "numbers": {name: getattr(trainer, name) for name in NUMBERS},
+        "refinements": trainer.watch.refinements,
+        "recovery": trainer.recovery.state(trainer.step),
+        "pending": trainer.pending,
+        "metrics": len(trainer.metrics),
+        "data": fingerprint(trainer.data),
+    }
+
+
+def restore(trainer: Trainer) -> None:
+    """Take up what :func:`collect` gave, from the run folder.
+
+    Raises:
+        CheckpointError: for a checkpoint that is damaged, of another model or of other data.
+    """
+    folder = trainer.folder
+    state, notice = trainer.group.first(lambda: load_trainer(folder))
+    if notice:
+        trainer.say(notice)
+    if state.get("data") != fingerprint(trainer.data):
+        raise CheckpointError(f"the data are not those that {folder} was trained on: put them back, or start a new run")
+    try:
+        trainer.flow.load_state_dict(state["flow"])
+        trainer.ema.load_state_dict(state["ema"])
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.best_weights = {k: v.to(trainer.device) for k, v in state["best_weights"].items()}
+        best = trainer.best_flow() if trainer.best_weights else None
+        for name in NUMBERS:
+            setattr(trainer, name, type(getattr(trainer, name))(state["numbers"][name]))
+        trainer.watch.refinements, rows = int(state["refinements"]), int(state["metrics"])
+        trainer.recovery.load(state["recovery"])
+        trainer.pending = dict(state["pending"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / 'trainer.pt'} is not of this model: {one_line(error)}") from None
+    trainer.watch.apply()
+    trainer.journal.cut(rows)
+    if best is not None and trainer.group.main:  # a later best, from after this checkpoint, is void
+        write_weights(folder, best)
+
+
+@contextmanager
+def owning(folder: Path, group: Group) -> Iterator[None]:
+    """Inside, no other run writes into the folder; of several processes rank 0 holds the lock.
+
+    Raises:
+        ConfigError: where another process has it (named).
+        CheckpointError: where the folder cannot be written.
+    """
+    with ExitStack() as stack:
+        group.first(lambda: stack.enter_context(locked(folder)))
+        yield
+
+
+def export(trainer: Trainer) -> None:
+    """model.safetensors; where it cannot be written, the next save writes it."""
+    try:
+        write_weights(trainer.folder, trainer.ema.module)
+        trainer.export_due = False
+    except CheckpointError as error:
+        trainer.export_due = True
+        trainer.say(f"step {trainer.step}: {error}; the next save tries again")
+
+
+def write(trainer: Trainer) -> None:
+    """The run folder's metrics.jsonl and trainer.pt, and model.safetensors where that is due; the folder anew if it is gone.
+
+    Raises:
+        CheckpointError: where they cannot be written; what was there is still there.
+    """
+    folder = trainer.folder
+    gone = not folder.is_dir()
+    try:
+        if gone:
+            folder.mkdir(parents=True)
+        renew(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} was removed, and cannot be made anew: {why(folder, error)}") from None
+    except ConfigError as error:  # its lock was removed, and another run has begun there
+        raise CheckpointError(str(error)) from None
+    if gone:
+        write_config(folder, trainer.info)
+        trainer.export_due = bool(trainer.best_weights)
+        trainer.journal.renew()
+        trainer.say(f"step {trainer.step}: {folder} was removed while this run trains: it is made anew, with everything in it")
+    if trainer.export_due:
+        write_weights(folder, trainer.best_flow())
+        trainer.export_due = False
+    trainer.journal.flush()
+    save_trainer(folder, collect(trainer))
+
+
+def rescue(trainer: Trainer, error: CheckpointError) -> CheckpointError:
+    """At the end of a run that cannot be saved in its folder: save it in another, and the error that says so."""
+    step = trainer.step
+    try:
+        other = Path(tempfile.mkdtemp(prefix=f"cnf-{trainer.folder.name}-"))
+        write_config(other, trainer.info)
+        if trainer.best_weights:
+            write_weights(other, trainer.best_flow())
+        trainer.journal.write(other / trainer.journal.path.name)
+        save_trainer(other, collect(trainer))
+    except (OSError, CheckpointError) as second:
+        return CheckpointError(
+            f"{error}. Nor could the run be saved elsewhere ({second}): {trainer.folder} holds it up to its last checkpoint, "
+            f"and the steps from there to {step} are lost; --resume takes them again"
+        )
+    return CheckpointError(f"{error}. Everything up to step {step} is in {other} instead: --resume --out {other} continues from there")

@@ -1,0 +1,112 @@
+"""The gradient of one batch, whole or in micro-batches, and why there is none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from cnf.errors import SolverError
+from cnf.noise import Noise
+from cnf.objectives import Objective
+from cnf.solvers import Stats
+
+__all__ = ["Gradient", "culprit", "gradient", "pieces"]
+
+
+@dataclass
+class Gradient:
+    """What a batch gave beside its gradient, which is left in the parameters' ``grad``."""
+
+    names: tuple[str, ...] = ()
+    """Of the figures: the objective's terms, nfe and nfe_backward."""
+    figures: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """Means over the batch, in double precision."""
+    failure: str = ""
+    """Why there is no gradient; "" where there is one."""
+
+
+def pieces(rows: int, count: int) -> Iterator[slice]:
+    """``rows`` in ``count`` pieces (in fewer, if they are fewer) of one size, but for the last.
+
+    Example:
+        >>> list(pieces(7, 3))
+        [slice(0, 3, None), slice(3, 6, None), slice(6, 7, None)]
+    """
+    size = math.ceil(rows / max(1, min(count, rows)))
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def gradient(
+    objective: Objective,
+    x: Tensor,
+    context: Tensor | None,
+    noise: Noise,
+    *,
+    count: int = 1,
+    limit: float = math.inf,
+    adjoint: bool = False,
+) -> Gradient:
+    """Add the gradient of the mean loss of x (N, \\*event) to the parameters' ``grad``.
+
+    Args:
+        objective: in training mode.
+        x: the batch.
+        context: (N, C) or None.
+        noise: of the whole batch: a micro-batch draws its rows of it.
+        count: micro-batches: the same gradient, in the memory of one of them.
+        limit: evaluations of one forward solve above which the batch is given up, before its backward pass.
+        adjoint: whether an ``AssertionError`` in the backward pass is a solve's that failed, which torchdiffeq says so.
+    """
+    total, found = len(x), Gradient()
+    costs: list[tuple[Stats, float]] = []
+    means: list[Tensor] = []
+    for rows in pieces(total, count):
+        whole = rows == slice(0, total)
+        share = (rows.stop - rows.start) / total
+        own = noise if whole else noise.rows(rows.start, total)
+        stats = Stats()
+        try:
+            terms, stats = objective.evaluate(x[rows], None if context is None else context[rows], own)
+            if stats.nfe > limit:
+                found.failure = f"{stats.nfe:,} evaluations, {limit:,.0f} at most: the solve runs away{stats.costliest()}"
+                return found
+            mean = terms["loss"].mean()
+            (mean if whole else mean * share).backward()
+        except SolverError as error:
+            found.failure = str(error)
+            return found
+        except AssertionError as error:
+            if not adjoint:
+                raise
+            found.failure = f"the adjoint's solve failed{stats.stalled()}: {' '.join(str(error).split())[:200]}"
+            return found
+        means.append(torch.stack([value.detach().mean().double() * share for value in terms.values()]))
+        costs.append((stats, share))
+    found.names = (*terms, "nfe", "nfe_backward")
+    counts = [_mean([(getattr(stats, name), share) for stats, share in costs]) for name in found.names[-2:]]
+    joined = torch.stack(means).sum(0)
+    found.figures = torch.cat([joined, joined.new_tensor(counts)])
+    return found
+
+
+def _mean(values: list[tuple[int, float]]) -> float:
+    """The mean of numbers weighed by shares; exact where they are the same."""
+    first = values[0][0]
+    return first if all(v == first for v, _ in values) else sum(v * share for v, share in values)
+
+
+def culprit(model: nn.Module, figures: dict[str, float], norm: float) -> str:
+    """Which loss term, or which parameter of which block, is not finite, in words."""
+    wrong = [f"{name} {value:g}" for name, value in figures.items() if not math.isfinite(value)]
+    if wrong:
+        return ", ".join(wrong)
+    blocks = {id(p): i for i, block in enumerate(getattr(model, "blocks", ()), 1) for p in block.parameters()}
+    for name, p in model.named_parameters():
+        if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
+            where = f", in block {blocks[id(p)]} of {max(blocks.values())}" if id(p) in blocks else ""
+            return f"loss {figures['loss']:g}, gradient norm {norm:g}: not finite at {name}{where}"
+    return f"loss {figures['loss']:g}, gradient norm {norm:g}"

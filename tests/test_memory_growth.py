@@ -1,0 +1,79 @@
+"""Training, evaluating and sampling for long take no more memory than for short."""
+
+import gc
+import math
+import resource
+
+import pytest
+import torch
+
+from cnf.checkpoint import RunInfo
+from cnf.datasets import DataSplits
+from cnf.likelihood import evaluate
+from cnf.models import ModelConfig, SolverConfig
+from cnf.noise import Noise
+from cnf.presets import DataConfig, RunConfig, TrainConfig
+from cnf.training import Trainer, loop
+
+POINTS = torch.randn(300, 2, generator=torch.Generator().manual_seed(3))
+DATA = DataSplits("points", "table", POINTS[:200], POINTS[200:250], POINTS[250:])
+
+
+def resident():
+    """Bytes of memory that this process has."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        pytest.skip("this system does not tell a process's memory (/proc)")
+
+
+def live():
+    """Tensors that are held, and their bytes."""
+    gc.collect()
+    found = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    return len(found), sum(t.untyped_storage().nbytes() for t in found)
+
+
+def settle(run, steps, evaluations, samplings):
+    """Go on training for so many steps, as the loop does, then evaluate and sample."""
+    until = run.step + steps
+    with run.journal.opened(run.step):
+        while run.step < until:
+            values = run.update()
+            run.step += 1
+            run._after(values, {}, 1.0)
+    flow = run.best_flow()
+    for i in range(evaluations):
+        assert math.isfinite(evaluate(flow, DATA.test, seed=i).mean)
+    with torch.no_grad():
+        for i in range(samplings):
+            assert flow.sample(32, noise=Noise(i, "sample")).shape == (32, 2)
+
+
+def check(tmp_path, warmup, steps, others, solver):
+    train = TrainConfig(steps=10_000, batch_size=64, accumulate=2, validate_every=25, watch_every=20, kinetic=0.01)
+    config = RunConfig("points", DataConfig(), ModelConfig(hidden=(16, 16), blocks=2), solver, train)
+    run = Trainer(RunInfo(config, (2,), None, 0, (), ("a", "b")), DATA, tmp_path, quiet=True)
+    settle(run, warmup, 5, 5)
+    tensors, before = live(), resident()
+    settle(run, steps, others, others)
+    grown = resident() - before
+    print(f"\n{steps} steps, {others} evaluations and samplings: {before / 2**20:.0f} MiB grew by {grown / 2**20:.2f} MiB, tensors {tensors[0]} to {live()[0]}")
+    assert live() == tensors
+    assert grown < 30 * 2**20 and grown < 0.05 * before
+
+
+SOLVERS = [SolverConfig(grid_steps=4, divergence="hutchinson"), SolverConfig("dopri5", adaptive=True, gradient="adjoint", rtol=1e-3, atol=1e-3)]
+
+
+def test_memory_does_not_grow_in_a_short_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.2)
+    check(tmp_path, 25, 50, 5, SOLVERS[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", SOLVERS, ids=["grid", "adjoint"])
+def test_memory_does_not_grow(tmp_path, monkeypatch, solver):
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 1.0)
+    check(tmp_path, 50, 500, 200, solver)
