@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -218,7 +219,10 @@ def _reference(command: Command, info: RunInfo) -> Tensor | None:
     arrays = read_numpy(path)
     if "nll" not in arrays:
         raise DataError(f"{path} holds no scores (no array 'nll'): remove it, and the items are ranked without it")
-    return torch.from_numpy(arrays["nll"])
+    found = arrays["nll"]
+    if found.ndim != 1 or found.dtype.kind != "f" or not np.isfinite(found).all():
+        raise DataError(f"{path}: 'nll' is no list of finite numbers: remove the file, and the items are ranked without it")
+    return torch.from_numpy(found)
 
 
 def _preparations(folder: Path, info: RunInfo) -> Iterator[str]:
@@ -228,8 +232,8 @@ def _preparations(folder: Path, info: RunInfo) -> Iterator[str]:
         yield f"{name} is prepared before training (data/README.md), and the items are not: prepare them alike"
     try:
         notices = json.loads((folder / "result.json").read_text(encoding="utf-8"))["notices"]
-    except (OSError, ValueError, KeyError, TypeError):  # an unfinished run; the items can be scored all the same
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # an unfinished run; the items can be scored all the same
         return
-    for line in notices:
-        if ": dequantised by" in line:
+    for line in notices if isinstance(notices, list) else []:
+        if isinstance(line, str) and ": dequantised by" in line:
             yield f"in training, {line}; the items are scored as they are: add such noise, or they stand at an edge"

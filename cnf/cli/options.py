@@ -32,8 +32,8 @@ PRESET_HINT = (
 )
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 
-# what --resume may change: how long, where, and where the data are
-RESUME = {"data": ("data_root", "download"), "train": ("steps", "patience", "max_time", "device", "threads", "accumulate")}
+# what --resume may change: how long, where, and where the data are (that they are the same, their fingerprint tells)
+RESUME = {"data": ("data", "data_root", "download"), "train": ("steps", "patience", "max_time", "device", "threads", "accumulate")}
 # what --evaluate may change: what is scored and how
 EVALUATE = {
     "data": ("data", "data_root", "download"),
@@ -49,6 +49,8 @@ POSITIVE = ("steps", "batch_size", "accumulate", "lr", "validate_every", "valida
             "max_grid_steps", "max_time", "threads")  # fmt: skip
 NOT_NEGATIVE = ("warmup", "weight_decay", "max_grad_norm", "kinetic", "jacobian", "patience", "seed", "split_seed", "data_seed")
 LARGEST_SEED = 2**32 - 1
+LARGEST = {"seed": LARGEST_SEED, "split_seed": LARGEST_SEED, "data_seed": LARGEST_SEED, "threads": 4096, "grid_steps": 100_000,
+           "max_grid_steps": 100_000}  # fmt: skip
 
 
 SCORE_HELP = (  # in one piece: a docstring's line ends would be kept
@@ -70,7 +72,7 @@ class Command:
     out: Path | None = None
     """Run folder; by default runs/PRESET-SEED. It must be new or empty."""
     resume: Flag = False
-    """Continue the run in --out where it stopped. Only --steps, --patience, --max-time, --device, --threads, --accumulate, --data-root, --download may change."""
+    """Continue the run in --out where it stopped. Only --steps, --patience, --max-time, --device, --threads, --accumulate, --data-root, --download, and --data for the same data elsewhere, may change."""
     evaluate: Path | None = None
     """Score this run again, without training: with another solver, tolerances, trace, --draws, --test-items, --split, --data."""
     split: Literal["test", "validation", "train"] = "test"
@@ -198,11 +200,13 @@ def check(config: RunConfig) -> None:
         (POSITIVE, "a positive number", lambda v: v > 0),
         (NOT_NEGATIVE, "zero or more", lambda v: v >= 0),
         (("ema_decay",), "0 (no averaging) or more, below 1", lambda v: 0 <= v < 1),
-        (("seed", "split_seed", "data_seed"), f"at most {LARGEST_SEED}", lambda v: v <= LARGEST_SEED),
     ):
         for name in names:
             if values[name] is not None and not fits(values[name]):
                 raise ConfigError(f"{_name(name)} {values[name]}: expected {expected}")
+    for name, most in LARGEST.items():
+        if values[name] is not None and values[name] > most:
+            raise ConfigError(f"{_name(name)} {values[name]}: expected at most {most}")
 
 
 Idle = Iterator[tuple[str, tuple[str, ...], str]]  # part by part, the options that do nothing, and why
@@ -230,6 +234,8 @@ def _idle_predicting(config: RunConfig) -> Idle:
 
 def _idle(config: RunConfig, data: DataSplits) -> Idle:
     yield from _idle_predicting(config)
+    if config.model.drive != "none":
+        yield "model", ("layer",), "says how t enters the layers, and with --drive a learned time stands in its place"
     if data.levels is None:
         yield "model", ("alpha", "marginals"), "is for images, and these data are vectors"
     if config.train.objective == "likelihood" and not (config.train.kinetic or config.train.jacobian):
