@@ -198,6 +198,10 @@ def main(arguments: list[str] | None = None) -> None:
     options.densities.mkdir(parents=True, exist_ok=True)
     kept = json.loads(options.results.read_text(encoding="utf-8")) if options.results.exists() else {"rows": []}
     rows = kept["rows"]
+    for data in () if options.report else options.sets:  # rows of other lengths would be taken for these, or averaged with them
+        steps = settings(data, "none", 0, options.steps).train.steps
+        if others := {row["steps"] for row in rows if row["data"] == data} - {steps}:
+            parser.error(f"{options.results} holds {data} after {min(others)} steps, not {steps}: give another --results")
     done = {(row["data"], row["drive"], row["seed"]) for row in rows}
     for seed in options.seeds:
         for data in options.sets:

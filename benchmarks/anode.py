@@ -197,7 +197,7 @@ def draw_three(rows: Sequence[Row], path: Path) -> None:
             right.plot([r["nfe"] for r in some], place, "o", ms=4, alpha=0.7, color=f"C{k}")
     left.set_yticks(range(len(THREE)), list(THREE))
     left.invert_yaxis()
-    left.set(xlabel="test accuracy, %", xlim=(None, 100.5))
+    left.set(xlabel="test accuracy, %", xlim=(None, 102))
     right.set(xlabel="NFE of a training solve", xlim=(0, None))
     left.legend(fontsize=9, loc="best")
     for axis in (left, right):

@@ -177,9 +177,12 @@ class CNF(Transform):
         left = None if drive is None else solution.state[1]
         return Transformed(state, values.pop("log_det"), values, solution.stats), left
 
-    def velocity(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """f at time t () and points x (N, \\*event), its augmented time integrated up to there where there is one."""
-        time = t if self.path is None else self.carry(self.path.start(x), t)[0]
+    def velocity(self, t: Tensor, x: Tensor, context: Tensor | None = None, *, drive: Tensor | None = None) -> Tensor:
+        """f at time t () and points x (N, \\*event), its augmented time integrated up to there where there is one.
+
+        ``drive`` is the augmented time at t = 0, for a block that takes it from another; None is the block's own start.
+        """
+        time = t if self.path is None else self.carry(self.path.start(x) if drive is None else drive, t)[0]
         value: Tensor = self.field(time, x, context)
         return value
 
@@ -201,7 +204,7 @@ class CNF(Transform):
 
         ``drive`` is the augmented time at ``times[0]``, where there is a path; None integrates it up to there.
         """
-        start, stop = times
+        start, stop = (time.view_as(time) for time in times)  # neither made of the other: see ``parameters`` below
         span = stop - start
         path = self.path
         if path is not None and drive is None:
@@ -234,7 +237,8 @@ class CNF(Transform):
         # a running cost may be learned too
         learned = [m for q in quadratures for m in (q, getattr(q, "cost", None)) if isinstance(m, nn.Module)]
         modules = (self.field, *([path] if path is not None else []), *learned)
-        parameters: list[Tensor] = [p for m in modules for p in m.parameters()]
+        # each once, though a cost may hold the field itself
+        parameters: list[Tensor] = list({id(p): p for m in modules for p in m.parameters()}.values())
         parameters += [v for v in (start, stop, context) if v is not None]
         try:
             solution = self._solver().solve(rhs, entries, dynamic=len(dynamic), parameters=parameters)

@@ -86,7 +86,10 @@ class Carried(Sequential):
     the next (AFFJORD, 2306.02731, §3.5).
 
     The inverse integrates g forward through all blocks first, then walks back beside x; nothing is remembered from an
-    earlier call. Transforms between the blocks leave a as it is.
+    earlier call. Transforms between the blocks leave a as it is. A learned start is the first block's; others are dropped.
+
+    Raises:
+        ConfigError: without blocks, for one without an augmented time, or for blocks inside a transform of the chain.
 
     Example:
         >>> from cnf.continuous import CNF
@@ -102,10 +105,20 @@ class Carried(Sequential):
         super().__init__(transforms)
         if not self._blocks or any(block.path is None for block in self._blocks):
             raise ConfigError("a carried chain takes blocks with an augmented time: give every CNF in it a path")
+        if any(isinstance(m, CNF) for part in self.transforms if not isinstance(part, CNF) for m in part.modules()):
+            raise ConfigError("a carried chain hands its augmented time from block to block: give it no chain with blocks inside")
+        for block in self.later:
+            if block.path is not None and block.path is not self._blocks[0].path:
+                block.path.initial = None
 
     @property
     def _blocks(self) -> list[CNF]:
-        return [transform for transform in self.transforms if isinstance(transform, CNF)]
+        return [part for part in self.transforms if isinstance(part, CNF)]
+
+    @property
+    def later(self) -> list[CNF]:
+        """The blocks that take a from the one before."""
+        return [block for block in self._blocks if block is not self._blocks[0]]
 
     def start(self, x: Tensor, back: bool) -> Tensor | None:
         """The augmented time at the beginning of the scale; x is what the chain is given."""
@@ -227,9 +240,7 @@ class Multiscale(Transform):
         """z (N, D) to images (N, C, H, W)."""
         sizes = [math.prod(shape) for shape in self.outputs]
         if z.ndim != 2 or z.shape[1] != sum(sizes):
-            raise DataError(
-                f"z has shape {tuple(z.shape)}; expected (N, {sum(sizes)}), the scales' outputs one after another"
-            )
+            raise DataError(f"z has shape {tuple(z.shape)}; expected (N, {sum(sizes)}), the scales' outputs one after another")
         parts = [part.unflatten(1, shape) for part, shape in zip(z.split(sizes, 1), self.outputs, strict=True)]
         x, results = parts[-1], []
         for i, scale in reversed(list(enumerate(self._scales))):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cnf.continuous import CNF
 from cnf.errors import ConfigError
+from cnf.multiscale import Carried
 from cnf.noise import Noise
 from cnf.transforms import Transform
 from cnf.transforms.base import placed
@@ -37,6 +38,8 @@ def trajectory(
     if times.ndim != 1 or len(times) == 0 or not inside or bool((times.diff() < 0).any()):
         raise ConfigError(f"times={times.tolist()}: expected increasing times in [0, 1]")
     chain = list(placed(transform, noise))
+    carried = [block for part in transform.modules() if isinstance(part, Carried) for block in part.later]
+    drive: Tensor | None = None
     count = sum(isinstance(leaf, CNF) for leaf, _ in chain)
     frames: list[Tensor] = []
     done, todo = 0, times.tolist()
@@ -46,7 +49,9 @@ def trajectory(
                 raise ConfigError(f"a trajectory needs a plain chain of blocks, but this flow has a {type(leaf).__name__}")
             x = leaf(x, context, noise=own, log_det=False).value
             continue
-        now, end, drive = 0.0, leaf.end_time(x), leaf.start(x)
+        now, end = 0.0, leaf.end_time(x)
+        if not any(leaf is block for block in carried):  # the others go on with a where the block before left it
+            drive = leaf.start(x)
         while todo and todo[0] * count <= done + 1 + 1e-9:
             local = min(1.0, max(0.0, todo.pop(0) * count - done))
             if local > now:

@@ -329,6 +329,51 @@ def test_trajectory_passes_through_the_solution():
     assert (path[4] - half).abs().max() < 1e-8
 
 
+def carried_flow(dim=3):
+    chain = Carried([mlp_block("hyper", dim), Sequential([]), mlp_block("concat", dim), mlp_block("low-rank", dim)])
+    return Flow(Sequential([chain, mlp_block("concat", dim)]), (dim,)).eval()
+
+
+def test_trajectory_of_a_carried_chain_carries_a():
+    flow, x = carried_flow(), torch.randn(4, 3)
+    path = flow.trajectory(x, torch.linspace(0, 1, 9))
+    assert (path[-1] - flow.encode(x)).abs().max() < 1e-8
+    chain = flow.transform.transforms[0]
+    assert (path[6] - chain(x).value).abs().max() < 1e-8
+    afresh = chain.transforms[2](chain.transforms[0](x).value).value
+    assert (path[4] - afresh).abs().max() > 1e-3
+
+
+def test_vector_field_of_a_carried_chain_is_at_the_carried_a(tmp_path, monkeypatch):
+    from cnf import plotting
+
+    flow, seen = carried_flow(2), []
+    for block in flow.blocks:
+        block.eval_solver = GRID
+    velocity = CNF.velocity
+    monkeypatch.setattr(CNF, "velocity", lambda *given, **named: seen.append(velocity(*given, **named)) or seen[-1])
+    plotting.vector_field_2d(flow, tmp_path / "field.png", times=2, extent=1.0)
+    ticks = torch.linspace(-1, 1, 18)
+    grid, one, a = torch.cartesian_prod(ticks, ticks), torch.ones(()), None
+    with torch.no_grad():
+        for i, block in enumerate(flow.blocks):
+            a = block.start(grid) if i in (0, 3) else a
+            assert torch.allclose(seen[2 * i], block.field(a[0], grid), atol=1e-8)
+            a = block.carry(a, one)
+            assert torch.allclose(seen[2 * i + 1], block.field(a[0], grid), atol=1e-8)
+
+
+def test_a_carried_chain_has_one_learned_start():
+    chain = multiscale((1, 8, 8), lambda shape: CNF(ConvField(shape[0], (2,), DRIVES["hyper"]), path=TimePath(K, learn_start=True)), 2)
+    starts = [name for name, _ in chain.named_parameters() if name.endswith("path.initial")]
+    assert starts == [f"scales.{i}.transforms.0.path.initial" for i in range(2)]
+    shaken(chain, 0.1)(torch.randn(1, 1, 8, 8)).value.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in chain.parameters())
+    path = TimePath(K, learn_start=True)  # one path for both: its start is the first's
+    both = Carried([CNF(MLP(2, (4,), DRIVES["concat"]), path=path) for _ in range(2)])
+    assert path.initial is not None and both.start(torch.zeros(1, 2), False).requires_grad
+
+
 # -- training and saving -------------------------------------------------------------------------------------------------
 
 MODELS = {
@@ -388,7 +433,7 @@ def test_a_fresh_process_samples_bit_for_bit(tmp_path):
     torch.set_default_dtype(torch.float32)
     folder = tmp_path / "run"
     code = train_main(
-        ["digits", "--out", str(folder), "--architecture", "multiscale", "--field", "conv", "--hidden", "4", "--layer", "concat",
+        ["digits", "--out", str(folder), "--architecture", "multiscale", "--field", "conv", "--hidden", "4",
          "--drive", "hyper", "--drive-start", "learned", "--marginals", "logit", "--steps", "3", "--warmup", "1", "--draws", "1",
          "--divergence", "hutchinson", "--validation-items", "8", "--test-items", "8", "--watch-every", "1000", "--batch-size", "8"]
     )  # fmt: skip
@@ -428,7 +473,9 @@ def test_published_counts_and_a_small_generator():
         (lambda: CNF(MLP(2, (4,)), path=TimePath(4)), ("ConcatSquash", "Drive")),
         (lambda: MLP(2, (4,), Drive("concat", k=3))(torch.tensor(0.5), torch.randn(5, 2)), ("(3,)", "path=")),
         (lambda: MLP(2, (4,), Drive("hyper", k=3, m=2))(torch.randn(5, 3), torch.randn(5, 2)), ("(5, 3)", "(3,)")),
+        (lambda: MLP(2, (4,), Drive("hyper", k=3, m=2))(torch.randn(5, 3), torch.randn(5, 2)), ("one set of weights per time",)),
         (lambda: Carried([CNF(MLP(2))]), ("path",)),
+        (lambda: Carried([mlp_block("concat"), Sequential([mlp_block("concat")])]), ("blocks inside",)),
         (lambda: build(ModelConfig(drive="hyper", drive_entries=30), SolverConfig(), (2,)), ("m=30", "k=20")),
         (lambda: build(ModelConfig(drive_dim=30), SolverConfig(), (2,)), ("drive_dim=30", "drive=")),
         (lambda: build(ModelConfig(drive="concat", drive_rank=3), SolverConfig(), (2,)), ("drive_rank=3", "'hyper'")),

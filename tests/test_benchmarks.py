@@ -18,6 +18,7 @@ from cnf.solvers import Adaptive, FixedGrid
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import affjord_toy
 import anode
 import data_share
 import measure
@@ -178,3 +179,11 @@ def test_anode_rows_become_tables(tmp_path, capsys):
     anode.draw_three(rows, tmp_path / "three.png")
     fits = [anode.fit("anode-flip", "flip", 0, 1)]
     assert len(fits[0]["loss"]) == len(fits[0]["nfe"]) == 1 and f"{fits[0]['test']:.2g}" in anode.table(fits)
+
+
+def test_affjord_toy_does_not_mix_lengths(tmp_path, capsys):
+    results = tmp_path / "rows.json"
+    results.write_text(json.dumps({"rows": [{"data": "checkerboard", "drive": "none", "seed": 0, "steps": 7}]}), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        affjord_toy.main(["--results", str(results), "--sets", "checkerboard", "--densities", str(tmp_path)])
+    assert "holds checkerboard after 7 steps, not 4000" in capsys.readouterr().err

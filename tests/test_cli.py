@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from PIL import Image
 
 import cnf
 from cnf.checkpoint import read_config, write_config
-from cnf.cli import sample_main, train_main
+from cnf.cli import classify_main, sample_main, train_main
 from cnf.errors import TrainingError
 from cnf.noise import Noise
 from cnf.presets import PRESETS, RunConfig
@@ -128,7 +129,7 @@ def test_terminated_run_says_143(tmp_path, monkeypatch):
     ("error", "code", "message"),
     [
         (TrainingError("10 batches in a row"), 1, "failed: 10 batches in a row"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 1, "failed: out of memory (CUDA out of memory. Tried): try --accumulate 4"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 1, "failed: out of memory (CUDA out of memory. Tried): try --accumulate 4 (with --resume too), or in a new run"),
         (OSError(28, "No space left on device"), 1, "failed: [Errno 28] No space left on device"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
@@ -171,6 +172,33 @@ def test_resume_of_a_finished_run_changes_nothing_and_more_steps_train_on(tmp_pa
     assert json.loads((folder / "result.json").read_text())["steps"] == 9
     assert read_config(folder).config.train.steps == 9  # so that a resume of the resumed run goes on to 9 too
     assert metrics(folder)[: len(metrics(rows))] == metrics(rows)
+
+
+def test_a_longer_run_that_was_killed_in_its_test_is_tested_on_resume(tmp_path, monkeypatch, capsys, rows):
+    monkeypatch.setattr("cnf.training.report.pictures", lambda *args: None)
+    folder = shutil.copytree(rows, tmp_path / "longer")
+    with monkeypatch.context() as patch:
+        patch.setattr("cnf.cli.train.finish", lambda trainer: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert train_main(["--resume", "--out", str(folder), "--steps", "9"]) == 130
+    assert json.loads((folder / "result.json").read_text())["steps"] == 6  # of the shorter run
+    assert train_main(["--resume", "--out", str(folder)]) == 0
+    assert json.loads((folder / "result.json").read_text())["steps"] == 9
+    capsys.readouterr()
+    assert train_main(["--resume", "--out", str(folder)]) == 0
+    assert "has finished already (steps, step 9)" in capsys.readouterr().out
+
+
+def test_who_runs_out_of_memory_is_told_of_options_that_there_are(monkeypatch, capsys, digits):
+    def full(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr("cnf.cli.sample.load", full)
+    monkeypatch.setattr("cnf.cli.evaluate.load", full)
+    assert sample_main([str(digits)]) == 1
+    assert "out of memory (MemoryError): try fewer samples (-n), --device cpu" in capsys.readouterr().err
+    assert train_main(["--evaluate", str(digits)]) == 1
+    said = capsys.readouterr().err
+    assert "try --device cpu, or a machine with more memory" in said and "--accumulate" not in said
 
 
 def test_dry_run_leaves_nothing(tmp_path, monkeypatch, capsys):
@@ -559,6 +587,12 @@ def test_sample_refuses_what_does_not_fit_the_run(tmp_path, capsys, rows, classe
     ):
         assert sample_main([str(word) for word in arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_each_program_calls_itself_by_its_name(capsys):
+    for main, name in ((train_main, "train_density.py"), (classify_main, "train_classifier.py")):
+        assert main(["--help"]) == 0
+        assert f"usage: {name}" in capsys.readouterr().out
 
 
 def test_sample_help_shows_the_defaults(capsys):

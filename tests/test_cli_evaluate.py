@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 import cnf
 from cnf.cli import train_main
 from cnf.cli.common import guard
+from cnf.cli.evaluate import _keep
 from cnf.datasets import load
 from cnf.divergence import Hutchinson
 from cnf.likelihood import check, column_report, evaluate
@@ -364,3 +366,16 @@ def test_other_files_that_fail_still_say_so(capsys):
 
     assert guard(full) == 1 and "failed: [Errno 28] No space" in capsys.readouterr().err
     assert guard(lambda: 3) == 3
+
+
+def test_evaluations_at_one_time_keep_a_file_each(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda i: _keep(tmp_path, {"i": i}), range(40)))
+    assert sorted(p.name for p in paths) == sorted(f"evaluation-{n}.json" for n in range(1, 41))
+    assert [json.loads(p.read_text())["i"] for p in paths] == list(range(40))
+    (tmp_path / "gone").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cnf.cli.evaluate.write_json", lambda path, result: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            _keep(tmp_path / "gone", {})
+    assert not any((tmp_path / "gone").iterdir())

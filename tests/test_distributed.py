@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from cnf.datasets import DataSplits
 from cnf.distributed import ALONE, Group, join
 from cnf.distributed import group as group_module
 from cnf.divergence import Hutchinson
-from cnf.errors import CheckpointError, CNFError, ConfigError, SolverError
+from cnf.errors import CheckpointError, CNFError, ConfigError, SolverError, TrainingError
 from cnf.fields import MLP
 from cnf.flow import Flow
 from cnf.likelihood import check, evaluate
@@ -605,6 +606,20 @@ def test_environments_that_torchrun_did_not_make(monkeypatch):
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="expected cpu or cuda"), join("cuda:1"):
+        pass
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_does_not_come_is_not_waited_for_for_hours(monkeypatch, rank):
+    from cnf.distributed import launch
+
+    monkeypatch.setattr(launch, "COMING", timedelta(seconds=0.3))
+    agent = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's
+    for name, value in (("WORLD_SIZE", 3), ("RANK", rank), ("LOCAL_RANK", rank), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", agent.port),
+                        ("TORCHELASTIC_USE_AGENT_STORE", "True"), ("TORCHELASTIC_RESTART_COUNT", rank)):  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    others = ", ".join(str(r) for r in range(3) if r != rank)
+    with pytest.raises(TrainingError, match=rf"rank {others} of 3 did not come within 0\.3 s: .* reaches 127\.0\.0\.1:{agent.port}"), join("cpu"):
         pass
 
 

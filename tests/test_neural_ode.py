@@ -140,6 +140,17 @@ def test_checkpointed_gradients_are_the_direct_ones():
     assert all(torch.allclose(a, b, rtol=0, atol=1e-11) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("solver", [FixedGrid("dopri5", 12, "checkpoint"), Adaptive("dopri5", 1e-10, 1e-10, "adjoint")])
+def test_the_gradient_in_the_event_is_counted_once(solver):
+    """With both, the event enters the field twice: as the control, and through its end time."""
+    config = dataclasses.replace(NODE, augment=1, data_control=True, adaptive_depth=True)
+    found = []
+    for one in (FixedGrid("dopri5", 12), solver):
+        x = points(4, 2).requires_grad_()
+        found.append(torch.autograd.grad(made(config, solver=one).train()(x).square().sum(), x)[0])
+    assert torch.allclose(*found, rtol=0, atol=1e-6)
+
+
 def test_trajectory_passes_through_the_solve():
     for config in (NODE, dataclasses.replace(NODE, depth="stacked", depth_terms=3), dataclasses.replace(NODE, adaptive_depth=True)):
         model, x = made(config), points(4, 2)
@@ -340,6 +351,8 @@ def test_other_wrong_use():
         model(torch.zeros(4, 3))
     with pytest.raises(DataError, match="expected floats"):
         model(torch.zeros(4, 2, dtype=torch.uint8))
+    with pytest.raises(DataError, match=r"x has type torch.float64, but the model computes in torch.float32"):
+        model(torch.zeros(4, 2, dtype=torch.float64))
     model.solver = Adaptive("dopri5", 1e-9, 1e-9, max_steps=2)
     with pytest.raises(SolverError, match=r"neural ODE on states \(2,\), t 0 to 1: .*gave up"):
         model(torch.full((4, 2), 30.0))

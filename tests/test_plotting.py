@@ -281,6 +281,17 @@ def test_the_boundary_is_where_the_model_has_it(tmp_path):
     assert blue[:, 1].min() >= orange[:, 1].max() - 2
 
 
+def test_a_continuous_target_has_its_histograms_too(tmp_path, monkeypatch):
+    from cnf.models import anode_mlp
+    from cnf.plotting import features
+
+    drawn = []
+    monkeypatch.setattr(features, "new_figure", lambda *size: drawn.append(canvas.new_figure(*size)) or drawn[-1])
+    x = torch.linspace(-1, 1, 50)[:, None]
+    plotting.feature_evolution(anode_mlp(1).eval(), x, x[:, 0].sin(), tmp_path / "a.png", times=2)
+    assert [sum(bar.get_height() for bar in axis.patches) for axis in drawn[0].axes] == [50, 50]
+
+
 def test_pictures_of_predictors_refuse_what_they_cannot_show(tmp_path):
     from cnf.models import anode_mlp, residual_net
 

@@ -331,7 +331,19 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_computed(
     assert load(tmp_path / "run") is not None  # reading needs no lock
 
 
-@pytest.mark.parametrize("owner, free", [("{dead} {host}", True), ("{alive} {host}", False), ("1 elsewhere", False), ("", True)])
+def test_a_link_in_a_strangers_folder_has_its_target_untouched(tmp_path):
+    target, folder = tmp_path / "precious", tmp_path / "run"
+    target.write_text("precious")
+    folder.mkdir()
+    (folder / LOCK).symlink_to(target)
+    with pytest.raises(CheckpointError, match=r"run/\.lock cannot be written: .*a link stands there, which is not followed"), locked(folder):
+        pass
+    files.temporary_name(folder / "a.txt").symlink_to(target)
+    files.write_atomic(folder / "a.txt", lambda p: files.write_text(p, "whole"))
+    assert target.read_text() == "precious" and (folder / "a.txt").read_text() == "whole\n" and not (folder / "a.txt").is_symlink()
+
+
+@pytest.mark.parametrize("owner, free", [("{dead} {host}", True), ("{alive} {host}", False), ("1 elsewhere", False), ("{own} elsewhere", False), ("", True)])
 def test_where_the_file_system_has_no_locks_the_number_decides(tmp_path, monkeypatch, owner, free):
     def refuse(number, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -341,7 +353,7 @@ def test_where_the_file_system_has_no_locks_the_number_decides(tmp_path, monkeyp
         os._exit(0)
     os.waitpid(dead, 0)
     monkeypatch.setattr(fcntl, "flock", refuse)
-    (tmp_path / LOCK).write_text(owner.format(dead=dead, alive=os.getppid(), host=socket.gethostname()))
+    (tmp_path / LOCK).write_text(owner.format(dead=dead, alive=os.getppid(), own=os.getpid(), host=socket.gethostname()))
     if free:
         with locked(tmp_path):
             assert (tmp_path / LOCK).read_text().startswith(f"{os.getpid()} ")
@@ -494,7 +506,9 @@ def test_a_signal_does_not_wait_for_a_long_step_or_validation(tmp_path, monkeypa
         def function(self, *args, **kwargs):
             if due(args):
                 os.kill(os.getpid(), signal.SIGTERM)
-                finished.append(where)  # as if it took hours
+                for _ in range(3000):  # as if it took hours; the signal may reach another thread first
+                    time.sleep(0.01)
+                finished.append(where)
             return real(self, *args, **kwargs)
 
         return function

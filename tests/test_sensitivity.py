@@ -425,6 +425,25 @@ def driven_mlp(drive, **options):
     return CNF(MLP(3, (6, 6), drive, **options), path=TimePath(3, learn_start=True))
 
 
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("path", [False, True])
+def test_gradient_of_a_jacobian_in_every_mode(path, back):
+    torch.manual_seed(0)
+    field = MLP(3, (6,), DRIVES["hyper"] if path else "concat")
+    block = seeded(CNF(field, learn_end_time=True, path=TimePath(3, learn_start=True) if path else None))
+    found = []
+    for solver in (
+        FixedGrid("dopri5", 12),
+        FixedGrid("dopri5", 12, "checkpoint"),
+        Adaptive("dopri5", 1e-9, 1e-9, "adjoint"),
+    ):
+        z, j = jacobian(block, normal(2, 3), solver=solver, back=back)
+        found.append(torch.autograd.grad(z.square().sum() + j.square().sum(), list(block.parameters())))
+    for other in found[1:]:
+        for (name, _), a, b in zip(block.named_parameters(), found[0], other, strict=True):
+            assert distance(a, b) < 1e-5 * (1 + float(a.abs().max())), name
+
+
 def driven_chain(drive):
     parts = [driven_mlp(drive), Standardize(normal(3), normal(3, seed=7).exp()), driven_mlp(drive), driven_mlp(drive)]
     return Carried(parts), (3,)

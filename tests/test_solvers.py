@@ -67,6 +67,29 @@ def perturbed(hidden=(6, 6), dim=3, layer="concatsquash"):
     return field
 
 
+class FieldCost(torch.nn.Module):
+    def __init__(self, field):
+        super().__init__()
+        self.field = field
+
+    def forward(self, t, x):
+        return self.field(t, x).square().sum(1)
+
+
+@pytest.mark.parametrize("solver", [FixedGrid("dopri5", 8, "checkpoint"), Adaptive("dopri5", 1e-10, 1e-10, "adjoint")])
+def test_what_the_field_shares_is_counted_once(solver):
+    """A learned cost that holds the field itself, and an end that is made of the beginning."""
+    field = perturbed()
+    x, found = torch.randn(3, 3, dtype=F64, generator=torch.Generator().manual_seed(0)), []
+    for one in (FixedGrid("dopri5", 8), solver):
+        block = CNF(field, solver=one, quadratures=[RunningCost("cost", FieldCost(field))])
+        start = torch.tensor(0.2, dtype=F64, requires_grad=True)
+        point, values, _ = block.integrate(x, (start, 2 * start + 0.3))
+        found.append(torch.autograd.grad(point.square().sum() + values["cost"].sum(), [start, *field.parameters()]))
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
 def test_log_det_is_slogdet_of_the_autodiff_jacobian_and_quadratures_are_integrals():
     torch.manual_seed(0)
     field = perturbed()

@@ -218,6 +218,8 @@ def test_a_residual_net_and_a_dry_run(tmp_path, capsys):
     assert isinstance(cnf.load(tmp_path / "run"), ResidualNet)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["nfe"] == 0 and result["solver"] is None
+    assert classify_main(["--evaluate", str(tmp_path / "run"), "--check"]) == 2
+    assert "--check solves again" in capsys.readouterr().err
     assert classify_main([*words, "--dry-run"]) == 0
     assert "parameters; batch 20" in capsys.readouterr().out
 

@@ -175,8 +175,8 @@ def test_a_later_best_is_void_after_going_back(tmp_path):
 # -- stopping ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, number):
+@pytest.mark.parametrize("number, end", [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, number, end):
     def twice(run):
         if run.step == 2:
             os.kill(os.getpid(), number)
@@ -184,8 +184,9 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, number):
 
     before_update(monkeypatch, twice)
     run = trainer(tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(end) as caught:
         run.run()
+    assert number == signal.SIGINT or caught.value.code == 143
     assert run.step == 2
 
 
@@ -239,6 +240,23 @@ def test_time_limit_counts_one_call_and_ends_with_a_validation(tmp_path, monkeyp
     run = trainer(tmp_path / "run", steps=40, max_time=5.0, resume=True)
     assert run.run() == "max_time"
     assert (run.step, run.seconds) == (10, 10.0)
+
+
+def test_a_run_stopped_by_time_selects_what_it_would_have_selected(tmp_path, monkeypatch):
+    """The validation that time brings about is for the test alone: resumed, the run equals one that never stopped."""
+    whole = trainer(tmp_path / "whole", steps=24, validate_every=8)
+    whole.run()
+    run = trainer(tmp_path / "run", steps=24, validate_every=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_stop", lambda self, started: "max_time" if self.step >= 13 else None)
+        assert run.run() == "max_time" and run.validated == 13
+    run = trainer(tmp_path / "run", steps=24, validate_every=8, resume=True)
+    assert (run.step, run.validated) == (13, 8)
+    assert run.run() == "steps"
+    for name, value in whole.best_weights.items():
+        assert torch.equal(value, run.best_weights[name]), name
+    kept = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(whole.folder)]
+    assert kept == [{k: v for k, v in row.items() if k != "seconds"} for row in rows(run.folder)]
 
 
 def test_the_test_set_is_not_read(tmp_path):

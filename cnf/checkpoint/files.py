@@ -35,6 +35,7 @@ _ADVICE = {
     errno.EPERM: "you may not write there: change the folder's permissions, or take another folder",
     errno.ENOENT: "its folder is gone: put it back",
     errno.ENOTDIR: "its folder is a file: put the folder back",
+    errno.ELOOP: "a link stands there, which is not followed: remove it",
 }
 
 
@@ -56,6 +57,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     temporary = temporary_name(path)
     try:
         _at("before", path)
+        temporary.unlink(missing_ok=True)  # whatever has that name, a link to elsewhere too, is nobody's
         write(temporary)
         _at("written", temporary)
         with temporary.open("rb+") as file:

@@ -18,6 +18,8 @@ __all__ = ["LOCK", "locked", "renew"]
 
 LOCK = ".lock"  # in the run folder, while a process writes there: its number and its machine
 _FAR = 2**30  # where Windows locks a byte: others cannot read what is locked, and must read the number
+# a link in a stranger's folder would have its target emptied; a pipe would be waited for
+_OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # what a file system without locks answers
 
 
@@ -96,9 +98,10 @@ def _take(folder: Path) -> int:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            number = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            number = os.open(path, _OPEN, 0o644)
         except OSError as error:
-            raise CheckpointError(f"{folder} cannot be written: {why(path, error)}") from None
+            where = path if error.errno == errno.ELOOP else folder
+            raise CheckpointError(f"{where} cannot be written: {why(path, error)}") from None
         try:
             free = _lock(number)
             owner = "" if free else _read(number)
@@ -166,10 +169,12 @@ def _read(number: int) -> str:
 def _alive(owner: str) -> bool:
     """Where the file system has no locks: whether the process that wrote its number there lives, as far as one can tell."""
     process, _, host = owner.partition(" ")
-    if not process.isdecimal() or int(process) == os.getpid():
+    if not process.isdecimal():
         return False
     if host != socket.gethostname():
         return True  # nobody here can know
+    if int(process) == os.getpid():
+        return False
     try:
         os.kill(int(process), 0)
     except ProcessLookupError:

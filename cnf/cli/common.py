@@ -24,17 +24,18 @@ __all__ = ["guard", "load_splits", "read_run", "usable_device"]
 HUNG_UP = 141  # what a shell calls the end by SIGPIPE
 
 
-def guard(run: Callable[[], int]) -> int:
+def guard(run: Callable[[], int], *, room: str = "--device cpu, or a machine with more memory") -> int:
     """The programs' exit codes: 0 done, 1 failed, 2 wrong usage, 130 (SIGTERM: 143) interrupted but saved.
 
     Where nobody reads what they say any longer (``| head``), they end quietly with 141. Of several processes rank 0 speaks.
+    ``room`` is what to try where memory runs out.
     """
     def quietly() -> int:
         with muted():
             return run()
 
     try:
-        code = _outcome(quietly)
+        code = _outcome(quietly, room)
         sys.stdout.flush()  # here, and not when the interpreter exits, where a closed pipe leaves a traceback
         return code
     except BrokenPipeError:
@@ -54,7 +55,7 @@ def _hang_up() -> None:
     os.close(nowhere)
 
 
-def _outcome(run: Callable[[], int]) -> int:
+def _outcome(run: Callable[[], int], room: str) -> int:
     try:
         return run()
     except BrokenPipeError:
@@ -67,7 +68,7 @@ def _outcome(run: Callable[[], int]) -> int:
         if not exhausted(error):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        return _say(f"failed: out of memory ({reason}): try --accumulate 4, a smaller --batch-size or --gradient checkpoint", 1)
+        return _say(f"failed: out of memory ({reason}): try {room}", 1)
     except OSError as error:
         return _say(f"failed: {error}", 1)
     except Interrupted as stop:

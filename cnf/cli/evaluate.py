@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
 from cnf.likelihood import rank
 from cnf.models import NeuralODE, divergence, eval_solver
-from cnf.training import score, summary, write_json, write_scores
+from cnf.training import read_json, score, summary, write_json, write_scores
 from cnf.training.predictions import PREDICTIONS, score_predictions, write_predictions
 from cnf.training.report import TEST_SCORES, add_columns
 from cnf.training.scoring import TEST_SEED
@@ -108,16 +108,33 @@ def evaluate_run(command: Command, info: RunInfo, data: DataSplits, group: Group
         return 0
     result |= {"notices": list(data.notices), "config": dataclasses.asdict(config)}
     print(summary(result), flush=True)
-    number = 1
-    while (path := folder / f"evaluation-{number}.json").exists():
-        number += 1
-    write_json(path, result)
-    print(f"written to {path}")
+    print(f"written to {_keep(folder, result)}")
     if command.per_item is not None:
         write(command.per_item)
         what = "likelihood" if config.train.objective == "likelihood" else "prediction"
         print(f"the {what} of each item is in {command.per_item}")
     return 0
+
+
+def _keep(folder: Path, result: dict[str, Any]) -> Path:
+    """The result as the first evaluation-N.json that is free, which is taken at once: another process may evaluate too."""
+    number = 1
+    while True:
+        path = folder / f"evaluation-{number}.json"
+        try:
+            path.touch(exist_ok=False)
+            break
+        except FileExistsError:
+            number += 1
+        except OSError:  # which the next line explains
+            break
+    try:
+        write_json(path, result)
+    except BaseException:
+        with suppress(OSError):
+            path.unlink()
+        raise
+    return path
 
 
 def _predict(command: Command, info: RunInfo, data: DataSplits, group: Group) -> tuple[dict[str, Any], Callable[[Path], None]]:
@@ -131,6 +148,8 @@ def _predict(command: Command, info: RunInfo, data: DataSplits, group: Group) ->
     model = load(folder, config.train.device)
     if isinstance(model, NeuralODE):
         model.eval_solver = eval_solver(config.solver)
+    elif command.check:
+        raise ConfigError(f"--check solves again, and {folder} is a residual net, which solves nothing: leave it out")
     result, found, index = score_predictions(
         model, info, data, command.split, items=config.train.test_items, check=command.check, group=group
     )
@@ -230,10 +249,7 @@ def _preparations(folder: Path, info: RunInfo) -> Iterator[str]:
     name = info.config.data.data
     if name.lower() in tabular.NAMES:
         yield f"{name} is prepared before training (data/README.md), and the items are not: prepare them alike"
-    try:
-        notices = json.loads((folder / "result.json").read_text(encoding="utf-8"))["notices"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # an unfinished run; the items can be scored all the same
-        return
+    notices = read_json(folder / "result.json").get("notices")  # none of an unfinished run, whose items are scored all the same
     for line in notices if isinstance(notices, list) else []:
         if isinstance(line, str) and ": dequantised by" in line:
             yield f"in training, {line}; the items are scored as they are: add such noise, or they stand at an edge"

@@ -60,7 +60,8 @@ SCORE_HELP = (  # in one piece: a docstring's line ends would be kept
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Train a continuous normalizing flow on data, test it, and leave a run folder that sample.py reads.
+    """Train a density (a continuous normalizing flow, which sample.py draws from) or a neural ODE that predicts (presets node-...,
+    anode-...) on data, test it, and leave a run folder.
 
     PRESET sets the defaults shown here; --list tells the presets. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted
     but saved.
@@ -84,7 +85,7 @@ class Command:
     check: Flag = False
     """--evaluate: solve every item again, ten times tighter, and there and back; without it a tenth of them."""
     per_item: Path | None = None
-    """--evaluate: also write the likelihood of every item to this .npz or .csv file."""
+    """--evaluate: also write the likelihood (or the prediction) of every item to this .npz or .csv file."""
     score: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="PATH [PATH ...]", help=SCORE_HELP)] = None
     dry_run: Flag = False
     """Print parameters, memory and time per step, and stop."""
@@ -102,8 +103,9 @@ def fitting(default: str, kind: str) -> str | None:
     return (FITTING_CLASSIFIER if default == CLASSIFIER else FITTING).get(kind)
 
 
-def _tyro(default: Command, arguments: Sequence[str]) -> Command:
-    found: Command = tyro.cli(Command, default=default, args=arguments, prog="train_density.py")
+def _tyro(default: Command, arguments: Sequence[str], fallback: str) -> Command:
+    program = "train_classifier.py" if fallback == CLASSIFIER else "train_density.py"
+    found: Command = tyro.cli(Command, default=default, args=arguments, prog=program)
     return found
 
 
@@ -120,7 +122,7 @@ def parse(arguments: Sequence[str], fallback: str = DEFAULT) -> tuple[Command, R
     """
     # once to learn which defaults hold (PRESET may stand anywhere), and once with them
     bare = [word for word in arguments if word not in ("-h", "--help")]
-    first = _tyro(Command(preset(DEFAULT).config), bare)
+    first = _tyro(Command(preset(DEFAULT).config), bare, fallback)
     _exclude(first)
     info = None
     if first.resume or first.evaluate:
@@ -132,7 +134,7 @@ def parse(arguments: Sequence[str], fallback: str = DEFAULT) -> tuple[Command, R
             raise ConfigError(f"{folder} is a run of preset {default.name}, not {first.preset}: leave the preset out")
     else:
         default = preset(first.preset or fallback).config
-    return _tyro(Command(default), arguments), default, info
+    return _tyro(Command(default), arguments, fallback), default, info
 
 
 def _exclude(command: Command) -> None:

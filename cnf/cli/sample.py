@@ -30,7 +30,7 @@ FRAMES = 21  # of --trajectory
 
 def sample_main(arguments: Sequence[str] | None = None) -> int:
     """sample.py: returns the exit code."""
-    return guard(lambda: _sample(_parser().parse_args(arguments)))
+    return guard(lambda: _sample(_parser().parse_args(arguments)), room="fewer samples (-n), --device cpu, or a machine with more memory")
 
 
 def _parser() -> argparse.ArgumentParser:

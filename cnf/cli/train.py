@@ -31,7 +31,7 @@ from cnf.errors import ConfigError, DataError
 from cnf.presets import PRESETS, RunConfig
 from cnf.published import PUBLISHED
 from cnf.published import count as parameters
-from cnf.training import Interrupted, Trainer, finish, summary
+from cnf.training import Interrupted, Trainer, finish, read_json, summary
 from cnf.training.measure import measure
 from cnf.training.predictions import PREDICTIONS
 from cnf.training.state import owning
@@ -41,14 +41,21 @@ __all__ = ["classify_main", "train_main"]
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
     """train_density.py: returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    return guard(lambda: _main(given, DEFAULT))
+    return _guarded(arguments, DEFAULT)
 
 
 def classify_main(arguments: Sequence[str] | None = None) -> int:
     """train_classifier.py: the same, with presets that predict where none is named; returns the exit code."""
+    return _guarded(arguments, CLASSIFIER)
+
+
+def _guarded(arguments: Sequence[str] | None, program: str) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return guard(lambda: _main(given, CLASSIFIER))
+    evaluates = any(word.partition("=")[0] == "--evaluate" for word in given)
+    room = "--device cpu, or a machine with more memory" if evaluates else (
+        "--accumulate 4 (with --resume too), or in a new run a smaller --batch-size or --gradient checkpoint"
+    )
+    return guard(lambda: _main(given, program), room=room)
 
 
 def _main(given: list[str], program: str) -> int:
@@ -111,7 +118,8 @@ def _train(command: Command, info: RunInfo, data: DataSplits, folder: Path, grou
         trainer = Trainer(info, data, folder, resume=command.resume, group=group)
         if command.resume:
             done = trainer.stop_reason()
-            if done and group.first((folder / "result.json").is_file):
+            # a result of fewer steps is that of a shorter run, trained on since
+            if done and group.first(lambda: read_json(folder / "result.json").get("steps") == trainer.step):
                 print(f"{folder} has finished already ({done}, step {trainer.step:,}): more --steps train on, --evaluate scores it again")
                 return 0
             print(f"{folder}: from step {trainer.step:,} on" if has_trainer(folder) else f"{folder}: no checkpoint yet, from the beginning")

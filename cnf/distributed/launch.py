@@ -14,12 +14,13 @@ import torch.distributed as dist
 
 from cnf.distributed.group import ALONE, Group
 from cnf.distributed.heartbeat import Heartbeat
-from cnf.errors import ConfigError
+from cnf.errors import ConfigError, TrainingError
 
 __all__ = ["join", "launched", "muted", "speaks"]
 
 # of one collective; the others wait in one while rank 0 downloads, writes and draws. The heartbeat notices deaths long before
 TIMEOUT = timedelta(hours=6)
+COMING = timedelta(minutes=10)  # for every process to begin; who ended before that has no heartbeat yet
 # small figures and messages travel as CPU tensors, gradients from where they are
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
@@ -64,6 +65,7 @@ def join(device: str) -> Iterator[Group]:
 
     Raises:
         ConfigError: for a numbered GPU, fewer GPUs than processes, or an environment that torchrun did not make.
+        TrainingError: where a process does not come.
 
     Example:
         >>> with join("cpu") as group:
@@ -101,12 +103,41 @@ def _start(device: str, rank: int, size: int) -> Group:
     # Its functions take the group as a default argument. First imported once there is a group (as torch.optim does, late), it
     # would keep the group and its threads alive, and a thread that outlives the interpreter aborts the process.
     importlib.import_module("torch.distributed.nn.functional")
-    dist.init_process_group(BACKENDS[device], timeout=TIMEOUT)
+    store = _meet(rank, size)
+    dist.init_process_group(BACKENDS[device], store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # a connection of its own: a call that waits in the group's would hold the heartbeat up
-    store = dist.TCPStore(host, port, is_master=False, timeout=TIMEOUT)  # type: ignore[attr-defined]
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    own = dist.PrefixStore(f"cnf/{attempt}", store)  # type: ignore[attr-defined]
-    heartbeat = Heartbeat(rank, size, own)
+    heartbeat = Heartbeat(rank, size, _named(dist.TCPStore(host, port, is_master=False, timeout=COMING)))  # type: ignore[attr-defined]
     heartbeat.start()
     return Group(rank, size, local, heartbeat)
+
+
+def _named(store: dist.Store) -> dist.Store:  # type: ignore[name-defined]
+    """The store under a name that no earlier attempt of torchrun's has used."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"cnf/{attempt}", store)  # type: ignore[attr-defined]
+
+
+def _meet(rank: int, size: int) -> dist.Store:  # type: ignore[name-defined]
+    """The store of the run, once every rank has come to it.
+
+    Raises:
+        TrainingError: naming who has not.
+    """
+    place, names = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", [f"come/{other}" for other in range(size)]
+    seconds = COMING.total_seconds()
+    try:
+        store = _named(next(dist.rendezvous("env://", rank, size, timeout=COMING))[0])  # type: ignore[attr-defined]
+        store.set(names[rank], "yes")
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:200]
+        raise TrainingError(f"the {size} processes did not meet at {place} within {seconds:g} s: {reason}") from None
+    try:
+        store.wait(names, COMING)
+    except RuntimeError:
+        missing = ", ".join(str(other) for other, name in enumerate(names) if not store.check([name]))
+        raise TrainingError(
+            f"rank {missing} of {size} did not come within {seconds:g} s: see what it said when it ended, and whether its machine "
+            f"reaches {place}"
+        ) from None
+    return store

@@ -111,6 +111,11 @@ class _Driven(TimeLayer):
         self.drive = drive
 
     def _check(self, a: Tensor, rows: bool) -> None:
+        if a.shape[-1:] == (self.drive.k,) and a.ndim == 2 and not rows:
+            raise ConfigError(
+                f"t has shape {tuple(a.shape)}, but a layer driven by {self.drive.kind!r} has one set of weights per time: "
+                f"pass a single augmented time ({self.drive.k},)"
+            )
         if a.shape[-1:] != (self.drive.k,) or a.ndim > 1 + rows:
             raise ConfigError(
                 f"t has shape {tuple(a.shape)}, but a layer driven by {self.drive.kind!r} takes the augmented time a "

@@ -156,7 +156,10 @@ class NeuralODE(Predictor):
     def _carry(self, state: Tensor, x: Tensor, start: float, stop: float) -> tuple[Tensor, Stats]:
         """A state carried from ``start`` to ``stop``, shares of T, through the pieces between."""
         count, stats = len(self.fields), Stats()
-        end, control = self.end_time(x), self._entering(x) if self.data_control else None
+        end, control = self.end_time(x), None
+        if self.data_control:  # a view: an end time may be made of x, and a solver that goes back would count x twice
+            entering = self._entering(x)
+            control = entering.view_as(entering)
         for k, field in enumerate(self.fields):
             low, high = max(start, k / count), min(stop, (k + 1) / count)
             if low < high:

@@ -76,11 +76,14 @@ class Predictor(nn.Module):
         """Events (N, \\*event) as numbers: uint8 images become k/(levels − 1).
 
         Raises:
-            DataError: for another shape, or integers without ``levels``.
+            DataError: for another shape, integers without ``levels``, or floats of another precision than the weights'.
         """
         if x.ndim == 0 or tuple(x.shape[1:]) != self.event_shape or len(x) == 0:
             raise DataError(f"x has shape {tuple(x.shape)}; expected (N, {', '.join(map(str, self.event_shape))}), N at least 1")
         if x.is_floating_point():
+            floats, own = (torch.float32, torch.float64), self.like.dtype
+            if x.dtype != own and x.dtype in floats and own in floats:
+                raise DataError(f"x has type {x.dtype}, but the model computes in {own}: give x.to({own}), or convert the model")
             return x
         if x.dtype != torch.uint8 or self.levels is None:
             raise DataError(f"x has type {x.dtype}; expected floats" + (", or uint8 grey levels" if self.levels else ""))

@@ -80,6 +80,8 @@ def feature_evolution(
         for axis, state in zip(axes, states[..., 0], strict=True):
             for handle, level in zip(handles, np.unique(values), strict=False):
                 axis.hist(state[values == level], bins=edges, alpha=0.6, color=handle.get_color())
+            if not handles:  # a continuous target
+                axis.hist(state, bins=edges, color="tab:blue")
             axis.set_xlabel("$x$")
         axes[0].set_ylabel("points")
     else:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cnf.flow import Flow
+from cnf.multiscale import Carried
 from cnf.plotting.canvas import array, aspect_of, frame, new_figure, subplots, write, xy
 
 __all__ = ["density_2d", "trajectories_2d", "vector_field_2d"]
@@ -59,10 +60,15 @@ def vector_field_2d(flow: Flow, path: Path, *, times: int = 5, extent: float = 3
     blocks = flow.blocks[:4]
     ticks = torch.linspace(-extent, extent, 18)
     grid = torch.cartesian_prod(ticks, ticks).to(flow.like)
-    panels = []
+    panels, drive = [], None
+    carried = [block for part in flow.modules() if isinstance(part, Carried) for block in part.later]
     for block in blocks:
+        if not any(block is later for later in carried):
+            drive = block.start(grid)
         for t in torch.linspace(0, 1, times).to(grid) * block.end_time(grid):
-            panels.append((float(t), array(block.velocity(t, grid))))
+            panels.append((float(t), array(block.velocity(t, grid, drive=drive))))
+        if drive is not None:
+            drive = block.carry(drive, block.end_time(grid))
     speeds = np.stack([np.hypot(*v.T) for _, v in panels])
     top = float(np.quantile(speeds, 0.99)) or 1.0
     figure = new_figure(2.7 * times + 0.8, 2.95 * len(blocks) + 0.3)

@@ -85,7 +85,9 @@ def carry(
         return tuple(span * part for part in out)
 
     entries = [start.x] + ([] if start.a is None else [start.a]) + ([start.v] if moving else [])
-    parameters = [*block.parameters(), first, last, *([] if context is None else [context])]
+    # none that another is made of: a learned end time is in the two times, and would be counted twice beside them
+    modules = [block.field, *([] if path is None else [path])]
+    parameters = [p for m in modules for p in m.parameters()] + [first, last, *([] if context is None else [context])]
     end = solver_of(block, solver).solve(rhs, tuple(entries), dynamic=len(entries), parameters=parameters).state
     return Carry(end[0], end[-1] if moving else start.v, None if start.a is None else end[1])
 
@@ -99,7 +101,7 @@ def path_end(block: CNF, a: Tensor, x: Tensor, solver: Solver | None = None) -> 
     def rhs(s: Tensor, state: State) -> State:
         return (end * path(state[0]),)
 
-    solution = solver_of(block, solver).solve(rhs, (a,), parameters=[*block.parameters(), end])
+    solution = solver_of(block, solver).solve(rhs, (a,), parameters=[*path.parameters(), end])
     return solution.state[0]
 
 

@@ -1,9 +1,9 @@
 """Training: the loop, its watch over the solver, and what it writes."""
 
-from cnf.training.files import write_json
+from cnf.training.files import read_json, write_json
 from cnf.training.loop import Trainer
 from cnf.training.report import comparability, finish, summary
 from cnf.training.scoring import score, write_scores
 from cnf.training.signals import Interrupted
 
-__all__ = ["Interrupted", "Trainer", "comparability", "finish", "score", "summary", "write_json", "write_scores"]
+__all__ = ["Interrupted", "Trainer", "comparability", "finish", "read_json", "score", "summary", "write_json", "write_scores"]

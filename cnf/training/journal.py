@@ -42,9 +42,9 @@ class Journal:
     def cut(self, rows: int) -> None:
         """Read metrics.jsonl back and drop what was written after its first ``rows`` lines, and lines that are damaged."""
         self.rows, damaged = [], 0
-        for line in self.path.read_bytes().splitlines()[:rows] if self.path.exists() else []:
+        for line in self.path.read_bytes().splitlines()[:rows] if self.path.is_file() else []:
             try:
-                self.rows.append({k: math.nan if v is None else v for k, v in json.loads(line).items()})
+                self.rows.append({k: math.nan if v is None else _number(v) for k, v in json.loads(line).items()})
             except (ValueError, AttributeError, RecursionError):
                 damaged += 1
         if damaged:
@@ -140,6 +140,13 @@ class Journal:
         self._said = time.monotonic()
         if not self.quiet:
             tqdm.write(line, file=sys.stderr)
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError
+    found: float = value
+    return found
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -239,17 +239,17 @@ class Trainer:
                         self.pending = {"values": values, "extra": {}}
                     self.seconds = before + time.monotonic() - started
                     self._after(**self.pending, rate=(self.step - first) / max(1e-9, self.seconds - before))
-            # where time ran out between two validations, the last weights get theirs; an interrupted run gets none, so
-            # that it selects what it would have selected had it never stopped
-            if reason is not None and not self.signal and self.validated != self.step:
-                with suppress(Abandoned):
-                    self.journal.record({"step": self.step, **self.validate(), "seconds": round(self.seconds, 3)})
-                    self._saved = -1
-            if self._saved != self.step:
+            last = reason is not None and not self.signal and self.validated != self.step
+            if last or self._saved != self.step:
                 try:
                     self.save()
                 except CheckpointError as error:
                     raise rescue(self, error) from None
+            # where time ran out between two validations, the last weights get theirs: for the test and the export, not for
+            # the state, so that a resumed run selects what it would have selected had it never stopped
+            if last:
+                with suppress(Abandoned):
+                    self.journal.record({"step": self.step, **self.validate(), "seconds": round(self.seconds, 3)})
             self._stop(started)  # a signal during the last validation; and all wait until everything is saved
         if self.signal:
             raise Interrupted(self.signal, self.step)

@@ -226,7 +226,7 @@ def finish_predictions(trainer: Trainer) -> dict[str, Any]:
     }
     if not trainer.group.main:
         return result
-    write_json(folder / "result.json", result)
     write_predictions(folder / PREDICTIONS, found, index, trainer.data.classes)
+    write_json(folder / "result.json", result)  # after them: --resume takes it for the sign that the test is done
     predictor_pictures(model, info, trainer.data, folder, trainer.metrics)
     return result

@@ -132,8 +132,8 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     if not group.main:
         return result
     add_columns(result, flow, trainer.data, "test", trainer.say)
-    write_json(folder / "result.json", result)
     write_scores(folder / TEST_SCORES, found)
+    write_json(folder / "result.json", result)  # after the scores: --resume takes it for the sign that the test is done
     try:
         pictures(flow, trainer.data, folder, trainer.metrics, trainer.unit)
     except SolverError as error:

@@ -25,7 +25,7 @@ class Abandoned(BaseException):
 
 
 class Signals:
-    """Inside ``with``, the first SIGINT or SIGTERM sets ``number`` and a second one raises KeyboardInterrupt.
+    """Inside ``with``, the first SIGINT or SIGTERM sets ``number``, and a second one raises KeyboardInterrupt or SystemExit(143).
 
     Args:
         shared: the process is one of several, whose launcher passes signals on and repeats them: a second one is ignored (the
@@ -58,7 +58,7 @@ class Signals:
         if self.number and self.shared:
             return
         if self.number:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.number = number
         self._tell()
         if self._open:

@@ -1,0 +1,98 @@
+"""The same on a GPU as on the CPU: skipped where there is no GPU."""
+
+import pytest
+import torch
+
+import cnf
+from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson
+from cnf.fields import MLP, ConvField, Drive, TimePath
+from cnf.models import ModelConfig, SolverConfig, anode_conv, build
+from cnf.multiscale import multiscale
+from cnf.quadratures import JacobianFrobenius, Kinetic
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+TIGHT = Adaptive("dopri5", 1e-9, 1e-9, gradient="adjoint")
+SOLVERS = {"direct": FixedGrid("rk4", 4), "checkpoint": FixedGrid("rk4", 6, "checkpoint"), "adjoint": TIGHT}
+
+
+def flows():
+    drive = Drive("hyper", k=5, m=3)
+    yield "mlp", Flow(CNF(MLP(3, (8, 8))), (3,))
+    yield "affjord", Flow(CNF(MLP(3, (8,), drive), path=TimePath(5, learn_start=True)), (3,))
+    yield "conv", Flow(CNF(ConvField(2, (6, 6), "concatsquash")), (2, 4, 4))
+    chain = multiscale((1, 8, 8), lambda s: CNF(ConvField(s[0], (4,), drive), path=TimePath(5)), 1)
+    yield "multiscale", Flow(chain, (1, 8, 8))
+
+
+@pytest.mark.parametrize("gradient", SOLVERS)
+@pytest.mark.parametrize("name", [name for name, _ in flows()])
+def test_likelihood_regularisers_and_gradients(name, gradient):
+    torch.manual_seed(0)
+    flow = dict(flows())[name].double().train()
+    probes = Hutchinson(probes=1)
+    for block in flow.blocks:
+        block.solver, block.quadratures = SOLVERS[gradient], (Kinetic(), JacobianFrobenius())
+        block.divergence = probes if name == "multiscale" else Exact()
+    x = torch.rand(3, *flow.event_shape, dtype=torch.float64)
+    probe_free = all(isinstance(block.divergence, Exact) for block in flow.blocks)
+
+    def run(device):
+        moved = flow.to(device)
+        moved.zero_grad()
+        out = moved.evaluate(x.to(device), noise=None if probe_free else cnf.Noise(0, "test"), integrals=probe_free)
+        value = moved.base_log_prob(out.value) + out.log_det
+        kinetic = out.integrals.get("kinetic", torch.zeros(3, device=device, dtype=torch.float64))
+        (value.sum() + kinetic.sum()).backward()
+        return [out.value.cpu().detach(), value.cpu().detach(), *(p.grad.cpu() for p in moved.parameters() if p.grad is not None)]
+
+    here, there = run("cpu"), run("cuda")
+    # probes are drawn on the device they live on: the latent is the same, the estimate is another draw
+    count = len(here) if probe_free else 1
+    for mine, other in zip(here[:count], there[:count], strict=True):
+        assert torch.allclose(mine, other, rtol=1e-7, atol=1e-8)
+
+
+def test_sampling_is_the_inverse():
+    flow = dict(flows())["multiscale"].double().cuda().eval()
+    for block in flow.blocks:
+        block.eval_solver = Adaptive("dopri5", 1e-10, 1e-10)
+    x = torch.rand(2, 1, 8, 8, dtype=torch.float64, device="cuda")
+    assert (flow.decode(flow.encode(x)) - x).abs().max() < 1e-7
+    assert flow.sample(3).device.type == "cuda"
+
+
+def test_images_from_uint8():
+    model = ModelConfig("multiscale", "conv", (8,), 1, layer="concat", marginals="logit")
+    flow = build(model, SolverConfig(divergence="hutchinson"), (1, 8, 8), levels=256).cuda().train()
+    x = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8, device="cuda")
+    value = flow.bits_per_dim(x, noise=cnf.Noise(0, "test"))
+    value.mean().backward()
+    assert value.isfinite().all() and all(p.grad.isfinite().all() for p in flow.parameters())
+
+
+def test_a_neural_ode_that_predicts():
+    torch.manual_seed(0)
+    model = anode_conv((1, 8, 8), filters=4, augment=2, outputs=3).double().eval()
+    x = torch.rand(2, 1, 8, 8, dtype=torch.float64)
+    here = model(x)
+    assert torch.allclose(model.cuda()(x.cuda()).cpu(), here, atol=1e-9)
+
+
+def test_twenty_steps_resumed_are_twenty_steps(tmp_path):
+    from test_training import rows, trainer
+
+    options = {"steps": 20, "device": "cuda"}
+    whole = trainer(tmp_path / "whole", **options)
+    whole.run()
+    run = trainer(tmp_path / "run", **options)
+    run._stop = lambda started: "max_time" if run.step >= 9 else None
+    run.run()
+    run = trainer(tmp_path / "run", resume=True, **options)
+    assert run.step == 9
+    run.run()
+    for mine, other in zip(rows(run.folder), rows(whole.folder), strict=True):
+        assert mine["step"] == other["step"]
+        if "loss" in other:
+            assert abs(mine["loss"] - other["loss"]) < 1e-5
+    for p, q in zip(run.flow.parameters(), whole.flow.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=1e-5)
