@@ -1,8 +1,8 @@
 """FFJORD against AFFJORD (2306.02731) on points in the plane and on digits: equal field, equal steps, several seeds.
 
-    python benchmarks/affjord_toy.py                                  # three toy sets, three seeds
-    python benchmarks/affjord_toy.py --sets digits --steps 3000       # the digits preset with each drive
-    python benchmarks/affjord_toy.py --report                         # tables and pictures from what was measured
+    python benchmarks/affjord_toy.py --steps 2000                      # three toy sets, three seeds
+    python benchmarks/affjord_toy.py --sets digits --seeds 0 1         # the digits preset with each drive
+    python benchmarks/affjord_toy.py --report                          # tables and pictures from what was measured
 
 FFJORD's field is a concatsquash MLP; AFFJORD's has the same hidden sizes, with the learned time beside x (concat) or
 generating all weights (hyper). Everything else is the same: solver, steps, batch, rate, data, and the seeds of noise and
@@ -141,7 +141,8 @@ def summaries(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for drive, name in DRIVES.items():
         of = [row for row in rows if row["drive"] == drive]
         if of:
-            means = {key: statistics.mean(row[key] for row in of) for key in ("validation", "test", "nfe", "seconds")}
+            means = {key: statistics.mean(row[key] for row in of) for key in ("validation", "test", "nfe")}
+            means["seconds"] = statistics.median(row["seconds"] for row in of)
             spread = statistics.stdev(row["validation"] for row in of) if len(of) > 1 else float("nan")
             yield {"model": name, "parameters": of[0]["parameters"], "seeds": len(of), "spread": spread, **means}
 

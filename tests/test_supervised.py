@@ -234,7 +234,7 @@ def test_a_residual_net_and_a_dry_run(tmp_path, capsys):
     ("node-flip --augment -1", "augment=-1; expected zero or more"),
     ("node-flip --blocks 2", "blocks=2 does nothing"),
     ("anode-digits --alpha 0.1", "alpha=0.1 does nothing"),
-    ("anode-digits --objective regression", "a regression needs targets and 'digits' has none"),
+    ("anode-digits --objective regression", "--objective regression needs targets, and 'digits' has none"),
     ("node-flip --objective classification", "'flip' is for a regression"),
     ("anode-three-spheres --architecture resnet --hidden 8 --augment 0 --rtol 0.1", "--rtol is for ODEs"),
     ("ffjord-toy --data spheres2", "'spheres2' is for a regression (--objective regression, as the preset anode-spheres"),

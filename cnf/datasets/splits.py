@@ -226,14 +226,14 @@ def assemble(
     if options.condition == "label":
         if codes is None:
             raise DataError(
-                f"condition='label' needs labels and {name!r} has none; give an .npz file with the key 'labels', "
+                f"--condition label or --objective classification needs labels, and {name!r} has none; give an .npz file with the key 'labels', "
                 "or a folder whose sub-folders are the classes"
             )
         eye = torch.eye(len(classes))
         contexts = [eye[torch.from_numpy(np.asarray(c, dtype=np.int64))] for c in codes]
     if options.condition == "target":
         if targets is None:
-            raise DataError(f"a regression needs targets and {name!r} has none; take flip, spheres1 or spheres2")
+            raise DataError(f"--objective regression needs targets, and {name!r} has none; the sets flip, spheres1 and spheres2 have")
         contexts = [_tensor(y) for y in targets]
     return DataSplits(
         name,

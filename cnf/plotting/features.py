@@ -17,6 +17,8 @@ from cnf.plotting.canvas import array, aspect_of, frame, new_figure, subplots, w
 
 __all__ = ["decision_boundary", "feature_evolution", "paths_1d"]
 
+FITTED = 1000  # states that decide the principal axes: of images, all would take minutes
+
 
 def _colours(marks: Tensor, classes: Sequence[str]) -> tuple[Any, list[Line2D]]:
     """A colour for each item, and the legend's entries."""
@@ -35,12 +37,12 @@ def _colours(marks: Tensor, classes: Sequence[str]) -> tuple[Any, list[Line2D]]:
 
 
 def _plane(states: Any) -> tuple[Any, tuple[str, str]]:
-    """States (times, N, D) in two coordinates: their own if D = 2, else the principal axes of all of them together."""
+    """States (times, N, D) in two coordinates: their own if D = 2, else the principal axes of (some of) them together."""
     if states.shape[2] == 2:
         return states, ("$x_1$", "$x_2$")
     flat = states.reshape(-1, states.shape[2]).astype(float)
     flat = flat - flat.mean(0)
-    _, _, axes = np.linalg.svd(flat, full_matrices=False)
+    _, _, axes = np.linalg.svd(flat[:: 1 + len(flat) // FITTED], full_matrices=False)
     two = flat @ axes[:2].T
     share = (two**2).sum(0) / max(1e-300, (flat**2).sum())
     names = tuple(f"principal axis {i + 1} ({100 * s:.0f} %)" for i, s in enumerate(share))
