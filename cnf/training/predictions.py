@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torchdiffeq
 
-import cnf
 from cnf.checkpoint import RunInfo, write_atomic
 from cnf.datasets import DataSplits
 from cnf.distributed import ALONE, Group
@@ -24,7 +21,7 @@ from cnf.solvers import Adaptive
 from cnf.training.batches import choose_rows
 from cnf.training.files import write_json
 from cnf.training.loop import Trainer
-from cnf.training.scoring import QUICK_CHECK, TEST_SEED
+from cnf.training.scoring import QUICK_CHECK, TEST_SEED, about
 
 __all__ = ["PREDICTIONS", "finish_predictions", "predicted", "predictions_text", "score_predictions", "write_predictions"]
 
@@ -84,17 +81,7 @@ def score_predictions(
         "classes": list(data.classes),
         **_solver(model, x, found, kind, targets, check, group),
         "nfe": found.nfe,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(model.like.dtype).removeprefix("torch."),
-        "device": model.like.device.type,
-        "evaluation_seconds": round(time.monotonic() - started, 1),
-        "seed": info.config.train.seed,
-        "versions": {
-            "cnf": cnf.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchdiffeq": torchdiffeq.__version__,
-        },
+        **about(model, info, started),
     }
     return result, found, index
 

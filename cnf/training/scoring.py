@@ -23,14 +23,32 @@ from cnf.errors import ConfigError
 from cnf.flow import Flow
 from cnf.likelihood import Evaluation, evaluate, integral_2d
 from cnf.likelihood import check as check_items
+from cnf.models import Predictor
 from cnf.solvers import Adaptive, FixedGrid
 from cnf.training.batches import choose_rows
 from cnf.transforms import Gaussianize, Logit
 
-__all__ = ["TEST_SEED", "score", "write_scores"]
+__all__ = ["QUICK_CHECK", "TEST_SEED", "about", "score", "write_scores"]
 
 TEST_SEED = 30_000  # test noise never changes: figures of different runs are comparable, and of subsets with the whole
 QUICK_CHECK = 256  # items of a check that was not asked for, at most, and no more than a tenth of what is scored
+
+
+def about(model: Flow | Predictor, info: RunInfo, started: float) -> dict[str, Any]:
+    """What every result says of the model, its seed, the seconds since ``started`` and the versions."""
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(model.like.dtype).removeprefix("torch."),
+        "device": model.like.device.type,
+        "evaluation_seconds": round(time.monotonic() - started, 1),
+        "seed": info.config.train.seed,
+        "versions": {
+            "cnf": cnf.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchdiffeq": torchdiffeq.__version__,
+        },
+    }
 
 
 def score(
@@ -105,17 +123,7 @@ def score(
         "round_trip_error": checked.round_trip,
         "checked_items": checked.items,
         "nfe": found.nfe,
-        "parameters": sum(p.numel() for p in flow.parameters()),
-        "dtype": str(flow.like.dtype).removeprefix("torch."),
-        "device": flow.like.device.type,
-        "evaluation_seconds": round(time.monotonic() - started, 1),
-        "seed": info.config.train.seed,
-        "versions": {
-            "cnf": cnf.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchdiffeq": torchdiffeq.__version__,
-        },
+        **about(flow, info, started),
     }
     if data.entropy is not None:
         result["true_entropy"] = data.entropy
