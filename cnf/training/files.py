@@ -1,17 +1,21 @@
-"""JSON files of results."""
+"""Files of results: JSON, and tables of items."""
 
 from __future__ import annotations
 
+import csv
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cnf.checkpoint import write_atomic, write_text
-from cnf.errors import DataError
+from cnf.errors import ConfigError, DataError
 from cnf.strangers import require_file
 
-__all__ = ["read_json", "write_json"]
+__all__ = ["read_json", "write_items", "write_json"]
 
 LARGEST = 2**26  # bytes of a result.json
 
@@ -39,3 +43,26 @@ def read_json(path: Path) -> dict[str, Any]:
     except (DataError, OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def write_items(path: Path, arrays: Mapping[str, Any], columns: Mapping[str, Any]) -> None:
+    """What is known of each item, whole or not at all: ``arrays`` as an .npz, ``columns`` (N,) as a .csv.
+
+    Raises:
+        ConfigError: for another ending.
+        CheckpointError: where the file cannot be written.
+    """
+    if path.suffix not in (".npz", ".csv"):
+        raise ConfigError(f"{path}: per-item scores go into a file ending in .npz or .csv")
+
+    def save_npz(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+
+    def save_csv(temporary: Path) -> None:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows(zip(*(values.tolist() for values in columns.values()), strict=True))
+
+    write_atomic(path, save_npz if path.suffix == ".npz" else save_csv)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from pathlib import Path
@@ -11,17 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from cnf.checkpoint import RunInfo, write_atomic
+from cnf.checkpoint import RunInfo
 from cnf.datasets import DataSplits
 from cnf.distributed import ALONE, Group
-from cnf.errors import ConfigError
 from cnf.models import NeuralODE, Predictor
 from cnf.objectives import Assessment, assess
 from cnf.solvers import Adaptive
 from cnf.training.batches import choose_rows
-from cnf.training.files import write_json
+from cnf.training.files import write_items, write_json
 from cnf.training.loop import Trainer
-from cnf.training.scoring import QUICK_CHECK, TEST_SEED, about
+from cnf.training.scoring import TEST_SEED, about, rows_checked, trained
 
 __all__ = ["PREDICTIONS", "finish_predictions", "predicted", "predictions_text", "score_predictions", "write_predictions"]
 
@@ -93,7 +91,7 @@ def _solver(
     none = {"solver": None, "rtol": None, "atol": None, "solver_error": None, "changed_predictions": None, "checked_items": 0}
     if not isinstance(model, NeuralODE):
         return none
-    few = len(x) if check else min(len(x), QUICK_CHECK, max(16, len(x) // 10))
+    few = rows_checked(len(x), check)
     used = model.eval_solver
     try:
         model.eval_solver = used.refined()
@@ -138,28 +136,12 @@ def write_predictions(path: Path, found: Assessment, index: torch.Tensor, classe
         ConfigError: for another ending.
         CheckpointError: where the file cannot be written.
     """
-    if path.suffix not in (".npz", ".csv"):
-        raise ConfigError(f"{path}: per-item scores go into a file ending in .npz or .csv")
     arrays: dict[str, Any] = {"index": index.numpy(), "loss": found.loss.numpy()}
     if found.correct is not None:
         arrays["predicted"] = np.array([str(c) for c in classes])[found.outputs.argmax(1).numpy()]
         arrays["correct"] = found.correct.numpy()
-
-    def save_npz(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.savez(file, outputs=found.outputs.numpy(), **arrays)
-
-    def save_csv(temporary: Path) -> None:
-        import csv
-
-        names = [f"output {i}" for i in range(found.outputs.shape[1])]
-        rows = zip(*(v.tolist() for v in arrays.values()), *found.outputs.T.tolist(), strict=True)
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow([*arrays, *names])
-            writer.writerows(rows)
-
-    write_atomic(path, save_npz if path.suffix == ".npz" else save_csv)
+    columns = arrays | {f"output {i}": values for i, values in enumerate(found.outputs.T.numpy())}
+    write_items(path, {"outputs": found.outputs.numpy(), **arrays}, columns)
 
 
 def predictor_pictures(
@@ -200,16 +182,9 @@ def finish_predictions(trainer: Trainer) -> dict[str, Any]:
     result, found, index = score_predictions(model, info, trainer.data, items=info.config.train.test_items, group=trainer.group)
     solved = [row for row in trainer.metrics if "nfe" in row]
     result |= {
-        "validation": trainer.best,
-        "best_step": trainer.best_step,
-        "steps": trainer.step,
+        **trained(trainer),
         "nfe_training": solved[-1]["nfe"] if solved else None,
         "nfe_backward_training": solved[-1]["nfe_backward"] if solved else None,
-        "stopped": trainer.stop_reason() or "max_time",
-        "skipped": trainer.skipped,
-        "seconds": round(trainer.seconds, 1),
-        "notices": list(trainer.data.notices),
-        "config": dataclasses.asdict(info.config),
     }
     if not trainer.group.main:
         return result

@@ -16,7 +16,7 @@ from cnf.noise import Noise
 from cnf.training.files import write_json
 from cnf.training.loop import Trainer
 from cnf.training.predictions import finish_predictions, predicted, predictions_text
-from cnf.training.scoring import score, write_scores
+from cnf.training.scoring import score, trained, write_scores
 
 __all__ = ["TEST_SCORES", "add_columns", "columns_text", "comparability", "finish", "summary"]
 
@@ -119,16 +119,7 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     flow, info, folder = trainer.best_flow(), trainer.info, trainer.folder
     train, group = info.config.train, trainer.group
     result, found = score(flow, info, trainer.data, draws=train.draws, items=train.test_items, group=group)
-    result |= {
-        "validation": trainer.best,
-        "best_step": trainer.best_step,
-        "steps": trainer.step,
-        "stopped": trainer.stop_reason() or "max_time",
-        "skipped": trainer.skipped,
-        "seconds": round(trainer.seconds, 1),
-        "notices": list(trainer.data.notices),
-        "config": dataclasses.asdict(info.config),
-    }
+    result |= trained(trainer)
     if not group.main:
         return result
     add_columns(result, flow, trainer.data, "test", trainer.say)

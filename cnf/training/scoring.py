@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import csv
+import dataclasses
 import math
 import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torchdiffeq
 
 import cnf
-from cnf.checkpoint import RunInfo, write_atomic
+from cnf.checkpoint import RunInfo
 from cnf.datasets import DataSplits
 from cnf.distributed import ALONE, Group
 from cnf.divergence import Exact, Hutchinson
@@ -26,9 +26,13 @@ from cnf.likelihood import check as check_items
 from cnf.models import Predictor
 from cnf.solvers import Adaptive, FixedGrid
 from cnf.training.batches import choose_rows
+from cnf.training.files import write_items
 from cnf.transforms import Gaussianize, Logit
 
-__all__ = ["QUICK_CHECK", "TEST_SEED", "about", "score", "write_scores"]
+if TYPE_CHECKING:
+    from cnf.training.loop import Trainer
+
+__all__ = ["TEST_SEED", "about", "rows_checked", "score", "trained", "write_scores"]
 
 TEST_SEED = 30_000  # test noise never changes: figures of different runs are comparable, and of subsets with the whole
 QUICK_CHECK = 256  # items of a check that was not asked for, at most, and no more than a tenth of what is scored
@@ -49,6 +53,25 @@ def about(model: Flow | Predictor, info: RunInfo, started: float) -> dict[str, A
             "torchdiffeq": torchdiffeq.__version__,
         },
     }
+
+
+def trained(trainer: Trainer) -> dict[str, Any]:
+    """What every result of a finished run says of its training."""
+    return {
+        "validation": trainer.best,
+        "best_step": trainer.best_step,
+        "steps": trainer.step,
+        "stopped": trainer.stop_reason() or "max_time",
+        "skipped": trainer.skipped,
+        "seconds": round(trainer.seconds, 1),
+        "notices": list(trainer.data.notices),
+        "config": dataclasses.asdict(trainer.info.config),
+    }
+
+
+def rows_checked(rows: int, check: bool) -> int:
+    """How many of the scored rows are solved again: all where that is asked for, a tenth otherwise, within bounds."""
+    return rows if check else min(rows, QUICK_CHECK, max(16, rows // 10))
 
 
 def score(
@@ -95,7 +118,7 @@ def score(
         flow, x, context, draws=draws, importance=importance, dequantisation=dequantisation, seed=TEST_SEED,
         batch_size=batch_size, index=index, group=group,
     )  # fmt: skip
-    few = len(x) if check else min(len(x), QUICK_CHECK, max(16, len(x) // 10))
+    few = rows_checked(len(x), check)
     checked = check_items(
         flow, x[:few], None if context is None else context[:few], dequantisation=dequantisation, seed=TEST_SEED,
         batch_size=batch_size, index=index[:few], group=group,
@@ -172,23 +195,11 @@ def write_scores(path: Path, found: Evaluation, *, names: Sequence[str] | None =
         ConfigError: for another ending, or names that do not fit the items.
         CheckpointError: where the file cannot be written.
     """
-    if path.suffix not in (".npz", ".csv"):
-        raise ConfigError(f"{path}: per-item scores go into a file ending in .npz or .csv")
     if names is not None and len(names) != len(found.per_item):
         raise ConfigError(f"names are {len(names)}, but {len(found.per_item)} items were evaluated")
     arrays = {"index": found.index.numpy(), "nll": found.per_item.numpy(), "log_prob": found.log_prob.numpy()}
     if names is not None:
         arrays["name"] = np.array([str(name) for name in names])
-
-    def save_npz(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.savez(file, unit=np.array(found.unit), **arrays)  # type: ignore[arg-type]
-
-    def save_csv(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            renamed = {"nll": "nats" if found.unit == "nats" else "bits_per_dim"}
-            writer.writerow(renamed.get(key, key) for key in arrays)
-            writer.writerows(zip(*(values.tolist() for values in arrays.values()), strict=True))
-
-    write_atomic(path, save_npz if path.suffix == ".npz" else save_csv)
+    renamed = {"nll": "nats" if found.unit == "nats" else "bits_per_dim"}
+    columns = {renamed.get(key, key): values for key, values in arrays.items()}
+    write_items(path, {"unit": np.array(found.unit), **arrays}, columns)
