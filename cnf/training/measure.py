@@ -10,7 +10,7 @@ import torch
 
 from cnf.training.loop import Trainer
 from cnf.training.memory import kept_bytes
-from cnf.training.step import pieces
+from cnf.training.step import micro_batches
 
 __all__ = ["Cost", "measure"]
 
@@ -35,10 +35,7 @@ class Cost:
 def measure(trainer: Trainer) -> Cost:
     """Take a few steps with ``trainer``, which is of no use afterwards, and measure them."""
     trainer.flow.train()
-    x, context, noise = trainer.batches(trainer.step)
-    rows = next(pieces(len(x), trainer.config.accumulate))
-    own = noise if rows.stop == len(x) else noise.rows(0, len(x))
-    part = x[rows], None if context is None else context[rows], own
+    part = next(micro_batches(*trainer.batches(trainer.step), trainer.config.accumulate))
     kept = kept_bytes(trainer.flow, lambda: trainer.objective.evaluate(*part))
     _step(trainer)
     steps, started = 0, time.perf_counter()

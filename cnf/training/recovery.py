@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cnf.errors import TrainingError
-from cnf.training.advice import advice
+from cnf.models import SolverConfig
+from cnf.presets import TrainConfig
 
 if TYPE_CHECKING:
     from cnf.training.loop import Trainer
 
-__all__ = ["MAX_ROLLBACKS", "MAX_SKIPS", "RATE_FACTOR", "Recovery", "skip"]
+__all__ = ["MAX_ROLLBACKS", "MAX_SKIPS", "RATE_FACTOR", "Recovery", "advice", "skip"]
 
 MAX_SKIPS = 10  # batches skipped in a row before going back
 MAX_ROLLBACKS = 3  # times of going back before giving up
@@ -124,6 +125,18 @@ def skip(trainer: Trainer, reason: str) -> None:
         )
     trainer.skips_in_row, good = 0, recovery.go_back()
     trainer.say(f"{row}: back to the weights of step {good}, with {RATE_FACTOR:g} times the learning rate")
+
+
+def advice(config: TrainConfig, solver: SolverConfig) -> str:
+    """Options that may help, with their present values.
+
+    Example:
+        >>> advice(TrainConfig(lr=0.1, warmup=0), SolverConfig(grid_steps=2))
+        'a smaller --lr (now 0.1), a longer --warmup (now 0), --kinetic 0.01 or more (now 0), or more --grid-steps (now 2)'
+    """
+    finer = f"a smaller --rtol (now {solver.rtol:g})" if solver.adaptive else f"more --grid-steps (now {solver.grid_steps})"
+    kinetic = f"--kinetic 0.01 or more (now {config.kinetic:g}), " if config.objective == "likelihood" else ""
+    return f"a smaller --lr (now {config.lr:g}), a longer --warmup (now {config.warmup}), {kinetic}or {finer}"
 
 
 def _copy(value: Any) -> Any:

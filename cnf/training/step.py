@@ -14,7 +14,7 @@ from cnf.noise import Noise
 from cnf.objectives import Objective
 from cnf.solvers import Stats
 
-__all__ = ["Gradient", "culprit", "gradient", "pieces"]
+__all__ = ["Gradient", "culprit", "gradient", "micro_batches", "pieces"]
 
 
 @dataclass
@@ -38,6 +38,17 @@ def pieces(rows: int, count: int) -> Iterator[slice]:
     """
     size = math.ceil(rows / max(1, min(count, rows)))
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def micro_batches(
+    x: Tensor, context: Tensor | None, noise: Noise, count: int
+) -> Iterator[tuple[Tensor, Tensor | None, Noise]]:
+    """A batch in ``count`` micro-batches, each with its rows of the noise of all; a batch in one piece as it is."""
+    for rows in pieces(len(x), count):
+        if rows == slice(0, len(x)):
+            yield x, context, noise
+        else:
+            yield x[rows], None if context is None else context[rows], noise.rows(rows.start, len(x))
 
 
 def gradient(
@@ -64,18 +75,16 @@ def gradient(
     total, found = len(x), Gradient()
     costs: list[tuple[Stats, float]] = []
     means: list[Tensor] = []
-    for rows in pieces(total, count):
-        whole = rows == slice(0, total)
-        share = (rows.stop - rows.start) / total
-        own = noise if whole else noise.rows(rows.start, total)
+    for part in micro_batches(x, context, noise, count):
+        share = len(part[0]) / total
         stats = Stats()
         try:
-            terms, stats = objective.evaluate(x[rows], None if context is None else context[rows], own)
+            terms, stats = objective.evaluate(*part)
             if stats.nfe > limit:
                 found.failure = f"{stats.nfe:,} evaluations, {limit:,.0f} at most: the solve runs away{stats.costliest()}"
                 return found
             mean = terms["loss"].mean()
-            (mean if whole else mean * share).backward()
+            (mean if share == 1 else mean * share).backward()
         except SolverError as error:
             found.failure = str(error)
             return found
