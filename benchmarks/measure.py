@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -15,9 +16,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RESULTS", "alternate", "machine", "markdown", "record", "versions"]
+import torch
+from torch import Tensor, nn
+
+__all__ = ["RESULTS", "alternate", "machine", "markdown", "record", "seconds", "training_step", "versions"]
 
 RESULTS = Path(__file__).resolve().parent / "results.json"
+# of the processor, which decide what bfloat16 is worth
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 Row = dict[str, Any]
 
 
@@ -34,37 +40,80 @@ def versions(*packages: str) -> dict[str, str | None]:
 
 def machine() -> Row:
     """What the figures were measured on, and how busy it was: a load well above 1 disturbs wall times."""
-    model = platform.processor() or platform.machine()
+    model, flags = platform.processor() or platform.machine(), ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+        entries = [line.partition(":") for line in cpuinfo.read_text().splitlines()]
+        known = {key.strip(): value.strip() for key, _, value in reversed(entries)}
+        model = known.get("model name", model)
+        have = set(known.get("flags", "").split())
+        flags = ", ".join(f"{flag} {'yes' if flag in have else 'no'}" for flag in FLAGS)
     load = round(os.getloadavg()[0], 2)
-    return {"cpu": model, "cores": os.cpu_count(), "load": load, "date": date.today().isoformat()}
+    return {"cpu": model, "cores": os.cpu_count(), "flags": flags, "load": load, "date": date.today().isoformat()}
 
 
 def alternate(
-    functions: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1
+    functions: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1, deadline: float = math.inf
 ) -> dict[str, dict[str, float]]:
     """Median wall and CPU seconds of each function, called in turn so that drift and neighbours hit all alike.
 
     CPU seconds count this process only, all its threads: on a busy machine they are the steadier figure.
+
+    Args:
+        functions: by name.
+        repeats: turns that count.
+        warmup: turns before them that do not.
+        deadline: a ``time.perf_counter()`` that no turn but the first counted one is expected to pass.
     """
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: expected at least 1")
     walls: dict[str, list[float]] = {name: [] for name in functions}
     cpus: dict[str, list[float]] = {name: [] for name in functions}
+    took = 0.0
     for turn in range(warmup + repeats):
+        began = time.perf_counter()
+        if turn > warmup and began + took > deadline:
+            break
         for name, function in functions.items():
             wall, cpu = time.perf_counter(), time.process_time()
             function()
             if turn >= warmup:
                 walls[name].append(time.perf_counter() - wall)
                 cpus[name].append(time.process_time() - cpu)
+        took = time.perf_counter() - began
     return {
-        n: {"wall": statistics.median(walls[n]), "cpu": statistics.median(cpus[n]), "fastest": min(walls[n])}
+        n: {
+            "wall": statistics.median(walls[n]),
+            "cpu": statistics.median(cpus[n]),
+            "fastest": min(walls[n]),
+            "repeats": len(walls[n]),
+        }
         for n in functions
     }
+
+
+def seconds(function: Callable[[], object], repeats: int, warmup: int = 1) -> float:
+    """Median wall seconds of one function."""
+    return alternate({"it": function}, repeats, warmup)["it"]["wall"]
+
+
+def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    """A whole training step: gradients cleared, forward and backward pass, Adam.
+
+    The rate is zero: Adam does its work, but the weights, and so the cost of a step, stay put. On a GPU the step ends when
+    the device has done it.
+    """
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+    cuda = any(p.is_cuda for p in model.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss().backward()
+        optimizer.step()
+        if cuda:
+            torch.cuda.synchronize()
+
+    return step
 
 
 def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
@@ -77,10 +126,11 @@ def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
 def record(path: Path, name: str, arguments: Sequence[str] | None, rows: Sequence[Row], about: Row) -> None:
     """Put the rows under ``name`` into the JSON file, leaving what other benchmarks wrote.
 
-    ``arguments`` are the command line's, sys.argv's if None.
+    ``arguments`` are the command line's, sys.argv's if None. What is not a number becomes null, which JSON has.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     command = shlex.join(["python", f"benchmarks/{name.split()[0]}.py", *words])
     everything = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    everything[name] = {"command": command, **about, "rows": list(rows)}
+    kept = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
+    everything[name] = {"command": command, **about, "rows": kept}
     path.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Memory of one training step of an image preset, for direct and checkpointed gradients and several grids.
+"""Memory of one training step of an image preset, for direct, checkpointed and reversible gradients and several grids.
 
 Three figures, each in a process of its own:
 
@@ -31,10 +31,11 @@ from cnf.models import build
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
 from cnf.presets import preset
-from cnf.solvers import FixedGrid
+from cnf.solvers import FixedGrid, Reversible
 
 MIB = 2**20
-ALLOWED = 0.15  # how much checkpointing may grow from 4 to 16 steps
+ALLOWED = 0.15  # how much the thrifty gradients may grow from 4 to 16 steps
+THRIFTY = ("checkpoint", "reversible")
 COLUMNS = {
     "gradient": "{gradient}",
     "steps a block": "{steps}",
@@ -127,7 +128,7 @@ def case(name: str, batch: int, gradient: str, steps: int) -> tuple[Likelihood, 
     config = chosen.config
     flow = build(config.model, config.solver, chosen.shape, levels=chosen.levels).train()
     for block in flow.blocks:
-        block.solver = FixedGrid("rk4", steps, gradient)
+        block.solver = Reversible("rk4", steps) if gradient == "reversible" else FixedGrid("rk4", steps, gradient)
     objective = Likelihood(flow, config.train.kinetic, config.train.jacobian)
     return objective, torch.randint(0, chosen.levels, (batch, *chosen.shape), dtype=torch.uint8)
 
@@ -197,7 +198,7 @@ def growth(rows: list[dict[str, Any]], first: int, last: int) -> dict[str, dict[
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, and record if asked; 1 where checkpointing's bytes grow by more than is allowed.
+    """Measure, print, and record if asked; 1 where the bytes of a thrifty gradient grow by more than is allowed.
 
     RSS is reported, not judged: of a small model it is mostly the allocator's.
     """
@@ -213,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(child(args.preset, args.batch, args.child[0], int(args.child[1]))))
         return 0
     rows: list[dict[str, Any]] = []
-    for gradient in ("checkpoint", "direct"):
+    for gradient in (*THRIFTY, "direct"):
         for steps in sorted(args.steps):
             last = rows[-1] if rows and gradient == "direct" == rows[-1]["gradient"] else None
             expected = last["peak_mib"] * steps / last["steps"] if last else 0.0
@@ -236,8 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         about["growth"] = found
         record(args.json, f"memory {args.preset}", argv, rows, about)
-    judged = found.get("checkpoint", {})
-    return int(any(judged.get(k, 0.0) > ALLOWED for k in ("saved_mib", "peak_mib")))
+    return int(any(found.get(g, {}).get(k, 0.0) > ALLOWED for g in THRIFTY for k in ("saved_mib", "peak_mib")))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from cnf import datasets
 from cnf.continuous import CNF
 from cnf.divergence import Exact, Hutchinson
 from cnf.fields import MLP
-from cnf.fields.time import Affine, Linear, TimeLayer
+from cnf.fields.time import Affine, Constants, Linear, TimeLayer
 from cnf.flow import Flow
 from cnf.noise import Noise
 from cnf.solvers import Adaptive, FixedGrid
@@ -39,7 +39,7 @@ class Frequencies(TimeLayer):
         self.core = map.module(extra=2 * frequencies)
         self.count = frequencies
 
-    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
+    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         angles = t[..., None] * torch.arange(1, self.count + 1, dtype=t.dtype) * math.pi
         time, weight = self.map.split(self.core.weight, 2 * self.count)
         return Affine(weight, None, torch.cat([angles.cos(), angles.sin()], -1) @ time.T + self.core.bias)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from cnf.divergence import Bound, Divergence, Driven, Exact, linearize
+from cnf.collocation import solve
+from cnf.divergence import Divergence, Exact, closed, prepared
 from cnf.errors import ConfigError, SolverError
 from cnf.fields.augmented import TimePath, check_drive
-from cnf.noise import Noise, draw
+from cnf.noise import Noise, draw, number
 from cnf.quadratures import Quadrature, check_names
+from cnf.rhs import OneStage, RightHandSide
 from cnf.solvers import Adaptive, FixedGrid, Solution, Solver
 from cnf.transforms import Transform, Transformed
 
@@ -38,6 +39,10 @@ class CNF(Transform):
         path: the learned time a(t) of AFFJORD (2306.02731), :class:`~cnf.fields.TimePath`: a (1, k) is integrated with
             batch 1 beside x, in both directions, and the field is called with a (k,) in place of t. Since a never sees
             x, the map is injective in x and the log-det stays the integral of the field's own divergence.
+        autocast: type that the field computes in while training, ``torch.bfloat16`` say; state, log-det and time stay in x's,
+            and so does everything in evaluation.
+        compile: compile the right-hand side (``torch.compile``) while training, once for each shape. Where that fails, a
+            warning, and it runs as it is.
 
     Raises:
         ConfigError: for a T or a b that cannot be, or a field and a path that do not belong together.
@@ -64,6 +69,8 @@ class CNF(Transform):
         learn_end_time: bool = False,
         steer: float = 0.0,
         path: TimePath | None = None,
+        autocast: torch.dtype | None = None,
+        compile: bool = False,
     ):
         super().__init__()
         if not (math.isfinite(end_time) and end_time > 0):
@@ -74,6 +81,7 @@ class CNF(Transform):
         check_drive(field, path)
         self.field = field
         self.path = path
+        self.autocast, self.compiles = autocast, compile  # nn.Module has a method called compile
         self.divergence: Divergence = divergence or Exact()
         self.solver: Solver = solver or FixedGrid("rk4", 4)
         self.eval_solver: Solver = eval_solver or Adaptive("dopri5", 1e-5, 1e-5)
@@ -91,7 +99,7 @@ class CNF(Transform):
         """T as a scalar tensor in x's dtype and device."""
         if self.learn_end_time:
             return self.sqrt_end_time.to(x).square()
-        return x.new_tensor(self.fixed_end_time)
+        return x.new_full((), self.fixed_end_time)  # filled on its device, not copied to it
 
     def forward(
         self,
@@ -186,6 +194,13 @@ class CNF(Transform):
         value: Tensor = self.field(time, x, context)
         return value
 
+    def _one_stage(self, need: frozenset[str], noise: Noise | None) -> OneStage | None:
+        """In training on a grid a closed-form trace leaves ‖J‖² a product of its own, which one stage at random then takes."""
+        solver = self.solver
+        if not (self.training and "jac_sq" in need and type(solver) is FixedGrid and closed(self.divergence, self.field)):
+            return None
+        return OneStage(*solver.stage(number(noise, "stage")))
+
     def _solver(self) -> Solver:
         return self.solver if self.training else self.eval_solver
 
@@ -213,24 +228,20 @@ class CNF(Transform):
         need = frozenset({"div"} if log_det else ()).union(*(q.need for q in quadratures))
         # drawn once, before the solve and outside anything checkpointed: a probe held fixed makes one smooth ODE
         probe = self.divergence.probe(x, noise, need, self.field)
-
-        def rhs(s: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            t = start + s * span
-            point = state[0]
-            if path is None:
-                time, bound, moved = t, Bound(self.field, context), []
-            else:
-                drift = path(state[1])
-                time, moved = state[1][0], [span * drift]
-                bound = Driven(self.field, context, time, drift[0])
-            parts = linearize(self.field, time, point, probe, context, need, self.divergence)
-            out = [span * parts.dx, *moved]
-            if log_det:
-                out.append(span * cast(Tensor, parts.div))
-            # regularisers are non-negative both ways, so they take the length of the step, not its sign
-            out.extend(span.abs() * q(t, point, parts, bound) for q in quadratures)
-            return tuple(out)
-
+        rhs = RightHandSide(
+            prepared(self.field, x, context),
+            path,
+            self.divergence,
+            quadratures,
+            start=start,
+            span=span,
+            context=context,
+            probe=probe,
+            log_det=log_det,
+            autocast=self.autocast if self.training else None,
+            compile=self.compiles and self.training and torch.is_grad_enabled(),  # not for the watch's glance
+            once=self._one_stage(need, noise),
+        )
         flat = x.new_zeros(x.shape[0])
         dynamic = (x,) if drive is None else (x, drive)
         entries = (*dynamic, *(flat for _ in range(bool(log_det) + len(quadratures))))
@@ -241,7 +252,7 @@ class CNF(Transform):
         parameters: list[Tensor] = list({id(p): p for m in modules for p in m.parameters()}.values())
         parameters += [v for v in (start, stop, context) if v is not None]
         try:
-            solution = self._solver().solve(rhs, entries, dynamic=len(dynamic), parameters=parameters)
+            solution = solve(self._solver(), rhs, entries, dynamic=len(dynamic), parameters=parameters, products=bool(need))
         except SolverError as error:
             low, high = float(start), float(stop)
             on = f"{self.label} on events {tuple(x.shape[1:])}, t {low:g} to {high:g}"

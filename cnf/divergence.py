@@ -7,12 +7,16 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from cnf.errors import ConfigError
 from cnf.noise import Kind, Noise, draw
 
-__all__ = ["Bound", "Divergence", "Driven", "Exact", "Hutchinson", "Linearization", "linearize"]
+__all__ = ["Bound", "Divergence", "Driven", "Exact", "Field", "Hutchinson", "Linearization", "closed", "linearize", "prepared"]
+
+Field = Callable[..., Tensor]
+"""``field(t, x, context) -> dx``: a module, or one prepared for a solve; ``jvp`` and ``divergence`` where it has them."""
 
 NEEDS = ("div", "jac_sq")
 _CHUNK_NUMEL = 2**22  # entries of tangents pushed at once by the exact trace: 16 MB in float32
@@ -34,17 +38,17 @@ class Linearization(NamedTuple):
 class Divergence(Protocol):
     """How the divergence is had: :class:`Exact` or :class:`Hutchinson`."""
 
-    def probe(self, x: Tensor, noise: Noise | None, need: frozenset[str], field: nn.Module) -> Tensor | None:
+    def probe(self, x: Tensor, noise: Noise | None, need: frozenset[str], field: Field) -> Tensor | None:
         """The probe of one solve (P, N, \\*event), drawn once and held fixed; None where none is needed."""
 
     def linearize(
-        self, field: nn.Module, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
+        self, field: Field, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
     ) -> Linearization:
         """One evaluation; see :func:`linearize`."""
 
 
 def linearize(
-    field: nn.Module,
+    field: Field,
     t: Tensor,
     x: Tensor,
     probe: Tensor | None,
@@ -76,26 +80,33 @@ def linearize(
     if unknown := wanted - set(NEEDS):
         raise ConfigError(f"need={sorted(unknown)} is unknown: a quadrature may need {NEEDS}")
     if not wanted:
-        return Linearization(field(t, x, context))
+        return Linearization(field(t, x, context).to(x.dtype))
     return divergence.linearize(field, t, x, probe, context, wanted)
+
+
+def prepared(field: nn.Module, x: Tensor, context: Tensor | None) -> Field:
+    """The field with all that is free of t computed once, for one solve of points like x (N, \\*event); itself where it has
+    no ``prepare(x, context)``."""
+    prepare: Callable[..., Field] | None = getattr(field, "prepare", None)
+    return field if prepare is None else prepare(x, context)
 
 
 class Bound:
     """A field with its context filled in, as quadratures see it: ``f(t, x)`` and ``f.jvp(t, x, v)``."""
 
-    def __init__(self, field: nn.Module, context: Tensor | None = None):
+    def __init__(self, field: Field, context: Tensor | None = None):
         self.field, self.context = field, context
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         """f(t, x), (N, \\*event)."""
-        value: Tensor = self.field(t, x, self.context)
-        return value
+        return self.field(t, x, self.context).to(x.dtype)
 
     def jvp(self, t: Tensor, x: Tensor, v: Tensor, *, t_dot: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """f and J v + t_dot ∂f/∂t for K stacked tangents v (K, N, \\*event): a true Jacobian-vector product."""
         own: Callable[..., tuple[Tensor, Tensor]] | None = getattr(self.field, "jvp", None)
         if own is not None:
-            return own(t, x, v, self.context, t_dot=t_dot)
+            dx, product = own(t, x, v, self.context, t_dot=t_dot)
+            return dx.to(x.dtype), product.to(x.dtype)
         dt = torch.zeros_like(t) if t_dot is None else t_dot.to(t).expand_as(t)
 
         def push(tangent: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,10 +115,10 @@ class Bound:
 
         if v.shape[0] == 1:
             dx, product = push(v[0])
-            return dx, product[None]
+            return dx.to(x.dtype), product[None].to(x.dtype)
         vmap: Any = torch.func.vmap
         dx, product = vmap(push, out_dims=(None, 0), randomness="same")(v)
-        return dx, product
+        return dx.to(x.dtype), product.to(x.dtype)
 
 
 class Driven(Bound):
@@ -120,7 +131,7 @@ class Driven(Bound):
         drift: da/dt (k,), so that a derivative in t follows a.
     """
 
-    def __init__(self, field: nn.Module, context: Tensor | None, time: Tensor, drift: Tensor):
+    def __init__(self, field: Field, context: Tensor | None, time: Tensor, drift: Tensor):
         super().__init__(field, context)
         self.time, self.drift = time, drift
 
@@ -139,7 +150,8 @@ class Exact:
     Where the field has a closed form (``field.divergence``) it costs about one evaluation. Elsewhere the D unit tangents
     are pushed through the field in chunks, vectorised; while gradients are recorded each chunk but the first is
     checkpointed, so that memory stays bounded. ``jac_sq`` has no closed form: beside a closed-form trace it takes one
-    Rademacher product, :math:`\|Je\|^2`, unbiased; with the D tangents it is exact.
+    Rademacher product, :math:`\|Je\|^2`, unbiased (a CNF that trains on a grid takes it at one stage of the solve, at
+    random); with the D tangents it is exact.
 
     Args:
         chunk: tangents at once; None chooses by memory.
@@ -161,22 +173,19 @@ class Exact:
     def __repr__(self) -> str:
         return "Exact()" if self.closed_form else "Exact(closed_form=False)"
 
-    def _closed(self, field: nn.Module) -> bool:
-        return self.closed_form and hasattr(field, "divergence") and getattr(field, "closed_form", True)
-
-    def probe(self, x: Tensor, noise: Noise | None, need: frozenset[str], field: nn.Module) -> Tensor | None:
+    def probe(self, x: Tensor, noise: Noise | None, need: frozenset[str], field: Field) -> Tensor | None:
         """A Rademacher probe for ‖J‖²_F beside a closed-form trace; None otherwise."""
-        if "jac_sq" not in need or not self._closed(field):
+        if "jac_sq" not in need or not closed(self, field):
             return None
         return draw(noise, "probe", "rademacher", (1, *x.shape), dtype=x.dtype, device=x.device, batch_dim=1)
 
     def linearize(
-        self, field: nn.Module, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
+        self, field: Field, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
     ) -> Linearization:
         """One evaluation; see :func:`linearize`."""
-        if self._closed(field):
+        if closed(self, field):
             owner: Any = field
-            dx, div = owner.divergence(t, x, context)
+            dx, div = (part.to(x.dtype) for part in owner.divergence(t, x, context))
             if "jac_sq" not in need:
                 return Linearization(dx, div)
             if probe is None:
@@ -191,13 +200,13 @@ class Exact:
 
         def part(first: int, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             k = min(size, dim - first)
-            unit = torch.zeros(k, dim, dtype=x.dtype, device=x.device)
-            unit[torch.arange(k), torch.arange(first, first + k)] = 1
+            # no index that is made on the CPU: a GPU would have to wait for it
+            unit = pad(torch.eye(k, dtype=x.dtype, device=x.device), (first, dim - first - k))
             v = unit.reshape(k, 1, *x.shape[1:]).expand(k, *x.shape)
             dx, product = field.jvp(t, y, v)
             columns = product.flatten(2)
-            diagonal = columns[torch.arange(k), :, torch.arange(first, first + k)]
-            return dx, diagonal.sum(0), columns.square().sum((0, 2))
+            diagonal = columns[:, :, first : first + k].diagonal(dim1=0, dim2=2)
+            return dx, diagonal.sum(1), columns.square().sum((0, 2))
 
         dx, div, square = part(0, x)
         for first in range(size, dim, size):
@@ -207,6 +216,12 @@ class Exact:
                 _, d, s = part(first, x)
             div, square = div + d, square + s
         return Linearization(dx, div, square)
+
+
+def closed(divergence: Divergence, field: Field) -> bool:
+    """Whether the trace of this field is taken in closed form."""
+    owned = hasattr(field, "divergence") and getattr(field, "closed_form", True)
+    return isinstance(divergence, Exact) and divergence.closed_form and bool(owned)
 
 
 class Hutchinson:
@@ -240,7 +255,7 @@ class Hutchinson:
     def __repr__(self) -> str:
         return f"Hutchinson(noise={self.noise!r}, mode={self.mode!r}, probes={self.probes})"
 
-    def probe(self, x: Tensor, noise: Noise | None, need: frozenset[str], field: nn.Module) -> Tensor | None:
+    def probe(self, x: Tensor, noise: Noise | None, need: frozenset[str], field: Field) -> Tensor | None:
         """The probe (P, N, \\*event) of one solve."""
         if not need:
             return None
@@ -248,7 +263,7 @@ class Hutchinson:
         return draw(noise, "probe", kind, (self.probes, *x.shape), dtype=x.dtype, device=x.device, batch_dim=1)
 
     def linearize(
-        self, field: nn.Module, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
+        self, field: Field, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
     ) -> Linearization:
         """One evaluation; see :func:`linearize`."""
         if probe is None:

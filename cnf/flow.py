@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf.continuous import CNF
+from cnf.deferral import deferred
 from cnf.distribution import FlowDistribution
 from cnf.errors import ConfigError, DataError
 from cnf.noise import Noise, draw
@@ -114,7 +115,7 @@ class Flow(nn.Module):
         if x.is_floating_point():
             if x.dtype != own and x.dtype in floats and own in floats:
                 raise DataError(f"{name} has type {x.dtype}, but the flow computes in {own}: give {name}.to({own}), or convert the flow")
-            if not torch.compiler.is_compiling() and not bool(x.isfinite().all()):
+            if not torch.compiler.is_compiling() and not deferred() and not bool(x.isfinite().all()):
                 row = int((~x.flatten(1).isfinite().all(1)).nonzero()[0])
                 raise DataError(f"{name} holds NaN or infinity, first in row {row}: remove or replace such rows")
         elif self.levels is None or name != "x":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cnf.errors import ConfigError
 
-__all__ = ["Kind", "Noise", "child", "draw"]
+__all__ = ["Kind", "Noise", "child", "draw", "number"]
 
 Kind = Literal["uniform", "normal", "rademacher"]
 
@@ -204,3 +204,13 @@ def draw(
     if noise is None:
         return _sample(kind, shape, dtype, device, None)
     return noise.draw(name, kind, shape, dtype=dtype, device=device, batch_dim=batch_dim)
+
+
+def number(noise: Noise | None, name: str) -> float:
+    """One number for the whole batch, uniform on [0, 1), that the CPU decides by: drawn there, so that no GPU is waited for.
+
+    Example:
+        >>> number(Noise(0, step=3), "stage") == number(Noise(0, step=3, start=2, total=4), "stage")
+        True
+    """
+    return float(draw(noise, name, "uniform", (), dtype=torch.float64, batch_dim=None))

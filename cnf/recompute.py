@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from cnf.errors import ConfigError
 
-__all__ = ["Recompute"]
+__all__ = ["Recompute", "present_autocast"]
 
 State = tuple[Tensor, ...]
 KEPT = 4  # states of a chain that are kept for the backward pass; RNODE's four steps are then repeated only once
@@ -30,6 +30,7 @@ class Recompute:
 
     Args:
         parameters: those tensors; where one is missing the backward pass says so.
+        gradient: what a solver calls this way of having its gradient, for that message.
 
     Example:
         >>> w, x = torch.tensor(2.0, requires_grad=True), torch.tensor(3.0)
@@ -38,7 +39,8 @@ class Recompute:
         (tensor(9.),)
     """
 
-    def __init__(self, parameters: Iterable[Tensor] = ()):
+    def __init__(self, parameters: Iterable[Tensor] = (), gradient: str = "checkpoint"):
+        self.gradient = gradient
         self.parameters = tuple({id(p): p for p in parameters if p.requires_grad}.values())
         self.checked = False
 
@@ -84,14 +86,49 @@ class Recompute:
             todo.extend(n for n, _ in node.next_functions)
         return found
 
-    @staticmethod
-    def refuse(strangers: Iterable[weakref.ref[Tensor]]) -> None:
+    def pull(
+        self,
+        function: Callable[..., State],
+        state: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        needed: Sequence[bool],
+        autocast: torch.autocast,
+    ) -> tuple[State, list[Tensor | None]]:
+        """function(*state) once more: its values, and what ``gradients`` of them are in the state and the parameters.
+
+        Args:
+            function: as in :meth:`__call__`.
+            state: the entries, of which only the values count.
+            gradients: one for each value; None where nothing depends on it.
+            needed: which gradients are wanted, those of the entries first, then those of the parameters.
+            autocast: what the function was under the first time; its derivatives are under none.
+
+        Raises:
+            ConfigError: for a tensor that wants a gradient and is not among the parameters.
+        """
+        with torch.enable_grad(), autocast:
+            entries = [t.detach().requires_grad_(n) for t, n in zip(state, needed, strict=False)]
+            outputs = function(*entries)
+        values = tuple(o.detach() for o in outputs)
+        used = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad and g is not None]
+        if not used or not any(needed):
+            return values, [None] * len(needed)
+        strangers = self.strangers((o for o, _ in used), entries)
+        wanted = [t for t, n in zip((*entries, *self.parameters), needed, strict=True) if n]
+        ends, given = zip(*used, strict=True)
+        # retain_graph: what was computed once before the solve and is closed over is met again by the next step
+        found = iter(torch.autograd.grad(ends, wanted, given, retain_graph=True, allow_unused=True))
+        del outputs, used, ends
+        self.refuse(strangers)
+        return values, [next(found) if n else None for n in needed]
+
+    def refuse(self, strangers: Iterable[weakref.ref[Tensor]]) -> None:
         """Refuse those that outlive the function's graph: leaves that it made on the way are gone with it."""
         for reference in strangers:
             leaf = reference()
             if leaf is not None:
                 raise ConfigError(
-                    f"gradient='checkpoint': the right-hand side uses a tensor of shape {tuple(leaf.shape)} that wants "
+                    f"gradient={self.gradient!r}: the right-hand side uses a tensor of shape {tuple(leaf.shape)} that wants "
                     "a gradient but is not among the solver's parameters, so it would get none: name it there, or take "
                     "gradient='direct'"
                 )
@@ -105,14 +142,18 @@ def _run(functions: Sequence[Callable[..., State]], each: Recompute, *state: Ten
     return state
 
 
+def present_autocast(like: Tensor) -> torch.autocast:
+    """The autocast that is in force now on the device of ``like``, to be entered again in a backward pass."""
+    device = like.device.type
+    return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+
 class _Repeated(torch.autograd.Function):
     """The function's values without its graph."""
 
     @staticmethod
     def forward(ctx: Any, owner: Recompute, function: Callable[..., State], count: int, *tensors: Tensor) -> State:
-        device = tensors[0].device.type
-        ctx.owner, ctx.function, ctx.count = owner, function, count
-        ctx.autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.owner, ctx.function, ctx.count, ctx.autocast = owner, function, count, present_autocast(tensors[0])
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         return function(*tensors[:count])
@@ -120,18 +161,6 @@ class _Repeated(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[3:]
-        with torch.enable_grad(), ctx.autocast:
-            state = [t.detach().requires_grad_(n) for t, n in zip(tensors[: ctx.count], needed, strict=False)]
-            outputs = ctx.function(*state)
-        used = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad and g is not None]
-        if not used:
-            return (None,) * (3 + len(tensors))
-        strangers = ctx.owner.strangers((o for o, _ in used), state)
-        wanted = [t for t, n in zip((*state, *tensors[ctx.count :]), needed, strict=True) if n]
-        # retain_graph: what was computed once before the solve and is closed over is met again by the next step
-        values, given = zip(*used, strict=True)
-        found = iter(torch.autograd.grad(values, wanted, given, retain_graph=True, allow_unused=True))
-        del outputs, used, values
-        ctx.owner.refuse(strangers)
-        return (None, None, None, *(next(found) if n else None for n in needed))
+        state = ctx.saved_tensors[: ctx.count]
+        _, found = ctx.owner.pull(ctx.function, state, gradients, ctx.needs_input_grad[3:], ctx.autocast)
+        return (None, None, None, *found)

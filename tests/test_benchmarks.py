@@ -1,9 +1,12 @@
 """The benchmarks' pieces at tiny sizes: the two sides of a comparison are one function, and bytes are counted right."""
 
 import importlib.util
+import itertools
 import json
 import math
 import sys
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,12 +23,23 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import affjord_toy
 import anode
+import automatic_steps
+import costs
 import data_share
+import image_pair
 import measure
 import memory
+import modes
+import published_formulation as published
+import speed
+import step_profile
+import stopwatch
+import time_to_loss
+import torchdyn_cnf
 import zuko_cnf
 import zuko_pair
 
+needs_torchdyn = pytest.mark.skipif(torchdyn_cnf.NeuralODE is None, reason="torchdyn is not installed")
 needs_zuko = pytest.mark.skipif(importlib.util.find_spec("zuko") is None, reason="zuko is not installed")
 
 
@@ -152,9 +166,10 @@ def test_the_share_of_getting_a_batch():
 def test_rows_are_added_beside_those_of_others(tmp_path):
     file = tmp_path / "results.json"
     measure.record(file, "a", ["--quick"], [{"x": 1}], {"cpu": "any"})
-    measure.record(file, "b elu", [], [{"y": 2}], {"cpu": "any"})
+    measure.record(file, "b elu", [], [{"y": 2, "z": math.nan}], {"cpu": "any"})
     found = json.loads(file.read_text())
     assert found["a"]["rows"] == [{"x": 1}] and found["b elu"]["command"] == "python benchmarks/b.py"
+    assert found["b elu"]["rows"] == [{"y": 2, "z": None}]
     assert found["a"]["command"] == "python benchmarks/a.py --quick"
 
 
@@ -187,3 +202,198 @@ def test_affjord_toy_does_not_mix_lengths(tmp_path, capsys):
     with pytest.raises(SystemExit):
         affjord_toy.main(["--results", str(results), "--sets", "checkerboard", "--densities", str(tmp_path)])
     assert "holds checkerboard after 7 steps, not 4000" in capsys.readouterr().err
+
+
+SMALL = {"hidden": (6, 6, 6), "blocks": 1}
+IMAGE = (1, 8, 8)
+
+
+def pair(case: str, steps: int = 4, mode: str = "fused") -> tuple[published.Published, modes.Ours, torch.Tensor, published.Draws]:
+    """The published formulation and ours with the same bent weights in float64, images and noise."""
+    config = modes.case_config(case, **SMALL)
+    torch.manual_seed(0)
+    # eᵀJ, whose square the published codes penalise
+    one = modes.ours(replace(config, solver=replace(config.solver, mode="reverse")), modes.MODES[mode], steps, shape=IMAGE)
+    one.flow.double()
+    with torch.no_grad():
+        for p in one.flow.parameters():
+            p.mul_(1.5 if p.ndim else 1)
+    settings = replace(image_pair.CASES[case], hidden=6, blocks=1)
+    model = published.Published(IMAGE, replace(settings, steps=steps if settings.steps else 0)).double()
+    published.share_weights(one.flow, model)
+    return model, one, modes.images(3, shape=IMAGE), published.draw(model, 3, torch.Generator().manual_seed(1))
+
+
+def gradients(model: published.Published, one: modes.Ours, x: torch.Tensor, draws: published.Draws, term: str) -> list[torch.Tensor]:
+    """Of both sides, the published one's first."""
+    found = []
+    for side, terms in ((model, model(x, draws)), (one.flow, one.objective(x, noise=published.replay(one.flow, draws)))):
+        side.zero_grad()
+        terms[term].mean().backward()
+        found.append(published.gradient(side))
+    return found
+
+
+def test_the_published_model_has_the_published_size():
+    for settings in image_pair.CASES.values():
+        assert sum(p.numel() for p in published.Published((1, 28, 28), settings).parameters()) == 800_636
+    one = replace(published.FFJORD, blocks=1)
+    assert sum(p.numel() for p in published.Published((3, 32, 32), one).parameters()) == 679_434
+
+
+def test_the_published_formulation_is_our_function():
+    model, one, x, draws = pair("rnode-mnist")  # both: rk4, four steps
+    theirs, mine = model(x, draws), one.objective(x, noise=published.replay(one.flow, draws))
+    for term in ("loss", "nll"):
+        torch.testing.assert_close(theirs[term], mine[term], rtol=1e-10, atol=0)
+    assert float((mine["loss"] - mine["nll"]).min()) > 0  # the regularisers are in it
+    assert model.evaluations() == 3 * 16 and model.evaluations() == 0
+    model, one, x, draws = pair("ffjord-mnist")  # dopri5 against a fine grid
+    model.settings = replace(model.settings, tolerance=1e-9)
+    modes.grid(one.flow, 32)
+    mine = one.objective(x, noise=published.replay(one.flow, draws))
+    torch.testing.assert_close(model(x, draws)["loss"], mine["loss"], rtol=1e-7, atol=0)
+    a, b = gradients(model, one, x, draws, "loss")
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_adjoint_nears_our_gradient_at_the_order_of_the_method():
+    errors = []
+    for steps in (2, 4, 8):
+        a, b = gradients(*pair("rnode-mnist", steps), "loss")  # of the regularisers too
+        errors.append(float((a - b).norm() / b.norm()))
+    assert errors[2] > 1e-13  # above rounding
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) > 3.5
+    rows = costs.gradient_orders((2, 4))
+    assert rows[0]["gradient_difference"] > 10 * rows[1]["gradient_difference"]
+    assert max(row["loss_difference"] for row in rows) < 1e-13
+
+
+@pytest.mark.parametrize("mode", [name for name, mode in modes.MODES.items() if not mode.compiled and not mode.low])
+def test_our_modes_have_one_gradient(mode):
+    if not modes.supported(modes.MODES[mode]):
+        pytest.skip("not in this version")
+    a, b = (gradients(*pair("rnode-mnist", mode=name), "nll")[1] for name in ("plain", mode))
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_a_row_of_the_published_comparison():
+    x = modes.images(3, shape=IMAGE)
+    chosen = [modes.MODES[name] for name in ("plain", "fused")]
+    rows = image_pair.compare("rnode-mnist", 3, chosen, x, 1, shrink=SMALL)
+    rows += image_pair.compare("ffjord-mnist", 2, chosen[1:], x, 1, gradient="checkpoint", shrink=SMALL)
+    assert [row["gradient"] for row in rows] == ["direct", "direct", "checkpoint"]
+    assert [row["baseline_nfe"] for row in rows[:2]] == [row["ours_nfe"] for row in rows[:2]] == [48, 48]
+    for row in rows:
+        assert row["gradient_difference"] < 1e-3 and row["ours_error"] < 1e-3
+        assert row["ratio"] == row["baseline_s"] / row["ours_s"] and row["floor_ratio"] > 0.05
+    assert rows[1]["plain_difference"] < 1e-5
+    assert measure.markdown(rows, image_pair.COLUMNS).count("\n") == 4
+
+
+def test_evaluations_are_counted_block_by_block():
+    _, one, x, _ = pair("rnode-mnist", steps=2)
+    counts = modes.evaluations(one, x, Noise(0))
+    assert counts == [((3, 1, 8, 8), 8), ((3, 4, 4, 4), 8), ((3, 2, 4, 4), 8)]
+    assert "forward" not in vars(one.flow.blocks[0])  # the watch is gone
+    assert modes.floor(one, counts, 1) > 0
+
+
+def test_options_that_are_not_there_are_no_mode():
+    assert not modes.supported(modes.Mode("a", "", {"no_such_option": 1}))
+    assert modes.supported(modes.Mode("b", "", {"grid_steps": 2}))
+
+
+def test_images_look_like_mnist():
+    x = modes.images(5)
+    assert x.shape == (5, 1, 28, 28) and x.dtype == torch.uint8 and x.max() > 200
+    assert not x[:, :, :4].any() and not x[..., -4:].any()  # a black border
+
+
+@pytest.mark.parametrize("case", costs.FIELDS)
+def test_the_traces_of_a_cost_table_are_of_one_field(case):
+    sizes = {"batch": 2, "dim": 2, "steps": 2, "width": 4}
+    exact, tangents = (costs.block_of(case, modes.MODES["fused"], trace, **sizes)[1]() for trace in ("exact", "tangents"))
+    torch.testing.assert_close(exact, tangents, rtol=1e-5, atol=1e-5)
+    for varied, found in costs.settings(case):
+        assert sum(found[k] != v for k, v in costs.FIELDS[case]["base"].items()) == (varied != "base")
+
+
+def test_time_to_a_loss():
+    cases = time_to_loss.cases()
+    sizes = [time_to_loss.parameters(config.model) for config in cases.values()]
+    assert max(sizes) < 1.01 * min(sizes) and [c.solver.divergence for c in cases.values()] == ["exact"] + 2 * ["hutchinson"]
+    config = replace(preset("digits").config, model=ModelConfig(hidden=(8,), marginals="gaussianize", alpha=1e-4))
+    config = replace(config, data=replace(config.data, limit=64), train=replace(config.train, batch_size=16, validation_items=8))
+    row = time_to_loss.run("tiny", config, 100.0, max_steps=2)
+    assert row["reached"] and row["steps"] == 2 and 0 < row["seconds"] < 20
+    assert not time_to_loss.run("tiny", config, 0.0, max_steps=1)["reached"]
+
+
+def test_updates_are_timed_while_training():
+    x = modes.images(20, shape=IMAGE)
+    splits = DataSplits("tiny", "image", x[4:], x[:4], x[:4], levels=256)
+    rows = automatic_steps.automatic_steps(modes.MODES["fused"], 3, 4, validation=4, repeats=1, change=SMALL, splits=splits)
+    assert rows[0]["grid"] == "fixed" and rows[0]["last_steps"] == "4-4-4" and rows[0]["mean_steps"] == 4
+    for row in rows:
+        assert row["ratio"] == row["baseline_s"] / row["ours_s"] and row["compiling_updates"] == row["skipped"] == 0
+        assert math.isfinite(row["validation"]) and row["difference"] == row["validation"] - rows[0]["validation"]
+    assert measure.markdown(rows, automatic_steps.AUTOMATIC_COLUMNS).count("\n") == 1 + len(rows)
+
+
+def test_compilation_is_what_compiling_updates_take_beyond_the_others():
+    watch = object.__new__(stopwatch.Stopwatch)
+    watch.updates, watch.compiling = [9.0, 1.0, 2.0, 6.0, 3.0], [True, False, False, True, False]
+    assert watch.compilation == pytest.approx((9 - 2) + (6 - 2))
+
+
+def test_no_turn_is_begun_that_would_pass_the_deadline():
+    found = measure.alternate({"a": lambda: time.sleep(0.02)}, 50, warmup=0, deadline=time.perf_counter() + 0.1)
+    assert 1 <= found["a"]["repeats"] <= 5
+    assert measure.alternate({"a": lambda: None}, 3, deadline=time.perf_counter())["a"]["repeats"] == 1
+
+
+def test_the_machine_tells_its_flags():
+    assert "flags" in measure.machine()
+
+
+def test_a_profile_tells_convolutions_from_the_rest():
+    groups = [step_profile.group(name) for name in ("aten::mkldnn_convolution", "aten::softplus", "aten::addmm", "graph_0_cpp_fused_mul", "aten::mul")]
+    assert groups == ["convolutions", "activations", "matrix products", "fused by torch.compile", "rest"]
+    text = step_profile.step_profile(lambda: torch.nn.functional.conv2d(torch.ones(1, 1, 9, 9), torch.ones(1, 1, 3, 3)))
+    assert "| convolutions |" in text and "conv" in text
+
+
+def test_speed_writes_its_rows(tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    assert speed.main(["--quick", "--parts", "orders", "--threads", "1", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())["speed orders"]
+    assert found["threads"] == 1 and [row["steps"] for row in found["rows"]] == [2, 4, 8]
+    assert "| rnode, 8x8 | 4 |" in capsys.readouterr().out
+
+
+def test_without_torchdyn_a_line_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(torchdyn_cnf, "NeuralODE", None)
+    assert torchdyn_cnf.main(["--quick"]) == 1
+    assert "pip install" in capsys.readouterr().err
+
+
+@needs_torchdyn
+def test_torchdyn_has_our_function():
+    flow = bent(3).double().eval()
+    flow.blocks[0].eval_solver = Adaptive("dopri5", 1e-11, 1e-11, quadratures_in_norm=True)
+    other = torchdyn_cnf.Torchdyn(flow, "tanh").double()
+    other.transform.atol = other.transform.rtol = 1e-10
+    x = torch.randn(5, 3, dtype=torch.float64)
+    torch.testing.assert_close(flow.log_prob(x), other.log_prob(x), rtol=0, atol=1e-7)
+
+
+@needs_torchdyn
+@pytest.mark.parametrize("sensitivity", torchdyn_cnf.SENSITIVITIES)
+def test_torchdyn_is_held_to_the_tolerance(sensitivity):
+    x = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+    row = torchdyn_cnf.compare(bent(2), x, "both hutchinson", "tanh", 1e-4, repeats=1, sensitivity=sensitivity)
+    assert row["baseline_error"] <= 1e-4 and row["ours_error"] <= 1e-4
+    assert row["ours_gradient_error"] < 0.1 and row["baseline_gradient_error"] < 0.1
+    assert measure.markdown([row], torchdyn_cnf.COLUMNS).count("\n") == 2

@@ -545,7 +545,8 @@ def test_class_draws_from_one(tmp_path, classes):
         assert file["classes"].tolist() == ["high", "low", "high", "low", "high", "low", "high"]
         x = torch.from_numpy(file["samples"])
         context = torch.eye(2)[torch.arange(7) % 2]
-        expected = cnf.load(classes).log_prob(x, context).detach().numpy()
+        with torch.no_grad():  # as it is solved without gradients: with them to the solver's error
+            expected = cnf.load(classes).log_prob(x, context).numpy()
         assert np.abs(file["log_prob"] - expected).max() < 1e-5
     assert sample_main([str(classes), "-n", "7", "--temperature", "0.5", "--out", out]) == 0
     flow = cnf.load(classes)

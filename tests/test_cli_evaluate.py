@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import subprocess
@@ -138,10 +139,12 @@ def test_the_middle_of_each_level_and_finer_checks(capsys, digits):
 
 def test_solver_and_trace_are_those_asked_for(capsys, digits):
     options = "--eval-method bosh3 --eval-rtol 1e-3 --eval-atol 1e-4 --divergence hutchinson --probe gaussian --probes 2 --draws 1"
+    options += " --eval-tolerance 2e-3"
     _, result = run(capsys, digits, *options.split(), "--importance", 2, "--test-items", 5)
     flow, data = cnf.load(digits), load("digits")
+    solver = Adaptive("bosh3", 1e-3, 1e-4, max_steps=10_000, quadrature_tolerance=2e-3 * math.log(2))
     for block in flow.blocks:
-        block.eval_solver, block.divergence = Adaptive("bosh3", 1e-3, 1e-4, max_steps=10_000), Hutchinson("gaussian", probes=2)
+        block.eval_solver, block.divergence = solver, Hutchinson("gaussian", probes=2)
     index = torch.randperm(540, generator=torch.Generator().manual_seed(SEED))[:5].sort().values
     assert result["bits_per_dim"] == evaluate(flow, data.test[index], importance=2, seed=SEED, index=index).mean
     assert result["bound"] is False and "take the exact trace" in result["note"]

@@ -96,3 +96,62 @@ def test_twenty_steps_resumed_are_twenty_steps(tmp_path):
             assert abs(mine["loss"] - other["loss"]) < 1e-5
     for p, q in zip(run.flow.parameters(), whole.flow.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """Steps that make the CPU wait for the GPU are errors, and so are lines between log lines."""
+    from cnf.training import Trainer
+
+    update = Trainer.update
+
+    def watched(self):
+        if self.step < 2:  # the first steps load libraries, and a new epoch's order is made
+            return update(self)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return update(self)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Trainer, "update", watched)
+
+
+@pytest.mark.parametrize("name", ["digits", "conv", "affjord", "tangents", "predictor", "regression"])
+def test_a_step_waits_for_nothing(tmp_path, monkeypatch, no_waiting, name):
+    from test_hostfree import rows, run_of
+
+    from cnf.training import loop
+
+    monkeypatch.setattr(loop, "LOG_EVERY", 6)
+    run = run_of(tmp_path / "run", name, device="cuda", steps=12)
+    assert run.run() == "steps"
+    assert [row["step"] for row in rows(run.folder)] == [6, 12] and all(row["loss"] is not None for row in rows(run.folder))
+
+
+def test_images_that_do_not_fit_are_fetched_without_waiting(tmp_path, monkeypatch, no_waiting):
+    from test_hostfree import run_of
+
+    monkeypatch.setattr("cnf.training.batches._fits", lambda x, device: False)
+    run = run_of(tmp_path / "run", "conv", device="cuda", steps=12)
+    assert run.batches.x.device.type == "cpu" and run.run() == "steps"
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient", "state"])
+def test_bad_batches_are_left_out_on_the_gpu(tmp_path, monkeypatch, no_waiting, fault):
+    from test_hostfree import everything
+    from test_recovery import injected, trainer
+
+    from cnf.training import Trainer
+
+    bad, options = {4, 5, 9}, {"steps": 12, "validate_every": 6, "device": "cuda"}
+    plain, update = trainer(tmp_path / "plain", **options), Trainer.update
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", lambda self: None if self.step in bad else update(self))
+        plain.run()
+    injected(monkeypatch, fault, bad)
+    run = trainer(tmp_path / "run", **options)
+    run.run()
+    assert run.skipped == 3
+    mine, other = everything(run), everything(plain)
+    assert all(torch.allclose(mine[k].double(), other[k].double(), rtol=0, atol=1e-5) for k in other)

@@ -117,7 +117,8 @@ def test_transforms(path):
     close(CenterShift()(data["logit/x"]).value, data["zero_mean/y"], 1e-12)
     for name in meta["config"]["nonlinearities"]:
         value, slope = ACTIVATIONS[name].pair(data["nonlinearity/x"])
-        close(value, data[f"nonlinearity/{name}/y"], 1e-12)
+        # torch's softplus is x itself above 20, which is off by e^-20 there; ours is not
+        close(value, data[f"nonlinearity/{name}/y"], 1e-10 if name == "softplus" else 1e-12)
         x = data["nonlinearity/x"].clone().requires_grad_()
         (expected,) = torch.autograd.grad(ACTIVATIONS[name].value(x).sum(), x)
         assert torch.allclose(slope, expected, atol=1e-12)

@@ -375,7 +375,8 @@ def test_a_checkpoint_is_the_released_function(kind, shape, blocks):
     for block in flow.blocks:
         block.eval_solver = FixedGrid("euler", 3)
     x = torch.rand(2, *shape, dtype=F64, generator=torch.Generator().manual_seed(1))
-    close(flow.encode(x), released_chain(content, x, kind, blocks, 3), 1e-12)
+    # torch's softplus is x itself above 20, which is off by e^-20 there; ours is not
+    close(flow.encode(x), released_chain(content, x, kind, blocks, 3), 1e-10)
     assert flow.levels == 256 and not flow.training
     assert all(b.divergence.noise == "rademacher" and b.learn_end_time for b in flow.blocks)
 

@@ -40,9 +40,9 @@ def settle(run, steps, evaluations, samplings):
     until = run.step + steps
     with run.journal.opened(run.step):
         while run.step < until:
-            values = run.update()
+            run.update()
             run.step += 1
-            run._after(values, {}, 1.0)
+            run._after(run.settle(), {}, 1.0)
     flow = run.best_flow()
     for i in range(evaluations):
         assert math.isfinite(evaluate(flow, DATA.test, seed=i).mean)

@@ -8,7 +8,7 @@ import torch
 from cnf.continuous import CNF
 from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError
-from cnf.fields import MLP
+from cnf.fields import MLP, ConvField
 from cnf.noise import Noise
 from cnf.quadratures import JacobianFrobenius, RunningCost
 from cnf.recompute import Recompute
@@ -179,6 +179,20 @@ def test_the_chunks_of_an_exact_trace_are_repeated_inside():
     gradients = []
     for gradient in ("direct", "checkpoint"):
         block = CNF(field, Exact(chunk=1), FixedGrid("rk4", 6, gradient))
+        gradients.append(torch.autograd.grad(block(x).log_det.sum(), list(field.parameters())[:3]))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("field", [MLP(3, (4, 4), "concat"), ConvField(3, (4, 4), "ignore")], ids=["mlp", "conv"])
+def test_what_a_field_keeps_for_the_solve_has_its_graph_when_a_step_is_repeated(field):
+    """The closed-form trace's kernel, first made while a checkpointed step runs without gradients."""
+    torch.manual_seed(0)
+    for p in field.double().parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    x = torch.randn(4, 3, *((3, 3) if isinstance(field, ConvField) else ()), dtype=F64)
+    gradients = []
+    for gradient in ("direct", "checkpoint"):
+        block = CNF(field, Exact(), FixedGrid("rk4", 6, gradient))
         gradients.append(torch.autograd.grad(block(x).log_det.sum(), list(field.parameters())[:3]))
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
 

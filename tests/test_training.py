@@ -22,7 +22,7 @@ from cnf.training import Interrupted, Trainer, loop
 from cnf.training.batches import Batches, validation_rows
 from cnf.training.journal import Journal
 from cnf.training.measure import measure
-from cnf.training.schedule import averaging, learning_rate
+from cnf.training.schedule import Average, learning_rate
 
 GENERATOR = torch.Generator().manual_seed(3)
 POINTS = torch.randn(90, 2, generator=GENERATOR) * torch.tensor([0.3, 1.0]) + torch.tensor([2.0, 0.0])
@@ -309,7 +309,7 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch
     assert all(bool(torch.isfinite(v).all()) for v in tensors(run).values())
 
 
-def test_too_many_in_a_row_stop_with_advice(tmp_path, monkeypatch):
+def test_too_many_in_a_row_stop_with_advice(tmp_path, monkeypatch, every_step):
     failing(monkeypatch, set(range(5, 100)), "loss")
     run = trainer(tmp_path / "run", steps=60)
     with pytest.raises(TrainingError, match=r"10 batches in a row.* step 44 \(loss nan.*--lr \(now 0\.01\).*--warmup.*--grid-steps \(now 2\)"):
@@ -339,7 +339,8 @@ def test_gradients_are_clipped_unless_the_norm_is_zero(tmp_path):
     found = {}
     for limit in (0.0, 1e-3, 1e3):
         run = trainer(tmp_path / "run", max_grad_norm=limit)
-        reported = run.update()["grad_norm"]
+        run.update()
+        reported = run.settle()["grad_norm"]
         found[limit] = float(torch.stack([p.grad.norm() for p in run.flow.parameters()]).norm())
         assert reported == pytest.approx(found[0.0], rel=1e-5)  # what is told is the norm before
     assert found[0.0] > 0.01
@@ -360,7 +361,7 @@ def test_learning_rate():
 @pytest.mark.parametrize("decay", [0.0, 0.2, 0.999])
 def test_averaged_weights_are_the_exponential_mean(decay):
     model = torch.nn.Linear(2, 1).double()
-    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=averaging(decay))
+    averaged = Average(model, decay)
     expected = None
     for n in range(1, 30):
         with torch.no_grad():

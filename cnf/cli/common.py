@@ -111,6 +111,8 @@ def usable_device(name: str) -> str:
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("expected cpu, cuda or cuda:1")
         torch.zeros(1, device=device)
+        if device.type == "cuda":  # torch lets convolutions round to TF32; no reported figure comes from that
+            torch.backends.cudnn.allow_tf32 = False
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
     return name

@@ -38,8 +38,8 @@ def _flow(folder: Path, info: RunInfo) -> Flow:
     config = info.config
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    solver, trace = eval_solver(config.solver), divergence(config.solver)
     flow: Flow = load(folder, config.train.device)
+    solver, trace = eval_solver(config.solver, flow), divergence(config.solver)
     for block in flow.blocks:
         block.eval_solver, block.divergence = solver, trace
     return flow

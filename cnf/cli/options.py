@@ -33,11 +33,12 @@ PRESET_HINT = (
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 
 # what --resume may change: how long, where, and where the data are (that they are the same, their fingerprint tells)
-RESUME = {"data": ("data", "data_root", "download"), "train": ("steps", "patience", "max_time", "device", "threads", "accumulate")}
+RESUME = {"data": ("data", "data_root", "download"), "train": ("steps", "patience", "max_time", "device", "threads", "accumulate"),
+          "solver": ("compile",)}  # fmt: skip
 # what --evaluate may change: what is scored and how
 EVALUATE = {
     "data": ("data", "data_root", "download"),
-    "solver": ("eval_method", "eval_rtol", "eval_atol", "divergence", "probe", "mode", "probes"),
+    "solver": ("eval_method", "eval_rtol", "eval_atol", "eval_tolerance", "divergence", "probe", "mode", "probes"),
     "train": ("draws", "test_items", "device", "threads"),
 }
 # the same where it is the user's own items that are scored, without the run's data
@@ -47,7 +48,7 @@ EVALUATIONS = ("split", "importance", "mid_bin", "check", "per_item", "score")  
 
 POSITIVE = ("steps", "batch_size", "accumulate", "lr", "validate_every", "validation_items", "test_items", "draws", "watch_every", "watch_tolerance",
             "max_grid_steps", "max_time", "threads")  # fmt: skip
-NOT_NEGATIVE = ("warmup", "weight_decay", "max_grad_norm", "kinetic", "jacobian", "patience", "seed", "split_seed", "data_seed")
+NOT_NEGATIVE = ("warmup", "weight_decay", "max_grad_norm", "kinetic", "jacobian", "step_error", "patience", "seed", "split_seed", "data_seed", "eval_tolerance")
 LARGEST_SEED = 2**32 - 1
 LARGEST = {"seed": LARGEST_SEED, "split_seed": LARGEST_SEED, "data_seed": LARGEST_SEED, "threads": 4096, "grid_steps": 100_000,
            "max_grid_steps": 100_000}  # fmt: skip
@@ -206,6 +207,8 @@ def check(config: RunConfig) -> None:
         for name in names:
             if values[name] is not None and not fits(values[name]):
                 raise ConfigError(f"{_name(name)} {values[name]}: expected {expected}")
+    if config.solver.precision == "tf32" and not config.train.device.startswith("cuda"):
+        raise ConfigError(f"--precision tf32 is for GPUs, not for --device {config.train.device}: fp32, or bf16, which a CPU may have")
     for name, most in LARGEST.items():
         if values[name] is not None and values[name] > most:
             raise ConfigError(f"{_name(name)} {values[name]}: expected at most {most}")
@@ -226,8 +229,8 @@ def _idle_predicting(config: RunConfig) -> Idle:
     if config.train.objective == "likelihood":
         return
     yield "data", ("condition",), "conditions densities; what is to be predicted is taken from the data by --objective"
-    yield "solver", ("divergence", "probe", "mode", "probes", "steer"), "is for densities"
-    yield "train", ("draws", "kinetic", "jacobian", "regularisers"), "is for densities"
+    yield "solver", ("divergence", "probe", "mode", "probes", "steer", "eval_tolerance", "compile", "precision"), "is for densities"
+    yield "train", ("draws", "kinetic", "jacobian", "step_error", "regularisers"), "is for densities"
     if config.model.architecture == "resnet":
         names = tuple(f.name for f in dataclasses.fields(config.solver))
         yield "solver", names, "is for ODEs, and --architecture resnet solves none"
@@ -249,8 +252,8 @@ def _idle(config: RunConfig, data: DataSplits) -> Idle:
     if data.kind != "table":
         yield "data", ("discrete",), "is for tables"
     if config.solver.adaptive:
-        yield "solver", ("grid_steps",), "is for fixed grids, not for --adaptive"
-        yield "train", ("max_grid_steps",), "is for fixed grids, not for --adaptive"
+        yield "solver", ("grid_steps", "automatic_steps"), "is for fixed grids, not for --adaptive"
+        yield "train", ("max_grid_steps", "step_error"), "is for fixed grids, not for --adaptive"
     else:
         yield "solver", ("rtol", "atol"), "is for --adaptive; evaluation has --eval-rtol and --eval-atol"
 

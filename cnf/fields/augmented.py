@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cnf.errors import ConfigError
 from cnf.fields.maps import Conv, Linear
-from cnf.fields.time import Affine, TimeLayer, _bias, _weight
+from cnf.fields.time import Affine, Constants, TimeLayer, _bias, _weight
 
 __all__ = ["DRIVES", "Drive", "TimePath", "check_drive"]
 
@@ -130,15 +130,18 @@ class DriveConcat(_Driven):
         super().__init__(map, drive, context_dim)
         self.core = map.module(extra=drive.k)
 
-    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
-        self._check(t, rows=True)
+    def constants(self, size: tuple[int, ...]) -> Constants:
         weight, bias = _weight(self.core), _bias(self.core)  # also where functional_call has put tensors in
         driven, rest = self.map.split(weight, self.drive.k)
-        # one small map of k constant planes per evaluation (one a row where times differ by row), not one per sample
-        planes = t.reshape(-1, self.drive.k, *(1,) * len(size)).expand(-1, -1, *size)
-        shift = self.map.apply(driven, planes)
-        shift = (shift if t.ndim == 2 else shift[0]) + self._spread(bias)
-        return Affine(rest, None, self._shift(shift, context))
+        # constant planes enter linearly: one small map of k planes of ones for all times, (k, out, *size)
+        one = torch.eye(self.drive.k, dtype=weight.dtype, device=weight.device)
+        planes = self.map.apply(driven, one.reshape(*one.shape, *(1,) * len(size)).expand(-1, -1, *size))
+        return rest, planes, self._spread(bias)
+
+    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+        self._check(t, rows=True)
+        weight, planes, bias = constants
+        return Affine(weight, None, torch.tensordot(t, planes, 1) + bias)
 
 
 class DriveHyper(_Driven):
@@ -166,14 +169,14 @@ class DriveHyper(_Driven):
             if name not in scales:  # with all factors zero nothing would ever move them
                 nn.init.zeros_(p)
 
-    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
+    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         self._check(t, rows=False)
         v = t[: self.drive.m]
         if self.drive.rank == 0:
             weight = self.weight + self.move @ v
         else:
             weight = self.weight + ((self.left * (self.scales @ v)) @ self.right).reshape(self.weight.shape)
-        return Affine(weight, None, self._shift(self._spread(self.bias + self.move_bias @ v), context))
+        return Affine(weight, None, self._spread(self.bias + self.move_bias @ v))
 
 
 DRIVES: dict[str, type[DriveConcat] | type[DriveHyper]] = {"concat": DriveConcat, "hyper": DriveHyper}

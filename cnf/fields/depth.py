@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cnf.errors import ConfigError
 from cnf.fields.maps import Conv, Linear
-from cnf.fields.time import Affine, TimeLayer
+from cnf.fields.time import Affine, Constants, TimeLayer
 
 __all__ = ["BASES", "Galerkin", "basis", "galerkin"]
 
@@ -99,7 +99,7 @@ class Galerkin(TimeLayer):
                 assert isinstance(p, Tensor)
                 own[0] = p
 
-    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
+    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         if t.ndim:
             raise ConfigError(
                 f"t has shape {tuple(t.shape)}, but a layer in a {self.name} basis has one set of weights per time: pass a "
@@ -107,7 +107,7 @@ class Galerkin(TimeLayer):
             )
         b = basis(self.name, t / self.end_time, self.terms)
         weight = torch.tensordot(b, self.weights, 1)
-        return Affine(weight, None, self._shift(self._spread(b @ self.biases), context))
+        return Affine(weight, None, self._spread(b @ self.biases))
 
 
 class _Factory:

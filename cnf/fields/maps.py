@@ -28,6 +28,10 @@ class Linear:
         """Shape of the weight."""
         return (self.outputs, self.inputs)
 
+    def size(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Spatial size of the output: () as that of the input."""
+        return size
+
     def apply(self, weight: Tensor, x: Tensor) -> Tensor:
         """W x, no bias."""
         return F.linear(x, weight)
@@ -71,9 +75,18 @@ class Conv:
         first = (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
         return (*first, self.kernel, self.kernel)
 
+    def size(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Spatial size of the output for an input of spatial ``size``."""
+        if self.transposed:
+            return tuple((n - 1) * self.stride - 2 * self.padding + self.kernel for n in size)
+        return tuple((n + 2 * self.padding - self.kernel) // self.stride + 1 for n in size)
+
     def apply(self, weight: Tensor, x: Tensor) -> Tensor:
         """W x, no bias."""
         op = F.conv_transpose2d if self.transposed else F.conv2d
+        if x.device.type == "cpu" and not self.transposed and weight.shape[1] == 1:
+            # a second channel, zero: torch does not see that one channel is channels-last, and takes three times as long
+            x, weight = (F.pad(v, (0, 0, 0, 0, 0, 1)).movedim(1, -1).contiguous().movedim(-1, 1) for v in (x, weight))
         return op(x, weight, stride=self.stride, padding=self.padding)
 
     def split(self, weight: Tensor, at: int) -> tuple[Tensor, Tensor]:

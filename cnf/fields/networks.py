@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from cnf.errors import ConfigError
 from cnf.fields.activations import activation
 from cnf.fields.maps import Conv, Linear
-from cnf.fields.time import Affine, LayerFactory, TimeLayer, time_layer
-from cnf.fields.trace import conv_trace, dense_trace
+from cnf.fields.prepared import Prepared, closed_form
+from cnf.fields.time import LayerFactory, TimeLayer, time_layer
 
 __all__ = ["MLP", "ConvField", "Stack"]
 
@@ -49,15 +49,14 @@ class Stack(nn.Module):
         for a residual term."""
         self.time_layers[-1].zero_()
 
+    def prepare(self, x: Tensor, context: Tensor | None = None) -> Prepared:
+        """This field for points of x's size (N, \\*event) and one context, what is free of t computed once: for one solve."""
+        size = tuple(x.shape[2:]) if self.time_layers[0].map.spatial else ()
+        return Prepared(self.time_layers, self.activation, size, context, self.residual, self.linear)
+
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """dx/dt (N, \\*event) at x (N, \\*event) and t () (or (N,), one time a row)."""
-        h = self._enter(x)
-        entered = h
-        for i, layer in enumerate(self.time_layers):
-            h = layer(t, h, context)
-            if i + 1 < len(self.layers):
-                h = self.activation.value(h)
-        return self._skip(h, entered).reshape(x.shape)
+        return self.prepare(x, context)(t, x)
 
     def jvp(
         self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
@@ -75,38 +74,12 @@ class Stack(nn.Module):
         Returns:
             dx (N, \\*event) and J v (K, N, \\*event).
         """
-        k, n = v.shape[0], x.shape[0]
-        h = torch.cat([self._enter(x), self._enter(v.reshape(k * n, *x.shape[1:]))])
-        entered = h
-        for i, layer in enumerate(self.time_layers):
-            size = tuple(h.shape[2:])
-            weight, gate, shift = layer.affine(t, size, context)
-            y = layer.map.apply(weight, h)
-            y = y.unflatten(0, (1 + k, n))
-            point, tangent = y[0], y[1:]
-            if gate is not None:
-                pre, dpre = point * gate, tangent * gate
-            else:
-                pre, dpre = point, tangent
-            if shift is not None:
-                pre = pre + shift
-            if t_dot is not None:
-                dpre = dpre + self._time_derivative(layer, t, t_dot, size, context, h[:n], point, gate)
-            if i + 1 < len(self.layers):
-                value, slope = self.activation.pair(pre)
-                h = torch.cat([value, (slope * dpre).flatten(0, 1)])
-            else:
-                h = torch.cat([pre, dpre.flatten(0, 1)])
-        h = self._skip(h, entered)
-        return h[:n].reshape(x.shape), h[n:].reshape(v.shape)
+        return self.prepare(x, context).jvp(t, x, v, t_dot=t_dot)
 
     @property
     def closed_form(self) -> bool:
         """Whether :meth:`divergence` is offered: at most two hidden layers, convolutions of stride 1, a last gate free of context."""
-        maps = [layer.map for layer in self.time_layers]
-        square = {(3, 1), (1, 0)}  # kernel and padding
-        plain = all(isinstance(m, Linear) or (m.stride == 1 and (m.kernel, m.padding) in square) for m in maps)
-        return len(maps) <= 3 and plain and self.time_layers[-1].context_gate is None
+        return closed_form(self.time_layers)
 
     def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """f (N, \\*event) and its exact divergence (N,), with no probe and no derivative pass (see :mod:`cnf.fields.trace`).
@@ -114,63 +87,7 @@ class Stack(nn.Module):
         Raises:
             ConfigError: where there is no such form.
         """
-        if not self.closed_form:
-            raise ConfigError(
-                f"divergence has a closed form for at most two hidden layers (here {len(self.layers) - 1}), convolutions of "
-                "stride 1, and a last gate that the context does not enter"
-            )
-        h = self._enter(x)
-        entered = h
-        slopes, parts = [], []
-        for i, layer in enumerate(self.time_layers):
-            weight, gate, shift = layer.affine(t, tuple(h.shape[2:]), context)
-            h = layer.map.apply(weight, h)
-            h = h if gate is None else h * gate
-            h = h if shift is None else h + shift
-            if i + 1 < len(self.layers):
-                h, slope = self.activation.pair(h)
-                slopes.append(slope if gate is None else slope * gate)
-            parts.append((weight, gate))
-        div = conv_trace(slopes, parts, x) if self.time_layers[0].map.spatial else dense_trace(slopes, parts, x.shape[0])
-        if self.residual == "minus":
-            div = div - x[0].numel()
-        elif self.linear is not None:
-            div = div + self.linear.diagonal().sum()
-        return self._skip(h, entered).reshape(x.shape), div
-
-    @staticmethod
-    def _time_derivative(
-        layer: TimeLayer,
-        t: Tensor,
-        t_dot: Tensor,
-        size: tuple[int, ...],
-        context: Tensor | None,
-        h: Tensor,
-        point: Tensor,
-        gate: Tensor | None,
-    ) -> Tensor:
-        """Derivative of gate (W h) + shift along t_dot at fixed h; ``point`` is W h."""
-
-        def parts(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            a: Affine = layer.affine(s, size, context)
-            none = s.new_zeros(())
-            return a.weight, none if a.gate is None else a.gate, none if a.shift is None else a.shift
-
-        jvp: Any = torch.func.jvp
-        _, (dweight, dgate, dshift) = jvp(parts, (t,), (t_dot.to(t).expand_as(t),))
-        out = dshift if gate is None else dgate * point + dshift
-        if layer.time_weights:
-            moved = layer.map.apply(dweight, h)
-            out = out + (moved if gate is None else moved * gate)
-        return cast(Tensor, out)
-
-    def _enter(self, x: Tensor) -> Tensor:
-        return x
-
-    def _skip(self, h: Tensor, x: Tensor) -> Tensor:
-        if self.residual == "minus":
-            return h - x
-        return h if self.linear is None else h + x @ self.linear.T
+        return self.prepare(x, context).divergence(t, x)
 
 
 class MLP(Stack):
@@ -221,10 +138,10 @@ class MLP(Stack):
         if zero_init:
             self.zero_()
 
-    def _enter(self, x: Tensor) -> Tensor:
+    def prepare(self, x: Tensor, context: Tensor | None = None) -> Prepared:
         if x[0].numel() != self.dim:
             raise ConfigError(f"x has shape {tuple(x.shape)}, but this MLP was built for dim={self.dim} per event")
-        return x.flatten(1)
+        return super().prepare(x, context)
 
 
 class ConvField(Stack):

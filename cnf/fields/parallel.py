@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cnf.errors import ConfigError
 from cnf.fields.networks import ConvField
+from cnf.fields.prepared import Prepared
 
 __all__ = ["SqueezeSum"]
 
@@ -39,40 +40,51 @@ class SqueezeSum(nn.Module):
             raise ConfigError("nets is empty: expected one net for each squeeze level")
         self.nets = nn.ModuleList(nets)
 
-    @property
-    def _nets(self) -> list[ConvField]:
-        return [cast(ConvField, net) for net in self.nets]
-
     def zero_(self) -> None:
         """Zero initialisation of every net."""
-        for net in self._nets:
-            net.zero_()
+        for net in self.nets:
+            cast(ConvField, net).zero_()
 
-    def _check(self, x: Tensor) -> None:
+    def prepare(self, x: Tensor, context: Tensor | None = None) -> _Sum:
+        """This field for points like x and one context, what is free of t computed once: for one solve."""
         unit = 2 ** (len(self.nets) - 1)
         if x.shape[2] % unit or x.shape[3] % unit:
             raise ConfigError(
                 f"x has shape {tuple(x.shape)}, but this field squeezes {len(self.nets) - 1} times: height and width "
                 f"must be multiples of {unit}"
             )
+        return _Sum([cast(ConvField, net).prepare(_squeeze(x, s), context) for s, net in enumerate(self.nets)])
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """dx/dt (N, C, H, W)."""
-        self._check(x)
-        total = self._nets[0](t, x, context)
-        for s, net in enumerate(self._nets[1:], 1):
-            total = total + _unsqueeze(net(t, _squeeze(x, s), context), s)
-        return cast(Tensor, total)
+        return self.prepare(x, context)(t, x)
 
     def jvp(
         self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """f and J v + t_dot ∂f/∂t for K stacked tangents v (K, N, C, H, W); see :meth:`cnf.fields.Stack.jvp`."""
-        self._check(x)
-        dx, product = self._nets[0].jvp(t, x, v, context, t_dot=t_dot)
-        for s, net in enumerate(self._nets[1:], 1):
+        return self.prepare(x, context).jvp(t, x, v, t_dot=t_dot)
+
+
+class _Sum:
+    """The sum over prepared nets."""
+
+    def __init__(self, nets: Sequence[Prepared]):
+        self.nets = tuple(nets)
+
+    def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        total = self.nets[0](t, x)
+        for s, net in enumerate(self.nets[1:], 1):
+            total = total + _unsqueeze(net(t, _squeeze(x, s)), s)
+        return total
+
+    def jvp(
+        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        dx, product = self.nets[0].jvp(t, x, v, t_dot=t_dot)
+        for s, net in enumerate(self.nets[1:], 1):
             tangents = _squeeze(v.flatten(0, 1), s).unflatten(0, v.shape[:2])
-            one, pushed = net.jvp(t, _squeeze(x, s), tangents, context, t_dot=t_dot)
+            one, pushed = net.jvp(t, _squeeze(x, s), tangents, t_dot=t_dot)
             dx = dx + _unsqueeze(one, s)
             product = product + _unsqueeze(pushed.flatten(0, 1), s).unflatten(0, v.shape[:2])
         return dx, product

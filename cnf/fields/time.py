@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from cnf.errors import ConfigError
 from cnf.fields.maps import Conv, Linear
 
-__all__ = ["LAYERS", "Affine", "LayerFactory", "TimeLayer", "time_layer"]
+__all__ = ["LAYERS", "Affine", "Constants", "Fixed", "LayerFactory", "TimeLayer", "time_layer"]
+
+Constants = tuple[Tensor, ...]
 
 
 class Affine(NamedTuple):
@@ -25,8 +27,17 @@ class Affine(NamedTuple):
     shift: Tensor | None
 
 
+class Fixed(NamedTuple):
+    """What of a layer is the same at all times, so that a solve computes it once."""
+
+    constants: Constants
+    shift: Tensor | None  # what the context adds to the shift
+    logits: Tensor | None  # what it adds to the gate's logits
+
+
 class TimeLayer(nn.Module):
-    """Base of the layers: subclasses say what W, gate and shift are at time t.
+    """Base of the layers: subclasses say in :meth:`moving` what W, gate and shift are at time t, and in :meth:`constants`
+    what they take for it that is the same at all times.
 
     Args:
         map: the linear map, :class:`Linear` or :class:`Conv`.
@@ -46,9 +57,29 @@ class TimeLayer(nn.Module):
         gated = context_dim and context_gate and self.has_gate
         self.context_gate = nn.Linear(context_dim, map.outputs, bias=False) if gated else None
 
+    def constants(self, size: tuple[int, ...]) -> Constants:
+        """What :meth:`moving` takes that depends on neither t nor context, for inputs of spatial ``size`` (() for vectors)."""
+        return ()
+
+    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+        """W, gate and shift at time ``t`` (() or (N,)), the context's shift apart; ``logits`` is what it adds to a gate's."""
+        raise NotImplementedError
+
+    def fixed(self, size: tuple[int, ...], context: Tensor | None = None) -> Fixed:
+        """What is the same at all times, for inputs of spatial ``size``."""
+        shift = None if self.context_shift is None else self._spread(self.context_shift(_given(context)))
+        return Fixed(self.constants(size), shift, None if self.context_gate is None else self.context_gate(_given(context)))
+
+    def at(self, t: Tensor, fixed: Fixed) -> Affine:
+        """W, gate and shift at time ``t`` (() or (N,)), from what :meth:`fixed` gave."""
+        weight, gate, shift = self.moving(t, fixed.constants, fixed.logits)
+        if fixed.shift is not None:
+            shift = fixed.shift if shift is None else shift + fixed.shift
+        return Affine(weight, gate, shift)
+
     def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
         """W, gate and shift at time ``t`` (() or (N,)) for inputs of spatial ``size`` (() for vectors)."""
-        raise NotImplementedError
+        return self.at(t, self.fixed(size, context))
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The layer's value at x (N, in) or (N, in, h, w)."""
@@ -66,16 +97,9 @@ class TimeLayer(nn.Module):
         """(..., out) as a factor for the layer's output."""
         return v[..., None, None] if self.map.spatial else v
 
-    def _gate(self, gate: nn.Linear, t: Tensor, context: Tensor | None) -> Tensor:
-        logits = t[..., None] * gate.weight[:, 0] + gate.bias
-        if self.context_gate is not None:
-            logits = logits + self.context_gate(_given(context))
-        return self._spread(torch.sigmoid(logits))
-
-    def _shift(self, shift: Tensor, context: Tensor | None) -> Tensor:
-        if self.context_shift is None:
-            return shift
-        return shift + self._spread(self.context_shift(_given(context)))
+    def _gate(self, gate: nn.Linear, t: Tensor, logits: Tensor | None) -> Tensor:
+        own = t[..., None] * gate.weight[:, 0] + gate.bias
+        return self._spread(torch.sigmoid(own if logits is None else own + logits))
 
 
 def _given(context: Tensor | None) -> Tensor:
@@ -98,8 +122,8 @@ class Ignore(TimeLayer):
         super().__init__(map, context_dim, context_gate=context_gate)
         self.core = map.module()
 
-    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
-        return Affine(_weight(self.core), None, self._shift(self._spread(_bias(self.core)), context))
+    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+        return Affine(_weight(self.core), None, self._spread(_bias(self.core)))
 
 
 class Concat(TimeLayer):
@@ -109,12 +133,13 @@ class Concat(TimeLayer):
         super().__init__(map, context_dim, context_gate=context_gate)
         self.core = map.module(extra=1)
 
-    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
+    def constants(self, size: tuple[int, ...]) -> Constants:
         time, weight = self.map.split(_weight(self.core), 1)
-        # the map of a constant plane t is t times that of ones: one small map per evaluation, not one per sample
-        plane = self.map.apply(time, time.new_ones(1, 1, *size))[0]
-        times = t.reshape(*t.shape, *(1,) * plane.ndim)
-        return Affine(weight, None, self._shift(times * plane + self._spread(_bias(self.core)), context))
+        # the map of a constant plane t is t times that of ones: one small map for all times, not one per sample
+        return weight, self.map.apply(time, time.new_ones(1, 1, *size))[0], self._spread(_bias(self.core))
+
+    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+        return _moving_plane(t, *constants)
 
 
 class ConcatCoord(TimeLayer):
@@ -124,7 +149,7 @@ class ConcatCoord(TimeLayer):
         super().__init__(map, context_dim, context_gate=context_gate)
         self.core = map.module(extra=3 if map.spatial else 1)
 
-    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
+    def constants(self, size: tuple[int, ...]) -> Constants:
         if not self.map.spatial:
             time, weight = self.map.split(_weight(self.core), 1)
             plane = self.map.apply(time, time.new_ones(1, 1))[0]
@@ -137,8 +162,10 @@ class ConcatCoord(TimeLayer):
             columns = torch.arange(size[1], dtype=place.dtype, device=place.device)
             grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None]
             rest = self.map.apply(place, grid)[0] + self._spread(_bias(self.core))
-        times = t.reshape(*t.shape, *(1,) * plane.ndim)
-        return Affine(weight, None, self._shift(times * plane + rest, context))
+        return weight, plane, rest
+
+    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+        return _moving_plane(t, *constants)
 
 
 class Squash(TimeLayer):
@@ -151,9 +178,9 @@ class Squash(TimeLayer):
         self.core = map.module()
         self.gate = nn.Linear(1, map.outputs)
 
-    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
-        gate = self._gate(self.gate, t, context)
-        return Affine(_weight(self.core), gate, self._shift(gate * self._spread(_bias(self.core)), context))
+    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+        gate = self._gate(self.gate, t, logits)
+        return Affine(_weight(self.core), gate, gate * self._spread(_bias(self.core)))
 
 
 class ConcatSquash(TimeLayer):
@@ -167,10 +194,10 @@ class ConcatSquash(TimeLayer):
         self.gate = nn.Linear(1, map.outputs)
         self.drift = nn.Linear(1, map.outputs, bias=False)
 
-    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
-        gate = self._gate(self.gate, t, context)
+    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+        gate = self._gate(self.gate, t, logits)
         drift = self._spread(t[..., None] * self.drift.weight[:, 0])
-        return Affine(_weight(self.core), gate, self._shift(gate * self._spread(_bias(self.core)) + drift, context))
+        return Affine(_weight(self.core), gate, gate * self._spread(_bias(self.core)) + drift)
 
 
 class Blend(TimeLayer):
@@ -182,11 +209,11 @@ class Blend(TimeLayer):
         super().__init__(map, context_dim, context_gate=context_gate)
         self.core0, self.core1 = map.module(), map.module()
 
-    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
+    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         _one_time(t, "blend")
         weight = torch.lerp(_weight(self.core0), _weight(self.core1), t)
         shift = torch.lerp(_bias(self.core0), _bias(self.core1), t)
-        return Affine(weight, None, self._shift(self._spread(shift), context))
+        return Affine(weight, None, self._spread(shift))
 
 
 class Hyper(TimeLayer):
@@ -219,14 +246,14 @@ class Hyper(TimeLayer):
         for p in (*self._last[0].parameters(), *(self.context_shift.parameters() if self.context_shift else ())):
             nn.init.zeros_(p)
 
-    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
+    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         _one_time(t, "hyper")
         flat = self.generator(t.reshape(1))
         if self.map.spatial:
             weight, bias = flat[: self.numel], flat[self.numel :]
         else:  # the published order for vectors: bias first
             bias, weight = flat[: self.map.outputs], flat[self.map.outputs :]
-        return Affine(weight.reshape(self.map.weight_shape()), None, self._shift(self._spread(bias), context))
+        return Affine(weight.reshape(self.map.weight_shape()), None, self._spread(bias))
 
 
 LAYERS: dict[str, type[TimeLayer]] = {
@@ -267,6 +294,11 @@ def time_layer(
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"layer={kind!r} is unknown: expected one of {', '.join(LAYERS)}{hint}")
     return LAYERS[kind](map, context_dim, context_gate=context_gate)
+
+
+def _moving_plane(t: Tensor, weight: Tensor, plane: Tensor, rest: Tensor) -> Affine:
+    """A shift that grows with t."""
+    return Affine(weight, None, t.reshape(*t.shape, *(1,) * plane.ndim) * plane + rest)
 
 
 def _weight(module: nn.Module) -> Tensor:

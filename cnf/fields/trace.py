@@ -1,12 +1,14 @@
 """Closed-form traces: tr ∂f/∂x of a net with at most two hidden layers, from its weights and the activations' slopes.
 
 With s the activations' derivatives times the layers' gates and g the last gate, the trace of
-:math:`f = g \\circ W_3 \\sigma(W_2 \\sigma(W_1 x))` is bilinear in s₁ and s₂ with a kernel that is free of x.
+:math:`f = g \\circ W_3 \\sigma(W_2 \\sigma(W_1 x))` is bilinear in s₁ and s₂ with a kernel that is free of x: it is built once
+for each set of weights and gates (:func:`dense_kernel`, :func:`conv_kernel`), and serves every point.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,57 +16,83 @@ from torch import Tensor
 
 from cnf.errors import ConfigError
 
-__all__ = ["conv_trace", "dense_trace"]
+__all__ = ["ConvKernel", "conv_kernel", "conv_trace", "dense_kernel", "dense_trace"]
 
 Parts = Sequence[tuple[Tensor, Tensor | None]]  # weight and gate of each layer
 
 
-def dense_trace(slopes: Sequence[Tensor], parts: Parts, n: int) -> Tensor:
-    r"""tr J (N,) of fully connected layers: :math:`s_2^\top (W_2 \circ (W_1 G_3 W_3)^\top) s_1`.
+def dense_kernel(parts: Parts) -> Tensor:
+    r"""What the trace of fully connected layers takes: :math:`M = W_2 \circ (W_1 G_3 W_3)^\top` (H₂, H₁) for two hidden layers,
+    the diagonal of :math:`W_1 G_2 W_2` (H,) for one, the trace itself () for none.
+
+    Where the last gate differs by row (N, D), so does the kernel, with N in front.
+
+    Args:
+        parts: weight (out, in) and gate of each layer, the last gate (D,) or (N, D).
+    """
+    first, (last, gate) = parts[0][0], parts[-1]
+    if len(parts) == 1:
+        diagonal = last.diagonal()
+        return (diagonal if gate is None else diagonal * gate).sum(-1)
+    if len(parts) == 2:
+        through = last * first.T  # (D, H)
+        return through.sum(0) if gate is None else gate @ through
+    if gate is not None and gate.ndim == 2:
+        return parts[1][0] * torch.einsum("bd,nd,da->nab", first, gate, last)
+    return parts[1][0] * (first @ (last if gate is None else gate[:, None] * last)).T
+
+
+def dense_trace(slopes: Sequence[Tensor], kernel: Tensor, n: int) -> Tensor:
+    r"""tr J (N,) of fully connected layers: :math:`s_2^\top M s_1`.
 
     Args:
         slopes: of each hidden layer, (N, H).
-        parts: weight (out, in) and gate of each layer, the last gate (D,), or (N, D) where times differ by row.
+        kernel: what :func:`dense_kernel` gave.
         n: number of rows.
 
     Example:
         >>> w, v = torch.randn(5, 2), torch.randn(2, 5)
         >>> slopes = torch.rand(3, 5)
         >>> truth = torch.stack([(v @ (s[:, None] * w)).trace() for s in slopes])
-        >>> bool(torch.allclose(dense_trace([slopes], [(w, None), (v, None)], 3), truth, atol=1e-5))
+        >>> bool(torch.allclose(dense_trace([slopes], dense_kernel([(w, None), (v, None)]), 3), truth, atol=1e-5))
         True
     """
-    first = parts[0][0]
-    last, gate = parts[-1]
     if not slopes:
-        diagonal = last.diagonal()
-        return (diagonal if gate is None else diagonal * gate).sum(-1).expand(n)
-    if gate is not None and gate.ndim == 2:  # times that differ by row: gate (N, D)
-        if len(slopes) == 1:
-            return torch.einsum("nh,nh->n", slopes[0], gate @ (last * first.T))
-        lifted = torch.einsum("bd,nd,da->nba", first, gate, last)
-        return torch.einsum("na,ab,nba,nb->n", slopes[1], parts[1][0], lifted, slopes[0])
-    gated = last if gate is None else gate[:, None] * last
+        return kernel.expand(n)
     if len(slopes) == 1:
-        return slopes[0] @ (first * gated.T).sum(1)
-    kernel = parts[1][0] * (first @ gated).T  # M = W2 * (W1 G3 W3)^T, free of x
-    return ((slopes[1] @ kernel) * slopes[0]).sum(1)
+        return (slopes[0] * kernel).sum(1) if kernel.ndim == 2 else slopes[0] @ kernel
+    reached = torch.einsum("na,nab->nb", slopes[1], kernel) if kernel.ndim == 3 else slopes[1] @ kernel
+    return (reached * slopes[0]).sum(1)
 
 
-def conv_trace(slopes: Sequence[Tensor], parts: Parts, x: Tensor) -> Tensor:
-    r"""tr J (N,) of 3x3 (or 1x1) convolutions with zero padding.
+class ConvKernel(NamedTuple):
+    """What the trace of convolutions takes, from two hidden layers on the parts for the border beside the whole.
 
     Pixel q of the last hidden layer is reached from, and reaches, output pixel q + τ, |τ| ≤ 1; what would lie outside the
-    image is missing, so the kernel differs at the border. One convolution serves the interior,
+    image is missing, so the kernel differs at the border. One convolution serves all pixels,
 
-    .. math:: M[i,j,\delta] = W_2[i,j,\delta] \sum_\tau \sum_c W_1[j,c,\tau-\delta]\, g_3[c]\, W_3[c,i,-\tau],
+    .. math:: M[i,j,\\delta] = W_2[i,j,\\delta] \\sum_\\tau \\sum_c W_1[j,c,\\tau-\\delta]\\, g_3[c]\\, W_3[c,i,-\\tau],
 
-    and the four border lines and four corners are corrected for the τ that leave the image there.
+    and the border lines are given back what the τ add that leave the image there, the corners what was taken twice. On the
+    first row a τ that points up goes with δ of the row itself alone (above it there is nothing, and |τ - δ| > 1 below it), so
+    that a line takes a convolution along itself, and a corner no more than a matrix.
+    """
+
+    whole: Tensor
+    """(H₂, H₁, 3, 3) for two hidden layers, (H, 3, 3) over τ for one, () for none."""
+    rows: Tensor | None = None
+    """(2 H₂, H₁, 1, 3): what leaves the image above the first and below the last row."""
+    columns: Tensor | None = None
+    """(2 H₂, H₁, 3, 1): to the left and to the right."""
+    corners: Tensor | None = None
+    """(4, H₁, H₂): first row and column, first row and last column, last row and first column, last row and column."""
+
+
+def conv_kernel(parts: Parts) -> ConvKernel:
+    """The kernel of 3x3 (or 1x1) convolutions with zero padding.
 
     Args:
-        slopes: of each hidden layer, (N, H, h, w).
         parts: weight (out, in, k, k) and gate of each layer, the last gate (C, 1, 1) or None.
-        x: the point (N, C, h, w), for its shape.
 
     Raises:
         ConfigError: for gates that differ by row, which have no kernel in common.
@@ -74,25 +102,51 @@ def conv_trace(slopes: Sequence[Tensor], parts: Parts, x: Tensor) -> Tensor:
     if gate is not None and gate.ndim == 4:
         raise ConfigError("the closed-form trace of convolutions takes one time for all rows: pass a single t")
     last = weights[-1] if gate is None else weights[-1] * gate[:, None]
+    if len(parts) == 1:
+        return ConvKernel(last.diagonal()[1, 1].sum())
+    back = last.flip(2, 3)  # W3[c, i, -τ], τ counted from the upper left
+    if len(parts) == 2:
+        return ConvKernel(torch.einsum("icyx,ciyx->iyx", weights[0], back))
+    first, middle = weights[0].flip(2, 3), weights[1]
+    # W1[j, c, τ - δ], zero where |τ - δ| > 1: flipped, the kernel's middle moves with τ
+    reach = F.pad(first, (2, 2, 2, 2)).unfold(2, 3, 1).unfold(3, 3, 1).flip(2, 3)[:, :, 1:4, 1:4]  # j, c, τ, δ
+    moved = torch.einsum("jcyxab,ciyx->yxijab", reach, back) * middle
+    pair = (0, 2)  # τ that points up (left), down (right)
+    rows = torch.cat([moved[y].sum(0)[:, :, 1:2] for y in pair])
+    columns = torch.cat([moved[:, x].sum(0)[..., 1:2] for x in pair])
+    corners = torch.stack([moved[y, x, :, :, 1, 1].T for y in pair for x in pair])
+    return ConvKernel(moved.sum((0, 1)), rows, columns, corners)
+
+
+def conv_trace(slopes: Sequence[Tensor], kernel: ConvKernel, x: Tensor) -> Tensor:
+    r"""tr J (N,) of 3x3 (or 1x1) convolutions with zero padding: :math:`\sum_{p,i} s_2[i,p] (M \star s_1)[i,p]`, corrected
+    at the border.
+
+    Args:
+        slopes: of each hidden layer, (N, H, h, w).
+        kernel: what :func:`conv_kernel` gave.
+        x: the point (N, C, h, w), for its shape.
+    """
     height, width = x.shape[2:]
     if not slopes:
-        return (last.diagonal()[1, 1].sum() * (height * width)).expand(len(x))
-    back = last.flip(2, 3)  # W3[c, i, -τ], τ counted from the upper left
+        return (kernel.whole * (height * width)).expand(len(x))
     if len(slopes) == 1:
-        seen = torch.einsum("icyx,ciyx->iyx", weights[0], back)
-        return torch.einsum("nihw,ihw->n", slopes[0], _inside(seen, height, width))
-    kernels = _kernels(weights[0], back, weights[1])
-    total = _pair(slopes[1], slopes[0], kernels[1, 1])
-    # lines and corners, each less what leaves the image there, the corners given back what was taken twice
-    rows, columns = _lines(height), _lines(width)
-    for y in rows:
-        total = total - _pair(*_border(slopes, y, None), kernels[y[0], 1])
-    for z in columns:
-        total = total - _pair(*_border(slopes, None, z), kernels[1, z[0]])
-    for y in rows:
-        for z in columns:
-            total = total + _pair(*_border(slopes, y, z), kernels[y[0], z[0]])
-    return total
+        return torch.einsum("nihw,ihw->n", slopes[0], _inside(kernel.whole, height, width))
+    first, second = slopes
+    assert kernel.rows is not None and kernel.columns is not None and kernel.corners is not None
+    total = _sum(second * F.conv2d(first, kernel.whole, padding=1))
+    ends = (slice(0, 1), slice(-1, None))
+    over, under = (torch.cat([s[:, :, end] for end in ends], 1) for s in (first, second))  # (N, 2 H, 1, w)
+    total = total - _sum(under * F.conv2d(over, kernel.rows, padding=(0, 1), groups=2))
+    over, under = (torch.cat([s[..., end] for end in ends], 1) for s in (first, second))
+    total = total - _sum(under * F.conv2d(over, kernel.columns, padding=(1, 0), groups=2))
+    at, to = (torch.stack([s[:, :, y, z] for y in (0, -1) for z in (0, -1)]) for s in (first, second))  # (4, N, H)
+    return total + (to * torch.bmm(at, kernel.corners)).sum((0, 2))
+
+
+def _sum(v: Tensor) -> Tensor:
+    """Over all but the rows."""
+    return v.sum((1, 2, 3))
 
 
 def _inside(seen: Tensor, height: int, width: int) -> Tensor:
@@ -103,46 +157,3 @@ def _inside(seen: Tensor, height: int, width: int) -> Tensor:
         return ((at >= 0) & (at < size)).to(seen.dtype)
 
     return torch.einsum("...yx,yh,xw->...hw", seen, stays(height), stays(width))
-
-
-def _kernels(first: Tensor, back: Tensor, middle: Tensor) -> dict[tuple[int, int], Tensor]:
-    """M, and its parts from the τ that point up (0), anywhere (1) or down (2), likewise left to right."""
-    # W1[j, c, τ - δ], zero where |τ - δ| > 1
-    reach = first.new_zeros(*first.shape[:2], 3, 3, 3, 3)  # j, c, τ, δ
-    for ty in range(3):
-        for tx in range(3):
-            ys, xs = (range(max(0, t - 1), min(3, t + 2)) for t in (ty, tx))
-            flipped = first.flip(2, 3)[:, :, 2 - ty + ys[0] - 1 : 2 - ty + ys[-1], 2 - tx + xs[0] - 1 : 2 - tx + xs[-1]]
-            reach[:, :, ty, tx, ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1] = flipped
-    moved = torch.einsum("jcyxab,ciyx->yxijab", reach, back)
-    among = {0: slice(0, 1), 1: slice(0, 3), 2: slice(2, 3)}
-    return {(a, b): middle * moved[among[a], among[b]].sum((0, 1)) for a in among for b in among}
-
-
-def _lines(size: int) -> list[tuple[int, int]]:
-    """Which τ leave the image (0: up, 2: down) from which line."""
-    return [(0, 0), (2, size - 1)]
-
-
-def _border(slopes: Sequence[Tensor], y: tuple[int, int] | None, z: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
-    """The border's slopes of the second layer, and those of the first around them."""
-    second, first = slopes[1], slopes[0]
-    if y is not None:
-        second, first = second[:, :, y[1] : y[1] + 1], _around(first, y[1], 2)
-    if z is not None:
-        second, first = second[..., z[1] : z[1] + 1], _around(first, z[1], 3)
-    return second, first
-
-
-def _around(first: Tensor, at: int, dim: int) -> Tensor:
-    """The line and its neighbours along ``dim``, zero outside."""
-    size = first.shape[dim]
-    part = first.narrow(dim, max(0, at - 1), min(size, at + 2) - max(0, at - 1))
-    before, after = int(at == 0), int(at == size - 1)
-    return F.pad(part, (0, 0, before, after) if dim == 2 else (before, after))
-
-
-def _pair(second: Tensor, first: Tensor, kernel: Tensor) -> Tensor:
-    """Σ s₂[i, p] (M * s₁)[i, p], (N,)."""
-    padding = tuple((s - f + 2) // 2 for s, f in zip(second.shape[2:], first.shape[2:], strict=True))
-    return (second * F.conv2d(first, kernel, padding=padding)).flatten(1).sum(1)

@@ -1,6 +1,6 @@
 """Evaluation: what a split costs in bits or nats, how far that figure can be trusted, and which items and columns cost it."""
 
-from cnf.likelihood.checks import Check, check, integral_2d, refined, round_trip_error, solver_error
+from cnf.likelihood.checks import Check, block_errors, check, integral_2d, refined, round_trip_error, solver_error
 from cnf.likelihood.columns import Column, column_report, conditional_log_prob, spacing_entropy
 from cnf.likelihood.evaluation import DEQUANTISATIONS, Evaluation, ItemNoise, default_batch_size, evaluate
 from cnf.likelihood.ranking import CAUTION, Ranking, rank
@@ -13,6 +13,7 @@ __all__ = [
     "Evaluation",
     "ItemNoise",
     "Ranking",
+    "block_errors",
     "check",
     "column_report",
     "conditional_log_prob",

@@ -15,7 +15,9 @@ from cnf.distributed import ALONE, Group
 from cnf.divergence import Hutchinson
 from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
+from cnf.likelihood.groups import sorted_rows
 from cnf.noise import Kind, Noise
+from cnf.solvers import Stats
 from cnf.transforms import Dequantize
 
 __all__ = ["DEQUANTISATIONS", "Evaluation", "ItemNoise", "default_batch_size", "evaluate"]
@@ -50,6 +52,8 @@ class Evaluation:
     """Whether the figure bounds that of the pixels from above, in expectation; None for floats, which have a density."""
     nfe: float
     """Evaluations of the field in a batch's solve, averaged over batches."""
+    products: float
+    """Those of them that took a derivative, for the trace."""
 
     @property
     def note(self) -> str | None:
@@ -178,22 +182,22 @@ def evaluate(
     size = batch_size or default_batch_size(flow)
     index = torch.arange(len(x)) if index is None else index.cpu()
     table = torch.zeros(draws, len(x), dtype=torch.float64)
-    starts = range(0, len(x), size)
-    work = [(number, start) for number in range(draws) for start in starts]
-    nfe = torch.zeros(len(work), importance, dtype=torch.float64)
+    parts = sorted_rows(flow, x, context, size=size, solves=draws * importance, group=group).split(size)
+    work = [(number, rows) for number in range(draws) for rows in parts]
+    cost = torch.zeros(2, len(work), importance, dtype=torch.float64)
     with group.together():
-        for place, (number, start) in enumerate(work):
+        for place, (number, rows) in enumerate(work):
             if not group.owns(place):
                 continue
-            rows = slice(start, start + size)
             given = context if context is None or context.ndim == 1 else context[rows]
             items = cast(list[int], index[rows].tolist())
             total: Tensor | None = None
             for sample in range(importance):
-                one, nfe[place, sample] = _log_prob(flow, x[rows], given, ItemNoise(seed, items, number, sample), kind)
+                one, stats = _log_prob(flow, x[rows], given, ItemNoise(seed, items, number, sample), kind)
+                cost[:, place, sample] = torch.tensor([stats.nfe, stats.products])
                 total = one if total is None else torch.logaddexp(total, one)
             table[number, rows] = cast(Tensor, total) - math.log(importance)
-    table, nfe = group.sum(table), group.sum(nfe)
+    table, cost = group.sum(table), group.sum(cost)
     log_prob = table.mean(0)
     scale = -1 / (flow.dim * math.log(2)) if flow.levels is not None else -1.0
     per_item = scale * log_prob
@@ -214,7 +218,8 @@ def evaluate(
         importance=importance,
         dequantisation=kind,
         bound=None if kind == "none" else spread and not (probed and importance > 1),
-        nfe=float(nfe.mean()),
+        nfe=float(cost[0].mean()),
+        products=float(cost[1].mean()),
     )
 
 
@@ -232,7 +237,7 @@ def _kind(flow: Flow, x: Tensor, wanted: str | None) -> str:
     return wanted or own
 
 
-def _log_prob(flow: Flow, x: Tensor, context: Tensor | None, noise: Noise, kind: str) -> tuple[Tensor, int]:
+def _log_prob(flow: Flow, x: Tensor, context: Tensor | None, noise: Noise, kind: str) -> tuple[Tensor, Stats]:
     """log p of one batch (N,), float64 on the CPU, on the pixels' scale for images; and what its solve cost."""
     like = flow.like
     x = x.to(like) if x.is_floating_point() else x.to(like.device)
@@ -246,4 +251,4 @@ def _log_prob(flow: Flow, x: Tensor, context: Tensor | None, noise: Noise, kind:
         shift = -flow.dim * math.log(flow.levels)
     out = flow.evaluate(x, context, noise=noise, integrals=False)
     log_prob = flow.base_log_prob(out.value).double() + out.log_det.double()
-    return log_prob.cpu() + shift, out.stats.nfe
+    return log_prob.cpu() + shift, out.stats

@@ -1,10 +1,11 @@
 """Models from plain settings: what a run folder's config.json describes and rebuilds."""
 
-from cnf.models.flows import ModelConfig, SolverConfig, build, divergence, eval_solver, train_solver
+from cnf.models.flows import ModelConfig, build
 from cnf.models.neural_ode import NeuralODE, anode_conv, anode_mlp
 from cnf.models.predictor import Prediction, Predictor
 from cnf.models.predictors import build_predictor
 from cnf.models.residual import ResidualNet, residual_net
+from cnf.models.solving import SolverConfig, divergence, eval_solver, train_solver
 
 __all__ = [
     "ModelConfig",

@@ -11,15 +11,14 @@ import tyro
 
 from cnf.continuous import CNF
 from cnf.dequantization import VariationalDequantize
-from cnf.divergence import Divergence, Exact, Hutchinson
 from cnf.errors import ConfigError
 from cnf.fields import MLP, ConvField, Drive, SqueezeSum, TimePath
 from cnf.flow import Flow
+from cnf.models.solving import SolverConfig, autocast, divergence, eval_solver, train_solver
 from cnf.multiscale import multiscale
-from cnf.solvers import Adaptive, FixedGrid, Solver
 from cnf.transforms import Dequantize, Gaussianize, Logit, Sequential, Squeeze, Standardize, Transform
 
-__all__ = ["ModelConfig", "SolverConfig", "build", "divergence", "eval_solver", "train_solver"]
+__all__ = ["ModelConfig", "build"]
 
 PREDICTIVE = ("node", "resnet")  # architectures that predict, built by cnf.models.predictors
 # what they alone read
@@ -89,59 +88,6 @@ class ModelConfig:
     """node: terms of --depth's basis, or pieces if stacked."""
     head: Literal["linear", "state"] = "linear"
     """node, resnet: outputs by a linear layer on the final state, or its first entries themselves."""
-
-
-@dataclass(frozen=True)
-class SolverConfig:
-    """How the ODE is solved and the trace taken."""
-
-    method: str = "rk4"
-    """Training: a fixed grid's (euler, midpoint, heun, rk4, rk4-classic, dopri5); with --adaptive dopri5, dopri8, bosh3, ..."""
-    grid_steps: int = 4
-    """Training: steps of the fixed grid, per block (the watch may raise it)."""
-    adaptive: bool = False
-    """Training: solve adaptively (--method dopri5, say) instead of on a grid."""
-    gradient: Literal["direct", "checkpoint", "adjoint"] = "direct"
-    """Training gradient: direct; checkpoint (grids); adjoint (adaptive)."""
-    rtol: float = 1e-5
-    """Training: relative tolerance of an adaptive method."""
-    atol: float = 1e-5
-    """Training: absolute tolerance of an adaptive method."""
-    eval_method: str = "dopri5"
-    """Evaluation and sampling: an adaptive method."""
-    eval_rtol: float = 1e-5
-    """Evaluation: relative tolerance."""
-    eval_atol: float = 1e-5
-    """Evaluation: absolute tolerance."""
-    divergence: Literal["exact", "hutchinson"] = "exact"
-    """The trace: exact, or Hutchinson's estimate."""
-    probe: Literal["rademacher", "gaussian"] = "rademacher"
-    """Hutchinson's probe."""
-    mode: Literal["forward", "reverse"] = "forward"
-    """Hutchinson's product: J e or eᵀJ."""
-    probes: int = 1
-    """Hutchinson's number of probes."""
-    steer: float = 0.0
-    """Half-width of a random end time in training (STEER)."""
-
-
-def train_solver(config: SolverConfig, grid_steps: int | None = None) -> Solver:
-    """The solver that training uses."""
-    if config.adaptive:
-        return Adaptive(config.method, config.rtol, config.atol, config.gradient)
-    return FixedGrid(config.method, grid_steps or config.grid_steps, config.gradient)
-
-
-def eval_solver(config: SolverConfig) -> Solver:
-    """The solver that every reported figure uses."""
-    return Adaptive(config.eval_method, config.eval_rtol, config.eval_atol, max_steps=10_000)
-
-
-def divergence(config: SolverConfig) -> Divergence:
-    """The trace's estimator."""
-    if config.divergence == "exact":
-        return Exact()
-    return Hutchinson(config.probe, config.mode, config.probes)
 
 
 def _dequantize(model: ModelConfig, levels: int, event_shape: tuple[int, ...]) -> Dequantize:
@@ -275,20 +221,26 @@ def build(
         first.append(Squeeze())
         shape = first[-1].latent_shape(shape)
 
+    lower = autocast(solver)
+
     def block(shape: tuple[int, ...]) -> CNF:
         return CNF(
             _field(model, shape, context_dim),
             divergence(solver),
             train_solver(solver),
-            eval_solver(solver),
             end_time=model.end_time,
             learn_end_time=model.learn_end_time,
             steer=solver.steer,
             path=None if model.drive == "none" else TimePath(model.drive_dim, learn_start=model.drive_start == "learned"),
+            autocast=lower,
+            compile=solver.compile,
         )
 
     if model.architecture == "multiscale":
         blocks: list[Transform] = [multiscale(shape, block, model.blocks)]
     else:
         blocks = [block(shape) for _ in range(model.blocks)]
-    return Flow(Sequential([*first, *blocks]), event_shape, base_std=model.base_std)
+    flow = Flow(Sequential([*first, *blocks]), event_shape, base_std=model.base_std)
+    for each in flow.blocks:
+        each.eval_solver = eval_solver(solver, flow)
+    return flow.double() if solver.precision == "fp64" else flow

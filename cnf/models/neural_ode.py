@@ -113,7 +113,7 @@ class NeuralODE(Predictor):
         if self.learn_end_time:
             return self.sqrt_end_time.to(x).square()
         if self.depth is None:
-            return x.new_tensor(self.fixed_end_time)
+            return x.new_full((), self.fixed_end_time)  # filled on its device, not copied to it
         # softplus(0) = ln 2: at the start every sample has T itself
         rate: Tensor = nn.functional.softplus(self.depth(x)[:, 0])
         return rate * (self.fixed_end_time / math.log(2))

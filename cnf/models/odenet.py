@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cnf.errors import ConfigError
 from cnf.fields.activations import activation
 from cnf.fields.maps import Conv, Linear
+from cnf.fields.prepared import Prepared
 from cnf.fields.time import LayerFactory, TimeLayer, time_layer
 
 __all__ = ["ODENet", "conv_maps", "mlp_maps"]
@@ -42,11 +43,9 @@ class ODENet(nn.Module):
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """dx/dt (N, \\*state) at x (N, \\*state) and t () or (N,); ``context`` is x₀ (N, \\*event) where there is a control."""
         h = x if context is None else torch.cat([x, context], 1)
-        for i, layer in enumerate(self.layers):
-            h = layer(t, h)
-            if i + 1 < len(self.layers):
-                h = self.activation.value(h)
-        return h
+        layers = [cast(TimeLayer, layer) for layer in self.layers]
+        size = tuple(h.shape[2:]) if layers[0].map.spatial else ()
+        return Prepared(layers, self.activation, size, None).value(t, h)
 
 
 def mlp_maps(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -51,8 +52,15 @@ class Objective(Protocol):
         """How far the training solver's loss on one batch, of which each process of ``group`` gives its rows, is from that of
         the same solver, finer."""
 
-    def put_solver(self, solver: Solver) -> None:
-        """The solver that training uses from now on."""
+    def block_errors(self, x: Tensor, context: Tensor | None, noise: Noise | None, *, group: Group = ALONE) -> list[float]:
+        """The same, of each block's solver alone, without its sign."""
+
+    @property
+    def solvers(self) -> list[Solver]:
+        """The solver that training uses, of each block."""
+
+    def put_solvers(self, solvers: Sequence[Solver]) -> None:
+        """The solvers that training uses from now on, one for each block."""
 
     @property
     def solves(self) -> bool:

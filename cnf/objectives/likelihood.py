@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -10,10 +11,10 @@ from cnf.distributed import ALONE, Group
 from cnf.divergence import Bound, Linearization
 from cnf.errors import ConfigError
 from cnf.flow import Flow
-from cnf.likelihood import evaluate, solver_error
+from cnf.likelihood import block_errors, evaluate, solver_error
 from cnf.noise import Noise
-from cnf.quadratures import JacobianFrobenius, Kinetic, Quadrature
-from cnf.solvers import Solver, Stats
+from cnf.quadratures import JacobianFrobenius, Kinetic, Quadrature, StepError
+from cnf.solvers import FixedGrid, Solver, Stats
 
 __all__ = ["Likelihood"]
 
@@ -43,9 +44,11 @@ class Likelihood(nn.Module):
             vectors: the sum over blocks of :math:`\frac{\lambda_K}{2}` and :math:`\lambda_J` times the integrals' means
             over each block's own dimensions, so that small blocks weigh as much as large ones (terms ``kinetic_mean``
             and ``jacobian_mean``).
+        step_error: weight of the solver's own error on its grid (:class:`~cnf.quadratures.StepError`), divided by D for
+            images: a flow that few steps solve.
 
     Raises:
-        ConfigError: for unknown regularisers, a weight that is negative or not finite, or a quadrature called ``loss`` or ``nll``, which are the objective's own terms.
+        ConfigError: for unknown regularisers, a step_error with a solver that does not tell it, a weight that is negative or not finite, or a quadrature called ``loss`` or ``nll``, which are the objective's own terms.
 
     Example:
         >>> from cnf.fields import MLP
@@ -59,12 +62,19 @@ class Likelihood(nn.Module):
     metric = "nll"
     solves = True
 
-    def __init__(self, flow: Flow, kinetic: float = 0.0, jacobian: float = 0.0, regularisers: str = "paper"):
+    def __init__(
+        self,
+        flow: Flow,
+        kinetic: float = 0.0,
+        jacobian: float = 0.0,
+        regularisers: str = "paper",
+        step_error: float = 0.0,
+    ):
         super().__init__()
         if regularisers not in ("paper", "code"):
             raise ConfigError(f"regularisers={regularisers!r} is unknown: expected 'paper' or 'code'")
-        if not (0 <= kinetic < math.inf and 0 <= jacobian < math.inf):
-            raise ConfigError(f"kinetic={kinetic}, jacobian={jacobian}: a regulariser's weight must be finite and not negative")
+        if not all(0 <= weight < math.inf for weight in (kinetic, jacobian, step_error)):
+            raise ConfigError(f"kinetic={kinetic}, jacobian={jacobian}, step_error={step_error}: a regulariser's weight must be finite and not negative")
         self.flow = flow
         released = regularisers == "code"
         self.scale = flow.dim if flow.levels is not None and not released else 1
@@ -76,9 +86,17 @@ class Likelihood(nn.Module):
                 chosen: Quadrature = _BlockMean(quadrature, factor) if released else quadrature
                 self.weights[chosen.name] = weight
                 own += [chosen] if chosen.name != "kinetic" else []
+        if step_error:
+            if not all(type(b.solver) is FixedGrid and b.solver.tableau.error for b in flow.blocks):
+                raise ConfigError(
+                    f"step_error={step_error} needs a grid that tells its error: method 'rk4', 'rk4-classic', 'heun' or "
+                    "'midpoint', and no gradient='reversible'"
+                )
+            self.weights["step_error"] = step_error
+            own.append(StepError())
         for block in flow.blocks:
             # those of an earlier objective go
-            kept = [q for q in block.quadratures if q.name.removesuffix("_mean") not in ("kinetic", "jacobian")]
+            kept = [q for q in block.quadratures if q.name.removesuffix("_mean") not in ("kinetic", "jacobian", "step_error")]
             if taken := {q.name for q in kept} & {"loss", "nll"}:
                 raise ConfigError(f"quadrature name {min(taken)!r} is taken by the objective: give the integral another name")
             block.quadratures = (*kept, *own)
@@ -109,9 +127,20 @@ class Likelihood(nn.Module):
         """What the training solver's mean likelihood of a batch is off by, in bits/dim or nats/dim."""
         return solver_error(self.flow, x, context, noise=noise, group=group)
 
-    def put_solver(self, solver: Solver) -> None:
-        """The training solver of every block."""
-        for block in self.flow.blocks:
+    def block_errors(
+        self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, group: Group = ALONE
+    ) -> list[float]:
+        """The same of each block's solver alone: the mean over items of what it is off by, without its sign."""
+        return block_errors(self.flow, x, context, noise=noise, group=group)
+
+    @property
+    def solvers(self) -> list[Solver]:
+        """The training solver of each block."""
+        return [block.solver for block in self.flow.blocks]
+
+    def put_solvers(self, solvers: Sequence[Solver]) -> None:
+        """The training solvers, one for each block."""
+        for block, solver in zip(self.flow.blocks, solvers, strict=True):
             block.solver = solver
 
     def evaluate(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> tuple[dict[str, Tensor], Stats]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -179,6 +180,17 @@ class Supervised(nn.Module):
             model.solver = used
         return abs(group.mean(moved))
 
-    def put_solver(self, solver: Solver) -> None:
+    def block_errors(
+        self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, group: Group = ALONE
+    ) -> list[float]:
+        """The same, as that of the one solver there is."""
+        return [self.solver_error(x, context, noise, group=group)]
+
+    @property
+    def solvers(self) -> list[Solver]:
         """The model's training solver."""
-        cast(NeuralODE, self.model).solver = solver
+        return [cast(NeuralODE, self.model).solver]
+
+    def put_solvers(self, solvers: Sequence[Solver]) -> None:
+        """The model's training solver, the one of them."""
+        (cast(NeuralODE, self.model).solver,) = solvers

@@ -79,6 +79,8 @@ class TrainConfig:
     """Weight of the kinetic energy ∫‖f‖² (RNODE)."""
     jacobian: float = 0.0
     """Weight of the Jacobian's norm ∫‖J‖² (RNODE)."""
+    step_error: float = 0.0
+    """Weight of the grid's own error, step by step (ERNODE): flows that few steps solve."""
     regularisers: Literal["paper", "code"] = "paper"
     """paper: integrals of sums (images: over D); code: RNODE's released means over each block, half on kinetic."""
     validate_every: int = 250

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -20,8 +21,8 @@ __all__ = ["Adaptive"]
 class _Function:
     """The right-hand side as torchdiffeq wants it, counting evaluations and steps."""
 
-    def __init__(self, rhs: RHS, dtype: torch.dtype):
-        self.rhs, self.dtype, self.counter = rhs, dtype, Counter()
+    def __init__(self, rhs: RHS, dtype: torch.dtype, max_steps: int):
+        self.rhs, self.dtype, self.max_steps, self.counter = rhs, dtype, max_steps, Counter()
         self.attempt: tuple[Tensor, State, Tensor] | None = None
 
     def __call__(self, s: Tensor, y: State) -> State:
@@ -29,6 +30,9 @@ class _Function:
         return self.rhs(s.to(self.dtype), y)
 
     def callback_step(self, s: Tensor, y: State, h: Tensor) -> None:
+        taken = self.counter.accepted + self.counter.rejected
+        # torchdiffeq counts afresh from every output time
+        assert taken < self.max_steps, f"max_num_steps exceeded ({taken}>={self.max_steps})"
         self.attempt = s, y, h
 
     def callback_step_adjoint(self, s: Tensor, y: State, h: Tensor) -> None:
@@ -52,9 +56,13 @@ class Adaptive:
             seminorm of 2009.09457).
         max_steps: steps after which the solve is given up.
         quadratures_in_norm: let log-det and the other integrals drive the step size too.
+        quadrature_tolerance: where no gradient is recorded the point is solved alone, and log-det and the other integrals
+            are taken at few nodes of its path, as many as keep their error below so many nats per dimension of the block
+            (see :mod:`cnf.collocation`); None integrates them along with the point.
 
     Raises:
-        ConfigError: for an unknown method or gradient, or tolerances that are not positive and finite.
+        ConfigError: for an unknown method or gradient, or tolerances that are not positive and finite, or that exclude each
+            other.
     """
 
     METHODS = ("dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2")
@@ -67,6 +75,7 @@ class Adaptive:
         gradient: str = "direct",
         max_steps: int = 1000,
         quadratures_in_norm: bool = False,
+        quadrature_tolerance: float | None = None,
     ):
         if method not in self.METHODS:
             near = get_close_matches(str(method), self.METHODS, 1)
@@ -76,17 +85,30 @@ class Adaptive:
             raise ConfigError(f"rtol={rtol}, atol={atol}: tolerances must be positive and finite")
         if gradient not in ("direct", "adjoint"):
             raise ConfigError(f"gradient={gradient!r}: an adaptive solver takes 'direct' or 'adjoint'")
+        if quadrature_tolerance is not None and not 0 < quadrature_tolerance < math.inf:
+            raise ConfigError(f"quadrature_tolerance={quadrature_tolerance}: expected a positive number, or None")
+        if quadrature_tolerance is not None and quadratures_in_norm:
+            raise ConfigError("quadratures_in_norm=True is for integrals along the path, quadrature_tolerance for nodes: give one")
         self.method, self.rtol, self.atol, self.gradient = method, rtol, atol, gradient
         self.max_steps, self.quadratures_in_norm = max_steps, quadratures_in_norm
+        self.quadrature_tolerance = quadrature_tolerance
 
     def __repr__(self) -> str:
         return f"Adaptive({self.method!r}, rtol={self.rtol:g}, atol={self.atol:g}, gradient={self.gradient!r})"
 
     def refined(self) -> Adaptive:
         """The same method, ten times tighter."""
-        return Adaptive(
-            self.method, self.rtol / 10, self.atol / 10, self.gradient, 4 * self.max_steps, self.quadratures_in_norm
-        )
+        finer = copy.copy(self)
+        finer.rtol, finer.atol, finer.max_steps = self.rtol / 10, self.atol / 10, 4 * self.max_steps
+        if self.quadrature_tolerance is not None:
+            finer.quadrature_tolerance = self.quadrature_tolerance / 10
+        return finer
+
+    def riding(self) -> Adaptive:
+        """The same tolerances, with every integral along with the point and in the error norm."""
+        other = copy.copy(self)
+        other.quadratures_in_norm, other.quadrature_tolerance = True, None
+        return other
 
     def solve(self, rhs: RHS, state: State, *, dynamic: int = 1, parameters: Sequence[Tensor] = ()) -> Solution:
         """The state at s = 1; ``parameters`` are all tensors that ``rhs`` closes over (the adjoint needs them).
@@ -94,8 +116,22 @@ class Adaptive:
         Raises:
             SolverError: too many steps, an underflowing step, or a state that is not finite.
         """
+        ends = torch.tensor([0.0, 1.0], dtype=state[0].dtype, device=state[0].device)
+        path, stats = self.path(rhs, state, ends, dynamic=dynamic, parameters=parameters)
+        return Solution(tuple(entry[-1] for entry in path), stats)
+
+    def path(
+        self, rhs: RHS, state: State, times: Tensor, *, dynamic: int = 1, parameters: Sequence[Tensor] = ()
+    ) -> Solution:
+        """The state at each of ``times`` (T,), which rise from 0 to 1: entries (T, ...), interpolated between the steps.
+
+        The steps are those of :meth:`solve`: further times cost no evaluation, and their error is the steps' own.
+
+        Raises:
+            SolverError: too many steps, an underflowing step, or a final state that is not finite.
+        """
         like = state[0]
-        function = _Function(rhs, like.dtype)
+        function = _Function(rhs, like.dtype, self.max_steps)
         used = len(state) if self.quadratures_in_norm else dynamic
 
         def norm(y: State) -> Tensor:
@@ -105,28 +141,26 @@ class Adaptive:
             # step_t makes the last step land on the end, where torchdiffeq would step past it and interpolate
             return {"step_t": like.new_tensor([end], dtype=torch.float64), "max_num_steps": self.max_steps}
 
-        ends = torch.tensor([0.0, 1.0], dtype=like.dtype, device=like.device)
         common: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol, "method": self.method}
         try:
             if self.gradient == "adjoint" and torch.is_grad_enabled():
                 path = torchdiffeq.odeint_adjoint(
                     function,
                     state,
-                    ends,
+                    times,
                     options={**options(1.0), "norm": norm},
                     adjoint_options={**options(0.0), "norm": "seminorm"},
                     adjoint_params=tuple(p for p in parameters if p.requires_grad),
                     **common,
                 )
             else:
-                path = torchdiffeq.odeint(function, state, ends, options={**options(1.0), "norm": norm}, **common)
+                path = torchdiffeq.odeint(function, state, times, options={**options(1.0), "norm": norm}, **common)
         except AssertionError as error:
             raise self._failed(" ".join(str(error).split()), function) from None
-        y = tuple(e[-1] for e in path)
-        if not finite(y):
+        if not finite(tuple(e[-1] for e in path)):
             raise self._failed("the final state is not finite", function)
         function.counter.backward, function.attempt = True, None
-        return Solution(y, Stats([function.counter]))
+        return Solution(tuple(path), Stats([function.counter]))
 
     def _failed(self, reason: str, function: _Function) -> SolverError:
         counter, where = function.counter, {}

@@ -19,6 +19,7 @@ class Counter:
 
     def __init__(self) -> None:
         self.nfe = self.nfe_backward = self.accepted = self.rejected = 0
+        self.products = 0  # forward evaluations that took a derivative, which whoever owns the right-hand side knows
         self.backward = False
         self.attempt: tuple[Tensor, Tensor] | None = None  # s and step size of the adjoint's latest step
 
@@ -49,7 +50,7 @@ class Stats:
 
     @property
     def nfe_backward(self) -> int:
-        """Evaluations made for the gradient: the adjoint's own, or a checkpoint's repeated ones."""
+        """Evaluations made for the gradient: the adjoint's own, or those that a checkpoint or a walk back repeats."""
         return self._sum("nfe_backward")
 
     @property
@@ -61,6 +62,24 @@ class Stats:
     def rejected(self) -> int:
         """Rejected steps (adaptive solvers)."""
         return self._sum("rejected")
+
+    @property
+    def products(self) -> int:
+        """Evaluations in the forward solves that took a derivative of the field (a product, or the closed form of the trace)."""
+        return self._sum("products")
+
+    def all_products(self) -> None:
+        """Every evaluation so far in the forward solves took a derivative."""
+        for counter in self._counters:
+            counter.products = counter.nfe
+
+    def joined(self, products: int = 0) -> Stats:
+        """All of it as one solve's, with as many further evaluations, all of which took a derivative."""
+        one = Counter()
+        for name in ("nfe", "nfe_backward", "accepted", "rejected", "products"):
+            setattr(one, name, self._sum(name))
+        one.nfe, one.products, one.backward = one.nfe + products, one.products + products, True
+        return Stats([one])
 
     def costliest(self) -> str:
         """The block that took most evaluations, in words; "" where there is one only."""
@@ -79,7 +98,7 @@ class Stats:
         return ""
 
     def __repr__(self) -> str:
-        parts = (f"{n}={self._sum(n)}" for n in ("nfe", "nfe_backward", "accepted", "rejected"))
+        parts = (f"{n}={self._sum(n)}" for n in ("nfe", "nfe_backward", "accepted", "rejected", "products"))
         return f"Stats({', '.join(parts)})"
 
 
@@ -91,7 +110,11 @@ class Solution(NamedTuple):
 
 
 class Solver(Protocol):
-    """Solves d state / ds = rhs(s, state) over s in [0, 1]."""
+    """Solves d state / ds = rhs(s, state) over s in [0, 1].
+
+    Quadratures do not enter the right-hand side. A solver may so hand it the dynamic entries alone, and then looks at their
+    slopes only: a right-hand side may leave the others out.
+    """
 
     def solve(self, rhs: RHS, state: State, *, dynamic: int = 1, parameters: Sequence[Tensor] = ()) -> Solution:
         """The state at s = 1; the first ``dynamic`` entries are the point, the rest quadratures."""

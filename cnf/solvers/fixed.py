@@ -2,35 +2,59 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import partial
+from itertools import accumulate
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from cnf.deferral import deferred
 from cnf.errors import ConfigError, SolverError
 from cnf.recompute import Recompute
 from cnf.solvers.base import RHS, Counter, Solution, State, Stats, finite, largest
-from cnf.solvers.tableaus import TABLEAUS
+from cnf.solvers.tableaus import TABLEAUS, Tableau
 
 __all__ = ["FixedGrid"]
 
 
+def weighted(j: int, coefficients: Sequence[float], slopes: Sequence[State]) -> Tensor | None:
+    """Σ c_i k_i for entry j of a state; None where every c_i is zero."""
+    total = None
+    for c, k in zip(coefficients, slopes, strict=False):
+        if c:
+            total = c * k[j] if total is None else torch.add(total, k[j], alpha=c)
+    return total
+
+
 def _axpy(y: State, h: Tensor, coefficients: Sequence[float], slopes: Sequence[State]) -> State:
     """y + h Σ c_i k_i, entry by entry."""
-    out = []
-    for j, entry in enumerate(y):
-        total = None
-        for c, k in zip(coefficients, slopes, strict=False):
-            if c:
-                total = c * k[j] if total is None else torch.add(total, k[j], alpha=c)
-        out.append(entry if total is None else entry + h * total)
-    return tuple(out)
+    sums = [weighted(j, coefficients, slopes) for j in range(len(y))]
+    return tuple(entry if total is None else entry + h * total for entry, total in zip(y, sums, strict=True))
+
+
+def stages(
+    tableau: Tableau, rhs: RHS, s: Tensor, h: Tensor, y: State, counter: Counter, number: int | None = None
+) -> list[State]:
+    """The slopes k_i of one step of size h from y at s; a right-hand side with a method ``at`` is told which they are, if the
+    step has a number."""
+    slopes: list[State] = []
+    placed = None if number is None else getattr(rhs, "at", None)
+    for i, (c, a) in enumerate(zip(tableau.c, tableau.a, strict=True)):
+        counter.count()
+        z = _axpy(y, h, a, slopes)
+        slopes.append(rhs(s + c * h, z) if placed is None else placed(number, i, s + c * h, z))
+    return slopes
 
 
 class FixedGrid:
-    """A Runge-Kutta method on a fixed grid; its gradient is the discretisation's own.
+    r"""A Runge-Kutta method on a fixed grid; its gradient is the discretisation's own.
+
+    A right-hand side may ask for the steps' errors by an attribute ``step_error``: the place in the state to which
+    :math:`|h| \|E\|` of every step is added (see :class:`cnf.quadratures.StepError`).
 
     Args:
         method: ``"euler"``, ``"midpoint"``, ``"heun"``, ``"rk4"`` (the 3/8 rule), ``"rk4-classic"`` or ``"dopri5"``.
@@ -49,6 +73,9 @@ class FixedGrid:
         True
     """
 
+    GRADIENTS: ClassVar[tuple[str, ...]] = ("direct", "checkpoint")
+    KIND: ClassVar[str] = "fixed grid"
+
     def __init__(self, method: str = "rk4", steps: int = 4, gradient: str = "direct"):
         if method not in TABLEAUS:
             near = get_close_matches(str(method), TABLEAUS, 1)
@@ -56,58 +83,92 @@ class FixedGrid:
             raise ConfigError(f"method={method!r} is unknown on a fixed grid: expected one of {list(TABLEAUS)}{hint}")
         if steps < 1:
             raise ConfigError(f"steps={steps}: a grid needs at least 1 step")
-        if gradient not in ("direct", "checkpoint"):
-            raise ConfigError(f"gradient={gradient!r}: a fixed grid takes 'direct' or 'checkpoint'")
+        if gradient not in self.GRADIENTS:
+            names = " or ".join(map(repr, self.GRADIENTS))
+            raise ConfigError(f"gradient={gradient!r}: a {self.KIND} takes {names}")
         self.method, self.steps, self.gradient = method, steps, gradient
         self.tableau = TABLEAUS[method]
 
     def __repr__(self) -> str:
         return f"FixedGrid({self.method!r}, steps={self.steps}, gradient={self.gradient!r})"
 
+    def with_steps(self, steps: int) -> FixedGrid:
+        """The same method with so many steps."""
+        return FixedGrid(self.method, steps, self.gradient)
+
     def refined(self) -> FixedGrid:
         """The same method with twice the steps."""
-        return FixedGrid(self.method, 2 * self.steps, self.gradient)
+        return self.with_steps(2 * self.steps)
+
+    def stage(self, u: float) -> tuple[int, int, float]:
+        """Step, stage and probability of the stage that u, uniform on [0, 1), draws: by the sizes of their weights.
+
+        Example:
+            >>> FixedGrid("midpoint", steps=2).stage(0.7)
+            (1, 1, 0.5)
+        """
+        sizes = [abs(b) for b in self.tableau.b] * self.steps
+        at = min(bisect(list(accumulate(sizes)), u * sum(sizes)), len(sizes) - 1)
+        return *divmod(at, len(self.tableau.b)), sizes[at] / sum(sizes)
 
     def solve(self, rhs: RHS, state: State, *, dynamic: int = 1, parameters: Sequence[Tensor] = ()) -> Solution:
         """The state at s = 1.
 
         Raises:
-            SolverError: if it is not finite; the solve is then repeated with a check at every step to say where.
+            SolverError: if it is not finite; the solve is then repeated with a check at every step to say where. Inside
+                :func:`~cnf.deferral.deferred_checks` there is none, and the state is as it is.
         """
         counter = Counter()
         like = state[0]
         nodes = torch.linspace(0, 1, self.steps + 1, dtype=like.dtype, device=like.device)
-
-        def step(s: Tensor, h: Tensor, *y: Tensor) -> State:
-            slopes: list[State] = []
-            for c, a in zip(self.tableau.c, self.tableau.a, strict=True):
-                counter.count()
-                slopes.append(rhs(s + c * h, _axpy(y, h, a, slopes)))
-            return _axpy(y, h, self.tableau.b, slopes)
-
-        saving = self.gradient == "checkpoint" and torch.is_grad_enabled()
-        parts = [partial(step, nodes[i], nodes[i + 1] - nodes[i]) for i in range(self.steps)]
-
-        def run(check: bool) -> State:
-            if saving:
-                return Recompute(parameters).chain(parts, state)
-            y = state
-            for i, part in enumerate(parts):
-                before, y = y, part(*y)
-                if check and not finite(y):
-                    raise SolverError(
-                        f"the state is not finite after step {i + 1} of {self.steps} ({self.method}) at s={nodes[i + 1]:.4g} "
-                        f"of the block's time, {counter.nfe} evaluations: more steps, a smaller learning rate, or a "
-                        "kinetic penalty may help",
-                        s=float(nodes[i]), step=1 / self.steps, largest=largest(before),
-                    )  # fmt: skip
-            return y
-
-        y = run(check=False)
-        if not finite(y):
+        y = self._run(rhs, state, nodes, counter, dynamic, parameters)
+        if not deferred() and not finite(y):
             counter.nfe = 0
             with torch.no_grad():
-                saving = False
-                run(check=True)
+                self._run(rhs, state, nodes, counter, dynamic, parameters, check=True)
         counter.backward, counter.accepted = True, self.steps
         return Solution(y, Stats([counter]))
+
+    def _run(
+        self,
+        rhs: RHS,
+        state: State,
+        nodes: Tensor,
+        counter: Counter,
+        dynamic: int,
+        parameters: Sequence[Tensor],
+        check: bool = False,
+    ) -> State:
+        """The state at s = 1; with ``check`` (and no gradient) every step's state has to be finite."""
+
+        place = getattr(rhs, "step_error", None) if self.tableau.error else None
+
+        def step(i: int, s: Tensor, h: Tensor, *y: Tensor) -> State:
+            slopes = stages(self.tableau, rhs, s, h, y, counter, i)
+            after = _axpy(y, h, self.tableau.b, slopes)
+            if place is None or len(y) <= place:
+                return after
+            apart = weighted(0, self.tableau.error, slopes)
+            assert apart is not None
+            size = h * torch.linalg.vector_norm((h * apart).flatten(1), dim=1)  # |h| ‖E‖
+            return *after[:place], after[place] + size, *after[place + 1 :]
+
+        parts = [partial(step, i, nodes[i], nodes[i + 1] - nodes[i]) for i in range(self.steps)]
+        if self.gradient == "checkpoint" and torch.is_grad_enabled():
+            return Recompute(parameters).chain(parts, state)
+        y = state
+        for i, part in enumerate(parts):
+            before, y = y, part(*y)
+            if check:
+                self._require_finite(i, before, y, nodes, counter)
+        return y
+
+    def _require_finite(self, i: int, before: State, y: State, nodes: Tensor, counter: Counter) -> None:
+        """SolverError where step i led from one state to another that is not finite."""
+        if not finite(y):
+            raise SolverError(
+                f"the state is not finite after step {i + 1} of {self.steps} ({self.method}) at s={nodes[i + 1]:.4g} "
+                f"of the block's time, {counter.nfe} evaluations: more steps, a smaller learning rate, or a "
+                "kinetic penalty may help",
+                s=float(nodes[i]), step=1 / self.steps, largest=largest(before),
+            )  # fmt: skip

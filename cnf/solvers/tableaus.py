@@ -9,24 +9,36 @@ __all__ = ["TABLEAUS", "Tableau"]
 
 @dataclass(frozen=True)
 class Tableau:
-    """A Butcher tableau: nodes c, rows a (strictly lower triangular), weights b, and the order of the method."""
+    """A Butcher tableau: nodes c, rows a (strictly lower triangular), weights b, and the order of the method.
+
+    ``error`` are b less the weights of a method of lower order with the same stages; () where none is known.
+    """
 
     c: tuple[float, ...]
     a: tuple[tuple[float, ...], ...]
     b: tuple[float, ...]
     order: int
+    error: tuple[float, ...] = ()
 
 
 TABLEAUS = {
     "euler": Tableau((0.0,), ((),), (1.0,), 1),
-    "midpoint": Tableau((0.0, 0.5), ((), (0.5,)), (0.0, 1.0), 2),
-    "heun": Tableau((0.0, 1.0), ((), (1.0,)), (0.5, 0.5), 2),
+    "midpoint": Tableau((0.0, 0.5), ((), (0.5,)), (0.0, 1.0), 2, (-1.0, 1.0)),  # less Euler's
+    "heun": Tableau((0.0, 1.0), ((), (1.0,)), (0.5, 0.5), 2, (-0.5, 0.5)),
     # the 3/8 rule, which torchdiffeq and so the published codes call rk4
     "rk4": Tableau(
-        (0.0, 1 / 3, 2 / 3, 1.0), ((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (1 / 8, 3 / 8, 3 / 8, 1 / 8), 4
+        (0.0, 1 / 3, 2 / 3, 1.0),
+        ((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)),
+        (1 / 8, 3 / 8, 3 / 8, 1 / 8),
+        4,
+        (1 / 8, -1 / 8, -1 / 8, 1 / 8),  # less (0, 1/2, 1/2, 0), of order 2
     ),
     "rk4-classic": Tableau(
-        (0.0, 0.5, 0.5, 1.0), ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6), 4
+        (0.0, 0.5, 0.5, 1.0),
+        ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)),
+        (1 / 6, 1 / 3, 1 / 3, 1 / 6),
+        4,
+        (1 / 6, -1 / 6, -1 / 6, 1 / 6),  # less (0, 1/2, 1/2, 0), of order 2
     ),
     # Dormand-Prince of order 5: the seventh stage serves only the error estimate, which a fixed grid has no use for
     "dopri5": Tableau(

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from cnf.datasets import DataSplits
 from cnf.distributed import ALONE, Group
-from cnf.errors import ConfigError
+from cnf.errors import ConfigError, DataError
 from cnf.noise import Noise
 from cnf.presets import RunConfig
 
 __all__ = ["Batches", "choose_rows", "fingerprint", "shared_settings", "validation_rows"]
 
+CHUNK = 8192  # rows looked at together
 LOCAL = ("data_root", "download", "device", "threads")  # options that may differ between machines
 
 
@@ -29,15 +30,26 @@ class Batches:
         seed: decides order and noise.
         device: where batches live.
         group: the processes that share each batch: the order is the same on all of them, and each takes its rows.
+        dtype: of batches of floats, and of the context.
 
     Raises:
         ConfigError: for fewer rows than processes.
+        DataError: for rows that hold NaN or infinity, or pixels that are no grey levels: batches are not looked at again.
     """
 
-    def __init__(self, data: DataSplits, size: int, seed: int, device: torch.device, group: Group = ALONE):
-        self.device = device
+    def __init__(
+        self,
+        data: DataSplits,
+        size: int,
+        seed: int,
+        device: torch.device,
+        group: Group = ALONE,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.device, self.dtype = device, dtype
         self.x = data.train.to(device) if _fits(data.train, device) else data.train
-        self.context = None if data.train_context is None else data.train_context.to(device)
+        _require_values(self.x, data.levels)
+        self.context = None if data.train_context is None else data.train_context.to(device, dtype)
         self.size, self.seed, self.flip = min(size, len(self.x)), seed, data.flip
         if self.size < group.size:
             raise ConfigError(f"a batch has {self.size} rows, fewer than the {group.size} processes: take a larger --batch-size, or fewer processes")
@@ -49,14 +61,31 @@ class Batches:
         epoch, place = divmod(step, len(self.x) // self.size)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._order = epoch, torch.randperm(len(self.x), generator=generator).to(self.x.device)
+            self._order = epoch, _sent(torch.randperm(len(self.x), generator=generator), self.x.device)
         rows = self._order[1][place * self.size : (place + 1) * self.size][self.share]
         noise = Noise(self.seed, "train", step, start=self.share.start, total=self.joint)
-        x = self.x[rows].to(self.device).contiguous()
+        x = _sent(self.x[rows], self.device).contiguous()
+        x = x.to(self.dtype) if x.is_floating_point() else x
         if self.flip:
             chosen = noise.draw("flip", "uniform", (len(x),), device=x.device) < 0.5
             x = torch.where(chosen[:, None, None, None], x.flip(3), x)
-        return x, None if self.context is None else self.context[rows.to(self.device)], noise
+        return x, None if self.context is None else self.context[_sent(rows, self.device)], noise
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """On its way to the device: to a GPU from pinned memory, so that nothing waits until it has arrived."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+
+
+def _require_values(x: Tensor, levels: int | None) -> None:
+    if not x.is_floating_point():
+        if levels is not None and levels < 256 and (most := max(int(part.max()) for part in x.split(CHUNK))) >= levels:
+            raise DataError(f"a pixel of the training data is {most}, but levels={levels}: expected 0 to {levels - 1}")
+        return
+    for number, part in enumerate(x.split(CHUNK)):
+        if not bool(part.isfinite().all()):
+            row = number * CHUNK + int((~part.flatten(1).isfinite().all(1)).nonzero()[0])
+            raise DataError(f"the training data hold NaN or infinity, first in row {row}: remove or replace such rows")
 
 
 def _fits(x: Tensor, device: torch.device) -> bool:

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -127,13 +127,13 @@ class Journal:
                 self._log.close()
             self._log = None
 
-    def progress(self, step: int, text: str, *, line: bool) -> None:
+    def progress(self, step: int, text: Callable[[], str], *, line: bool) -> None:
         """One more step. Without a terminal ``text`` is printed if ``line``, or if nothing was for a minute."""
         if self._bar is not None and not self._bar.disable:
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.set_postfix_str(text(), refresh=False)
             self._bar.update(1)
-        elif line or time.monotonic() - self._said > LINE_SECONDS:
-            self.say(f"step {step}/{self.total}: {text}")
+        elif not self.quiet and (line or time.monotonic() - self._said > LINE_SECONDS):
+            self.say(f"step {step}/{self.total}: {text()}")
 
     def say(self, line: str) -> None:
         """A line for the reader, above the bar."""
@@ -168,7 +168,7 @@ class Mute(Journal):
     def record(self, row: dict[str, Any]) -> None:
         """Forget it."""
 
-    def progress(self, step: int, text: str, *, line: bool) -> None:
+    def progress(self, step: int, text: Callable[[], str], *, line: bool) -> None:
         """Tell nobody."""
 
     def say(self, line: str) -> None:

@@ -10,38 +10,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
-from torch.optim.swa_utils import AveragedModel
 
 from cnf.checkpoint import RunInfo, has_trainer
 from cnf.datasets import DataSplits
+from cnf.deferral import deferred_checks
 from cnf.distributed import ALONE, Group
 from cnf.errors import CheckpointError, ConfigError, SolverError
 from cnf.flow import Flow
 from cnf.models import Predictor
 from cnf.objectives import Likelihood, Objective, Supervised
 from cnf.presets import TrainConfig
+from cnf.training.automatic import AutomaticSteps
 from cnf.training.batches import Batches, shared_settings, validation_rows
 from cnf.training.journal import Journal, Mute
 from cnf.training.memory import fitting
-from cnf.training.recovery import Recovery, skip
-from cnf.training.schedule import averaging, learning_rate, optimizer
+from cnf.training.recovery import Recovery
+from cnf.training.schedule import Average, learning_rate, optimizer
+from cnf.training.settle import Ledger, advance, settle, told
 from cnf.training.signals import Abandoned, Interrupted, Signals
 from cnf.training.state import NUMBERS, export, owning, rescue, restore, write
-from cnf.training.step import culprit, gradient
+from cnf.training.step import gradient, tensor_cores
 from cnf.training.watch import Watch
 
 __all__ = ["NUMBERS", "Trainer"]
 
 VALIDATION_SEED = 20_000  # validation noise never changes: validations are comparable within and between runs
-LOG_EVERY = 10  # steps between lines of metrics.jsonl
+LOG_EVERY = 10  # steps between lines of metrics.jsonl, for which all steps since are read from the device
 SAVE_SECONDS = 300.0  # a checkpoint at least so often, however rare validations are
 RETRY_SECONDS = 30.0  # to the next attempt where a checkpoint could not be written
 
 
 def _objective(model: Flow | Predictor, config: TrainConfig) -> Objective:
     if isinstance(model, Flow):
-        return Likelihood(model, config.kinetic, config.jacobian, config.regularisers)
+        return Likelihood(model, config.kinetic, config.jacobian, config.regularisers, config.step_error)
     if config.kinetic or config.jacobian:
         raise ConfigError(f"kinetic={config.kinetic:g}, jacobian={config.jacobian:g} are for densities: leave both at 0")
     return Supervised(model, config.objective)
@@ -74,21 +75,24 @@ class Trainer:
         self.device = torch.device(self.config.device)
         torch.manual_seed(self.config.seed)  # the initial weights
         self.flow = info.build().to(self.device)
-        self.batches = Batches(data, self.config.batch_size, self.config.seed, self.device, group)
+        self.batches = Batches(data, self.config.batch_size, self.config.seed, self.device, group, self.flow.like.dtype)
         self.objective = _objective(self.flow, self.config)
         self.objective.prepare(self.batches.x)
         group.agree(shared_settings(info.config, data))
         group.spread(self.flow.state_dict().values())  # the same already, but for what another machine rounds differently
         self.optimizer = optimizer(self.flow, self.config.lr, self.config.weight_decay)
-        self.ema = AveragedModel(self.flow, multi_avg_fn=averaging(self.config.ema_decay))
+        self.ema = Average(self.flow, self.config.ema_decay)
         self.validation = validation_rows(data, self.config.validation_items, VALIDATION_SEED, self.device)
         self.step = self.skipped = self.skips_in_row = self.worse = 0
         self.best, self.best_step, self.validated, self.seconds = math.inf, 0, -1, 0.0
         self.best_weights: dict[str, Tensor] = {}
         self.journal = (Journal if group.main else Mute)(folder, self.config.steps, quiet=quiet)
-        self.watch = Watch(self.objective, info.config.solver, self.config.watch_tolerance, self.config.max_grid_steps, self.say)
+        watch, solver = AutomaticSteps if info.config.solver.automatic_steps else Watch, info.config.solver
+        limits = self.config.watch_tolerance, self.config.max_grid_steps, self.config.watch_every
+        self.watch = watch(self.objective, solver, *limits, self.say)
         self.signals = Signals(shared=group.size > 1, quiet=not group.main)
         self.recovery = Recovery(self.flow, self.ema, self.optimizer)
+        self.ledger = Ledger(self.flow)
         self.pending: dict[str, Any] = {}  # of the latest step, while what follows it (:meth:`_after`) is not complete
         self.export_due = False  # the best weights are not in the folder yet
         self.signal, self._saved, self._saved_at = 0, -1, time.monotonic()
@@ -139,11 +143,14 @@ class Trainer:
 
     # -- one step ------------------------------------------------------------------------------------------------
 
-    def update(self) -> dict[str, float] | None:
-        """One optimiser step at the present ``step``; None if the batch had to be skipped.
+    def update(self) -> None:
+        """One optimiser step at the present ``step``, left out on the device where loss or gradient is not finite.
+
+        Nothing waits for the device, and what the step gave is not known before :meth:`settle`: but for adaptive solvers,
+        whose steps depend on values, and several processes, which wait for each other.
 
         Raises:
-            TrainingError: when too many batches in a row could not be used, again and again; when one does not fit into memory.
+            TrainingError: for a batch that does not fit into memory.
         """
         config = self.config
         rate = learning_rate(self.step, config.lr, config.warmup, config.steps, config.schedule) * self.recovery.factor
@@ -152,29 +159,25 @@ class Trainer:
         x, context, noise = self.batches(self.step)
         self.flow.train()
         self.optimizer.zero_grad(set_to_none=True)
-        adjoint, limit = self.info.config.solver.gradient == "adjoint", self.recovery.limit()
-        with self.signals.abandoning(), fitting(self, x, context, noise):
-            found = gradient(self.objective, x, context, noise, count=config.accumulate, limit=limit, adjoint=adjoint)
+        limits = {"limit": self.recovery.limit(), "limit_backward": self.recovery.limit("nfe_backward")}
+        adjoint = self.info.config.solver.gradient == "adjoint"
+        tf32 = tensor_cores(self.info.config.solver.precision == "tf32")
+        with self.signals.abandoning(), fitting(self, x, context, noise), deferred_checks(), tf32:
+            found = gradient(self.objective, x, context, noise, count=config.accumulate, adjoint=adjoint, **limits)
         # from here on, gradient and figures are the joint batch's, so that all processes do the same
         figures, failure = self.group.joint(self.flow.parameters(), len(x) / self.batches.size, found.figures, found.failure)
         if failure:
-            skip(self, failure)
-            return None
-        norm = clip_grad_norm_(self.flow.parameters(), config.max_grad_norm or math.inf)
-        grad_norm, *numbers = torch.cat([norm.detach().double().reshape(1), figures]).tolist()  # all leave the device together
-        values = dict(zip(found.names, numbers, strict=True))
-        values |= {n: round(values[n], 3) for n in ("nfe", "nfe_backward")}  # no whole number where it is a mean over processes
-        if not (math.isfinite(values["loss"]) and math.isfinite(grad_norm)):
-            skip(self, culprit(self.flow, values, grad_norm))
-            return None
-        if values["nfe_backward"] > (most := self.recovery.limit("nfe_backward")):
-            skip(self, f"{values['nfe_backward']:,.0f} evaluations in the backward pass, {most:,.0f} at most: it runs away")
-            return None
-        self.optimizer.step()
-        self.ema.update_parameters(self.flow)
-        self.recovery.count(values)
-        self.skips_in_row = 0
-        return {**values, "grad_norm": grad_norm, "lr": rate}
+            self.ledger.fail(self.step, failure)
+        else:
+            advance(self, rate, found.names, figures)
+
+    def settle(self) -> dict[str, float] | None:
+        """What the latest step gave, read from the device with all before it, and what is to follow; None if its batch was skipped.
+
+        Raises:
+            TrainingError: when too many batches in a row could not be used, again and again.
+        """
+        return settle(self)
 
     # -- validation ----------------------------------------------------------------------------------------------
 
@@ -234,9 +237,11 @@ class Trainer:
             while ((reason := self._stop(started)) is None or self.pending) and not self.signal:
                 with suppress(Abandoned):  # a signal: the step, or what follows it, is for who resumes
                     if not self.pending:
-                        values = self.update()
+                        self.update()
                         self.step += 1
-                        self.pending = {"values": values, "extra": {}}
+                        self.pending = {"values": None, "extra": {}}
+                    if self.ledger.failed or (self._due and len(self.ledger)):
+                        self.pending["values"] = self.settle()
                     self.seconds = before + time.monotonic() - started
                     self._after(**self.pending, rate=(self.step - first) / max(1e-9, self.seconds - before))
             last = reason is not None and not self.signal and self.validated != self.step
@@ -249,6 +254,7 @@ class Trainer:
             # the state, so that a resumed run selects what it would have selected had it never stopped
             if last:
                 with suppress(Abandoned):
+                    self.settle()
                     self.journal.record({"step": self.step, **self.validate(), "seconds": round(self.seconds, 3)})
             self._stop(started)  # a signal during the last validation; and all wait until everything is saved
         if self.signal:
@@ -258,23 +264,30 @@ class Trainer:
             self.say(f"step {self.step}: " + ("time is up" if reason == "max_time" else f"no better validation in {self.worse}"))
         return reason
 
+    @property
+    def _watches(self) -> bool:
+        return self.watch.due(self.step)
+
+    @property
+    def _validates(self) -> bool:
+        return self.step % self.config.validate_every == 0 or self.step == self.config.steps
+
+    @property
+    def _due(self) -> bool:
+        """Whether this step gets a row in metrics.jsonl, and so all before it are to be judged."""
+        return self._watches or self._validates or self.step % LOG_EVERY == 0
+
     def _after(self, values: dict[str, float] | None, extra: dict[str, Any], rate: float) -> None:
         """Watch, validate, log and save where it is due; ``extra`` is what an earlier call that was interrupted has found."""
-        if self.objective.solves and self.step % self.config.watch_every == 0 and not extra:
+        if self._watches and not extra:
             extra |= self.watch.measure(self.step, *self.batches(self.step), self.group)
-        due = self.step % self.config.validate_every == 0 or self.step == self.config.steps
+        due = self._validates
         if due:
             extra |= self.validate()
-        if extra or self.step % LOG_EVERY == 0:
+        if self._due:
             row = {"step": self.step, **(values or {}), "skipped": self.skipped, **self.recovery.told, **extra, "seconds": round(self.seconds, 3)}
             self.journal.record(row)
-        form = ".4f" if isinstance(self.flow, Flow) else ".4g"  # a loss may fall by orders of magnitude
-        told = f"{values[self.objective.metric]:{form}} {self.unit}, NFE {values['nfe']:g}" if values else "batch skipped"
-        parts = [told, f"{rate * self.batches.size:,.0f} samples/s"]
-        if self.best_weights:
-            last = f"validation {extra['validation']:{form}}, " if due else ""
-            parts.append(f"{last}best {self.best:{form}} at {self.best_step}")
-        self.journal.progress(self.step, ", ".join(parts), line=due)
+        self.journal.progress(self.step, lambda: told(self, rate, extra), line=due)
         self.pending = {}
         if due or time.monotonic() - self._saved_at > SAVE_SECONDS:
             self._try_save()

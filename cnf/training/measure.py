@@ -48,6 +48,7 @@ def measure(trainer: Trainer) -> Cost:
         _step(trainer)
         steps += 1
     seconds = (time.perf_counter() - started) / steps
+    trainer.settle()
     if trainer.device.type == "cuda":
         peak, where = torch.cuda.max_memory_allocated(trainer.device) / 2**20, "GPU"
     else:

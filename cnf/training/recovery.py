@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -105,19 +106,23 @@ class Recovery:
             self.good = {name: state["good"][name] for name in self.parts}
 
 
-def skip(trainer: Trainer, reason: str) -> None:
-    """Count a batch that cannot be used; after too many in a row go back to the good weights.
+def skip(trainer: Trainer, step: int, reason: Callable[[], str]) -> bool:
+    """Count the batch of a step that cannot be used; after too many in a row go back to the good weights, and say so.
+
+    ``reason`` is called where it is told, before anything is counted.
 
     Raises:
         TrainingError: when that has been of no use.
     """
+    tell, back = trainer.skipped < MAX_SKIPS, trainer.skips_in_row + 1 >= MAX_SKIPS
+    why = reason() if tell or back else ""
     trainer.skipped += 1
     trainer.skips_in_row += 1
-    if trainer.skipped <= MAX_SKIPS:  # all are counted in metrics.jsonl and result.json
-        trainer.say(f"step {trainer.step}: batch skipped: {reason}")
-    if trainer.skips_in_row < MAX_SKIPS:
-        return
-    row, recovery = f"{MAX_SKIPS} batches in a row could not be used, the last at step {trainer.step} ({reason})", trainer.recovery
+    if tell:  # all are counted in metrics.jsonl and result.json
+        trainer.say(f"step {step}: batch skipped: {why}")
+    if not back:
+        return False
+    row, recovery = f"{MAX_SKIPS} batches in a row could not be used, the last at step {step} ({why})", trainer.recovery
     if recovery.rollbacks >= MAX_ROLLBACKS:
         raise TrainingError(
             f"{row}, though the weights went back {MAX_ROLLBACKS} times and the rate is down to {recovery.factor:g} of its "
@@ -125,6 +130,7 @@ def skip(trainer: Trainer, reason: str) -> None:
         )
     trainer.skips_in_row, good = 0, recovery.go_back()
     trainer.say(f"{row}: back to the weights of step {good}, with {RATE_FACTOR:g} times the learning rate")
+    return True
 
 
 def advice(config: TrainConfig, solver: SolverConfig) -> str:

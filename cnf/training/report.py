@@ -66,7 +66,7 @@ def summary(result: dict[str, Any]) -> str:
         lines.append(f"  not a bound: {result['note']}")
     lines.append(f"  {comparability(result)}")
     lines.append(
-        f"  NFE {result['nfe']:.0f}; round trip {result['round_trip_error']:.1e} on {result['checked_items']:,} items, "
+        f"  NFE {result['nfe']:.0f}, {result['products']:.0f} with a derivative; round trip {result['round_trip_error']:.1e} on {result['checked_items']:,} items, "
         f"largest solver error of one {result['solver_error_largest']:.1e}; {result['parameters']:,} parameters"
     )
     if "true_entropy" in result:

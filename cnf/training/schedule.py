@@ -1,16 +1,15 @@
-"""How weights move: the optimiser, the learning rate of a step, the averaging."""
+"""How weights move: the optimiser, the learning rate of a step, the averaging; both can be left out on the device."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["averaging", "learning_rate", "optimizer"]
+__all__ = ["AdamW", "Average", "learning_rate", "optimizer"]
 
 
 def learning_rate(step: int, peak: float, warmup: int, steps: int, schedule: str) -> float:
@@ -27,7 +26,39 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int, schedule: str
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
 
-def optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, whose step can be left out by a tensor, as mixed precision does it: nobody waits for its value.
+
+    Example:
+        >>> weight = nn.Parameter(torch.ones(2))
+        >>> adam = AdamW([{"params": [weight]}], 0.1)
+        >>> weight.grad = torch.tensor([1.0, float("nan")])
+        >>> adam.step_where(weight.grad.isfinite().all())
+        >>> weight.data, adam.state[weight]["step"]
+        (tensor([1., 1.]), tensor(0.))
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float):
+        super().__init__(groups, lr=lr, fused=True)
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
+        self.register_load_state_dict_pre_hook(_as_fused)
+
+    def step_where(self, taken: Tensor) -> None:
+        """One step where ``taken`` () is True; else weights, moments and counters stay, whatever the gradient is."""
+        self.found_inf = (~taken).float()
+        try:
+            self.step()
+        finally:
+            self.found_inf = None
+
+
+def _as_fused(adam: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A state as the fused implementation keeps it, which implementation ever wrote it."""
+    return {**state, "param_groups": [{**group, "fused": True, "foreach": None} for group in state["param_groups"]]}
+
+
+def optimizer(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
     """AdamW, with zero decay Adam; betas and eps are Adam's usual. A learned end time is not decayed: it has no reason to be short.
 
     Example:
@@ -39,17 +70,39 @@ def optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.A
         {"params": [p for n, p in named if not n.endswith("sqrt_end_time")], "weight_decay": weight_decay},
         {"params": [p for n, p in named if n.endswith("sqrt_end_time")], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr)
+    return AdamW([g for g in groups if g["params"]], lr)
 
 
-def averaging(decay: float) -> Callable[[Any, Any, Any], None]:
-    """For AveragedModel: exponential averaging by min(decay, (1 + n) / (10 + n)) at update n.
+class Average(AveragedModel):
+    """Exponential averaging of a model's weights by min(decay, (1 + n) / (10 + n)) at update n; the first one copies them.
 
     The bound lets a young average forget the initial weights soon. ``decay=0`` copies the weights: no averaging.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> average = Average(model, 0.5)
+        >>> for value, taken in ((1.0, True), (5.0, False), (2.0, True)):
+        ...     _ = model.weight.data.fill_(value)
+        ...     average.update_parameters(model, torch.tensor(taken))
+        >>> round(average.module.weight.item(), 4), int(average.n_averaged)  # 2/11 of the old, 9/11 of the new
+        (1.8182, 2)
     """
 
-    def update(averaged: Any, current: Any, count: Any) -> None:
-        n = float(count)
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, count)
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model)
+        self.decay = decay
 
-    return update
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module, taken: Tensor | None = None) -> None:
+        """Average the model's present weights in, where ``taken`` () is True or not given."""
+        n = self.n_averaged.double()
+        decay = ((1 + n) / (10 + n)).clamp(max=self.decay) * (n > 0)
+        weight = 1 - decay if taken is None else (1 - decay) * taken
+        mine: list[Tensor] = list(self.module.parameters())
+        others: list[Tensor] = list(model.parameters())
+        cast = {dtype: weight.to(dtype) for dtype in {p.dtype for p in mine}}
+        weights: list[Tensor] = [cast[p.dtype] for p in mine]
+        torch._foreach_lerp_(mine, others, weights)
+        for own, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+            own.copy_(buffer)
+        self.n_averaged += 1 if taken is None else taken

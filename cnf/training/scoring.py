@@ -146,6 +146,7 @@ def score(
         "round_trip_error": checked.round_trip,
         "checked_items": checked.items,
         "nfe": found.nfe,
+        "products": found.products,
         **about(flow, info, started),
     }
     if data.entropy is not None:
@@ -172,6 +173,7 @@ def _solvers(flow: Flow) -> dict[str, Any]:
         "solver": common([s.method if isinstance(s, Adaptive | FixedGrid) else repr(s) for s in solvers]),
         "rtol": common([s.rtol for s in adaptive]),
         "atol": common([s.atol for s in adaptive]),
+        "quadrature_tolerance": common([s.quadrature_tolerance for s in adaptive]),
         "grid_steps": common([s.steps for s in grids]),
         "divergence": common(["exact" if isinstance(d, Exact) else "hutchinson" for d in traces]),
         "probe": common([d.noise for d in probes]),

@@ -30,9 +30,10 @@ def collect(trainer: Trainer) -> dict[str, Any]:
         "optimizer": trainer.optimizer.state_dict(),
         "best_weights": trainer.best_weights,
         "numbers": {name: getattr(trainer, name) for name in NUMBERS},
-        "refinements": trainer.watch.refinements,
+        **trainer.watch.state(),
         "recovery": trainer.recovery.state(trainer.step),
         "pending": trainer.pending,
+        "outcomes": trainer.ledger.state(),
         "metrics": len(trainer.metrics),
         "data": fingerprint(trainer.data),
     }
@@ -58,12 +59,13 @@ def restore(trainer: Trainer) -> None:
         best = trainer.best_flow() if trainer.best_weights else None
         for name in NUMBERS:
             setattr(trainer, name, type(getattr(trainer, name))(state["numbers"][name]))
-        trainer.watch.refinements, rows = int(state["refinements"]), int(state["metrics"])
+        trainer.watch.load(state)
+        rows = int(state["metrics"])
         trainer.recovery.load(state["recovery"])
         trainer.pending = dict(state["pending"])
+        trainer.ledger.load(state.get("outcomes", []))  # a checkpoint of an earlier version has none: all was judged at once
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{folder / 'trainer.pt'} is not of this model: {one_line(error)}") from None
-    trainer.watch.apply()
     trainer.journal.cut(rows)
     if best is not None and trainer.group.main:  # a later best, from after this checkpoint, is void
         write_weights(folder, best)

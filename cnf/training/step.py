@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from cnf.noise import Noise
 from cnf.objectives import Objective
 from cnf.solvers import Stats
 
-__all__ = ["Gradient", "culprit", "gradient", "micro_batches", "pieces"]
+__all__ = ["Gradient", "culprit", "gradient", "micro_batches", "pieces", "tensor_cores"]
 
 
 @dataclass
@@ -27,6 +29,20 @@ class Gradient:
     """Means over the batch, in double precision."""
     failure: str = ""
     """Why there is no gradient; "" where there is one."""
+
+
+@contextmanager
+def tensor_cores(tf32: bool) -> Iterator[None]:
+    """Inside, a GPU's float32 products are rounded to TF32 (10 bits after the point), or, convolutions too, not at all."""
+    parts: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [part.allow_tf32 for part in parts]
+    try:
+        for part in parts:
+            part.allow_tf32 = tf32
+        yield
+    finally:
+        for part, was in zip(parts, before, strict=True):
+            part.allow_tf32 = was
 
 
 def pieces(rows: int, count: int) -> Iterator[slice]:
@@ -59,6 +75,7 @@ def gradient(
     *,
     count: int = 1,
     limit: float = math.inf,
+    limit_backward: float = math.inf,
     adjoint: bool = False,
 ) -> Gradient:
     """Add the gradient of the mean loss of x (N, \\*event) to the parameters' ``grad``.
@@ -70,6 +87,7 @@ def gradient(
         noise: of the whole batch: a micro-batch draws its rows of it.
         count: micro-batches: the same gradient, in the memory of one of them.
         limit: evaluations of one forward solve above which the batch is given up, before its backward pass.
+        limit_backward: evaluations in its backward pass above which it is given up.
         adjoint: whether an ``AssertionError`` in the backward pass is a solve's that failed, which torchdiffeq says so.
     """
     total, found = len(x), Gradient()
@@ -97,8 +115,12 @@ def gradient(
         costs.append((stats, share))
     found.names = (*terms, "nfe", "nfe_backward")
     counts = [_mean([(getattr(stats, name), share) for stats, share in costs]) for name in found.names[-2:]]
+    if counts[1] > limit_backward:
+        found.failure = f"{counts[1]:,.0f} evaluations in the backward pass, {limit_backward:,.0f} at most: it runs away"
+        return found
     joined = torch.stack(means).sum(0)
-    found.figures = torch.cat([joined, joined.new_tensor(counts)])
+    # filled where they are: copied from here, each would wait for the device
+    found.figures = torch.cat([joined, *(joined.new_full((1,), count) for count in counts)])
     return found
 
 
@@ -108,14 +130,14 @@ def _mean(values: list[tuple[int, float]]) -> float:
     return first if all(v == first for v, _ in values) else sum(v * share for v, share in values)
 
 
-def culprit(model: nn.Module, figures: dict[str, float], norm: float) -> str:
-    """Which loss term, or which parameter of which block, is not finite, in words."""
+def culprit(model: nn.Module, figures: dict[str, float], norm: float, place: str = "") -> str:
+    """Which loss term is not finite, or the gradient of which parameter (``place``) of which block, in words."""
     wrong = [f"{name} {value:g}" for name, value in figures.items() if not math.isfinite(value)]
     if wrong:
         return ", ".join(wrong)
     blocks = {id(p): i for i, block in enumerate(getattr(model, "blocks", ()), 1) for p in block.parameters()}
-    for name, p in model.named_parameters():
-        if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
-            where = f", in block {blocks[id(p)]} of {max(blocks.values())}" if id(p) in blocks else ""
-            return f"loss {figures['loss']:g}, gradient norm {norm:g}: not finite at {name}{where}"
-    return f"loss {figures['loss']:g}, gradient norm {norm:g}"
+    where = ""
+    if place:
+        number = blocks.get(id(model.get_parameter(place)))
+        where = f": not finite at {place}" + (f", in block {number} of {max(blocks.values())}" if number else "")
+    return f"loss {figures['loss']:g}, gradient norm {norm:g}{where}"

@@ -32,14 +32,21 @@ class Watch:
         config: its solver.
         tolerance: in bits/dim (images), nats/dim, or the loss's unit.
         max_grid_steps: where doubling stops.
+        every: steps between two measurements.
         say: takes a line for the reader.
     """
 
     def __init__(
-        self, objective: Objective, config: SolverConfig, tolerance: float, max_grid_steps: int, say: Callable[[str], None]
+        self,
+        objective: Objective,
+        config: SolverConfig,
+        tolerance: float,
+        max_grid_steps: int,
+        every: int,
+        say: Callable[[str], None],
     ):
         self.objective, self.config, self.tolerance, self.max_grid_steps = objective, config, tolerance, max_grid_steps
-        self.say = say
+        self.every, self.say = every, say
         self.refinements = 0
         self._warned = False
 
@@ -53,7 +60,20 @@ class Watch:
     def apply(self) -> None:
         """Train with the present solver."""
         if self.objective.solves:
-            self.objective.put_solver(self.solver())
+            self.objective.put_solvers([self.solver()] * len(self.objective.solvers))
+
+    def due(self, step: int) -> bool:
+        """Whether it measures after this many steps."""
+        return self.objective.solves and step % self.every == 0
+
+    def state(self) -> dict[str, Any]:
+        """What resuming needs."""
+        return {"refinements": self.refinements}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up :meth:`state`, and train with the solver it tells."""
+        self.refinements = int(state["refinements"])
+        self.apply()
 
     def measure(self, step: int, x: Tensor, context: Tensor | None, noise: Noise, group: Group = ALONE) -> dict[str, Any]:
         """``solver_error`` on one batch, of which each process gives its rows, and the grid's steps (or rtol) from now on."""
@@ -78,9 +98,14 @@ class Watch:
             self.refinements += 1
             self.apply()
             self.say(f"{found}, above --watch-tolerance {self.tolerance:g}: now {finer!r}")
-        elif not self._warned:
+        else:
+            self._give_up(found, repr(self.solver()))
+
+    def _give_up(self, found: str, solver: str) -> None:
+        """Tell once that the error is too large for the finest solver there may be."""
+        if not self._warned:
             self._warned = True
             hint = "a new run with --kinetic, or a larger --max-grid-steps, may help"
             if self.objective.metric != "nll":  # no density, no regularisers
                 hint = "a smaller --lr, or a larger --max-grid-steps, may help"
-            self.say(f"{found}, and {self.solver()!r} is not refined any further (validation and test do not use it): {hint}")
+            self.say(f"{found}, and {solver} is not refined any further (validation and test do not use it): {hint}")

@@ -1,0 +1,306 @@
+"""Exact fields of two hidden layers against the published fields of three with Hutchinson's trace, at equal parameters.
+
+    python benchmarks/exact.py --cases digits tabular --seconds 150 --seeds 0 1
+    python benchmarks/exact.py --cases mnist --data-root DIR --seconds 240 --batch 16
+
+Both sides have the preset's training and automatic grid. They train in turns in one process, so many seconds of their own time each,
+the rate falling along a cosine of that time; the better validation, the averaged weights' on the same items and noise, is the table.
+Then, from the weights at the end, the gradient is drawn again and again to see what the probe adds to its variance, and whole training
+steps on one grid are timed in turn. The third side, the exact field with Hutchinson's trace, tells the trace's part from the width's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from automatic_steps import data as pictures
+from measure import alternate, machine, markdown, record, training_step, versions
+from torch import Tensor
+
+from cnf import datasets
+from cnf.checkpoint import RunInfo
+from cnf.cli.common import load_splits
+from cnf.datasets import DataSplits
+from cnf.deferral import deferred_checks
+from cnf.divergence import Exact
+from cnf.likelihood import Evaluation, evaluate
+from cnf.models import SolverConfig, build
+from cnf.noise import Kind, Noise
+from cnf.objectives import Likelihood
+from cnf.presets import RunConfig, preset
+from cnf.solvers import FixedGrid
+from cnf.training import Trainer
+
+# FFJORD's probe, and RNODE's for images
+PROBES = {"digits": "rademacher", "mnist": "gaussian", "tabular": "rademacher"}
+SIDES = ("two hidden layers, exact", "three hidden layers, Hutchinson", "two hidden layers, Hutchinson")
+SLICES = 40  # turns of each side
+WARMUP = 0.05  # of the time: the rate's way up
+TANGENTS = 64  # dimensions up to which the published side is validated without a probe
+STEPS = 4  # of the grid of timed steps
+TRAINED = {
+    "case": "{case}", "side": "{side}", "hidden": "{hidden}", "parameters": "{parameters:,}", "seed": "{seed}", "batch": "{batch}",
+    "seconds": "{seconds:.0f}", "steps": "{steps:,}", "grid at the end": "{grid:.1f}", "validation": "{validation:.4f} {unit}",
+    "± of items": "{error:.4f}", "best": "{best:.4f}", "less the exact one's, paired": "{difference:+.4f} ± {difference_error:.4f}",
+}  # fmt: skip
+VARIANCES = {
+    "case": "{case}", "side": "{side}", "of": "{term}", "batch": "{batch}", "draws": "{draws}", "‖g‖": "{norm:.3g}",
+    "probe / ‖g‖²": "{probe:.3g}", "dequantisation / ‖g‖²": "{dequantisation:.3g}", "all and the minibatch / ‖g‖²": "{total:.3g}",
+    "the probe's part": "{share:.1%}",
+}  # fmt: skip
+TIMED = {
+    "case": "{case}", "side": "{mode}", "batch": "{batch}", "gradient": "{gradient}", "s a step": "{ours_s:.4f}",
+    "CPU s": "{ours_cpu_s:.4f}", "three layers' / it": "{ratio:.2f}", "by CPU time": "{cpu_ratio:.2f}", "turns": "{repeats}",
+}  # fmt: skip
+
+
+def table(file: str | None) -> DataSplits | None:
+    """Six columns in which three sets of points in the plane are mixed by a rotation; None where there is a file."""
+    if file is not None:
+        return None
+    sets = [datasets.load(name) for name in ("checkerboard", "2spirals", "8gaussians")]
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)))[0]
+    parts = [torch.cat([getattr(s, part) for s in sets], 1) @ turn for part in ("train", "validation", "test")]
+    return DataSplits("three planes", "table", *parts)
+
+
+def sides(case: str, info: RunInfo) -> dict[str, RunConfig]:
+    """The exact preset; three hidden layers with as many parameters and Hutchinson's trace; the preset's field with that trace."""
+
+    def count(hidden: tuple[int, ...]) -> int:
+        with torch.device("meta"):
+            model = build(replace(exact.model, hidden=hidden), SolverConfig(), info.event_shape, levels=info.levels)
+        return sum(p.numel() for p in model.parameters())
+
+    exact = info.config
+    estimate = replace(exact, solver=replace(exact.solver, divergence="hutchinson", probe=PROBES[case]))
+    wanted, width = count(exact.model.hidden), exact.model.hidden[0]
+    three = min(range(1, width + 1), key=lambda w: abs(count((w,) * 3) - wanted))
+    return dict(zip(SIDES, (exact, replace(estimate, model=replace(exact.model, hidden=(three,) * 3)), estimate), strict=True))
+
+
+class Timed(Trainer):
+    """Trains in turns, ``seconds`` in all: the rate follows the time that is spent, and validations are not a part of it."""
+
+    seconds_in_all = 1.0
+    spent = 0.0
+
+    def turn(self, seconds: float) -> None:
+        """Train for so long, or to the end of all seconds; one step at least."""
+        until = min(seconds, self.seconds_in_all - self.spent)
+        began, before = time.perf_counter(), self.spent
+        while self.spent == before or self.spent - before < until:
+            part = min(1.0, self.spent / self.seconds_in_all)
+            rate = self.peak * min(1.0, part / WARMUP + 0.01) * 0.5 * (1 + math.cos(math.pi * part))
+            self.config = replace(self.config, lr=rate, warmup=0, schedule="constant")
+            self.update()
+            self.step += 1
+            if self._watches:
+                self.watch.measure(self.step, *self.batches(self.step))
+            if self._due or self.ledger.failed:
+                self.settle()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.spent = before + time.perf_counter() - began
+
+    @property
+    def peak(self) -> float:
+        """The preset's rate."""
+        return self.info.config.train.lr
+
+    def score(self, draws: int) -> Evaluation:
+        """Of the averaged weights on the validation items, the trace exact where that is to be had."""
+        flow = copy.deepcopy(self.ema.module).eval()
+        for block in flow.blocks if flow.dim <= TANGENTS else ():
+            block.divergence = Exact()
+        x, _, index = self.validation
+        return evaluate(flow, x, draws=draws, seed=1, index=index)
+
+
+def train(
+    case: str, infos: dict[str, RunInfo], splits: DataSplits, seconds: float, points: int, draws: int
+) -> tuple[list[dict[str, Any]], dict[str, Timed]]:
+    """A row for each side, in alternation trained for so many seconds, and the trainers at the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {side: Timed(info, splits, Path(folder), quiet=True) for side, info in infos.items()}
+    found: dict[str, list[tuple[float, int, Evaluation]]] = {side: [] for side in trainers}
+    for trainer in trainers.values():
+        trainer.seconds_in_all = seconds
+    while any(trainer.spent < seconds for trainer in trainers.values()):
+        for side, trainer in trainers.items():
+            if trainer.spent >= seconds:
+                continue
+            trainer.turn(seconds / SLICES)
+            if trainer.spent >= seconds * (len(found[side]) + 1) / points - 1e-9:
+                found[side].append((trainer.spent, trainer.step, trainer.score(draws)))
+                print(f"{case}, {side}: {trainer.spent:.0f} s, {trainer.step} steps, {found[side][-1][2].mean:.4f}", flush=True)
+    rows: list[dict[str, Any]] = []
+    first = next(iter(found.values()))[-1][2]
+    for side, trainer in trainers.items():
+        last = found[side][-1][2]
+        paired = last.per_item - first.per_item
+        grids = [solver.steps for solver in trainer.objective.solvers if isinstance(solver, FixedGrid)]
+        rows.append({
+            "case": case, "data": splits.name, "side": side, "hidden": "-".join(map(str, trainer.info.config.model.hidden)),
+            "parameters": sum(p.numel() for p in trainer.flow.parameters()), "seed": trainer.config.seed,
+            "batch": trainer.batches.size, "seconds": trainer.spent, "steps": trainer.step, "skipped": trainer.skipped,
+            "grid": sum(grids) / max(1, len(grids)), "validation": last.mean, "unit": last.unit, "error": last.standard_error,
+            "best": min(e.mean for _, _, e in found[side]), "difference": float(paired.mean()),
+            "difference_error": float(paired.std()) / math.sqrt(len(paired)),
+            "curve": [[spent, step, e.mean] for spent, step, e in found[side]],
+        })  # fmt: skip
+    return rows, trainers
+
+
+class Redrawn(Noise):
+    """Noise of which only what is named in ``moving`` is another one at every number."""
+
+    def __init__(self, number: int, moving: frozenset[str]):
+        super().__init__(0, "variance", number)
+        self.moving = moving
+
+    def _copy(self) -> Noise:
+        other = Redrawn(self.step, self.moving)
+        other.place = self.place
+        return other
+
+    def draw(self, name: str, kind: Kind, shape: Any, **options: Any) -> Tensor:
+        """Draw by name."""
+        noise = Noise(self.seed, self.purpose, self.step if name in self.moving else 0)
+        noise.place = self.place
+        return noise.draw(name, kind, shape, **options)
+
+
+PROBE, PIXELS = frozenset({"probe", "stage"}), frozenset({"dequantize"})  # the stage is that of the Jacobian's penalty
+
+
+def spread(gradients: Iterator[Tensor]) -> tuple[float, float]:
+    """Variance of a gradient, summed over its entries, and the squared norm of its mean without the variance's part in that."""
+    drawn = torch.stack(list(gradients))
+    variance = float(drawn.var(0).double().sum())
+    return variance, float(drawn.mean(0).double().square().sum()) - variance / len(drawn)
+
+
+def variance(case: str, side: str, trainer: Timed, term: str, draws: int) -> dict[str, Any]:
+    """What probe, dequantisation and minibatch each do to the gradient of ``term`` at the trainer's weights.
+
+    Relative to the squared norm of the first batch's own gradient, which is free of the probe.
+    """
+    objective = trainer.objective.train()
+
+    def gradient(x: Tensor, noise: Noise) -> Tensor:
+        trainer.flow.zero_grad(set_to_none=True)
+        objective(x, noise=noise)[term].mean().backward()
+        return torch.cat([p.grad.flatten() for p in trainer.flow.parameters() if p.grad is not None])
+
+    batch = trainer.batches(0)[0]
+    probe, square = spread(gradient(batch, Redrawn(i, PROBE)) for i in range(draws))
+    pixels = 0.0 if trainer.flow.levels is None else spread(gradient(batch, Redrawn(i, PIXELS)) for i in range(draws))[0]
+    total = spread(gradient(trainer.batches(i)[0], Redrawn(i, PROBE | PIXELS)) for i in range(draws))[0]
+    return {
+        "case": case, "side": side, "term": term, "batch": len(batch), "draws": draws, "norm": math.sqrt(max(0.0, square)),
+        "probe": probe / square, "dequantisation": pixels / square, "total": total / square, "share": probe / total,
+    }  # fmt: skip
+
+
+def timed(case: str, trainers: dict[str, Timed], turns: int) -> list[dict[str, Any]]:
+    """A row for each side: whole training steps on the same grid, in turn."""
+
+    def loss(trainer: Timed) -> Tensor:
+        x, _, noise = trainer.batches(trainer.step)
+        with deferred_checks():
+            return trainer.objective(x, noise=noise)["loss"].mean()
+
+    steps = {}
+    for side, trainer in trainers.items():
+        trainer.objective.train()
+        trainer.objective.put_solvers([grid.with_steps(STEPS) for grid in trainer.objective.solvers if isinstance(grid, FixedGrid)])
+        steps[side] = training_step(trainer.flow, lambda trainer=trainer: loss(trainer))  # type: ignore[misc]
+    found = alternate(steps, turns)
+    base = found[SIDES[1]]
+    return [
+        {
+            "case": case, "mode": side, "batch": trainer.batches.size, "gradient": trainer.info.config.solver.gradient,
+            "baseline_s": base["wall"], "ours_s": found[side]["wall"], "ratio": base["wall"] / found[side]["wall"],
+            "ours_cpu_s": found[side]["cpu"], "cpu_ratio": base["cpu"] / found[side]["cpu"], "repeats": found[side]["repeats"],
+        }
+        for side, trainer in trainers.items()
+    ]  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, and record if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=PROBES, default=["digits", "tabular"])
+    parser.add_argument("--seconds", type=float, default=120.0, help="of training, for each side and seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--points", type=int, default=4, help="validations of each side, the last at the end")
+    parser.add_argument("--items", type=int, default=256, help="images or, times 16, rows of a validation")
+    parser.add_argument("--noise", type=int, default=4, help="noise draws of a validation")
+    parser.add_argument("--batch", type=int, help="items a step; the preset's if not given, 16 of mnist's")
+    parser.add_argument("--draws", type=int, default=24, help="gradients of each variance")
+    parser.add_argument("--turns", type=int, default=9, help="timings of each side")
+    parser.add_argument("--data-root", help="folder that has MNIST; enlarged digits if not given")
+    parser.add_argument("--table", help="file of a table with few columns; three toy sets side by side if not given")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads; all cores if not given")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--json", type=Path, help="file of measured rows to add to")
+    args = parser.parse_args(argv)
+    about = {**machine(), "threads": args.threads, **versions("torch")}
+    tables: dict[str, tuple[list[dict[str, Any]], dict[str, str]]] = {
+        "exact": ([], TRAINED), "exact variance": ([], VARIANCES), "exact steps": ([], TIMED),
+    }  # fmt: skip
+    for case in args.cases:
+        config = preset(f"exact-{case}").config
+        image = case != "tabular"
+        batch = args.batch or (16 if case == "mnist" else config.train.batch_size)
+        # by checkpoints a small batch would only lose time
+        config = replace(config, solver=replace(config.solver, gradient="direct"))
+        if case == "tabular" and args.table:
+            config = replace(config, data=replace(config.data, data=args.table))
+        splits = pictures(100, batch, args.items, args.data_root) if case == "mnist" else None if image else table(args.table)
+        splits = splits or load_splits(config)
+        for seed in args.seeds:
+            settings = replace(
+                config.train, seed=seed, batch_size=batch, validation_items=args.items * (1 if image else 16), device=args.device,
+                threads=args.threads,
+            )  # fmt: skip
+            info = RunInfo(replace(config, train=settings), splits.event_shape, splits.levels, 0, (), ())
+            infos = {side: replace(info, config=used) for side, used in sides(case, info).items()}
+            rows, trainers = train(case, dict(list(infos.items())[:2]), splits, args.seconds, args.points, args.noise)
+            tables["exact"][0].extend(rows)
+            if seed != args.seeds[0]:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                same = Timed(infos[SIDES[2]], splits, Path(folder), quiet=True)
+            same.flow.load_state_dict(trainers[SIDES[0]].flow.state_dict())
+            same.objective.put_solvers(trainers[SIDES[0]].objective.solvers)
+            trainers[SIDES[2]] = same
+            for side, trainer in trainers.items():
+                objective = trainer.objective
+                assert isinstance(objective, Likelihood)
+                for term in ("nll", "loss") if "jacobian" in objective.weights else ("nll",):
+                    tables["exact variance"][0].append(variance(case, side, trainer, term, args.draws))
+            tables["exact steps"][0].extend(timed(case, trainers, args.turns))
+        for name, (rows, columns) in tables.items():
+            print(f"\n{markdown([row for row in rows if row['case'] == case], columns)}", flush=True)
+            if args.json:  # at once: what comes later may be killed
+                record(args.json, name, argv, rows, about)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Checks of values: made at once, or left to whoever reads the results later."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["deferred", "deferred_checks"]
+
+
+class _State(threading.local):
+    depth = 0
+
+
+_STATE = _State()
+
+
+def deferred() -> bool:
+    """Whether whoever called has undertaken to look at the results, so that nothing here need wait for values."""
+    return _STATE.depth > 0
+
+
+@contextmanager
+def deferred_checks() -> Iterator[None]:
+    """Inside, and in this thread, the CPU does not wait for a GPU to look at values: what cannot be solved comes out not finite.
+
+    Data and states that are not finite, grey levels and ranges go unchecked, and a grid's solve raises no SolverError: the
+    caller has to look whether loss and gradient are finite, at a time of its own. Shapes, types and adaptive solves, whose
+    steps depend on values anyway, are checked all the same.
+
+    Example:
+        >>> from cnf import CNF, Flow
+        >>> from cnf.fields import MLP
+        >>> flow, x = Flow(CNF(MLP(2)), (2,)).train(), torch.tensor([[0.0, float("nan")]])
+        >>> with deferred_checks():
+        ...     flow.log_prob(x)
+        tensor([nan], grad_fn=<AddBackward0>)
+        >>> flow.log_prob(x)
+        Traceback (most recent call last):
+        cnf.errors.DataError: x holds NaN or infinity, first in row 0: remove or replace such rows
+    """
+    _STATE.depth += 1
+    try:
+        yield
+    finally:
+        _STATE.depth -= 1

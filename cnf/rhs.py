@@ -1,0 +1,128 @@
+"""The right-hand side of one solve: the point's motion with every integrand, in the precision of the field, compiled or not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from cnf.compilation import compiled
+from cnf.divergence import Bound, Divergence, Driven, Field, linearize
+from cnf.fields.augmented import TimePath
+from cnf.quadratures import Quadrature, StepError
+
+__all__ = ["OneStage", "RightHandSide"]
+
+State = tuple[Tensor, ...]
+
+
+class OneStage(NamedTuple):
+    """The one stage of a grid at which the integrands that take a product of their own are evaluated, drawn at random.
+
+    What they give there is divided by ``share``, the stage's part of all stages' weights and so the probability of its being
+    drawn: the integral is then that of the grid in expectation, at the price of one product a solve.
+    """
+
+    step: int
+    stage: int
+    share: float
+
+
+class RightHandSide:
+    """d state / ds of one solve, with t = start + s span: dx/ds, da/ds where there is a path, dl/ds, and the quadratures.
+
+    A state of the dynamic entries alone gets their slopes alone.
+
+    Args:
+        field: prepared for this solve (see :func:`cnf.divergence.prepared`).
+        path: of the augmented time, or None.
+        divergence: how the trace is had.
+        quadratures: what else is integrated.
+        start, span: t at s = 0, and its length, negative on the way back; ().
+        context: (N, C), (C,) or None.
+        probe: what the divergence needs, held fixed.
+        log_det: whether the log-det is wanted.
+        autocast: type that the field computes in, or None for that of x; the state stays in its own.
+        compile: compile every evaluation.
+        once: the stage at which alone the integrands that need ``"jac_sq"`` are evaluated; None is all of them.
+    """
+
+    def __init__(
+        self,
+        field: Field,
+        path: TimePath | None,
+        divergence: Divergence,
+        quadratures: Sequence[Quadrature],
+        *,
+        start: Tensor,
+        span: Tensor,
+        context: Tensor | None,
+        probe: Tensor | None,
+        log_det: bool,
+        autocast: torch.dtype | None = None,
+        compile: bool = False,
+        once: OneStage | None = None,
+    ):
+        self.field, self.path, self.divergence, self.quadratures = field, path, divergence, tuple(quadratures)
+        self.start, self.span, self.context, self.probe, self.log_det = start, span, context, probe, log_det
+        self.autocast, self.compile, self.once = autocast, compile, once
+        errors = [i for i, q in enumerate(self.quadratures) if isinstance(q, StepError)]
+        self.step_error = 1 + (path is not None) + log_det + errors[0] if errors else None  # its place in the state
+        self.need = frozenset({"div"} if log_det else ()).union(*(q.need for q in self.quadratures))
+        if compile and "div" in self.need and (keep := getattr(field, "keep_kernel", None)) is not None:
+            # at any time; made within the compiled part, it would be made anew at every evaluation
+            keep(start if path is None else start.new_zeros(path.k))
+
+    def __call__(self, s: Tensor, state: State) -> State:
+        return self._run(s, state, sampled=self.once is not None)
+
+    def at(self, step: int, stage: int, s: Tensor, state: State) -> State:
+        """The same, for a grid that says at which of its stages it is."""
+        return self._run(s, state, sampled=self.once is not None and (step, stage) != (self.once.step, self.once.stage))
+
+    def _run(self, s: Tensor, state: State, sampled: bool) -> State:
+        if self.compile:
+            return cast(State, compiled(_evaluate)(self, s, state, sampled))
+        return _evaluate(self, s, state, sampled)
+
+    def field_precision(self, x: Tensor) -> AbstractContextManager[None]:
+        """Autocast to the field's type, if it has one of its own."""
+        if self.autocast is None:
+            return nullcontext()
+        # no cache: it would keep the casts of one evaluation, which no other one sees
+        return torch.autocast(x.device.type, self.autocast, cache_enabled=False)
+
+
+def _evaluate(rhs: RightHandSide, s: Tensor, state: State, sampled: bool) -> State:
+    """One evaluation; ``sampled`` leaves out, as zero, what is evaluated at one stage alone."""
+    span, x = rhs.span, state[0]
+    t = rhs.start + s * span
+    if rhs.path is None:
+        time, bound, moved = t, Bound(rhs.field, rhs.context), []
+    else:
+        drift = rhs.path(state[1])
+        time, moved = state[1][0], [span * drift]
+        bound = Driven(rhs.field, rhs.context, time, drift[0])
+    motion = len(state) == 1 + len(moved)
+    need: frozenset[str] = frozenset() if motion else rhs.need - {"jac_sq"} if sampled else rhs.need
+    with rhs.field_precision(x):
+        parts = linearize(rhs.field, time, x, rhs.probe, rhs.context, need, rhs.divergence)
+    out = [span * parts.dx, *moved]
+    if motion:
+        return tuple(out)
+    if rhs.log_det:
+        out.append(span * cast(Tensor, parts.div))
+    # regularisers are non-negative both ways, so they take the length of the step, not its sign
+    length = span.abs()
+    for quadrature in rhs.quadratures:
+        if rhs.once is None or "jac_sq" not in quadrature.need:
+            with rhs.field_precision(x):
+                out.append(length * quadrature(t, x, parts, bound))
+        elif sampled:
+            out.append(x.new_zeros(len(x)))
+        else:
+            out.append(length * quadrature(t, x, parts, bound) / rhs.once.share)
+    return tuple(out)
