@@ -23,7 +23,7 @@ __all__ = ["RULES", "patterson", "solve", "solve_at_nodes"]
 RULES = (1, 3, 7, 15, 31, 63)  # nodes
 FINEST = RULES[-1]
 GUARDED = 15  # a path of many steps is not trusted to fewer nodes than half its steps, up to here
-KEPT = 15  # nodes at which the path is kept at first: all take four times the memory, and are seldom needed
+KEPT = 31  # nodes at which the path is kept at first: all take twice the memory, and are seldom needed
 # Each doubling moves the integrals by less than the one before, at least in proportion. Where the next one's move is foretold
 # from the last two, the last is taken for no less than this share of the one before: in the mean over rows, and in the worst
 # row, which may be alone in being rough and agree with itself by chance
@@ -166,9 +166,9 @@ class _Slopes:
 
     def integrals(self, count: int) -> Tensor:
         """The integrals (integrals, N) by the rule of ``count``."""
-        every, weights = _every(count), patterson(count)[1].tolist()
-        total = weights[0] * self(every)
-        for i, weight in enumerate(weights[1:], 2):
+        every = _every(count)
+        total = torch.zeros_like(self(every))
+        for i, weight in enumerate(patterson(count)[1].tolist(), 1):
             total = total + weight * self(i * every)
         return total
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 from cnf import CNF, Flow, ModelConfig, SolverConfig, build
@@ -382,29 +383,26 @@ def varied():
         speed = y[:, :1].abs()
         return torch.cat([0 * speed, (speed * 3 * t).sin() * speed], 1)
 
-    one = Own(f, lambda t, y: 0 * y[:, 0])
-    flow = Flow(Sequential([CNF(one, eval_solver=Adaptive("dopri5", 1e-7, 1e-7)) for _ in range(3)]), (2,)).eval()
+    flow = Flow(CNF(Own(f, lambda t, y: 0 * y[:, 0]), eval_solver=Adaptive("dopri5", 1e-7, 1e-7)), (2,)).eval()
     return flow, torch.stack([0.2 + 3 * torch.rand(40), torch.randn(40)], 1)
 
 
 def test_batches_are_cut_in_the_order_of_hardness(monkeypatch):
     flow, x = varied()
     alone = torch.tensor([flow.evaluate(row[None], log_det=False).stats.nfe for row in x]).double()
-    order = sorted_rows(flow, x, None, size=8, solves=1, group=ALONE)
+    order = sorted_rows(flow, x, None, size=8, group=ALONE)
     assert sorted(order.tolist()) == list(range(40))
     nfe = alone[order].reshape(5, 8).mean(1)
     assert nfe.tolist() == sorted(nfe.tolist()) and nfe[-1] > 1.5 * nfe[0]
     own = evaluate(flow, x, batch_size=8)
-    monkeypatch.setattr("cnf.likelihood.groups.PAYS", 4)
+    monkeypatch.setattr("cnf.likelihood.evaluation.sorted_rows", lambda flow, x, context, **_: torch.arange(len(x)))
     mixed = evaluate(flow, x, batch_size=8)
     assert own.nfe < 0.9 * mixed.nfe and torch.equal(own.index, mixed.index)
     torch.testing.assert_close(own.log_prob, mixed.log_prob, rtol=0, atol=1e-5)
-    assert sorted_rows(flow, x, None, size=8, solves=1, group=ALONE).tolist() == list(range(40))
-    assert sorted_rows(flow, x, None, size=8, solves=2, group=ALONE).tolist() == order.tolist()
-    assert sorted_rows(flow, x, None, size=40, solves=2, group=ALONE).tolist() == list(range(40))
+    assert sorted_rows(flow, x, None, size=40, group=ALONE).tolist() == list(range(40))
     for b in flow.blocks:
         b.eval_solver = FixedGrid("rk4", 64)
-    assert sorted_rows(flow, x, None, size=8, solves=2, group=ALONE).tolist() == list(range(40))
+    assert sorted_rows(flow, x, None, size=8, group=ALONE).tolist() == list(range(40))
 
 
 def test_sorting_puts_results_back_with_their_context_and_noise():
@@ -418,7 +416,7 @@ def test_sorting_puts_results_back_with_their_context_and_noise():
     parts = evaluate(flow, x, context, batch_size=7)
     torch.testing.assert_close(parts.log_prob, whole.log_prob, rtol=0, atol=1e-6)
     assert torch.equal(parts.index, torch.arange(30)) and float(whole.log_prob.std()) > 1
-    order = sorted_rows(flow, x, context, size=7, solves=1, group=ALONE)
+    order = sorted_rows(flow, x, context, size=7, group=ALONE)
     assert order.tolist() != list(range(30))
     pixels = torch.randint(0, 4, (9, 1, 2, 2), dtype=torch.uint8)
     of_images = build(ModelConfig(hidden=(6,), zero_init=False), SolverConfig(), (1, 2, 2), levels=4).eval()
@@ -473,4 +471,22 @@ def test_hardness_reaches_the_first_block_of_every_architecture():
         flow = build(ModelConfig(hidden=(4,), zero_init=False, **more), SolverConfig(), (1, 4, 4), levels=5, context_dim=0).eval()
         values = hardness(flow, x)
         assert values.shape == (7,) and values.dtype == F64 and bool((values > 0).all())
-        assert sorted(sorted_rows(flow, x, None, size=2, solves=3, group=ALONE).tolist()) == list(range(7))
+        assert sorted(sorted_rows(flow, x, None, size=2, group=ALONE).tolist()) == list(range(7))
+
+
+def test_the_benchmark_holds_both_sides_to_the_error(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import evaluation
+    import measure
+
+    one = block(MLP(2, (6, 6)))
+    flow, x = Flow(one, (2,)).float(), torch.randn(16, 2).float()
+    rows = [{"case": "tiny", **row} for row in evaluation.compare(flow, x, 1)]
+    assert [row["mode"] for row in rows] == ["error 0.001", "error 0.0001", "defaults"]
+    for row, error in zip(rows, (*evaluation.ERRORS, 1e-4), strict=True):
+        assert row["baseline_error"] < error and row["ours_error"] < error
+        assert row["ours_products"] < row["ours_nfe"] and row["baseline_products"] == row["baseline_nfe"]
+        assert row["products_ratio"] > 1 and min(row["baseline_s"], row["ours_s"]) > 0
+    order = evaluation.in_order(flow, x, 5, 1)
+    assert order["difference"] < 1e-3 and order["items"] == 16
+    assert measure.markdown(rows, evaluation.COLUMNS).count("\n") == 4

@@ -182,7 +182,7 @@ def evaluate(
     size = batch_size or default_batch_size(flow)
     index = torch.arange(len(x)) if index is None else index.cpu()
     table = torch.zeros(draws, len(x), dtype=torch.float64)
-    parts = sorted_rows(flow, x, context, size=size, solves=draws * importance, group=group).split(size)
+    parts = sorted_rows(flow, x, context, size=size, group=group).split(size)
     work = [(number, rows) for number in range(draws) for rows in parts]
     cost = torch.zeros(2, len(work), importance, dtype=torch.float64)
     with group.together():

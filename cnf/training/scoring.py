@@ -63,7 +63,7 @@ def trained(trainer: Trainer) -> dict[str, Any]:
         "steps": trainer.step,
         "stopped": trainer.stop_reason() or "max_time",
         "skipped": trainer.skipped,
-        "seconds": round(trainer.seconds, 1),
+        "seconds": round(trainer.seconds, 3),
         "notices": list(trainer.data.notices),
         "config": dataclasses.asdict(trainer.info.config),
     }
