@@ -13,7 +13,9 @@ import torch
 __all__ = ["CompilationWarning", "compiled"]
 
 BACKEND = "inductor"
-GRAPHS = 64  # shapes and settings that one function may be compiled for: a multiscale chain on images has up to 20 shapes
+# shapes and settings that one function may be compiled for: a multiscale chain on images has up to 20 shapes, each with and
+# without a gradient (checkpoints) and a product of its own (a stage drawn at random)
+GRAPHS = 128
 
 
 class CompilationWarning(UserWarning):
@@ -35,13 +37,14 @@ class _Compiled:
         self._configure()
         try:
             return self.compiled(*arguments)
-        except dynamo.exc.TorchDynamoException as error:
+        except (dynamo.exc.TorchDynamoException, dynamo.exc.FailOnRecompileLimitHit) as error:
             reason = " ".join(str(error).split())[:300]
+            if isinstance(error, dynamo.exc.FailOnRecompileLimitHit):
+                reason = f"more than {dynamo.config.recompile_limit} shapes and settings"
             hint = "a C++ compiler (Linux: g++) is what it needs on a CPU" if "ompiler" in reason else "training goes on without"
             warnings.warn(f"compile=True failed, and everything runs uncompiled: {hint} ({reason})", CompilationWarning, stacklevel=2)
             self.compiled = None
             return self.plain(*arguments)
-
 
     @staticmethod
     def _configure() -> None:

@@ -86,9 +86,10 @@ def linearize(
 
 def prepared(field: nn.Module, x: Tensor, context: Tensor | None) -> Field:
     """The field with all that is free of t computed once, for one solve of points like x (N, \\*event); itself where it has
-    no ``prepare(x, context)``."""
+    no ``prepare(x, context)``, says ``prepares = False``, or has hooks, which are for its own call."""
     prepare: Callable[..., Field] | None = getattr(field, "prepare", None)
-    return field if prepare is None else prepare(x, context)
+    own = field._forward_hooks or field._forward_pre_hooks or not getattr(field, "prepares", True)
+    return field if prepare is None or own else prepare(x, context)
 
 
 class Bound:

@@ -73,7 +73,7 @@ class TotalDerivative:
 class StepError:
     r"""The solver's own error :math:`\sum_j |h_j| \, \|E_j\|`, E_j the local error of step j of a grid (ERNODE, 2105.03918).
 
-    E_j is the difference to a method of lower order with the same stages; there is one for ``"heun"``, ``"midpoint"``,
+    h is the step as a share of the block's time. E_j is the difference to a method of lower order with the same stages; there is one for ``"heun"``, ``"midpoint"``,
     ``"rk4"`` and ``"rk4-classic"``. The grid adds it up; as an integrand it is zero, and so with any other solver.
     """
 

@@ -69,6 +69,8 @@ class RightHandSide:
         self.field, self.path, self.divergence, self.quadratures = field, path, divergence, tuple(quadratures)
         self.start, self.span, self.context, self.probe, self.log_det = start, span, context, probe, log_det
         self.autocast, self.compile, self.once = autocast, compile, once
+        # a tensor: a number would be compiled in, and a graph made for each; filled on its device, not copied to it
+        self.share = None if once is None else start.new_full((), once.share)
         errors = [i for i, q in enumerate(self.quadratures) if isinstance(q, StepError)]
         self.step_error = 1 + (path is not None) + log_det + errors[0] if errors else None  # its place in the state
         self.need = frozenset({"div"} if log_det else ()).union(*(q.need for q in self.quadratures))
@@ -118,11 +120,12 @@ def _evaluate(rhs: RightHandSide, s: Tensor, state: State, sampled: bool) -> Sta
     # regularisers are non-negative both ways, so they take the length of the step, not its sign
     length = span.abs()
     for quadrature in rhs.quadratures:
-        if rhs.once is None or "jac_sq" not in quadrature.need:
+        if rhs.share is None or "jac_sq" not in quadrature.need:
             with rhs.field_precision(x):
                 out.append(length * quadrature(t, x, parts, bound))
         elif sampled:
             out.append(x.new_zeros(len(x)))
         else:
-            out.append(length * quadrature(t, x, parts, bound) / rhs.once.share)
+            with rhs.field_precision(x):
+                out.append(length * quadrature(t, x, parts, bound) / rhs.share)
     return tuple(out)

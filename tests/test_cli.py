@@ -251,6 +251,36 @@ def test_preset_fits_the_data_where_none_is_named(tmp_path, monkeypatch, capsys,
     assert train_main([*words, "--alpha", "0.1"]) == (0 if name == "digits" else 2)
 
 
+@pytest.mark.parametrize("more", [[], ["--no-automatic-steps"]])
+def test_adaptive_puts_a_preset_s_automatic_steps_aside(tmp_path, more):
+    assert PRESETS["digits"].config.solver.automatic_steps
+    words = ["digits", *TINY, "--adaptive", "--method", "dopri5", *more, "--out", str(tmp_path / "run")]
+    assert train_main(words) == 0
+    assert metrics(tmp_path / "run")[-1]["step"] == 6
+
+
+def test_double_precision_with_classes_from_training_to_samples(tmp_path):
+    run = tmp_path / "run"
+    assert train_main(["digits", *TINY, "--condition", "label", "--precision", "fp64", "--out", str(run)]) == 0
+    assert json.loads((run / "result.json").read_text())["dtype"] == "float64" and (run / "samples" / "samples.png").exists()
+    for words in (["-n", "4", "--trajectory"], ["-n", "2", "--class", "3"]):
+        assert sample_main([str(run), *words, "--out", str(tmp_path / "x.npz")]) == 0
+        with np.load(tmp_path / "x.npz") as arrays:
+            assert arrays["samples"].dtype == arrays["log_prob"].dtype == np.float64 and np.isfinite(arrays["log_prob"]).all()
+
+
+def test_a_run_trained_in_tf32_is_scored_anywhere_and_trained_on_a_gpu(tmp_path, capsys, digits):
+    run = tmp_path / "run"
+    shutil.copytree(digits, run)
+    info = read_config(run)
+    config, solver = info.config, dataclasses.replace(info.config.solver, precision="tf32")
+    train = dataclasses.replace(config.train, device="cuda")
+    write_config(run, dataclasses.replace(info, config=dataclasses.replace(config, solver=solver, train=train)))
+    assert train_main(["--evaluate", str(run), "--device", "cpu"]) == 0
+    assert train_main(["--resume", "--out", str(run), "--device", "cpu"]) == 2
+    assert "--precision tf32 is for GPUs, not for --device cpu" in capsys.readouterr().err
+
+
 def test_list_has_a_line_for_each_preset(capsys):
     assert train_main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()[: len(PRESETS)]
@@ -601,3 +631,11 @@ def test_sample_help_shows_the_defaults(capsys):
     said = " ".join(capsys.readouterr().out.split())
     for default in ("64 images, 1000 points or rows", "RUN/samples/sample-SEED.png", "(default: 0)", "(default: 1.0)", "(default: cpu)"):
         assert default in said
+
+
+def test_bf16_says_where_it_is_no_faster(tmp_path, capsys, monkeypatch):
+    for fast in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert train_main(["digits", *TINY, "--precision", "bf16", "--out", str(tmp_path / str(fast))]) == 0
+        assert ("bf16 is no faster here" in capsys.readouterr().out) == (not fast)

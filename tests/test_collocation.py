@@ -14,7 +14,7 @@ from cnf import CNF, Flow, ModelConfig, SolverConfig, build
 from cnf.collocation import FINEST, RULES, patterson, solve_at_nodes
 from cnf.distributed import ALONE, Group
 from cnf.divergence import Exact, Hutchinson
-from cnf.errors import ConfigError, SolverError
+from cnf.errors import ConfigError, DataError, SolverError
 from cnf.fields import MLP, ConvField, Drive, TimePath
 from cnf.likelihood import evaluate, refined
 from cnf.likelihood.groups import hardness, sorted_rows
@@ -422,6 +422,20 @@ def test_sorting_puts_results_back_with_their_context_and_noise():
     of_images = build(ModelConfig(hidden=(6,), zero_init=False), SolverConfig(), (1, 2, 2), levels=4).eval()
     one, many = (evaluate(of_images, pixels, draws=3, seed=2, batch_size=size) for size in (9, 2))
     torch.testing.assert_close(many.per_item, one.per_item, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [9, 2])
+def test_what_does_not_fit_is_named_whatever_the_batches(size):
+    plain = build(ModelConfig(hidden=(6,)), SolverConfig(), (2,)).eval()
+    given = build(ModelConfig(hidden=(6,)), SolverConfig(), (2,), context_dim=3).eval()
+    for flow, x, context, message in (
+        (plain, torch.randn(9, 3), None, r"x has shape .*; expected \(N, 2\)"),
+        (plain, torch.full((9, 2), math.nan), None, "x holds NaN or infinity"),
+        (plain, torch.ones(9, 2, dtype=torch.long), None, "x has type torch.int64; expected floats"),
+        (given, torch.randn(9, 2), torch.randn(9, 2), r"context has shape .*; expected \(3,\)"),
+    ):
+        with pytest.raises(DataError, match=message):
+            evaluate(flow, x, context, batch_size=size)
 
 
 class Rank(Group):

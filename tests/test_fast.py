@@ -18,7 +18,7 @@ from cnf.likelihood import block_errors, evaluate, solver_error
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
 from cnf.quadratures import JacobianFrobenius, Kinetic, StepError
-from cnf.solvers import FixedGrid
+from cnf.solvers import FixedGrid, Reversible
 from cnf.training.automatic import AutomaticSteps
 
 LAYERS = ("ignore", "concat", "concatsquash", "concatcoord", "blend", "hyper")
@@ -101,6 +101,20 @@ def test_closed_form_has_the_gradient_of_the_unit_tangents(layer, shape):
         assert close(gradients(fast, x), gradients(plain, x), 1e-10)
 
 
+@pytest.mark.parametrize("field, shape", [(MLP(2, (4, 3), "concat", "softplus"), (2,)), (ConvField(1, (3, 2)), (1, 2, 3))])
+def test_transforms_within_transforms_have_the_derivatives_of_autograd(field, shape):
+    block = CNF(scrambled(field).double(), Exact(), FixedGrid("rk4", 1)).train().requires_grad_(False)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def log_det(y):
+        return block(y[None]).log_det[0]
+
+    truth = torch.autograd.functional.hessian(log_det, x)
+    for outer in (torch.func.jacfwd, torch.func.jacrev):
+        for inner in (torch.func.jacfwd, torch.func.jacrev):
+            assert torch.allclose(outer(inner(log_det))(x), truth, rtol=1e-9, atol=1e-12)
+
+
 @pytest.fixture
 def traced(monkeypatch):
     """All that compilation traces and differentiates, but for the machine code, which takes a compiler a minute."""
@@ -144,6 +158,30 @@ def test_machine_code_has_the_plain_paths_gradient(name, gradient):
         assert made() == before
 
 
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
+def test_a_stage_drawn_at_random_is_compiled_once_whatever_its_weight_and_the_steps(gradient, traced):
+    torch.manual_seed(0)
+    field, x = scrambled(MLP(3, (5, 4), "concat")).double(), torch.randn(4, 3, dtype=torch.float64)
+    fast, plain = (CNF(field, quadratures=(JacobianFrobenius(),), compile=c).train() for c in (True, False))
+    counts = []
+    for steps in (2, 3):
+        fast.solver, plain.solver = FixedGrid("rk4", steps, gradient), FixedGrid("rk4", steps)
+        for seed in range(6):
+            assert close(gradients(fast, x, seed), gradients(plain, x, seed), 1e-10)
+        counts.append(made())
+    assert counts[0] == counts[1] and len({plain.solver.stage(u)[2] for u in (0.01, 0.1)}) == 2
+
+
+def test_too_many_shapes_run_uncompiled_with_a_reason(traced, monkeypatch):
+    monkeypatch.setattr(compilation, "GRAPHS", 1)
+    torch.manual_seed(0)
+    block = CNF(MLP(3, (5, 4)), compile=True).train()
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.warns(CompilationWarning, match="more than 1 shapes"):
+        for n in (2, 3):
+            out = block(torch.randn(n, 3))
+    assert bool(out.log_det.isfinite().all())
+
+
 def made():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
@@ -165,7 +203,7 @@ def test_evaluation_is_not_compiled_and_runs_in_the_states_precision(traced):
     plain = CNF(field, solver=FixedGrid("rk4", 2))
     x = torch.randn(4, 3)
     before = made()
-    assert torch.equal(fast.eval()(x).log_det, plain.eval()(x).log_det)
+    assert torch.equal(fast.eval()(x).log_det, plain.eval()(x).log_det) and made() == before
     assert not torch.equal(fast.train()(x[:3]).log_det, plain.train()(x[:3]).log_det)
     with torch.no_grad():
         fast.train()(x)
@@ -228,8 +266,6 @@ def test_one_stage_carries_the_jacobian_penalty_in_expectation():
         grid = FixedGrid(method, 3)
         block = CNF(field, Exact(), grid, quadratures=(Kinetic(), JacobianFrobenius())).train()
         calls = []
-        handle = field.register_forward_hook(lambda *_: None)
-        handle.remove()
         sizes = [abs(b) for b in grid.tableau.b] * grid.steps
         mean, edge = 0.0, 0.0
         e = torch.ones(1, 4, 3, dtype=torch.float64)
@@ -307,6 +343,18 @@ def test_steps_follow_the_error_up_and_down():
     assert [s.steps for s in objective.solvers] == [3, 5] and other.state()["grids"] == [3, 5]
 
 
+def test_steps_of_a_reversible_grid_follow_the_error_too():
+    torch.manual_seed(0)
+    config = SolverConfig(grid_steps=1, gradient="reversible", automatic_steps=True)
+    flow = scrambled(build(ModelConfig(hidden=(8,), blocks=2, zero_init=False), config, (2,))).train()
+    watch = AutomaticSteps(Likelihood(flow), config, 1e-7, 64, 100, lambda _: None)
+    watch.measure(5, torch.randn(16, 2), None, Noise(0))
+    assert [(type(b.solver), b.solver.steps, b.solver.gradient) for b in flow.blocks] == [(Reversible, 2, "reversible")] * 2
+    solver = Reversible("rk4", 4, 0.5)
+    for steps in (1, 3, 8):
+        assert math.isclose(solver.with_steps(steps).coupling ** steps, 0.5**4)
+
+
 def test_steps_are_measured_often_at_the_start():
     watch = AutomaticSteps(Likelihood(build(ModelConfig(hidden=(4,)), SolverConfig(), (2,))), SolverConfig(), 0.01, 64, 100, print)
     due = [step for step in range(1, 1300) if watch.due(step)]
@@ -366,3 +414,20 @@ def test_step_error_is_a_term_of_the_loss():
         with pytest.raises(ConfigError, match=r"step_error=0\.5"):
             Likelihood(build(ModelConfig(hidden=(8,)), bad, (3,)), step_error=0.5)
     assert "step_error" not in Likelihood(flow)(x)
+
+
+def test_fields_of_ones_own_are_called_as_they_are():
+    class Doubled(MLP):
+        def forward(self, t, x, context=None):
+            return 2 * super().forward(t, x, context)
+
+    torch.manual_seed(0)
+    field, x = scrambled(MLP(2, (5,))), torch.randn(4, 2)
+    double = Doubled(2, (5,))
+    double.load_state_dict(field.state_dict())
+    ours, plain = (CNF(f, Hutchinson(mode="reverse"), FixedGrid("rk4", 2)).train() for f in (double, Plain(double)))
+    assert torch.allclose(ours(x, noise=Noise(0)).log_det, plain(x, noise=Noise(0)).log_det, atol=1e-6)
+    calls = []
+    field.register_forward_hook(lambda *_: calls.append(1))
+    CNF(field, solver=FixedGrid("rk4", 2)).train()(x, log_det=False)
+    assert len(calls) == 8

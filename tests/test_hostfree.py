@@ -271,6 +271,23 @@ def test_an_average_that_was_masked_from_the_start_still_copies_first():
     assert int(average.n_averaged) == 1 and torch.equal(average.module.weight, model.weight)
 
 
+def test_an_average_counts_where_its_weights_are():
+    model = torch.nn.Linear(3, 2, device="meta")  # what is taken is only known there, and is added to the count
+    average = Average(model, 0.99)
+    assert average.n_averaged.device == average.module.weight.device == torch.device("meta")
+
+
+def test_validations_are_not_rounded_to_tf32_and_leave_the_setting_alone(tmp_path, monkeypatch):
+    run, seen, parts = trainer(tmp_path / "run", steps=1), [], (torch.backends.cudnn, torch.backends.cuda.matmul)
+    validate = Likelihood.validate
+    record = lambda *a, **k: (seen.append([part.allow_tf32 for part in parts]), validate(*a, **k))[1]  # noqa: E731
+    monkeypatch.setattr(Likelihood, "validate", record)
+    before = [part.allow_tf32 for part in parts]
+    assert before[0]  # torch's own default, for convolutions
+    run.run()
+    assert seen == [[False, False]] and [part.allow_tf32 for part in parts] == before
+
+
 # -- what is told ------------------------------------------------------------------------------------------------
 
 

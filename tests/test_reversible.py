@@ -408,7 +408,7 @@ def test_the_option_is_built_and_watched_as_a_grid():
     flow = shaken(build(ModelConfig(hidden=(8,), zero_init=False), config, (2,)), 1.0).train()
     assert isinstance(flow.blocks[0].solver, Reversible)
     said, objective = [], Likelihood(flow)
-    watch = Watch(objective, config, 1e-12, 8, said.append)
+    watch = Watch(objective, config, 1e-12, 8, 100, said.append)
     x = torch.randn(6, 2, dtype=F64)
     assert watch.measure(1, x, None, Noise(0))["grid_steps"] == 4
     assert isinstance(flow.blocks[0].solver, Reversible) and flow.blocks[0].solver.steps == 4

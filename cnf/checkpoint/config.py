@@ -22,7 +22,7 @@ from cnf.strangers import require_file
 
 __all__ = ["FORMAT", "RunInfo", "config_digest", "read_config", "write_config"]
 
-FORMAT = 2
+FORMAT = 3
 LARGEST = 2**24  # bytes of a config.json
 _HEAD = ("format", "sha256")
 
@@ -86,7 +86,9 @@ def read_config(folder: Path) -> RunInfo:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(raw, dict) or type(raw.get("format")) is not int or raw["format"] != FORMAT:
-        raise CheckpointError(f"{path}: this version reads format {FORMAT}")
+        told = raw.get("format") if isinstance(raw, dict) else None
+        other = f" (this folder was written by another version, in format {told})" if type(told) is int else ""
+        raise CheckpointError(f"{path}: this version reads format {FORMAT}{other}")
     info: RunInfo = _decode(RunInfo, {k: v for k, v in raw.items() if k not in _HEAD}, str(path))
     _check(info, str(path))
     if raw.get("sha256") != config_digest(raw):

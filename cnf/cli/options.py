@@ -74,7 +74,7 @@ class Command:
     out: Path | None = None
     """Run folder; by default runs/PRESET-SEED. It must be new or empty."""
     resume: Flag = False
-    """Continue the run in --out where it stopped. Only --steps, --patience, --max-time, --device, --threads, --accumulate, --data-root, --download, and --data for the same data elsewhere, may change."""
+    """Continue the run in --out where it stopped. Only --steps, --patience, --max-time, --device, --threads, --accumulate, --compile, --data-root, --download, and --data for the same data elsewhere, may change."""
     evaluate: Path | None = None
     """Score this run again, without training: with another solver, tolerances, trace, --draws, --test-items, --split, --data."""
     split: Literal["test", "validation", "train"] = "test"
@@ -185,8 +185,8 @@ def refuse_changes(old: RunConfig, new: RunConfig, command: Command) -> None:
         raise ConfigError(f"{what} {', '.join(changed)}: leave {'them' if len(changed) > 1 else 'it'} out, or start a new run")
 
 
-def check(config: RunConfig) -> None:
-    """Numbers that cannot be.
+def check(config: RunConfig, *, trains: bool = True) -> None:
+    """Numbers that cannot be; where it ``trains``, also what its device cannot do.
 
     Raises:
         ConfigError: naming the option, the value and what was expected.
@@ -207,7 +207,7 @@ def check(config: RunConfig) -> None:
         for name in names:
             if values[name] is not None and not fits(values[name]):
                 raise ConfigError(f"{_name(name)} {values[name]}: expected {expected}")
-    if config.solver.precision == "tf32" and not config.train.device.startswith("cuda"):
+    if trains and config.solver.precision == "tf32" and not config.train.device.startswith("cuda"):
         raise ConfigError(f"--precision tf32 is for GPUs, not for --device {config.train.device}: fp32, or bf16, which a CPU may have")
     for name, most in LARGEST.items():
         if values[name] is not None and values[name] > most:
@@ -252,7 +252,9 @@ def _idle(config: RunConfig, data: DataSplits) -> Idle:
     if data.kind != "table":
         yield "data", ("discrete",), "is for tables"
     if config.solver.adaptive:
-        yield "solver", ("grid_steps", "automatic_steps"), "is for fixed grids, not for --adaptive"
+        yield "solver", ("grid_steps",), "is for fixed grids, not for --adaptive"
+        if config.solver.automatic_steps:  # a preset's may be turned off, which --adaptive does by itself
+            yield "solver", ("automatic_steps",), "is for fixed grids, not for --adaptive"
         yield "train", ("max_grid_steps", "step_error"), "is for fixed grids, not for --adaptive"
     else:
         yield "solver", ("rtol", "atol"), "is for --adaptive; evaluation has --eval-rtol and --eval-atol"

@@ -82,7 +82,7 @@ def _joined(options: Any, info: RunInfo, group: Group) -> int:
     flow = load(options.run, usable_device(options.device))
     images = len(info.event_shape) == 3
     n: int = options.n or (IMAGES if images else VECTORS)
-    context = _context(info, options.label, n, options.device)
+    context = _context(info, options.label, n, flow.like)
     out: Path = options.out or options.run / "samples" / f"sample-{options.seed}.png"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -114,15 +114,15 @@ def _joined(options: Any, info: RunInfo, group: Group) -> int:
     return 0
 
 
-def _context(info: RunInfo, label: str | None, n: int, device: str) -> Tensor | None:
-    """One-hot rows (n, C), or None for a run without classes."""
+def _context(info: RunInfo, label: str | None, n: int, like: Tensor) -> Tensor | None:
+    """One-hot rows (n, C) of the type and on the device of ``like``, or None for a run without classes."""
     if not info.context_dim:
         if label is not None:
             raise ConfigError(f"--class {label}: this run was trained without classes (--condition label)")
         return None
-    eye = torch.eye(info.context_dim, device=device)
+    eye = torch.eye(info.context_dim).to(like)
     if label is None:  # every class in turn
-        return eye[torch.arange(n, device=device) % info.context_dim]
+        return eye[torch.arange(n, device=like.device) % info.context_dim]
     if label not in info.classes:
         raise ConfigError(f"--class {label} is unknown: this run has {', '.join(info.classes)}")
     return eye[info.classes.index(label)].expand(n, -1)

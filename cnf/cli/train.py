@@ -28,6 +28,7 @@ from cnf.cli.options import (
 from cnf.datasets import DataSplits
 from cnf.distributed import Group, join
 from cnf.errors import ConfigError, DataError
+from cnf.models import slow_bf16
 from cnf.presets import PRESETS, RunConfig
 from cnf.published import PUBLISHED
 from cnf.published import count as parameters
@@ -67,7 +68,7 @@ def _main(given: list[str], program: str) -> int:
         print(f"preset {name}, which is for {command.config.data.data} (name one to choose another)")
         program = name
     config = command.config
-    check(config)
+    check(config, trains=command.evaluate is None)
     with join(config.train.device) as group:
         return _joined(given, program, command, default, old, group)
 
@@ -114,6 +115,8 @@ def _describe(config: RunConfig, data: DataSplits) -> RunInfo:
 
 
 def _train(command: Command, info: RunInfo, data: DataSplits, folder: Path, group: Group) -> int:
+    if info.config.solver.precision == "bf16" and slow_bf16(info.config.train.device):
+        print("precision: this CPU has neither AMX nor avx512_bf16, so that bf16 is no faster here than fp32")
     with owning(folder, group) if command.resume else nullcontext():
         trainer = Trainer(info, data, folder, resume=command.resume, group=group)
         if command.resume:

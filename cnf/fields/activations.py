@@ -45,7 +45,7 @@ class _Softplus(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(output[1])
-        ctx.save_for_forward(output[1])  # for _Transformable
+        ctx.save_for_forward(output[1])  # for _Dual
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -59,10 +59,8 @@ class _Softplus(torch.autograd.Function):
         return total
 
 
-class _Transformable(_Softplus):
-    """The same for forward-mode derivatives and vmap, whose rules torch.compile does not take."""
-
-    generate_vmap_rule = True
+class _Dual(_Softplus):
+    """The same for torch's dual numbers, whose rule torch.compile does not take."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +70,11 @@ class _Transformable(_Softplus):
 
 
 def _softplus(x: Tensor) -> tuple[Tensor, Tensor]:
-    pair: Any = _Softplus if torch.compiler.is_compiling() else _Transformable
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._are_functorch_transforms_active():
+        # a torch.func.jvp within another loses the outer derivative in any Function's own rule, and says nothing
+        return F.softplus(x), torch.sigmoid(x)
+    pair: Any = _Softplus if compiling else _Dual
     value, slope = pair.apply(x)
     return value, slope
 

@@ -39,6 +39,13 @@ class Stack(nn.Module):
         dim = layers[0].map.inputs
         self.linear = nn.Parameter(torch.zeros(dim, dim)) if residual == "linear" else None
 
+    prepares = True  # not a subclass with an evaluation of its own: a solve then calls that
+
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        if {"forward", "jvp", "divergence"} & vars(cls).keys() and not {"prepare", "prepares"} & vars(cls).keys():
+            cls.prepares = False
+
     @property
     def time_layers(self) -> list[TimeLayer]:
         """The layers, typed."""

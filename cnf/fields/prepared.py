@@ -60,7 +60,7 @@ class Prepared:
         self.closed_form = closed_form(self.layers)
         # one with its graph and one without: a solver that recomputes evaluates without gradients first, and with them later
         self.kernels: dict[bool, Tensor | ConvKernel] = {}
-        self.keeps_kernel = not (self.layers[-1].has_gate or any(layer.time_weights for layer in self.layers))
+        self.keeps_kernel = not any(layer.time_weights for layer in self.layers)
 
     def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """dx/dt (N, \\*event) at x (N, \\*event) and t () (or (N,), one time a row); the context is the prepared one."""
@@ -132,10 +132,11 @@ class Prepared:
     def _kernel(self, parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | ConvKernel:
         """The trace's kernel from each layer's weight and gate, kept where it serves all times."""
         recording = torch.is_grad_enabled()
-        if (kept := self.kernels.get(recording)) is not None:
-            return kept
+        for graph in (True,) if recording else (True, False):  # one with its graph serves without gradients too
+            if (kept := self.kernels.get(graph)) is not None:
+                return kept
         kernel: Tensor | ConvKernel = conv_kernel(parts) if self.spatial else dense_kernel(parts)
-        if self.keeps_kernel:
+        if self.keeps_kernel and parts[-1][1] is None:  # a gate moves with t
             self.kernels[recording] = kernel
         return kernel
 

@@ -69,6 +69,7 @@ def hardness(flow: Flow, x: Tensor, context: Tensor | None = None) -> Tensor:
     like = flow.like
     context = None if context is None else context.to(like)
     y = x.to(like)
+    flow._check("x", y if x.is_floating_point() else x, flow.event_shape, context)
     if flow.levels is not None and not x.is_floating_point():
         y = (y + 0.5) / flow.levels
     block: CNF | None = None

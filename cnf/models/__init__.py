@@ -5,7 +5,7 @@ from cnf.models.neural_ode import NeuralODE, anode_conv, anode_mlp
 from cnf.models.predictor import Prediction, Predictor
 from cnf.models.predictors import build_predictor
 from cnf.models.residual import ResidualNet, residual_net
-from cnf.models.solving import SolverConfig, divergence, eval_solver, train_solver
+from cnf.models.solving import SolverConfig, divergence, eval_solver, slow_bf16, train_solver
 
 __all__ = [
     "ModelConfig",
@@ -21,5 +21,6 @@ __all__ = [
     "divergence",
     "eval_solver",
     "residual_net",
+    "slow_bf16",
     "train_solver",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +12,7 @@ from cnf.divergence import Divergence, Exact, Hutchinson
 from cnf.flow import Flow
 from cnf.solvers import Adaptive, FixedGrid, Reversible, Solver
 
-__all__ = ["SolverConfig", "autocast", "divergence", "eval_solver", "train_solver"]
+__all__ = ["SolverConfig", "autocast", "divergence", "eval_solver", "slow_bf16", "train_solver"]
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,9 @@ def divergence(config: SolverConfig) -> Divergence:
 
 def autocast(config: SolverConfig) -> torch.dtype | None:
     """The type that the fields compute in while training, where it is not the state's."""
-    if config.precision != "bf16":
-        return None
-    known = (torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported())
-    if not torch.cuda.is_available() and not any(known):
-        warnings.warn("precision='bf16': this CPU has neither AMX nor avx512_bf16, so bf16 is no faster here than fp32", stacklevel=2)
-    return torch.bfloat16
+    return torch.bfloat16 if config.precision == "bf16" else None
+
+
+def slow_bf16(device: str) -> bool:
+    """Whether bfloat16 is no faster than float32 on this device: a CPU with neither AMX nor avx512_bf16."""
+    return device == "cpu" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -92,9 +92,10 @@ class Reversible(FixedGrid):
             f"Reversible({self.method!r}, steps={self.steps}, coupling={self.coupling:.4g}, gradient={self.gradient!r})"
         )
 
-    def refined(self) -> Reversible:
-        """The same method with twice the steps, its copies coupled as closely over the whole."""
-        return Reversible(self.method, 2 * self.steps, None if self.given is None else self.given**0.5, self.gradient)
+    def with_steps(self, steps: int) -> Reversible:
+        """The same method with so many steps, its copies coupled as closely over the whole."""
+        coupling = None if self.given is None else self.given ** (self.steps / steps)
+        return Reversible(self.method, steps, coupling, self.gradient)
 
     def _run(
         self,

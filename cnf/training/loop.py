@@ -43,8 +43,9 @@ RETRY_SECONDS = 30.0  # to the next attempt where a checkpoint could not be writ
 def _objective(model: Flow | Predictor, config: TrainConfig) -> Objective:
     if isinstance(model, Flow):
         return Likelihood(model, config.kinetic, config.jacobian, config.regularisers, config.step_error)
-    if config.kinetic or config.jacobian:
-        raise ConfigError(f"kinetic={config.kinetic:g}, jacobian={config.jacobian:g} are for densities: leave both at 0")
+    if config.kinetic or config.jacobian or config.step_error:
+        weights = f"kinetic={config.kinetic:g}, jacobian={config.jacobian:g}, step_error={config.step_error:g}"
+        raise ConfigError(f"{weights} are for densities: leave them at 0")
     return Supervised(model, config.objective)
 
 
@@ -87,7 +88,9 @@ class Trainer:
         self.best, self.best_step, self.validated, self.seconds = math.inf, 0, -1, 0.0
         self.best_weights: dict[str, Tensor] = {}
         self.journal = (Journal if group.main else Mute)(folder, self.config.steps, quiet=quiet)
-        watch, solver = AutomaticSteps if info.config.solver.automatic_steps else Watch, info.config.solver
+        solver = info.config.solver
+        # a preset's automatic steps are those of its grid, which --adaptive puts aside
+        watch = AutomaticSteps if solver.automatic_steps and not solver.adaptive and self.objective.solves else Watch
         limits = self.config.watch_tolerance, self.config.max_grid_steps, self.config.watch_every
         self.watch = watch(self.objective, solver, *limits, self.say)
         self.signals = Signals(shared=group.size > 1, quiet=not group.main)
@@ -187,7 +190,7 @@ class Trainer:
         x, context, index = self.validation
         found: dict[str, float] = {}
         try:
-            with self.signals.abandoning():
+            with self.signals.abandoning(), tensor_cores(False):
                 found = self.objective.validate(model, x, context, index=index, seed=VALIDATION_SEED, group=self.group)
         except SolverError as error:
             self.say(f"step {self.step}: validation failed: {error}")

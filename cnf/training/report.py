@@ -140,7 +140,7 @@ def pictures(flow: Flow, data: DataSplits, folder: Path, metrics: list[dict[str,
     plots.mkdir(exist_ok=True)
     samples.mkdir(exist_ok=True)
     count = 64 if data.kind == "image" else min(5000, len(data.test))
-    context = None if data.test_context is None else data.test_context[:count].to(next(flow.parameters()).device)
+    context = None if data.test_context is None else data.test_context[:count].to(flow.like)
     noise = Noise(0, "sample")
     if context is None:
         x = flow.sample(count, noise=noise)

@@ -89,7 +89,8 @@ class Average(AveragedModel):
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        super().__init__(model)
+        # the count too lives where the weights do: a tensor that is only known there is added to it
+        super().__init__(model, device=next((p.device for p in model.parameters()), None))
         self.decay = decay
 
     @torch.no_grad()
