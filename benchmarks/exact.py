@@ -4,9 +4,9 @@
     python benchmarks/exact.py --cases mnist --data-root DIR --seconds 240 --batch 16
 
 Both sides have the preset's training and automatic grid. They train in turns in one process, so many seconds of their own time each,
-the rate falling along a cosine of that time; the better validation, the averaged weights' on the same items and noise, is the table.
-Then, from the weights at the end, the gradient is drawn again and again to see what the probe adds to its variance, and whole training
-steps on one grid are timed in turn. The third side, the exact field with Hutchinson's trace, tells the trace's part from the width's.
+the rate falling along a cosine of that time, and are validated on the same items and noise. Then, at the weights of the end, the
+gradient is drawn again and again to see what the probe adds to its variance, and whole training steps on one grid are timed in turn.
+The third side, the exact field with Hutchinson's trace, tells the trace's part from the width's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from cnf.divergence import Exact
 from cnf.likelihood import Evaluation, evaluate
 from cnf.models import SolverConfig, build
 from cnf.noise import Kind, Noise
-from cnf.objectives import Likelihood
 from cnf.presets import RunConfig, preset
 from cnf.solvers import FixedGrid
 from cnf.training import Trainer
@@ -62,15 +61,21 @@ VARIANCES = {
     "the probe's part": "{share:.1%}",
 }  # fmt: skip
 TIMED = {
-    "case": "{case}", "side": "{mode}", "batch": "{batch}", "gradient": "{gradient}", "s a step": "{ours_s:.4f}",
+    "case": "{case}", "side": "{mode}", "batch": "{batch}", "s a step": "{ours_s:.4f}",
     "CPU s": "{ours_cpu_s:.4f}", "three layers' / it": "{ratio:.2f}", "by CPU time": "{cpu_ratio:.2f}", "turns": "{repeats}",
 }  # fmt: skip
 
 
-def table(file: str | None) -> DataSplits | None:
-    """Six columns in which three sets of points in the plane are mixed by a rotation; None where there is a file."""
-    if file is not None:
-        return None
+def _data(case: str, config: RunConfig, batch: int, args: argparse.Namespace) -> DataSplits:
+    if case == "mnist":
+        return pictures(100, batch, args.items, args.data_root)
+    if case == "tabular" and not args.table:
+        return planes()
+    return load_splits(replace(config, data=replace(config.data, data=args.table)) if case == "tabular" else config)
+
+
+def planes() -> DataSplits:
+    """Six columns in which three sets of points in the plane are mixed by a rotation, so that the entropy is known."""
     sets = [datasets.load(name, seed=i) for i, name in enumerate(("checkerboard", "2spirals", "8gaussians"))]
     turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)))[0]
     parts = [torch.cat([getattr(s, part) for s in sets], 1) @ turn for part in ("train", "validation", "test")]
@@ -104,7 +109,7 @@ class Timed(Trainer):
         began, before = time.perf_counter(), self.spent
         while self.spent == before or self.spent - before < until:
             part = min(1.0, self.spent / self.seconds_in_all)
-            rate = self.peak * min(1.0, part / WARMUP + 0.01) * 0.5 * (1 + math.cos(math.pi * part))
+            rate = self.info.config.train.lr * min(1.0, part / WARMUP + 0.01) * 0.5 * (1 + math.cos(math.pi * part))
             self.config = replace(self.config, lr=rate, warmup=0, schedule="constant")
             self.update()
             self.step += 1
@@ -115,11 +120,6 @@ class Timed(Trainer):
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             self.spent = before + time.perf_counter() - began
-
-    @property
-    def peak(self) -> float:
-        """The preset's rate."""
-        return self.info.config.train.lr
 
     def score(self, draws: int) -> Evaluation:
         """Of the averaged weights on the validation items, the trace exact where that is to be had."""
@@ -148,7 +148,7 @@ def train(
                 found[side].append((trainer.spent, trainer.step, trainer.score(draws)))
                 print(f"{case}, {side}: {trainer.spent:.0f} s, {trainer.step} steps, {found[side][-1][2].mean:.4f}", flush=True)
     rows: list[dict[str, Any]] = []
-    first = next(iter(found.values()))[-1][2]
+    first = found[SIDES[0]][-1][2]
     for side, trainer in trainers.items():
         last = found[side][-1][2]
         paired = last.per_item - first.per_item
@@ -227,13 +227,13 @@ def timed(case: str, trainers: dict[str, Timed], turns: int) -> list[dict[str, A
     steps = {}
     for side, trainer in trainers.items():
         trainer.objective.train()
-        trainer.objective.put_solvers([grid.with_steps(STEPS) for grid in trainer.objective.solvers if isinstance(grid, FixedGrid)])
+        trainer.objective.put_solvers([FixedGrid("rk4", STEPS, "direct")] * len(trainer.flow.blocks))
         steps[side] = training_step(trainer.flow, lambda trainer=trainer: loss(trainer))  # type: ignore[misc]
     found = alternate(steps, turns)
     base = found[SIDES[1]]
     return [
         {
-            "case": case, "mode": side, "batch": trainer.batches.size, "gradient": trainer.info.config.solver.gradient,
+            "case": case, "mode": side, "batch": trainer.batches.size,
             "baseline_s": base["wall"], "ours_s": found[side]["wall"], "ratio": base["wall"] / found[side]["wall"],
             "ours_cpu_s": found[side]["cpu"], "cpu_ratio": base["cpu"] / found[side]["cpu"], "repeats": found[side]["repeats"],
         }
@@ -265,21 +265,16 @@ def main(argv: list[str] | None = None) -> int:
     }  # fmt: skip
     for case in args.cases:
         config = preset(f"exact-{case}").config
-        image = case != "tabular"
         batch = args.batch or (16 if case == "mnist" else config.train.batch_size)
-        # by checkpoints a small batch would only lose time
-        config = replace(config, solver=replace(config.solver, gradient="direct"))
-        if case == "tabular" and args.table:
-            config = replace(config, data=replace(config.data, data=args.table))
-        splits = pictures(100, batch, args.items, args.data_root) if case == "mnist" else None if image else table(args.table)
-        splits = splits or load_splits(config)
+        config = replace(config, solver=replace(config.solver, gradient="direct"))  # small batches need no checkpoints
+        splits = _data(case, config, batch, args)
+        items = args.items * (1 if splits.levels else 16)
         for seed in args.seeds:
-            settings = replace(
-                config.train, seed=seed, batch_size=batch, validation_items=args.items * (1 if image else 16), device=args.device,
-                threads=args.threads,
-            )  # fmt: skip
-            info = RunInfo(replace(config, train=settings), splits.event_shape, splits.levels, 0, (), ())
-            infos = {side: replace(info, config=used) for side, used in sides(case, info).items()}
+            used = replace(
+                config.train, seed=seed, batch_size=batch, validation_items=items, device=args.device, threads=args.threads
+            )
+            info = RunInfo(replace(config, train=used), splits.event_shape, splits.levels, 0, (), ())
+            infos = {side: replace(info, config=one) for side, one in sides(case, info).items()}
             rows, trainers = train(case, dict(list(infos.items())[:2]), splits, args.seconds, args.points, args.noise)
             tables["exact"][0].extend(rows)
             if seed != args.seeds[0]:
@@ -290,9 +285,7 @@ def main(argv: list[str] | None = None) -> int:
             same.objective.put_solvers(trainers[SIDES[0]].objective.solvers)
             trainers[SIDES[2]] = same
             for side, trainer in trainers.items():
-                objective = trainer.objective
-                assert isinstance(objective, Likelihood)
-                for term in ("nll", "loss") if "jacobian" in objective.weights else ("nll",):
+                for term in ("nll", "loss") if trainer.config.jacobian else ("nll",):
                     tables["exact variance"][0].append(variance(case, side, trainer, term, args.draws))
             tables["exact steps"][0].extend(timed(case, trainers, args.turns))
         for name, (rows, columns) in tables.items():

@@ -117,7 +117,7 @@ def main() -> None:
     print(markdown(rows, columns))
     name = f"mixture {Path(data.name).stem}" + (f" {options.marginals}" if image else "")
     about = {"machine": machine(), "versions": versions("torch", "scikit-learn"), "unit": unit, "mixture": chosen}
-    record(RESULTS, name, "python benchmarks/mixture.py RUN ...", rows, about)
+    record(RESULTS, name, None, rows, about)
 
 
 if __name__ == "__main__":

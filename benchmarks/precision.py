@@ -25,6 +25,7 @@ import matplotlib
 matplotlib.use("Agg")
 import torch
 from automatic_steps import data as pictures
+from exact import spread
 from matplotlib import pyplot as plt
 from measure import machine, markdown, record, versions
 
@@ -36,14 +37,15 @@ from cnf.models import build
 from cnf.presets import RunConfig, preset
 from cnf.training import Trainer
 
-CASES = {"digits": 400, "mnist": 240}  # steps
+CASES = {"digits": 400, "mnist": 200}  # steps
 PRECISIONS = ("fp32", "bf16")
 POINTS = 8  # validations of a training
+BATCHES = 8  # from which the gradient's noise is told
 COLUMNS = {
     "case": "{case}", "parameters": "{parameters:,}", "steps": "{steps}", "seeds": "{seeds}", "fp32, bits/dim": "{fp32:.4f} ± {fp32_spread:.4f}",
     "bf16": "{bf16:.4f} ± {bf16_spread:.4f}", "bf16 - fp32, by seed": "{difference:+.4f} ± {difference_spread:.4f}",
     "its standard error": "{difference_error:.4f}", "largest along the curves": "{largest:.4f}",
-    "difference / spread": "{ratio:.2f}", "gradient, relative difference": "{gradient:.1e}",
+    "difference / spread": "{ratio:.2f}", "gradient's rounding / its norm": "{rounding:.1e}", "/ the minibatch's noise": "{to_noise:.1e}",
 }  # fmt: skip
 
 
@@ -51,27 +53,31 @@ def settings(case: str, steps: int, seed: int, threads: int) -> RunConfig:
     """What both precisions train."""
     config = preset("exact-digits" if case == "digits" else "rnode-mnist").config
     every = max(1, steps // POINTS)
-    train = replace(
-        config.train, steps=steps, seed=seed, threads=threads, validate_every=every, warmup=min(50, steps // 5), schedule="cosine"
-    )
     # one grid for all: steps chosen by measurement would differ between trainings
     solver = replace(config.solver, automatic_steps=False, grid_steps=2, gradient="direct")
+    train = replace(
+        config.train, steps=steps, seed=seed, threads=threads, validate_every=every, warmup=min(50, steps // 5), schedule="cosine",
+        watch_every=steps, max_grid_steps=solver.grid_steps,
+    )  # fmt: skip
     if case == "mnist":
         train = replace(train, batch_size=32, lr=2e-3, validation_items=128)
-        config = replace(config, model=replace(config.model, hidden=(24, 24, 24), blocks=1))
+        config = replace(config, model=replace(config.model, hidden=(16, 16, 16), blocks=1))
     return replace(config, solver=solver, train=train)
 
 
-def gradient(trainer: Trainer) -> torch.Tensor:
-    """Of a training step's loss at the trainer's weights, on the batch and noise of step 0."""
-    x, _, noise = trainer.batches(0)
+def gradient(trainer: Trainer, step: int = 0) -> torch.Tensor:
+    """Of a training step's loss at the trainer's weights, on the batch and noise of that step."""
+    x, _, noise = trainer.batches(step)
     trainer.flow.train().zero_grad(set_to_none=True)
     trainer.objective(x, noise=noise)["loss"].mean().backward()  # type: ignore[operator]
     return torch.cat([p.grad.flatten() for p in trainer.flow.parameters() if p.grad is not None])
 
 
-def check(trainer: Trainer) -> float:
-    """A bf16 training's validation is float32's to the last bit, while its training is not; the gradients' relative difference.
+def check(trainer: Trainer) -> tuple[float, float]:
+    """A bf16 training's validation is float32's to the last bit, while its training is not: what rounding does to the gradient.
+
+    Returns:
+        The difference of the gradients at the last weights, over the gradient's norm and over its deviation from batch to batch.
 
     Raises:
         AssertionError: where it is otherwise.
@@ -89,7 +95,8 @@ def check(trainer: Trainer) -> float:
     low, full = gradient(trainer), gradient(same)
     assert not torch.equal(low, full), "the training was not in bfloat16"
     assert low.dtype == torch.float32  # weights and their gradients stay in it
-    return float((low - full).norm() / full.norm())
+    noise, _ = spread(gradient(same, step) for step in range(BATCHES))
+    return float((low - full).norm() / full.norm()), float((low - full).norm()) / noise**0.5
 
 
 def curve(config: RunConfig, splits: DataSplits, precision: str) -> tuple[list[tuple[int, float]], Trainer]:
@@ -106,14 +113,14 @@ def curve(config: RunConfig, splits: DataSplits, precision: str) -> tuple[list[t
 def compare(case: str, seeds: list[int], steps: int, splits: DataSplits, threads: int) -> dict[str, Any]:
     """All trainings of a case, as one row."""
     curves: dict[str, list[list[tuple[int, float]]]] = {precision: [] for precision in PRECISIONS}
-    differences = []
+    rounding = []
     for seed in seeds:
         config = settings(case, steps, seed, threads)
         for precision in PRECISIONS:
             points, trainer = curve(config, splits, precision)
             curves[precision].append(points)
             print(f"{case}, seed {seed}, {precision}: {points[-1][1]:.4f}", flush=True)
-        differences.append(check(trainer))
+        rounding.append(check(trainer))
     last = {precision: [points[-1][1] for points in found] for precision, found in curves.items()}
     paired = [low - full for full, low in zip(*last.values(), strict=True)]
     spread = {precision: _deviation(values) for precision, values in last.items()}
@@ -124,7 +131,7 @@ def compare(case: str, seeds: list[int], steps: int, splits: DataSplits, threads
         **{f"{p}_spread": value for p, value in spread.items()}, "difference": statistics.mean(paired),
         "difference_spread": _deviation(paired), "difference_error": _deviation(paired) / len(paired) ** 0.5,
         "largest": max(abs(a - b) for a, b in pairs), "ratio": abs(statistics.mean(paired)) / spread["fp32"] if spread["fp32"] else 0.0,
-        "gradient": max(differences), "evaluated_in": "fp32", "curves": curves,
+        "rounding": max(r for r, _ in rounding), "to_noise": max(r for _, r in rounding), "evaluated_in": "fp32", "curves": curves,
     }  # fmt: skip
 
 
@@ -143,7 +150,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 panel.plot(steps, [value for _, value in points], style, color=colour, lw=0.8, alpha=0.6)
             mean = [statistics.mean(values) for values in zip(*([v for _, v in points] for points in found), strict=True)]
             panel.plot(steps, mean, style, color=colour, lw=2, label=f"{precision}, mean of {len(found)} seeds")
-        panel.set(title=f"{row['data']}, {row['parameters']:,} parameters", xlabel="step", ylabel="validation in fp32, bits/dim")
+        last = f"at the end bf16 - fp32 is {row['difference']:+.4f} ± {row['difference_spread']:.4f}, seeds spread by {row['fp32_spread']:.4f}"
+        panel.set(title=f"{row['data']}, {row['parameters']:,} parameters\n{last}", xlabel="step", ylabel="validation in fp32, bits/dim", yscale="log")
+        panel.title.set_fontsize("medium")
+        for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            axis("{x:.3g}")
         panel.legend()
         panel.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ EXACT = {
             replace(_DIGITS.config.train, batch_size=64, lr=1e-2, weight_decay=0.1, jacobian=0.03),
         ),
         "real 8x8 digits, convolutions with the closed-form exact trace",
-        "not measured yet",
+        "about 4 minutes on one core",
         _DIGITS.shape,
         _DIGITS.levels,
     ),
