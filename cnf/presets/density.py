@@ -31,7 +31,7 @@ DENSITY = {
             ),
         ),
         "real 8x8 digits, MLP with the closed-form exact trace",
-        "about 1.5 minutes on one core",
+        "about 2 minutes on one core",
         (1, 8, 8),
         17,
     ),
