@@ -11,14 +11,12 @@ gradient is backpropagation through the accepted steps (``autograd``, its defaul
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import io
 import math
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +28,8 @@ from zuko_pair import (
     HIDDEN,
     data,
     gradient,
+    measured,
+    options,
     our_flow,
     our_log_prob,
     probe_like,
@@ -41,7 +41,6 @@ from zuko_pair import (
 
 from cnf.divergence import Hutchinson
 from cnf.flow import Flow
-from cnf.solvers import FixedGrid
 
 try:
     with warnings.catch_warnings():
@@ -147,7 +146,7 @@ def compare(
     """One row: both at an error within ``tolerance`` nats/dim, timed in turn (see :func:`zuko_cnf.compare`)."""
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: expected one of {MODES}")
-    flow, dim = copy.deepcopy(flow), x.shape[1]
+    flow = copy.deepcopy(flow)
     exact = mode == "exact"
     other = Torchdyn(flow, activation, exact, sensitivity)
     plain = truth(flow, x, None)
@@ -168,27 +167,15 @@ def compare(
         },
         repeats,
     )
-    solver = flow.blocks[0].solver
-    assert isinstance(solver, FixedGrid)
     return {
-        "case": f"D={dim}",
-        "dim": dim,
-        "mode": mode,
-        "batch": len(x),
-        "activation": activation,
+        **measured(flow, x, mode, activation, seconds, "torchdyn"),
         "sensitivity": sensitivity,
-        "baseline_s": seconds["torchdyn"]["wall"],
-        "ours_s": seconds["ours"]["wall"],
-        "ratio": seconds["torchdyn"]["wall"] / seconds["ours"]["wall"],
-        "cpu_ratio": seconds["torchdyn"]["cpu"] / seconds["ours"]["cpu"],
         "baseline_error": baseline_error,
         "ours_error": ours_error,
         "baseline_rtol": other.transform.rtol,
         "baseline_atol": other.transform.atol,
-        "ours_steps": solver.steps,
         "baseline_nfe": forward,
         "baseline_nfe_backward": calls[0] - forward,
-        "ours_nfe": 4 * solver.steps,
         "baseline_gradient_error": relative(baseline_gradient, noisy),
         "ours_gradient_error": relative(gradient(our_log_prob(flow, x, mine.probe).mean(), flow.parameters()), mine),
         "repeats": repeats,
@@ -197,18 +184,7 @@ def compare(
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, and record if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    extent = parser.add_mutually_exclusive_group()
-    extent.add_argument("--quick", action="store_true", help="short training, few repeats (the default)")
-    extent.add_argument(
-        "--full", action="store_true", help="longer training, more repeats, both of torchdyn's gradients"
-    )
-    parser.add_argument("--dims", type=int, nargs="+", default=DIMS, help="numbers of data dimensions, up to 64")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--activation", choices=ACTIVATIONS, default="tanh", help="of both")
-    parser.add_argument("--tolerance", type=float, default=1e-3, help="mean error of log p, nats per dimension")
-    parser.add_argument("--json", type=Path, help="file of measured rows to add to")
-    args = parser.parse_args(argv)
+    args = options(__doc__, DIMS, ACTIVATIONS).parse_args(argv)
     if NeuralODE is None:
         print(
             "torchdyn is not installed: pip install torchdyn, best into a virtual environment of its own",

@@ -11,12 +11,10 @@ constant and any step size would do.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +25,8 @@ from zuko_pair import (
     data,
     error,
     gradient,
+    measured,
+    options,
     our_flow,
     our_log_prob,
     probe_like,
@@ -152,27 +152,15 @@ def compare(flow: Flow, x: Tensor, mode: str, activation: str, tolerance: float,
         },
         repeats,
     )
-    solver = flow.blocks[0].solver
-    assert isinstance(solver, FixedGrid)
     return {
-        "case": f"D={dim}",
-        "dim": dim,
-        "mode": mode,
-        "batch": len(x),
-        "activation": activation,
+        **measured(flow, x, mode, activation, seconds, "zuko"),
         "parameters": sum(p.numel() for p in flow.parameters()),
-        "baseline_s": seconds["zuko"]["wall"],
-        "ours_s": seconds["ours"]["wall"],
-        "ratio": seconds["zuko"]["wall"] / seconds["ours"]["wall"],
-        "cpu_ratio": seconds["zuko"]["cpu"] / seconds["ours"]["cpu"],
         "baseline_error": baseline_error,
         "ours_error": ours_error,
         "baseline_rtol": other.transform.rtol,
         "baseline_atol": other.transform.atol,
-        "ours_steps": solver.steps,
         "baseline_nfe": forward,
         "baseline_nfe_backward": calls[0] - forward,
-        "ours_nfe": 4 * solver.steps,
         "baseline_gradient_error": relative(baseline_gradient, noisy),
         "ours_gradient_error": relative(gradient(our_log_prob(flow, x, mine.probe).mean(), flow.parameters()), mine),
         "baseline_default_s": seconds["zuko default"]["wall"],
@@ -183,16 +171,7 @@ def compare(flow: Flow, x: Tensor, mode: str, activation: str, tolerance: float,
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, and record if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    extent = parser.add_mutually_exclusive_group()
-    extent.add_argument("--quick", action="store_true", help="short training, few repeats (the default)")
-    extent.add_argument("--full", action="store_true", help="longer training, more repeats")
-    parser.add_argument("--dims", type=int, nargs="+", default=DIMS, help="numbers of data dimensions, up to 64")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--activation", choices=("elu", "tanh", "softplus", "swish"), default="tanh", help="of both")
-    parser.add_argument("--tolerance", type=float, default=1e-3, help="mean error of log p, nats per dimension")
-    parser.add_argument("--json", type=Path, help="file of measured rows to add to")
-    args = parser.parse_args(argv)
+    args = options(__doc__, DIMS, ("elu", "tanh", "softplus", "swish")).parse_args(argv)
     if zuko is None:
         print("zuko is not installed: pip install -e '.[dev]' brings it, or pip install 'zuko>=1.2'", file=sys.stderr)
         return 1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,6 +143,41 @@ def zuko_log_prob(other: Any, x: Tensor, probe: Tensor | None) -> Tensor:
         torch.manual_seed(PROBE_SEED)
     result: Tensor = other().log_prob(x)
     return result
+
+
+def measured(
+    flow: Flow, x: Tensor, mode: str, activation: str, seconds: Mapping[str, Mapping[str, float]], baseline: str
+) -> dict[str, Any]:
+    """What a row says of both sides' seconds and of ours; ``seconds`` as measure.alternate gives them."""
+    solver = flow.blocks[0].solver
+    assert isinstance(solver, FixedGrid)
+    return {
+        "case": f"D={x.shape[1]}",
+        "dim": x.shape[1],
+        "mode": mode,
+        "batch": len(x),
+        "activation": activation,
+        "baseline_s": seconds[baseline]["wall"],
+        "ours_s": seconds["ours"]["wall"],
+        "ratio": seconds[baseline]["wall"] / seconds["ours"]["wall"],
+        "cpu_ratio": seconds[baseline]["cpu"] / seconds["ours"]["cpu"],
+        "ours_steps": solver.steps,
+        "ours_nfe": len(solver.tableau.b) * solver.steps,
+    }
+
+
+def options(description: str | None, dims: Sequence[int], activations: Collection[str]) -> argparse.ArgumentParser:
+    """The command line that the comparisons on vectors share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="short training, few repeats (the default)")
+    extent.add_argument("--full", action="store_true", help="longer training, more repeats")
+    parser.add_argument("--dims", type=int, nargs="+", default=dims, help="numbers of data dimensions, up to 64")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--activation", choices=activations, default="tanh", help="of both")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="mean error of log p, nats per dimension")
+    parser.add_argument("--json", type=Path, help="file of measured rows to add to")
+    return parser
 
 
 def probe_like(x: Tensor) -> Tensor:
