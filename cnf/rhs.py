@@ -120,12 +120,11 @@ def _evaluate(rhs: RightHandSide, s: Tensor, state: State, sampled: bool) -> Sta
     # regularisers are non-negative both ways, so they take the length of the step, not its sign
     length = span.abs()
     for quadrature in rhs.quadratures:
-        if rhs.share is None or "jac_sq" not in quadrature.need:
-            with rhs.field_precision(x):
-                out.append(length * quadrature(t, x, parts, bound))
-        elif sampled:
+        rare = rhs.share is not None and "jac_sq" in quadrature.need
+        if rare and sampled:
             out.append(x.new_zeros(len(x)))
-        else:
-            with rhs.field_precision(x):
-                out.append(length * quadrature(t, x, parts, bound) / rhs.share)
+            continue
+        with rhs.field_precision(x):
+            value = length * quadrature(t, x, parts, bound)
+        out.append(value / cast(Tensor, rhs.share) if rare else value)
     return tuple(out)

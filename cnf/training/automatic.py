@@ -106,8 +106,8 @@ def _more(n: int, error: float, share: float, order: int, most: int) -> int:
     """Steps that bring one block's error down to its share, as the order says."""
     if error <= share:
         return n
-    wanted = math.inf if math.isinf(error) else n * (error / share) ** (1 / order)
-    return max(n, min(most, 2 * n, math.ceil(max(wanted, n + 1)) if math.isfinite(wanted) else 2 * n))
+    wanted: float = max(n + 1, n * (error / share) ** (1 / order))
+    return max(n, math.ceil(min(wanted, 2 * n, most)))
 
 
 def told(steps: list[int]) -> str:
