@@ -1,4 +1,4 @@
-"""Validation against wall-clock for several runs, in one picture.
+"""Validation, cost and straightness against wall-clock for several runs, in one picture.
 
     python benchmarks/curves.py RUN [RUN ...] --out curves.png
 """
@@ -13,27 +13,42 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--lowest", type=float, help="of the validation axis")
+    parser.add_argument("--highest", type=float, help="of the validation axis")
     options = parser.parse_args()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, ((top, cost), (evaluations, paths)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     unit = ""
     for run in options.runs:
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         unit = "nats" if json.loads((run / "config.json").read_text(encoding="utf-8"))["levels"] is None else "bits/dim"
-        validated = [row for row in rows if row.get("validation") is not None]
-        left.plot([row["seconds"] / 60 for row in validated], [row["validation"] for row in validated], marker="o", ms=3, label=run.name)
-        solved = [row for row in rows if "nfe" in row]
-        right.plot([row["seconds"] / 60 for row in solved], [row["nfe"] + row["nfe_backward"] for row in solved], label=run.name)
-    left.set(xlabel="minutes", ylabel=f"validation, {unit}", yscale="log")
-    left.yaxis.set_major_formatter("{x:g}")
-    left.yaxis.set_minor_formatter("{x:g}")
-    right.set(xlabel="minutes", ylabel="evaluations a step, forward and backward", ylim=(0, None))
-    for axis in (left, right):
+
+        def draw(axis: Axes, name: str, rows: list[dict[str, float]] = rows, label: str = run.name) -> None:
+            known = [row for row in rows if row.get(name) is not None]
+            if known:
+                axis.plot([row["seconds"] / 60 for row in known], [row[name] for row in known], marker="o", ms=3, label=label)
+
+        draw(top, "validation")
+        for row in rows:
+            if "nfe" in row:
+                row["evaluations"] = row["nfe"] + row["nfe_backward"]
+        draw(cost, "evaluations")
+        draw(evaluations, "validation_nfe")
+        draw(paths, "straightness")
+    top.set(ylabel=f"validation, {unit}")
+    if options.lowest is not None or options.highest is not None:
+        top.set(ylim=(options.lowest, options.highest))
+    cost.set(ylabel="evaluations a training step, forward and backward", yscale="log")
+    evaluations.set(ylabel="evaluations of a solve in validation")
+    paths.set(ylabel="straightness of the paths (1: straight)")
+    for axis in (top, cost, evaluations, paths):
+        axis.set(xlabel="minutes")
         axis.legend()
         axis.grid(alpha=0.3)
     figure.savefig(options.out, dpi=90)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,13 +16,13 @@ from torch import Tensor, nn
 from cnf import datasets
 from cnf.continuous import CNF
 from cnf.flow import Flow
-from cnf.models import SolverConfig, build
+from cnf.models import build
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
 from cnf.presets import RunConfig, preset
 from cnf.solvers import FixedGrid
 
-__all__ = ["MODES", "Mode", "Ours", "evaluations", "floor", "images", "ours", "supported"]
+__all__ = ["MODES", "Mode", "Ours", "evaluations", "floor", "images", "ours"]
 
 SHAPE, LEVELS = (1, 28, 28), 256
 MIB = 2**20
@@ -63,16 +62,6 @@ MODES = {
         Mode("preset", "the preset as it stands, its own solver and gradient", own_solver=True),
     )
 }
-
-
-AUTOMATIC = Mode("automatic", "the grid's steps chosen while training", {"automatic_steps": True, "grid_steps": 1})
-"""What makes any of them choose its steps, from one in each block on; for trainings alone."""
-
-
-def supported(mode: Mode) -> bool:
-    """Whether this version of the library has the mode's options."""
-    known = {f.name for f in dataclasses.fields(SolverConfig)}
-    return set(mode.options) <= known
 
 
 class Plain(nn.Module):
@@ -121,6 +110,7 @@ def ours(
     solver = config.solver
     if not mode.own_solver:
         solver = replace(solver, method="rk4", adaptive=False, grid_steps=steps, gradient=gradient)
+    solver = replace(solver, automatic_steps=False, grid_steps=steps)
     solver = replace(solver, **mode.options)
     flow = build(config.model, solver, shape, levels=LEVELS)
     if like is not None:

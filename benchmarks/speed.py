@@ -27,7 +27,7 @@ from automatic_steps import AUTOMATIC_COLUMNS, automatic_steps
 from costs import COST_COLUMNS, ORDER_COLUMNS, costs, gradient_orders
 from image_pair import CASES, COLUMNS, compare
 from measure import machine, markdown, record, versions
-from modes import MODES, images, supported
+from modes import MODES, images
 from time_to_loss import LOSS_COLUMNS, time_to_loss
 
 PARTS = ("orders", "steps", "automatic", "costs", "loss")
@@ -71,9 +71,6 @@ def main(argv: list[str] | None = None) -> int:
     full = args.full
     parts = args.parts or (PARTS if full else PARTS[:2])
     modes = [MODES[name] for name in args.modes or (MODES if full else QUICK)]
-    for mode in [m for m in modes if not supported(m)]:
-        print(f"{mode.name}: left out, this version of cnf has no {' and '.join(mode.options)}", file=sys.stderr)
-    modes = [mode for mode in modes if supported(mode)]
     about = {**machine(), "threads": args.threads, **versions("torch", "torchdiffeq")}
     if args.device != "cpu":
         about["device"] = torch.cuda.get_device_name(args.device)

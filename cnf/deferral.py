@@ -6,7 +6,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["deferred", "deferred_checks"]
+import torch
+from torch import Tensor
+
+__all__ = ["deferred", "deferred_checks", "sent"]
 
 
 class _State(threading.local):
@@ -45,3 +48,8 @@ def deferred_checks() -> Iterator[None]:
         yield
     finally:
         _STATE.depth -= 1
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """On its way to the device: to a GPU from pinned memory, so that nothing waits until it has arrived."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)

@@ -1,4 +1,4 @@
-"""Variational dequantisation: a small flow for the noise that spreads grey levels, learned with the model."""
+"""Noise that spreads grey levels otherwise than evenly: a normal one, cut off, and one that is learned with the model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,83 @@ from cnf.noise import Noise, draw
 from cnf.solvers import Stats
 from cnf.transforms import Dequantize, Transformed
 
-__all__ = ["VariationalDequantize"]
+__all__ = ["TruncatedNormalDequantize", "VariationalDequantize"]
 
 MAX_LOG_SCALE = 3.0  # of one coupling: a scale between 1/20 and 20 is more than the noise inside a grey level calls for
+
+
+class TruncatedNormalDequantize(Dequantize):
+    r"""uint8 k becomes (k + 1/2 + n/(2 τ))/levels, n standard normal cut off at ±τ: log_det = -D ln levels - log q (2305.03935).
+
+    The density at the data is then one of narrow, nearly normal peaks at the middles of the grey levels, as a path of normal
+    noise leads to, and log_prob of uint8 images is the bound :math:`E_q[\ln p(y) - \ln q(y | k)] \le \ln P(k)`, tight
+    where the model's peaks have that form. Floats pass unchanged.
+
+    Args:
+        levels: number of grey levels of the data set, as for :class:`~cnf.transforms.Dequantize`.
+        tau: where the noise is cut off, in its standard deviations: half a level's width.
+
+    Raises:
+        ConfigError: for levels or a tau that cannot be.
+        DataError: for integers other than uint8, or pixels of ``levels`` or more.
+
+    Example:
+        >>> dequantize = TruncatedNormalDequantize(levels=17)
+        >>> pixels = torch.randint(0, 17, (5, 1, 8, 8), dtype=torch.uint8)
+        >>> out = dequantize(pixels, noise=Noise(0))
+        >>> bool((dequantize.quantize(out.value) == pixels).all()), round(dequantize.scale, 6)
+        (True, 0.009804)
+    """
+
+    def __init__(self, levels: int = 256, tau: float = 3.0):
+        super().__init__(levels)
+        if not 0 < tau < 6:
+            raise ConfigError(f"tau={tau}; expected a number between 0 and 6, such as 3")
+        self.tau = tau
+
+    @property
+    def scale(self) -> float:
+        """The noise's standard deviation before it is cut off, on the scale of [0, 1]."""
+        return 1 / (2 * self.tau * self.levels)
+
+    @property
+    def mass(self) -> float:
+        """Of the normal distribution between the cuts."""
+        return math.erf(self.tau / math.sqrt(2))
+
+    @property
+    def entropy(self) -> float:
+        """Of the noise in one pixel, on the scale of [0, 1], in nats."""
+        height = math.exp(-self.tau**2 / 2) / math.sqrt(2 * math.pi)
+        return math.log(math.sqrt(2 * math.pi * math.e) * self.scale * self.mass) - self.tau * height / self.mass
+
+    def middle(self, x: Tensor) -> Tensor:
+        """The middles of the grey levels (N, \\*event), without noise; floats pass unchanged."""
+        if x.is_floating_point():
+            return x
+        self.check(x)
+        return (x.to(self._one.dtype) + 0.5) / self.levels
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        noise: Noise | None = None,
+        log_det: bool = True,
+        integrals: bool = True,
+    ) -> Transformed:
+        """uint8 to floats in [0, 1]."""
+        if x.is_floating_point():
+            return super().forward(x)
+        dtype = self._one.dtype
+        e = draw(noise, "dequantize", "uniform", x.shape, dtype=torch.float64, device=x.device)
+        n = (math.sqrt(2) * torch.erfinv(self.mass * (2 * e - 1))).clamp(-self.tau, self.tau)
+        # as in Dequantize: no rounding into the next grey level
+        edge = self.tau * (1 - 4 * self.levels * torch.finfo(dtype).eps)
+        n = n.clamp(-edge, edge).to(dtype)
+        log_q = -0.5 * n.double().square() - math.log(math.sqrt(2 * math.pi) * self.scale * self.mass)
+        return Transformed(self.middle(x) + self.scale * n, -log_q.flatten(1).sum(1).to(dtype), {}, Stats())
 
 
 class VariationalDequantize(Dequantize):

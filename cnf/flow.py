@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,8 @@ class Flow(nn.Module):
 
         for i, leaf in enumerate(leaves(self.transform)):
             if any(isinstance(m, CNF) for m in leaf.modules()):
+                if hasattr(field := getattr(leaf, "field", None), "fit_batches"):
+                    cast(Any, field).fit_batches(arriving(i))
                 return
             if isinstance(leaf, Standardize | Gaussianize):
                 leaf.fit_batches(arriving(i))

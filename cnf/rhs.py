@@ -14,7 +14,7 @@ from cnf.divergence import Bound, Divergence, Driven, Field, linearize
 from cnf.fields.augmented import TimePath
 from cnf.quadratures import Quadrature, StepError
 
-__all__ = ["OneStage", "RightHandSide"]
+__all__ = ["OneStage", "RightHandSide", "field_precision"]
 
 State = tuple[Tensor, ...]
 
@@ -92,10 +92,15 @@ class RightHandSide:
 
     def field_precision(self, x: Tensor) -> AbstractContextManager[None]:
         """Autocast to the field's type, if it has one of its own."""
-        if self.autocast is None:
-            return nullcontext()
-        # no cache: it would keep the casts of one evaluation, which no other one sees
-        return torch.autocast(x.device.type, self.autocast, cache_enabled=False)
+        return field_precision(self.autocast, x)
+
+
+def field_precision(kind: torch.dtype | None, x: Tensor) -> AbstractContextManager[None]:
+    """Autocast to a field's type on x's device; nothing for None."""
+    if kind is None:
+        return nullcontext()
+    # no cache: it would keep the casts of one evaluation, which no other one sees
+    return torch.autocast(x.device.type, kind, cache_enabled=False)
 
 
 def _evaluate(rhs: RightHandSide, s: Tensor, state: State, sampled: bool) -> State:

@@ -1,6 +1,8 @@
-"""The paths of points through a chain's blocks."""
+"""The paths of points through a chain's blocks, and how straight they are."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +14,9 @@ from cnf.noise import Noise
 from cnf.transforms import Transform
 from cnf.transforms.base import placed
 
-__all__ = ["trajectory"]
+__all__ = ["Straightness", "straightness", "trajectory"]
+
+POINTS = 9  # of a path, whose length and energy are those of the lines between them
 
 
 @torch.no_grad()
@@ -75,3 +79,37 @@ def _moved(
     """The point a frame later, and the augmented time there."""
     x, _, solution = block.integrate(x, times, context, log_det=False, drive=drive)
     return x, None if drive is None else solution.state[1]
+
+
+class Straightness(NamedTuple):
+    """Of the paths of several points, in the mean."""
+
+    ratio: float
+    """Distance of the ends over the path's length: 1 where it is straight."""
+    kinetic: float
+    """∫ |dx/dt|² over [0, 1], per dimension."""
+
+
+def straightness(
+    transform: Transform, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None
+) -> Straightness:
+    """How straight the paths of x (N, \\*event) are, by the lines between nine of their points, as :func:`trajectory` gives them.
+
+    The ratio does not depend on how fast the path is run through, the kinetic energy does; the lines' is a little too small.
+
+    Raises:
+        ConfigError: for a transform that has no such path.
+
+    Example:
+        >>> from cnf.fields import MLP
+        >>> found = straightness(CNF(MLP(2, zero_init=True)), torch.zeros(5, 2))
+        >>> found.kinetic
+        0.0
+    """
+    moves = trajectory(transform, x, torch.linspace(0, 1, POINTS), context, noise=noise).diff(dim=0).flatten(2)
+    lengths = moves.norm(dim=2)
+    ends = moves.sum(0).norm(dim=1)
+    tiny = torch.finfo(moves.dtype).tiny  # where nothing moves the path is straight
+    ratio = (ends + tiny) / (lengths.sum(0) + tiny)
+    energy = lengths.square().sum(0) * (POINTS - 1) / moves.shape[2]
+    return Straightness(float(ratio.mean()), float(energy.mean()))

@@ -26,7 +26,9 @@ import anode
 import automatic_steps
 import costs
 import data_share
+import few_steps
 import image_pair
+import matching
 import measure
 import memory
 import modes
@@ -272,8 +274,6 @@ def test_the_adjoint_nears_our_gradient_at_the_order_of_the_method():
 
 @pytest.mark.parametrize("mode", [name for name, mode in modes.MODES.items() if not mode.compiled and not mode.low])
 def test_our_modes_have_one_gradient(mode):
-    if not modes.supported(modes.MODES[mode]):
-        pytest.skip("not in this version")
     a, b = (gradients(*pair("rnode-mnist", mode=name), "nll")[1] for name in ("plain", mode))
     torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
@@ -298,11 +298,6 @@ def test_evaluations_are_counted_block_by_block():
     assert counts == [((3, 1, 8, 8), 8), ((3, 4, 4, 4), 8), ((3, 2, 4, 4), 8)]
     assert "forward" not in vars(one.flow.blocks[0])  # the watch is gone
     assert modes.floor(one, counts, 1) > 0
-
-
-def test_options_that_are_not_there_are_no_mode():
-    assert not modes.supported(modes.Mode("a", "", {"no_such_option": 1}))
-    assert modes.supported(modes.Mode("b", "", {"grid_steps": 2}))
 
 
 def test_images_look_like_mnist():
@@ -397,3 +392,37 @@ def test_torchdyn_is_held_to_the_tolerance(sensitivity):
     assert row["baseline_error"] <= 1e-4 and row["ours_error"] <= 1e-4
     assert row["ours_gradient_error"] < 0.1 and row["baseline_gradient_error"] < 0.1
     assert measure.markdown([row], torchdyn_cnf.COLUMNS).count("\n") == 2
+
+
+def gaussian_splits(n=4000):
+    x = torch.randn(n, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 3.0]) + 5
+    return DataSplits("points", "table", x[: n // 2], x[n // 2 : 3 * n // 4], x[3 * n // 4 :])
+
+
+def test_the_sides_beside_matching_know_a_gaussian(monkeypatch):
+    monkeypatch.setattr(matching, "MIXTURES", (1, 2))
+    truth = math.log(2 * math.pi * math.e) + math.log(3)  # its entropy in nats
+    found = matching.mixture(gaussian_splits())
+    assert found["components"] in (1, 2) and found["test"] == pytest.approx(truth, abs=0.1)
+
+
+@needs_zuko
+def test_the_spline_flow_learns_a_gaussian():
+    truth = math.log(2 * math.pi * math.e) + math.log(3)
+    spline = matching.spline(gaussian_splits(), 3.0)
+    assert spline["test"] == pytest.approx(truth, abs=0.3) and spline["steps"] >= 50
+
+
+@pytest.mark.parametrize("side", matching.SIDES)
+def test_a_side_of_the_matching_comparison_trains_and_is_tested(tmp_path, monkeypatch, side):
+    monkeypatch.setattr(matching, "TIMED", {False: 2, True: 2})
+    found = matching.ours(gaussian_splits(), "points", side, 1.0, tmp_path)
+    assert found["steps"] >= 5 and math.isfinite(found["test"]) and 0 < float(found["straight"]) <= 1
+    assert measure.markdown([{"data": "points", "side": side, "above": "", **found}], matching.COLUMNS).count("\n") == 2
+
+
+def test_energy_distance_is_zero_for_one_distribution_and_known_for_two_points():
+    x, y = torch.randn(2, 600, 3, generator=torch.Generator().manual_seed(0))
+    assert abs(few_steps.energy_distance(x, y)) < 0.05 < few_steps.energy_distance(x, y + 1)
+    a, b = torch.zeros(4, 1), torch.full((4, 1), 3.0)
+    assert few_steps.energy_distance(a, b) == pytest.approx(6.0)

@@ -88,8 +88,8 @@ def test_loaded_flow_is_the_saved_one(run):
         (lambda raw: raw["config"]["model"].update(hidden=["5"]), r"model: hidden is '5'; expected int"),
         (lambda raw: raw["config"]["model"].update(field="mlpp"), r"model: field is 'mlpp'; expected one of \('mlp'"),
         (lambda raw: raw["config"].update(train=[]), r"config: train is \[\]; expected an object"),
-        (lambda raw: raw.update(format=99), r"reads format 3"),
-        (lambda raw: raw.pop("format"), r"reads format 3"),
+        (lambda raw: raw.update(format=99), r"reads format 4"),
+        (lambda raw: raw.pop("format"), r"reads format 4"),
     ],
 )
 def test_damaged_config_is_named(run, edit, message):

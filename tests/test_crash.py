@@ -23,6 +23,7 @@ from cnf.checkpoint import LOCK, RunInfo, files, leftovers, write_config
 from cnf.datasets import DataSplits
 from cnf.errors import SolverError
 from cnf.models import ModelConfig, SolverConfig
+from cnf.objectives import Likelihood
 from cnf.presets import DataConfig, RunConfig, TrainConfig
 from cnf.training import Trainer, loop, recovery
 
@@ -75,7 +76,7 @@ def train(folder, fault, started):
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is a named semaphore, which a kill leaves behind
     loop.LOG_EVERY, loop.SAVE_SECONDS, recovery.MAX_SKIPS = 1, 0.0, 3  # a checkpoint after every step
-    evaluate, update = loop.Likelihood.evaluate, Trainer.update
+    evaluate, update = Likelihood.evaluate, Trainer.update
     if fault is not None and len(fault) == 3:
         files.hook = Killer(*fault)
     moment, at = fault if fault is not None and len(fault) == 2 else ("", -1)
@@ -100,7 +101,7 @@ def train(folder, fault, started):
         started.touch()
         return values
 
-    loop.Likelihood.evaluate, Trainer.update = failing, watched
+    Likelihood.evaluate, Trainer.update = failing, watched
     resume = (folder / "config.json").exists()
     if not resume:
         folder.mkdir(exist_ok=True)

@@ -117,7 +117,7 @@ def no_waiting(monkeypatch):
     monkeypatch.setattr(Trainer, "update", watched)
 
 
-@pytest.mark.parametrize("name", ["digits", "conv", "affjord", "tangents", "predictor", "regression"])
+@pytest.mark.parametrize("name", ["digits", "conv", "affjord", "tangents", "matching", "predictor", "regression"])
 def test_a_step_waits_for_nothing(tmp_path, monkeypatch, no_waiting, name):
     from test_hostfree import rows, run_of
 

@@ -69,7 +69,8 @@ class Reads(TorchDispatchMode):
 
     def note(self, name):
         place = [f"{f.filename}:{f.lineno}" for f in traceback.extract_stack() if f"{os.sep}cnf{os.sep}" in f.filename]
-        if not place or not place[-1].rpartition(":")[0].endswith("noise.py"):  # whose numbers for the CPU are drawn there
+        own = ("noise.py", f"matching{os.sep}times.py")  # whose numbers are the CPU's, and drawn there
+        if not place or not place[-1].rpartition(":")[0].endswith(own):
             self.found.append((self.inside, self.run._due, name, place[-1:]))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -103,6 +104,10 @@ RUNS = {
         images(IMAGES, levels=256), ModelConfig("stack", "conv", (4,), layer="concat", marginals="standardize", drive="hyper"), GRID, {},
     ),
     "tangents": (TABLE, ModelConfig(hidden=(6, 6, 6), layer="concat", learn_end_time=True), SolverConfig(grid_steps=2), {"jacobian": 0.01}),
+    "matching": (
+        images(IMAGES, levels=256), ModelConfig(field="unet", hidden=(4,), unet_depth=1, dequantize="truncated-normal", marginals="center"),
+        SolverConfig(divergence="hutchinson"), {"objective": "flow-matching"},
+    ),
     "predictor": (
         labelled(images(IMAGES, levels=256)), ModelConfig("node", "conv", (4, 4), layer="concat", augment=1), SolverConfig(grid_steps=2),
         {"objective": "classification"},

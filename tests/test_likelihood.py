@@ -275,7 +275,7 @@ def test_options_that_cannot_be_are_refused():
     flow = image_flow()
     x = torch.randint(0, 3, (2, 1, 1, 2), dtype=torch.uint8)
     for options, match in (
-        (dict(dequantisation="midbin"), "expected one of uniform, variational, mid-bin"),
+        (dict(dequantisation="midbin"), "expected one of uniform, variational, truncated-normal, mid-bin"),
         (dict(dequantisation="variational"), "was built without it"),
         (dict(dequantisation="mid-bin", importance=4), "importance=4"),
         (dict(draws=0), "draws=0"),

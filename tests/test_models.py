@@ -115,11 +115,12 @@ def test_presets_are_the_published_settings(name, shape, levels, blocks):
     assert model.alpha == (1e-6 if not rnode else 1e-5 if "mnist" in name else 0.05)
     assert (train.kinetic, train.jacobian) == ((0.0, 0.0) if not rnode else (0.01, 0.03 if "cifar" in name else 0.01))
     grid = name in ("rnode-mnist", "rnode-cifar10")
+    assert solver.automatic_steps == grid
     for block in flow.blocks:
         assert isinstance(block.divergence, Hutchinson) and block.divergence.probes == 1
         assert block.divergence.noise == ("gaussian" if rnode else "rademacher")
         if grid:
-            assert isinstance(block.solver, FixedGrid) and (block.solver.method, block.solver.steps) == ("rk4", 4)
+            assert isinstance(block.solver, FixedGrid) and (block.solver.method, block.solver.steps) == ("rk4", 1)
         else:
             assert isinstance(block.solver, Adaptive)
             assert (block.solver.method, block.solver.rtol, block.solver.atol) == ("dopri5", 1e-5, 1e-5)

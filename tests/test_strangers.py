@@ -524,8 +524,8 @@ def edited(run: Path, edit: Callable[[dict[str, Any]], Any], seal: bool = True) 
         (lambda r: r.update(context_dim=7), "context_dim is 7"),
         (lambda r: r.update(columns=["x"]), "columns names 1"),
         (lambda r: r.update(classes="abc"), "classes is 'abc'; expected a list"),
-        (lambda r: r.update(format=True), "reads format 3"),
-        (lambda r: r.update(format=2.0), "reads format 3"),
+        (lambda r: r.update(format=True), "reads format 4"),
+        (lambda r: r.update(format=2.0), "reads format 4"),
     ],
 )
 def test_config_fields_are_refused_by_name(run: Path, edit: Callable[[dict[str, Any]], Any], message: str) -> None:

@@ -15,7 +15,7 @@ from cnf.errors import CheckpointError, SolverError, TrainingError
 from cnf.likelihood import evaluate
 from cnf.models import ModelConfig, SolverConfig
 from cnf.noise import Noise
-from cnf.objectives import likelihood
+from cnf.objectives import Likelihood, density
 from cnf.presets import DataConfig, RunConfig, TrainConfig
 from cnf.solvers import FixedGrid
 from cnf.training import Interrupted, Trainer, loop
@@ -198,7 +198,7 @@ def test_patience_stops_keeps_the_best_and_survives_resume(tmp_path, monkeypatch
 
     current = trainer(tmp_path / "run", steps=40, patience=2)
     found = evaluate(current.best_flow() if current.best_weights else current.flow.eval(), DATA.validation)
-    monkeypatch.setattr(likelihood, "evaluate", fake)
+    monkeypatch.setattr(density, "evaluate", fake)
     taken = []
     before_update(monkeypatch, lambda run: taken.append(run.step) or (run.step == 13 and os.kill(os.getpid(), signal.SIGTERM)))
     with pytest.raises(Interrupted) as caught:
@@ -269,7 +269,7 @@ def test_the_test_set_is_not_read(tmp_path):
 
 def failing(monkeypatch, steps, how):
     """Batches of ``steps`` fail in the way ``how``."""
-    real = loop.Likelihood.evaluate
+    real = Likelihood.evaluate
 
     def evaluate(self, x, context, noise):
         terms, stats = real(self, x, context, noise)
@@ -279,7 +279,7 @@ def failing(monkeypatch, steps, how):
             terms = terms | {"loss": terms["loss"] * math.nan if how == "loss" else InfiniteGradient.apply(terms["loss"])}
         return terms, stats
 
-    monkeypatch.setattr(loop.Likelihood, "evaluate", evaluate)
+    monkeypatch.setattr(Likelihood, "evaluate", evaluate)
 
 
 class InfiniteGradient(torch.autograd.Function):
@@ -318,7 +318,7 @@ def test_too_many_in_a_row_stop_with_advice(tmp_path, monkeypatch, every_step):
 
 
 def test_failed_validation_is_infinite_and_later_ones_win(tmp_path, monkeypatch):
-    real, calls = likelihood.evaluate, []
+    real, calls = density.evaluate, []
 
     def sometimes(*args, **kwargs):
         calls.append(1)
@@ -327,7 +327,7 @@ def test_failed_validation_is_infinite_and_later_ones_win(tmp_path, monkeypatch)
         found = real(*args, **kwargs)
         return dataclasses.replace(found, mean=math.nan) if len(calls) == 1 else found
 
-    monkeypatch.setattr(likelihood, "evaluate", sometimes)
+    monkeypatch.setattr(density, "evaluate", sometimes)
     run = trainer(tmp_path / "run")
     run.run()
     assert run.best_step == 12 and math.isfinite(run.best)
@@ -464,7 +464,7 @@ def test_watch_counts_a_failed_solve_as_infinite(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise SolverError("not finite")
 
-    monkeypatch.setattr("cnf.objectives.likelihood.solver_error", fail)
+    monkeypatch.setattr("cnf.objectives.density.solver_error", fail)
     run = trainer(tmp_path / "run")
     row = run.watch.measure(1, *run.batches(0))
     assert row == {"solver_error": math.inf, "grid_steps": 4}

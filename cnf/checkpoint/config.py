@@ -22,7 +22,7 @@ from cnf.strangers import require_file
 
 __all__ = ["FORMAT", "RunInfo", "config_digest", "read_config", "write_config"]
 
-FORMAT = 3
+FORMAT = 4
 LARGEST = 2**24  # bytes of a config.json
 _HEAD = ("format", "sha256")
 
@@ -44,7 +44,7 @@ class RunInfo:
     def build(self) -> Flow | Predictor:
         """The model, untrained: a flow, or what predicts where the objective is a regression or a classification."""
         config = self.config
-        if config.train.objective != "likelihood":
+        if not config.train.density:
             return build_predictor(
                 config.model, config.solver, self.event_shape, outputs=self.context_dim, levels=self.levels
             )

@@ -93,7 +93,7 @@ def evaluate_run(command: Command, info: RunInfo, data: DataSplits, group: Group
     _require_model(folder, info, data)
     _require_writable(command, folder)
     write: Callable[[Path], None]
-    if config.train.objective != "likelihood":
+    if not config.train.density:
         result, write = _predict(command, info, data, group)
     else:
         flow = _flow(folder, info)
@@ -111,7 +111,7 @@ def evaluate_run(command: Command, info: RunInfo, data: DataSplits, group: Group
     print(f"written to {_keep(folder, result)}")
     if command.per_item is not None:
         write(command.per_item)
-        what = "likelihood" if config.train.objective == "likelihood" else "prediction"
+        what = "likelihood" if config.train.density else "prediction"
         print(f"the {what} of each item is in {command.per_item}")
     return 0
 
@@ -184,7 +184,7 @@ def score_items(command: Command, info: RunInfo, group: Group = ALONE) -> int:
     """
     folder, config = command.evaluate, info.config
     assert folder is not None and command.score is not None
-    if config.train.objective != "likelihood":
+    if not config.train.density:
         raise ConfigError(f"--score ranks by likelihood, and {folder} predicts: --split, --data and --per-item are for it")
     kind = _dequantisation(command, info)
     items = read_items(

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from cnf.checkpoint import RunInfo
 from cnf.cli.common import read_run
-from cnf.datasets import DataSplits, tabular
 from cnf.errors import ConfigError
 from cnf.likelihood import CAUTION
 from cnf.models.flows import PREDICTIVE
 from cnf.presets import PRESETS, RunConfig, preset
 
-__all__ = ["CLASSIFIER", "DEFAULT", "Command", "check", "fitting", "parse", "refuse_changes", "refuse_idle", "refuse_idle_noise", "suited"]
+__all__ = ["CLASSIFIER", "DEFAULT", "Command", "check", "fitting", "option", "parse", "refuse_changes", "suited"]
 
 DEFAULT = "digits"
 CLASSIFIER = "anode-digits"  # train_classifier.py's
@@ -46,7 +45,7 @@ SCORE = {"solver": EVALUATE["solver"], "train": ("draws", "device", "threads")}
 
 EVALUATIONS = ("split", "importance", "mid_bin", "check", "per_item", "score")  # options that only --evaluate has
 
-POSITIVE = ("steps", "batch_size", "accumulate", "lr", "validate_every", "validation_items", "test_items", "draws", "watch_every", "watch_tolerance",
+POSITIVE = ("steps", "batch_size", "tune_steps", "tune_batch_size", "tune_lr", "accumulate", "lr", "validate_every", "validation_items", "test_items", "draws", "watch_every", "watch_tolerance",
             "max_grid_steps", "max_time", "threads")  # fmt: skip
 NOT_NEGATIVE = ("warmup", "weight_decay", "max_grad_norm", "kinetic", "jacobian", "step_error", "patience", "seed", "split_seed", "data_seed", "eval_tolerance")
 LARGEST_SEED = 2**32 - 1
@@ -147,7 +146,7 @@ def _exclude(command: Command) -> None:
     plain = Command(command.config)
     used = [name for name in EVALUATIONS if getattr(command, name) != getattr(plain, name)]
     if used and not command.evaluate:
-        raise ConfigError(f"{_name(used[0])} is for --evaluate: a training is always tested once, on the test split")
+        raise ConfigError(f"{option(used[0])} is for --evaluate: a training is always tested once, on the test split")
     if command.importance < 1:
         raise ConfigError(f"--importance {command.importance}: expected at least 1 sample")
     if command.mid_bin and command.importance > 1:
@@ -155,10 +154,11 @@ def _exclude(command: Command) -> None:
     if command.score == ():
         raise ConfigError("--score names no file: give .npz, .npy, .csv, pictures or folders of them")
     if command.score and (idle := [name for name in ("split", "check") if name in used]):
-        raise ConfigError(f"{_name(idle[0])} is for a split of the data, and --score takes your own items: leave one out")
+        raise ConfigError(f"{option(idle[0])} is for a split of the data, and --score takes your own items: leave one out")
 
 
-def _name(field: str) -> str:
+def option(field: str) -> str:
+    """A setting's name on the command line."""
     return "--" + field.replace("_", "-")
 
 
@@ -166,7 +166,7 @@ def _changed(old: RunConfig, new: RunConfig, allowed: dict[str, tuple[str, ...]]
     found = []
     for part in (f.name for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(getattr(old, f.name))):
         before, after = (dataclasses.asdict(getattr(config, part)) for config in (old, new))
-        found += [_name(k) for k in before if before[k] != after[k] and k not in allowed.get(part, ())]
+        found += [option(k) for k in before if before[k] != after[k] and k not in allowed.get(part, ())]
     return found
 
 
@@ -194,10 +194,10 @@ def check(config: RunConfig, *, trains: bool = True) -> None:
     values = {k: v for part in (config.data, config.model, config.solver, config.train) for k, v in dataclasses.asdict(part).items()}
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{_name(name)} {value}: expected a finite number")
+            raise ConfigError(f"{option(name)} {value}: expected a finite number")
     objective, architecture = config.train.objective, config.model.architecture
-    if (objective == "likelihood") == (architecture in PREDICTIVE):
-        wanted = "stack, multiscale or parallel" if objective == "likelihood" else "node or resnet"
+    if config.train.density == (architecture in PREDICTIVE):
+        wanted = "stack, multiscale or parallel" if config.train.density else "node or resnet"
         raise ConfigError(f"--objective {objective} with --architecture {architecture}: expected {wanted} (the presets node-..., anode-...)")
     for names, expected, fits in (
         (POSITIVE, "a positive number", lambda v: v > 0),
@@ -206,84 +206,14 @@ def check(config: RunConfig, *, trains: bool = True) -> None:
     ):
         for name in names:
             if values[name] is not None and not fits(values[name]):
-                raise ConfigError(f"{_name(name)} {values[name]}: expected {expected}")
+                raise ConfigError(f"{option(name)} {values[name]}: expected {expected}")
     if trains and config.solver.precision == "tf32" and not config.train.device.startswith("cuda"):
         raise ConfigError(f"--precision tf32 is for GPUs, not for --device {config.train.device}: fp32, or bf16, which a CPU may have")
+    if objective == "both" and config.train.tune_steps >= config.train.steps:
+        raise ConfigError(f"--tune-steps {config.train.tune_steps}: expected fewer than --steps {config.train.steps}, of which they are the last")
     for name, most in LARGEST.items():
         if values[name] is not None and values[name] > most:
-            raise ConfigError(f"{_name(name)} {values[name]}: expected at most {most}")
-
-
-Idle = Iterator[tuple[str, tuple[str, ...], str]]  # part by part, the options that do nothing, and why
-
-
-def _idle_noise(config: RunConfig, levels: int | None, mid_bin: bool) -> Idle:
-    if config.solver.divergence == "exact" and config.train.objective == "likelihood":
-        yield "solver", ("probe", "mode", "probes"), "is for --divergence hutchinson"
-        if levels is None or mid_bin:
-            of = "vectors" if levels is None else "the middle of each grey level"
-            yield "train", ("draws",), f"repeats noise, and the exact trace of {of} has none"
-
-
-def _idle_predicting(config: RunConfig) -> Idle:
-    if config.train.objective == "likelihood":
-        return
-    yield "data", ("condition",), "conditions densities; what is to be predicted is taken from the data by --objective"
-    yield "solver", ("divergence", "probe", "mode", "probes", "steer", "eval_tolerance", "compile", "precision"), "is for densities"
-    yield "train", ("draws", "kinetic", "jacobian", "step_error", "regularisers"), "is for densities"
-    if config.model.architecture == "resnet":
-        names = tuple(f.name for f in dataclasses.fields(config.solver))
-        yield "solver", names, "is for ODEs, and --architecture resnet solves none"
-        yield "train", ("watch_every", "watch_tolerance", "max_grid_steps"), "is for ODEs, and --architecture resnet solves none"
-
-
-def _idle(config: RunConfig, data: DataSplits) -> Idle:
-    yield from _idle_predicting(config)
-    if config.model.drive != "none":
-        yield "model", ("layer",), "says how t enters the layers, and with --drive a learned time stands in its place"
-    if data.levels is None:
-        yield "model", ("alpha", "marginals"), "is for images, and these data are vectors"
-    if config.train.objective == "likelihood" and not (config.train.kinetic or config.train.jacobian):
-        yield "train", ("regularisers",), "says how --kinetic and --jacobian are measured, and both are zero"
-    if config.data.limit is None and (data.kind == "toy" or data.name == "digits" or data.name in tabular.NAMES):
-        yield "data", ("split_seed",), f"decides random splits, and that of {data.name} is fixed"
-    if data.kind == "image":
-        yield "data", ("data_seed",), "draws toy points and the noise on a table's columns"
-    if data.kind != "table":
-        yield "data", ("discrete",), "is for tables"
-    if config.solver.adaptive:
-        yield "solver", ("grid_steps",), "is for fixed grids, not for --adaptive"
-        if config.solver.automatic_steps:  # a preset's may be turned off, which --adaptive does by itself
-            yield "solver", ("automatic_steps",), "is for fixed grids, not for --adaptive"
-        yield "train", ("max_grid_steps", "step_error"), "is for fixed grids, not for --adaptive"
-    else:
-        yield "solver", ("rtol", "atol"), "is for --adaptive; evaluation has --eval-rtol and --eval-atol"
-
-
-def refuse_idle(default: RunConfig, config: RunConfig, data: DataSplits) -> None:
-    """Options that were changed and would do nothing with these data, but for those of the noise.
-
-    Raises:
-        ConfigError: naming the first.
-    """
-    _refuse(default, config, _idle(config, data))
-
-
-def refuse_idle_noise(default: RunConfig, config: RunConfig, levels: int | None, *, mid_bin: bool) -> None:
-    """Options of noise (draws, probes) that were changed and would do nothing, since none enters.
-
-    Raises:
-        ConfigError: naming the first.
-    """
-    _refuse(default, config, _idle_noise(config, levels, mid_bin))
-
-
-def _refuse(default: RunConfig, config: RunConfig, idle: Idle) -> None:
-    for part, names, reason in idle:
-        for name in names:
-            before: Any = getattr(getattr(default, part), name)
-            if getattr(getattr(config, part), name) != before:
-                raise ConfigError(f"{_name(name)} {reason}: leave it at {before}")
+            raise ConfigError(f"{option(name)} {values[name]}: expected at most {most}")
 
 
 assert DEFAULT in PRESETS

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cnf.distributed import Group, join
 from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
 from cnf.noise import Noise
+from cnf.solvers import TABLEAUS, FixedGrid
 
 __all__ = ["sample_main"]
 
@@ -26,6 +28,7 @@ SUFFIXES = (".png", ".npz", ".gif")
 IMAGES, VECTORS = 64, 1000  # samples where -n is not given
 BATCH_NUMBERS = 2**20  # numbers solved together, at most 8192 samples
 FRAMES = 21  # of --trajectory
+MOST_STEPS = 100_000
 
 
 def sample_main(arguments: Sequence[str] | None = None) -> int:
@@ -44,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="the same seed draws the same samples (default: %(default)s)")
     add("--temperature", type=float, default=1.0, help="scale of the latent noise; below 1 more typical, above 1 more varied "
         "(default: %(default)s)")  # fmt: skip
+    add("--grid-steps", type=int, metavar="N", help="draw by N steps of a fixed grid for each block, for speed (default: the run's "
+        "adaptive solver, at its tolerances); log_prob and --trajectory stay those of the run's solver")
+    add("--method", default="rk4", choices=sorted(TABLEAUS), help="of --grid-steps (default: %(default)s)")
     add("--class", dest="label", metavar="NAME", help="of a run trained with --condition label: draw from this class (default: "
         "every class in turn)")  # fmt: skip
     add("--trajectory", action="store_true", help=f".npz: also the way from the noise to each sample, array trajectory ({FRAMES}, n, "
@@ -57,6 +63,10 @@ def _check(options: Any) -> None:
         raise ConfigError(f"-n {options.n}: expected at least 1 sample")
     if not (math.isfinite(options.temperature) and options.temperature > 0):
         raise ConfigError(f"--temperature {options.temperature:g}: expected a positive number, such as 0.8")
+    if options.grid_steps is not None and not 1 <= options.grid_steps <= MOST_STEPS:
+        raise ConfigError(f"--grid-steps {options.grid_steps}: expected 1 to {MOST_STEPS:,} steps")
+    if options.grid_steps is None and options.method != "rk4":
+        raise ConfigError(f"--method {options.method} is for --grid-steps N: give both, or neither")
     if options.seed < 0:
         raise ConfigError(f"--seed {options.seed}: expected zero or more")
     if options.out is not None and options.out.suffix not in SUFFIXES:
@@ -69,9 +79,9 @@ def _check(options: Any) -> None:
 def _sample(options: Any) -> int:
     _check(options)
     info = read_run(options.run)
-    if (objective := info.config.train.objective) != "likelihood":
+    if not info.config.train.density:
         raise ConfigError(
-            f"{options.run} was trained for {objective}: it predicts, and has no density to draw from; train_classifier.py "
+            f"{options.run} was trained for {info.config.train.objective}: it predicts, and has no density to draw from; train_classifier.py "
             f"--evaluate {options.run} --per-item FILE writes its predictions"
         )
     with join(options.device) as group:
@@ -94,7 +104,8 @@ def _joined(options: Any, info: RunInfo, group: Group) -> int:
         if group.main:
             from cnf import plotting
 
-            plotting.flow_gif(flow, out, n=n, seed=options.seed, temperature=options.temperature, context=context)
+            with drawing(flow, options.method, options.grid_steps):
+                plotting.flow_gif(flow, out, n=n, seed=options.seed, temperature=options.temperature, context=context)
     else:
         x, arrays = _draw(flow, n, context, options, full=out.suffix == ".npz", group=group)
         if not group.main:
@@ -112,6 +123,20 @@ def _joined(options: Any, info: RunInfo, group: Group) -> int:
             _picture(x.cpu(), info, options.label, out)
     print(f"{n:,} samples of {os.path.normpath(options.run)} in {out}")
     return 0
+
+
+@contextmanager
+def drawing(flow: Flow, method: str, steps: int | None) -> Iterator[None]:
+    """Inside, the blocks of a flow in evaluation are solved on a grid of so many steps; by their own solvers for None."""
+    kept = [block.eval_solver for block in flow.blocks]
+    try:
+        if steps is not None:
+            for block in flow.blocks:
+                block.eval_solver = FixedGrid(method, steps)
+        yield
+    finally:
+        for block, solver in zip(flow.blocks, kept, strict=True):
+            block.eval_solver = solver
 
 
 def _context(info: RunInfo, label: str | None, n: int, like: Tensor) -> Tensor | None:
@@ -143,10 +168,11 @@ def _draw(flow: Flow, n: int, context: Tensor | None, options: Any, *, full: boo
             count = min(size, n - start)
             noise = Noise(options.seed, "sample", start=start, total=n)
             rows = None if context is None else context[start : start + count]
-            if rows is None:
-                x = flow.sample(count, noise=noise, temperature=options.temperature)
-            else:
-                x = flow.sample(1, rows, noise=noise, temperature=options.temperature)[0]
+            with drawing(flow, options.method, options.grid_steps):
+                if rows is None:
+                    x = flow.sample(count, noise=noise, temperature=options.temperature)
+                else:
+                    x = flow.sample(1, rows, noise=noise, temperature=options.temperature)[0]
             part = {"samples": x}
             if full:
                 part["log_prob"] = flow.log_prob(x, rows, noise=noise)

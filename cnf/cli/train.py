@@ -13,6 +13,7 @@ from pathlib import Path
 from cnf.checkpoint import LOCK, RunInfo, has_trainer, leftovers, write_config
 from cnf.cli.common import guard, load_splits, usable_device
 from cnf.cli.evaluate import evaluate_run, score_items
+from cnf.cli.idle import refuse_idle, refuse_idle_noise
 from cnf.cli.options import (
     CLASSIFIER,
     DEFAULT,
@@ -21,8 +22,6 @@ from cnf.cli.options import (
     fitting,
     parse,
     refuse_changes,
-    refuse_idle,
-    refuse_idle_noise,
     suited,
 )
 from cnf.datasets import DataSplits
@@ -97,7 +96,7 @@ def _joined(given: list[str], program: str, command: Command, default: RunConfig
     refuse_idle_noise(default, config, data.levels, mid_bin=command.mid_bin)
     for line in data.notices:
         print(f"data: {line}")
-    if config.train.objective != "likelihood" and data.kind == "table":
+    if not config.train.density and data.kind == "table":
         print("data: columns enter as they are: standardise them beforehand where their units differ")
     info = _describe(config, data)
     if command.evaluate:
@@ -144,7 +143,7 @@ def _run(trainer: Trainer) -> int:
     if not group.main:
         return 0
     print(summary(result))
-    if info.config.train.objective == "likelihood":
+    if info.config.train.density:
         print(f"pictures in {folder / 'samples'} and {folder / 'plots'}; python sample.py {folder} draws more")
     else:
         print(f"pictures in {folder / 'plots'}, the test items' predictions in {folder / PREDICTIONS}")
@@ -209,6 +208,8 @@ def _dry_run(info: RunInfo, data: DataSplits, folder: Path, group: Group) -> int
     print(f"{found.parameters:,} parameters; batch {found.batch}{parts}")
     print(f"memory: {found.kept:,.0f} MiB kept for the backward pass, {found.peak:,.0f} MiB at the peak ({found.where})")
     print(f"time: {found.seconds:.3g} s a step; {train.steps:,} steps take about {_duration(found.seconds * train.steps)}, validations apart")
+    if train.objective == "both":
+        print(f"  (matching; the last {train.tune_steps:,} steps, the likelihood's, are dearer in time and memory: --objective likelihood --dry-run)")
     if info.config.solver.adaptive or train.warmup:
         print("  (measured at the start: an adaptive solver, or a grid that the watch refines, takes longer later)")
     return 0

@@ -1,23 +1,30 @@
 """Vector fields f(t, x): time layers and the networks made of them."""
 
 from cnf.fields.augmented import DRIVES, Drive, TimePath
+from cnf.fields.denoiser import PERIODS, Denoiser
 from cnf.fields.maps import Conv, Linear
 from cnf.fields.networks import MLP, ConvField, Stack
 from cnf.fields.parallel import SqueezeSum
+from cnf.fields.schedule import Schedule
 from cnf.fields.time import LAYERS, LayerFactory, TimeLayer, time_layer
+from cnf.fields.unet import UNet
 
 __all__ = [
     "DRIVES",
     "LAYERS",
     "MLP",
+    "PERIODS",
     "Conv",
     "ConvField",
+    "Denoiser",
     "Drive",
     "LayerFactory",
     "Linear",
+    "Schedule",
     "SqueezeSum",
     "Stack",
     "TimeLayer",
     "TimePath",
+    "UNet",
     "time_layer",
 ]

@@ -47,6 +47,11 @@ class Stack(nn.Module):
             cls.prepares = False
 
     @property
+    def time_rows(self) -> bool:
+        """Whether t may be (N,), one time a row: where no layer's weights depend on it."""
+        return not any(layer.time_weights for layer in self.time_layers)
+
+    @property
     def time_layers(self) -> list[TimeLayer]:
         """The layers, typed."""
         return [cast(TimeLayer, layer) for layer in self.layers]

@@ -40,6 +40,11 @@ class SqueezeSum(nn.Module):
             raise ConfigError("nets is empty: expected one net for each squeeze level")
         self.nets = nn.ModuleList(nets)
 
+    @property
+    def time_rows(self) -> bool:
+        """Whether t may be (N,), one time a row."""
+        return all(cast(ConvField, net).time_rows for net in self.nets)
+
     def zero_(self) -> None:
         """Zero initialisation of every net."""
         for net in self.nets:

@@ -138,17 +138,25 @@ class _Recorded:
 
 @torch.no_grad()
 def block_errors(
-    flow: Flow, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, group: Group = ALONE
+    flow: Flow, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, whole: bool = False, group: Group = ALONE
 ) -> list[float]:
     """How much the likelihood of a batch moves when the training solver of one block alone is refined, block by block.
 
     Each is the mean of the items' moves without their sign, in bits/dim for images and nats per dimension for vectors, as
     :func:`solver_error` counts, whose error is at most about their sum. Blocks before the refined one are not solved again.
+    With ``whole`` all blocks are refined together, which gives one number at a small part of the price.
 
     Args:
         flow: in training mode.
         x, context, noise, group: as for :func:`solver_error`.
     """
+    scale = flow.dim * (math.log(2) if flow.levels is not None else 1.0)
+    if whole:
+        with group.together():
+            before = flow.log_prob(x, context, noise=noise)
+            with refined(flow):
+                move = (flow.log_prob(x, context, noise=noise) - before).abs()
+        return [group.mean(move) / scale]
     blocks = flow.blocks
     kept = [block.solver for block in blocks]
     recorded = [_Recorded(solver) for solver in kept]
@@ -169,7 +177,6 @@ def block_errors(
     finally:
         for block, solver in zip(blocks, kept, strict=True):
             block.solver = solver
-    scale = flow.dim * (math.log(2) if flow.levels is not None else 1.0)
     return [group.mean(move) / scale for move in moves]
 
 

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from cnf.dequantization import VariationalDequantize
+from cnf.dequantization import TruncatedNormalDequantize, VariationalDequantize
 from cnf.distributed import ALONE, Group
 from cnf.divergence import Hutchinson
 from cnf.errors import ConfigError, DataError
@@ -22,7 +22,8 @@ from cnf.transforms import Dequantize
 
 __all__ = ["DEQUANTISATIONS", "Evaluation", "ItemNoise", "default_batch_size", "evaluate"]
 
-DEQUANTISATIONS = ("uniform", "variational", "mid-bin")
+DEQUANTISATIONS = ("uniform", "variational", "truncated-normal", "mid-bin")
+OWN = {VariationalDequantize: "variational", TruncatedNormalDequantize: "truncated-normal"}  # a flow's, other than uniform
 MID_BIN_NOTE = "the density at the middle of each grey level, which is no bound on the pixels' likelihood"
 INFLATED_NOTE = "Hutchinson's noise inflates the mean over importance samples, which is no bound: take the exact trace"
 
@@ -47,7 +48,7 @@ class Evaluation:
     importance: int
     """Samples K of each draw's importance-weighted bound; 1 is the plain bound."""
     dequantisation: str
-    """``"uniform"``, ``"variational"``, ``"mid-bin"``, or ``"none"`` for floats."""
+    """``"uniform"``, ``"variational"``, ``"truncated-normal"``, ``"mid-bin"``, or ``"none"`` for floats."""
     bound: bool | None
     """Whether the figure bounds that of the pixels from above, in expectation; None for floats, which have a density."""
     nfe: float
@@ -148,7 +149,7 @@ def evaluate(
         context: (N, C), (C,) or None.
         draws: independent noise draws (dequantisation, probe), averaged; one serves where no noise enters.
         importance: samples K of the dequantisation noise in each draw's bound.
-        dequantisation: ``"uniform"``, ``"variational"`` or ``"mid-bin"``; the flow's own if None.
+        dequantisation: ``"uniform"``, ``"variational"``, ``"truncated-normal"`` or ``"mid-bin"``; the flow's own if None.
         seed: of the noise.
         batch_size: items solved together; by their size if None.
         index: (N,) the items' numbers in their split, by which their noise is drawn; 0, 1, ... if None.
@@ -174,7 +175,7 @@ def evaluate(
     kind = _kind(flow, x, dequantisation)
     if flow.levels is not None:
         flow.require_unit_interval(x)
-    spread = kind in ("uniform", "variational")
+    spread = kind in ("uniform", *OWN.values())
     if importance > 1 and not spread:
         raise ConfigError(f"importance={importance} weighs samples of dequantisation noise, but dequantisation is {kind!r}: leave it 1")
     probed = any(isinstance(getattr(m, "divergence", None), Hutchinson) for m in flow.modules())
@@ -231,9 +232,9 @@ def _kind(flow: Flow, x: Tensor, wanted: str | None) -> str:
         if wanted is not None:
             raise ConfigError(f"dequantisation={wanted!r} is for uint8 images; these data are {x.dtype}")
         return "none"
-    own = "variational" if any(isinstance(m, VariationalDequantize) for m in flow.modules()) else "uniform"
-    if wanted == "variational" and own != wanted:
-        raise ConfigError("dequantisation='variational', but this flow was built without it: give 'uniform' or 'mid-bin'")
+    own = next((name for m in flow.modules() for kind, name in OWN.items() if isinstance(m, kind)), "uniform")
+    if wanted in OWN.values() and own != wanted:
+        raise ConfigError(f"dequantisation={wanted!r}, but this flow was built without it: give 'uniform' or 'mid-bin'")
     return wanted or own
 
 
@@ -243,7 +244,7 @@ def _log_prob(flow: Flow, x: Tensor, context: Tensor | None, noise: Noise, kind:
     x = x.to(like) if x.is_floating_point() else x.to(like.device)
     context = None if context is None else context.to(like)
     shift = 0.0
-    if flow.levels is not None and kind != "variational":
+    if flow.levels is not None and kind not in OWN.values():
         if kind == "mid-bin":
             x = (x.to(like.dtype) + 0.5) / flow.levels
         elif kind == "uniform":  # outside the flow, which may have learned noise of its own

@@ -10,19 +10,20 @@ import torch
 import tyro
 
 from cnf.continuous import CNF
-from cnf.dequantization import VariationalDequantize
+from cnf.dequantization import TruncatedNormalDequantize, VariationalDequantize
 from cnf.errors import ConfigError
-from cnf.fields import MLP, ConvField, Drive, SqueezeSum, TimePath
+from cnf.fields import MLP, PERIODS, ConvField, Denoiser, Drive, Schedule, SqueezeSum, TimePath, UNet
 from cnf.flow import Flow
 from cnf.models.solving import SolverConfig, autocast, divergence, eval_solver, train_solver
 from cnf.multiscale import multiscale
-from cnf.transforms import Dequantize, Gaussianize, Logit, Sequential, Squeeze, Standardize, Transform
+from cnf.transforms import CenterShift, Dequantize, Gaussianize, Logit, Sequential, Squeeze, Standardize, Transform
 
 __all__ = ["ModelConfig", "build"]
 
 PREDICTIVE = ("node", "resnet")  # architectures that predict, built by cnf.models.predictors
 # what they alone read
 PREDICTIVE_FIELDS = ("augment", "input_layer", "data_control", "adaptive_depth", "depth", "depth_terms", "head")
+RANGE = 2.0  # of pixels with marginals="center": from -1 to 1
 PARALLEL_LEVELS = 4  # nets in the field of FFJORD's multiscale-parallel model, where the size can be squeezed so often
 
 
@@ -33,10 +34,10 @@ class ModelConfig:
     architecture: Literal["stack", "multiscale", "parallel", "node", "resnet"] = "stack"
     """Blocks one after another; FFJORD's and RNODE's multiscale chain; blocks whose fields sum nets at 4 sizes. To predict: a
     neural ODE with a linear head (--augment makes it an ANODE), or a residual net (--blocks of them)."""
-    field: Literal["mlp", "conv"] = "mlp"
-    """Vector field: fully connected, or convolutional (images only)."""
+    field: Literal["mlp", "conv", "unet"] = "mlp"
+    """Vector field: fully connected; of images also convolutional, or a U-Net (with --dequantize truncated-normal a denoiser)."""
     hidden: tuple[int, ...] = (64, 64)
-    """Widths (or channels) of the hidden layers; one or two give an MLP a closed-form exact trace."""
+    """Widths (or channels) of the hidden layers; one or two give an MLP a closed-form exact trace. U-Net: channels at each size."""
     blocks: Annotated[int, tyro.conf.arg(aliases=("--num-blocks",))] = 1
     """Number of CNF blocks, one after another; in a multiscale chain before and after every squeeze."""
     strides: tuple[int, ...] = ()
@@ -57,13 +58,18 @@ class ModelConfig:
     """Learn T."""
     alpha: float = 0.01
     """Margin of the logit (or of the pixels' distributions), which keeps black and white finite."""
-    dequantize: Literal["uniform", "variational"] = "uniform"
-    """Images: noise that spreads the grey levels: uniform, or learned with the model (Flow++), a tighter bound."""
-    marginals: Literal["logit", "standardize", "gaussianize"] = "standardize"
+    dequantize: Literal["uniform", "variational", "truncated-normal"] = "uniform"
+    """Images: noise that spreads the grey levels: uniform; learned with the model (Flow++), a tighter bound; or normal, cut off
+    at the level's edges, which suits flow matching."""
+    marginals: Literal["logit", "standardize", "gaussianize", "center"] = "standardize"
     """Images, before the first block: the logit alone, as published; then each pixel standardised by the training data; or in
-    its place each pixel's own distribution made normal, exactly."""
+    its place each pixel's own distribution made normal, exactly; or [0, 1] moved to [-1, 1], all pixels alike."""
     base_std: float = 1.0
     """Standard deviation of the base distribution."""
+    unet_depth: int = 2
+    """U-Net: residual blocks at each size, down and up."""
+    attention: bool = False
+    """U-Net: self-attention at the smallest size."""
     drive: Literal["none", "concat", "hyper"] = "none"
     """AFFJORD: what a learned time a(t) drives in place of t: features beside x, or a hypernetwork of all weights."""
     drive_dim: int = 20
@@ -96,6 +102,8 @@ def _dequantize(model: ModelConfig, levels: int, event_shape: tuple[int, ...]) -
         return Dequantize(levels)
     if len(event_shape) != 3:
         raise ConfigError(f"dequantize={model.dequantize!r} needs images (C, H, W), but an event has shape {event_shape}")
+    if model.dequantize == "truncated-normal":
+        return TruncatedNormalDequantize(levels)
     return VariationalDequantize(levels, event_shape[0])
 
 
@@ -112,8 +120,42 @@ def _layer(model: ModelConfig) -> str | Drive:
     return Drive(model.drive, model.drive_dim, entries, model.drive_rank)
 
 
-def _field(model: ModelConfig, shape: tuple[int, ...], context_dim: int) -> torch.nn.Module:
+def _unet(model: ModelConfig, shape: tuple[int, ...], context_dim: int, levels: int | None) -> UNet:
+    """The U-Net of one block; where the images have normal noise, a denoiser on the path that begins with it."""
+    plain = ModelConfig()
+    for name in ("strides", "residual", "layer", "nonlinearity", "drive", "drive_dim", "drive_start", "drive_entries", "drive_rank"):
+        if getattr(model, name) != getattr(plain, name):
+            raise ConfigError(f"{name}={getattr(model, name)!r} is not for field='unet': leave it at {getattr(plain, name)!r}")
+    unit = 2 ** (len(model.hidden) - 1)
+    if shape[1] % unit or shape[2] % unit:
+        raise ConfigError(
+            f"hidden={model.hidden} halves {shape[1]}x{shape[2]} {len(model.hidden) - 1} times, which it does not survive: give "
+            "fewer entries, or sizes that are multiples of " + str(unit)
+        )
+    sizes = model.hidden, model.unet_depth, model.attention, context_dim, model.zero_init
+    if model.dequantize != "truncated-normal":
+        return UNet(shape[0], *sizes)
+    if model.marginals != "center" or model.blocks != 1 or model.architecture != "stack":
+        raise ConfigError(
+            "field='unet' with dequantize='truncated-normal' is one block from the pixels to the noise: give marginals='center', "
+            "architecture='stack' and blocks=1"
+        )
+    for name in ("base_std", "end_time", "learn_end_time"):
+        if getattr(model, name) != getattr(plain, name):
+            raise ConfigError(
+                f"{name}={getattr(model, name)!r}: a denoiser (field='unet' with dequantize='truncated-normal') runs through a path of "
+                f"its own, from its data's noise to N(0, 1) in unit time: leave it at {getattr(plain, name)!r}"
+            )
+    assert levels is not None
+    noise = RANGE * TruncatedNormalDequantize(levels).scale
+    return Denoiser(shape[0], Schedule(noise), RANGE / levels, PERIODS, *sizes)
+
+
+def _field(model: ModelConfig, shape: tuple[int, ...], context_dim: int, levels: int | None) -> torch.nn.Module:
     """The vector field of one block for events of ``shape``."""
+    for name in ("unet_depth", "attention"):
+        if model.field != "unet" and getattr(model, name) != (idle := getattr(ModelConfig(), name)):
+            raise ConfigError(f"{name}={getattr(model, name)!r} is for field='unet': leave it at {idle!r}")
     if model.field == "mlp":
         for name, value, idle in (
             ("architecture", model.architecture, "stack"),
@@ -121,11 +163,13 @@ def _field(model: ModelConfig, shape: tuple[int, ...], context_dim: int) -> torc
             ("squeeze_first", model.squeeze_first, False),
         ):
             if value != idle:
-                raise ConfigError(f"{name}={value!r} is for convolutions: use field='conv'")
+                raise ConfigError(f"{name}={value!r} is for convolutions: use field='conv' or 'unet'")
         dim = math.prod(shape)
         return MLP(dim, model.hidden, _layer(model), model.nonlinearity, context_dim, model.residual, model.zero_init)
     if len(shape) != 3:
-        raise ConfigError(f"field='conv' needs images, but an event has shape {shape}: use field='mlp'")
+        raise ConfigError(f"field={model.field!r} needs images, but an event has shape {shape}: use field='mlp'")
+    if model.field == "unet":
+        return _unet(model, shape, context_dim, levels)
 
     def conv(part: tuple[int, ...]) -> ConvField:
         return ConvField(
@@ -212,6 +256,8 @@ def build(
         first = [_dequantize(model, levels, event_shape)]
         if model.marginals == "gaussianize":
             first.append(Gaussianize(event_shape, levels, model.alpha))
+        elif model.marginals == "center":
+            first.append(CenterShift(RANGE))
         else:
             first.append(Logit(model.alpha))
         if model.marginals == "standardize":
@@ -225,7 +271,7 @@ def build(
 
     def block(shape: tuple[int, ...]) -> CNF:
         return CNF(
-            _field(model, shape, context_dim),
+            _field(model, shape, context_dim, levels),
             divergence(solver),
             train_solver(solver),
             end_time=model.end_time,
@@ -241,6 +287,8 @@ def build(
     else:
         blocks = [block(shape) for _ in range(model.blocks)]
     flow = Flow(Sequential([*first, *blocks]), event_shape, base_std=model.base_std)
+    if solver.steer and any(hasattr(each.field, "schedule") for each in flow.blocks):
+        raise ConfigError(f"steer={solver.steer}: a denoiser's path ends at t = 1: leave it at 0")
     for each in flow.blocks:
         each.eval_solver = eval_solver(solver, flow)
     return flow.double() if solver.precision == "fp64" else flow

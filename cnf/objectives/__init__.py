@@ -1,7 +1,8 @@
-"""What training minimises: the likelihood with its regularisers, or the error of a prediction."""
+"""What training minimises: the likelihood with its regularisers, flow matching's regression, or the error of a prediction."""
 
 from cnf.objectives.base import Objective
 from cnf.objectives.likelihood import Likelihood
+from cnf.objectives.matching import FlowMatching
 from cnf.objectives.supervised import Assessment, Supervised, assess
 
-__all__ = ["Assessment", "Likelihood", "Objective", "Supervised", "assess"]
+__all__ = ["Assessment", "FlowMatching", "Likelihood", "Objective", "Supervised", "assess"]

@@ -25,7 +25,11 @@ class Objective(Protocol):
 
     @property
     def unit(self) -> str:
-        """Of the metric and of the validation."""
+        """Of the validation."""
+
+    @property
+    def metric_unit(self) -> str:
+        """Of the metric; "" where it has none."""
 
     @property
     def per_dim_unit(self) -> str:
@@ -52,8 +56,10 @@ class Objective(Protocol):
         """How far the training solver's loss on one batch, of which each process of ``group`` gives its rows, is from that of
         the same solver, finer."""
 
-    def block_errors(self, x: Tensor, context: Tensor | None, noise: Noise | None, *, group: Group = ALONE) -> list[float]:
-        """The same, of each block's solver alone, without its sign."""
+    def block_errors(
+        self, x: Tensor, context: Tensor | None, noise: Noise | None, *, whole: bool = False, group: Group = ALONE
+    ) -> list[float]:
+        """The same, of each block's solver alone, or (``whole``) of all together, as one number; items without their sign."""
 
     @property
     def solvers(self) -> list[Solver]:

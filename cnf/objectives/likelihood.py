@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from cnf.distributed import ALONE, Group
 from cnf.divergence import Bound, Linearization
 from cnf.errors import ConfigError
 from cnf.flow import Flow
-from cnf.likelihood import block_errors, evaluate, solver_error
 from cnf.noise import Noise
+from cnf.objectives.density import DensityObjective
 from cnf.quadratures import JacobianFrobenius, Kinetic, Quadrature, StepError
-from cnf.solvers import FixedGrid, Solver, Stats
+from cnf.solvers import FixedGrid, Stats
 
 __all__ = ["Likelihood"]
 
@@ -30,7 +28,7 @@ class _BlockMean:
         return self.quadrature(t, x, linearization, field) * (self.factor / x[0].numel())
 
 
-class Likelihood(nn.Module):
+class Likelihood(DensityObjective):
     r"""Negative log-likelihood plus :math:`\lambda_K \int\|f\|^2 + \lambda_J \int\|J\|_F^2` (RNODE, 2002.02798, eq. 17).
 
     For images the loss is in bits/dim and the regularisers are divided by D of the whole flow; for vectors it is in nats
@@ -60,7 +58,6 @@ class Likelihood(nn.Module):
     """
 
     metric = "nll"
-    solves = True
 
     def __init__(
         self,
@@ -70,12 +67,11 @@ class Likelihood(nn.Module):
         regularisers: str = "paper",
         step_error: float = 0.0,
     ):
-        super().__init__()
+        super().__init__(flow)
         if regularisers not in ("paper", "code"):
             raise ConfigError(f"regularisers={regularisers!r} is unknown: expected 'paper' or 'code'")
         if not all(0 <= weight < math.inf for weight in (kinetic, jacobian, step_error)):
             raise ConfigError(f"kinetic={kinetic}, jacobian={jacobian}, step_error={step_error}: a regulariser's weight must be finite and not negative")
-        self.flow = flow
         released = regularisers == "code"
         self.scale = flow.dim if flow.levels is not None and not released else 1
         self.weights: dict[str, float] = {}
@@ -101,48 +97,6 @@ class Likelihood(nn.Module):
                 raise ConfigError(f"quadrature name {min(taken)!r} is taken by the objective: give the integral another name")
             block.quadratures = (*kept, *own)
 
-    @property
-    def unit(self) -> str:
-        """``"bits/dim"`` for images, ``"nats"`` for vectors."""
-        return "nats" if self.flow.levels is None else "bits/dim"
-
-    @property
-    def per_dim_unit(self) -> str:
-        """``"bits/dim"`` for images, ``"nats/dim"`` for vectors."""
-        return "nats/dim" if self.flow.levels is None else "bits/dim"
-
-    def prepare(self, x: Tensor) -> None:
-        """Fit the flow's statistics (Standardize, Gaussianize) to the training data (N, \\*event)."""
-        self.flow.fit_statistics(x)
-
-    def validate(
-        self, model: Flow, x: Tensor, context: Tensor | None = None, *, index: Tensor, seed: int, group: Group = ALONE
-    ) -> dict[str, float]:
-        """``validation``: the mean negative log-likelihood of ``model``, whose noise belongs to the items ``index``."""
-        return {"validation": evaluate(model, x, context, seed=seed, index=index, group=group).mean}
-
-    def solver_error(
-        self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, group: Group = ALONE
-    ) -> float:
-        """What the training solver's mean likelihood of a batch is off by, in bits/dim or nats/dim."""
-        return solver_error(self.flow, x, context, noise=noise, group=group)
-
-    def block_errors(
-        self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, group: Group = ALONE
-    ) -> list[float]:
-        """The same of each block's solver alone: the mean over items of what it is off by, without its sign."""
-        return block_errors(self.flow, x, context, noise=noise, group=group)
-
-    @property
-    def solvers(self) -> list[Solver]:
-        """The training solver of each block."""
-        return [block.solver for block in self.flow.blocks]
-
-    def put_solvers(self, solvers: Sequence[Solver]) -> None:
-        """The training solvers, one for each block."""
-        for block, solver in zip(self.flow.blocks, solvers, strict=True):
-            block.solver = solver
-
     def evaluate(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> tuple[dict[str, Tensor], Stats]:
         """The terms (see :meth:`forward`) and what the solve cost."""
         out = self.flow.evaluate(x, context, noise=noise)
@@ -157,7 +111,3 @@ class Likelihood(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> dict[str, Tensor]:
         """``loss`` and ``nll`` (N,) in the objective's unit, and every integral (N,) by name."""
         return self.evaluate(x, context, noise)[0]
-
-    def per_dim(self, difference: float) -> float:
-        """A difference of nll as bits/dim or nats/dim, for tolerances."""
-        return difference if self.flow.levels is not None else difference / self.flow.dim

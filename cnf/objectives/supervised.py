@@ -131,6 +131,11 @@ class Supervised(nn.Module):
         return "nats" if self.kind == "classification" else "squared error"
 
     @property
+    def metric_unit(self) -> str:
+        """The same."""
+        return self.unit
+
+    @property
     def per_dim_unit(self) -> str:
         """The same."""
         return self.unit
@@ -181,7 +186,7 @@ class Supervised(nn.Module):
         return abs(group.mean(moved))
 
     def block_errors(
-        self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, group: Group = ALONE
+        self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, whole: bool = False, group: Group = ALONE
     ) -> list[float]:
         """The same, as that of the one solver there is."""
         return [self.solver_error(x, context, noise, group=group)]

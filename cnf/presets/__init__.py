@@ -9,12 +9,13 @@ from cnf.presets.affjord import AFFJORD
 from cnf.presets.density import DENSITY
 from cnf.presets.exact import EXACT
 from cnf.presets.images import IMAGES
+from cnf.presets.matching import MATCHING
 from cnf.presets.neural_ode import NEURAL_ODE
 from cnf.presets.settings import DataConfig, Preset, RunConfig, TrainConfig
 
 __all__ = ["PRESETS", "DataConfig", "Preset", "RunConfig", "TrainConfig", "preset"]
 
-PRESETS = DENSITY | EXACT | IMAGES | AFFJORD | NEURAL_ODE
+PRESETS = DENSITY | EXACT | IMAGES | MATCHING | AFFJORD | NEURAL_ODE
 
 
 def preset(name: str) -> Preset:

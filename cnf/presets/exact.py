@@ -48,8 +48,8 @@ EXACT = {
             replace(RNODE, hidden=(89, 89), alpha=_MNIST.config.model.alpha),
             # checkpoints: of a batch of 200 the direct gradient would keep 6.5 GiB for every step of the grid, this one 3.3 in all
             replace(_SOLVER, gradient="checkpoint"),
-            # RNODE's, its weights of the regularisers too; but the grid, which may grow beyond RNODE's four steps
-            replace(_MNIST.config.train, max_grid_steps=16),
+            # RNODE's, its weights of the regularisers too
+            _MNIST.config.train,
         ),
         "RNODE's multiscale model with two hidden layers and the closed-form exact trace, regularised",
         "about 2 s a step of 16 images on two busy cores, at the start",

@@ -54,11 +54,23 @@ class DataConfig:
 class TrainConfig:
     """How it is trained."""
 
-    objective: Literal["likelihood", "regression", "classification"] = "likelihood"
-    """What is minimised: a density's negative log-likelihood; or, by --architecture node or resnet, the squared error of the
-    data's targets, or the cross entropy of their classes."""
+    objective: Literal["likelihood", "flow-matching", "both", "regression", "classification"] = "likelihood"
+    """Densities: the likelihood; flow matching's regression, which solves no ODE; or both, matching first and the likelihood in the
+    last --tune-steps. By --architecture node or resnet: the data's targets or classes."""
     steps: int = 3000
     """Training steps."""
+    coupling: Literal["independent", "optimal-transport"] = "independent"
+    """Matching: which noise belongs to which item: any, or the nearest in the batch (of the same class, with --condition label)."""
+    match_weights: Literal["default", "likelihood", "even"] = "default"
+    """Matching: an error counts at each time what it costs in likelihood (default where the data have normal noise), or the same."""
+    match_times: Literal["importance", "even"] = "importance"
+    """Matching: times are drawn where the loss was found to be large, or evenly; the loss is the same in expectation."""
+    tune_steps: int = 100
+    """--objective both: so many of --steps, the last, are the likelihood's, with --kinetic, --jacobian and the solver's grid."""
+    tune_batch_size: int | None = None
+    """--objective both: items a step of those; --batch-size if not given."""
+    tune_lr: float = 2e-4
+    """--objective both: peak learning rate of those."""
     batch_size: int = 256
     """Items a step."""
     accumulate: int = 1
@@ -86,7 +98,7 @@ class TrainConfig:
     validate_every: int = 250
     """Steps between validations."""
     patience: int = 0
-    """Stop after so many validations without a better one; 0 never."""
+    """Stop after so many validations without a better one (--objective both: in its fine-tuning); 0 never."""
     validation_items: int | None = None
     """Validate on so many items only, chosen once at random; all if not given."""
     test_items: int | None = None
@@ -94,7 +106,7 @@ class TrainConfig:
     draws: int = 10
     """Noise draws an item in the final test, where noise enters (images, Hutchinson's trace)."""
     watch_every: int = 100
-    """Steps between measurements of the training solver's error."""
+    """Steps between measurements of the training solver's error, and of matching's loss over time."""
     watch_tolerance: float = 0.01
     """Error, in bits/dim or nats/dim, above which the grid gets twice the steps (an adaptive solver a tenth of its tolerances)."""
     max_grid_steps: int = 64
@@ -107,6 +119,16 @@ class TrainConfig:
     """Where to train: cpu, cuda, cuda:1, ..."""
     threads: int | None = None
     """CPU threads; torch's choice if not given."""
+
+    @property
+    def density(self) -> bool:
+        """Whether a density is trained, not something that predicts."""
+        return self.objective not in ("regression", "classification")
+
+    @property
+    def warmup_of_tuning(self) -> int:
+        """Steps of warm-up of the fine-tuning: a tenth of it at most."""
+        return min(self.warmup, self.tune_steps // 10)
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ class AutomaticSteps(Watch):
 
     A block's error is how far the batch's likelihood moves when this block alone is solved again with twice its steps. Where
     the blocks' errors together exceed the tolerance, those with more than their share of it get as many steps more as the
-    method's order says, twice as many at most; where they would stay below half of it with one step less in a block, the
-    block that saves most loses one. Every process of a group measures rows of its own, and all decide alike by the means.
+    method's order says, twice as many at most; as long as they would stay below half of it with one step less in a block, the
+    block where that does least loses one. All blocks are first refined at once, and each alone only where that says that
+    something may be to change. Every process of a group measures rows of its own, and all decide alike by the means.
 
     Args:
         objective, config, tolerance, max_grid_steps, every, say: see :class:`~cnf.training.watch.Watch`; ``tolerance`` is that of
@@ -62,12 +63,15 @@ class AutomaticSteps(Watch):
         rows = min(len(x), max(FEWEST_ROWS, len(x) // SHARE))
         some = None if context is None else context[:rows]
         before = [grid.steps for grid in self.grids]
+        batch = x[:rows], some, noise.rows(0, len(x))
         try:
-            errors = self.objective.block_errors(x[:rows], some, noise.rows(0, len(x)), group=group)
+            errors = self.objective.block_errors(*batch, whole=True, group=group)
+            if not errors[0] <= self.tolerance or (errors[0] <= CALM * self.tolerance and max(before) > 1):
+                errors = self.objective.block_errors(*batch, group=group)
         except SolverError:
             errors = [math.inf] * len(before)
         errors = [error if math.isfinite(error) else math.inf for error in errors]
-        after = self.choose(before, errors)
+        after = before if len(errors) < len(before) else self.choose(before, errors)
         found = f"step {step}: the training solver's error is {sum(errors):.3g} {self.objective.per_dim_unit}"
         if sum(errors) > self.tolerance and max(after) == self.max_grid_steps and after == before:
             self._give_up(found, f"a grid of {max(after)} steps")
@@ -87,19 +91,19 @@ class AutomaticSteps(Watch):
             >>> flow = build(ModelConfig(hidden=(4,), blocks=2), config, (2,))
             >>> watch = AutomaticSteps(Likelihood(flow), config, 0.01, 64, 100, print)
             >>> watch.choose([1, 4], [0.02, 0.001]), watch.choose([3, 4], [0.0001, 0.0001])
-            ([2, 4], [3, 3])
+            ([2, 4], [2, 2])
         """
         order, most, share = self.grids[0].tableau.order, self.max_grid_steps, self.tolerance / len(steps)
         total = sum(errors)
         if total > self.tolerance:
             return [_more(n, error, share, order, most) for n, error in zip(steps, errors, strict=True)]
-        # what a step less saves is largest where steps are few and errors small
-        grown = {i: errors[i] * (n / (n - 1)) ** order for i, n in enumerate(steps) if n > 1}
-        fits = [i for i, error in grown.items() if total - errors[i] + error <= CALM * self.tolerance]
-        if not fits:
-            return steps
-        best = min(fits, key=lambda i: grown[i] - errors[i])
-        return [n - (i == best) for i, n in enumerate(steps)]
+        steps, errors = list(steps), list(errors)
+        while grown := {i: errors[i] * (n / (n - 1)) ** order for i, n in enumerate(steps) if n > 1}:
+            best = min(grown, key=lambda i: grown[i] - errors[i])
+            if sum(errors) - errors[best] + grown[best] > CALM * self.tolerance:
+                break
+            steps[best], errors[best] = steps[best] - 1, grown[best]
+        return steps
 
 
 def _more(n: int, error: float, share: float, order: int, most: int) -> int:

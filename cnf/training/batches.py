@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import zlib
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cnf.datasets import DataSplits
+from cnf.deferral import sent
 from cnf.distributed import ALONE, Group
 from cnf.errors import ConfigError, DataError
 from cnf.noise import Noise
@@ -50,7 +52,22 @@ class Batches:
         self.x = data.train.to(device) if _fits(data.train, device) else data.train
         _require_values(self.x, data.levels)
         self.context = None if data.train_context is None else data.train_context.to(device, dtype)
-        self.size, self.seed, self.flip = min(size, len(self.x)), seed, data.flip
+        self.seed, self.flip, self.group = seed, data.flip, group
+        self._resize(size)
+
+    def resized(self, size: int) -> Batches:
+        """The same data in batches of another size.
+
+        Raises:
+            ConfigError: for fewer rows than processes.
+        """
+        other = copy.copy(self)
+        other._resize(size)
+        return other
+
+    def _resize(self, size: int) -> None:
+        group = self.group
+        self.size = min(size, len(self.x))
         if self.size < group.size:
             raise ConfigError(f"a batch has {self.size} rows, fewer than the {group.size} processes: take a larger --batch-size, or fewer processes")
         self.share, self.joint = group.share(self.size), self.size if group.size > 1 else None
@@ -61,20 +78,15 @@ class Batches:
         epoch, place = divmod(step, len(self.x) // self.size)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._order = epoch, _sent(torch.randperm(len(self.x), generator=generator), self.x.device)
+            self._order = epoch, sent(torch.randperm(len(self.x), generator=generator), self.x.device)
         rows = self._order[1][place * self.size : (place + 1) * self.size][self.share]
         noise = Noise(self.seed, "train", step, start=self.share.start, total=self.joint)
-        x = _sent(self.x[rows], self.device).contiguous()
+        x = sent(self.x[rows], self.device).contiguous()
         x = x.to(self.dtype) if x.is_floating_point() else x
         if self.flip:
             chosen = noise.draw("flip", "uniform", (len(x),), device=x.device) < 0.5
             x = torch.where(chosen[:, None, None, None], x.flip(3), x)
-        return x, None if self.context is None else self.context[_sent(rows, self.device)], noise
-
-
-def _sent(x: Tensor, device: torch.device) -> Tensor:
-    """On its way to the device: to a GPU from pinned memory, so that nothing waits until it has arrived."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+        return x, None if self.context is None else self.context[sent(rows, self.device)], noise
 
 
 def _require_values(x: Tensor, levels: int | None) -> None:

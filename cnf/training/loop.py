@@ -15,19 +15,15 @@ from cnf.checkpoint import RunInfo, has_trainer
 from cnf.datasets import DataSplits
 from cnf.deferral import deferred_checks
 from cnf.distributed import ALONE, Group
-from cnf.errors import CheckpointError, ConfigError, SolverError
-from cnf.flow import Flow
-from cnf.models import Predictor
-from cnf.objectives import Likelihood, Objective, Supervised
-from cnf.presets import TrainConfig
-from cnf.training.automatic import AutomaticSteps
+from cnf.errors import CheckpointError, SolverError
+from cnf.objectives import Objective
 from cnf.training.batches import Batches, shared_settings, validation_rows
+from cnf.training.importance import TimesWatch
 from cnf.training.journal import Journal, Mute
 from cnf.training.memory import fitting
-from cnf.training.recovery import Recovery
-from cnf.training.schedule import Average, learning_rate, optimizer
 from cnf.training.settle import Ledger, advance, settle, told
 from cnf.training.signals import Abandoned, Interrupted, Signals
+from cnf.training.stages import enter, fresh, rate, stages, undo_gaming
 from cnf.training.state import NUMBERS, export, owning, rescue, restore, write
 from cnf.training.step import gradient, tensor_cores
 from cnf.training.watch import Watch
@@ -38,15 +34,6 @@ VALIDATION_SEED = 20_000  # validation noise never changes: validations are comp
 LOG_EVERY = 10  # steps between lines of metrics.jsonl, for which all steps since are read from the device
 SAVE_SECONDS = 300.0  # a checkpoint at least so often, however rare validations are
 RETRY_SECONDS = 30.0  # to the next attempt where a checkpoint could not be written
-
-
-def _objective(model: Flow | Predictor, config: TrainConfig) -> Objective:
-    if isinstance(model, Flow):
-        return Likelihood(model, config.kinetic, config.jacobian, config.regularisers, config.step_error)
-    if config.kinetic or config.jacobian or config.step_error:
-        weights = f"kinetic={config.kinetic:g}, jacobian={config.jacobian:g}, step_error={config.step_error:g}"
-        raise ConfigError(f"{weights} are for densities: leave them at 0")
-    return Supervised(model, config.objective)
 
 
 class Trainer:
@@ -76,25 +63,20 @@ class Trainer:
         self.device = torch.device(self.config.device)
         torch.manual_seed(self.config.seed)  # the initial weights
         self.flow = info.build().to(self.device)
-        self.batches = Batches(data, self.config.batch_size, self.config.seed, self.device, group, self.flow.like.dtype)
-        self.objective = _objective(self.flow, self.config)
-        self.objective.prepare(self.batches.x)
+        self.journal = (Journal if group.main else Mute)(folder, self.config.steps, quiet=quiet)
+        batches = Batches(data, self.config.batch_size, self.config.seed, self.device, group, self.flow.like.dtype)
+        self.stages = stages(self.flow, self.config, info.config.solver, batches, self.say)
+        self.stages[0].objective.prepare(batches.x)
         group.agree(shared_settings(info.config, data))
         group.spread(self.flow.state_dict().values())  # the same already, but for what another machine rounds differently
-        self.optimizer = optimizer(self.flow, self.config.lr, self.config.weight_decay)
-        self.ema = Average(self.flow, self.config.ema_decay)
+        self.stage = 0  # which of the stages is under way, and since which step
+        self.since = 0
+        self.optimizer, self.ema, self.recovery = fresh(self)
         self.validation = validation_rows(data, self.config.validation_items, VALIDATION_SEED, self.device)
         self.step = self.skipped = self.skips_in_row = self.worse = 0
         self.best, self.best_step, self.validated, self.seconds = math.inf, 0, -1, 0.0
         self.best_weights: dict[str, Tensor] = {}
-        self.journal = (Journal if group.main else Mute)(folder, self.config.steps, quiet=quiet)
-        solver = info.config.solver
-        # a preset's automatic steps are those of its grid, which --adaptive puts aside
-        watch = AutomaticSteps if solver.automatic_steps and not solver.adaptive and self.objective.solves else Watch
-        limits = self.config.watch_tolerance, self.config.max_grid_steps, self.config.watch_every
-        self.watch = watch(self.objective, solver, *limits, self.say)
         self.signals = Signals(shared=group.size > 1, quiet=not group.main)
-        self.recovery = Recovery(self.flow, self.ema, self.optimizer)
         self.ledger = Ledger(self.flow)
         self.pending: dict[str, Any] = {}  # of the latest step, while what follows it (:meth:`_after`) is not complete
         self.export_due = False  # the best weights are not in the folder yet
@@ -104,6 +86,21 @@ class Trainer:
                 restore(self)
             elif resume:  # stopped before its first checkpoint: the beginning is where it continues
                 self.journal.cut(0)
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised at present."""
+        return self.stages[self.stage].objective
+
+    @property
+    def batches(self) -> Batches:
+        """The present stage's batches."""
+        return self.stages[self.stage].batches
+
+    @property
+    def watch(self) -> Watch | TimesWatch:
+        """The present stage's watch."""
+        return self.stages[self.stage].watch
 
     @property
     def unit(self) -> str:
@@ -155,10 +152,10 @@ class Trainer:
         Raises:
             TrainingError: for a batch that does not fit into memory.
         """
-        config = self.config
-        rate = learning_rate(self.step, config.lr, config.warmup, config.steps, config.schedule) * self.recovery.factor
+        enter(self)
+        config, lr = self.config, rate(self)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr
         x, context, noise = self.batches(self.step)
         self.flow.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -172,7 +169,7 @@ class Trainer:
         if failure:
             self.ledger.fail(self.step, failure)
         else:
-            advance(self, rate, found.names, figures)
+            advance(self, lr, found.names, figures)
 
     def settle(self) -> dict[str, float] | None:
         """What the latest step gave, read from the device with all before it, and what is to follow; None if its batch was skipped.
@@ -203,7 +200,8 @@ class Trainer:
             self.best_weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
             if self.group.main:
                 export(self)
-        if math.isfinite(value):
+        # a fine-tuning that validates worse may follow a grid that was gamed since it was measured
+        if math.isfinite(value) and (self.stage == 0 or self.worse == 0):
             self.recovery.keep(self.step)
         return {**found, "validation": value, "best": self.best, "best_step": self.best_step}
 
@@ -213,7 +211,7 @@ class Trainer:
         """Why training is over: ``"steps"``, ``"patience"`` or ``"max_time"``; None while it is not."""
         if self.step >= self.config.steps:
             return "steps"
-        if self.config.patience and self.worse >= self.config.patience:
+        if self.config.patience and self.worse >= self.config.patience and self.stage + 1 == len(self.stages):
             return "patience"
         if self.config.max_time is not None and elapsed >= self.config.max_time:
             return "max_time"
@@ -269,7 +267,7 @@ class Trainer:
 
     @property
     def _watches(self) -> bool:
-        return self.watch.due(self.step)
+        return self.watch.due(self.step - self.since)
 
     @property
     def _validates(self) -> bool:
@@ -284,6 +282,7 @@ class Trainer:
         """Watch, validate, log and save where it is due; ``extra`` is what an earlier call that was interrupted has found."""
         if self._watches and not extra:
             extra |= self.watch.measure(self.step, *self.batches(self.step), self.group)
+            undo_gaming(self, extra)
         due = self._validates
         if due:
             extra |= self.validate()

@@ -141,8 +141,11 @@ def advice(config: TrainConfig, solver: SolverConfig) -> str:
         'a smaller --lr (now 0.1), a longer --warmup (now 0), --kinetic 0.01 or more (now 0), or more --grid-steps (now 2)'
     """
     finer = f"a smaller --rtol (now {solver.rtol:g})" if solver.adaptive else f"more --grid-steps (now {solver.grid_steps})"
-    kinetic = f"--kinetic 0.01 or more (now {config.kinetic:g}), " if config.objective == "likelihood" else ""
-    return f"a smaller --lr (now {config.lr:g}), a longer --warmup (now {config.warmup}), {kinetic}or {finer}"
+    if config.objective == "flow-matching":
+        return f"a smaller --lr (now {config.lr:g}), or a longer --warmup (now {config.warmup})"
+    kinetic = f"--kinetic 0.01 or more (now {config.kinetic:g}), " if config.objective in ("likelihood", "both") else ""
+    rate = f"--lr (now {config.lr:g})" if config.objective != "both" else f"--lr or --tune-lr (now {config.lr:g}, {config.tune_lr:g})"
+    return f"a smaller {rate}, a longer --warmup (now {config.warmup}), {kinetic}or {finer}"
 
 
 def _copy(value: Any) -> Any:

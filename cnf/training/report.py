@@ -13,6 +13,7 @@ from cnf.errors import DataError, SolverError
 from cnf.flow import Flow
 from cnf.likelihood import column_report
 from cnf.noise import Noise
+from cnf.objectives import FlowMatching
 from cnf.training.files import write_json
 from cnf.training.loop import Trainer
 from cnf.training.predictions import finish_predictions, predicted, predictions_text
@@ -39,7 +40,7 @@ def comparability(result: dict[str, Any]) -> str:
     trace = f"{_number(result['divergence'])} trace"
     if result["probes"] is not None:
         trace += f" ({_number(result['probes'])} {_number(result['probe'])} probes)"
-        if result["dequantisation"] not in ("uniform", "variational"):  # else the draws stand beside the dequantisation
+        if result["dequantisation"] in ("none", "mid-bin"):  # else the draws stand beside the dequantisation
             trace += f", {result['noise_draws']} draws"
     solver = _number(result["solver"])
     if result["rtol"] is not None:
@@ -126,10 +127,18 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     write_scores(folder / TEST_SCORES, found)
     write_json(folder / "result.json", result)  # after the scores: --resume takes it for the sign that the test is done
     try:
-        pictures(flow, trainer.data, folder, trainer.metrics, trainer.unit)
+        pictures(flow, trainer.data, folder, _curves(trainer), trainer.unit)
     except SolverError as error:
         trainer.say(f"some pictures could not be drawn: {error}")
     return result
+
+
+def _curves(trainer: Trainer) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl for the learning curves: matching's loss stands for a likelihood where it bounds it."""
+    first = trainer.stages[0].objective
+    if not (isinstance(first, FlowMatching) and first.bounds):
+        return trainer.metrics
+    return [{**row, "nll": row["loss"]} if "loss" in row and "nll" not in row else row for row in trainer.metrics]
 
 
 def pictures(flow: Flow, data: DataSplits, folder: Path, metrics: list[dict[str, Any]], unit: str) -> None:

@@ -97,7 +97,7 @@ def score(
         split: ``"test"``, ``"validation"`` or ``"train"``.
         draws: noise draws an item (dequantisation, probe).
         importance: samples K of each draw's importance-weighted bound; 1 is the plain bound.
-        dequantisation: ``"uniform"``, ``"variational"`` or ``"mid-bin"``; the flow's own if None.
+        dequantisation: ``"uniform"``, ``"variational"``, ``"truncated-normal"`` or ``"mid-bin"``; the flow's own if None.
         items: score so many only, chosen at random once and for all; all if None.
         check: solve every scored item at ten times tighter tolerances and there and back, not some of them only.
         batch_size: items solved together.

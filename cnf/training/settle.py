@@ -166,8 +166,8 @@ def told(trainer: Trainer, rate: float, extra: dict[str, Any]) -> str:
     form = ".4f" if isinstance(trainer.flow, Flow) else ".4g"  # a loss may fall by orders of magnitude
     parts, last = [], trainer.ledger.last
     if last is not None:
-        metric, unit = trainer.objective.metric, trainer.unit
-        parts.append(f"{last.values[metric]:{form}} {unit}, NFE {last.values['nfe']:g}" if last.taken else "batch skipped")
+        metric, unit = trainer.objective.metric, trainer.objective.metric_unit
+        parts.append(f"{last.values[metric]:{form}} {unit}".rstrip() + f", NFE {last.values['nfe']:g}" if last.taken else "batch skipped")
     parts.append(f"{rate * trainer.batches.size:,.0f} samples/s")
     if trainer.best_weights:
         now = f"validation {extra['validation']:{form}}, " if "validation" in extra else ""

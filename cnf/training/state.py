@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NUMBERS", "collect", "export", "owning", "rescue", "restore", "write"]
 
-NUMBERS = ("step", "skipped", "skips_in_row", "worse", "best", "best_step", "validated", "seconds")
+NUMBERS = ("stage", "since", "step", "skipped", "skips_in_row", "worse", "best", "best_step", "validated", "seconds")
 
 
 def collect(trainer: Trainer) -> dict[str, Any]:
@@ -52,19 +52,19 @@ def restore(trainer: Trainer) -> None:
     if state.get("data") != fingerprint(trainer.data):
         raise CheckpointError(f"the data are not those that {folder} was trained on: put them back, or start a new run")
     try:
+        for name in NUMBERS:
+            setattr(trainer, name, type(getattr(trainer, name))(state["numbers"][name]))
         trainer.flow.load_state_dict(state["flow"])
         trainer.ema.load_state_dict(state["ema"])
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.best_weights = {k: v.to(trainer.device) for k, v in state["best_weights"].items()}
         best = trainer.best_flow() if trainer.best_weights else None
-        for name in NUMBERS:
-            setattr(trainer, name, type(getattr(trainer, name))(state["numbers"][name]))
         trainer.watch.load(state)
         rows = int(state["metrics"])
         trainer.recovery.load(state["recovery"])
         trainer.pending = dict(state["pending"])
         trainer.ledger.load(state.get("outcomes", []))  # a checkpoint of an earlier version has none: all was judged at once
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
         raise CheckpointError(f"{folder / 'trainer.pt'} is not of this model: {one_line(error)}") from None
     trainer.journal.cut(rows)
     if best is not None and trainer.group.main:  # a later best, from after this checkpoint, is void

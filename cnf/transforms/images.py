@@ -154,20 +154,35 @@ class Logit(Plain):
 
 
 class CenterShift(Plain):
-    """x - 1/2, what the published codes use in place of the logit where alpha <= 0.
+    """(x - 1/2) times a factor: [0, 1] moved to the middle; with factor 1 what the published codes use in place of the logit where alpha <= 0.
+
+    Args:
+        factor: positive; 2 leads to [-1, 1].
+
+    Raises:
+        ConfigError: for a factor that is not finite and positive.
 
     Example:
         >>> CenterShift()(torch.tensor([[0.75]])).value
         tensor([[0.2500]])
     """
 
+    def __init__(self, factor: float = 1.0):
+        super().__init__()
+        if not 0 < factor < math.inf:
+            raise ConfigError(f"factor={factor}; expected a positive number")
+        self.factor = factor
+
+    def _log_det(self, x: Tensor) -> Tensor:
+        return zeros(x) + math.log(self.factor) * math.prod(x.shape[1:])
+
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not x.is_floating_point():
             raise DataError(f"the shift to the centre takes floats in [0, 1], not {x.dtype}: put Dequantize before it")
-        return x - 0.5, zeros(x)
+        return (x - 0.5) * self.factor, self._log_det(x)
 
     def _inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return z + 0.5, zeros(z)
+        return z / self.factor + 0.5, -self._log_det(z)
 
 
 class Squeeze(Plain):

@@ -1,0 +1,181 @@
+"""Parts of a U-Net that carry a point together with its tangents: convolutions, norms, residual blocks, attention.
+
+Each maps a :class:`Pair`. Linear parts take point and tangents as one batch; the others have their derivative written out,
+so that a derivative product costs one forward pass on a batch of 1 + K and is itself differentiable.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cnf.errors import ConfigError
+
+__all__ = ["Attention", "GroupNorm", "Pair", "ResidualBlock", "convolve", "joined", "silu"]
+
+
+class Pair(NamedTuple):
+    """A point (N, C, H, W) and K tangents, stacked (K N, C, H, W), or none."""
+
+    value: Tensor
+    tangent: Tensor | None = None
+
+    def map(self, linear: Callable[[Tensor], Tensor]) -> Pair:
+        """Through a linear part without bias."""
+        return Pair(linear(self.value), None if self.tangent is None else linear(self.tangent))
+
+    def __add__(self, other: Pair) -> Pair:  # type: ignore[override]
+        tangent = None if self.tangent is None or other.tangent is None else self.tangent + other.tangent
+        return Pair(self.value + other.value, tangent)
+
+
+def joined(first: Pair, second: Pair) -> Pair:
+    """Channels of both."""
+    value = torch.cat([first.value, second.value], 1)
+    if first.tangent is None or second.tangent is None:
+        return Pair(value)
+    return Pair(value, torch.cat([first.tangent, second.tangent], 1))
+
+
+def convolve(layer: nn.Conv2d, h: Pair) -> Pair:
+    """A convolution; its bias is the point's alone."""
+    if h.tangent is None:
+        return Pair(layer(h.value))
+    n = len(h.value)
+    both = F.conv2d(torch.cat([h.value, h.tangent]), layer.weight, None, layer.stride, layer.padding)
+    value, tangent = both.split((n, len(both) - n))
+    return Pair(value if layer.bias is None else value + layer.bias[:, None, None], tangent)
+
+
+def silu(h: Pair) -> Pair:
+    """x σ(x)."""
+    if h.tangent is None:
+        return Pair(F.silu(h.value))
+    s = torch.sigmoid(h.value)
+    y = h.value * s
+    return Pair(y, (_stacked(h.tangent, h.value) * (s + y * (1 - s))).flatten(0, 1))
+
+
+def _stacked(tangent: Tensor, value: Tensor) -> Tensor:
+    """(K N, ...) as (K, N, ...)."""
+    return cast(Tensor, tangent.unflatten(0, (-1, len(value))))
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (1803.08494), then gain and shift, which a modulation (B, 2 C) of time and context changes; B is N or 1.
+
+    Args:
+        channels: C.
+        groups: of channels, each normalised over its channels and all positions; the largest number up to this that divides C.
+    """
+
+    def __init__(self, channels: int, groups: int = 8):
+        super().__init__()
+        self.groups = math.gcd(channels, groups)
+        self.gain = nn.Parameter(torch.ones(channels))
+        self.shift = nn.Parameter(torch.zeros(channels))
+        self.eps = 1e-5
+
+    def forward(self, h: Pair, modulation: Tensor | None = None) -> Pair:
+        gain: Tensor = self.gain
+        shift: Tensor = self.shift
+        if modulation is not None:
+            scale, move = modulation.chunk(2, 1)
+            gain, shift = gain * (1 + scale), shift * (1 + scale) + move
+            if h.tangent is None:
+                plain = F.group_norm(h.value, self.groups, None, None, self.eps)
+                return Pair(torch.addcmul(shift[:, :, None, None], plain, gain[:, :, None, None]))
+        elif h.tangent is None:
+            return Pair(F.group_norm(h.value, self.groups, gain, shift, self.eps))
+        x = self._grouped(h.value)
+        x = x - x.mean((1, 3), keepdim=True)
+        spread = torch.rsqrt(x.square().mean((1, 3), keepdim=True) + self.eps)
+        x = x * spread
+        gain, shift = (p.reshape(-1, 1, self.groups, x.shape[-1]) for p in (gain, shift))
+        v = _stacked(self._grouped(h.tangent), h.value)
+        v = v - v.mean((2, 4), keepdim=True)
+        v = spread * (v - x * (x * v).mean((2, 4), keepdim=True))
+        return Pair(self._images(torch.addcmul(shift, x, gain), h.value), self._images((v * gain).flatten(0, 1), h.value))
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) as (N, H W, groups, C/groups), in float32 or better; no copy of what is channels-last."""
+        x = cast(Tensor, x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (self.groups, -1)))
+        return x.float() if x.dtype == torch.bfloat16 else x
+
+    def _images(self, x: Tensor, like: Tensor) -> Tensor:
+        """Back to (N, C, H, W), channels-last, in the type of ``like``."""
+        return cast(Tensor, x.flatten(2).unflatten(1, like.shape[2:]).permute(0, 3, 1, 2).to(like.dtype))
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), the second norm modulated by time and context; the last convolution starts at zero.
+
+    Args:
+        inputs, outputs: channels.
+        embedding: size of what time and context are embedded in.
+    """
+
+    def __init__(self, inputs: int, outputs: int, embedding: int):
+        super().__init__()
+        self.norm1, self.norm2 = GroupNorm(inputs), GroupNorm(outputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.modulate = nn.Linear(embedding, 2 * outputs)
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
+        for p in (*self.conv2.parameters(), *self.modulate.parameters()):
+            nn.init.zeros_(p)
+
+    def forward(self, h: Pair, embedding: Tensor) -> Pair:
+        inner: Pair = convolve(self.conv1, silu(self.norm1(h)))
+        inner = convolve(self.conv2, silu(self.norm2(inner, self.modulate(embedding))))
+        return inner + (h if self.skip is None else convolve(self.skip, h))
+
+
+class Attention(nn.Module):
+    """x + projected self-attention over all positions (1706.03762), the projection zero at the start.
+
+    Args:
+        channels: C.
+        heads: that share the channels.
+
+    Raises:
+        ConfigError: for heads that do not divide the channels.
+    """
+
+    def __init__(self, channels: int, heads: int = 4):
+        super().__init__()
+        if channels % heads:
+            raise ConfigError(f"attention with {heads} heads needs channels that they divide, not {channels}")
+        self.heads = heads
+        self.norm = GroupNorm(channels)
+        self.qkv, self.project = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+        for p in self.project.parameters():
+            nn.init.zeros_(p)
+
+    def forward(self, h: Pair) -> Pair:
+        mixed = convolve(self.qkv, self.norm(h))
+        q, k, v = self._heads(mixed.value)
+        scale = 1 / math.sqrt(q.shape[-1])
+        share = torch.softmax(q @ k.mT * scale, -1)
+        out, moved = share @ v, None
+        if mixed.tangent is not None:
+            dq, dk, dv = (_stacked(part, h.value) for part in self._heads(mixed.tangent))
+            slope = share * (dq @ k.mT + q @ dk.mT) * scale
+            dshare = slope - share * slope.sum(-1, keepdim=True)
+            moved = self._images((dshare @ v + share @ dv).flatten(0, 1), h.value)
+        return h + convolve(self.project, Pair(self._images(out, h.value), moved))
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(N, 3 C, H, W) as three of (N, heads, H W, C/heads)."""
+        return tuple(x.flatten(2).unflatten(1, (3, self.heads, -1)).transpose(3, 4).unbind(1))
+
+    @staticmethod
+    def _images(x: Tensor, like: Tensor) -> Tensor:
+        """(N, heads, H W, C/heads) as (N, C, H, W)."""
+        x = x.transpose(2, 3).flatten(1, 2).unflatten(2, like.shape[2:])
+        return x.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,169 @@
+"""A small U-Net as a vector field: residual blocks at several sizes, with a fused tangent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cnf.errors import ConfigError
+from cnf.fields.residual import Attention, GroupNorm, Pair, ResidualBlock, convolve, joined, silu
+
+__all__ = ["TimeEmbedding", "UNet"]
+
+FREQUENCIES = 16
+FASTEST = 64.0  # radians over t in [0, 1]: a field that few solver steps resolve in time
+
+
+class TimeEmbedding(nn.Module):
+    """Time, as cosines and sines of up to ``FASTEST`` radians, and context, embedded by a net with one hidden layer.
+
+    Args:
+        size: of the embedding.
+        context_dim: size of the context, 0 for none.
+    """
+
+    rates: Tensor
+
+    def __init__(self, size: int, context_dim: int = 0):
+        super().__init__()
+        rates = torch.exp(torch.linspace(0, math.log(FASTEST), FREQUENCIES))
+        self.register_buffer("rates", rates, persistent=False)
+        self.first, self.second = nn.Linear(2 * FREQUENCIES, size), nn.Linear(size, size)
+        self.context = nn.Linear(context_dim, size, bias=False) if context_dim else None
+
+    def forward(self, t: Tensor, context: Tensor | None = None) -> Tensor:
+        """(1, size), or (N, size) where t is (N,) or the context (N, C)."""
+        angles = t.reshape(-1, 1) * self.rates.to(t)
+        h = self.first(torch.cat([angles.cos(), angles.sin()], 1))
+        if self.context is not None:
+            if context is None:
+                raise ConfigError("context=None, but this field was built with context_dim > 0: pass context (N, C) or (C,)")
+            h = h + self.context(context.reshape(-1, context.shape[-1]))
+        found: Tensor = self.second(F.silu(h))
+        return F.silu(found)
+
+
+class UNet(nn.Module):
+    r"""A vector field on images: residual blocks at sizes that halve, and back with skip connections (1505.04597, 2006.11239).
+
+    Blocks are two 3x3 convolutions with group normalisation, which time and context modulate. The tangents of :meth:`jvp` go
+    through every layer together with the point.
+
+    Args:
+        channels: of the image.
+        hidden: channels at each size, the full one first; each further entry halves height and width.
+        depth: residual blocks at each size, on the way down and again on the way up.
+        attention: self-attention at the smallest size.
+        context_dim: size of the context, 0 for none.
+        zero_init: start as f = 0.
+        inputs: channels that come in, where they are not the image's alone.
+
+    Raises:
+        ConfigError: for sizes below one, or images that cannot be halved so often.
+
+    Example:
+        >>> field = UNet(1, hidden=(8, 16), depth=1)
+        >>> x, v = torch.randn(2, 1, 8, 8), torch.randn(3, 2, 1, 8, 8)
+        >>> dx, product = field.jvp(torch.tensor(0.5), x, v)
+        >>> dx.shape, product.shape
+        (torch.Size([2, 1, 8, 8]), torch.Size([3, 2, 1, 8, 8]))
+    """
+
+    time_rows = True  # t may be (N,), one time a row
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: Sequence[int] = (64, 96),
+        depth: int = 2,
+        attention: bool = False,
+        context_dim: int = 0,
+        zero_init: bool = True,
+        inputs: int | None = None,
+    ):
+        super().__init__()
+        if min(channels, depth, *hidden) < 1:
+            raise ConfigError(f"channels={channels}, hidden={tuple(hidden)}, depth={depth}: every size must be at least 1")
+        self.context_dim = context_dim
+        size = 4 * hidden[0]
+        self.embedding = TimeEmbedding(size, context_dim)
+        self.enter = nn.Conv2d(inputs or channels, hidden[0], 3, padding=1)
+
+        def blocks(first: int, width: int) -> nn.ModuleList:
+            return nn.ModuleList(ResidualBlock(width if i else first, width, size) for i in range(depth))
+
+        pairs = list(zip(hidden, hidden[1:], strict=False))
+        self.down = nn.ModuleList(blocks(width, width) for width in hidden)
+        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
+        self.attention = Attention(hidden[-1]) if attention else None
+        self.grow = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in pairs)
+        self.up = nn.ModuleList(blocks(2 * a, a) for a, _ in pairs)
+        self.norm, self.leave = GroupNorm(hidden[0]), nn.Conv2d(hidden[0], channels, 3, padding=1)
+        if zero_init:
+            self.zero_()
+
+    def zero_(self) -> None:
+        """Zero initialisation: f = 0 for all t and x."""
+        for p in self.leave.parameters():
+            nn.init.zeros_(p)
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """dx/dt (N, C, H, W) at x and t () (or (N,), one time a row)."""
+        return self._run(Pair(self._placed(x)), self.embedding(t, context)).value
+
+    def jvp(
+        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """f (N, C, H, W) and J v + t_dot ∂f/∂t (K, N, C, H, W) for K stacked tangents v, the point computed once."""
+        out = self._run(Pair(self._placed(x), self._placed(v.flatten(0, 1))), self.embedding(t, context))
+        product = cast(Tensor, out.tangent).unflatten(0, v.shape[:2])
+        if t_dot is not None:
+            product = product + self._drift(t, x, context, t_dot)
+        return out.value, product
+
+    def _drift(self, t: Tensor, x: Tensor, context: Tensor | None, t_dot: Tensor) -> Tensor:
+        """t_dot ∂f/∂t."""
+        jvp: Any = torch.func.jvp
+        moved: Tensor = jvp(lambda s: self(s, x, context), (t,), (t_dot.to(t).expand_as(t),))[1]
+        return moved
+
+    def _run(self, h: Pair, embedding: Tensor) -> Pair:
+        self._check(h.value)
+        h = convolve(self.enter, h)
+        skips = []
+        for i, level in enumerate(self.down):
+            for block in cast(nn.ModuleList, level):
+                h = block(h, embedding)
+            if i < len(self.shrink):
+                skips.append(h)
+                h = convolve(cast(nn.Conv2d, self.shrink[i]), h)
+        if self.attention is not None:
+            h = self.attention(h)
+        for i in reversed(range(len(self.up))):
+            h = joined(convolve(cast(nn.Conv2d, self.grow[i]), h.map(_twice)), skips[i])
+            for block in cast(nn.ModuleList, self.up[i]):
+                h = block(h, embedding)
+        return convolve(self.leave, silu(self.norm(h)))
+
+    def _check(self, x: Tensor) -> None:
+        unit = 2 ** len(self.shrink)
+        if x.shape[2] % unit or x.shape[3] % unit:
+            raise ConfigError(
+                f"x has shape {tuple(x.shape)}, but this field halves {len(self.shrink)} times: height and width must be "
+                f"multiples of {unit}"
+            )
+
+    @staticmethod
+    def _placed(x: Tensor) -> Tensor:
+        """Channels-last."""
+        return x.movedim(-3, -1).contiguous().movedim(-1, -3)
+
+
+def _twice(x: Tensor) -> Tensor:
+    """Every pixel as two by two."""
+    return F.interpolate(x, scale_factor=2, mode="nearest")

@@ -1,0 +1,59 @@
+"""Which noise belongs to which data point."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from cnf.errors import ConfigError
+
+__all__ = ["COUPLINGS", "couple"]
+
+COUPLINGS = ("independent", "optimal-transport")
+
+
+@torch.no_grad()
+def couple(x: Tensor, z: Tensor, context: Tensor | None = None, kind: str = "optimal-transport") -> Tensor:
+    r"""The rows of z in the order in which they belong to those of x: as they come, or so that :math:`\sum \|x_i - z_i\|^2` is smallest.
+
+    The assignment of one batch approaches optimal transport as the batch grows (2302.00482). With a context, points are only
+    ever given noise from among those of the same context, so that z stays independent of it. Either way the rows are
+    permuted, so that both marginals are what they were. A context that no two rows share leaves nothing to choose.
+
+    Args:
+        x: data (N, \*event).
+        z: noise (N, \*event).
+        context: (N, C) or None; (C,), one for all, is as good as none.
+        kind: ``"independent"`` or ``"optimal-transport"``.
+
+    Raises:
+        ConfigError: for another kind, or shapes that differ.
+
+    Example:
+        >>> x, z = torch.tensor([[0.0], [5.0]]), torch.tensor([[4.0], [1.0]])
+        >>> couple(x, z).flatten().tolist()
+        [1.0, 4.0]
+    """
+    if kind not in COUPLINGS:
+        raise ConfigError(f"coupling={kind!r} is unknown: expected {' or '.join(map(repr, COUPLINGS))}")
+    if x.shape != z.shape:
+        raise ConfigError(f"x has shape {tuple(x.shape)} and z {tuple(z.shape)}: expected one of each for every pair")
+    if kind == "independent":
+        return z
+    cost = torch.cdist(x.flatten(1).double(), z.flatten(1).double()).square().cpu().numpy()
+    order = np.arange(len(x))
+    for rows in _groups(context, len(x)):
+        _, chosen = linear_sum_assignment(cost[np.ix_(rows, rows)])
+        order[rows] = rows[chosen]
+    return z[torch.from_numpy(order).to(z.device)]
+
+
+def _groups(context: Tensor | None, rows: int) -> list[np.ndarray]:
+    """The numbers of the rows of each context."""
+    if context is None or context.ndim == 1:
+        return [np.arange(rows)]
+    _, kinds = torch.unique(context, dim=0, return_inverse=True)
+    numbers = kinds.cpu().numpy()
+    return [np.flatnonzero(numbers == kind) for kind in range(int(numbers.max()) + 1)]
