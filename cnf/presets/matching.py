@@ -15,7 +15,8 @@ _UNET = ModelConfig(
     "stack", "unet", (64, 96), squeeze_first=True, dequantize="truncated-normal", marginals="center", unet_depth=2
 )
 # the trace of a U-Net has no closed form. Fine-tuning: as many steps as the measured error asks for; evaluations recomputed, since
-# those of a U-Net keep much
+# those of a U-Net keep much. --compile halves its time (on two cores 0.15 s in place of 0.27 s for an evaluation of 32 images, forward
+# and backward), after a minute or two of compilation
 _SOLVER = SolverConfig(
     "rk4", grid_steps=8, automatic_steps=True, gradient="checkpoint", divergence="hutchinson", precision="bf16",
     # a trained path takes dopri5 460 evaluations at 1e-5 and 200 at 1e-4, which is 0.0025 bits/dim away
