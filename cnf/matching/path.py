@@ -24,7 +24,7 @@ from cnf.transforms.base import placed
 __all__ = ["GROUPS", "MatchingPath"]
 
 GROUPS = 8  # times in a batch where all rows of one evaluation share their time
-INSTEAD = "the preset fm-mnist has one, and so has --architecture stack"
+INSTEAD = "the presets fm-digits and fm-mnist have one, and so has --architecture stack"
 
 
 class MatchingPath:
