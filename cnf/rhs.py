@@ -90,10 +90,6 @@ class RightHandSide:
             return cast(State, compiled(_evaluate)(self, s, state, sampled))
         return _evaluate(self, s, state, sampled)
 
-    def field_precision(self, x: Tensor) -> AbstractContextManager[None]:
-        """Autocast to the field's type, if it has one of its own."""
-        return field_precision(self.autocast, x)
-
 
 def field_precision(kind: torch.dtype | None, x: Tensor) -> AbstractContextManager[None]:
     """Autocast to a field's type on x's device; nothing for None."""
@@ -115,7 +111,7 @@ def _evaluate(rhs: RightHandSide, s: Tensor, state: State, sampled: bool) -> Sta
         bound = Driven(rhs.field, rhs.context, time, drift[0])
     motion = len(state) == 1 + len(moved)
     need: frozenset[str] = frozenset() if motion else rhs.need - {"jac_sq"} if sampled else rhs.need
-    with rhs.field_precision(x):
+    with field_precision(rhs.autocast, x):
         parts = linearize(rhs.field, time, x, rhs.probe, rhs.context, need, rhs.divergence)
     out = [span * parts.dx, *moved]
     if motion:
@@ -129,7 +125,7 @@ def _evaluate(rhs: RightHandSide, s: Tensor, state: State, sampled: bool) -> Sta
         if rare and sampled:
             out.append(x.new_zeros(len(x)))
             continue
-        with rhs.field_precision(x):
+        with field_precision(rhs.autocast, x):
             value = length * quadrature(t, x, parts, bound)
         out.append(value / cast(Tensor, rhs.share) if rare else value)
     return tuple(out)

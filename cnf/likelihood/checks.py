@@ -112,11 +112,16 @@ def solver_error(
     ``flow`` says which solver is measured. In a ``group`` each process gives its rows of the batch, and all get its error.
     """
     with group.together():
-        before = flow.log_prob(x, context, noise=noise)
-        with refined(flow):
-            moved = flow.log_prob(x, context, noise=noise) - before
+        moved = _moves(flow, x, context, noise)
     difference = abs(group.mean(moved)) / flow.dim
     return difference / math.log(2) if flow.levels is not None else difference
+
+
+def _moves(flow: Flow, x: Tensor, context: Tensor | None, noise: Noise | None) -> Tensor:
+    """By how much each item's log p (N,) moves when every block's solver is refined."""
+    before = flow.log_prob(x, context, noise=noise)
+    with refined(flow):
+        return flow.log_prob(x, context, noise=noise) - before
 
 
 class _Recorded:
@@ -153,9 +158,7 @@ def block_errors(
     scale = flow.dim * (math.log(2) if flow.levels is not None else 1.0)
     if whole:
         with group.together():
-            before = flow.log_prob(x, context, noise=noise)
-            with refined(flow):
-                move = (flow.log_prob(x, context, noise=noise) - before).abs()
+            move = _moves(flow, x, context, noise).abs()
         return [group.mean(move) / scale]
     blocks = flow.blocks
     kept = [block.solver for block in blocks]

@@ -84,8 +84,7 @@ class MatchingPath:
             return self._stretch(0, t, x, context)
         order = t.argsort(stable=True)  # the rows of one block, and of one time, side by side
         there, back = (sent(i, x.device) for i in (order, order.argsort()))
-        given = context[there] if context is not None and context.ndim == 2 else context
-        return self._sorted(t[order], x[there], given)[back]
+        return self._sorted(t[order], x[there], _given(context, there))[back]
 
     def _sorted(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         """The same for rising times: each block has its stretch of them."""
@@ -96,8 +95,7 @@ class MatchingPath:
             if first == last:
                 continue
             rows = slice(first, last)
-            given = context[rows] if context is not None and context.ndim == 2 else context
-            parts.append(self._stretch(k, t[rows], x[rows], given))
+            parts.append(self._stretch(k, t[rows], x[rows], _given(context, rows)))
         return torch.cat(parts)
 
     def _stretch(self, k: int, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
@@ -119,12 +117,11 @@ class MatchingPath:
         first = 0
         for length in lengths:
             rows = slice(first, first + length)
-            given = context[rows] if context is not None and context.ndim == 2 else context
             time = t[first]
             if drive is not None:
                 drive, now = block.carry(drive, time - now), time
                 time = drive[0]
-            parts.append(self._evaluated(block, time, x[rows], given))
+            parts.append(self._evaluated(block, time, x[rows], _given(context, rows)))
             first += length
         return torch.cat(parts)
 
@@ -139,6 +136,11 @@ class MatchingPath:
 
 def _field(field: Callable[..., Tensor], t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
     return field(t, x, context)
+
+
+def _given(context: Tensor | None, rows: slice | Tensor) -> Tensor | None:
+    """The context of some rows; one for all stays what it is."""
+    return context[rows] if context is not None and context.ndim == 2 else context
 
 
 def _holds(transform: Transform) -> bool:
