@@ -98,6 +98,11 @@ class Trainer:
         return self.stages[self.stage].batches
 
     @property
+    def last_stage(self) -> bool:
+        """Whether no stage follows."""
+        return self.stage + 1 == len(self.stages)
+
+    @property
     def watch(self) -> Watch | TimesWatch:
         """The present stage's watch."""
         return self.stages[self.stage].watch
@@ -211,7 +216,7 @@ class Trainer:
         """Why training is over: ``"steps"``, ``"patience"`` or ``"max_time"``; None while it is not."""
         if self.step >= self.config.steps:
             return "steps"
-        if self.config.patience and self.worse >= self.config.patience and self.stage + 1 == len(self.stages):
+        if self.config.patience and self.worse >= self.config.patience and self.last_stage:
             return "patience"
         if self.config.max_time is not None and elapsed >= self.config.max_time:
             return "max_time"
