@@ -26,7 +26,8 @@ def main() -> None:
     figure, ((top, cost), (evaluations, paths)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     unit = ""
     for run in options.runs:
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # a running training's last line may be half there
         unit = "nats" if json.loads((run / "config.json").read_text(encoding="utf-8"))["levels"] is None else "bits/dim"
 
         def draw(axis: Axes, name: str, rows: list[dict[str, float]] = rows, label: str = run.name) -> None:

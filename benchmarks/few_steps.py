@@ -21,8 +21,7 @@ from measure import machine, markdown, record, versions
 from torch import Tensor
 
 from cnf import Noise, load
-from cnf.checkpoint import read_config
-from cnf.cli.common import load_splits
+from cnf.cli.common import load_splits, read_run
 from cnf.cli.sample import drawing
 from cnf.flow import Flow
 
@@ -58,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
     for run in args.runs:
-        flow, data = load(run), load_splits(read_config(run).config)
+        flow, data = load(run), load_splits(read_run(run).config)
         scale = 1.0 if data.levels is None else 1 / data.levels
         test, train = ((x[: args.n].to(flow.like) + (0.5 if data.levels else 0)) * scale for x in (data.test, data.train))
         reference, took = samples(flow, args.n, "rk4", None)

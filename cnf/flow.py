@@ -86,7 +86,7 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def fit_statistics(self, x: Tensor, *, batch_size: int = 8192) -> None:
-        """Fit every Standardize and Gaussianize before the first block to what reaches it.
+        """Fit every Standardize and Gaussianize before the first block to what reaches it, and the block's field if it can be (a denoiser).
 
         Args:
             x: training data (N, \\*event); images are dequantised with fixed noise.

@@ -43,7 +43,7 @@ RNODE = ModelConfig(
 """RNODE's image model (2002.02798)."""
 
 AFFJORD = replace(FFJORD, blocks=1, drive="hyper")
-"""AFFJORD's image model (2306.02731), as its paper means it: one a a scale, k = 20, weights from its first 10 entries; with
+"""AFFJORD's image model (2306.02731), as its paper means it: one a(t) per scale, k = 20, weights from its first 10 entries; with
 ``drive="concat"`` every convolution sees a as 20 constant channels."""
 
 MNIST, CIFAR, IMAGENET64, CELEBAHQ256 = (1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 256, 256)

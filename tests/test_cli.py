@@ -212,6 +212,17 @@ def test_dry_run_leaves_nothing(tmp_path, monkeypatch, capsys):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_dry_run_of_both_objectives_measures_both(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("cnf.training.measure.ENOUGH_SECONDS", 0.0)
+    monkeypatch.chdir(tmp_path)
+    both = ["--objective", "both", "--tune-steps", "2", "--tune-batch-size", "10"]
+    assert train_main(["digits", *TINY, *both, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    found = re.findall(r"(\w[\w-]+): batch (\d+)\nmemory: .*\ntime: .* s a step; (\d+) steps", said)
+    assert found == [("matching", "20", "4"), ("fine-tuning", "10", "2")]
+    assert not any(tmp_path.iterdir())
+
+
 def test_run_folders_are_named_by_preset_data_and_seed(tmp_path, monkeypatch, table):
     monkeypatch.setattr("cnf.cli.train.finish", lambda trainer: {})
     monkeypatch.setattr("cnf.cli.train.summary", lambda result: "")
@@ -233,15 +244,15 @@ def test_preset_may_stand_anywhere(tmp_path, monkeypatch, capsys):
         assert "9,224 parameters" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["tabular", "ffjord-toy", "digits"])
-def test_preset_fits_the_data_where_none_is_named(tmp_path, monkeypatch, capsys, table, name):
+@pytest.mark.parametrize(("name", "size"), [("tabular", 0), ("ffjord-toy", 0), ("digits", 5), ("fm-digits", 6), ("fm-digits", 18), ("fm-mnist", 16)])
+def test_preset_fits_the_data_where_none_is_named(tmp_path, monkeypatch, capsys, table, name, size):
     monkeypatch.setattr("cnf.training.measure.ENOUGH_SECONDS", 0.0)
-    np.savez(tmp_path / "x.npz", images=np.random.default_rng(0).integers(256, size=(40, 4, 4), dtype=np.uint8))
-    data = {"tabular": table, "ffjord-toy": "moons", "digits": tmp_path / "x.npz"}[name]
+    np.savez(tmp_path / "x.npz", images=np.random.default_rng(0).integers(256, size=(40, size, size), dtype=np.uint8))
+    data = {"tabular": table, "ffjord-toy": "moons"}.get(name, tmp_path / "x.npz")
     words = ["--data", str(data), "--limit", "30", "--dry-run"]
     assert train_main(words) == 0
     said = capsys.readouterr().out
-    assert (f"preset {name}, since {data} is a" in said) == (name != "digits")
+    assert (f"preset {name}, since {data} is a" in said) == (name != "fm-digits")
     assert train_main([name, *words]) == 0
     named = capsys.readouterr().out
     assert "since" not in named
@@ -335,28 +346,28 @@ WRONG = {
     "--seed 99999999999999999999": r"--seed 9+: expected at most",
     "--limit 0": r"limit=0",
     "--kinetic -1": r"--kinetic -1\.0: expected zero or more",
-    "--alpha 0.7": r"alpha=0\.7; expected a number in \(0, 0\.5\)",
+    "digits --alpha 0.7": r"alpha=0\.7; expected a number in \(0, 0\.5\)",
     "--blocks 0": r"blocks=0",
     "--hidden 0": r"hidden=\(0,\)",
-    "--layer concatsqash": r"concatsqash.*did you mean 'concatsquash'",
-    "--nonlinearity tahn": r"tahn.*did you mean 'tanh'",
-    "--method rk45": r"rk45.*unknown on a fixed grid",
+    "digits --layer concatsqash": r"concatsqash.*did you mean 'concatsquash'",
+    "digits --nonlinearity tahn": r"tahn.*did you mean 'tanh'",
+    "digits --method rk45": r"rk45.*unknown on a fixed grid",
     "--eval-method rk4": r"rk4.*unknown among adaptive solvers",
     "--eval-rtol 0": r"rtol=0\.0.*positive",
-    "--grid-steps 0": r"steps=0",
-    "--gradient adjoint": r"gradient='adjoint': a fixed grid takes",
-    "--adaptive --method dopri5 --gradient checkpoint": r"gradient='checkpoint': an adaptive solver takes",
-    "--end-time -1": r"end_time=-1\.0",
-    "--steer 2": r"steer=2\.0",
+    "digits --grid-steps 0": r"steps=0",
+    "digits --gradient adjoint": r"gradient='adjoint': a fixed grid takes",
+    "digits --adaptive --method dopri5 --gradient checkpoint": r"gradient='checkpoint': an adaptive solver takes",
+    "digits --end-time -1": r"end_time=-1\.0",
+    "digits --steer 2": r"steer=2\.0",
     "--resume": r"--resume needs --out DIR",
     "--resume --out nowhere": r"nowhere is no run folder: there is no such folder",
     "--evaluate nowhere": r"nowhere is no run folder: there is no such folder",
     "--split train": r"--split is for --evaluate: a training is always tested once",
     # what would do nothing is refused
-    "--probes 4": r"--probes is for --divergence hutchinson: leave it at 1",
-    "--mode reverse": r"--mode is for --divergence hutchinson",
-    "--rtol 1e-3": r"--rtol is for --adaptive; evaluation has --eval-rtol",
-    "--adaptive --method dopri5 --grid-steps 9": r"--grid-steps is for fixed grids, not for --adaptive",
+    "digits --probes 4": r"--probes is for --divergence hutchinson: leave it at 1",
+    "digits --mode reverse": r"--mode is for --divergence hutchinson",
+    "digits --rtol 1e-3": r"--rtol is for --adaptive; evaluation has --eval-rtol",
+    "digits --adaptive --method dopri5 --grid-steps 9": r"--grid-steps is for fixed grids, not for --adaptive",
     "--discrete keep": r"discrete='keep' means nothing for 'digits'",
     "ffjord-toy --alpha 0.1": r"--alpha is for images, and these data are vectors",
     "ffjord-toy --marginals logit": r"--marginals is for images",

@@ -10,7 +10,7 @@ import torch
 
 from cnf.checkpoint import RunInfo, load, write_config
 from cnf.datasets import DataSplits
-from cnf.errors import ConfigError
+from cnf.errors import ConfigError, SolverError
 from cnf.likelihood import evaluate
 from cnf.models import ModelConfig, SolverConfig
 from cnf.noise import Noise
@@ -31,7 +31,7 @@ def trainer(folder, *, model=MODEL, solver=None, data=DATA, resume=False, quiet=
     train = {"steps": 12, "batch_size": 16, "warmup": 3, "lr": 0.01, "validate_every": 4, "watch_every": 3} | train
     config = RunConfig("points", DataConfig(), model, solver or SolverConfig(grid_steps=2), TrainConfig(**train))
     folder.mkdir(exist_ok=True)
-    return Trainer(RunInfo(config, data.event_shape, data.levels, 0, (), data.columns), data, folder, resume=resume, quiet=quiet)
+    return Trainer(RunInfo(config, data.event_shape, data.levels, data.context_dim, data.classes, data.columns), data, folder, resume=resume, quiet=quiet)
 
 
 def rows(folder):
@@ -63,6 +63,28 @@ def test_matching_learns_a_density_with_one_evaluation_an_item(tmp_path, every_s
     assert evaluate(flow, DATA.validation).mean == pytest.approx(run.best, abs=1e-5)
 
 
+@pytest.mark.parametrize("coupling", ["independent", "optimal-transport"])
+def test_matching_learns_a_density_for_each_class(tmp_path, coupling):
+    generator = torch.Generator().manual_seed(5)
+    code = torch.arange(900) % 2
+    middle, spread = torch.tensor([[-2.0, 0.0], [2.0, 1.0]]), torch.tensor([[0.4, 0.8], [0.8, 0.4]])
+    x, context = middle[code] + spread[code] * torch.randn(900, 2, generator=generator), torch.eye(2)[code]
+    cut = slice(0, 600), slice(600, 750), slice(750, 900)
+    data = DataSplits("two", "table", *(x[c] for c in cut), *(context[c] for c in cut), classes=("left", "right"))
+    run = trainer(
+        tmp_path / "run", objective="flow-matching", coupling=coupling, steps=500, batch_size=100, validate_every=250, data=data,
+        model=dataclasses.replace(MODEL, hidden=(32, 32)),
+    )  # fmt: skip
+    run.run()
+    flow = run.best_flow()
+    truth = torch.distributions.Normal(middle[code[cut[1]]], spread[code[cut[1]]]).log_prob(data.validation).sum(1)
+    found = flow.log_prob(data.validation, data.validation_context).detach()
+    assert abs(float((found - truth).mean())) < 0.1
+    assert float((flow.log_prob(data.validation, data.validation_context.flip(1)).detach() - truth).mean()) < -3  # the other class's density
+    drawn = flow.sample(200, torch.eye(2), noise=Noise(0))
+    assert torch.allclose(drawn.mean(0), middle, atol=0.2)
+
+
 def test_both_begins_with_matching_and_ends_with_the_likelihood(tmp_path, every_step, capsys):
     run = trainer(tmp_path / "run", quiet=False, kinetic=0.01, **BOTH)
     seen = []
@@ -81,6 +103,7 @@ def test_both_begins_with_matching_and_ends_with_the_likelihood(tmp_path, every_
     found = rows(run.folder)
     assert "nll" not in found[6] and {"nll", "kinetic"} <= found[7].keys()
     assert [row["nfe"] for row in found] == [1] * 7 + [8] * 5
+    assert [row["step"] for row in found if "validation" in row] == [4, 7, 8, 12]  # 7: the end of matching
     assert "step 7: from here on the likelihood, on batches of 24" in capsys.readouterr().err
 
 
@@ -159,6 +182,19 @@ def test_a_gamed_grid_is_caught_and_the_weights_go_back(tmp_path, monkeypatch, c
     assert run.best < best + 0.15  # the flow that is kept is no worse than what was matched
     final = evaluate(run.ema.module.eval(), DATA.validation).mean
     assert final < best + 0.5  # and the weights have recovered
+
+
+def test_times_that_cannot_be_measured_stay_what_they_are(tmp_path, monkeypatch):
+    run = trainer(tmp_path / "run", objective="flow-matching")
+
+    def fails(*args, **kwargs):
+        raise SolverError("no end")
+
+    assert "early_times" in run.watch.measure(0, *run.batches(0))
+    monkeypatch.setattr(run.objective, "_losses", fails)
+    before = run.objective.times.shares
+    assert run.watch.measure(0, *run.batches(0)) == {}
+    assert torch.equal(run.objective.times.shares, before)
 
 
 def test_a_bar_goes_on_when_the_objective_changes(tmp_path, monkeypatch, capsys):

@@ -157,6 +157,8 @@ def test_data_set_the_denoisers_scale():
 def test_what_may_not_be():
     with pytest.raises(ConfigError, match="hidden=\\(4, 0\\)"):
         UNet(1, (4, 0))
+    with pytest.raises(ConfigError, match="hidden=\\(\\)"):
+        UNet(1, ())
     with pytest.raises(ConfigError, match="multiples of 4"):
         UNet(1, (4, 4, 4), depth=1)(torch.tensor(0.0), torch.randn(1, 1, 6, 6))
     with pytest.raises(ConfigError, match="pass context"):
@@ -173,6 +175,8 @@ BAD = [
     ({"field": "unet", "strides": (1, 1)}, "strides"),
     ({"field": "unet", "layer": "concat"}, "layer='concat' is not for field='unet'"),
     ({"field": "unet", "hidden": (4, 4, 4, 4)}, "multiples of 8"),
+    ({"field": "unet", "hidden": ()}, "channels of one size or more"),
+    ({"field": "unet", "architecture": "parallel"}, "architecture='parallel' sums plain nets"),
     ({"field": "conv", "attention": True}, "attention=True is for field='unet'"),
     ({"unet_depth": 3}, "unet_depth=3 is for field='unet'"),
     ({"field": "unet", "dequantize": "truncated-normal"}, "marginals='center'"),

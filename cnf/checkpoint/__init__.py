@@ -3,12 +3,14 @@
 from cnf.checkpoint.config import FORMAT, RunInfo, config_digest, read_config, write_config
 from cnf.checkpoint.files import leftovers, one_line, write_atomic, write_text
 from cnf.checkpoint.lock import LOCK, locked, renew
+from cnf.checkpoint.shelf import PREFIX, located, outputs, pretrained
 from cnf.checkpoint.trainer import has_trainer, load_trainer, save_trainer
 from cnf.checkpoint.weights import load, load_model, weights_digest, write_weights
 
 __all__ = [
     "FORMAT",
     "LOCK",
+    "PREFIX",
     "RunInfo",
     "config_digest",
     "has_trainer",
@@ -16,8 +18,11 @@ __all__ = [
     "load",
     "load_model",
     "load_trainer",
+    "located",
     "locked",
     "one_line",
+    "outputs",
+    "pretrained",
     "read_config",
     "renew",
     "save_trainer",

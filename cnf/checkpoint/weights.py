@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cnf.checkpoint.config import RunInfo, read_config
 from cnf.checkpoint.files import one_line, write_atomic
+from cnf.checkpoint.shelf import located
 from cnf.errors import CheckpointError, ConfigError
 from cnf.flow import Flow
 from cnf.models import Predictor
@@ -37,9 +38,16 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def write_weights(folder: Path, flow: nn.Module) -> None:
-    """model.safetensors, with a checksum in its metadata."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in flow.state_dict().items()}
+def write_weights(folder: Path, flow: nn.Module, *, half: bool = False) -> None:
+    """model.safetensors, with a checksum in its metadata.
+
+    Args:
+        folder: where to write it.
+        flow: the model, a flow or a predictor.
+        half: float32 parameters in half precision, in half the room: rounded to 11 bits, and read back as they were.
+    """
+    rounded = {name for name, p in flow.named_parameters() if p.dtype == torch.float32} if half else set()
+    tensors = {k: v.detach().cpu().to(torch.float16 if k in rounded else v.dtype).contiguous() for k, v in flow.state_dict().items()}
     metadata = {"sha256": weights_digest(tensors)}
     write_atomic(folder / "model.safetensors", lambda p: safetensors.torch.save_file(tensors, str(p), metadata))
 
@@ -47,7 +55,10 @@ def write_weights(folder: Path, flow: nn.Module) -> None:
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Flow | Predictor:
     """The trained model of a run folder, a flow or a predictor, ready for evaluation; nothing in the folder is executed.
 
+    ``pretrained:NAME`` names one that comes with the package (:func:`pretrained` lists them).
+
     Raises:
+        ConfigError: for a NAME that does not come with the package.
         CheckpointError: where the folder, its config or its weights are missing, damaged (their checksums tell), or do not
             fit each other.
 
@@ -55,7 +66,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Flow |
         >>> load_model("runs/anode-digits-0")(images).shape  # doctest: +SKIP
         torch.Size([540, 10])
     """
-    folder = Path(folder)
+    folder = located(folder)
     info = read_config(folder)
     path = folder / "model.safetensors"
     if not path.exists():
@@ -86,13 +97,14 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     :class:`~cnf.models.NeuralODE` (:class:`~cnf.models.ResidualNet`) of a run that predicts.
 
     Raises:
+        ConfigError: for a NAME of ``pretrained:NAME`` that does not come with the package.
         CheckpointError: where the folder, its config or its weights are missing, damaged (their checksums tell), or do not
             fit each other.
 
     Example:
-        >>> flow = load("runs/digits-0")  # doctest: +SKIP
-        >>> flow.sample(16).shape  # doctest: +SKIP
-        torch.Size([16, 1, 8, 8])
+        >>> flow = load("pretrained:fm-mnist")
+        >>> flow.event_shape
+        (1, 28, 28)
     """
     return load_model(folder, device)
 
@@ -113,12 +125,13 @@ def _check(info: RunInfo, tensors: Mapping[str, Tensor]) -> None:
     """That the model is the file's, before it costs memory: settings may ask for more than any machine has."""
     model, count = info.config.model, len(tensors)
     stacked = model.depth_terms if model.depth == "stacked" else 0
-    for name, asked in (("blocks", model.blocks), ("hidden", len(model.hidden)), ("stacked pieces", stacked)):
+    for name, asked in (("blocks", model.blocks), ("hidden", len(model.hidden)), ("unet_depth", model.unet_depth), ("stacked pieces", stacked)):
         if asked > count:
             raise ValueError(f"config.json asks for {asked} {name}, but there are {count} tensors in all")
     with torch.device("meta"):
         flow = info.build()
     flow.load_state_dict({name: value.to("meta") for name, value in tensors.items()})
     for name, expected in flow.state_dict().items():
-        if tensors[name].dtype != expected.dtype:
+        halved = tensors[name].dtype == torch.float16 and expected.dtype == torch.float32
+        if tensors[name].dtype != expected.dtype and not halved:
             raise ValueError(f"{name} is {tensors[name].dtype}; expected {expected.dtype}")

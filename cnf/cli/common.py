@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cnf.checkpoint import RunInfo, read_config
+from cnf.checkpoint import RunInfo, located, pretrained, read_config
 from cnf.datasets import DataSplits
 from cnf.datasets import load as load_data
 from cnf.distributed import ALONE, Group, muted, speaks
@@ -87,15 +87,16 @@ def _say(line: str, code: int) -> int:
 
 
 def read_run(folder: Path) -> RunInfo:
-    """What a run folder says about itself.
+    """What a run folder, or pretrained:NAME, says about itself.
 
     Raises:
         ConfigError: if it is none.
         CheckpointError: if its config.json is damaged.
     """
+    folder = located(folder)
     if not (folder / "config.json").is_file():
         why = "it has no config.json" if folder.is_dir() else "there is no such folder"
-        expected = "expected one that train_density.py made, such as runs/digits-0"
+        expected = f"expected one that train_density.py made, such as runs/digits-0, or pretrained:{', pretrained:'.join(pretrained())}"
         raise ConfigError(f"{folder} is no run folder: {why}; {expected}")
     return read_config(folder)
 

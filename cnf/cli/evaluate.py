@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnf.checkpoint import RunInfo, load
+from cnf.checkpoint import RunInfo, load, located, outputs
 from cnf.cli.common import read_run
 from cnf.cli.options import Command
 from cnf.datasets import DataSplits, tabular
@@ -76,8 +76,13 @@ def _require_writable(command: Command, folder: Path) -> None:
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             why = "it is a folder" if path.is_dir() else "its folder cannot be written"
             raise ConfigError(f"--per-item {path}: {why}; expected a file that can be made")
-    if not command.score and not os.access(folder, os.W_OK):
-        raise ConfigError(f"--evaluate {folder}: the folder cannot be written, and the evaluation is kept there")
+    if command.score:
+        return
+    if folder != located(folder):  # a model of the package's, whose evaluations are kept apart
+        with suppress(OSError):  # which the next line explains
+            outputs(folder).mkdir(parents=True, exist_ok=True)
+    if not os.access(outputs(folder), os.W_OK):
+        raise ConfigError(f"--evaluate {folder}: {outputs(folder)} cannot be written, and the evaluation is kept there")
 
 
 def evaluate_run(command: Command, info: RunInfo, data: DataSplits, group: Group = ALONE) -> int:
@@ -107,10 +112,12 @@ def evaluate_run(command: Command, info: RunInfo, data: DataSplits, group: Group
     if not group.main:
         return 0
     result |= {"notices": list(data.notices), "config": dataclasses.asdict(config)}
-    print(summary(result), flush=True)
-    print(f"written to {_keep(folder, result)}")
+    kept = _keep(outputs(folder), result)  # before a word is said: who reads it may have gone
     if command.per_item is not None:
         write(command.per_item)
+    print(summary(result), flush=True)
+    print(f"written to {kept}")
+    if command.per_item is not None:
         what = "likelihood" if config.train.density else "prediction"
         print(f"the {what} of each item is in {command.per_item}")
     return 0
@@ -201,13 +208,14 @@ def score_items(command: Command, info: RunInfo, group: Group = ALONE) -> int:
     )  # fmt: skip
     if not group.main:
         return 0
+    if command.per_item is not None:
+        write_scores(command.per_item, ranking.found, names=items.names)
     print(ranking.text())
     if ranking.found.note is not None:
         print(f"(not a bound: {ranking.found.note})")
     if reference is not None:
         print(f"(the reference is the run's own test: {len(reference):,} items)")
     if command.per_item is not None:
-        write_scores(command.per_item, ranking.found, names=items.names)
         print(f"the likelihood of each item is in {command.per_item}")
     return 0
 

@@ -44,7 +44,9 @@ def _idle_objective(config: RunConfig) -> Idle:
         yield "train", ("tune_steps", "tune_batch_size", "tune_lr"), "is for --objective both"
     if objective == "flow-matching":
         why = "says how training solves an ODE, and --objective flow-matching solves none"
-        yield "solver", ("method", "grid_steps", "adaptive", "gradient", "automatic_steps", "rtol", "atol"), why
+        if config.model.drive == "none":  # an augmented time is solved all the same
+            yield "solver", ("method", "grid_steps", "adaptive", "gradient", "rtol", "atol"), why
+        yield "solver", ("automatic_steps",), why
         weights = tuple(name for name in ("kinetic", "jacobian", "step_error") if getattr(config.train, name))  # a preset's may be turned off
         yield "train", (*weights, "regularisers", "watch_tolerance", "max_grid_steps"), why
         if config.train.match_times == "even":

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from cnf.checkpoint import RunInfo
+from cnf.checkpoint import PREFIX, RunInfo
 from cnf.cli.common import read_run
 from cnf.errors import ConfigError
 from cnf.likelihood import CAUTION
@@ -19,15 +19,18 @@ from cnf.presets import PRESETS, RunConfig, preset
 
 __all__ = ["CLASSIFIER", "DEFAULT", "Command", "check", "fitting", "option", "parse", "refuse_changes", "suited"]
 
-DEFAULT = "digits"
+DEFAULT = "fm-digits"
 CLASSIFIER = "anode-digits"  # train_classifier.py's
 # where no preset is named: by the name of --data, before it is loaded, and by its kind
-SUITED = {"flip": "anode-flip", "spheres1": "anode-spheres", "spheres2": "anode-spheres"}
-SUITED_CLASSIFIER = SUITED | {"three-spheres": "anode-three-spheres", "mnist": "anode-mnist"}
+_REGRESSIONS = {"flip": "anode-flip", "spheres1": "anode-spheres", "spheres2": "anode-spheres"}
+SUITED = _REGRESSIONS | {"mnist": "fm-mnist", "cifar10": "fm-cifar10"}
+SUITED_CLASSIFIER = _REGRESSIONS | {"three-spheres": "anode-three-spheres", "mnist": "anode-mnist"}
 FITTING = {"table": "tabular", "toy": "ffjord-toy"}
 FITTING_CLASSIFIER = {"table": "anode-three-spheres"}
+LARGE = 16  # pixels: images that fm-mnist is for, not fm-digits
 PRESET_HINT = (
-    f"(default: {DEFAULT}, of train_classifier.py {CLASSIFIER}; with --data tabular for tables, ffjord-toy for toy sets)"
+    f"(default: {DEFAULT}, of train_classifier.py {CLASSIFIER}; with --data tabular for tables, ffjord-toy for toy sets, "
+    "fm-digits, fm-mnist or digits for images, by their size)"
 )
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 
@@ -75,7 +78,7 @@ class Command:
     resume: Flag = False
     """Continue the run in --out where it stopped. Only --steps, --patience, --max-time, --device, --threads, --accumulate, --compile, --data-root, --download, and --data for the same data elsewhere, may change."""
     evaluate: Path | None = None
-    """Score this run again, without training: with another solver, tolerances, trace, --draws, --test-items, --split, --data."""
+    """Score this run (or pretrained:fm-mnist) again, without training: with another solver, tolerances, trace, --draws, --test-items, --split, --data."""
     split: Literal["test", "validation", "train"] = "test"
     """What --evaluate scores."""
     importance: int = 1
@@ -98,9 +101,21 @@ def suited(default: str, data: str) -> str | None:
     return (SUITED_CLASSIFIER if default == CLASSIFIER else SUITED).get(data)
 
 
-def fitting(default: str, kind: str) -> str | None:
-    """The preset for data of that kind, where none is named."""
-    return (FITTING_CLASSIFIER if default == CLASSIFIER else FITTING).get(kind)
+def fitting(default: str, kind: str, shape: tuple[int, ...]) -> str | None:
+    """The preset for data of that kind and events of that shape, where none is named, and another is the program's default.
+
+    Example:
+        >>> fitting("fm-digits", "table", (5,)), fitting("fm-digits", "image", (3, 32, 32)), fitting("fm-digits", "image", (1, 7, 7))
+        ('tabular', 'fm-mnist', 'digits')
+    """
+    if default == CLASSIFIER:
+        return FITTING_CLASSIFIER.get(kind)
+    if kind != "image":
+        return FITTING.get(kind)
+    # a U-Net halves its images: from 16 pixels on twice, as it squeezes them first
+    if min(shape[1:]) >= LARGE and not any(n % 4 for n in shape[1:]):
+        return "fm-mnist"
+    return "digits" if any(n % 2 for n in shape[1:]) else None
 
 
 def _tyro(default: Command, arguments: Sequence[str], fallback: str) -> Command:
@@ -138,6 +153,8 @@ def parse(arguments: Sequence[str], fallback: str = DEFAULT) -> tuple[Command, R
 
 
 def _exclude(command: Command) -> None:
+    if str(command.out or "").startswith(PREFIX):
+        raise ConfigError(f"--out {command.out}: a name with {PREFIX} is a model of the package's, which is not trained on; give a folder")
     if command.resume and command.out is None:
         raise ConfigError("--resume needs --out DIR: the run folder to continue")
     if command.evaluate and (command.resume or command.dry_run or command.out):

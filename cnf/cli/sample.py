@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnf.checkpoint import RunInfo, load, write_atomic
+from cnf.checkpoint import RunInfo, load, outputs, write_atomic
 from cnf.cli.common import guard, load_splits, read_run, usable_device
 from cnf.distributed import Group, join
 from cnf.errors import ConfigError, DataError
@@ -39,9 +39,9 @@ def sample_main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sample.py", description="Draw samples from a trained run.")
     add = parser.add_argument
-    add("run", metavar="RUN", type=Path, help="run folder that train_density.py made")
+    add("run", metavar="RUN", type=Path, help="run folder that train_density.py made, or pretrained:fm-mnist, which comes with the package")
     add("-n", type=int, help=f"number of samples (default: {IMAGES} images, {VECTORS} points or rows)")
-    add("--out", metavar="FILE", type=Path, help="what to write (default: RUN/samples/sample-SEED.png): a .png picture, beside the "
+    add("--out", metavar="FILE", type=Path, help="what to write (default: RUN/samples/sample-SEED.png, of pretrained:NAME in runs/NAME-pretrained): a .png picture, beside the "
         "data where it is at hand and the samples are no images; .npz with arrays samples, log_prob (nats) and, of a run with "
         "classes, classes; a .gif of the noise flowing into samples")  # fmt: skip
     add("--seed", type=int, default=0, help="the same seed draws the same samples (default: %(default)s)")
@@ -93,7 +93,7 @@ def _joined(options: Any, info: RunInfo, group: Group) -> int:
     images = len(info.event_shape) == 3
     n: int = options.n or (IMAGES if images else VECTORS)
     context = _context(info, options.label, n, flow.like)
-    out: Path = options.out or options.run / "samples" / f"sample-{options.seed}.png"
+    out: Path = options.out or outputs(options.run) / "samples" / f"sample-{options.seed}.png"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -34,6 +34,7 @@ from cnf.published import count as parameters
 from cnf.training import Interrupted, Trainer, finish, read_json, summary
 from cnf.training.measure import measure
 from cnf.training.predictions import PREDICTIONS
+from cnf.training.stages import enter
 from cnf.training.state import owning
 
 __all__ = ["classify_main", "train_main"]
@@ -85,12 +86,12 @@ def _joined(given: list[str], program: str, command: Command, default: RunConfig
     if old is None and out is not None:
         group.first(lambda: _refuse_occupied(out))
     data = load_splits(config, group=group)
-    if old is None and command.preset is None and program in (DEFAULT, CLASSIFIER) and (name := fitting(program, data.kind)):
+    if old is None and command.preset is None and program in (DEFAULT, CLASSIFIER) and (name := fitting(program, data.kind, data.event_shape)):
         # digits' settings would be a poor start; presets differ in the data's name alone, so the data stay what they are
         command, default, _ = parse(given, name)
         config = command.config
         check(config)
-        print(f"preset {default.name}, since {data.name} is a {data.kind} set (name one to choose another)")
+        print(f"preset {default.name}, since {data.name} is {_described(data)} (name one to choose another)")
     folder = command.evaluate or out or group.first(lambda: _free_folder(config))
     refuse_idle(default, config, data)
     refuse_idle_noise(default, config, data.levels, mid_bin=command.mid_bin)
@@ -107,6 +108,11 @@ def _joined(given: list[str], program: str, command: Command, default: RunConfig
     if command.dry_run:
         return _dry_run(info, data, folder, group)
     return _train(command, info, data, folder, group)
+
+
+def _described(data: DataSplits) -> str:
+    """In words, by what decides the preset."""
+    return f"a set of {data.event_shape[1]}x{data.event_shape[2]} images" if data.kind == "image" else f"a {data.kind} set"
 
 
 def _describe(config: RunConfig, data: DataSplits) -> RunInfo:
@@ -202,15 +208,20 @@ def _list() -> int:
 
 
 def _dry_run(info: RunInfo, data: DataSplits, folder: Path, group: Group) -> int:
-    found = measure(Trainer(info, data, folder, quiet=True, group=group))
-    train = info.config.train
+    train, trainer = info.config.train, Trainer(info, data, folder, quiet=True, group=group)
+    tunes = train.objective == "both"
+    stages = [("matching: " if tunes else "", train.steps - (train.tune_steps if tunes else 0), measure(trainer))]
+    if tunes:
+        trainer.step = stages[0][1]
+        enter(trainer)
+        stages.append(("fine-tuning: ", train.tune_steps, measure(trainer)))
     parts = f" in {train.accumulate} micro-batches, whose memory this is" if train.accumulate > 1 else ""
-    print(f"{found.parameters:,} parameters; batch {found.batch}{parts}")
-    print(f"memory: {found.kept:,.0f} MiB kept for the backward pass, {found.peak:,.0f} MiB at the peak ({found.where})")
-    print(f"time: {found.seconds:.3g} s a step; {train.steps:,} steps take about {_duration(found.seconds * train.steps)}, validations apart")
-    if train.objective == "both":
-        print(f"  (matching; the last {train.tune_steps:,} steps, the likelihood's, are dearer in time and memory: --objective likelihood --dry-run)")
-    if info.config.solver.adaptive or train.warmup:
+    print(f"{stages[0][2].parameters:,} parameters; ", end="")
+    for name, steps, found in stages:
+        print(f"{name}batch {found.batch}{parts}")
+        print(f"memory: {found.kept:,.0f} MiB kept for the backward pass, {found.peak:,.0f} MiB at the peak ({found.where})")
+        print(f"time: {found.seconds:.3g} s a step; {steps:,} steps take about {_duration(found.seconds * steps)}, validations apart")
+    if info.config.solver.adaptive or train.warmup or tunes:
         print("  (measured at the start: an adaptive solver, or a grid that the watch refines, takes longer later)")
     return 0
 

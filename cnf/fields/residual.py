@@ -71,7 +71,7 @@ class GroupNorm(nn.Module):
 
     Args:
         channels: C.
-        groups: of channels, each normalised over its channels and all positions; the largest number up to this that divides C.
+        groups: of channels, each normalised over its channels and all positions; their greatest common divisor with C is taken.
     """
 
     def __init__(self, channels: int, groups: int = 8):

@@ -183,21 +183,17 @@ class Squash(TimeLayer):
         return Affine(_weight(self.core), gate, gate * self._spread(_bias(self.core)))
 
 
-class ConcatSquash(TimeLayer):
+class ConcatSquash(Squash):
     """(W x + b) sigmoid(a t + c) + u t, FFJORD's layer for vectors (1810.01367)."""
-
-    has_gate = True
 
     def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
         super().__init__(map, context_dim, context_gate=context_gate)
-        self.core = map.module()
-        self.gate = nn.Linear(1, map.outputs)
         self.drift = nn.Linear(1, map.outputs, bias=False)
 
     def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
-        gate = self._gate(self.gate, t, logits)
-        drift = self._spread(t[..., None] * self.drift.weight[:, 0])
-        return Affine(_weight(self.core), gate, gate * self._spread(_bias(self.core)) + drift)
+        squashed = super().moving(t, constants, logits)
+        shift = cast(Tensor, squashed.shift) + self._spread(t[..., None] * self.drift.weight[:, 0])
+        return squashed._replace(shift=shift)
 
 
 class Blend(TimeLayer):

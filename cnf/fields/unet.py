@@ -87,8 +87,8 @@ class UNet(nn.Module):
         inputs: int | None = None,
     ):
         super().__init__()
-        if min(channels, depth, *hidden) < 1:
-            raise ConfigError(f"channels={channels}, hidden={tuple(hidden)}, depth={depth}: every size must be at least 1")
+        if not hidden or min(channels, depth, *hidden) < 1:
+            raise ConfigError(f"channels={channels}, hidden={tuple(hidden)}, depth={depth}: expected one width or more, and every size at least 1")
         self.context_dim = context_dim
         size = 4 * hidden[0]
         self.embedding = TimeEmbedding(size, context_dim)

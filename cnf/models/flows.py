@@ -126,6 +126,10 @@ def _unet(model: ModelConfig, shape: tuple[int, ...], context_dim: int, levels: 
     for name in ("strides", "residual", "layer", "nonlinearity", "drive", "drive_dim", "drive_start", "drive_entries", "drive_rank"):
         if getattr(model, name) != getattr(plain, name):
             raise ConfigError(f"{name}={getattr(model, name)!r} is not for field='unet': leave it at {getattr(plain, name)!r}")
+    if model.architecture == "parallel":
+        raise ConfigError("architecture='parallel' sums plain nets at four sizes: use field='conv', or 'unet' with architecture='stack'")
+    if not model.hidden:
+        raise ConfigError("hidden=(): a U-Net needs the channels of one size or more, such as (64, 96)")
     unit = 2 ** (len(model.hidden) - 1)
     if shape[1] % unit or shape[2] % unit:
         raise ConfigError(

@@ -55,18 +55,21 @@ class TrainConfig:
     """How it is trained."""
 
     objective: Literal["likelihood", "flow-matching", "both", "regression", "classification"] = "likelihood"
-    """Densities: the likelihood; flow matching's regression, which solves no ODE; or both, matching first and the likelihood in the
-    last --tune-steps. By --architecture node or resnet: the data's targets or classes."""
+    """Densities: the likelihood; flow matching, whose training solves no ODE; or both: matching, then the likelihood in the last
+    --tune-steps. With --architecture node or resnet: the data's targets or classes."""
     steps: int = 3000
     """Training steps."""
     coupling: Literal["independent", "optimal-transport"] = "independent"
-    """Matching: which noise belongs to which item: any, or the nearest in the batch (of the same class, with --condition label)."""
+    """Matching: noise is paired with items at random, or by optimal transport within the batch (in one process, --accumulate 1; within
+    each class with --condition label)."""
     match_weights: Literal["default", "likelihood", "even"] = "default"
-    """Matching: an error counts at each time what it costs in likelihood (default where the data have normal noise), or the same."""
+    """Matching: an error counts at each time what it costs in likelihood (default where the data have normal noise), or the same (there, as
+    a share of the field's size)."""
     match_times: Literal["importance", "even"] = "importance"
     """Matching: times are drawn where the loss was found to be large, or evenly; the loss is the same in expectation."""
     tune_steps: int = 100
-    """--objective both: so many of --steps, the last, are the likelihood's, with --kinetic, --jacobian and the solver's grid."""
+    """--objective both: so many of --steps, the last, are the likelihood's, with --kinetic, --jacobian and the solver's grid; so are all that
+    a finished run is given later."""
     tune_batch_size: int | None = None
     """--objective both: items a step of those; --batch-size if not given."""
     tune_lr: float = 2e-4
@@ -112,7 +115,8 @@ class TrainConfig:
     max_grid_steps: int = 64
     """Where the watch stops doubling."""
     max_time: float | None = None
-    """Train for so many seconds at most in this call, then test; --resume goes on."""
+    """Train for so many seconds at most in this call, then test; --resume goes on. The rate's cosine stays that of --steps: for a short
+    training give fewer of those."""
     seed: int = 0
     """Seed of weights, order and noise."""
     device: str = "cpu"

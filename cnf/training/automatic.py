@@ -73,7 +73,7 @@ class AutomaticSteps(Watch):
         errors = [error if math.isfinite(error) else math.inf for error in errors]
         after = before if len(errors) < len(before) else self.choose(before, errors)
         found = f"step {step}: the training solver's error is {sum(errors):.3g} {self.objective.per_dim_unit}"
-        if sum(errors) > self.tolerance and max(after) == self.max_grid_steps and after == before:
+        if sum(errors) > self.tolerance and max(after) >= self.max_grid_steps and after == before:
             self._give_up(found, f"a grid of {max(after)} steps")
         if after != before:
             self._put(after)

@@ -276,7 +276,9 @@ class Trainer:
 
     @property
     def _validates(self) -> bool:
-        return self.step % self.config.validate_every == 0 or self.step == self.config.steps
+        """Where it is due, at the end, and where matching ends: its finished weights are what fine-tuning has to better."""
+        ends = self.config.steps - (0 if self.last_stage else self.config.tune_steps)
+        return self.step % self.config.validate_every == 0 or self.step in (ends, self.config.steps)
 
     @property
     def _due(self) -> bool:

@@ -35,6 +35,8 @@ class Cost:
 def measure(trainer: Trainer) -> Cost:
     """Take a few steps with ``trainer``, which is of no use afterwards, and measure them."""
     trainer.flow.train()
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(trainer.device)
     part = next(micro_batches(*trainer.batches(trainer.step), trainer.config.accumulate))
     kept = kept_bytes(trainer.flow, lambda: trainer.objective.evaluate(*part))
     _step(trainer)
@@ -55,13 +57,14 @@ def measure(trainer: Trainer) -> Cost:
         import resource  # where there is no Unix, the rest still works
 
         unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
-        peak, where = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, "process"
+        peak, where = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, "process" if trainer.stage == 0 else "process, so far"
     count = sum(p.numel() for p in trainer.flow.parameters())
     return Cost(count, trainer.batches.size, kept / 2**20, peak, where, seconds)
 
 
 def _step(trainer: Trainer) -> None:
     trainer.update()
-    trainer.step += 1
+    if trainer.last_stage or trainer.step + 1 < trainer.config.steps - trainer.config.tune_steps:  # not into the next stage
+        trainer.step += 1
     if trainer.device.type == "cuda":
         torch.cuda.synchronize(trainer.device)

@@ -123,9 +123,10 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     result |= trained(trainer)
     if not group.main:
         return result
-    add_columns(result, flow, trainer.data, "test", trainer.say)
     write_scores(folder / TEST_SCORES, found)
     write_json(folder / "result.json", result)  # after the scores: --resume takes it for the sign that the test is done
+    add_columns(result, flow, trainer.data, "test", trainer.say)
+    write_json(folder / "result.json", result)
     try:
         pictures(flow, trainer.data, folder, _curves(trainer), trainer.unit)
     except SolverError as error:

@@ -113,12 +113,13 @@ def rate(trainer: Trainer) -> float:
 
 def undo_gaming(trainer: Trainer, measured: dict[str, Any]) -> None:
     """Back to the last good weights of a fine-tuning whose grid was found to be far off: its likelihood may be the grid's alone."""
-    if trainer.stage == 0 or measured.get("solver_error", 0.0) <= GAMED * trainer.config.watch_tolerance:
+    error = measured.get("solver_error", 0.0)
+    if trainer.stage == 0 or error <= GAMED * trainer.config.watch_tolerance:
         return
     if trainer.recovery.rollbacks >= MAX_ROLLBACKS:  # it has been of no use: the watch has told, and validations select
         return
     good = trainer.recovery.go_back()
     trainer.say(
-        f"step {trainer.step}: by so much that the likelihood may be the grid's alone: back to the weights of step {good}, with "
-        f"{trainer.recovery.factor:g} times the learning rate"
+        f"step {trainer.step}: with an error of {error:.3g} the likelihood may be the grid's alone: back to the weights of step {good}, "
+        f"with {trainer.recovery.factor:g} times the learning rate"
     )

@@ -1,0 +1,41 @@
+"""Put a run's model on the shelf of the package, in half precision: python benchmarks/pretrained.py RUN [--name fm-mnist].
+
+What the rounding costs is told by scoring both with the same noise: train_density.py --evaluate RUN and --evaluate pretrained:NAME.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from cnf.checkpoint import load_model, read_config, shelf, write_config, write_weights
+from cnf.presets import DataConfig, RunConfig, TrainConfig
+
+
+def portable(config: RunConfig) -> RunConfig:
+    """The settings without what is of the machine that trained: where its data were, its device, its threads."""
+    plain = DataConfig()
+    data = replace(config.data, data_root=plain.data_root, download=plain.download)
+    return replace(config, data=data, train=replace(config.train, threads=None, max_time=None, device=TrainConfig().device))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the model, and say how large it is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--name", help="by default the run's preset")
+    options = parser.parse_args(argv)
+    info = read_config(options.run)
+    folder = shelf.SHELF / (options.name or info.config.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(folder, load_model(options.run), half=True)
+    write_config(folder, replace(info, config=portable(info.config)))
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"{folder.name}: {size:,} bytes in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
