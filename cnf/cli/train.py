@@ -209,10 +209,10 @@ def _list() -> int:
 
 def _dry_run(info: RunInfo, data: DataSplits, folder: Path, group: Group) -> int:
     train, trainer = info.config.train, Trainer(info, data, folder, quiet=True, group=group)
-    tunes = train.objective == "both"
-    stages = [("matching: " if tunes else "", train.steps - (train.tune_steps if tunes else 0), measure(trainer))]
+    tunes = not trainer.last_stage
+    stages = [("matching: " if tunes else "", trainer.stage_end, measure(trainer))]
     if tunes:
-        trainer.step = stages[0][1]
+        trainer.step = trainer.stage_end
         enter(trainer)
         stages.append(("fine-tuning: ", train.tune_steps, measure(trainer)))
     parts = f" in {train.accumulate} micro-batches, whose memory this is" if train.accumulate > 1 else ""

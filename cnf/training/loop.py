@@ -103,6 +103,11 @@ class Trainer:
         return self.stage + 1 == len(self.stages)
 
     @property
+    def stage_end(self) -> int:
+        """The step with which the present stage ends."""
+        return self.config.steps - (0 if self.last_stage else self.config.tune_steps)
+
+    @property
     def watch(self) -> Watch | TimesWatch:
         """The present stage's watch."""
         return self.stages[self.stage].watch
@@ -277,8 +282,7 @@ class Trainer:
     @property
     def _validates(self) -> bool:
         """Where it is due, at the end, and where matching ends: its finished weights are what fine-tuning has to better."""
-        ends = self.config.steps - (0 if self.last_stage else self.config.tune_steps)
-        return self.step % self.config.validate_every == 0 or self.step in (ends, self.config.steps)
+        return self.step % self.config.validate_every == 0 or self.step in (self.stage_end, self.config.steps)
 
     @property
     def _due(self) -> bool:

@@ -64,7 +64,7 @@ def measure(trainer: Trainer) -> Cost:
 
 def _step(trainer: Trainer) -> None:
     trainer.update()
-    if trainer.last_stage or trainer.step + 1 < trainer.config.steps - trainer.config.tune_steps:  # not into the next stage
+    if trainer.last_stage or trainer.step + 1 < trainer.stage_end:  # not into the next stage
         trainer.step += 1
     if trainer.device.type == "cuda":
         torch.cuda.synchronize(trainer.device)

@@ -89,8 +89,7 @@ def fresh(trainer: Trainer) -> tuple[AdamW, Average, Recovery]:
 
 def enter(trainer: Trainer) -> None:
     """The next stage, from the averaged weights on, where its time has come."""
-    config = trainer.config
-    if trainer.last_stage or trainer.step < config.steps - config.tune_steps:
+    if trainer.last_stage or trainer.step < trainer.stage_end:
         return
     trainer.settle()
     trainer.flow.load_state_dict(trainer.ema.module.state_dict())
@@ -106,8 +105,7 @@ def enter(trainer: Trainer) -> None:
 def rate(trainer: Trainer) -> float:
     """The learning rate of the present step, by the present stage's own schedule."""
     config, stage = trainer.config, trainer.stages[trainer.stage]
-    end = config.steps - (0 if trainer.last_stage else config.tune_steps)
-    found = learning_rate(trainer.step - trainer.since, stage.lr, stage.warmup, end - trainer.since, config.schedule)
+    found = learning_rate(trainer.step - trainer.since, stage.lr, stage.warmup, trainer.stage_end - trainer.since, config.schedule)
     return found * trainer.recovery.factor
 
 
