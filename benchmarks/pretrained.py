@@ -11,12 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from cnf.checkpoint import load_model, read_config, shelf, write_config, write_weights
-from cnf.presets import DataConfig, RunConfig, TrainConfig
+from cnf.presets import PRESETS, DataConfig, RunConfig, TrainConfig
+
+EVALUATION = ("eval_method", "eval_rtol", "eval_atol", "eval_tolerance")
 
 
 def portable(config: RunConfig) -> RunConfig:
-    """The settings without what is of the machine that trained: where its data were, its device, its threads."""
+    """The settings without what is of the machine that trained (where its data were, its device, its threads), evaluated as its preset is today."""
     plain = DataConfig()
+    if config.name in PRESETS:
+        today = PRESETS[config.name].config.solver
+        config = replace(config, solver=replace(config.solver, **{name: getattr(today, name) for name in EVALUATION}))
     data = replace(config.data, data_root=plain.data_root, download=plain.download)
     return replace(config, data=data, train=replace(config.train, threads=None, max_time=None, device=TrainConfig().device))
 
