@@ -581,9 +581,10 @@ def test_score_of_a_toy_set_gives_its_entropy_and_integral():
     assert "true entropy" in text and "integrates" in text and "levels" not in text and "exact trace; dopri5" in text
 
 
-def test_a_report_that_cannot_be_made_does_not_take_the_figure_with_it():
+def test_a_report_that_cannot_be_made_does_not_take_the_figure_with_it(monkeypatch):
     from types import SimpleNamespace
 
+    from cnf.training import report
     from cnf.training.report import add_columns
 
     x = torch.stack([torch.randn(9), torch.ones(9)], 1)  # a constant column, as a small split may have
@@ -591,3 +592,10 @@ def test_a_report_that_cannot_be_made_does_not_take_the_figure_with_it():
     result, said = {"nats": 1.0}, []
     add_columns(result, gaussian(torch.eye(2)), data, "test", said.append)
     assert result == {"nats": 1.0} and len(said) == 1 and "constant" in said[0]
+
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(report, "column_report", full)
+    add_columns(result, gaussian(torch.eye(2)), data, "test", said.append)
+    assert result == {"nats": 1.0} and "not enough memory" in said[1]

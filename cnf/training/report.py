@@ -16,6 +16,7 @@ from cnf.noise import Noise
 from cnf.objectives import FlowMatching
 from cnf.training.files import write_json
 from cnf.training.loop import Trainer
+from cnf.training.memory import exhausted
 from cnf.training.predictions import finish_predictions, predicted, predictions_text
 from cnf.training.scoring import score, trained, write_scores
 
@@ -107,6 +108,10 @@ def add_columns(result: dict[str, Any], flow: Flow, data: DataSplits, split: str
         result["columns"] = [dataclasses.asdict(column) for column in report]
     except (DataError, SolverError) as error:
         say(f"no report on the columns: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not exhausted(error):
+            raise
+        say("no report on the columns: there is not enough memory for it")
 
 
 def finish(trainer: Trainer) -> dict[str, Any]:
