@@ -339,8 +339,40 @@ def test_steps_follow_the_error_up_and_down():
     row, fewer = settle()
     assert row["solver_error"] <= 1e-3 and fewer[1] < steps[1]
     other = AutomaticSteps(objective, config, 1e-3, 16, 100, said.append)
-    other.load({"grids": [3, 5]})
-    assert [s.steps for s in objective.solvers] == [3, 5] and other.state()["grids"] == [3, 5]
+    other.load(watch.state() | {"grids": [3, 5]})
+    assert [s.steps for s in objective.solvers] == [3, 5] and other.state() == watch.state()
+
+
+def test_steps_that_were_not_enough_are_not_given_again_soon():
+    torch.manual_seed(0)
+    config = SolverConfig(grid_steps=1, automatic_steps=True)
+    flow = build(ModelConfig(hidden=(8,), layer="concat"), config, (2,)).train()
+    watch = AutomaticSteps(Likelihood(flow), config, 1e-3, 64, 1000, lambda _: None)
+    x = torch.randn(64, 2)
+
+    def steps(at):
+        before = flow.blocks[0].solver.steps
+        watch.measure(at, x, None, Noise(0))
+        after = flow.blocks[0].solver.steps
+        assert watch.due(at) and not watch.due(at + 1) and (after == before or watch.due(at + 5))  # soon after a change
+        return after
+
+    def scaled(factor):
+        with torch.no_grad():
+            for p in flow.parameters():
+                p.mul_(factor)
+
+    assert steps(5) == 1
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(torch.randn_like(p))
+    scaled(1.5)
+    enough = steps(105)  # measured again at once, till it is
+    assert enough > 2 and watch.least[0][1] == 205
+    assert watch.objective.block_errors(x, noise=Noise(0).rows(0, len(x)))[0] <= 1e-3
+    scaled(0.05)
+    kept = watch.least[0][0]
+    assert 1 < kept <= enough and steps(150) == kept and steps(204) == kept and steps(205) < kept
 
 
 def test_steps_of_a_reversible_grid_follow_the_error_too():
@@ -349,7 +381,7 @@ def test_steps_of_a_reversible_grid_follow_the_error_too():
     flow = scrambled(build(ModelConfig(hidden=(8,), blocks=2, zero_init=False), config, (2,))).train()
     watch = AutomaticSteps(Likelihood(flow), config, 1e-7, 64, 100, lambda _: None)
     watch.measure(5, torch.randn(16, 2), None, Noise(0))
-    assert [(type(b.solver), b.solver.steps, b.solver.gradient) for b in flow.blocks] == [(Reversible, 2, "reversible")] * 2
+    assert all(isinstance(b.solver, Reversible) and b.solver.steps > 1 and b.solver.gradient == "reversible" for b in flow.blocks)
     solver = Reversible("rk4", 4, 0.5)
     for steps in (1, 3, 8):
         assert math.isclose(solver.with_steps(steps).coupling ** steps, 0.5**4)
@@ -357,8 +389,12 @@ def test_steps_of_a_reversible_grid_follow_the_error_too():
 
 def test_steps_are_measured_often_at_the_start():
     watch = AutomaticSteps(Likelihood(build(ModelConfig(hidden=(4,)), SolverConfig(), (2,))), SolverConfig(), 0.01, 64, 100, print)
-    due = [step for step in range(1, 1300) if watch.due(step)]
-    assert due[:10] == [5, 10, 15, 20, 25, 30, 35, 40, 45, 50] and due[-3:] == [1000, 1100, 1200]
+    x, due = torch.randn(8, 2), []
+    for step in range(1, 1300):
+        if watch.due(step):
+            watch.measure(step, x, None, Noise(0))
+            due.append(step)
+    assert due[:10] == [5, 10, 15, 20, 25, 30, 35, 40, 45, 50] and due[-3:] == [1005, 1105, 1205], due
 
 
 def test_double_precision_is_everywhere():

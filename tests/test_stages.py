@@ -205,10 +205,14 @@ def test_a_bar_goes_on_when_the_objective_changes(tmp_path, monkeypatch, capsys)
 
 def test_a_grid_is_measured_often_when_the_fine_tuning_begins(tmp_path):
     run = trainer(tmp_path / "run", **{**BOTH, "steps": 1000, "tune_steps": 100}, watch_every=100, solver=SolverConfig(automatic_steps=True))
-    run.stage, run.since = 1, 900
+    run.step = 900
+    stages.enter(run)
+    assert run.stage == 1
     due = []
     for run.step in range(901, 1001):
-        due += [run.step] * run._watches
+        if run._watches:
+            run.watch.measure(run.step, *run.batches(run.step))
+            due.append(run.step)
     assert due[:3] == [905, 910, 915] and len(due) > 12
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from cnf.training.watch import Watch
 
 __all__ = ["AutomaticSteps"]
 
-SOONEST = 5  # steps between measurements at the beginning, when the field moves fastest; a fifth to a tenth of all steps later on
+SOONEST = 5  # steps between measurements at the beginning, and after a change
 SHARE, FEWEST_ROWS = 4, 8  # one in so many rows of a batch is measured, but no fewer than so many
 CALM = 0.5  # of the tolerance: what the error has to stay below with a step less in one of the blocks
 
@@ -25,14 +26,25 @@ class AutomaticSteps(Watch):
 
     A block's error is how far the batch's likelihood moves when this block alone is solved again with twice its steps. Where
     the blocks' errors together exceed the tolerance, those with more than their share of it get as many steps more as the
-    method's order says, twice as many at most; as long as they would stay below half of it with one step less in a block, the
-    block where that does least loses one. All blocks are first refined at once, and each alone only where that says that
-    something may be to change. Every process of a group measures rows of its own, and all decide alike by the means.
+    method's order says, twice as many at most, and are measured again at once; as long as they would stay below half of it
+    with one step less in a block, the block where that does least loses one. All blocks are first refined at once, and each
+    alone only where that says that something may be to change. Every process of a group measures rows of its own, and all
+    decide alike by the means.
+
+    A grid that is too coarse is gamed: its likelihood rises as its error does, within tens of updates. So a change is
+    followed by a measurement soon after, the next ones twice as far apart each; and a number of steps that was not enough
+    for a block is not given to it again until it has been trained for as long again.
 
     Args:
         objective, config, tolerance, max_grid_steps, every, say: see :class:`~cnf.training.watch.Watch`; ``tolerance`` is that of
             all blocks together, and ``every`` the longest time between two measurements.
     """
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.since: int | None = None  # the step of the first measurement
+        self.last, self.apart = 0, SOONEST  # the latest measurement, and the steps from it to the next
+        self.least: dict[int, tuple[int, int]] = {}  # of a block: steps that it has to keep, and until when
 
     @property
     def grids(self) -> list[FixedGrid]:
@@ -42,17 +54,18 @@ class AutomaticSteps(Watch):
         return found
 
     def due(self, step: int) -> bool:
-        """Whether it measures after this many steps: every 5 before step 50, every 10 before step 100, and so on."""
-        apart = SOONEST
-        while 10 * apart <= step and apart < self.every:
-            apart *= 2
-        return step % min(apart, self.every) == 0
+        """Whether it measures after this many steps: soon after a change, and every fifth to tenth of all steps where nothing changes."""
+        return step == self.last > 0 or step - self.last >= min(self.apart, self.every)
 
     def state(self) -> dict[str, Any]:
-        return {"refinements": 0, "grids": [grid.steps for grid in self.grids]}
+        grids, least = [grid.steps for grid in self.grids], [[i, *kept] for i, kept in self.least.items()]
+        return {"refinements": 0, "grids": grids, "measured": [self.since, self.last, self.apart], "least": least}
 
     def load(self, state: dict[str, Any]) -> None:
         self._put([int(steps) for steps in state["grids"]])
+        since, last, apart = state["measured"]
+        self.since, self.last, self.apart = None if since is None else int(since), int(last), int(apart)
+        self.least = {int(i): (int(steps), int(until)) for i, steps, until in state["least"]}
 
     def _put(self, steps: list[int]) -> None:
         self.objective.put_solvers([grid.with_steps(n) for grid, n in zip(self.grids, steps, strict=True)])
@@ -61,28 +74,62 @@ class AutomaticSteps(Watch):
         """``solver_error``, the sum of the blocks' errors, and the mean and the largest number of steps from now on."""
         self.objective.train()
         rows = min(len(x), max(FEWEST_ROWS, len(x) // SHARE))
-        some = None if context is None else context[:rows]
-        before = [grid.steps for grid in self.grids]
-        batch = x[:rows], some, noise.rows(0, len(x))
+        batch = x[:rows], None if context is None else context[:rows], noise.rows(0, len(x))
+        self.since = step if self.since is None else self.since
+        before = steps = [grid.steps for grid in self.grids]
+        first = errors = self._errors(batch, group)
+        while sum(errors) > self.tolerance:
+            self._keep(step, steps, errors)
+            steps, coarser = self.choose(steps, errors), steps
+            if steps == coarser:
+                self._give_up(self._found(step, first), f"a grid of {max(steps)} steps")
+                break
+            self._put(steps)
+            if not math.isfinite(sum(errors)):  # the weights may be to blame: one doubling a measurement
+                break
+            errors = self._errors(batch, group)
+        else:
+            if steps == before and len(errors) == len(steps):
+                kept = [n if step < until else 1 for n, until in (self.least.get(i, (1, 0)) for i in range(len(steps)))]
+                steps = self.choose(steps, errors, kept)
+                self._put(steps)
+        if max(steps) > max(before):
+            self.say(f"{self._found(step, first)}, above --watch-tolerance {self.tolerance:g}: now {told(steps)} steps")
+        self._plan(step, changed=steps != before)
+        return {"solver_error": sum(first), "grid_steps": sum(steps) / len(steps), "most_grid_steps": max(steps)}
+
+    def _found(self, step: int, errors: list[float]) -> str:
+        return f"step {step}: the training solver's error is {sum(errors):.3g} {self.objective.per_dim_unit}"
+
+    def _errors(self, batch: tuple[Tensor, Tensor | None, Noise], group: Group) -> list[float]:
+        """The blocks' errors; of all at once, one number, where that says that nothing is to change."""
+        most = max(grid.steps for grid in self.grids)
         try:
             errors = self.objective.block_errors(*batch, whole=True, group=group)
-            if not errors[0] <= self.tolerance or (errors[0] <= CALM * self.tolerance and max(before) > 1):
+            if not errors[0] <= self.tolerance or (errors[0] <= CALM * self.tolerance and most > 1):
                 errors = self.objective.block_errors(*batch, group=group)
         except SolverError:
-            errors = [math.inf] * len(before)
-        errors = [error if math.isfinite(error) else math.inf for error in errors]
-        after = before if len(errors) < len(before) else self.choose(before, errors)
-        found = f"step {step}: the training solver's error is {sum(errors):.3g} {self.objective.per_dim_unit}"
-        if sum(errors) > self.tolerance and max(after) >= self.max_grid_steps and after == before:
-            self._give_up(found, f"a grid of {max(after)} steps")
-        if after != before:
-            self._put(after)
-            if max(after) > max(before):
-                self.say(f"{found}, above --watch-tolerance {self.tolerance:g}: now {told(after)} steps")
-        return {"solver_error": sum(errors), "grid_steps": sum(after) / len(after), "most_grid_steps": max(after)}
+            errors = [math.inf] * len(self.grids)
+        return [error if math.isfinite(error) else math.inf for error in errors]
 
-    def choose(self, steps: list[int], errors: list[float]) -> list[int]:
-        """The numbers of steps from now on, from those of the present and their errors.
+    def _keep(self, step: int, steps: list[int], errors: list[float]) -> None:
+        """From blocks whose steps were not enough, one step more is not to be taken away for as long again as they were trained."""
+        assert self.since is not None
+        until = step + max(step - self.since, SOONEST)
+        for i, (n, error) in enumerate(zip(steps, errors, strict=True)):
+            if error > self.tolerance / len(steps):
+                self.least[i] = n + 1, until
+
+    def _plan(self, step: int, changed: bool) -> None:
+        """When to measure again."""
+        assert self.since is not None
+        usual = SOONEST
+        while 10 * usual <= step - self.since:
+            usual *= 2
+        self.last, self.apart = step, SOONEST if changed else min(2 * self.apart, usual)
+
+    def choose(self, steps: list[int], errors: list[float], least: Sequence[int] | None = None) -> list[int]:
+        """The numbers of steps from now on, from those of the present, their errors, and how many each block has to keep.
 
         Example:
             >>> from cnf import ModelConfig, SolverConfig, build
@@ -90,15 +137,15 @@ class AutomaticSteps(Watch):
             >>> config = SolverConfig(grid_steps=1)
             >>> flow = build(ModelConfig(hidden=(4,), blocks=2), config, (2,))
             >>> watch = AutomaticSteps(Likelihood(flow), config, 0.01, 64, 100, print)
-            >>> watch.choose([1, 4], [0.02, 0.001]), watch.choose([3, 4], [0.0001, 0.0001])
-            ([2, 4], [2, 2])
+            >>> watch.choose([1, 4], [0.02, 0.001]), watch.choose([3, 4], [0.0001, 0.0001]), watch.choose([3, 4], [0.0001, 0.0001], [1, 3])
+            ([2, 4], [2, 2], [2, 3])
         """
         order, most, share = self.grids[0].tableau.order, self.max_grid_steps, self.tolerance / len(steps)
-        total = sum(errors)
+        total, least = sum(errors), least or [1] * len(steps)
         if total > self.tolerance:
             return [_more(n, error, share, order, most) for n, error in zip(steps, errors, strict=True)]
         steps, errors = list(steps), list(errors)
-        while grown := {i: errors[i] * (n / (n - 1)) ** order for i, n in enumerate(steps) if n > 1}:
+        while grown := {i: errors[i] * (n / (n - 1)) ** order for i, n in enumerate(steps) if n > max(1, least[i])}:
             best = min(grown, key=lambda i: grown[i] - errors[i])
             if sum(errors) - errors[best] + grown[best] > CALM * self.tolerance:
                 break

@@ -277,7 +277,7 @@ class Trainer:
 
     @property
     def _watches(self) -> bool:
-        return self.watch.due(self.step - self.since)
+        return self.watch.due(self.step)
 
     @property
     def _validates(self) -> bool:
