@@ -25,15 +25,15 @@ def main() -> None:
     options = parser.parse_args()
     figure, ((top, cost), (evaluations, paths)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     unit = ""
-    for run in options.runs:
+    for place, run in enumerate(options.runs):
         text = (run / "metrics.jsonl").read_text(encoding="utf-8")
         rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # a running training's last line may be half there
         unit = "nats" if json.loads((run / "config.json").read_text(encoding="utf-8"))["levels"] is None else "bits/dim"
 
-        def draw(axis: Axes, name: str, rows: list[dict[str, float]] = rows, label: str = run.name) -> None:
+        def draw(axis: Axes, name: str, rows: list[dict[str, float]] = rows, label: str = run.name, color: str = f"C{place}") -> None:
             known = [row for row in rows if row.get(name) is not None]
-            if known:
-                axis.plot([row["seconds"] / 60 for row in known], [row[name] for row in known], marker="o", ms=3, label=label)
+            if known:  # a run keeps its colour where another has nothing to show
+                axis.plot([row["seconds"] / 60 for row in known], [row[name] for row in known], marker="o", ms=3, label=label, color=color)
 
         draw(top, "validation")
         for row in rows:
@@ -45,7 +45,7 @@ def main() -> None:
     top.set(ylabel=f"validation, {unit}")
     if options.lowest is not None or options.highest is not None:
         top.set(ylim=(options.lowest, options.highest))
-    cost.set(ylabel="evaluations a training step, forward and backward", yscale="log")
+    cost.set(ylabel="evaluations a training step, both ways", yscale="log")
     evaluations.set(ylabel="evaluations of a solve in validation")
     paths.set(ylabel="straightness of the paths (1: straight)")
     for axis in (top, cost, evaluations, paths):
