@@ -77,7 +77,8 @@ class AutomaticSteps(Watch):
         batch = x[:rows], None if context is None else context[:rows], noise.rows(0, len(x))
         self.since = step if self.since is None else self.since
         before = steps = [grid.steps for grid in self.grids]
-        first = errors = self._errors(batch, group)
+        kept = [n if step < until else 1 for n, until in (self.least.get(i, (1, 0)) for i in range(len(steps)))]
+        first = errors = self._errors(batch, group, any(n > least for n, least in zip(steps, kept, strict=True)))
         while sum(errors) > self.tolerance:
             self._keep(step, steps, errors)
             steps, coarser = self.choose(steps, errors), steps
@@ -87,10 +88,9 @@ class AutomaticSteps(Watch):
             self._put(steps)
             if not math.isfinite(sum(errors)):  # the weights may be to blame: one doubling a measurement
                 break
-            errors = self._errors(batch, group)
+            errors = self._errors(batch, group, False)
         else:
             if steps == before and len(errors) == len(steps):
-                kept = [n if step < until else 1 for n, until in (self.least.get(i, (1, 0)) for i in range(len(steps)))]
                 steps = self.choose(steps, errors, kept)
                 self._put(steps)
         if max(steps) > max(before):
@@ -101,12 +101,12 @@ class AutomaticSteps(Watch):
     def _found(self, step: int, errors: list[float]) -> str:
         return f"step {step}: the training solver's error is {sum(errors):.3g} {self.objective.per_dim_unit}"
 
-    def _errors(self, batch: tuple[Tensor, Tensor | None, Noise], group: Group) -> list[float]:
-        """The blocks' errors; of all at once, one number, where that says that nothing is to change."""
-        most = max(grid.steps for grid in self.grids)
+    def _errors(self, batch: tuple[Tensor, Tensor | None, Noise], group: Group, fewer: bool) -> list[float]:
+        """The blocks' errors; of all at once, one number, where that says that nothing is to change: no more steps, and, where
+        there may be ``fewer``, no fewer ones."""
         try:
             errors = self.objective.block_errors(*batch, whole=True, group=group)
-            if not errors[0] <= self.tolerance or (errors[0] <= CALM * self.tolerance and most > 1):
+            if not errors[0] <= self.tolerance or (fewer and errors[0] <= CALM * self.tolerance):
                 errors = self.objective.block_errors(*batch, group=group)
         except SolverError:
             errors = [math.inf] * len(self.grids)
