@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
                 row(method, steps, steps * each, x, apart, took, run.name, test)
     print(markdown(rows, COLUMNS))
     if args.json:
-        record(args.json, "few steps", argv, rows, {**machine(), **versions("torch")})
+        record(args.json, "few_steps", argv, rows, {**machine(), **versions("torch")})
     return 0
 
 
