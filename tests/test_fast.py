@@ -341,6 +341,8 @@ def test_steps_follow_the_error_up_and_down():
     other = AutomaticSteps(objective, config, 1e-3, 16, 100, said.append)
     other.load(watch.state() | {"grids": [3, 5]})
     assert [s.steps for s in objective.solvers] == [3, 5] and other.state() == watch.state()
+    other.load({"grids": [1, 2]})  # as earlier versions wrote it
+    assert other.state()["measured"] == [None, 0, 5] and other.least == {}
 
 
 def test_steps_that_were_not_enough_are_not_given_again_soon():

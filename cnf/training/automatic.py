@@ -63,9 +63,9 @@ class AutomaticSteps(Watch):
 
     def load(self, state: dict[str, Any]) -> None:
         self._put([int(steps) for steps in state["grids"]])
-        since, last, apart = state["measured"]
+        since, last, apart = state.get("measured", (None, 0, SOONEST))  # a checkpoint of an earlier version has none
         self.since, self.last, self.apart = None if since is None else int(since), int(last), int(apart)
-        self.least = {int(i): (int(steps), int(until)) for i, steps, until in state["least"]}
+        self.least = {int(i): (int(steps), int(until)) for i, steps, until in state.get("least", [])}
 
     def _put(self, steps: list[int]) -> None:
         self.objective.put_solvers([grid.with_steps(n) for grid, n in zip(self.grids, steps, strict=True)])
