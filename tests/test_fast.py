@@ -382,8 +382,11 @@ def test_steps_of_a_reversible_grid_follow_the_error_too():
     config = SolverConfig(grid_steps=1, gradient="reversible", automatic_steps=True)
     flow = scrambled(build(ModelConfig(hidden=(8,), blocks=2, zero_init=False), config, (2,))).train()
     watch = AutomaticSteps(Likelihood(flow), config, 1e-7, 64, 100, lambda _: None)
-    watch.measure(5, torch.randn(16, 2), None, Noise(0))
-    assert all(isinstance(b.solver, Reversible) and b.solver.steps > 1 and b.solver.gradient == "reversible" for b in flow.blocks)
+    x = torch.randn(16, 2)
+    watch.measure(5, x, None, Noise(0))
+    assert [(type(b.solver), b.solver.gradient) for b in flow.blocks] == [(Reversible, "reversible")] * 2
+    assert all(2 <= b.solver.steps < 64 for b in flow.blocks)
+    assert sum(watch.objective.block_errors(x[:8], noise=Noise(0).rows(0, 16), whole=True)) <= 1e-7  # measured again at once
     solver = Reversible("rk4", 4, 0.5)
     for steps in (1, 3, 8):
         assert math.isclose(solver.with_steps(steps).coupling ** steps, 0.5**4)

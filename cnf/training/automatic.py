@@ -12,7 +12,7 @@ from cnf.distributed import ALONE, Group
 from cnf.errors import SolverError
 from cnf.noise import Noise
 from cnf.solvers import FixedGrid
-from cnf.training.watch import Watch
+from cnf.training.watch import Watch, spacing
 
 __all__ = ["AutomaticSteps"]
 
@@ -123,10 +123,7 @@ class AutomaticSteps(Watch):
     def _plan(self, step: int, changed: bool) -> None:
         """When to measure again."""
         assert self.since is not None
-        usual = SOONEST
-        while 10 * usual <= step - self.since:
-            usual *= 2
-        self.last, self.apart = step, SOONEST if changed else min(2 * self.apart, usual)
+        self.last, self.apart = step, SOONEST if changed else min(2 * self.apart, spacing(SOONEST, step - self.since))
 
     def choose(self, steps: list[int], errors: list[float], least: Sequence[int] | None = None) -> list[int]:
         """The numbers of steps from now on, from those of the present, their errors, and how many each block has to keep.

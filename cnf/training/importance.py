@@ -11,10 +11,11 @@ from cnf.distributed import ALONE, Group
 from cnf.errors import SolverError
 from cnf.noise import Noise
 from cnf.objectives import FlowMatching
+from cnf.training.watch import spacing
 
 __all__ = ["TimesWatch"]
 
-SOONEST = 10  # steps between measurements at the beginning; a fifth to a tenth of all steps later on
+SOONEST = 10  # steps between measurements at the beginning
 
 
 class TimesWatch:
@@ -31,10 +32,7 @@ class TimesWatch:
 
     def due(self, step: int) -> bool:
         """Whether it measures after this many steps."""
-        apart = SOONEST
-        while 10 * apart <= step and apart < self.every:
-            apart *= 2
-        return self.learns and step % min(apart, self.every) == 0
+        return self.learns and step % min(spacing(SOONEST, step), self.every) == 0
 
     def state(self) -> dict[str, Any]:
         """What resuming needs."""

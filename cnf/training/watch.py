@@ -15,9 +15,21 @@ from cnf.noise import Noise
 from cnf.objectives import Objective
 from cnf.solvers import FixedGrid, Solver
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "spacing"]
 
 MIN_RTOL = 1e-7  # where an adaptive solver is not tightened any further: float32 has no more digits
+
+
+def spacing(soonest: int, age: int) -> int:
+    """Steps between measurements after ``age`` steps: ``soonest`` at first, a fifth to a tenth of all steps later on.
+
+    Example:
+        >>> [spacing(5, age) for age in (0, 49, 50, 100, 1000)]
+        [5, 5, 10, 20, 160]
+    """
+    while 10 * soonest <= age:
+        soonest *= 2
+    return soonest
 
 
 class Watch:
