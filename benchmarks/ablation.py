@@ -38,6 +38,7 @@ SIDES: dict[str, dict[str, dict[str, Any]]] = {
     "EMA 0.9997": {"train": {"ema_decay": 0.9997}},
     "constant rate": {"train": {"schedule": "constant"}},
     "constant rate, EMA 0.9997": {"train": {"schedule": "constant", "ema_decay": 0.9997}},
+    "constant rate, times drawn evenly": {"train": {"schedule": "constant", "match_times": "even"}},
     # the plain U-Net in logit space, its path a straight line between data and noise
     "uniform noise, logit, standardised": {"model": {"dequantize": "uniform", "marginals": "standardize"}},
     "the same, optimal transport": {

@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     about = {**machine(), "threads": args.threads, **versions("torch", "torchdiffeq")}
     if args.device != "cpu":
         about["device"] = torch.cuda.get_device_name(args.device)
+        torch.backends.cudnn.allow_tf32 = False  # on both sides: fp32 is what training means by it
     print(", ".join(f"{k} {v}" for k, v in about.items()), flush=True)
     tables: dict[str, tuple[list[dict[str, Any]], dict[str, str]]] = {}
 

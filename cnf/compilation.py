@@ -25,10 +25,13 @@ class CompilationWarning(UserWarning):
 class _Compiled:
     """A compiled function that once and for all becomes the plain one where compiling fails."""
 
-    def __init__(self, function: Callable[..., Any]):
+    def __init__(self, function: Callable[..., Any], graphs: bool):
         self.plain: Callable[..., Any] = function
+        options: Any = {"triton.cudagraphs": True} if graphs else None
         # one graph or none: a graph in pieces is slower than no graph, and nobody would notice
-        self.compiled: Callable[..., Any] | None = torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND)
+        self.compiled: Callable[..., Any] | None = torch.compile(
+            function, fullgraph=True, dynamic=False, backend=BACKEND, options=options
+        )  # fmt: skip
 
     def __call__(self, *arguments: Any) -> Any:
         if self.compiled is None:
@@ -56,11 +59,16 @@ class _Compiled:
 
 
 @cache
-def compiled(function: Callable[..., Any]) -> _Compiled:
+def compiled(function: Callable[..., Any], graphs: bool = False) -> _Compiled:
     """The function compiled, always the same for one function: a graph for each shape and setting it meets, kept.
 
     Without a compiler, or where something in it cannot be compiled, it warns once (:class:`CompilationWarning`) and then is
     the function itself.
+
+    Args:
+        function: what is compiled.
+        graphs: on a GPU, launch all its kernels together, as a CUDA graph. What it gave holds until it is called again after
+            a backward pass: for what is differentiated at once.
 
     Example:
         >>> def double(x):
@@ -68,4 +76,4 @@ def compiled(function: Callable[..., Any]) -> _Compiled:
         >>> compiled(double) is compiled(double)
         True
     """
-    return _Compiled(function)
+    return _Compiled(function, graphs)

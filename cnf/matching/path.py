@@ -130,7 +130,7 @@ class MatchingPath:
         # several blocks, or rows that share their times, come in other numbers at every step (of a part of a batch), and each number of
         # rows would be compiled anew
         compiles = block.compiles and torch.is_grad_enabled() and len(self.blocks) == 1 and not self.together
-        run: Callable[..., Tensor] = compiled(_field) if compiles else _field
+        run: Callable[..., Tensor] = compiled(_field, x.is_cuda) if compiles else _field
         with field_precision(block.autocast if block.training else None, x):
             return run(prepared(block.field, x, context), t, x, context).to(x.dtype)
 

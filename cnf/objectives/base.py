@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnf.distributed import ALONE, Group
 from cnf.noise import Noise
@@ -37,6 +37,9 @@ class Objective(Protocol):
 
     def train(self, mode: bool = True) -> Any:
         """Training mode, or not."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What is trained."""
 
     def prepare(self, x: Tensor) -> None:
         """See the training data once, before the first step."""

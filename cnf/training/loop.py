@@ -63,6 +63,7 @@ class Trainer:
         self.device = torch.device(self.config.device)
         torch.manual_seed(self.config.seed)  # the initial weights
         self.flow = info.build().to(self.device)
+        self.weights = list(self.flow.parameters())  # a walk through all modules takes a while
         self.journal = (Journal if group.main else Mute)(folder, self.config.steps, quiet=quiet)
         batches = Batches(data, self.config.batch_size, self.config.seed, self.device, group, self.flow.like.dtype)
         self.stages = stages(self.flow, self.config, info.config.solver, batches, self.say)
@@ -175,7 +176,7 @@ class Trainer:
         with self.signals.abandoning(), fitting(self, x, context, noise), deferred_checks(), tf32:
             found = gradient(self.objective, x, context, noise, count=config.accumulate, adjoint=adjoint, **limits)
         # from here on, gradient and figures are the joint batch's, so that all processes do the same
-        figures, failure = self.group.joint(self.flow.parameters(), len(x) / self.batches.size, found.figures, found.failure)
+        figures, failure = self.group.joint(self.weights, len(x) / self.batches.size, found.figures, found.failure)
         if failure:
             self.ledger.fail(self.step, failure)
         else:

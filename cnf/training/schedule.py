@@ -92,6 +92,7 @@ class Average(AveragedModel):
         # the count too lives where the weights do: a tensor that is only known there is added to it
         super().__init__(model, device=next((p.device for p in model.parameters()), None))
         self.decay = decay
+        self._known: tuple[Any, ...] = (None,)  # a model, my parameters and its own: a walk through all modules takes a while
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module, taken: Tensor | None = None) -> None:
@@ -99,8 +100,9 @@ class Average(AveragedModel):
         n = self.n_averaged.double()
         decay = ((1 + n) / (10 + n)).clamp(max=self.decay) * (n > 0)
         weight = 1 - decay if taken is None else (1 - decay) * taken
-        mine: list[Tensor] = list(self.module.parameters())
-        others: list[Tensor] = list(model.parameters())
+        if self._known[0] is not model:
+            self._known = model, list(self.module.parameters()), list(model.parameters())
+        mine, others = self._known[1:]
         cast = {dtype: weight.to(dtype) for dtype in {p.dtype for p in mine}}
         weights: list[Tensor] = [cast[p.dtype] for p in mine]
         torch._foreach_lerp_(mine, others, weights)

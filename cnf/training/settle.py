@@ -121,9 +121,9 @@ def advance(trainer: Trainer, rate: float, names: tuple[str, ...], figures: Tens
     Where it is not, weights, moments, average and counters stay as they are. The ledger gets the norm before clipping, the
     place (from 1) of the first parameter whose gradient is not finite (0: none), and the figures (k,).
     """
-    norms = torch.stack(torch._foreach_norm([p.grad for p in trainer.flow.parameters() if p.grad is not None]))
+    norms = torch.stack(torch._foreach_norm([p.grad for p in trainer.weights if p.grad is not None]))
     norm = torch.linalg.vector_norm(norms)
-    clip_grads_with_norm_(trainer.flow.parameters(), trainer.config.max_grad_norm or math.inf, norm)
+    clip_grads_with_norm_(trainer.weights, trainer.config.max_grad_norm or math.inf, norm)
     wrong = ~norms.isfinite()
     place = (wrong.long().argmax() + 1) * wrong.any()
     row = torch.cat([torch.stack([norm.double(), place.double()]), figures])

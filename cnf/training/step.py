@@ -103,6 +103,10 @@ def gradient(
                 return found
             mean = terms["loss"].mean()
             (mean if share == 1 else mean * share).backward()
+            if share < 1 and not means and x.is_cuda:
+                # a gradient may lie in a CUDA graph's memory, which the next micro-batch is computed in; from here on it is added to
+                for p in objective.parameters():
+                    p.grad = None if p.grad is None else p.grad.clone()
         except SolverError as error:
             found.failure = str(error)
             return found
