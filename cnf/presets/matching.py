@@ -35,9 +35,13 @@ MATCHING = {
             "fm-digits",
             DataConfig("digits"),
             replace(_UNET, hidden=(32, 48), unet_depth=1, squeeze_first=False),
-            replace(_SOLVER, precision="fp32", eval_tolerance=1e-4),  # at 1e-4 for its solver it errs by 0.0014 to 0.0038
+            replace(_SOLVER, precision="fp32"),
             # 1,077 images: a tenth of the digits preset's decay; with all of it and twice the rate validation came to 1.824, so to 1.791
-            replace(_TRAIN, steps=1500, lr=2e-3, weight_decay=0.1, validate_every=250, draws=5, threads=1, ema_decay=0.999),
+            # a constant rate and even times: 0.0154 +- 0.0023 bits/dim better on validation images than a cosine and importance (three seeds)
+            replace(
+                _TRAIN, steps=1500, lr=2e-3, schedule="constant", match_times="even", weight_decay=0.1, validate_every=250, draws=5,
+                threads=1, ema_decay=0.999,
+            ),
         ),
         "real 8x8 digits, U-Net denoiser, matched",
         "about 4 minutes on one core",
