@@ -30,7 +30,10 @@ from cnf.presets import RunConfig, preset
 from cnf.training import Trainer
 
 BASE = "cosine, times by importance"
-COMMON = {"schedule": "cosine", "match_times": "importance", "steps": 1500}
+COMMON: dict[str, dict[str, Any]] = {
+    "train": {"schedule": "cosine", "match_times": "importance"},
+    "solver": {"eval_rtol": 1e-5, "eval_atol": 1e-5, "eval_tolerance": 1e-4},
+}
 SIDES: dict[str, dict[str, dict[str, Any]]] = {
     BASE: {},
     "times drawn evenly": {"train": {"match_times": "even"}},
@@ -58,17 +61,16 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def settings(side: str, seed: int, steps: int | None) -> RunConfig:
+def settings(side: str, seed: int, steps: int) -> RunConfig:
     """The first side but for one choice."""
     config = preset("fm-digits").config
-    config = replace(config, train=replace(config.train, **COMMON))
-    config = replace(config, **{part: replace(getattr(config, part), **changes) for part, changes in SIDES[side].items()})
-    steps = steps or config.train.steps
+    for choices in (COMMON, SIDES[side]):
+        config = replace(config, **{part: replace(getattr(config, part), **changes) for part, changes in choices.items()})
     train = replace(config.train, seed=seed, steps=steps, validate_every=min(config.train.validate_every, steps))
     return replace(config, train=train)
 
 
-def trained(side: str, seed: int, steps: int | None, draws: int) -> tuple[float, float]:
+def trained(side: str, seed: int, steps: int, draws: int) -> tuple[float, float]:
     """Validation bits/dim of the best weights, and the evaluations of a solve."""
     config = settings(side, seed, steps)
     data = load_splits(config)
@@ -85,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=tuple(SIDES), help="the first is always trained too")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
-    parser.add_argument("--steps", type=int, help="of a training, if not 1,500")
+    parser.add_argument("--steps", type=int, default=1500, help="of a training (default: %(default)s)")
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--json", type=Path, help="file of measured rows to add to")
     args = parser.parse_args(argv)
