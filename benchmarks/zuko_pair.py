@@ -17,7 +17,8 @@ from cnf import datasets
 from cnf.continuous import CNF
 from cnf.divergence import Exact, Hutchinson
 from cnf.fields import MLP
-from cnf.fields.time import Affine, Constants, Linear, TimeLayer
+from cnf.fields.maps import Linear
+from cnf.fields.time import Affine, Constants, TimeLayer
 from cnf.flow import Flow
 from cnf.noise import Noise
 from cnf.solvers import Adaptive, FixedGrid

@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from cnf.deferral import vectorized
 from cnf.solvers import Adaptive, Solution, Solver, Stats
 from cnf.solvers.base import RHS, State
 
@@ -89,7 +90,7 @@ def solve(
     Raises:
         SolverError: from a solve that failed.
     """
-    if isinstance(solver, Adaptive) and solver.quadrature_tolerance and products and not torch.is_grad_enabled():
+    if isinstance(solver, Adaptive) and solver.quadrature_tolerance and products and not torch.is_grad_enabled() and not vectorized():
         return solve_at_nodes(solver, rhs, state, dynamic=dynamic, tolerance=solver.quadrature_tolerance)
     solution = solver.solve(rhs, state, dynamic=dynamic, parameters=parameters)
     if products:

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from cnf.collocation import solve
-from cnf.divergence import Divergence, Exact, closed, prepared
+from cnf.compilation import CompilationWarning
+from cnf.deferral import vectorized
+from cnf.divergence import Divergence, Exact, closed
 from cnf.errors import ConfigError, SolverError
 from cnf.fields.augmented import TimePath, check_drive
+from cnf.fields.custom import Field, check_signature, prepared, protect
 from cnf.noise import Noise, draw, number
 from cnf.quadratures import Quadrature, check_names
 from cnf.rhs import OneStage, RightHandSide
 from cnf.solvers import Adaptive, FixedGrid, Solution, Solver
 from cnf.transforms import Transform, Transformed
 
-__all__ = ["CNF"]
+__all__ = ["CNF", "Handover"]
+
+
+class Handover:
+    """An augmented time on its way through the blocks of a scale: where it is when a block starts, and then when it has ended.
+
+    Args:
+        end: the block's end time ().
+        drive: the augmented time (1, k).
+    """
+
+    def __init__(self, end: Tensor, drive: Tensor | None):
+        self.end, self.drive = end, drive
 
 
 class CNF(Transform):
@@ -78,6 +94,7 @@ class CNF(Transform):
         if not 0 <= steer < end_time:
             raise ConfigError(f"steer={steer}; expected 0 <= steer < end_time={end_time}")
         check_names(quadratures)
+        check_signature(field)
         check_drive(field, path)
         self.field = field
         self.path = path
@@ -95,6 +112,11 @@ class CNF(Transform):
         else:
             self.fixed_end_time = float(end_time)
 
+    def extra_repr(self) -> str:
+        """Divergence, solvers and end time, for ``repr``."""
+        end = f"{float(self.sqrt_end_time.detach()) ** 2:.4g} (learned)" if self.learn_end_time else f"{self.fixed_end_time:g}"
+        return f"divergence={self.divergence!r}, solver={self.solver!r}, eval_solver={self.eval_solver!r}, end_time={end}"
+
     def end_time(self, x: Tensor) -> Tensor:
         """T as a scalar tensor in x's dtype and device."""
         if self.learn_end_time:
@@ -109,9 +131,15 @@ class CNF(Transform):
         noise: Noise | None = None,
         log_det: bool = True,
         integrals: bool = True,
+        handover: Handover | None = None,
     ) -> Transformed:
-        """Data to noise: t from 0 to T."""
-        return self._solve(x, context, noise, log_det, integrals, back=False)
+        """Data to noise: t from 0 to T, or on from where ``handover`` is."""
+        if handover is None:
+            return self._solve(x, context, noise, log_det, integrals, back=False)
+        out, handover.drive = self.through(
+            x, handover.end, handover.drive, context, noise=noise, log_det=log_det, integrals=integrals
+        )
+        return out
 
     def inverse(
         self,
@@ -191,15 +219,23 @@ class CNF(Transform):
         ``drive`` is the augmented time at t = 0, for a block that takes it from another; None is the block's own start.
         """
         time = t if self.path is None else self.carry(self.path.start(x) if drive is None else drive, t)[0]
-        value: Tensor = self.field(time, x, context)
-        return value
+        return protect(self.field)(time, x, context)
 
-    def _one_stage(self, need: frozenset[str], noise: Noise | None) -> OneStage | None:
+    def _one_stage(self, field: Field, need: frozenset[str], noise: Noise | None) -> OneStage | None:
         """In training on a grid a closed-form trace leaves ‖J‖² a product of its own, which one stage at random then takes."""
         solver = self.solver
-        if not (self.training and "jac_sq" in need and type(solver) is FixedGrid and closed(self.divergence, self.field)):
+        if not (self.training and "jac_sq" in need and type(solver) is FixedGrid and closed(self.divergence, field)):
             return None
         return OneStage(*solver.stage(number(noise, "stage")))
+
+    def _compiles(self, field: Field) -> bool:
+        """Whether evaluations are compiled: in training steps, and not where a custom field draws random numbers."""
+        if not (self.compiles and self.training and torch.is_grad_enabled()):
+            return False
+        random = bool(getattr(field, "random", False))
+        if random:
+            warnings.warn(f"compile=True: {self.label} draws random numbers (dropout?) and runs uncompiled", CompilationWarning, stacklevel=2)
+        return not random
 
     def _solver(self) -> Solver:
         return self.solver if self.training else self.eval_solver
@@ -226,10 +262,11 @@ class CNF(Transform):
             drive = self.carry(path.start(x), start)
         quadratures = self.quadratures if log_det and integrals else ()
         need = frozenset({"div"} if log_det else ()).union(*(q.need for q in quadratures))
+        field = prepared(self.field, x, context, noise, t=start if drive is None else drive[0])
         # drawn once, before the solve and outside anything checkpointed: a probe held fixed makes one smooth ODE
-        probe = self.divergence.probe(x, noise, need, self.field)
+        probe = self.divergence.probe(x, noise, need, field)
         rhs = RightHandSide(
-            prepared(self.field, x, context),
+            field,
             path,
             self.divergence,
             quadratures,
@@ -239,8 +276,8 @@ class CNF(Transform):
             probe=probe,
             log_det=log_det,
             autocast=self.autocast if self.training else None,
-            compile=self.compiles and self.training and torch.is_grad_enabled(),  # not for the watch's glance
-            once=self._one_stage(need, noise),
+            compile=self._compiles(field),
+            once=self._one_stage(field, need, noise),
         )
         flat = x.new_zeros(x.shape[0])
         dynamic = (x,) if drive is None else (x, drive)
@@ -254,6 +291,8 @@ class CNF(Transform):
         try:
             solution = solve(self._solver(), rhs, entries, dynamic=len(dynamic), parameters=parameters, products=bool(need))
         except SolverError as error:
+            if vectorized():  # times may have no value to print
+                raise SolverError(f"{self.label}: {error}") from None
             low, high = float(start), float(stop)
             on = f"{self.label} on events {tuple(x.shape[1:])}, t {low:g} to {high:g}"
             raise SolverError(f"{on}: {error}{error.where(low, high - low)}") from None

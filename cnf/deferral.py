@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["deferred", "deferred_checks", "sent"]
+__all__ = ["deferred", "deferred_checks", "sent", "tracing", "vectorized"]
 
 
 class _State(threading.local):
@@ -19,9 +20,26 @@ class _State(threading.local):
 _STATE = _State()
 
 
-def deferred() -> bool:
-    """Whether whoever called has undertaken to look at the results, so that nothing here need wait for values."""
-    return _STATE.depth > 0
+def vectorized() -> bool:
+    """Return whether a transform of ``torch.func`` is running, such as ``vmap`` or ``grad``."""
+    return not torch.compiler.is_compiling() and bool(torch._C._are_functorch_transforms_active())
+
+
+def tracing(*tensors: Tensor) -> bool:
+    """Return whether values cannot be looked at: inside torch.compile, torch.export or torch.func, or for tensors without any.
+
+    Example:
+        >>> tracing(torch.zeros(2)), tracing(torch.zeros(2, device="meta")), bool(torch.func.vmap(lambda x: x * tracing(x))(torch.ones(2)).all())
+        (False, True, True)
+    """
+    if torch.compiler.is_compiling() or vectorized():
+        return True
+    return any(t.is_meta or isinstance(t, FakeTensor) for t in tensors)
+
+
+def deferred(*tensors: Tensor) -> bool:
+    """Return whether value checks of these tensors are left to the caller, or cannot be made (see :func:`tracing`)."""
+    return tracing(*tensors) or _STATE.depth > 0
 
 
 @contextmanager

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
+from cnf.deferral import vectorized
 from cnf.errors import ConfigError
+from cnf.fields.autodiff import NoForwardMode, autodiff_jvp
+from cnf.fields.custom import CustomField, Field, protect
 from cnf.noise import Kind, Noise, draw
 
-__all__ = ["Bound", "Divergence", "Driven", "Exact", "Field", "Hutchinson", "Linearization", "closed", "linearize", "prepared"]
-
-Field = Callable[..., Tensor]
-"""``field(t, x, context) -> dx``: a module, or one prepared for a solve; ``jvp`` and ``divergence`` where it has them."""
+__all__ = ["Bound", "Divergence", "Driven", "Exact", "Field", "Hutchinson", "Linearization", "closed", "linearize"]
 
 NEEDS = ("div", "jac_sq")
 _CHUNK_NUMEL = 2**22  # entries of tangents pushed at once by the exact trace: 16 MB in float32
@@ -76,7 +76,7 @@ def linearize(
         >>> linearize(MLP(2), torch.tensor(0.0), x, None, None, {"div"}, Exact()).div.shape
         torch.Size([3])
     """
-    wanted = frozenset(need)
+    field, wanted = protect(field), frozenset(need)
     if unknown := wanted - set(NEEDS):
         raise ConfigError(f"need={sorted(unknown)} is unknown: a quadrature may need {NEEDS}")
     if not wanted:
@@ -84,19 +84,11 @@ def linearize(
     return divergence.linearize(field, t, x, probe, context, wanted)
 
 
-def prepared(field: nn.Module, x: Tensor, context: Tensor | None) -> Field:
-    """The field with all that is free of t computed once, for one solve of points like x (N, \\*event); itself where it has
-    no ``prepare(x, context)``, says ``prepares = False``, or has hooks, which are for its own call."""
-    prepare: Callable[..., Field] | None = getattr(field, "prepare", None)
-    own = field._forward_hooks or field._forward_pre_hooks or not getattr(field, "prepares", True)
-    return field if prepare is None or own else prepare(x, context)
-
-
 class Bound:
     """A field with its context filled in, as quadratures see it: ``f(t, x)`` and ``f.jvp(t, x, v)``."""
 
     def __init__(self, field: Field, context: Tensor | None = None):
-        self.field, self.context = field, context
+        self.field, self.context = protect(field), context
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         """f(t, x), (N, \\*event)."""
@@ -104,21 +96,10 @@ class Bound:
 
     def jvp(self, t: Tensor, x: Tensor, v: Tensor, *, t_dot: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """f and J v + t_dot ∂f/∂t for K stacked tangents v (K, N, \\*event): a true Jacobian-vector product."""
-        own: Callable[..., tuple[Tensor, Tensor]] | None = getattr(self.field, "jvp", None)
-        if own is not None:
-            dx, product = own(t, x, v, self.context, t_dot=t_dot)
-            return dx.to(x.dtype), product.to(x.dtype)
-        dt = torch.zeros_like(t) if t_dot is None else t_dot.to(t).expand_as(t)
-
-        def push(tangent: Tensor) -> tuple[Tensor, Tensor]:
-            pair: Any = torch.func.jvp(lambda s, y: self(s, y), (t, x), (dt, tangent))
-            return pair[0], pair[1]
-
-        if v.shape[0] == 1:
-            dx, product = push(v[0])
-            return dx.to(x.dtype), product[None].to(x.dtype)
-        vmap: Any = torch.func.vmap
-        dx, product = vmap(push, out_dims=(None, 0), randomness="same")(v)
+        own: Any = getattr(self.field, "jvp", None)
+        if own is None:
+            return autodiff_jvp(self, t, x, v, t_dot)
+        dx, product = own(t, x, v, self.context, t_dot=t_dot)
         return dx.to(x.dtype), product.to(x.dtype)
 
 
@@ -196,22 +177,24 @@ class Exact:
         return self._tangents(Bound(field, context), t, x)
 
     def _tangents(self, field: Bound, t: Tensor, x: Tensor) -> Linearization:
-        dim = x[0].numel()
-        size = self.chunk or max(1, min(dim, _CHUNK_NUMEL // max(1, x.numel())))
+        dim = x.flatten(1).shape[1]
+        # a graph for any batch size has no chunks that depend on it
+        size = self.chunk or (dim if torch.compiler.is_compiling() else max(1, min(dim, _CHUNK_NUMEL // max(1, x.numel()))))
 
         def part(first: int, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             k = min(size, dim - first)
             # no index that is made on the CPU: a GPU would have to wait for it
             unit = pad(torch.eye(k, dtype=x.dtype, device=x.device), (first, dim - first - k))
             v = unit.reshape(k, 1, *x.shape[1:]).expand(k, *x.shape)
-            dx, product = field.jvp(t, y, v)
+            v = v.contiguous() if torch.compiler.is_compiling() else v  # symbolic shapes have no forward-mode rule for strides of zero
+            dx, product = _product(field, t, y, v)
             columns = product.flatten(2)
             diagonal = columns[:, :, first : first + k].diagonal(dim1=0, dim2=2)
             return dx, diagonal.sum(1), columns.square().sum((0, 2))
 
         dx, div, square = part(0, x)
         for first in range(size, dim, size):
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and not vectorized():
                 _, d, s = checkpoint(part, first, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 _, d, s = part(first, x)
@@ -220,9 +203,42 @@ class Exact:
 
 
 def closed(divergence: Divergence, field: Field) -> bool:
-    """Whether the trace of this field is taken in closed form."""
-    owned = hasattr(field, "divergence") and getattr(field, "closed_form", True)
-    return isinstance(divergence, Exact) and divergence.closed_form and bool(owned)
+    """Return whether the trace of this field is taken in closed form."""
+    if not (isinstance(divergence, Exact) and divergence.closed_form):
+        return False
+    bound = protect(field)
+    return getattr(bound, "divergence", None) is not None and bool(getattr(bound, "closed_form", True))
+
+
+def _product(field: Bound, t: Tensor, x: Tensor, v: Tensor, mode: str = "forward") -> tuple[Tensor, Tensor]:
+    """f and the products with v (K, N, \\*event): J v, or vᵀJ in reverse mode and where an operation has no forward-mode derivative."""
+    if torch.compiler.is_exporting() and (mode == "reverse" or getattr(field.field, "jvp", None) is None):
+        raise ConfigError(
+            "torch.export records no derivative by autodiff: for log_prob give the field a jvp(t, x, v, context, *, t_dot=None), or take one "
+            "with a closed-form divergence (MLP); encode and decode need none"
+        )
+    if mode == "forward" and not getattr(field.field, "reverse", False):
+        try:
+            return field.jvp(t, x, v)
+        except NoForwardMode:
+            if not isinstance(field.field, CustomField):
+                raise
+            field.field.reverse = True
+    return _pull(field, t, x, v)
+
+
+def _pull(field: Bound, t: Tensor, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
+    """f and eᵀJ for every probe. Plain autograd: torch.func.vjp cannot run inside a checkpoint."""
+    recording = torch.is_grad_enabled()
+    with torch.enable_grad():
+        point = x if recording and x.requires_grad else x.detach().requires_grad_()
+        dx = field(t, point)
+        if dx.requires_grad:  # a field may leave x out (a drift, say): its derivative is then zero, not missing
+            pull: dict[str, bool] = {"create_graph": recording, "retain_graph": True, "materialize_grads": True}
+            product = torch.stack([torch.autograd.grad(dx, point, e, **pull)[0] for e in probe])
+        else:
+            product = torch.zeros_like(probe)
+    return (dx, product) if recording else (dx.detach(), product)
 
 
 class Hutchinson:
@@ -269,27 +285,9 @@ class Hutchinson:
         """One evaluation; see :func:`linearize`."""
         if probe is None:
             raise ConfigError("probe=None: Hutchinson's estimate needs one; pass what divergence.probe(...) gave")
-        bound = Bound(field, context)
-        if self.mode == "forward":
-            dx, product = bound.jvp(t, x, probe)
-        else:
-            dx, product = self._pull(bound, t, x, probe)
+        dx, product = _product(Bound(field, context), t, x, probe, self.mode)
         div = (product * probe).flatten(2).sum(2).mean(0) if "div" in need else None
         return Linearization(dx, div, _mean_square(product) if "jac_sq" in need else None, product)
-
-    @staticmethod
-    def _pull(field: Bound, t: Tensor, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
-        """f and eᵀJ for every probe. Plain autograd: torch.func.vjp cannot run inside a checkpoint."""
-        recording = torch.is_grad_enabled()
-        with torch.enable_grad():
-            point = x if recording and x.requires_grad else x.detach().requires_grad_()
-            dx = field(t, point)
-            if dx.requires_grad:  # a field may leave x out (a drift, say): its derivative is then zero, not missing
-                pull: dict[str, bool] = {"create_graph": recording, "retain_graph": True, "materialize_grads": True}
-                product = torch.stack([torch.autograd.grad(dx, point, e, **pull)[0] for e in probe])
-            else:
-                product = torch.zeros_like(probe)
-        return (dx, product) if recording else (dx.detach(), product)
 
 
 def _mean_square(product: Tensor) -> Tensor:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import chain, islice
-from typing import Any, cast
+from collections.abc import Sequence
+from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from cnf.continuous import CNF
-from cnf.deferral import deferred
 from cnf.distribution import FlowDistribution
 from cnf.errors import ConfigError, DataError
+from cnf.fields.custom import context_size
 from cnf.noise import Noise, draw
+from cnf.solvers import Stats
+from cnf.statistics import fit_statistics
 from cnf.trajectory import trajectory
-from cnf.transforms import Dequantize, Gaussianize, Standardize, Transform, Transformed, leaves
-from cnf.transforms.base import placed
+from cnf.transforms import Dequantize, Transform, Transformed
+from cnf.validation import as_rows, check_context, check_points
 
 __all__ = ["Flow", "FlowDistribution"]
 
@@ -75,67 +77,56 @@ class Flow(nn.Module):
 
     @property
     def context_dim(self) -> int | None:
-        """Size C of the context, 0 for none; None where a field of one's own does not say (``field.context_dim``)."""
-        sizes = [[c for m in b.field.modules() if (c := getattr(m, "context_dim", None)) is not None] for b in self.blocks]
-        return max((max(s) for s in sizes), default=0) if all(sizes) else None
+        """Size C of the context, 0 for none; None where a custom field takes one and does not say (``field.context_dim``)."""
+        sizes = [context_size(block.field) for block in self.blocks]
+        return None if None in sizes else max(map(int, filter(None, sizes)), default=0)
 
     @property
     def like(self) -> Tensor:
         """A tensor of the type and on the device that the flow computes in."""
         return next((v for v in chain(self.parameters(), self.buffers()) if v.is_floating_point()), torch.zeros(()))
 
-    @torch.no_grad()
     def fit_statistics(self, x: Tensor, *, batch_size: int = 8192) -> None:
-        """Fit every Standardize and Gaussianize before the first block to what reaches it, and the block's field if it can be (a denoiser).
+        """Fit what is fitted to data before the first block, from x (N, \\*event); see :func:`cnf.statistics.fit_statistics`."""
+        fit_statistics(self.transform, x, batch_size)
 
-        Args:
-            x: training data (N, \\*event); images are dequantised with fixed noise.
-            batch_size: rows held as floats at once.
+    def forward(
+        self, x: Tensor | None = None, context: Tensor | None = None, *, noise: Noise | None = None
+    ) -> Tensor | FlowDistribution:
+        """Call the flow as a module: ``flow(x)`` and ``flow(x, context)`` are log_prob, ``flow()`` and ``flow(context)`` the distribution.
+
+        A single argument is the context of a conditional flow, and points of any other.
 
         Raises:
-            DataError: for fewer than two rows, values that are not finite, or a constant dimension.
+            ConfigError: for a single argument where a custom field does not say whether it takes a context (``field.context_dim``).
         """
+        if x is None:
+            return self.distribution(context)
+        if context is None and (size := self.context_dim) != 0:
+            if size is None:
+                raise ConfigError(
+                    "flow(v) could be points or a context, since the field does not state context_dim: call flow.log_prob(x) or "
+                    "flow.distribution(context), or set context_dim on the field (0 for none)"
+                )
+            return self.distribution(x)
+        return self.log_prob(x, context, noise=noise)
 
-        def arriving(at: int) -> Iterator[Tensor]:
-            for number, part in enumerate(x.split(batch_size)):
-                for leaf, noise in islice(placed(self.transform, Noise(0, "statistics", number)), at):
-                    part = leaf(part, noise=noise).value
-                yield part
-
-        for i, leaf in enumerate(leaves(self.transform)):
-            if any(isinstance(m, CNF) for m in leaf.modules()):
-                if hasattr(field := getattr(leaf, "field", None), "fit_batches"):
-                    cast(Any, field).fit_batches(arriving(i))
-                return
-            if isinstance(leaf, Standardize | Gaussianize):
-                leaf.fit_batches(arriving(i))
+    def extra_repr(self) -> str:
+        """Event shape, blocks and base, for ``repr``."""
+        return f"event_shape={self.event_shape}, latent_shape={self.latent_shape}, blocks={len(self.blocks)}, base_std={self.base_std:g}"
 
     def _check(self, name: str, x: Tensor, shape: tuple[int, ...], context: Tensor | None) -> None:
-        """Refuse points (N, \\*shape) and contexts that do not fit, before a solve makes a riddle of them."""
-        if tuple(x.shape[1:]) != shape or x.ndim == 0 or len(x) == 0:
-            raise DataError(f"{name} has shape {tuple(x.shape)}; expected (N, {', '.join(map(str, shape))}), N at least 1")
-        floats, own = (torch.float32, torch.float64), self.like.dtype
-        if x.is_floating_point():
-            if x.dtype != own and x.dtype in floats and own in floats:
-                raise DataError(f"{name} has type {x.dtype}, but the flow computes in {own}: give {name}.to({own}), or convert the flow")
-            if not torch.compiler.is_compiling() and not deferred() and not bool(x.isfinite().all()):
-                row = int((~x.flatten(1).isfinite().all(1)).nonzero()[0])
-                raise DataError(f"{name} holds NaN or infinity, first in row {row}: remove or replace such rows")
-        elif self.levels is None or name != "x":
-            raise DataError(f"{name} has type {x.dtype}; expected floats")
+        """Validate points (\\*lead, \\*shape) and their context."""
+        check_points(name, x, shape, self.like, self.levels if name == "x" else None)
         if context is not None:
-            self._check_context(context, len(x))
+            check_context(context, self.context_dim, self.like)
 
-    def _check_context(self, context: Tensor, rows: int | None) -> None:
-        shape, size = tuple(context.shape), self.context_dim
-        if size == 0:
-            raise ConfigError(f"context has shape {shape}, but this flow was built without context (context_dim=0)")
-        if not context.is_floating_point():
-            raise DataError(f"context has type {context.dtype}; expected floats, a label as a one-hot row")
-        wide = size is None or shape[-1:] == (size,)
-        if context.ndim not in (1, 2) or not wide or (context.ndim == 2 and rows is not None and shape[0] != rows):
-            width = "C" if size is None else size
-            raise DataError(f"context has shape {shape}; expected ({width},), or ({'M' if rows is None else rows}, {width})")
+    def _rows(
+        self, name: str, x: Tensor, shape: tuple[int, ...], context: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
+        """Points and contexts validated, as rows; and the leading shape of the result."""
+        self._check(name, x, shape, context)
+        return as_rows(x, shape, context)
 
     def evaluate(
         self,
@@ -146,9 +137,11 @@ class Flow(nn.Module):
         log_det: bool = True,
         integrals: bool = True,
     ) -> Transformed:
-        """Data to latent with everything that comes along: log_det (N,), integrals by name (N,), cost."""
-        self._check("x", x, self.event_shape, context)
-        return self.transform.forward(x, context, noise=noise, log_det=log_det, integrals=integrals)
+        """Data (N, \\*event) to latent with everything that comes along: log_det (N,), integrals by name (N,), cost."""
+        x, context, _ = self._rows("x", x, self.event_shape, context)
+        if x.shape[0] == 0:
+            return Transformed(self.like.new_zeros(0, *self.latent_shape), self.like.new_zeros(0), {}, Stats())
+        return cast(Transformed, self.transform(x, context, noise=noise, log_det=log_det, integrals=integrals))
 
     def base_log_prob(self, z: Tensor) -> Tensor:
         """log q(z), (N,) nats."""
@@ -156,18 +149,24 @@ class Flow(nn.Module):
         return -0.5 * (z / self.base_std).square().flatten(1).sum(1) - constant
 
     def log_prob(self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> Tensor:
-        """log p(x), (N,) nats: of uint8 images a bound on the pixels' log probability, of floats the density there."""
+        """log p(x) in nats, (N,) for x (N, \\*event), and (\\*lead) for any leading shape.
+
+        Of uint8 images it is a bound on the pixels' log probability, of floats the density there. Leading shapes of x and context are
+        broadcast.
+        """
+        x, context, lead = self._rows("x", x, self.event_shape, context)
         out = self.evaluate(x, context, noise=noise, integrals=False)
-        return self.base_log_prob(out.value) + out.log_det
+        return (self.base_log_prob(out.value) + out.log_det).reshape(lead)
 
     def bits_per_dim(self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> Tensor:
-        """Bits per dimension (N,); floats in [0, 1] count with the data set's levels.
+        """Bits per dimension, (\\*lead) for x (\\*lead, \\*event); floats in [0, 1] count with the data set's levels.
 
         Raises:
             DataError: for a flow that is not one of images, or floats outside [0, 1].
         """
         if self.levels is None:
             raise DataError("bits_per_dim is for images (a flow with Dequantize): vectors have log_prob, in nats")
+        self._check("x", x, self.event_shape, context)
         self.require_unit_interval(x)
         return self.to_bits(self.log_prob(x, context, noise=noise), x.is_floating_point())
 
@@ -188,52 +187,59 @@ class Flow(nn.Module):
         return -log_prob / (self.dim * math.log(2)) + shift
 
     def encode(self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> Tensor:
-        """x to z, without any divergence."""
-        return self.evaluate(x, context, noise=noise, log_det=False).value
+        """x (\\*lead, \\*event) to z (\\*lead, \\*latent), without any divergence."""
+        x, context, lead = self._rows("x", x, self.event_shape, context)
+        return self.evaluate(x, context, noise=noise, log_det=False).value.reshape(*lead, *self.latent_shape)
 
     def decode(self, z: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> Tensor:
-        """z to x, without any divergence."""
-        self._check("z", z, self.latent_shape, context)
-        return self.transform.inverse(z, context, noise=noise, log_det=False).value
+        """z (\\*lead, \\*latent) to x (\\*lead, \\*event), without any divergence."""
+        z, context, lead = self._rows("z", z, self.latent_shape, context)
+        x = self._invert(z, context, noise, log_det=False).value
+        return x.reshape(*lead, *self.event_shape)
+
+    def _invert(self, z: Tensor, context: Tensor | None, noise: Noise | None, log_det: bool) -> Transformed:
+        if z.shape[0] == 0:
+            return Transformed(z.new_zeros(0, *self.event_shape), z.new_zeros(0), {}, Stats())
+        return self.transform.inverse(z, context, noise=noise, log_det=log_det, integrals=False)
 
     def _latent(
-        self, n: int, context: Tensor | None, noise: Noise | None, temperature: float
+        self, n: int | Sequence[int], context: Tensor | None, noise: Noise | None, temperature: float
     ) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
         """z, the context row by row, and the sample's leading shape."""
-        if n < 1 or not temperature > 0:
-            raise ConfigError(f"n={n}, temperature={temperature}: expected n >= 1 and a positive temperature")
-        lead: tuple[int, ...] = (n,)
+        lead = (n,) if isinstance(n, int) else tuple(n)
+        if any(k < 0 for k in lead) or not temperature > 0:
+            raise ConfigError(f"n={n}, temperature={temperature}: expected a count or a shape, and a positive temperature")
         if context is not None:
-            self._check_context(context, None)
-            if context.ndim == 2:
-                lead = (n, context.shape[0])
-                context = context.repeat(n, 1)
+            check_context(context, self.context_dim, self.like)
+            if context.ndim > 1:
+                lead = (*lead, *context.shape[:-1])
+                context = context.expand(*lead, context.shape[-1]).reshape(math.prod(lead), context.shape[-1])
         shape = (math.prod(lead), *self.latent_shape)
         z = draw(noise, "latent", "normal", shape, dtype=self.like.dtype, device=self.like.device)
         return z * (self.base_std * temperature), context, lead
 
     def rsample(
-        self, n: int, context: Tensor | None = None, *, noise: Noise | None = None, temperature: float = 1.0
+        self, n: int | Sequence[int] = (), context: Tensor | None = None, *, noise: Noise | None = None, temperature: float = 1.0
     ) -> Tensor:
-        """Samples with gradient: (n, \\*event); with context (M, C): (n, M, \\*event). Images are not clamped to [0, 1]."""
+        """Draw samples with gradient; see :meth:`sample`. Images are not clamped to [0, 1]."""
         z, rows, lead = self._latent(n, context, noise, temperature)
         return self.decode(z, rows, noise=noise).reshape(*lead, *self.event_shape)
 
     @torch.no_grad()
     def sample(
         self,
-        n: int,
+        n: int | Sequence[int] = (),
         context: Tensor | None = None,
         *,
         noise: Noise | None = None,
         temperature: float = 1.0,
         quantize: bool = False,
     ) -> Tensor:
-        """Samples (n, \\*event), or (n, M, \\*event) with context (M, C); images in [0, 1].
+        """Draw samples (n, \\*event), or (n, M, \\*event) with context (M, C); images in [0, 1].
 
         Args:
-            n: how many, of each row of ``context`` where it is (M, C).
-            context: (C,) or (M, C).
+            n: how many, or a sample shape as in torch.distributions (() for a single one), of each row of ``context``.
+            context: (C,), or (\\*batch, C), whose batch shape follows that of the samples.
             noise: where z is drawn from.
             temperature: factor of the base's standard deviation.
             quantize: uint8 pixels in place of floats.
@@ -246,16 +252,17 @@ class Flow(nn.Module):
         return Dequantize(self.levels).quantize(x) if quantize else x.clamp(0, 1)
 
     def sample_and_log_prob(
-        self, n: int, context: Tensor | None = None, *, noise: Noise | None = None
+        self, n: int | Sequence[int] = (), context: Tensor | None = None, *, noise: Noise | None = None
     ) -> tuple[Tensor, Tensor]:
         """Samples, not clamped, and their log-density in one solve: (n, \\*event) and (n,), or (n, M, ...), with gradient."""
         z, rows, lead = self._latent(n, context, noise, 1.0)
-        out = self.transform.inverse(z, rows, noise=noise, integrals=False)
+        out = self._invert(z, rows, noise, log_det=True)
         log_prob = self.base_log_prob(z) - out.log_det
         return out.value.reshape(*lead, *self.event_shape), log_prob.reshape(lead)
 
     def score(self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> Tensor:
-        """∇ log p(x), (N, \\*event), nats per unit of x; x must be floats."""
+        """∇ log p(x), of the shape of x (\\*lead, \\*event), in nats per unit of x; x must be floats."""
+        self._check("x", x, self.event_shape, context)
         if not x.is_floating_point():
             raise DataError(f"x has type {x.dtype}; the score is a derivative and takes floats")
         with torch.enable_grad():
@@ -272,11 +279,13 @@ class Flow(nn.Module):
         Raises:
             ConfigError: for times outside [0, 1] or decreasing, or a flow that has no such path (with a Split).
         """
-        self._check("x", x, self.event_shape, context)
+        x, context, _ = self._rows("x", x, self.event_shape, context)
         return trajectory(self.transform, x, times, context, noise=noise)
 
     def distribution(self, context: Tensor | None = None) -> FlowDistribution:
         """This flow as a ``torch.distributions.Distribution``; a context (M, C) becomes the batch shape (M,)."""
         if context is not None:
-            self._check_context(context, None)
+            check_context(context, self.context_dim, self.like)
+        elif self.context_dim:
+            raise ConfigError(f"context=None, but this flow is conditional: give a context ({self.context_dim},) or (N, {self.context_dim})")
         return FlowDistribution(self, context)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from cnf.continuous import CNF
+from cnf.continuous import CNF, Handover
 from cnf.errors import ConfigError, DataError
 from cnf.noise import Noise, child
 from cnf.solvers import Stats
@@ -92,7 +92,7 @@ class Carried(Sequential):
         ConfigError: without blocks, for one without an augmented time, or for blocks inside a transform of the chain.
 
     Example:
-        >>> from cnf.continuous import CNF
+        >>> from cnf.continuous import CNF, Handover
         >>> from cnf.fields import MLP, Drive, TimePath
         >>> block = lambda: CNF(MLP(2, (8,), Drive("concat", k=3)), path=TimePath(3)).eval()
         >>> chain = Carried([block(), block()])
@@ -143,14 +143,16 @@ class Carried(Sequential):
         results = []
         for i, (step, own) in reversed(list(enumerate(steps))) if back else enumerate(steps):
             end, here = ends[i], drives[i + back]
+            wanted: dict[str, Any] = {"noise": own, "log_det": log_det, "integrals": integrals}
             if end is None:
-                move = step.inverse if back else step.forward
-                one = move(x, context, noise=own, log_det=log_det, integrals=integrals)
+                one = (step.inverse if back else step)(x, context, **wanted)
                 there = here if back else self.between(step, here)
-            else:
-                one, there = cast(CNF, step).through(
-                    x, end, here, context, noise=own, log_det=log_det, integrals=integrals, back=back
-                )
+            elif back:
+                one, there = cast(CNF, step).through(x, end, here, context, **wanted, back=True)
+            else:  # called as a module, so that its hooks act
+                handover = Handover(end, here)
+                one = step(x, context, **wanted, handover=handover)
+                there = handover.drive
             results.append(one)
             drives += [] if back else [there]
             x = one.value
@@ -279,7 +281,7 @@ def multiscale(shape: Shape, block: Callable[[Shape], Transform], num_blocks: in
         ConfigError: for sizes that do not halve (see :func:`scale_shapes`), or fewer than one block.
 
     Example:
-        >>> from cnf.continuous import CNF
+        >>> from cnf.continuous import CNF, Handover
         >>> from cnf.fields import ConvField
         >>> chain = multiscale((1, 8, 8), lambda shape: CNF(ConvField(shape[0], (4,))))
         >>> chain.outputs, sum(isinstance(m, CNF) for m in chain.modules())

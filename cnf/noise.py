@@ -116,6 +116,10 @@ class Noise:
         assert batch_dim is not None
         return value.narrow(batch_dim, start, shape[batch_dim])
 
+    def seed_of(self, name: str) -> int | None:
+        """A seed for a generator of its own, which draws what ``name`` says for the rows held here; None for replayed noise."""
+        return self._key(f"{name}/{self.start}")
+
     def _key(self, name: str) -> int:
         text = repr((self.seed, self.purpose, self.step, self.place, name))
         # manual_seed takes 64 bits; 63 keep it a non-negative Python int on every backend
@@ -143,6 +147,9 @@ class _Replay(Noise):
     def __init__(self, tensors: dict[str, Tensor]):
         super().__init__(0)
         self.tensors = tensors
+
+    def seed_of(self, name: str) -> int | None:
+        return None
 
     def _copy(self) -> Noise:
         other = _Replay(self.tensors)

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cnf.errors import ConfigError
 
-__all__ = ["Recompute", "present_autocast"]
+__all__ = ["Recompute", "differentiable_once", "final", "present_autocast"]
 
 State = tuple[Tensor, ...]
 KEPT = 4  # states of a chain that are kept for the backward pass; RNODE's four steps are then repeated only once
@@ -122,6 +121,15 @@ class Recompute:
         self.refuse(strangers)
         return values, [next(found) if n else None for n in needed]
 
+    def unnamed(self, function: Callable[..., State], state: Sequence[Tensor]) -> list[Tensor]:
+        """Evaluate function(*state) once, and return the leaves that want a gradient and are not among the parameters."""
+        with torch.enable_grad():
+            entries = [t.detach().requires_grad_() for t in state]
+            outputs = function(*entries)
+        strangers = self.strangers((o for o in outputs if o.requires_grad), entries)
+        del outputs
+        return [leaf for reference in strangers if (leaf := reference()) is not None]
+
     def refuse(self, strangers: Iterable[weakref.ref[Tensor]]) -> None:
         """Refuse those that outlive the function's graph: leaves that it made on the way are gone with it."""
         for reference in strangers:
@@ -148,6 +156,54 @@ def present_autocast(like: Tensor) -> torch.autocast:
     return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
 
+def _refused(gradient: str) -> ConfigError:
+    return ConfigError(f"gradient={gradient!r} can be differentiated once, and a second derivative was requested: take gradient='direct'")
+
+
+class _Final(torch.autograd.Function):
+    """The identity on gradients that have no derivative of their own; without it they would count as constants."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: str, anchor: Tensor, *tensors: Tensor) -> State:
+        ctx.gradient = gradient
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        raise _refused(ctx.gradient)
+
+
+def final(gradient: str, found: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return the gradients of a backward pass; where it is recorded, differentiating them raises a ConfigError."""
+    if not torch.is_grad_enabled():
+        return list(found)
+    anchor = torch.zeros((), requires_grad=True)
+    marked = iter(_Final.apply(gradient, anchor, *(g for g in found if g is not None)))
+    return [None if g is None else next(marked) for g in found]
+
+
+class _Once(torch.autograd.Function):
+    """The identity, whose backward pass may not be recorded."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: str, *tensors: Tensor) -> State:
+        ctx.gradient = gradient
+        ctx.set_materialize_grads(False)
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise _refused(ctx.gradient)
+        return (None, *gradients)
+
+
+def differentiable_once(gradient: str, state: State) -> State:
+    """Return the state, whose backward pass refuses to be recorded: for gradients that cannot be marked by :func:`final`."""
+    found: State = _Once.apply(gradient, *state)
+    return found
+
+
 class _Repeated(torch.autograd.Function):
     """The function's values without its graph."""
 
@@ -159,8 +215,8 @@ class _Repeated(torch.autograd.Function):
         return function(*tensors[:count])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         state = ctx.saved_tensors[: ctx.count]
-        _, found = ctx.owner.pull(ctx.function, state, gradients, ctx.needs_input_grad[3:], ctx.autocast)
-        return (None, None, None, *found)
+        with torch.no_grad():
+            _, found = ctx.owner.pull(ctx.function, state, gradients, ctx.needs_input_grad[3:], ctx.autocast)
+        return (None, None, None, *final(ctx.owner.gradient, found))

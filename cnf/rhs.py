@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from cnf.compilation import compiled
-from cnf.divergence import Bound, Divergence, Driven, Field, linearize
+from cnf.divergence import Bound, Divergence, Driven, linearize
 from cnf.fields.augmented import TimePath
+from cnf.fields.custom import CustomField, Field
 from cnf.quadratures import Quadrature, StepError
 
 __all__ = ["OneStage", "RightHandSide", "field_precision"]
@@ -37,7 +38,7 @@ class RightHandSide:
     A state of the dynamic entries alone gets their slopes alone.
 
     Args:
-        field: prepared for this solve (see :func:`cnf.divergence.prepared`).
+        field: prepared for this solve (see :func:`cnf.fields.custom.prepared`).
         path: of the augmented time, or None.
         divergence: how the trace is had.
         quadratures: what else is integrated.
@@ -69,6 +70,7 @@ class RightHandSide:
         self.field, self.path, self.divergence, self.quadratures = field, path, divergence, tuple(quadratures)
         self.start, self.span, self.context, self.probe, self.log_det = start, span, context, probe, log_det
         self.autocast, self.compile, self.once = autocast, compile, once
+        self.custom = isinstance(field, CustomField) or any(not type(q).__module__.startswith("cnf.") or hasattr(q, "cost") for q in quadratures)
         # a tensor: a number would be compiled in, and a graph made for each; filled on its device, not copied to it
         self.share = None if once is None else start.new_full((), once.share)
         errors = [i for i, q in enumerate(self.quadratures) if isinstance(q, StepError)]

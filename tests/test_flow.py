@@ -424,7 +424,7 @@ def test_refusals_of_points():
     single, _ = CASES["vector"](torch.float32)
     x = points(flow)
     for call in (flow.log_prob, flow.encode, flow.score, lambda y: flow.trajectory(y, torch.linspace(0, 1, 2))):
-        for shape in ((4, 2), (3,), (2, 4, 3), (0, 3)):
+        for shape in ((4, 2), (2,), (), (3, 4)):
             with pytest.raises(DataError, match=r"x has shape .*; expected \(N, 3\)"):
                 call(torch.zeros(shape, dtype=F64))
         bad = x.clone()
@@ -445,7 +445,7 @@ def test_refusals_of_points():
         flow.bits_per_dim(x)
     with pytest.raises(ConfigError, match="quantize=True is for images"):
         flow.sample(3, quantize=True)
-    for n, temperature in ((0, 1.0), (3, 0.0), (3, -1.0), (3, math.nan)):
+    for n, temperature in ((-1, 1.0), (3, 0.0), (3, -1.0), (3, math.nan)):
         with pytest.raises(ConfigError, match=f"n={n}, temperature={temperature}"):
             flow.sample(n, temperature=temperature)
 
@@ -476,13 +476,13 @@ def test_refusals_of_contexts():
     flow, context = CASES["context rows"]()
     x = points(flow)
     for call in (lambda c: flow.log_prob(x, c), lambda c: flow.decode(x, c), lambda c: flow.trajectory(x, torch.ones(1), c)):
-        for shape in ((4, 2), (2,), (3, 3), (1, 3), (4, 1, 3)):
-            with pytest.raises(DataError, match=r"context has shape .*; expected \(3,\), or \(4, 3\)"):
+        for shape in ((4, 2), (2,), (3, 3), (2, 4, 2), ()):
+            with pytest.raises(DataError, match=r"context has shape .* expected .*\(3,\)"):
                 call(torch.zeros(shape, dtype=F64))
         with pytest.raises(DataError, match="one-hot"):
             call(torch.zeros(4, 3, dtype=torch.int64))
     for call in (lambda c: flow.sample(2, c), flow.distribution, lambda c: flow.sample_and_log_prob(2, c)):
-        with pytest.raises(DataError, match=r"expected \(3,\), or \(M, 3\)"):
+        with pytest.raises(DataError, match=r"expected \(3,\), or \(N, 3\)"):
             call(torch.zeros(4, 2, dtype=F64))
     with pytest.raises(ConfigError, match="pass context"):
         flow.log_prob(x)

@@ -16,7 +16,7 @@ from cnf.compat.layout import Block, Layout, layout
 from cnf.compat.reading import Arguments, Reference, read_reference
 from cnf.errors import CheckpointError, ConfigError
 from cnf.fields import Conv, SqueezeSum, Stack, TimeLayer
-from cnf.fields.time import Hyper
+from cnf.fields.layers import Hyper
 from cnf.flow import Flow
 from cnf.models import ModelConfig, SolverConfig, build
 from cnf.solvers import TABLEAUS, Adaptive

@@ -2,11 +2,12 @@
 
 from cnf.fields.augmented import DRIVES, Drive, TimePath
 from cnf.fields.denoiser import PERIODS, Denoiser
+from cnf.fields.layers import LAYERS, LayerFactory, time_layer
 from cnf.fields.maps import Conv, Linear
 from cnf.fields.networks import MLP, ConvField, Stack
 from cnf.fields.parallel import SqueezeSum
 from cnf.fields.schedule import Schedule
-from cnf.fields.time import LAYERS, LayerFactory, TimeLayer, time_layer
+from cnf.fields.time import TimeLayer
 from cnf.fields.unet import UNet
 
 __all__ = [

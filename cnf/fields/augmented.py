@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from cnf.errors import ConfigError
 from cnf.fields.maps import Conv, Linear
-from cnf.fields.time import Affine, Constants, TimeLayer, _bias, _weight
+from cnf.fields.time import Affine, Constants, TimeLayer, bias_of, planes, weight_of
 
 __all__ = ["DRIVES", "Drive", "TimePath", "check_drive"]
 
@@ -131,7 +132,7 @@ class DriveConcat(_Driven):
         self.core = map.module(extra=drive.k)
 
     def constants(self, size: tuple[int, ...]) -> Constants:
-        weight, bias = _weight(self.core), _bias(self.core)  # also where functional_call has put tensors in
+        weight, bias = weight_of(self.core), bias_of(self.core)  # also where functional_call has put tensors in
         driven, rest = self.map.split(weight, self.drive.k)
         # constant planes enter linearly: one small map of k planes of ones for all times, (k, out, *size)
         one = torch.eye(self.drive.k, dtype=weight.dtype, device=weight.device)
@@ -140,8 +141,12 @@ class DriveConcat(_Driven):
 
     def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         self._check(t, rows=True)
-        weight, planes, bias = constants
-        return Affine(weight, None, torch.tensordot(t, planes, 1) + bias)
+        weight, driven, bias = constants
+        return Affine(weight, None, torch.tensordot(t, driven, 1) + bias)
+
+    def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
+        self._check(t, rows=True)
+        return cast(Tensor, self.core(torch.cat([planes(t, x), x], 1)))
 
 
 class DriveHyper(_Driven):

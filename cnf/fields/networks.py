@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from cnf.errors import ConfigError
 from cnf.fields.activations import activation
+from cnf.fields.autodiff import autodiff_jvp
+from cnf.fields.custom import intact, structure
+from cnf.fields.layers import LayerFactory, time_layer
 from cnf.fields.maps import Conv, Linear
-from cnf.fields.prepared import Prepared, closed_form
-from cnf.fields.time import LayerFactory, TimeLayer, time_layer
+from cnf.fields.prepared import Prepared, call_layers, closed_form, skip
+from cnf.fields.time import TimeLayer
 
 __all__ = ["MLP", "ConvField", "Stack"]
 
@@ -38,13 +41,7 @@ class Stack(nn.Module):
         self.residual = residual
         dim = layers[0].map.inputs
         self.linear = nn.Parameter(torch.zeros(dim, dim)) if residual == "linear" else None
-
-    prepares = True  # not a subclass with an evaluation of its own: a solve then calls that
-
-    def __init_subclass__(cls, **options: object) -> None:
-        super().__init_subclass__(**options)
-        if {"forward", "jvp", "divergence"} & vars(cls).keys() and not {"prepare", "prepares"} & vars(cls).keys():
-            cls.prepares = False
+        self.built = structure(self)
 
     @property
     def time_rows(self) -> bool:
@@ -68,7 +65,12 @@ class Stack(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """dx/dt (N, \\*event) at x (N, \\*event) and t () (or (N,), one time a row)."""
-        return self.prepare(x, context)(t, x)
+        if intact(self):
+            return self.prepare(x, context)(t, x)
+        spatial = bool(self.time_layers[0].map.spatial)
+        entered = x if spatial else x.flatten(1)
+        h = call_layers(self.layers, self.activation, t, entered, context)
+        return skip(self.residual, self.linear, h, entered).reshape(x.shape)
 
     def jvp(
         self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
@@ -86,12 +88,15 @@ class Stack(nn.Module):
         Returns:
             dx (N, \\*event) and J v (K, N, \\*event).
         """
+        if not intact(self):
+            return autodiff_jvp(lambda s, y: self(s, y, context), t, x, v, t_dot)
         return self.prepare(x, context).jvp(t, x, v, t_dot=t_dot)
 
     @property
     def closed_form(self) -> bool:
-        """Whether :meth:`divergence` is offered: at most two hidden layers, convolutions of stride 1, a last gate free of context."""
-        return closed_form(self.time_layers)
+        """Whether :meth:`divergence` is offered: at most two hidden layers, convolutions of stride 1, a last gate free of context, and no
+        hook, parametrisation or replaced layer."""
+        return closed_form(self.time_layers) and intact(self)
 
     def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """f (N, \\*event) and its exact divergence (N,), with no probe and no derivative pass (see :mod:`cnf.fields.trace`).
@@ -99,6 +104,8 @@ class Stack(nn.Module):
         Raises:
             ConfigError: where there is no such form.
         """
+        if not intact(self):
+            raise ConfigError("divergence has no closed form for a field with hooks, parametrised or replaced layers: use Exact(), by autodiff")
         return self.prepare(x, context).divergence(t, x)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnf.errors import ConfigError
+from cnf.fields.autodiff import autodiff_jvp
+from cnf.fields.custom import intact, structure
 from cnf.fields.networks import ConvField
 from cnf.fields.prepared import Prepared
 
@@ -39,6 +42,7 @@ class SqueezeSum(nn.Module):
         if not nets:
             raise ConfigError("nets is empty: expected one net for each squeeze level")
         self.nets = nn.ModuleList(nets)
+        self.built = structure(self)
 
     @property
     def time_rows(self) -> bool:
@@ -62,12 +66,16 @@ class SqueezeSum(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """dx/dt (N, C, H, W)."""
-        return self.prepare(x, context)(t, x)
+        if intact(self):
+            return self.prepare(x, context)(t, x)
+        return sum((_unsqueeze(net(t, _squeeze(x, s), context), s) for s, net in enumerate(self.nets)), torch.zeros_like(x))
 
     def jvp(
         self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """f and J v + t_dot ∂f/∂t for K stacked tangents v (K, N, C, H, W); see :meth:`cnf.fields.Stack.jvp`."""
+        if not intact(self):
+            return autodiff_jvp(lambda s, y: self(s, y, context), t, x, v, t_dot)
         return self.prepare(x, context).jvp(t, x, v, t_dot=t_dot)
 
 

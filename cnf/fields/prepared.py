@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnf.errors import ConfigError
 from cnf.fields.activations import Activation
@@ -14,7 +14,7 @@ from cnf.fields.maps import Linear
 from cnf.fields.time import Affine, Fixed, TimeLayer
 from cnf.fields.trace import ConvKernel, conv_kernel, conv_trace, dense_kernel, dense_trace
 
-__all__ = ["Prepared", "closed_form"]
+__all__ = ["Prepared", "call_layers", "closed_form", "skip"]
 
 
 def closed_form(layers: Sequence[TimeLayer]) -> bool:
@@ -65,7 +65,7 @@ class Prepared:
     def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """dx/dt (N, \\*event) at x (N, \\*event) and t () (or (N,), one time a row); the context is the prepared one."""
         entered = self._enter(x)
-        return self._skip(self.value(t, entered), entered).reshape(x.shape)
+        return skip(self.residual, self.linear, self.value(t, entered), entered).reshape(x.shape)
 
     def value(self, t: Tensor, h: Tensor) -> Tensor:
         """The last layer's output (N, out) for inputs (N, in) of the first, images channels-last: no residual term."""
@@ -95,7 +95,7 @@ class Prepared:
                 pre, slope = self.activation.pair(pre)
                 dpre = slope * dpre
             h = torch.cat([pre, dpre.flatten(0, 1)])
-        h = self._skip(h, entered)
+        h = skip(self.residual, self.linear, h, entered)
         return h[:n].reshape(x.shape), h[n:].reshape(v.shape)
 
     def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ class Prepared:
             div = div - x[0].numel()
         elif self.linear is not None:
             div = div + self.linear.diagonal().sum()
-        return self._skip(h, entered).reshape(x.shape), div
+        return skip(self.residual, self.linear, h, entered).reshape(x.shape), div
 
     def keep_kernel(self, t: Tensor) -> None:
         """Make the trace's kernel now, if it is one that serves all times."""
@@ -173,7 +173,16 @@ class Prepared:
             return h
         return h.movedim(-3, -1).contiguous().movedim(-1, -3)  # vmap has no memory_format
 
-    def _skip(self, h: Tensor, x: Tensor) -> Tensor:
-        if self.residual == "minus":
-            return h - x
-        return h if self.linear is None else h + x @ self.linear.T
+
+def skip(residual: str, linear: Tensor | None, h: Tensor, x: Tensor) -> Tensor:
+    """Add the residual term of a stack (see :class:`~cnf.fields.Stack`) to its output h at the input x."""
+    if residual == "minus":
+        return h - x
+    return h if linear is None else h + x @ linear.T
+
+
+def call_layers(layers: Iterable[nn.Module], activation: Activation, t: Tensor, h: Tensor, context: Tensor | None = None) -> Tensor:
+    """Call layers one after another as modules, so that hooks and replaced modules act; nothing is fused."""
+    for i, layer in enumerate(layers):
+        h = layer(t, activation.value(h) if i else h, context)
+    return h

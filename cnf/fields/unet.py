@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnf.errors import ConfigError
+from cnf.fields.autodiff import autodiff_jvp
+from cnf.fields.custom import intact, structure
 from cnf.fields.residual import Attention, GroupNorm, Pair, ResidualBlock, convolve, joined, silu
 
 __all__ = ["TimeEmbedding", "UNet"]
@@ -104,6 +106,7 @@ class UNet(nn.Module):
         self.grow = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in pairs)
         self.up = nn.ModuleList(blocks(2 * a, a) for a, _ in pairs)
         self.norm, self.leave = GroupNorm(hidden[0]), nn.Conv2d(hidden[0], channels, 3, padding=1)
+        self.built = structure(self)
         if zero_init:
             self.zero_()
 
@@ -120,6 +123,8 @@ class UNet(nn.Module):
         self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """f (N, C, H, W) and J v + t_dot ∂f/∂t (K, N, C, H, W) for K stacked tangents v, the point computed once."""
+        if not intact(self):
+            return autodiff_jvp(lambda s, y: UNet.forward(self, s, y, context), t, x, v, t_dot)
         out = self._run(Pair(self._placed(x), self._placed(v.flatten(0, 1))), self.embedding(t, context))
         product = cast(Tensor, out.tangent).unflatten(0, v.shape[:2])
         if t_dot is not None:

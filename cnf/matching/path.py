@@ -12,11 +12,11 @@ from cnf.compilation import compiled
 from cnf.continuous import CNF
 from cnf.deferral import sent
 from cnf.dequantization import TruncatedNormalDequantize, VariationalDequantize
-from cnf.divergence import prepared
 from cnf.errors import ConfigError
 from cnf.fields import Schedule
+from cnf.fields.custom import prepared
 from cnf.flow import Flow
-from cnf.noise import Noise
+from cnf.noise import Noise, child
 from cnf.rhs import field_precision
 from cnf.transforms import Transform
 from cnf.transforms.base import placed
@@ -78,15 +78,16 @@ class MatchingPath:
                 x = leaf(x, noise=own, log_det=False).value
         return x
 
-    def velocity(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """dx/dt (N, \\*event') at the times t (N,) of the whole path, float64 on the CPU, and the points x (N, \\*event')."""
+    def velocity(self, t: Tensor, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Tensor:
+        """dx/dt (N, \\*event') at the times t (N,) of the whole path, float64 on the CPU, and the points x (N, \\*event');
+        ``noise`` is for random layers of a custom field."""
         if len(self.blocks) == 1 and not self.together:
-            return self._stretch(0, t, x, context)
+            return self._stretch(0, t, x, context, noise)
         order = t.argsort(stable=True)  # the rows of one block, and of one time, side by side
         there, back = (sent(i, x.device) for i in (order, order.argsort()))
-        return self._sorted(t[order], x[there], _given(context, there))[back]
+        return self._sorted(t[order], x[there], _given(context, there), noise)[back]
 
-    def _sorted(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+    def _sorted(self, t: Tensor, x: Tensor, context: Tensor | None, noise: Noise | None) -> Tensor:
         """The same for rising times: each block has its stretch of them."""
         parts = []
         count = len(self.blocks)
@@ -95,22 +96,24 @@ class MatchingPath:
             if first == last:
                 continue
             rows = slice(first, last)
-            parts.append(self._stretch(k, t[rows], x[rows], _given(context, rows)))
+            parts.append(self._stretch(k, t[rows], x[rows], _given(context, rows), child(noise, k)))
         return torch.cat(parts)
 
-    def _stretch(self, k: int, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+    def _stretch(self, k: int, t: Tensor, x: Tensor, context: Tensor | None, noise: Noise | None) -> Tensor:
         """Block k's field in the time of the whole path, at times t (N,) of its stretch; rising, where rows share them."""
         block, count = self.blocks[k], len(self.blocks)
         end = block.end_time(x)
         local = sent((t * count - k).clamp(0, 1).to(x.dtype), x.device) * end
         if self.together:
             lengths = torch.unique_consecutive(t, return_counts=True)[1].tolist()
-            found = self._grouped(block, local, lengths, x, context)
+            found = self._grouped(block, local, lengths, x, context, noise)
         else:
-            found = self._evaluated(block, local, x, context)
+            found = self._evaluated(block, local, x, context, noise)
         return found * (end * count)
 
-    def _grouped(self, block: CNF, t: Tensor, lengths: Sequence[int], x: Tensor, context: Tensor | None) -> Tensor:
+    def _grouped(
+        self, block: CNF, t: Tensor, lengths: Sequence[int], x: Tensor, context: Tensor | None, noise: Noise | None
+    ) -> Tensor:
         """Rows that share their time evaluated together; an augmented time is integrated once, from one to the next."""
         parts = []
         now, drive = torch.zeros_like(t[0]), block.start(x)
@@ -121,18 +124,19 @@ class MatchingPath:
             if drive is not None:
                 drive, now = block.carry(drive, time - now), time
                 time = drive[0]
-            parts.append(self._evaluated(block, time, x[rows], _given(context, rows)))
+            parts.append(self._evaluated(block, time, x[rows], _given(context, rows), child(noise, first)))
             first += length
         return torch.cat(parts)
 
-    def _evaluated(self, block: CNF, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+    def _evaluated(self, block: CNF, t: Tensor, x: Tensor, context: Tensor | None, noise: Noise | None) -> Tensor:
         """The block's field in its training precision, compiled where that is asked for."""
         # several blocks, or rows that share their times, come in other numbers at every step (of a part of a batch), and each number of
         # rows would be compiled anew
         compiles = block.compiles and torch.is_grad_enabled() and len(self.blocks) == 1 and not self.together
         run: Callable[..., Tensor] = compiled(_field, x.is_cuda) if compiles else _field
         with field_precision(block.autocast if block.training else None, x):
-            return run(prepared(block.field, x, context), t, x, context).to(x.dtype)
+            field = prepared(block.field, x, context, noise, t=t)
+            return (_field if getattr(field, "random", False) else run)(field, t, x, context).to(x.dtype)
 
 
 def _field(field: Callable[..., Tensor], t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf.errors import ConfigError, SolverError
+from cnf.fields.custom import protect
 from cnf.models.odenet import ODENet, conv_maps, mlp_maps
 from cnf.models.predictor import Prediction, Predictor
 from cnf.solvers import Adaptive, FixedGrid, Solver, Stats
@@ -171,10 +172,10 @@ class NeuralODE(Predictor):
         self, field: nn.Module, state: Tensor, control: Tensor | None, start: Tensor, span: Tensor
     ) -> tuple[Tensor, Stats]:
         """One solve; ``start`` and ``span`` are () or, with an end time for each sample, (N,)."""
-        factor = span.reshape(-1, *(1,) * (state.ndim - 1)) if span.ndim else span
+        factor, evaluate = span.reshape(-1, *(1,) * (state.ndim - 1)) if span.ndim else span, protect(field)
 
         def rhs(s: Tensor, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (factor * field(start + s * span, y[0], control),)
+            return (factor * evaluate(start + s * span, y[0], control),)
 
         parameters = [*field.parameters(), start, span, *(() if control is None else (control,))]
         solver = self.solver if self.training else self.eval_solver

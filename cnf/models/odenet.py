@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from cnf.errors import ConfigError
 from cnf.fields.activations import activation
+from cnf.fields.custom import intact, structure
+from cnf.fields.layers import LayerFactory, time_layer
 from cnf.fields.maps import Conv, Linear
-from cnf.fields.prepared import Prepared
-from cnf.fields.time import LayerFactory, TimeLayer, time_layer
+from cnf.fields.prepared import Prepared, call_layers
+from cnf.fields.time import TimeLayer
 
 __all__ = ["ODENet", "conv_maps", "mlp_maps"]
 
@@ -37,6 +39,7 @@ class ODENet(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(time_layer(kind, map) for kind, map in zip(layers, maps, strict=True))
         self.activation = activation(nonlinearity)
+        self.built = structure(self)
         if zero_init:
             cast(TimeLayer, self.layers[-1]).zero_()
 
@@ -44,6 +47,8 @@ class ODENet(nn.Module):
         """dx/dt (N, \\*state) at x (N, \\*state) and t () or (N,); ``context`` is x₀ (N, \\*event) where there is a control."""
         h = x if context is None else torch.cat([x, context], 1)
         layers = [cast(TimeLayer, layer) for layer in self.layers]
+        if not intact(self):
+            return call_layers(layers, self.activation, t, h)
         size = tuple(h.shape[2:]) if layers[0].map.spatial else ()
         return Prepared(layers, self.activation, size, None).value(t, h)
 

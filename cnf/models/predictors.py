@@ -9,7 +9,7 @@ from torch import nn
 
 from cnf.errors import ConfigError
 from cnf.fields.depth import galerkin
-from cnf.fields.time import LayerFactory
+from cnf.fields.layers import LayerFactory
 from cnf.models.flows import PREDICTIVE, ModelConfig
 from cnf.models.neural_ode import NeuralODE
 from cnf.models.odenet import ODENet, conv_maps, mlp_maps

@@ -111,7 +111,7 @@ class FlowMatching(DensityObjective):
         # all that depends on the times alone, computed on the CPU and sent together: nothing waits for a GPU
         known = sent(torch.stack([*self.path.schedule(t), weight]).to(start.dtype), start.device)
         a, b, da, db = (c.reshape(-1, *(1,) * (start.ndim - 1)) for c in known[:4])
-        velocity = self.path.velocity(t, a * start + b * z, context)
+        velocity = self.path.velocity(t, a * start + b * z, context, noise)
         return t, (velocity - (da * start + db * z)).flatten(1).square().mean(1) * known[4]
 
     @torch.no_grad()

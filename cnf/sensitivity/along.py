@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cnf.continuous import CNF
 from cnf.errors import ConfigError
+from cnf.fields.custom import protect
 from cnf.sensitivity.paths import clock, solver_of
 from cnf.solvers import Solver
 from cnf.solvers.base import State
@@ -34,7 +35,7 @@ class _Functional(nn.Module):
             a = self.block.start(x)
             return (x,) if a is None else (x, a)
         end, path = self.block.end_time(x), self.block.path
-        dx = end * self.block.field(clock(end * share, a), x, context)
+        dx = end * protect(self.block.field)(clock(end * share, a), x, context)
         return (dx,) if a is None or path is None else (dx, end * path(a))
 
 

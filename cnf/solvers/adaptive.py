@@ -12,8 +12,11 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
+from cnf.deferral import vectorized
 from cnf.errors import ConfigError, SolverError
+from cnf.recompute import Recompute, differentiable_once
 from cnf.solvers.base import RHS, Counter, Solution, State, Stats, finite, largest
+from cnf.solvers.embedded import embedded
 
 __all__ = ["Adaptive"]
 
@@ -116,6 +119,10 @@ class Adaptive:
         Raises:
             SolverError: too many steps, an underflowing step, or a state that is not finite.
         """
+        if vectorized():
+            return self._embedded(rhs, state, dynamic)
+        if state[0].is_meta or torch.compiler.is_exporting():
+            raise ConfigError(f"{self!r} chooses its steps by values, which torch.export and the meta device do not have: use FixedGrid(...)")
         ends = torch.tensor([0.0, 1.0], dtype=state[0].dtype, device=state[0].device)
         path, stats = self.path(rhs, state, ends, dynamic=dynamic, parameters=parameters)
         return Solution(tuple(entry[-1] for entry in path), stats)
@@ -144,6 +151,8 @@ class Adaptive:
         common: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol, "method": self.method}
         try:
             if self.gradient == "adjoint" and torch.is_grad_enabled():
+                if getattr(rhs, "custom", True):  # a custom field may close over an encoder's output, say
+                    parameters = (*parameters, *Recompute(parameters).unnamed(lambda *y: function(times[0], y), state))
                 path = torchdiffeq.odeint_adjoint(
                     function,
                     state,
@@ -153,6 +162,7 @@ class Adaptive:
                     adjoint_params=tuple(p for p in parameters if p.requires_grad),
                     **common,
                 )
+                path = differentiable_once(self.gradient, tuple(path))
             else:
                 path = torchdiffeq.odeint(function, state, times, options={**options(1.0), "norm": norm}, **common)
         except AssertionError as error:
@@ -161,6 +171,18 @@ class Adaptive:
             raise self._failed("the final state is not finite", function)
         function.counter.backward, function.attempt = True, None
         return Solution(tuple(path), Stats([function.counter]))
+
+    def _embedded(self, rhs: RHS, state: State, dynamic: int) -> Solution:
+        """The same steps inside a transform of torch.func; the gradient is that of the steps taken, whatever ``gradient`` is."""
+        counter = Counter()
+        used = len(state) if self.quadratures_in_norm else dynamic
+
+        def norm(y: State) -> Tensor:
+            return torch.stack([e.abs().square().mean().sqrt() for e in y[:used]]).max()
+
+        y = embedded(self.method, rhs, state, counter, rtol=self.rtol, atol=self.atol, norm=norm, max_steps=self.max_steps)
+        counter.backward = True
+        return Solution(y, Stats([counter]))
 
     def _failed(self, reason: str, function: _Function) -> SolverError:
         counter, where = function.counter, {}

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cnf.deferral import deferred
+from cnf.deferral import deferred, tracing
 from cnf.errors import ConfigError, SolverError
 from cnf.recompute import Recompute
 from cnf.solvers.base import RHS, Counter, Solution, State, Stats, finite, largest
@@ -122,7 +122,7 @@ class FixedGrid:
         like = state[0]
         nodes = torch.linspace(0, 1, self.steps + 1, dtype=like.dtype, device=like.device)
         y = self._run(rhs, state, nodes, counter, dynamic, parameters)
-        if not deferred() and not finite(y):
+        if not deferred(*y) and not finite(y):
             counter.nfe = 0
             with torch.no_grad():
                 self._run(rhs, state, nodes, counter, dynamic, parameters, check=True)
@@ -154,7 +154,7 @@ class FixedGrid:
             return *after[:place], after[place] + size, *after[place + 1 :]
 
         parts = [partial(step, i, nodes[i], nodes[i + 1] - nodes[i]) for i in range(self.steps)]
-        if self.gradient == "checkpoint" and torch.is_grad_enabled():
+        if self.gradient == "checkpoint" and torch.is_grad_enabled() and not tracing(*state):
             return Recompute(parameters).chain(parts, state)
         y = state
         for i, part in enumerate(parts):

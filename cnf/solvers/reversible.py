@@ -8,11 +8,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from cnf.deferral import deferred
+from cnf.deferral import deferred, tracing
 from cnf.errors import ConfigError, SolverError
-from cnf.recompute import Recompute, present_autocast
+from cnf.recompute import Recompute, final, present_autocast
 from cnf.solvers.base import RHS, Counter, State
 from cnf.solvers.fixed import FixedGrid, stages, weighted
 from cnf.solvers.tableaus import Tableau
@@ -108,7 +107,7 @@ class Reversible(FixedGrid):
         check: bool = False,
     ) -> State:
         walk = _Walk(self, rhs, state, nodes, counter, dynamic, parameters)
-        if self.gradient == "reversible" and torch.is_grad_enabled():
+        if self.gradient == "reversible" and torch.is_grad_enabled() and not tracing(*state):
             found: State = _Walked.apply(walk, *state, *walk.whole.parameters)
             return found
         require = partial(self._require_finite, nodes=nodes, counter=counter) if check else None
@@ -252,11 +251,11 @@ class _Walked(torch.autograd.Function):
         return last
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         walk: _Walk = ctx.walk
         k, count = walk.dynamic, len(walk.types)
         needed = ctx.needs_input_grad[1:]
         kept = ctx.saved_tensors
-        found = walk.back(kept[:k], kept[k : 2 * k], gradients, needed[count:], ctx.autocast)
-        return (None, *(g if n else None for g, n in zip(found, needed, strict=True)))
+        with torch.no_grad():
+            found = walk.back(kept[:k], kept[k : 2 * k], gradients, needed[count:], ctx.autocast)
+        return (None, *final(walk.solver.gradient, [g if n else None for g, n in zip(found, needed, strict=True)]))

@@ -119,7 +119,7 @@ class Sequential(Transform):
         numbered = list(enumerate(self.transforms))
         for i, module in reversed(numbered) if back else numbered:
             transform = cast(Transform, module)
-            step = transform.inverse if back else transform.forward
+            step = transform.inverse if back else transform  # called as a module, so that its hooks act
             x, one, parts, cost = step(x, context, noise=child(noise, i), log_det=log_det, integrals=integrals)
             total = one if total is None else total + one
             stats = stats + cost

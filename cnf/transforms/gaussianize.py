@@ -115,7 +115,7 @@ class Gaussianize(Plain):
         bins = self._bins(x)
         left, mass = self._piece(bins, *self._pieces())
         s = self.alpha + (1 - 2 * self.alpha) * (left + mass * (x.double() * self.levels - bins))
-        if s.numel() and not deferred() and not bool(((s > 0) & (s < 1)).all()):
+        if s.numel() and not deferred(s) and not bool(((s > 0) & (s < 1)).all()):
             low, high = (float(v) for v in x.detach().aminmax())
             what = "x holds NaN" if math.isnan(low) else f"x spans [{low:g}, {high:g}]"
             raise DataError(f"Gaussianize takes x in [0, 1], but {what}: rescale the data")

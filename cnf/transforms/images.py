@@ -86,7 +86,7 @@ class Dequantize(Transform):
         """
         if x.dtype != torch.uint8:
             raise DataError(f"images of type {x.dtype}: expected uint8 grey levels, or floats in [0, 1]")
-        if x.numel() and not deferred() and int(x.max()) >= self.levels:
+        if x.numel() and not deferred(x) and int(x.max()) >= self.levels:
             raise DataError(f"a pixel is {int(x.max())}, but levels={self.levels}: expected 0 to {self.levels - 1}")
 
     def quantize(self, x: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class Logit(Plain):
             raise DataError(f"the logit transform takes floats in [0, 1], not {x.dtype}: put Dequantize before it")
         scale = 1 - 2 * self.alpha
         s = self.alpha + scale * x
-        low, high = (float(v) for v in s.detach().aminmax()) if s.numel() and not deferred() else (0.5, 0.5)
+        low, high = (float(v) for v in s.detach().aminmax()) if s.numel() and not deferred(s) else (0.5, 0.5)
         if not (low > 0 and high < 1):
             low, high = (float(v) for v in x.detach().aminmax())
             what = "x holds NaN" if math.isnan(low) else f"x spans [{low:g}, {high:g}]"

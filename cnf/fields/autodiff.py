@@ -1,0 +1,72 @@
+"""Jacobian-vector products of fields by forward-mode autodiff."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cnf.errors import ConfigError
+
+__all__ = ["NoForwardMode", "autodiff_jvp"]
+
+# what torch says of an operation that forward-mode differentiation, or its vectorisation, does not pass
+_NO_FORWARD = ("forward AD", "forward mode AD", "forward-mode", "jvp", "setup_context", "functorch", "batching rule", "vmap")
+
+
+class NoForwardMode(ConfigError):
+    """An operation of a field has no forward-mode derivative; the divergence is then taken in reverse mode."""
+
+
+def autodiff_jvp(
+    function: Callable[[Tensor, Tensor], Tensor], t: Tensor, x: Tensor, v: Tensor, t_dot: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return f(t, x) and J v + t_dot ∂f/∂t for K stacked tangents v (K, N, \\*event), by forward-mode autodiff.
+
+    Raises:
+        NoForwardMode: where an operation has no such derivative.
+    """
+    dt = torch.zeros_like(t) if t_dot is None else t_dot.to(t).expand_as(t)
+
+    def push(tangent: Tensor) -> tuple[Tensor, Tensor]:
+        jvp: Any = torch.func.jvp
+        dx, product = jvp(function, (t, x), (dt, tangent))
+        return dx, product
+
+    try:
+        with _differentiable_attention():
+            if v.shape[0] == 1:
+                dx, product = push(v[0])
+                product = product[None]
+            else:
+                vmap: Any = torch.func.vmap
+                repeated, product = vmap(push, randomness="same")(v)  # out_dims=None does not nest in another vmap
+                dx = repeated[0]
+    except (RuntimeError, NotImplementedError) as error:
+        text = str(error)
+        if isinstance(error, ConfigError) or not any(word in text for word in _NO_FORWARD):
+            raise
+        raise NoForwardMode(
+            f"an operation of the field has no forward-mode derivative ({' '.join(text.split())[:200]}): replace it, or leave out what "
+            "takes a derivative along the path"
+        ) from None
+    return dx.to(x.dtype), product.to(x.dtype)
+
+
+@contextmanager
+def _differentiable_attention() -> Iterator[None]:
+    """Fused attention kernels have no forward-mode derivative; the plain one has."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

@@ -1,0 +1,309 @@
+"""Vector fields of any origin: validation, protection, and which of their capabilities may be used."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from cnf.deferral import tracing
+from cnf.errors import ConfigError
+from cnf.fields.randomness import SolveRandomness, draws_random_numbers
+from cnf.noise import Noise
+
+__all__ = ["CustomField", "Field", "check_signature", "context_size", "intact", "prepared", "protect", "structure"]
+
+Field = Callable[..., Tensor]
+"""``field(t, x, context) -> dx``: a module, or one bound for a solve; ``jvp`` and ``divergence`` where it has them."""
+
+Structure = dict[str, tuple[type, tuple[str, ...]]]
+
+_POINT = ("x", "z", "y", "xt", "x_t", "state", "states", "input", "inputs")
+_TIME = ("t", "time", "times", "s", "tau")
+_MIXING = 0.02  # of the field's size: how far a row may move with its neighbours (rounding, reduced precision)
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, dict[bool, bool]] = weakref.WeakKeyDictionary()  # by mode: does it draw?
+
+
+# --- which capabilities may be used -----------------------------------------------------------------------------
+
+
+def structure(module: nn.Module) -> Structure:
+    """Return type and own parameters of every submodule, which a later replacement changes."""
+    return {name: (type(m), tuple(k for k, p in m._parameters.items() if p is not None)) for name, m in module.named_modules() if name}
+
+
+def intact(field: nn.Module) -> bool:
+    """Return whether the field's weights alone determine its call: no hook, parametrisation or replaced layer.
+
+    A fused or closed form reads weights, so it is used only where this holds.
+    """
+    if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
+        return False
+    for m in field.modules():
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return False
+        if "forward" in vars(m) or "parametrizations" in m._modules:
+            return False
+    built: Structure | None = getattr(field, "built", None)
+    if built is None:
+        return True
+    now = structure(field)
+    return all(now.get(name) == entry for name, entry in built.items())
+
+
+def _consistent(kind: type, name: str) -> bool:
+    """Whether a class defines ``name`` no higher in its hierarchy than the methods that it has to agree with."""
+
+    def depth(method: str) -> int | None:
+        return next((i for i, base in enumerate(kind.__mro__) if method in vars(base)), None)
+
+    own = depth(name)
+    rivals = ("forward", "jvp", "divergence") if name == "prepare" else ("forward",)
+    return own is not None and all((other := depth(rival)) is None or own <= other for rival in rivals)
+
+
+def _ours(field: nn.Module) -> bool:
+    return type(field).__module__.partition(".")[0] == "cnf"
+
+
+def protect(field: nn.Module | Field, noise: Noise | None = None) -> Field:
+    """Return the field as a solver may call it: built-in ones as they are, any other validated and protected.
+
+    Args:
+        field: an ``nn.Module`` with ``forward(t, x, context=None)`` or ``forward(t, x)``; anything else is returned as it is.
+        noise: what a random layer draws from, once for all calls of the returned field; torch's generator if None.
+
+    Raises:
+        ConfigError: from a call of the field, for a value that is no vector field's.
+    """
+    if not isinstance(field, nn.Module):
+        return field
+    usable = intact(field)
+    return _BuiltIn(field) if usable and _ours(field) else CustomField(field, noise, usable)
+
+
+def prepared(
+    field: nn.Module | Field, x: Tensor, context: Tensor | None, noise: Noise | None = None, *, t: Tensor | None = None
+) -> Field:
+    """Return the field for one solve of points like x (N, \\*event), with all that is free of t computed once.
+
+    That is ``field.prepare(x, context)`` where its class has one that agrees with its ``forward`` and nothing stands in the way
+    (see :func:`intact`), else what :func:`protect` returns. ``t`` is a time at which a custom field may be checked.
+
+    Raises:
+        ConfigError: for a field whose value for a row depends on the other rows, such as one with batch statistics.
+    """
+    if isinstance(field, nn.Module) and _consistent(type(field), "prepare") and intact(field):
+        return field.prepare(x, context)  # type: ignore[no-any-return, operator]
+    bound = protect(field, noise)
+    if isinstance(bound, CustomField):
+        _refuse_batch_statistics(bound.module)
+        bound.check(x.new_full((), 0.5) if t is None else t, x, context)
+    return bound
+
+
+class _BuiltIn:
+    """A field of this package, called as it is."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        kind: Any = module
+        self.jvp: Any = kind.jvp if _consistent(type(module), "jvp") else None
+        self.divergence: Any = kind.divergence if _consistent(type(module), "divergence") else None
+        self.closed_form = self.divergence is not None and bool(getattr(module, "closed_form", True))
+
+    def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        value: Tensor = self.module(t, x, context)
+        return value
+
+
+class CustomField:
+    """A field whose code is not ours, for one solve.
+
+    It gets copies of t, x and context, which it may overwrite; its random layers draw the same numbers at every call; what it
+    returns must be a floating-point tensor of x's shape, and is copied, since it may be a buffer that the next call fills again.
+
+    Args:
+        module: the field.
+        noise: of random layers; torch's generator if None, which one call then moves.
+        usable: whether ``jvp`` and ``divergence`` of the module may be used.
+    """
+
+    def __init__(self, module: nn.Module, noise: Noise | None = None, usable: bool = True):
+        self.module, self.randomness = module, SolveRandomness(noise)
+        self.takes_context = _takes_context(module)
+        self.random = False
+        kind = type(module)
+        # None where autodiff has to serve
+        self.jvp = self._jvp if usable and _consistent(kind, "jvp") else None
+        self.divergence = self._divergence if usable and _consistent(kind, "divergence") else None
+        self.closed_form = self.divergence is not None and bool(getattr(module, "closed_form", True))
+        self.reverse = False  # whether an operation turned out to have no forward-mode derivative
+
+    def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """dx/dt (N, \\*event)."""
+        with self.randomness.at(x.device):
+            out = self.module(*self._copies(t, x, context))
+        return self._checked(out, x, "returned")
+
+    def _copies(self, t: Tensor, x: Tensor, context: Tensor | None) -> tuple[Any, ...]:
+        if self.takes_context:
+            return t.clone(), x.clone(), None if context is None else context.clone()
+        if context is not None:
+            raise ConfigError(
+                f"context has shape {tuple(context.shape)}, but {self._name}.forward(t, x) takes none: add a third argument, "
+                "forward(t, x, context=None)"
+            )
+        return t.clone(), x.clone()
+
+    @property
+    def _name(self) -> str:
+        return type(self.module).__name__
+
+    def _checked(self, out: Any, x: Tensor, what: str, lead: tuple[int, ...] = ()) -> Tensor:
+        if not isinstance(out, Tensor):
+            raise ConfigError(f"field {self._name} {what} a {type(out).__name__}; expected a tensor of x's shape {tuple(x.shape)}")
+        if out.shape != (*lead, *x.shape):
+            raise ConfigError(f"field {self._name} {what} shape {tuple(out.shape)}; expected {(*lead, *x.shape)}, as x has {tuple(x.shape)}")
+        if not out.is_floating_point():
+            raise ConfigError(f"field {self._name} {what} type {out.dtype}; expected floats, as x has {x.dtype}")
+        return out.clone()
+
+    def _jvp(
+        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        owner: Any = self.module
+        with self.randomness.at(x.device):
+            dx, product = owner.jvp(t.clone(), x.clone(), v.clone(), None if context is None else context.clone(), t_dot=t_dot)
+        return self._checked(dx, x, "returned from jvp"), self._checked(product, x, "returned from jvp a product of", v.shape[:1])
+
+    def _divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        owner: Any = self.module
+        with self.randomness.at(x.device):
+            dx, div = owner.divergence(t.clone(), x.clone(), None if context is None else context.clone())
+        return self._checked(dx, x, "returned from divergence"), self._checked(div, x.flatten(1)[:, 0], "returned a divergence of")
+
+    def check(self, t: Tensor, x: Tensor, context: Tensor | None) -> None:
+        """Require that rows do not influence each other, once for each mode of the module; and find out whether it draws.
+
+        Raises:
+            ConfigError: where the value of a row depends on the other rows of its batch.
+        """
+        if _ours(self.module) or x.shape[0] == 0 or tracing(x):
+            return
+        known = _CHECKED.setdefault(self.module, {})
+        mode = self.module.training
+        if mode in known:
+            self.random = known[mode]
+            return
+        try:
+            other = CustomField(_copy(self.module), None, usable=False)  # a counter in the module goes on as if nothing had been called
+            self.random, apart = other._compare_rows(t, x[:3], context)
+        except Exception:  # it closes over rows of its own, say: the solve itself will tell what is wrong
+            return
+        if self.random:
+            apart = 0.0  # other numbers for other shapes
+        if apart is None:
+            return
+        if apart > _MIXING:
+            raise ConfigError(
+                f"field {self._name} returns another value for a row when other rows are next to it (they differ by {apart:.1%} of its "
+                "size), so that no row has a density of its own: use statistics of one row (LayerNorm, GroupNorm) in place of the batch's"
+            )
+        known[mode] = self.random
+
+    @torch.no_grad()
+    def _compare_rows(self, t: Tensor, x: Tensor, context: Tensor | None) -> tuple[bool, float | None]:
+        """Whether the field draws random numbers, and how much its first row moves with the last, relative to its size."""
+        values = []
+        with draws_random_numbers(x.device) as drew:
+            for rows in range(max(1, len(x) - 1), len(x) + 1):
+                given = context if context is None or context.ndim == 1 else context[:rows]
+                values.append(self._checked(self.module(*self._copies(t, x[:rows], given)), x[:rows], "returned"))
+        size = float(values[-1].abs().max())
+        if len(x) < 2 or not 0 < size < float("inf"):  # one row, or zero at initialisation: to be looked at again
+            return drew[0], None
+        return drew[0], float((values[1][0] - values[0][0]).abs().max()) / size
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A copy without hooks."""
+    twin = copy.deepcopy(module)
+    for m in twin.modules():
+        for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks):
+            hooks.clear()
+    return twin
+
+
+def _refuse_batch_statistics(module: nn.Module) -> None:
+    for name, m in module.named_modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None):
+            raise ConfigError(
+                f"{name or 'the field'} is a {type(m).__name__} that uses the statistics of the batch, so that a row's density would "
+                "depend on the other rows: use GroupNorm or LayerNorm, or put that layer into eval mode (with running statistics)"
+            )
+
+
+# --- signatures -------------------------------------------------------------------------------------------------
+
+
+def _positional(forward: Any) -> tuple[tuple[str, ...], bool] | None:
+    """Names of the positional parameters of ``forward``, self left out, and whether it takes any number; None where unknown."""
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    return names, any(p.kind is p.VAR_POSITIONAL for p in parameters)
+
+
+def _signature(module: nn.Module) -> tuple[tuple[str, ...], bool] | None:
+    if "forward" in vars(module):  # replaced on the instance, bound already
+        return _positional(vars(module)["forward"])
+    found = _positional(type(module).forward)
+    return None if found is None else (found[0][1:], found[1])
+
+
+def _takes_context(module: nn.Module) -> bool:
+    found = _signature(module)
+    return found is None or found[1] or len(found[0]) > 2
+
+
+def context_size(field: nn.Module) -> int | None:
+    """Return the size C of the field's context, 0 for none; None for a custom field that takes one and does not say."""
+    stated = [field] if not _ours(field) else list(field.modules())
+    sizes = [int(c) for m in stated if (c := getattr(m, "context_dim", None)) is not None]
+    if sizes or _ours(field):
+        return max(sizes, default=0)
+    return None if _takes_context(field) else 0
+
+
+def check_signature(field: nn.Module) -> None:
+    """Refuse what cannot be called as ``field(t, x)``.
+
+    Raises:
+        ConfigError: for anything but an ``nn.Module``, a ``forward`` with fewer than two arguments, or one that takes x first.
+    """
+    if not isinstance(field, nn.Module):
+        raise ConfigError(
+            f"field is a {type(field).__name__}; expected an nn.Module with forward(t, x, context=None) "
+            "(cnf.from_velocity takes a plain function)"
+        )
+    found = _signature(field)
+    if found is None or found[1]:
+        return
+    names = found[0]
+    if len(names) < 2:
+        raise ConfigError(f"{type(field).__name__}.forward takes {len(names)} arguments; expected forward(t, x, context=None)")
+    if names[0].lower() in _POINT and names[1].lower() in _TIME:
+        raise ConfigError(
+            f"{type(field).__name__}.forward({', '.join(names)}) takes the point first; expected forward(t, x, context=None), "
+            "time first"
+        )

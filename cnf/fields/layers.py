@@ -1,0 +1,222 @@
+"""Time layers by name: the ways in which time enters a linear map."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from cnf.errors import ConfigError
+from cnf.fields.maps import Conv, Linear
+from cnf.fields.time import Affine, Constants, TimeLayer, bias_of, planes, require_one_time, weight_of
+
+__all__ = ["LAYERS", "Hyper", "LayerFactory", "time_layer"]
+
+
+class Ignore(TimeLayer):
+    """W x + b: no time."""
+
+    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
+        super().__init__(map, context_dim, context_gate=context_gate)
+        self.core = map.module()
+
+    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+        return Affine(weight_of(self.core), None, self._spread(bias_of(self.core)))
+
+    def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
+        return cast(Tensor, self.core(x))
+
+
+class Concat(TimeLayer):
+    """W [t; x] + b, time first; a convolution sees time as plane 0, zero padding included (FFJORD, 1810.01367)."""
+
+    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
+        super().__init__(map, context_dim, context_gate=context_gate)
+        self.core = map.module(extra=1)
+
+    def constants(self, size: tuple[int, ...]) -> Constants:
+        time, weight = self.map.split(weight_of(self.core), 1)
+        # the map of a constant plane t is t times that of ones: one small map for all times, not one per sample
+        return weight, self.map.apply(time, time.new_ones(1, 1, *size))[0], self._spread(bias_of(self.core))
+
+    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+        return _moving_plane(t, *constants)
+
+    def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
+        return cast(Tensor, self.core(torch.cat([planes(t[..., None], x), x], 1)))
+
+
+class ConcatCoord(TimeLayer):
+    """Convolution of [x; t; row; column], the indices plain integers; for vectors the same as concat."""
+
+    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
+        super().__init__(map, context_dim, context_gate=context_gate)
+        self.core = map.module(extra=3 if map.spatial else 1)
+
+    def constants(self, size: tuple[int, ...]) -> Constants:
+        if not self.map.spatial:
+            time, weight = self.map.split(weight_of(self.core), 1)
+            plane = self.map.apply(time, time.new_ones(1, 1))[0]
+            rest = bias_of(self.core)
+        else:
+            weight, extra = self.map.split(weight_of(self.core), self.map.inputs)
+            time, place = self.map.split(extra, 1)
+            plane = self.map.apply(time, time.new_ones(1, 1, *size))[0]
+            rows = torch.arange(size[0], dtype=place.dtype, device=place.device)
+            columns = torch.arange(size[1], dtype=place.dtype, device=place.device)
+            grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None]
+            rest = self.map.apply(place, grid)[0] + self._spread(bias_of(self.core))
+        return weight, plane, rest
+
+    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+        return _moving_plane(t, *constants)
+
+    def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
+        time = planes(t[..., None], x)
+        if not self.map.spatial:
+            return cast(Tensor, self.core(torch.cat([time, x], 1)))
+        rows, columns = (torch.arange(n, dtype=x.dtype, device=x.device) for n in x.shape[2:])
+        grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).expand(len(x), -1, -1, -1)
+        return cast(Tensor, self.core(torch.cat([x, time, grid], 1)))
+
+
+class Squash(TimeLayer):
+    """(W x + b) sigmoid(a t + c)."""
+
+    has_gate = True
+
+    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
+        super().__init__(map, context_dim, context_gate=context_gate)
+        self.core = map.module()
+        self.gate = nn.Linear(1, map.outputs)
+
+    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+        gate = self._gate(self.gate, t, logits)
+        return Affine(weight_of(self.core), gate, gate * self._spread(bias_of(self.core)))
+
+    def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
+        own = self.gate(t[..., None])
+        return cast(Tensor, self.core(x) * self._spread(torch.sigmoid(own if logits is None else own + logits)))
+
+
+class ConcatSquash(Squash):
+    """(W x + b) sigmoid(a t + c) + u t, FFJORD's layer for vectors (1810.01367)."""
+
+    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
+        super().__init__(map, context_dim, context_gate=context_gate)
+        self.drift = nn.Linear(1, map.outputs, bias=False)
+
+    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+        squashed = super().moving(t, constants, logits)
+        shift = cast(Tensor, squashed.shift) + self._spread(t[..., None] * self.drift.weight[:, 0])
+        return squashed._replace(shift=shift)
+
+    def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
+        return super().called(t, x, logits) + self._spread(self.drift(t[..., None]))
+
+
+class Blend(TimeLayer):
+    """y0 + (y1 - y0) t: two layers, blended over t in [0, 1]."""
+
+    time_weights = True
+
+    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
+        super().__init__(map, context_dim, context_gate=context_gate)
+        self.core0, self.core1 = map.module(), map.module()
+
+    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+        require_one_time(t, "blend")
+        weight = torch.lerp(weight_of(self.core0), weight_of(self.core1), t)
+        shift = torch.lerp(bias_of(self.core0), bias_of(self.core1), t)
+        return Affine(weight, None, self._spread(shift))
+
+    def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
+        require_one_time(t, "blend")
+        return torch.lerp(self.core0(x), self.core1(x), t)
+
+
+class Hyper(TimeLayer):
+    """Weights generated from t: by a small tanh net (vectors) or linearly in t (convolutions), as in FFJORD.
+
+    Weight and bias have slices of their own; the released convolution reads its bias from the start of the weight and
+    never uses the last entries (reference checkpoints are converted by ``cnf.compat``).
+    """
+
+    time_weights = True
+    hidden = 8  # width of the published generator
+
+    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
+        super().__init__(map, context_dim, context_gate=context_gate)
+        self.numel = torch.Size(map.weight_shape()).numel()
+        total = self.numel + map.outputs
+        self.generator: nn.Module
+        if map.spatial:
+            self.generator = nn.Linear(1, total)
+            last = self.generator
+        else:
+            last = nn.Linear(self.hidden, total)
+            self.generator = nn.Sequential(nn.Linear(1, self.hidden), nn.Tanh(), last)
+        self._last = (last,)  # in a tuple, so that it is not registered twice
+        nn.init.zeros_(last.weight)
+        nn.init.normal_(last.bias, 0.0, 0.01)
+
+    def zero_(self) -> None:
+        # the generator's first layer keeps its values, or nothing would ever move the weights away from constants
+        for p in (*self._last[0].parameters(), *(self.context_shift.parameters() if self.context_shift else ())):
+            nn.init.zeros_(p)
+
+    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+        require_one_time(t, "hyper")
+        flat = self.generator(t.reshape(1))
+        if self.map.spatial:
+            weight, bias = flat[: self.numel], flat[self.numel :]
+        else:  # the published order for vectors: bias first
+            bias, weight = flat[: self.map.outputs], flat[self.map.outputs :]
+        return Affine(weight.reshape(self.map.weight_shape()), None, self._spread(bias))
+
+
+LAYERS: dict[str, type[TimeLayer]] = {
+    "ignore": Ignore,
+    "concat": Concat,
+    "squash": Squash,
+    "concatsquash": ConcatSquash,
+    "concatcoord": ConcatCoord,
+    "blend": Blend,
+    "hyper": Hyper,
+}
+
+
+class LayerFactory(Protocol):
+    """Makes a layer around a linear map: what a field takes in place of a layer's name."""
+
+    def __call__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True) -> TimeLayer:
+        """The layer."""
+
+
+def time_layer(
+    kind: str | LayerFactory, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True
+) -> TimeLayer:
+    """The layer of that kind around a linear map; a factory, such as :class:`~cnf.fields.Drive`, makes its own.
+
+    Raises:
+        ConfigError: for an unknown kind; the nearest is suggested.
+
+    Example:
+        >>> layer = time_layer("concatsquash", Linear(2, 64))
+        >>> layer(torch.tensor(0.5), torch.randn(7, 2)).shape
+        torch.Size([7, 64])
+    """
+    if not isinstance(kind, str):
+        return kind(map, context_dim, context_gate=context_gate)
+    if kind not in LAYERS:
+        near = get_close_matches(str(kind), LAYERS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"layer={kind!r} is unknown: expected one of {', '.join(LAYERS)}{hint}")
+    return LAYERS[kind](map, context_dim, context_gate=context_gate)
+
+
+def _moving_plane(t: Tensor, weight: Tensor, plane: Tensor, rest: Tensor) -> Affine:
+    """A shift that grows with t."""
+    return Affine(weight, None, t.reshape(*t.shape, *(1,) * plane.ndim) * plane + rest)

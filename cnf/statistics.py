@@ -1,0 +1,45 @@
+"""Statistics of the training data that transforms, and a denoiser's field, are fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from cnf.continuous import CNF
+from cnf.noise import Noise
+from cnf.transforms import Gaussianize, Standardize, Transform, leaves
+from cnf.transforms.base import placed
+
+__all__ = ["fit_statistics"]
+
+
+@torch.no_grad()
+def fit_statistics(transform: Transform, x: Tensor, batch_size: int = 8192) -> None:
+    """Fit every Standardize and Gaussianize before the first block to what reaches it, and that block's field if it can be (a denoiser).
+
+    Args:
+        transform: of a flow.
+        x: training data (N, \\*event); images are dequantised with fixed noise.
+        batch_size: rows held as floats at once.
+
+    Raises:
+        DataError: for fewer than two rows, values that are not finite, or a constant dimension.
+    """
+
+    def arriving(at: int) -> Iterator[Tensor]:
+        for number, part in enumerate(x.split(batch_size)):
+            for leaf, noise in islice(placed(transform, Noise(0, "statistics", number)), at):
+                part = leaf(part, noise=noise).value
+            yield part
+
+    for i, leaf in enumerate(leaves(transform)):
+        if any(isinstance(m, CNF) for m in leaf.modules()):
+            if hasattr(field := getattr(leaf, "field", None), "fit_batches"):
+                cast(Any, field).fit_batches(arriving(i))
+            return
+        if isinstance(leaf, Standardize | Gaussianize):
+            leaf.fit_batches(arriving(i))

@@ -1,0 +1,115 @@
+"""Checks of points, latents and contexts, before a solve turns a wrong one into a puzzle."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnf.deferral import deferred
+from cnf.errors import ConfigError, DataError
+
+__all__ = ["as_rows", "check_context", "check_points"]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def check_points(name: str, x: Any, shape: tuple[int, ...], like: Tensor, levels: int | None) -> None:
+    """Validate points (\\*lead, \\*shape): type, shape, device and finite values.
+
+    Args:
+        name: of the argument, for messages.
+        x: what was given.
+        shape: of one point.
+        like: a tensor of the type and on the device that the flow computes in.
+        levels: grey levels of integer images; None where only floats are points.
+
+    Raises:
+        DataError: naming what is wrong and what was expected.
+    """
+    _require_tensor(name, x, like)
+    lead = x.ndim - len(shape)
+    if lead < 0 or tuple(x.shape[lead:]) != shape:
+        raise DataError(f"{name} has shape {tuple(x.shape)}; expected (N, {', '.join(map(str, shape))}), with any leading shape N")
+    if x.is_floating_point():
+        _require_type(name, x, like)
+        _require_finite(name, x, lead)
+    elif levels is None:
+        raise DataError(f"{name} has type {x.dtype}; expected floats")
+
+
+def check_context(context: Any, size: int | None, like: Tensor) -> None:
+    """Validate a context (\\*lead, C).
+
+    Args:
+        context: what was given.
+        size: C, 0 for a flow without context, None where it is not known.
+        like: a tensor of the type and on the device that the flow computes in.
+
+    Raises:
+        ConfigError: for a context of a flow that takes none.
+        DataError: naming what is wrong and what was expected.
+    """
+    _require_tensor("context", context, like)
+    if size == 0:
+        raise ConfigError(f"context has shape {tuple(context.shape)}, but this flow was built without context (context_dim=0)")
+    if not context.is_floating_point():
+        raise DataError(f"context has type {context.dtype}; expected floats, a label as a one-hot row")
+    if context.ndim == 0 or (size is not None and context.shape[-1] != size):
+        width = "C" if size is None else size
+        raise DataError(f"context has shape {tuple(context.shape)}; expected ({width},), or (N, {width})")
+    _require_type("context", context, like)
+    _require_finite("context", context, context.ndim - 1)
+
+
+def as_rows(x: Tensor, shape: tuple[int, ...], context: Tensor | None) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
+    """Return points as (N, \\*shape), a context as (N, C), (C,) or None, and the leading shape of the result.
+
+    Leading shapes of points and context are broadcast, as torch.distributions does.
+
+    Raises:
+        DataError: for leading shapes that cannot be broadcast.
+    """
+    lead: tuple[int, ...] = tuple(x.shape[: x.ndim - len(shape)])
+    if context is None or context.ndim == 1:
+        return (x if len(lead) == 1 else x.reshape(math.prod(lead), *shape)), context, lead
+    given = tuple(context.shape[:-1])
+    if lead == given and len(lead) == 1:
+        return x, context, lead
+    try:
+        lead = tuple(torch.broadcast_shapes(lead, given))
+    except RuntimeError:
+        raise DataError(
+            f"context has shape {tuple(context.shape)}, but the points have leading shape {lead}: expected one row for each point, "
+            f"{(*lead, context.shape[-1])}, or ({context.shape[-1]},) for all"
+        ) from None
+    count = math.prod(lead)
+    rows = context.expand(*lead, context.shape[-1]).reshape(count, context.shape[-1])
+    return x.expand(*lead, *shape).reshape(count, *shape), rows, lead
+
+
+def _require_tensor(name: str, x: Any, like: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise DataError(f"{name} is a {type(x).__name__}; expected a torch.Tensor: torch.as_tensor({name}, dtype={like.dtype})")
+    if x.device != like.device and not (x.device.type == like.device.type and None in (x.device.index, like.device.index)):
+        raise DataError(f"{name} is on {x.device}, but the flow is on {like.device}: give {name}.to({str(like.device)!r})")
+
+
+def _require_type(name: str, x: Tensor, like: Tensor) -> None:
+    if like.dtype in _HALF:
+        raise DataError(
+            f"the flow's weights are {like.dtype}, in which no ODE is solved: convert it by flow.float(), and compute the field alone in "
+            "reduced precision (CNF(autocast=torch.bfloat16))"
+        )
+    if x.dtype != like.dtype:
+        raise DataError(f"{name} has type {x.dtype}, but the flow computes in {like.dtype}: give {name}.to({like.dtype}), or convert the flow")
+
+
+def _require_finite(name: str, x: Tensor, lead: int) -> None:
+    if deferred(x) or bool(x.isfinite().all()):
+        return
+    rows = x.reshape(math.prod(x.shape[:lead]), -1)
+    row = int((~rows.isfinite().all(1)).nonzero()[0])
+    raise DataError(f"{name} holds NaN or infinity, first in row {row}: remove or replace such rows")

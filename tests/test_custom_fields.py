@@ -1,0 +1,570 @@
+"""Any nn.Module as a field: what it may not do to the solve, and what the solve may not overlook in it."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson, Noise
+from cnf.errors import ConfigError
+from cnf.fields import DRIVES, LAYERS, MLP, ConvField, Drive, SqueezeSum, TimePath, UNet
+from cnf.solvers import Reversible
+
+F64 = torch.float64
+SOLVERS = {
+    "grid": lambda: FixedGrid("rk4", 6),
+    "checkpoint": lambda: FixedGrid("rk4", 6, gradient="checkpoint"),
+    "reversible": lambda: Reversible("rk4", 6),
+    "adaptive": lambda: Adaptive("dopri5", 1e-8, 1e-8),
+    "adjoint": lambda: Adaptive("dopri5", 1e-8, 1e-8, gradient="adjoint"),
+}
+DIVERGENCES = {
+    "exact": lambda: Exact(),
+    "chunks": lambda: Exact(chunk=1),
+    "forward": lambda: Hutchinson(),
+    "reverse": lambda: Hutchinson(mode="reverse"),
+}
+
+
+class Field(nn.Module):
+    """A user's network of x and context."""
+
+    def __init__(self, *layers, context_dim=0):
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Sequential(*layers, nn.Linear(2 + context_dim, 12), nn.Tanh(), nn.Linear(12, 2)).to(F64)
+        self.context_dim = context_dim
+
+    def forward(self, t, x, context=None):
+        return self.net(x if context is None else torch.cat([x, context], 1))
+
+
+def flow_of(field, solver="grid", divergence="exact"):
+    return Flow(CNF(field, DIVERGENCES[divergence](), SOLVERS[solver]()), (2,))
+
+
+def gradients(flow, x, noise=Noise(0)):  # noqa: B008
+    flow.zero_grad()
+    loss = flow.log_prob(x, noise=noise).sum()
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in flow.parameters()])
+
+
+def jacobian_log_prob(flow, x, noise=None):
+    """log p of each row from the autodiff Jacobian of the map itself."""
+    values = []
+    for row in x:
+        j = torch.autograd.functional.jacobian(lambda v: flow.encode(v[None], noise=noise)[0], row)
+        values.append(flow.base_log_prob(flow.encode(row[None], noise=noise))[0] + torch.linalg.slogdet(j)[1])
+    return torch.stack(values)
+
+
+# -- in-place writes ---------------------------------------------------------------------------------------------------
+
+
+class Overwriting(Field):
+    """Writes into everything that it is handed."""
+
+    def forward(self, t, x, context=None):
+        value = super().forward(t, x, context)
+        for given in (t, x, context):
+            if given is not None:
+                given.mul_(0).add_(7)
+        return value
+
+
+@pytest.mark.parametrize("solver, divergence", [(s, "forward") for s in SOLVERS] + [("grid", d) for d in DIVERGENCES])
+def test_a_field_cannot_change_what_it_is_handed(solver, divergence):
+    x, context = torch.randn(5, 2, dtype=F64), torch.randn(5, 3, dtype=F64)
+    mine, given = x.clone(), context.clone()
+    found = []
+    for kind in (Field, Overwriting):
+        flow = flow_of(kind(context_dim=3), solver, divergence)
+        found.append((flow.log_prob(mine, given, noise=Noise(0)), flow.sample(3, given, noise=Noise(1))))
+        found[-1][0].sum().backward()
+        found[-1] += tuple(p.grad for p in flow.parameters())
+    assert torch.equal(mine, x) and torch.equal(given, context)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_an_inplace_activation_as_first_layer():
+    x = torch.randn(5, 2, dtype=F64)
+    flows = [flow_of(Field(nn.SiLU(inplace=k))) for k in (False, True)]
+    for flow in flows[1:]:
+        torch.testing.assert_close(flow.log_prob(x.clone()), flows[0].log_prob(x))
+        torch.testing.assert_close(flow.sample(3, noise=Noise(0)), flows[0].sample(3, noise=Noise(0)))
+
+
+def test_a_field_may_return_one_buffer_again_and_again():
+    class Buffered(Field):
+        def __init__(self):
+            super().__init__()
+            self.out = torch.empty(5, 2, dtype=F64)
+
+        def forward(self, t, x, context=None):
+            return self.out.copy_(super().forward(t, x) * (1 + t))
+
+    class Fresh(Field):
+        def forward(self, t, x, context=None):
+            return super().forward(t, x) * (1 + t)
+
+    x = torch.randn(5, 2, dtype=F64)
+    with torch.no_grad():
+        torch.testing.assert_close(flow_of(Buffered()).encode(x), flow_of(Fresh()).encode(x), rtol=0, atol=0)
+
+
+def test_a_users_own_jvp_cannot_change_the_probe():
+    class Own(Field):
+        def jvp(self, t, x, v, context=None, *, t_dot=None):
+            dx, product = torch.func.jvp(lambda y: self(t, y), (x,), (v[0],))
+            v.zero_()
+            return dx, product[None]
+
+    x = torch.randn(4, 2, dtype=F64)
+    torch.testing.assert_close(flow_of(Own(), divergence="forward").log_prob(x, noise=Noise(0)),
+                               flow_of(Field(), divergence="forward").log_prob(x, noise=Noise(0)))  # fmt: skip
+
+
+# -- random layers -----------------------------------------------------------------------------------------------------
+
+
+class Functional(Field):
+    def forward(self, t, x, context=None):
+        return super().forward(t, nn.functional.dropout(x, 0.4)) + 0.1 * torch.randn_like(x)
+
+
+RANDOM = {"module": lambda: Field(nn.Dropout(0.5)), "functional": Functional}
+
+
+@pytest.mark.parametrize(
+    "kind, solver, divergence",
+    [("module", s, "chunks") for s in SOLVERS] + [("functional", "checkpoint", d) for d in DIVERGENCES] + [("functional", "adjoint", "reverse")],
+)
+def test_random_layers_draw_once_a_solve(kind, solver, divergence):
+    x = torch.randn(4, 2, dtype=F64)
+    reference, wanted = gradients(flow_of(RANDOM[kind](), "adaptive" if solver == "adjoint" else "grid", divergence), x)
+    flow = flow_of(RANDOM[kind](), solver, divergence)
+    loss, gradient = gradients(flow, x)
+    tolerance = {"rtol": 1e-9, "atol": 1e-9} if solver in ("grid", "checkpoint") else {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(loss, reference, **tolerance)
+    torch.testing.assert_close(gradient, wanted, **tolerance)
+    weight = flow.transform.field.net[-1].weight
+    step = torch.zeros_like(weight)
+    step[0, 3] = 1e-5
+    ends = []
+    for sign in (1, -2, 1):  # the gradient is the derivative of the very number that is returned
+        weight.data.add_(sign * step)
+        ends.append(flow.log_prob(x, noise=Noise(0)).sum())
+    slope = (ends[0] - ends[1]) / 2e-5
+    place = sum(p.numel() for p in flow.parameters()) - weight.numel() - 2 + 3
+    torch.testing.assert_close(gradient[place], slope.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_with_random_layers_the_log_det_is_that_of_the_map_and_the_map_is_invertible(kind):
+    flow = Flow(CNF(RANDOM[kind](), Exact(), FixedGrid("rk4", 64)), (2,))
+    x = torch.randn(3, 2, dtype=F64)
+    z = flow.encode(x, noise=Noise(4))
+    torch.testing.assert_close(flow.decode(z, noise=Noise(4)), x, rtol=1e-5, atol=1e-5)
+    torch.manual_seed(11)
+    z = flow.encode(x)
+    torch.manual_seed(11)
+    torch.testing.assert_close(flow.decode(z), x, rtol=1e-5, atol=1e-5)
+    one = x[:1]  # the mask is drawn for the whole batch
+    torch.testing.assert_close(flow.log_prob(one, noise=Noise(4)), jacobian_log_prob(flow, one, Noise(4)), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(flow.encode(x, noise=Noise(4)), flow.encode(x, noise=Noise(5)))
+    assert not torch.equal(flow.encode(x), flow.encode(x))
+
+
+def test_generators_move_as_if_the_field_were_called_once_and_not_at_all_with_noise():
+    flow, plain, x = flow_of(Field(nn.Dropout(0.5))), flow_of(Field()), torch.randn(4, 2, dtype=F64)
+    torch.manual_seed(0)
+    flow.transform.field(torch.zeros(()), x)
+    once = torch.get_rng_state()
+    torch.manual_seed(0)
+    flow.encode(x)
+    assert torch.equal(torch.get_rng_state(), once)
+    flow.encode(x, noise=Noise(0))
+    plain.encode(x)
+    assert torch.equal(torch.get_rng_state(), once)
+
+
+# -- rows of a batch ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(2), nn.BatchNorm1d(2, track_running_stats=False), nn.SyncBatchNorm(2)], ids=repr)
+def test_batch_statistics_are_refused_by_name(layer):
+    flow, x = flow_of(Field(layer)), torch.randn(5, 2, dtype=F64)
+    for call in (flow.log_prob, flow.encode, flow.decode, lambda _: flow.sample(3)):
+        with pytest.raises(ConfigError, match=r"net\.0 is a \w*BatchNorm\w* .*GroupNorm or LayerNorm.*eval mode"):
+            call(x)
+    if layer.running_mean is None:
+        flow.eval()
+        with pytest.raises(ConfigError, match="BatchNorm"):
+            flow.log_prob(x)
+    elif isinstance(layer, nn.SyncBatchNorm):
+        return
+    else:
+        layer.eval()
+        assert flow.log_prob(x).shape == (5,)
+
+
+def test_statistics_over_the_batch_without_such_a_layer_are_noticed():
+    class Centred(Field):
+        def forward(self, t, x, context=None):
+            return super().forward(t, x - x.mean(0))
+
+    class Normed(Field):
+        def forward(self, t, x, context=None):
+            return super().forward(t, nn.functional.batch_norm(x, None, None, training=True))
+
+    x = torch.randn(5, 2, dtype=F64)
+    with pytest.raises(ConfigError, match="field Centred returns another value for a row"):
+        flow_of(Centred()).log_prob(x)
+    for call in (lambda f: f.log_prob(x), lambda f: f.encode(x)):
+        with pytest.raises(ConfigError, match="field Normed returns another value for a row"):
+            call(flow_of(Normed()))
+    flow_of(Field(nn.LayerNorm(2))).log_prob(x)
+    flow_of(Field(nn.Unflatten(1, (2, 1)), nn.GroupNorm(1, 2), nn.Flatten())).log_prob(x)
+
+
+def test_the_check_of_rows_leaves_no_trace_in_the_field():
+    class Counting(Field):
+        calls = 0
+
+        def forward(self, t, x, context=None):
+            self.calls += 1
+            return super().forward(t, x)
+
+    flow, seen = flow_of(Counting()), []
+    flow.transform.field.register_forward_hook(lambda *_: seen.append(1))
+    stats = flow.evaluate(torch.randn(5, 2, dtype=F64), log_det=False).stats
+    assert stats.nfe == flow.transform.field.calls == len(seen) == 24
+
+
+# -- shapes, types, signatures -----------------------------------------------------------------------------------------
+
+
+class Returning(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, t, x, context=None):
+        return self.value(x)
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (lambda x: x[:, :1], r"returned shape \(5, 1\); expected \(5, 2\)"),
+        (lambda x: x[0], r"returned shape \(2,\); expected \(5, 2\)"),
+        (lambda x: x.sum(), r"returned shape \(\); expected \(5, 2\)"),
+        (lambda x: x[None], r"returned shape \(1, 5, 2\)"),
+        (lambda x: x.T, r"returned shape \(2, 5\)"),
+        (lambda x: (x, x), "returned a tuple"),
+        (lambda x: None, "returned a NoneType"),
+        (lambda x: x.detach().numpy(), "returned a ndarray"),
+        (lambda x: x.to(torch.complex64), "returned type torch.complex64"),
+        (lambda x: x.long(), "returned type torch.int64"),
+        (lambda x: x > 0, "returned type torch.bool"),
+    ],
+)
+def test_what_is_no_vector_field_is_refused(value, message):
+    flow, x = Flow(CNF(Returning(value), solver=FixedGrid("rk4", 2)), (2,)), torch.randn(5, 2)
+    with pytest.raises(ConfigError, match=message):
+        flow.encode(x)
+    with pytest.raises((ConfigError, TypeError, RuntimeError)):
+        flow.log_prob(x)
+
+
+def test_a_field_of_another_precision_computes_for_a_state_of_this_one():
+    flow = Flow(CNF(Returning(lambda x: -x.double()), solver=FixedGrid("rk4", 32)), (2,))
+    x = torch.randn(5, 2)
+    torch.testing.assert_close(flow.encode(x), x * math.exp(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_signatures():
+    class TwoArguments(Field):
+        def forward(self, t, x):
+            return self.net(x)
+
+    class PointFirst(Field):
+        def forward(self, x, t):
+            return self.net(x)
+
+    class OneArgument(Field):
+        def forward(self, x):
+            return self.net(x)
+
+    class Keyword(Field):
+        def forward(self, t, x, c=None, *, scale=1.0):
+            return self.net(x)
+
+    x = torch.randn(5, 2, dtype=F64)
+    truth = flow_of(Field()).log_prob(x)
+    for kind in (TwoArguments, Keyword):
+        assert torch.equal(flow_of(kind()).log_prob(x), truth)
+    field = TwoArguments()
+    del field.context_dim
+    flow = flow_of(field)
+    assert flow.context_dim == 0 and flow(x).shape == (5,)
+    with pytest.raises(ConfigError, match="built without context"):
+        flow.log_prob(x, torch.zeros(5, 1, dtype=F64))
+    with pytest.raises(ConfigError, match=r"forward\(x, t\) takes the point first"):
+        CNF(PointFirst())
+    with pytest.raises(ConfigError, match="takes 1 arguments"):
+        CNF(OneArgument())
+    with pytest.raises(ConfigError, match=r"field is a function; expected an nn\.Module"):
+        CNF(lambda t, x: -x)
+
+
+# -- hooks, parametrisations, replaced layers --------------------------------------------------------------------------
+
+
+def built_in():
+    torch.manual_seed(0)
+    cases = {f"mlp {kind}": (MLP(2, (8, 8), kind), (2,)) for kind in LAYERS}
+    cases |= {f"conv {kind}": (ConvField(1, (4,), kind), (1, 4, 4)) for kind in LAYERS}
+    cases |= {f"driven {kind}": (MLP(2, (8,), Drive(kind, 3, 3)), (2,)) for kind in DRIVES}
+    cases["context"] = (MLP(2, (8, 8), context_dim=3), (2,))
+    cases["residual"] = (MLP(2, (8,), residual="minus"), (2,))
+    cases["transposed"] = (ConvField(1, (4, 4), strides=(2, 1, -2)), (1, 4, 4))
+    cases["sum"] = (SqueezeSum([ConvField(4**s, (4,)) for s in range(2)]), (1, 4, 4))
+    cases["unet"] = (UNet(1, (8,), depth=1, zero_init=False), (1, 4, 4))
+    for field, _ in cases.values():
+        for p in field.parameters():
+            nn.init.normal_(p, std=0.2)
+    return {name: (field.to(F64), shape) for name, (field, shape) in cases.items()}
+
+
+@pytest.mark.parametrize("name", built_in())
+def test_called_as_modules_built_in_fields_compute_the_same(name):
+    field, shape = built_in()[name]
+    driven = name.startswith("driven")
+    path = TimePath(3).to(F64) if driven else None
+    solver = FixedGrid("rk4", 2)
+    flow = Flow(CNF(field, Exact(), solver, solver, path=path), shape)
+    x, context = torch.randn(3, *shape, dtype=F64), torch.randn(3, 3, dtype=F64) if name == "context" else None
+    before = flow.log_prob(x, context), flow.sample(3, context if context is None else context[0], noise=Noise(0))
+    calls = []
+    for m in field.modules():
+        m.register_forward_hook(lambda module, *_: calls.append(module))
+    after = flow.log_prob(x, context), flow.sample(3, context if context is None else context[0], noise=Noise(0))
+    for a, b in zip(before, after, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+    assert {m for m in field.modules() if isinstance(m, kinds)} <= set(calls) and field in calls
+
+
+@pytest.mark.parametrize("where", ["field", "layer", "inner"])
+@pytest.mark.parametrize("name", ["mlp concatsquash", "conv concat", "unet", "sum"])
+def test_hooks_act_on_log_prob_as_on_samples(where, name):
+    field, shape = built_in()[name]
+    solver = FixedGrid("rk4", 4)
+    flow = Flow(CNF(field, Exact(), solver, solver), shape)
+    x = torch.randn(2, *shape, dtype=F64)
+    inner = next(m for m in field.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    module = {"field": field, "layer": field.layers[0] if hasattr(field, "layers") else inner, "inner": inner}[where]
+    plain = flow.log_prob(x)
+    handle = module.register_forward_hook(lambda module, given, out: 1.2 * out)
+    hooked = flow.log_prob(x)
+    assert float((hooked - plain).detach().abs().max()) > 1e-4
+    z, log_det = flow.evaluate(x)[:2]
+    j = torch.autograd.functional.jacobian(lambda v: flow.encode(v[None])[0].flatten(), x[0]).flatten(1)
+    torch.testing.assert_close(log_det[0], torch.linalg.slogdet(j)[1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(flow.decode(z), x, rtol=1e-2, atol=1e-2)
+    handle.remove()
+    assert torch.equal(flow.log_prob(x), plain)
+
+
+def test_hooks_on_transforms_run():
+    from cnf.transforms import Sequential, Standardize
+
+    flow = Flow(Sequential([Standardize(torch.zeros(2), torch.ones(2)), CNF(MLP(2, (8,))), CNF(MLP(2, (8,)))]), (2,))
+    calls = []
+    for m in (flow, flow.transform, *flow.transform.transforms):
+        m.register_forward_hook(lambda *_: calls.append(1))
+    flow(torch.randn(3, 2))
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize("change", ["parametrised", "weight_norm", "spectral_norm", "replaced", "sequence", "instance", "global"])
+def test_what_changes_a_layer_changes_log_prob(change):
+    torch.manual_seed(1)
+    field = MLP(2, (8, 8)).to(F64)
+    core = field.layers[1].core
+    handle = None
+
+    class Doubled(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    class LowRank(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + torch.sin(x)
+
+    if change == "parametrised":
+        nn.utils.parametrize.register_parametrization(core, "weight", Doubled())
+    elif change == "weight_norm":
+        nn.utils.parametrizations.weight_norm(core)
+    elif change == "spectral_norm":
+        nn.utils.parametrizations.spectral_norm(core).eval()
+    elif change == "replaced":
+        field.layers[1].core = LowRank(8, 8, dtype=F64)
+    elif change == "sequence":
+        field.layers[1].core = nn.Sequential(nn.Linear(8, 8, bias=False, dtype=F64), nn.Tanh())
+    elif change == "instance":
+        plain = core.forward
+        core.forward = lambda x: plain(x) + torch.sin(x)
+    else:
+        hook = nn.modules.module.register_module_forward_hook
+        handle = hook(lambda module, given, out: 1.3 * out if module is core else None)
+    try:
+        flow = Flow(CNF(field, Exact(), FixedGrid("rk4", 32)), (2,))
+        x = torch.randn(3, 2, dtype=F64)
+        torch.testing.assert_close(flow.log_prob(x), jacobian_log_prob(flow, x), rtol=1e-5, atol=1e-5)
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+@pytest.mark.parametrize("base", [MLP, lambda dim, hidden: UNet(1, (8,), depth=1, zero_init=False)])
+def test_a_subclass_with_a_forward_of_its_own_is_solved_by_that_one(base):
+    kind = MLP if base is MLP else UNet
+
+    class Own(kind):
+        def forward(self, t, x, context=None):
+            return 0.5 * super().forward(t, x, context) - 0.3 * x
+
+    torch.manual_seed(0)
+    field = (Own(2, (8, 8)) if kind is MLP else Own(1, (8,), depth=1, zero_init=False)).to(F64)
+    shape = (2,) if kind is MLP else (1, 2, 2)
+    flow = Flow(CNF(field, Exact(), FixedGrid("rk4", 32)), shape)
+    x = torch.randn(2, *shape, dtype=F64)
+    out = flow.evaluate(x)
+    j = torch.autograd.functional.jacobian(lambda v: flow.encode(v[None])[0].flatten(), x[0]).flatten(1)
+    torch.testing.assert_close(out.log_det[0], torch.linalg.slogdet(j)[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_wrapper_that_forwards_attributes_is_called_itself():
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.inner, name)
+
+        def forward(self, t, x, context=None):
+            return 0.5 * self.inner(t, x, context)
+
+    flow = Flow(CNF(Wrapper(MLP(2, (8,)).to(F64)), Exact(), FixedGrid("rk4", 32)), (2,))
+    x = torch.randn(3, 2, dtype=F64)
+    torch.testing.assert_close(flow.log_prob(x), jacobian_log_prob(flow, x), rtol=1e-6, atol=1e-6)
+
+
+# -- operations without a forward-mode derivative ----------------------------------------------------------------------
+
+
+class _Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * gradient
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.mix = nn.MultiheadAttention(4, 2, batch_first=True, dtype=F64)
+        self.enter, self.leave = nn.Linear(1, 4, dtype=F64), nn.Linear(4, 1, dtype=F64)
+
+    def forward(self, t, x):
+        h = self.enter(x[..., None])
+        return self.leave(self.mix(h, h, h, need_weights=False)[0])[..., 0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("field", [lambda: Returning(lambda x: -0.2 * _Cube.apply(x)), Attention], ids=["function", "attention"])
+def test_operations_without_a_forward_mode_derivative(field, training):
+    solver = FixedGrid("rk4", 16)
+    flow = Flow(CNF(field(), Exact(), solver, solver), (2,)).train(training)
+    x = torch.randn(3, 2, dtype=F64) * (1 if any(True for _ in flow.parameters()) else 0.7)
+    if not any(True for _ in flow.parameters()):
+        x = x.float()
+    truth = jacobian_log_prob(flow, x)
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(flow.log_prob(x), truth, rtol=1e-5, atol=1e-5)
+    if training:
+        probed = Flow(CNF(flow.transform.field, Hutchinson(), solver), (2,))
+        values = probed.log_prob(x.repeat(400, 1), noise=Noise(0)).detach().reshape(400, 3)
+        z = (values.mean(0) - truth) / (values.std(0) / 20 + 1e-5)
+        assert float(z.abs().max()) < 5
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+class Closing(Field):
+    """Closes over a tensor, such as an encoder's output."""
+
+    def __init__(self):
+        super().__init__(context_dim=2)
+        self.context_dim, self.seen = 0, None
+
+    def forward(self, t, x, context=None):
+        return self.net(torch.cat([x, self.seen], 1))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_tensor_that_a_field_closes_over_gets_its_gradient_or_an_error(solver):
+    found = []
+    for kind in ("grid", solver):
+        flow, encoder = flow_of(Closing(), kind), nn.Linear(3, 2, dtype=F64)
+        nn.init.constant_(encoder.weight, 0.3)
+        nn.init.zeros_(encoder.bias)
+        torch.manual_seed(5)
+        flow.transform.field.seen = encoder(torch.randn(4, 3, dtype=F64))
+        loss = flow.log_prob(torch.randn(4, 2, dtype=F64)).sum()
+        if kind in ("checkpoint", "reversible"):
+            with pytest.raises(ConfigError, match="wants a gradient but is not among the solver's parameters"):
+                loss.backward()
+            return
+        loss.backward()
+        found.append(encoder.weight.grad)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("field", [Field, lambda: MLP(2, (8, 8)).to(F64)], ids=["custom", "built-in"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_second_derivative_is_right_or_an_error(solver, field):
+    torch.manual_seed(0)
+    x, values = torch.randn(3, 2, dtype=F64), []
+    shared = field()
+    for kind in ("grid", solver):
+        flow = flow_of(shared, kind)
+        flow.zero_grad()
+        y = x.clone().requires_grad_()
+        try:
+            out = flow.evaluate(y)
+            (slope,) = torch.autograd.grad(out.log_det.sum(), y, create_graph=True)
+            slope.square().sum().backward()
+        except ConfigError as error:
+            assert solver in ("checkpoint", "reversible", "adjoint") and "second derivative" in str(error)
+            return
+        values.append([y.grad, *(p.grad for p in flow.parameters() if p.grad is not None)])
+    assert solver in ("grid", "adaptive")
+    for a, b in zip(*values, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
