@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -81,6 +82,8 @@ def _keep_penalties(trainer: Trainer, state: dict[str, Any]) -> None:
         return
     images = objective.unit == "bits/dim" and trainer.config.regularisers == "paper"
     scale = float(state.get("penalty_scale", objective.flow.dim if images else 1.0))
+    if not 0 < scale < math.inf:
+        raise ValueError(f"penalty_scale is {scale}")
     if scale != objective.scale:
         trainer.say(
             f"step {trainer.step}: an earlier version began this run, with penalties of {objective.scale / scale:.3g} times "
