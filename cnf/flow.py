@@ -273,11 +273,12 @@ class Flow(nn.Module):
     def trajectory(
         self, x: Tensor, times: Tensor, context: Tensor | None = None, *, noise: Noise | None = None
     ) -> Tensor:
-        """Where x is at each of ``times`` in [0, 1] (0 = data, 1 = latent), (len(times), N, \\*event), in the coordinates of
-        the blocks (after Standardize or Logit); see :func:`cnf.trajectory.trajectory`.
+        """Return where x is at each of ``times`` in [0, 1] (0 = data, 1 = latent), (len(times), N, \\*event), in the coordinates
+        of the blocks (after Standardize or Logit); the frames of a multiscale flow are whole images. See
+        :func:`cnf.trajectory.trajectory`.
 
         Raises:
-            ConfigError: for times outside [0, 1] or decreasing, or a flow that has no such path (with a Split).
+            ConfigError: for times outside [0, 1] or decreasing, or a flow that has no such path.
         """
         x, context, _ = self._rows("x", x, self.event_shape, context)
         return trajectory(self.transform, x, times, context, noise=noise)

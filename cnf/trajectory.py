@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnf.continuous import CNF
 from cnf.errors import ConfigError
-from cnf.multiscale import Carried
-from cnf.noise import Noise
-from cnf.transforms import Transform
-from cnf.transforms.base import placed
+from cnf.multiscale import Carried, Multiscale
+from cnf.noise import Noise, child
+from cnf.transforms import Sequential, Squeeze, Transform
 
 __all__ = ["Straightness", "straightness", "trajectory"]
 
@@ -23,15 +23,19 @@ POINTS = 9  # of a path, whose length and energy are those of the lines between 
 def trajectory(
     transform: Transform, x: Tensor, times: Tensor, context: Tensor | None = None, *, noise: Noise | None = None
 ) -> Tensor:
-    """Where x (N, \\*event) is at each of ``times`` in [0, 1]: (len(times), N, \\*event).
+    """Return where x (N, \\*event) is at each of ``times`` in [0, 1], as (len(times), N, \\*event).
 
     The blocks of the chain share [0, 1] evenly: with two blocks the first ends at 1/2. Transforms without time
-    (Standardize, Logit) are applied in passing, so the path is drawn where the ODE lives. It starts at what enters the
+    (Standardize, Logit) are applied in passing, so the path is in the coordinates of the ODE. It starts at what enters the
     first block and ends at what leaves the last one.
 
+    Squeezes and splits only move entries, and every frame has each entry in its place in x: a frame of a multiscale flow
+    is a whole image, in which the parts that have left stay as they are while the rest goes on. The first frame is the
+    image, the last one holds the entries of the latent.
+
     Raises:
-        ConfigError: for times outside [0, 1] or decreasing, or a transform that has no such path: one without blocks, or
-            one that changes the point's shape on the way (Squeeze between blocks, Split).
+        ConfigError: for times outside [0, 1] or decreasing; for a transform without blocks, with blocks inside anything but
+            Sequential, Carried and Multiscale, or with another change of shape between blocks.
 
     Example:
         >>> from cnf.fields import MLP
@@ -41,44 +45,112 @@ def trajectory(
     inside = bool(((times >= 0) & (times <= 1)).all())
     if times.ndim != 1 or len(times) == 0 or not inside or bool((times.diff() < 0).any()):
         raise ConfigError(f"times={times.tolist()}: expected increasing times in [0, 1]")
-    chain = list(placed(transform, noise))
-    carried = [block for part in transform.modules() if isinstance(part, Carried) for block in part.later]
-    drive: Tensor | None = None
-    count = sum(isinstance(leaf, CNF) for leaf, _ in chain)
-    frames: list[Tensor] = []
-    done, todo = 0, times.tolist()
-    for leaf, own in chain:
-        if not isinstance(leaf, CNF):
-            if any(isinstance(m, CNF) for m in leaf.modules()):
-                raise ConfigError(f"a trajectory needs a plain chain of blocks, but this flow has a {type(leaf).__name__}")
-            x = leaf(x, context, noise=own, log_det=False).value
-            continue
-        now, end = 0.0, leaf.end_time(x)
-        if not any(leaf is block for block in carried):  # the others go on with a where the block before left it
-            drive = leaf.start(x)
-        while todo and todo[0] * count <= done + 1 + 1e-9:
-            local = min(1.0, max(0.0, todo.pop(0) * count - done))
-            if local > now:
-                x, drive = _moved(leaf, x, (now * end, local * end), context, drive)
-                now = local
-            frames.append(x)
-        if now < 1:
-            x, drive = _moved(leaf, x, (now * end, end), context, drive)
-        done += 1
-    if not frames:
+    walk = _Walk(times, _blocks(transform), context, x.shape[1:])
+    walk(transform, x, walk.places, noise)
+    if not walk.frames:
         raise ConfigError("a trajectory needs at least one block, but this flow has none")
-    if len({frame.shape for frame in frames}) > 1:
-        shapes = sorted({tuple(frame.shape[1:]) for frame in frames})
-        raise ConfigError(f"a trajectory needs one shape all along, but this flow's points have the shapes {shapes}")
-    return torch.stack(frames)
+    return torch.stack(walk.frames)
 
 
-def _moved(
-    block: CNF, x: Tensor, times: tuple[Tensor, Tensor], context: Tensor | None, drive: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The point a frame later, and the augmented time there."""
-    x, _, solution = block.integrate(x, times, context, log_det=False, drive=drive)
-    return x, None if drive is None else solution.state[1]
+def _blocks(transform: nn.Module) -> int:
+    """The number of blocks on the way, one that is used twice counted twice."""
+    if isinstance(transform, Sequential | Multiscale):
+        return sum(map(_blocks, transform.scales if isinstance(transform, Multiscale) else transform.transforms))
+    return int(isinstance(transform, CNF))
+
+
+class _Walk:
+    """Points on their way through a chain, and the frames on it.
+
+    ``places`` has the shape of a point's current form and holds, for each entry, its place in the flattened frame.
+    """
+
+    def __init__(self, times: Tensor, blocks: int, context: Tensor | None, shape: torch.Size):
+        self.todo, self.blocks, self.context = times.tolist(), blocks, context
+        self.done = 0
+        self.frames: list[Tensor] = []
+        self.left: list[tuple[Tensor, Tensor]] = []  # the parts that have left, and their places
+        self._shaped(shape)
+
+    def _shaped(self, shape: torch.Size) -> None:
+        self.shape, self.places = shape, torch.arange(shape.numel()).view(shape)
+
+    def __call__(self, transform: Transform, x: Tensor, places: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
+        """x and its places behind the transform."""
+        if isinstance(transform, Multiscale):
+            return self.scales(transform, x, places, noise)
+        if isinstance(transform, Sequential):
+            return self.chain(transform, x, places, noise)
+        if isinstance(transform, CNF):
+            return self.block(transform, x, places, transform.start(x))[0], places
+        if any(isinstance(m, CNF) for m in transform.modules()):
+            raise ConfigError(
+                f"a trajectory needs blocks in Sequential, Carried or Multiscale, but this flow has a {type(transform).__name__} "
+                "with blocks inside"
+            )
+        x = transform(x, self.context, noise=noise, log_det=False).value
+        if isinstance(transform, Squeeze):
+            places = transform(places[None]).value[0]
+        elif x.shape[1:] != places.shape:
+            if self.done or self.left:
+                raise ConfigError(
+                    f"a trajectory needs one shape between blocks, but {type(transform).__name__} makes {tuple(x.shape[1:])} of "
+                    f"{tuple(places.shape)}, and only Squeeze and Split say where each entry goes"
+                )
+            self._shaped(x.shape[1:])
+            places = self.places
+        return x, places
+
+    def chain(self, chain: Sequential, x: Tensor, places: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
+        """First to last, with the augmented time that the blocks share, if any."""
+        carried = chain if isinstance(chain, Carried) else None
+        drive = None if carried is None else carried.start(x, back=False)
+        for i, part in enumerate(cast(Iterable[Transform], chain.transforms)):
+            if carried is not None and isinstance(part, CNF):
+                x, drive = self.block(part, x, places, drive)
+            else:
+                x, places = self(part, x, places, child(noise, i))
+                drive = None if carried is None else carried.between(part, drive)
+        return x, places
+
+    def scales(self, chain: Multiscale, x: Tensor, places: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
+        """Scale by scale, half of the channels leaving after all but the last."""
+        first = len(self.left)
+        for i, scale in enumerate(cast(Iterable[Transform], chain.scales)):
+            x, places = self(scale, x, places, child(noise, i))
+            if i + 1 < len(chain.scales):
+                x, out = chain.split(x)
+                on, gone = chain.split(places[None])
+                places = on[0]
+                self.left.append((out.flatten(1), gone.flatten()))
+        parts = [*self.left[first:], (x.flatten(1), places.flatten())]
+        del self.left[first:]
+        return torch.cat([part for part, _ in parts], 1), torch.cat([place for _, place in parts])
+
+    def block(self, block: CNF, x: Tensor, places: Tensor, drive: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The point and the augmented time behind one block, with the frames in its part of [0, 1]."""
+        now, end = 0.0, block.end_time(x)
+
+        def move(until: float) -> None:
+            nonlocal x, drive, now
+            if until > now:
+                x, _, solution = block.integrate(x, (now * end, until * end), self.context, log_det=False, drive=drive)
+                drive = None if drive is None else solution.state[1]
+                now = until
+
+        while self.todo and self.todo[0] * self.blocks <= self.done + 1 + 1e-9:
+            move(min(1.0, max(0.0, self.todo.pop(0) * self.blocks - self.done)))
+            self.frames.append(self.frame(x, places))
+        move(1.0)
+        self.done += 1
+        return x, drive
+
+    def frame(self, x: Tensor, places: Tensor) -> Tensor:
+        """The whole point, every entry in its place."""
+        parts = [*self.left, (x.flatten(1), places.flatten())]
+        order = torch.cat([place for _, place in parts]).argsort()
+        whole: Tensor = torch.cat([part for part, _ in parts], 1)[:, order.to(x.device)].unflatten(1, self.shape)
+        return whole
 
 
 class Straightness(NamedTuple):

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -447,6 +448,17 @@ def test_a_fresh_process_samples_bit_for_bit(tmp_path):
     )
     subprocess.run([sys.executable, "-c", script, str(folder), str(tmp_path / "x.pt")], check=True, cwd=ROOT)
     assert torch.equal(torch.load(tmp_path / "x.pt"), before)
+    # and its path, from the noise in the places of the image's entries to the sample
+    from cnf.cli import sample_main
+
+    assert sample_main([str(folder), "-n", "3", "--trajectory", "--out", str(tmp_path / "x.npz")]) == 0
+    with np.load(tmp_path / "x.npz") as file:
+        way, x = file["trajectory"], torch.from_numpy(file["samples"])
+    assert way.shape == (21, 3, 1, 8, 8)
+    assert np.abs(way[-1] - flow.transform.transforms[1](x).value.numpy()).max() < 1e-4
+    assert np.abs(np.sort(way[0].reshape(3, -1)) - np.sort(flow.encode(x).detach().numpy())).max() < 1e-3
+    assert sample_main([str(folder), "-n", "2", "--grid-steps", "2", "--out", str(tmp_path / "x.gif")]) == 0
+    assert (tmp_path / "x.gif").stat().st_size > 2000
 
 
 def test_published_counts_and_a_small_generator():

@@ -16,7 +16,7 @@ from cnf.fields import MLP
 from cnf.flow import Flow
 from cnf.models import ModelConfig, SolverConfig, build
 from cnf.noise import Noise
-from cnf.solvers import FixedGrid
+from cnf.solvers import FixedGrid, Stats
 from cnf.transforms import Dequantize, Logit, Sequential, Squeeze, Standardize, Transform, Transformed
 
 F64 = torch.float64
@@ -370,16 +370,21 @@ def test_trajectory_refuses():
     with pytest.raises(ConfigError, match="at least one block"):
         Flow(Logit(0.1), (2,)).trajectory(torch.rand(3, 2), torch.linspace(0, 1, 3))
     block = CNF(MLP(4, (3,)))
-    squeezed = Flow(Sequential([CNF(MLP(4, (3,))), Squeeze(), block]), (1, 2, 2))
-    with pytest.raises(ConfigError, match="one shape all along"):
-        squeezed.trajectory(torch.rand(3, 1, 2, 2), torch.linspace(0, 1, 3))
+
+    class Flat(Transform):
+        def forward(self, x, context=None, *, noise=None, log_det=True, integrals=True):
+            return Transformed(x.flatten(1), x.new_zeros(len(x)), {}, Stats())
+
+    with pytest.raises(ConfigError, match=r"one shape between blocks, but Flat makes \(4,\) of \(1, 2, 2\)"):
+        Flow(Sequential([block, Flat(), block]), (1, 2, 2)).trajectory(torch.rand(3, 1, 2, 2), torch.linspace(0, 1, 3))
+    assert Flow(Sequential([Flat(), block]), (1, 2, 2)).trajectory(torch.rand(3, 1, 2, 2), torch.ones(2)).shape == (2, 3, 4)
 
     class Holder(NormalQuantile):
         def __init__(self):
             super().__init__()
             self.inner = block
 
-    with pytest.raises(ConfigError, match="plain chain of blocks, but this flow has a Holder"):
+    with pytest.raises(ConfigError, match="but this flow has a Holder with blocks inside"):
         Flow(Sequential([Holder()]), (4,)).trajectory(torch.rand(3, 4), torch.linspace(0, 1, 3))
 
 

@@ -217,12 +217,6 @@ def test_sampling_through_the_chain(options):
     assert flow.distribution().rsample((2,)).shape == (2, 1, 8, 8)
 
 
-def test_a_trajectory_is_refused():
-    flow = image_flow((1, 8, 8), levels=17, alpha=0.05)
-    with pytest.raises(ConfigError, match="Multiscale"):
-        flow.trajectory(torch.rand(2, 1, 8, 8, dtype=F64), torch.linspace(0, 1, 3))
-
-
 @pytest.mark.parametrize("layer", ["concat", "hyper", "concatsquash"])
 def test_parallel_field_is_the_sum_of_its_nets(layer):
     """Against squeezes written out, and tangents against autodiff, that of time included."""

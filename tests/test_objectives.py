@@ -2,21 +2,27 @@
 
 import math
 
+import numpy as np
 import pytest
 import scipy.integrate
 import scipy.linalg
 import torch
 from torch.distributions import Normal
 
+from cnf.checkpoint import RunInfo, save_trainer
 from cnf.continuous import CNF
+from cnf.datasets import DataSplits
 from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError
 from cnf.fields import MLP
 from cnf.flow import Flow
+from cnf.models import ModelConfig, SolverConfig
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
+from cnf.presets import DataConfig, RunConfig, TrainConfig
 from cnf.quadratures import Directional, Kinetic, RunningCost
 from cnf.solvers import FixedGrid
+from cnf.training import Trainer
 from cnf.transforms import Dequantize, Logit, Sequential
 
 F64 = torch.float64
@@ -80,10 +86,81 @@ def test_loss_of_images():
     bits = -log_prob / (4 * math.log(2))
     terms = objective(k, noise=Noise.replay({"0/dequantize": u}))
     assert torch.allclose(terms["nll"], bits, rtol=0, atol=1e-8)
-    assert torch.allclose(terms["loss"], bits + (0.3 * kinetic + 0.2 * jacobian) / 4, rtol=0, atol=1e-8)
+    assert torch.allclose(terms["loss"], bits + (0.3 * kinetic + 0.2 * jacobian) / (4 * math.log(2)), rtol=0, atol=1e-8)
     floats = objective((k + u) / 17)  # the same bits: the density there counts with the levels
     for name, value in terms.items():
         assert torch.allclose(floats[name], value, rtol=0, atol=1e-9), name
+
+
+def test_images_are_trained_on_eq_17_and_its_gradient():
+    """RNODE's eq. 17 in nats per dimension, by scipy: the loss in bits/dim is that over ln 2, and so is its gradient."""
+    flow, a = linear(4, images=True)
+    k = torch.randint(0, 17, (6, 1, 1, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    u = torch.rand(k.shape, generator=torch.Generator().manual_seed(2), dtype=F64)
+    s = 0.1 + 0.8 * (k + u) / 17
+    constant = (math.log(0.8 / 17) - torch.log(s * (1 - s))).flatten(1).sum(1)
+
+    def eq_17(a):
+        log_prob, kinetic, jacobian = by_hand(torch.log(s / (1 - s)), a)
+        return float((-log_prob - constant + 0.01 * kinetic + 0.03 * jacobian).mean()) / 4
+
+    loss = Likelihood(flow, kinetic=0.01, jacobian=0.03)(k, noise=Noise.replay({"0/dequantize": u}))["loss"].mean()
+    (gradient,) = torch.autograd.grad(loss, flow.blocks[0].field.a)
+    nats = math.log(2)
+    assert abs(float(loss.detach()) * nats - eq_17(a)) < 1e-8
+    step = 1e-5
+    for i, j in np.ndindex(4, 4):
+        move = np.zeros((4, 4))
+        move[i, j] = step
+        slope = (eq_17(a + move) - eq_17(a - move)) / (2 * step)
+        assert abs(float(gradient[i, j]) * nats - slope) < 1e-7, (i, j)
+
+
+def test_a_run_of_an_earlier_version_keeps_its_penalties(tmp_path, capsys):
+    """Its checkpoint does not say what they are divided by: it was D, and stays so to the end; those of the released code stay too."""
+    pixels = torch.randint(0, 17, (60, 1, 2, 2), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    data = DataSplits("images", "image", pixels[:40], pixels[40:50], pixels[50:], levels=17)
+
+    def trainer(folder, resume=False, **train):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        settings = TrainConfig(**{"steps": 6, "batch_size": 8, "lr": 0.01, "validate_every": 6, "warmup": 0, "kinetic": 5.0} | train)
+        config = RunConfig("run", DataConfig(), ModelConfig(hidden=(4,), zero_init=False), SolverConfig(grid_steps=2), settings)
+        info = RunInfo(config, (1, 2, 2), 17, 0, (), ())
+        return Trainer(info, data, tmp_path / folder, resume=resume, quiet=not resume)
+
+    def stopped(run, at):
+        run._stop = lambda started: "max_time" if run.step >= at else None
+        run.run()
+        return torch.load(run.folder / "trainer.pt", weights_only=True)
+
+    def weights(run):
+        return torch.cat([p.detach().flatten() for p in run.flow.parameters()])
+
+    whole, new = trainer("whole"), trainer("new")
+    whole.objective.scale = 4.0
+    whole.run()
+    new.run()
+    assert (weights(whole) - weights(new)).abs().max() > 1e-4
+    old = trainer("old")
+    old.objective.scale = 4.0
+    state = stopped(old, 2)
+    del state["penalty_scale"]
+    save_trainer(old.folder, state)
+    sentence = "step 2: an earlier version began this run, with penalties of 0.693 times RNODE's eq. 17; it keeps them to its end"
+    again = trainer("old", resume=True)
+    assert sentence in capsys.readouterr().err
+    stopped(again, 4)  # a second time: now the checkpoint says it
+    last = trainer("old", resume=True)
+    assert "penalties of 0.693 times" in capsys.readouterr().err
+    last.run()
+    assert torch.equal(weights(last), weights(whole))
+    for train in ({"regularisers": "code"}, {"kinetic": 0.0}):
+        state = stopped(trainer("other", **train), 2)
+        del state["penalty_scale"]
+        save_trainer(tmp_path / "other", state)
+        scale = trainer("other", resume=True, **train).objective.scale
+        assert "earlier version" not in capsys.readouterr().err
+        assert scale == (1 if "regularisers" in train else 4 * math.log(2))
 
 
 def test_integrals_add_up_over_blocks():

@@ -11,6 +11,7 @@ from cnf.models import ModelConfig, SolverConfig, build
 from cnf.noise import Noise
 from cnf.plotting import canvas, curves, motion, plane, samples
 from cnf.solvers import FixedGrid
+from cnf.transforms import Logit, Standardize
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +206,28 @@ def test_gif_of_images(tmp_path, image_flow):
     logit, whiten = image_flow.transform.transforms[1:3]
     noise = pixels(plotting.image_grid(logit.inverse(whiten.inverse(z).value).value.detach(), tmp_path / "z.png"))
     assert np.abs(frames[0][0] - noise).max() <= 4
+
+
+@pytest.mark.parametrize("options", [{}, {"squeeze_first": True, "marginals": "standardize"}, {"architecture": "stack", "squeeze_first": True}])
+def test_gif_of_a_flow_with_squeezes(tmp_path, options):
+    """Multiscale flows and stacks on the squeezed image: from all the latent's entries, each in its place, to the sample."""
+    settings = {"architecture": "multiscale", "field": "conv", "hidden": (3,), "marginals": "logit", "alpha": 0.05}
+    torch.manual_seed(0)
+    flow = ready(build(ModelConfig(**(settings | options)), SolverConfig(), (3, 8, 8), levels=256))
+    for block in flow.blocks:
+        block.eval_solver = FixedGrid("rk4", 8)
+    frames = frames_of(plotting.flow_gif(flow, tmp_path / "a.gif", n=4, frames=5, seed=4))
+    assert len(frames) == 5
+    x = flow.rsample(4, noise=Noise(4, "sample"))
+    way = flow.trajectory(x, torch.linspace(0, 1, 5))
+    assert way.shape == (5, 4, 3, 8, 8)
+    before = [leaf for leaf in flow.transform.transforms if isinstance(leaf, Logit | Standardize)]
+    for frame, points in ((frames[-1][0], x), (frames[0][0], way[-1]), (frames[2][0], way[2])):
+        for leaf in reversed(before) if points is not x else ():
+            points = leaf.inverse(points).value
+        truth = pixels(plotting.image_grid(points.detach(), tmp_path / "a.png"))
+        assert frame.shape == truth.shape
+        assert np.abs(frame - truth).mean() < 8  # a GIF has 256 colours
 
 
 def test_gif_refuses(tmp_path, flow):

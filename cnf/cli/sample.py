@@ -53,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--class", dest="label", metavar="NAME", help="of a run trained with --condition label: draw from this class (default: "
         "every class in turn)")  # fmt: skip
     add("--trajectory", action="store_true", help=f".npz: also the way from the noise to each sample, array trajectory ({FRAMES}, n, "
-        "...) in the coordinates of the ODE, at the times of array times (1 noise, 0 data)")  # fmt: skip
+        "...) in the coordinates of the ODE, at the times of array times (1 noise, 0 data); the scales of a multiscale flow move one "
+        "after another")  # fmt: skip
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     return parser
 

@@ -58,7 +58,7 @@ class DensityObjective(nn.Module):
     ) -> dict[str, float]:
         """``validation``: the mean negative log-likelihood of ``model``, whose noise belongs to the items ``index``.
 
-        Beside it ``validation_nfe``, the evaluations of a batch's solve, and of some items, where the flow has paths (no Split),
+        Beside it ``validation_nfe``, the evaluations of a batch's solve, and of some items, where the flow has paths,
         their ``straightness`` and ``path_energy`` (see :func:`cnf.trajectory.straightness`).
         """
         found = evaluate(model, x, context, seed=seed, index=index, group=group)

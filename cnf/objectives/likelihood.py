@@ -31,8 +31,9 @@ class _BlockMean:
 class Likelihood(DensityObjective):
     r"""Negative log-likelihood plus :math:`\lambda_K \int\|f\|^2 + \lambda_J \int\|J\|_F^2` (RNODE, 2002.02798, eq. 17).
 
-    For images the loss is in bits/dim and the regularisers are divided by D of the whole flow; for vectors it is in nats
-    and they are undivided. The regularisers' quadratures are put into every CNF block of the flow.
+    For images eq. 17 is in nats per dimension, and the loss is that in bits/dim: the negative log-likelihood and the
+    regularisers are both divided by :math:`D \ln 2`, D of the whole flow. For vectors the loss is in nats, undivided. The
+    regularisers' quadratures are added to every CNF block of the flow.
 
     Args:
         flow: the density to fit.
@@ -42,8 +43,11 @@ class Likelihood(DensityObjective):
             vectors: the sum over blocks of :math:`\frac{\lambda_K}{2}` and :math:`\lambda_J` times the integrals' means
             over each block's own dimensions, so that small blocks weigh as much as large ones (terms ``kinetic_mean``
             and ``jacobian_mean``).
-        step_error: weight of the solver's own error on its grid (:class:`~cnf.quadratures.StepError`), divided by D for
-            images: a flow that few steps solve.
+        step_error: weight of the solver's own error on its grid (:class:`~cnf.quadratures.StepError`), scaled like the
+            other regularisers: favours flows that few steps solve.
+
+    Attributes:
+        scale: what the weighted regularisers are divided by: :math:`D \ln 2` for images, 1 for vectors and for ``"code"``.
 
     Raises:
         ConfigError: for unknown regularisers, a step_error with a solver that does not tell it, a weight that is negative or not finite, or a quadrature called ``loss`` or ``nll``, which are the objective's own terms.
@@ -73,7 +77,7 @@ class Likelihood(DensityObjective):
         if not all(0 <= weight < math.inf for weight in (kinetic, jacobian, step_error)):
             raise ConfigError(f"kinetic={kinetic}, jacobian={jacobian}, step_error={step_error}: a regulariser's weight must be finite and not negative")
         released = regularisers == "code"
-        self.scale = flow.dim if flow.levels is not None and not released else 1
+        self.scale = flow.dim * math.log(2) if flow.levels is not None and not released else 1.0
         self.weights: dict[str, float] = {}
         # the kinetic energy costs nothing beside the solve, so it is always reported in training
         own: list[Quadrature] = [Kinetic()]

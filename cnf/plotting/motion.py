@@ -17,7 +17,7 @@ from cnf.errors import ConfigError
 from cnf.flow import Flow
 from cnf.noise import Noise
 from cnf.plotting.canvas import array, new_figure, subplots, tiles, write
-from cnf.transforms import leaves
+from cnf.transforms import Squeeze, leaves
 
 __all__ = ["flow_gif"]
 
@@ -36,7 +36,7 @@ def flow_gif(
     """Noise flowing into data: 2,000 points in two dimensions, a grid of 64 images otherwise, if ``n`` is not given.
 
     Args:
-        flow: of points in the plane or of images, with one shape all along (no Split).
+        flow: of points in the plane or of images; the scales of a multiscale flow move one after another.
         path: of the GIF.
         n: how many points or images.
         frames: at least 2, evenly spaced in time; the last one stays for a while.
@@ -59,10 +59,13 @@ def flow_gif(
         x = flow.rsample(1, context, noise=noise, temperature=temperature)[0]
     way = flow.trajectory(x, torch.linspace(0, 1, frames), context).flip(0)
     if images:
-        before = list(itertools.takewhile(lambda leaf: not isinstance(leaf, CNF), leaves(flow.transform)))
+        still = itertools.takewhile(lambda leaf: not any(isinstance(m, CNF) for m in leaf.modules()), leaves(flow.transform))
+        before = list(still)
         pictures = []
         for points in way:
-            for leaf in reversed(before):  # from where the ODE lives to pixels
+            for leaf in before:  # the frames have their squeezes undone
+                points = leaf(points).value if isinstance(leaf, Squeeze) else points
+            for leaf in reversed(before):  # from the coordinates of the ODE to pixels
                 points = leaf.inverse(points).value
             pictures.append(Image.fromarray(tiles(points, None, 256)))
     else:

@@ -97,7 +97,8 @@ class TrainConfig:
     step_error: float = 0.0
     """Weight of the grid's own error, step by step (ERNODE): flows that few steps solve."""
     regularisers: Literal["paper", "code"] = "paper"
-    """paper: integrals of sums (images: over D); code: RNODE's released means over each block, half on kinetic."""
+    """paper: RNODE's eq. 17, integrals of sums (images: divided by D ln 2, as -log p is for bits/dim); code: its released code's means
+    over each block, half on kinetic, added to bits/dim."""
     validate_every: int = 250
     """Steps between validations."""
     patience: int = 0

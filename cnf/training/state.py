@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,6 +13,7 @@ from cnf.checkpoint import load_trainer, locked, one_line, renew, save_trainer, 
 from cnf.checkpoint.files import why
 from cnf.distributed import Group
 from cnf.errors import CheckpointError, ConfigError
+from cnf.objectives import Likelihood
 from cnf.training.batches import fingerprint
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ def collect(trainer: Trainer) -> dict[str, Any]:
         "recovery": trainer.recovery.state(trainer.step),
         "pending": trainer.pending,
         "outcomes": trainer.ledger.state(),
+        "penalty_scale": getattr(trainer.stages[-1].objective, "scale", None),
         "metrics": len(trainer.metrics),
         "data": fingerprint(trainer.data),
     }
@@ -64,11 +67,29 @@ def restore(trainer: Trainer) -> None:
         trainer.recovery.load(state["recovery"])
         trainer.pending = dict(state["pending"])
         trainer.ledger.load(state.get("outcomes", []))  # a checkpoint of an earlier version has none: all was judged at once
+        _keep_penalties(trainer, state)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
         raise CheckpointError(f"{folder / 'trainer.pt'} is not of this model: {one_line(error)}") from None
     trainer.journal.cut(rows)
     if best is not None and trainer.group.main:  # a later best, from after this checkpoint, is void
         write_weights(folder, best)
+
+
+def _keep_penalties(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Keep a run's own objective: earlier versions divided the penalties of a loss in bits/dim by D alone, not by D ln 2."""
+    objective = trainer.stages[-1].objective
+    if not isinstance(objective, Likelihood) or not objective.weights:
+        return
+    images = objective.unit == "bits/dim" and trainer.config.regularisers == "paper"
+    scale = float(state.get("penalty_scale", objective.flow.dim if images else 1.0))
+    if not 0 < scale < math.inf:
+        raise ValueError(f"penalty_scale is {scale}")
+    if scale != objective.scale:
+        trainer.say(
+            f"step {trainer.step}: an earlier version began this run, with penalties of {objective.scale / scale:.3g} times "
+            "RNODE's eq. 17; it keeps them to its end, and a new run has those of eq. 17"
+        )
+    objective.scale = scale
 
 
 @contextmanager
