@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from cnf.datasets.pictures import SUFFIXES, open_picture
+from cnf.datasets.pictures import FORMATS, SUFFIXES, open_picture
 from cnf.datasets.rows import Array
 from cnf.datasets.splits import Rows
 from cnf.errors import DataError
@@ -50,7 +50,7 @@ class Listing:
     """What lies in a folder.
 
     Attributes:
-        pictures: PNG and JPEG files, sorted by (sub-folder and) name.
+        pictures: image files (:data:`~cnf.datasets.pictures.SUFFIXES`), sorted by (sub-folder and) name.
         labels: name of the sub-folder of each, or None where the pictures lie in the folder itself.
         arrays: .npy and .npz files in the folder itself.
         others: names of the files that are neither.
@@ -117,7 +117,7 @@ def centre_square(picture: Image.Image, size: int) -> Image.Image:
 
 
 def read_folder(folder: Path, image_size: int | None = None) -> Rows:
-    """Read the PNG and JPEG pictures of a folder, or of its sub-folders, whose names are then the labels.
+    """Read the PNG, JPEG, WebP, BMP and TIFF images of a folder, or of its sub-folders, whose names are then the labels.
 
     Pictures are decoded one by one into one uint8 array. They are grey only if all of them are; otherwise all become
     RGB. With ``image_size`` each is cropped to its central square and resized (bicubic, antialiased); without, all must
@@ -140,7 +140,7 @@ def read_folder(folder: Path, image_size: int | None = None) -> Rows:
     images, notices = stack_pictures(found.pictures, image_size, str(folder))
     if found.others or found.arrays:
         names = [*found.others, *(p.name for p in found.arrays)]
-        notices.append(f"{len(names):,} files that are no PNG or JPEG picture were left aside ({names[0]}, ...)")
+        notices.append(f"{len(names):,} files that are no {FORMATS} image were left aside ({names[0]}, ...)")
     return Rows(images, np.array(found.labels) if found.labels else None, notices=notices)
 
 
