@@ -204,7 +204,7 @@ def score_items(command: Command, info: RunInfo, group: Group = ALONE) -> int:
     _require_writable(command, folder)
     ranking = rank(
         _flow(folder, info), items.x, items.names, context, reference=reference, draws=config.train.draws,
-        importance=command.importance, dequantisation=kind, seed=TEST_SEED, group=group,
+        importance=command.importance, dequantisation=kind, seed=TEST_SEED, group=group, progress="scoring",
     )  # fmt: skip
     if not group.main:
         return 0

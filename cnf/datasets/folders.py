@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import os
 import re
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from cnf.datasets.pictures import FORMATS, SUFFIXES, open_picture
 from cnf.datasets.rows import Array
 from cnf.datasets.splits import Rows
 from cnf.errors import DataError
+from cnf.progress import progress
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["ARRAYS", "Listing", "list_folder", "part_entries", "progress", "read_folder", "rgb", "stack_pictures"]
+__all__ = ["ARRAYS", "Listing", "list_folder", "part_entries", "read_folder", "rgb", "stack_pictures"]
 
 ARRAYS = (".npy", ".npz")
-MANY = 2000  # pictures from which a progress bar is shown
 _PART = re.compile(r"(train|training|validation|valid|val|testing|test)(?![a-z])")
 
 
@@ -94,12 +92,6 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
     with os.scandir(folder) as entries:
         found = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
     return [folder / n for n, is_folder in found if not is_folder], [folder / n for n, is_folder in found if is_folder]
-
-
-def progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
-    """A bar over many pictures; where nobody watches a terminal, a line every half minute."""
-    wait = 0.1 if sys.stderr.isatty() else 30.0
-    return iter(tqdm(items, what, total, disable=total < MANY, mininterval=wait, unit=" pictures", leave=False))
 
 
 def rgb(picture: Image.Image) -> Array:

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from cnf.datasets.arrays import as_images, read_numpy
-from cnf.datasets.folders import Listing, list_folder, part_entries, progress, rgb
+from cnf.datasets.folders import Listing, list_folder, part_entries, rgb
 from cnf.datasets.pictures import FORMATS, open_picture
 from cnf.datasets.prepared import find_prepared, prepare, reduce_bits, stamp
 from cnf.datasets.rows import Array, hold_out, is_mapped, keep_rows
 from cnf.datasets.splits import DataSplits, Options, assemble
 from cnf.errors import DataError
+from cnf.progress import progress
 
 __all__ = ["NAMES", "load_large"]
 

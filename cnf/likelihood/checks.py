@@ -14,6 +14,7 @@ from cnf.distributed import ALONE, Group
 from cnf.flow import Flow
 from cnf.likelihood.evaluation import Evaluation, ItemNoise, default_batch_size, evaluate
 from cnf.noise import Noise
+from cnf.progress import Progress
 from cnf.solvers import Solution, Solver
 from cnf.solvers.base import RHS, State
 from cnf.transforms import Standardize, leaves
@@ -60,6 +61,7 @@ def check(
     batch_size: int | None = None,
     index: Tensor | None = None,
     group: Group = ALONE,
+    progress: str = "",
 ) -> Check:
     """Solve again at ten times tighter tolerances, and go there and back, batch by batch.
 
@@ -67,7 +69,7 @@ def check(
         flow: in evaluation mode.
         x: the items to check (N, \\*event).
         context: (N, C), (C,) or None.
-        dequantisation, seed, batch_size, index, group: as for :func:`~cnf.likelihood.evaluate`.
+        dequantisation, seed, batch_size, index, group, progress: as for :func:`~cnf.likelihood.evaluate`.
 
     Example:
         >>> from cnf import ModelConfig, SolverConfig, build
@@ -77,18 +79,20 @@ def check(
         (10, 'nats', True)
     """
 
-    def solve() -> Evaluation:
+    def solve(how: str) -> Evaluation:
         return evaluate(
-            flow, x, context, dequantisation=dequantisation, seed=seed, batch_size=batch_size, index=index, group=group
-        )
+            flow, x, context, dequantisation=dequantisation, seed=seed, batch_size=batch_size, index=index, group=group,
+            progress=progress and f"{progress}, {how}",
+        )  # fmt: skip
 
-    before = solve()
+    before = solve("as evaluated")
     with refined(flow):
-        moved = solve().per_item - before.per_item
+        moved = solve("refined").per_item - before.per_item
     size = batch_size or default_batch_size(flow)
     starts = range(0, len(x), size)
     trips = torch.zeros(len(starts), dtype=torch.float64)
-    with group.together():
+    named = f"{progress}, there and back"
+    with group.together(), Progress(named, group.owned(len(starts)), quiet=not (progress and group.main)) as done:
         for place, start in enumerate(starts):
             if not group.owns(place):
                 continue
@@ -98,6 +102,7 @@ def check(
             given = None if given is None else given.to(flow.like)
             part = x[rows].to(flow.like) if x.is_floating_point() else x[rows].to(flow.like.device)
             trips[place] = round_trip_error(flow, part, given, noise=noise)
+            done.advance()
     trips = group.sum(trips)
     return Check(len(x), before.unit, float(moved.mean()), float(moved.abs().max()), float(trips.max()))
 

@@ -17,6 +17,7 @@ from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
 from cnf.likelihood.groups import sorted_rows
 from cnf.noise import Kind, Noise
+from cnf.progress import Progress
 from cnf.solvers import Stats
 from cnf.transforms import Dequantize
 
@@ -136,6 +137,7 @@ def evaluate(
     batch_size: int | None = None,
     index: Tensor | None = None,
     group: Group = ALONE,
+    progress: str = "",
 ) -> Evaluation:
     r"""The negative log-likelihood of every item, no batch dropped, sums in double precision.
 
@@ -155,6 +157,7 @@ def evaluate(
         index: (N,) the items' numbers in their split, by which their noise is drawn; 0, 1, ... if None.
         group: processes that all call this with the same arguments: the batches are dealt out, and each gets the whole result,
             to the last bit that of one process (of the same kind).
+        progress: name under which rank 0 reports progress on stderr (:class:`~cnf.progress.Progress`); "" for none.
 
     Raises:
         SolverError: from a solve that failed, on all processes alike.
@@ -186,7 +189,8 @@ def evaluate(
     parts = sorted_rows(flow, x, context, size=size, group=group).split(size)
     work = [(number, rows) for number in range(draws) for rows in parts]
     cost = torch.zeros(2, len(work), importance, dtype=torch.float64)
-    with group.together():
+    solves = group.owned(len(work)) * importance
+    with group.together(), Progress(progress, solves, "solves", quiet=not (progress and group.main)) as done:
         for place, (number, rows) in enumerate(work):
             if not group.owns(place):
                 continue
@@ -197,6 +201,7 @@ def evaluate(
                 one, stats = _log_prob(flow, x[rows], given, ItemNoise(seed, items, number, sample), kind)
                 cost[:, place, sample] = torch.tensor([stats.nfe, stats.products])
                 total = one if total is None else torch.logaddexp(total, one)
+                done.advance()
             table[number, rows] = cast(Tensor, total) - math.log(importance)
     table, cost = group.sum(table), group.sum(cost)
     log_prob = table.mean(0)

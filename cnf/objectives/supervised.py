@@ -15,6 +15,7 @@ from cnf.distributed import ALONE, Group
 from cnf.errors import ConfigError, DataError
 from cnf.models import NeuralODE, Predictor
 from cnf.noise import Noise
+from cnf.progress import Progress
 from cnf.solvers import Solver, Stats
 
 __all__ = ["KINDS", "Assessment", "Supervised", "assess"]
@@ -70,7 +71,14 @@ def _losses(outputs: Tensor, targets: Tensor, kind: str) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def assess(
-    model: Predictor, x: Tensor, targets: Tensor, kind: str, *, batch_size: int | None = None, group: Group = ALONE
+    model: Predictor,
+    x: Tensor,
+    targets: Tensor,
+    kind: str,
+    *,
+    batch_size: int | None = None,
+    group: Group = ALONE,
+    progress: str = "",
 ) -> Assessment:
     """Predict every item of a split and compare.
 
@@ -81,6 +89,7 @@ def assess(
         kind: ``"regression"`` or ``"classification"``.
         batch_size: items solved together.
         group: processes that all call this with the same arguments: the batches are dealt out, and each gets the whole result.
+        progress: name under which rank 0 reports progress on stderr; "" for none.
 
     Raises:
         DataError: for targets that do not fit the outputs.
@@ -89,11 +98,12 @@ def assess(
     size = batch_size or max(1, min(4096, BATCH_NUMBERS // model.dim))
     parts = x.split(size)
     joined, nfes = torch.zeros(len(x), model.outputs, dtype=torch.float64), torch.zeros(len(parts), dtype=torch.float64)
-    with group.together():
+    with group.together(), Progress(progress, group.owned(len(parts)), quiet=not (progress and group.main)) as done:
         for place, part in enumerate(parts):
             if group.owns(place):
                 found = model.predict(part.to(model.like.device))
                 joined[place * size : place * size + len(part)], nfes[place] = found.outputs.double().cpu(), found.stats.nfe
+                done.advance()
     joined, nfes = group.sum(joined), group.sum(nfes)
     loss, correct = _losses(joined, targets.double().cpu(), kind)
     return Assessment(loss, correct, joined, float(nfes.mean()))

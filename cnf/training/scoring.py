@@ -87,6 +87,7 @@ def score(
     check: bool = False,
     batch_size: int | None = None,
     group: Group = ALONE,
+    quiet: bool = False,
 ) -> tuple[dict[str, Any], Evaluation]:
     """The likelihood of a split, and everything that it depends on.
 
@@ -103,6 +104,7 @@ def score(
         batch_size: items solved together.
         group: processes that all call this with the same arguments and share the work; each gets the result (but rank 0 alone
             the integral of a toy density).
+        quiet: report no progress on stderr.
 
     Raises:
         ConfigError: for fewer than one item, or what the data or the flow cannot do.
@@ -116,12 +118,12 @@ def score(
     x, context = x[index], None if context is None else context[index]
     found = evaluate(
         flow, x, context, draws=draws, importance=importance, dequantisation=dequantisation, seed=TEST_SEED,
-        batch_size=batch_size, index=index, group=group,
+        batch_size=batch_size, index=index, group=group, progress="" if quiet else f"{split} likelihood",
     )  # fmt: skip
     few = rows_checked(len(x), check)
     checked = check_items(
         flow, x[:few], None if context is None else context[:few], dequantisation=dequantisation, seed=TEST_SEED,
-        batch_size=batch_size, index=index[:few], group=group,
+        batch_size=batch_size, index=index[:few], group=group, progress="" if quiet else "solver check",
     )  # fmt: skip
     images = flow.levels is not None
     result: dict[str, Any] = {
