@@ -148,6 +148,15 @@ def strips(layers: int, count: int) -> dict[str, Any]:
     return {"t273": [400] * count, "t278": [1], "t279": [8] * count, **({"t284": [2]} if layers > 1 else {})}
 
 
+def jpeg_of_12_bits() -> bytes:
+    """A JPEG file whose header says 12 bits."""
+    buffer = io.BytesIO()
+    Image.fromarray(GREY).save(buffer, "JPEG")
+    content = bytearray(buffer.getvalue())
+    content[content.index(b"\xff\xc0") + 4] = 12
+    return bytes(content)
+
+
 DEEP = {
     "png colour": ("x.png", png(16, 2, deep(3)), r"more than 8 bits a channel \(16\)"),
     "png colour and alpha": ("x.png", png(16, 6, deep(4)), r"more than 8 bits a channel \(16\)"),
@@ -170,6 +179,7 @@ DEEP = {
     "tiff of huge tiles": ("x.tif", tiff(8, 8, bytes(600), 1, [8], t322=[2**15], t323=[2**15], t324=[300], t325=[64]), r"claims more than 50,000,000"),
     "tiff of very many pixels": ("x.tif", tiff(2**20, 2**20, bytes(64), 1, [8]), r"claims more than 50,000,000|cannot be read"),
     "bmp of very many pixels": ("x.bmp", b"BM" + struct.pack("<IIIIiiHHIIIIII", 0, 0, 54, 40, 2**15, 2**15, 1, 24, 0, 0, 0, 0, 0, 0) + bytes(64), r"claims more than 50,000,000|cannot be read"),
+    "jpeg of 12 bits": ("x.jpg", jpeg_of_12_bits(), r"a JPEG of more than 8 bits"),
     "bmp of ten bits": ("x.bmp", b"BM" + struct.pack("<IIIIiiHHIIIIIIIII", 0, 0, 66, 40, 2, 2, 1, 32, 3, 0, 0, 0, 0, 0, 0x3FF00000, 0xFFC00, 0x3FF) + bytes(16), r"cannot be read"),
 }  # fmt: skip
 

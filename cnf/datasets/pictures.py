@@ -39,7 +39,7 @@ def open_picture(path: Path, file: IO[bytes] | None = None) -> Image.Image:
         DataError: if the file is missing, unreadable, deeper than 8 bits, has several pages or frames, or claims more than
             50 million pixels (a bomb).
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if file is None:
         require_file(path, DataError, f"picture {str(path)!r}")
@@ -56,6 +56,9 @@ def open_picture(path: Path, file: IO[bytes] | None = None) -> Image.Image:
         ) from None
     except _Refused as error:
         raise DataError(f"picture {str(path)!r} {error}") from None
+    except UnidentifiedImageError:
+        why = "it is none of them, or damaged, or a JPEG of more than 8 bits a channel"
+        raise DataError(f"picture {str(path)!r} cannot be read as {FORMATS}: {why}") from None
     except Exception as error:  # Pillow raises many kinds for what is damaged; all mean the same here
         raise DataError(f"picture {str(path)!r} cannot be read as {FORMATS}: {error}") from error
     try:
