@@ -1,70 +1,85 @@
-"""Progress of long work on stderr: a bar in a terminal, elsewhere a line every half minute."""
+"""Progress of long work on stderr: a line that is kept up to date in a terminal, elsewhere one every half minute."""
 
 from __future__ import annotations
 
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from types import TracebackType
-from typing import Any, TypeVar
-
-from tqdm import tqdm
+from typing import TypeVar
 
 __all__ = ["LINE_SECONDS", "Progress", "duration_text", "progress"]
 
 T = TypeVar("T")
-LINE_SECONDS = 30.0  # between lines, and before the first one, so that short work is silent
-BAR_DELAY = 1.0  # seconds before a bar appears
+LINE_SECONDS = 30.0  # between lines, and before the first one: short work is silent
+TERMINAL_SECONDS = 1.0  # the same in a terminal
 
 
 class Progress:
-    """Report how much of some work is done.
+    """Report how much of some work is done, while it is done; a context manager.
+
+    A thread reports, since one unit of work may take minutes.
 
     Args:
         what: name of the work.
-        total: units of work.
-        unit: name of the units, in the plural.
+        unit: name of its units, in the plural.
         quiet: report nothing.
 
     Example:
-        >>> with Progress("evaluation", 2, quiet=True) as work:
-        ...     work.advance()
-        >>> work.done
-        1
+        >>> with Progress("evaluation", "solves") as work:
+        ...     work.update(1, 4)
+        >>> work.done, work.total
+        (1, 4)
     """
 
-    def __init__(self, what: str, total: int, unit: str = "batches", *, quiet: bool = False):
-        self.what, self.total, self.unit, self.quiet, self.done = what, total, unit, quiet, 0
-        self._started = self._reported = time.monotonic()
-        self._bar: Any = None
-        if not quiet and sys.stderr.isatty():
-            self._bar = tqdm(desc=what, total=total, unit=f" {unit}", delay=BAR_DELAY, leave=False, dynamic_ncols=True)
+    def __init__(self, what: str, unit: str, *, quiet: bool = False):
+        self.what, self.unit, self.quiet, self.done, self.total = what, unit, quiet, 0, 0
+        self._ended = threading.Event()
+        self._reporter = threading.Thread(target=self._report, daemon=True)
 
     def __enter__(self) -> Progress:
+        self._started = time.monotonic()
+        if not self.quiet:
+            self._reporter.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._ended.set()
+        if not self.quiet:
+            self._reporter.join()
 
-    def advance(self, count: int = 1) -> None:
-        """Count finished units, and report where a line is due."""
-        self.done += count
-        if self._bar is not None:
-            self._bar.update(count)
-        elif not self.quiet and self.done < self.total and (now := time.monotonic()) - self._reported >= LINE_SECONDS:
-            self._reported, spent = now, now - self._started
-            left = duration_text(spent / self.done * (self.total - self.done)) if self.done else "unknown"
-            line = f"{self.what}: {self.done:,} of {self.total:,} {self.unit} in {duration_text(spent)}, about {left} left"
-            print(line, file=sys.stderr, flush=True)
+    def update(self, done: int, total: int) -> None:
+        """Set the number of finished units and of all units."""
+        self.done, self.total = done, total
+
+    def text(self) -> str:
+        """Return what is done, in how much time, and how much time is left at that rate."""
+        spent = time.monotonic() - self._started
+        left = f", about {duration_text(spent / self.done * (self.total - self.done))} left" if self.done else ""
+        return f"{self.what}: {self.done:,} of {self.total:,} {self.unit} in {duration_text(spent)}{left}"
+
+    def _report(self) -> None:
+        terminal, shown = sys.stderr.isatty(), False
+        with suppress(OSError, ValueError):  # nobody reads stderr any longer
+            while not self._ended.wait(TERMINAL_SECONDS if terminal else LINE_SECONDS):
+                shown = terminal
+                text = self.text()[: shutil.get_terminal_size().columns - 1] if terminal else self.text()
+                sys.stderr.write(f"\r{text}\x1b[K" if terminal else f"{text}\n")
+                sys.stderr.flush()
+            if shown:
+                sys.stderr.write("\r\x1b[K")
+                sys.stderr.flush()
 
 
 def progress(items: Iterable[T], what: str, total: int, unit: str = "images") -> Iterator[T]:
     """Iterate over ``items`` and report how many are done."""
-    with Progress(what, total, unit) as work:
-        for item in items:
+    with Progress(what, unit) as work:
+        for done, item in enumerate(items):
+            work.update(done, total)
             yield item
-            work.advance()
 
 
 def duration_text(seconds: float) -> str:

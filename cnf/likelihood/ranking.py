@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,7 @@ def rank(
     seed: int = 0,
     batch_size: int | None = None,
     group: Group = ALONE,
-    progress: str = "",
+    progress: Callable[[int, int], object] | None = None,
 ) -> Ranking:
     """Sort items by their likelihood, least likely first.
 

@@ -15,6 +15,7 @@ from cnf.datasets import DataSplits
 from cnf.distributed import ALONE, Group
 from cnf.models import NeuralODE, Predictor
 from cnf.objectives import Assessment, assess
+from cnf.progress import Progress
 from cnf.solvers import Adaptive
 from cnf.training.batches import choose_rows
 from cnf.training.files import write_items, write_json
@@ -63,7 +64,9 @@ def score_predictions(
     total = len(getattr(data, split))
     index = choose_rows(total, items, TEST_SEED)
     x, targets = getattr(data, split)[index], getattr(data, f"{split}_context")[index]
-    found = assess(model, x, targets, kind, group=group, progress="" if quiet else f"{split} predictions")
+    quiet = quiet or not group.main
+    with Progress(f"{split} predictions", "batches", quiet=quiet) as work:
+        found = assess(model, x, targets, kind, group=group, progress=work.update)
     result: dict[str, Any] = {
         "objective": kind,
         "loss": found.mean,
@@ -79,7 +82,7 @@ def score_predictions(
         "levels": data.levels,
         "outputs": model.outputs,
         "classes": list(data.classes),
-        **_solver(model, x, found, kind, targets, check, group, "" if quiet else "solver check"),
+        **_solver(model, x, found, kind, targets, check, group, quiet),
         "nfe": found.nfe,
         **about(model, info, started),
     }
@@ -94,7 +97,7 @@ def _solver(
     targets: torch.Tensor,
     check: bool,
     group: Group,
-    progress: str,
+    quiet: bool,
 ) -> dict[str, Any]:
     """The evaluation solver, and what ten times tighter tolerances change on some items."""
     none = {"solver": None, "rtol": None, "atol": None, "solver_error": None, "changed_predictions": None, "checked_items": 0}
@@ -104,7 +107,8 @@ def _solver(
     used = model.eval_solver
     try:
         model.eval_solver = used.refined()
-        finer = assess(model, x[:few], targets[:few], kind, group=group, progress=progress)
+        with Progress("solver check", "batches", quiet=quiet) as work:
+            finer = assess(model, x[:few], targets[:few], kind, group=group, progress=work.update)
     finally:
         model.eval_solver = used
     changed = None if finer.correct is None else int((finer.outputs.argmax(1) != found.outputs[:few].argmax(1)).sum())

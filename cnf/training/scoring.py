@@ -24,6 +24,7 @@ from cnf.flow import Flow
 from cnf.likelihood import Evaluation, evaluate, integral_2d
 from cnf.likelihood import check as check_items
 from cnf.models import Predictor
+from cnf.progress import Progress
 from cnf.solvers import Adaptive, FixedGrid
 from cnf.training.batches import choose_rows
 from cnf.training.files import write_items
@@ -116,15 +117,18 @@ def score(
     total = len(x)
     index = choose_rows(total, items, TEST_SEED)
     x, context = x[index], None if context is None else context[index]
-    found = evaluate(
-        flow, x, context, draws=draws, importance=importance, dequantisation=dequantisation, seed=TEST_SEED,
-        batch_size=batch_size, index=index, group=group, progress="" if quiet else f"{split} likelihood",
-    )  # fmt: skip
+    quiet = quiet or not group.main
+    with Progress(f"{split} likelihood", "solves", quiet=quiet) as work:
+        found = evaluate(
+            flow, x, context, draws=draws, importance=importance, dequantisation=dequantisation, seed=TEST_SEED,
+            batch_size=batch_size, index=index, group=group, progress=work.update,
+        )  # fmt: skip
     few = rows_checked(len(x), check)
-    checked = check_items(
-        flow, x[:few], None if context is None else context[:few], dequantisation=dequantisation, seed=TEST_SEED,
-        batch_size=batch_size, index=index[:few], group=group, progress="" if quiet else "solver check",
-    )  # fmt: skip
+    with Progress("solver check", "solves", quiet=quiet) as work:
+        checked = check_items(
+            flow, x[:few], None if context is None else context[:few], dequantisation=dequantisation, seed=TEST_SEED,
+            batch_size=batch_size, index=index[:few], group=group, progress=work.update,
+        )  # fmt: skip
     images = flow.levels is not None
     result: dict[str, Any] = {
         "bits_per_dim" if images else "nats": found.mean,
