@@ -443,9 +443,9 @@ def test_orientation_transparency_and_other_files(tmp_path: Path) -> None:
         exif = Image.Exif()
         exif[0x0112] = 6  # to be turned a quarter clockwise
         picture.save(tmp_path / f"{i}.png", exif=exif)
-    (tmp_path / "notes.webp").write_bytes(b"")
+    (tmp_path / "notes.gif").write_bytes(b"")
     data = datasets.load(tmp_path)
-    assert data.event_shape == (3, 7, 4) and any("left aside (notes.webp" in n for n in data.notices)
+    assert data.event_shape == (3, 7, 4) and any("left aside (notes.gif" in n for n in data.notices)
     stored = {np.rot90(np.asarray(Image.open(p)), -1).tobytes() for p in tmp_path.glob("*.png")}
     assert {x.permute(1, 2, 0).numpy().tobytes() for x in torch.cat([data.train, data.validation, data.test])} == stored
     (tmp_path / "alpha").mkdir()
@@ -461,10 +461,10 @@ def test_bad_folders(tmp_path: Path) -> None:
     np.save(tmp_path / "empty" / "a.npy", images())
     with pytest.raises(DataError, match=r"a\.npy, give the file itself"):
         datasets.load(tmp_path / "empty")
-    (tmp_path / "webp").mkdir()
-    (tmp_path / "webp" / "a.webp").write_bytes(b"")
-    with pytest.raises(DataError, match=r"a\.webp is none"):
-        datasets.load(tmp_path / "webp")
+    (tmp_path / "gif").mkdir()
+    (tmp_path / "gif" / "a.gif").write_bytes(b"")
+    with pytest.raises(DataError, match=r"a\.gif is none"):
+        datasets.load(tmp_path / "gif")
     folder(tmp_path / "mixed", ("a",))
     folder(tmp_path / "mixed", ("b",), size=(7, 7))
     with pytest.raises(DataError, match=r"6x5.*7x7.*image_size"):

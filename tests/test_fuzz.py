@@ -37,7 +37,7 @@ from cnf.compat import load_reference, read_reference
 from cnf.datasets.arrays import read_numpy
 from cnf.datasets.cifar import parse_batch
 from cnf.datasets.items import read_items
-from cnf.datasets.pictures import open_picture
+from cnf.datasets.pictures import SUFFIXES, open_picture
 from cnf.datasets.text import read_csv
 from cnf.errors import CheckpointError, CNFError, DataError
 from cnf.models import ModelConfig, SolverConfig
@@ -95,7 +95,7 @@ def tensors(found: dict[str, Any]) -> Any:
 
 
 def splits(path: Path) -> Any:
-    picture = path.suffix in (".png", ".jpg")
+    picture = path.suffix in SUFFIXES
     found = datasets.load(path, **({"sizes": (9, 5, 5)} if picture else {}))
     return [p.numpy().tobytes() for p in (found.train, found.validation, found.test)]
 
@@ -129,6 +129,11 @@ KINDS = {
     "deep png": Kind("rgba.png", lambda f: np.asarray(open_picture(f / "rgba.png")).tobytes(), DataError, True),
     "jpeg": Kind("x.jpg", lambda f: splits(f / "x.jpg"), DataError, False),
     "progressive jpeg": Kind("p.jpg", lambda f: np.asarray(open_picture(f / "p.jpg")), DataError, False),
+    "webp": Kind("x.webp", lambda f: np.asarray(open_picture(f / "x.webp")), DataError, False),
+    "bmp": Kind("x.bmp", lambda f: splits(f / "x.bmp"), DataError, False),
+    "tiff": Kind("x.tif", lambda f: splits(f / "x.tif"), DataError, False),
+    "packed tiff": Kind("p.tif", lambda f: np.asarray(open_picture(f / "p.tif")), DataError, False),
+    "jpeg in tiff": Kind("j.tif", lambda f: np.asarray(open_picture(f / "j.tif")), DataError, False),
     "cifar10": Kind("batch", lambda f: batch(f / "batch"), DataError, False),
 }
 
@@ -164,11 +169,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     grey = Image.fromarray(rng.integers(256, size=(12, 10), dtype=np.uint8))
     grey.save(folder / "x.png")
     grey.save(folder / "x.jpg", exif=Image.Exif())
+    grey.save(folder / "x.bmp")
+    grey.save(folder / "x.tif")
     wide = Image.fromarray(rng.integers(256, size=(12, 10, 4), dtype=np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6  # turned
     wide.save(folder / "rgba.png", exif=exif)
     wide.convert("RGB").save(folder / "p.jpg", progressive=True, exif=exif)
+    wide.save(folder / "x.webp", exif=exif)
+    wide.save(folder / "p.tif", compression="tiff_lzw", exif=exif)
+    wide.convert("RGB").save(folder / "j.tif", compression="jpeg")
     (folder / "batch").write_bytes(python2_batch(colour(1, False), [3]))
     return folder
 

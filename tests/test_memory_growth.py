@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cnf.checkpoint import RunInfo
+from cnf.collocation import RULES, patterson
 from cnf.datasets import DataSplits
 from cnf.likelihood import evaluate
 from cnf.models import ModelConfig, SolverConfig
@@ -52,6 +53,8 @@ def settle(run, steps, evaluations, samplings):
 
 
 def check(tmp_path, warmup, steps, others, solver):
+    for nodes in RULES:  # the one cache of tensors: the process keeps each rule from its first use, at whatever step that is
+        patterson(nodes)
     train = TrainConfig(steps=10_000, batch_size=64, accumulate=2, validate_every=25, watch_every=20, kinetic=0.01)
     config = RunConfig("points", DataConfig(), ModelConfig(hidden=(16, 16), blocks=2), solver, train)
     run = Trainer(RunInfo(config, (2,), None, 0, (), ("a", "b")), DATA, tmp_path, quiet=True)

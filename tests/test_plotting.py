@@ -245,7 +245,7 @@ def test_learning_curves(tmp_path, figures):
     top, bottom = figures[0].axes
     assert top.get_ylabel() == "bits/dim" and bottom.get_xlabel() == "step"
     labels = [[t.get_text() for t in a.get_legend().get_texts()] for a in (top, bottom)]
-    assert labels == [["training batch", "validation (averaged weights)"], ["forward"]]
+    assert labels == [["training batch", "validation (averaged weights)"], ["training, forward"]]
     assert np.array_equal(top.lines[1].get_xydata(), [[50, 3.2]])
     low, high = top.get_ylim()
     assert low < 3.005 and 3.2 < high < 20  # the first steps do not squeeze the rest
@@ -253,6 +253,13 @@ def test_learning_curves(tmp_path, figures):
         row["nfe_backward"] = 30
     plotting.learning_curves(rows, tmp_path / "b.png", unit="nats")
     assert len(figures[1].axes[1].lines) == 2
+    matching = [{"step": s, "nll": 3.0, **({"validation": 3.5, "validation_nfe": 90 + s} if s % 5 == 0 else {})} for s in range(1, 21)]
+    plotting.learning_curves(matching, tmp_path / "e.png", unit="bits/dim")  # whose steps solve nothing
+    (solved,) = figures[2].axes[1].lines
+    assert np.array_equal(solved.get_xydata(), [[5, 95], [10, 100], [15, 105], [20, 110]]) and solved.get_label() == "validation"
+    residual = [{"step": s, "loss": 1 / s, "nfe": 0, "nfe_backward": 0, "validation": 2 / s, "validation_nfe": 0} for s in (1, 2)]
+    plotting.learning_curves(residual, tmp_path / "f.png", unit="nats", name="loss")
+    assert len(figures[3].axes) == 1 and figures[3].axes[0].get_xlabel() == "step"
     plotting.learning_curves([], tmp_path / "c.png", unit="nats")  # a run stopped before its first row
     plotting.learning_curves([{"step": 10, "skipped": 3}], tmp_path / "d.png", unit="nats")
 

@@ -17,7 +17,7 @@ from cnf.noise import Noise
 from cnf.objectives import FlowMatching, Likelihood
 from cnf.presets import DataConfig, RunConfig, TrainConfig
 from cnf.solvers import FixedGrid
-from cnf.training import Interrupted, Trainer, loop, stages
+from cnf.training import Interrupted, Trainer, finish, loop, stages
 from cnf.training.batches import Batches
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -61,6 +61,19 @@ def test_matching_learns_a_density_with_one_evaluation_an_item(tmp_path, every_s
     assert learned and all(0 < value < 1 for value in learned)
     flow = load(run.folder)
     assert evaluate(flow, DATA.validation).mean == pytest.approx(run.best, abs=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["flow-matching", "both"])
+def test_curves_have_the_evaluations_of_solves_only(tmp_path, monkeypatch, every_step, objective):
+    run = trainer(tmp_path / "run", **(BOTH | {"objective": objective} if objective == "both" else {"objective": objective}))
+    run.run()
+    given = []
+    monkeypatch.setattr("cnf.training.report.pictures", lambda flow, data, folder, metrics, unit: given.extend(metrics))
+    finish(run)
+    tuned = [8, 9, 10, 11, 12] if objective == "both" else []  # the steps that solve, on a grid of rk4
+    assert [row["step"] for row in given if "nfe" in row] == tuned and all(row["nfe"] >= 8 for row in given if row["step"] in tuned)
+    validated = [row for row in given if "validation" in row]
+    assert len(validated) >= 3 and all(row["validation_nfe"] > 10 for row in validated)
 
 
 @pytest.mark.parametrize("coupling", ["independent", "optimal-transport"])

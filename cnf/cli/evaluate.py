@@ -25,6 +25,7 @@ from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
 from cnf.likelihood import rank
 from cnf.models import NeuralODE, divergence, eval_solver
+from cnf.progress import Progress
 from cnf.training import read_json, score, summary, write_json, write_scores
 from cnf.training.predictions import PREDICTIONS, score_predictions, write_predictions
 from cnf.training.report import TEST_SCORES, add_columns
@@ -202,10 +203,11 @@ def score_items(command: Command, info: RunInfo, group: Group = ALONE) -> int:
     context = _context(folder, info, items)
     reference = _reference(command, info)
     _require_writable(command, folder)
-    ranking = rank(
-        _flow(folder, info), items.x, items.names, context, reference=reference, draws=config.train.draws,
-        importance=command.importance, dequantisation=kind, seed=TEST_SEED, group=group,
-    )  # fmt: skip
+    with Progress("scoring", "solves", quiet=not group.main) as work:
+        ranking = rank(
+            _flow(folder, info), items.x, items.names, context, reference=reference, draws=config.train.draws,
+            importance=command.importance, dequantisation=kind, seed=TEST_SEED, group=group, progress=work.update,
+        )  # fmt: skip
     if not group.main:
         return 0
     if command.per_item is not None:

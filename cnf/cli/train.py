@@ -29,6 +29,7 @@ from cnf.distributed import Group, join
 from cnf.errors import ConfigError, DataError
 from cnf.models import slow_bf16
 from cnf.presets import PRESETS, RunConfig
+from cnf.progress import duration_text
 from cnf.published import PUBLISHED
 from cnf.published import count as parameters
 from cnf.training import Interrupted, Trainer, finish, read_json, summary
@@ -220,13 +221,7 @@ def _dry_run(info: RunInfo, data: DataSplits, folder: Path, group: Group) -> int
     for name, steps, found in stages:
         print(f"{name}batch {found.batch}{parts}")
         print(f"memory: {found.kept:,.0f} MiB kept for the backward pass, {found.peak:,.0f} MiB at the peak ({found.where})")
-        print(f"time: {found.seconds:.3g} s a step; {steps:,} steps take about {_duration(found.seconds * steps)}, validations apart")
+        print(f"time: {found.seconds:.3g} s a step; {steps:,} steps take about {duration_text(found.seconds * steps)}, validations apart")
     if info.config.solver.adaptive or train.warmup or tunes:
         print("  (measured at the start: an adaptive solver, or a grid that the watch refines, takes longer later)")
     return 0
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"

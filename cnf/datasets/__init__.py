@@ -52,9 +52,9 @@ def load(
     """Load a data set by name or path.
 
     Args:
-        name_or_path: one of :func:`names`; an .npz, .npy or .csv file; a folder of PNG or JPEG pictures; a folder with
-            parts called train... and test... (files or folders); or one picture, also as ``picture:path``, whose
-            darkness is a density in the plane.
+        name_or_path: one of :func:`names`; an .npz, .npy or .csv file; a folder of PNG, JPEG, WebP, BMP or TIFF
+            images; a folder with parts called train... and test... (files or folders); or one picture, also as
+            ``picture:path``, whose darkness is a density in the plane.
         root: where named data sets are looked for and downloaded to (data/README.md gives the layout).
         seed: draws toy points, and the noise that spreads discrete columns.
         split_seed: decides random splits and what ``limit`` keeps; apart from ``seed``, so that runs share their test

@@ -9,12 +9,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from cnf.datasets.folders import progress, rgb
+from cnf.datasets.folders import rgb
 from cnf.datasets.pictures import open_picture
 from cnf.datasets.prepared import Blocks, prepare, stamp
 from cnf.datasets.rows import Array
 from cnf.datasets.splits import DataSplits, Options, assemble
 from cnf.errors import ConfigError, DataError
+from cnf.progress import progress
 from cnf.strangers import require_file, zip_members
 
 if TYPE_CHECKING:

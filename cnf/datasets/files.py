@@ -67,7 +67,7 @@ def _read_file(path: Path, options: Options) -> Parts:
         return rows_of_keys(read_numpy(path), name)
     pickled = suffix in (".pkl", ".pickle", ".pt", ".pth")
     extra = "; pickled files can run code and are never opened: save the array with numpy.save" if pickled else ""
-    raise DataError(f"{name!r} is no known kind of data; expected .npz, .npy, .csv, .png, .jpg or a folder{extra}")
+    raise DataError(f"{name!r} is no known kind of data; expected .npz, .npy, .csv, .png, .jpg, .webp, .bmp, .tif or a folder{extra}")
 
 
 def _read_split(folder: Path, options: Options) -> Parts | None:

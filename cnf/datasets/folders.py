@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import os
 import re
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
-from cnf.datasets.pictures import SUFFIXES, open_picture
+from cnf.datasets.pictures import FORMATS, SUFFIXES, open_picture
 from cnf.datasets.rows import Array
 from cnf.datasets.splits import Rows
 from cnf.errors import DataError
+from cnf.progress import progress
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["ARRAYS", "Listing", "list_folder", "part_entries", "progress", "read_folder", "rgb", "stack_pictures"]
+__all__ = ["ARRAYS", "Listing", "list_folder", "part_entries", "read_folder", "rgb", "stack_pictures"]
 
 ARRAYS = (".npy", ".npz")
-MANY = 2000  # pictures from which a progress bar is shown
 _PART = re.compile(r"(train|training|validation|valid|val|testing|test)(?![a-z])")
 
 
@@ -50,7 +48,7 @@ class Listing:
     """What lies in a folder.
 
     Attributes:
-        pictures: PNG and JPEG files, sorted by (sub-folder and) name.
+        pictures: image files (:data:`~cnf.datasets.pictures.SUFFIXES`), sorted by (sub-folder and) name.
         labels: name of the sub-folder of each, or None where the pictures lie in the folder itself.
         arrays: .npy and .npz files in the folder itself.
         others: names of the files that are neither.
@@ -96,12 +94,6 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
     return [folder / n for n, is_folder in found if not is_folder], [folder / n for n, is_folder in found if is_folder]
 
 
-def progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
-    """A bar over many pictures; where nobody watches a terminal, a line every half minute."""
-    wait = 0.1 if sys.stderr.isatty() else 30.0
-    return iter(tqdm(items, what, total, disable=total < MANY, mininterval=wait, unit=" pictures", leave=False))
-
-
 def rgb(picture: Image.Image) -> Array:
     """uint8 (1, 3, H, W)."""
     return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)[None]
@@ -117,7 +109,7 @@ def centre_square(picture: Image.Image, size: int) -> Image.Image:
 
 
 def read_folder(folder: Path, image_size: int | None = None) -> Rows:
-    """Read the PNG and JPEG pictures of a folder, or of its sub-folders, whose names are then the labels.
+    """Read the PNG, JPEG, WebP, BMP and TIFF images of a folder, or of its sub-folders, whose names are then the labels.
 
     Pictures are decoded one by one into one uint8 array. They are grey only if all of them are; otherwise all become
     RGB. With ``image_size`` each is cropped to its central square and resized (bicubic, antialiased); without, all must
@@ -140,7 +132,7 @@ def read_folder(folder: Path, image_size: int | None = None) -> Rows:
     images, notices = stack_pictures(found.pictures, image_size, str(folder))
     if found.others or found.arrays:
         names = [*found.others, *(p.name for p in found.arrays)]
-        notices.append(f"{len(names):,} files that are no PNG or JPEG picture were left aside ({names[0]}, ...)")
+        notices.append(f"{len(names):,} files that are no {FORMATS} image were left aside ({names[0]}, ...)")
     return Rows(images, np.array(found.labels) if found.labels else None, notices=notices)
 
 

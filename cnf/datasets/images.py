@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -106,10 +107,12 @@ def _read(name: str, train: bool, options: Options) -> tuple[Array, Array]:
     try:
         try:
             found = make(root, download=False, **part)
-        except RuntimeError:  # not there
-            if not options.download:
-                raise
-            _refuse_links(name, root)
+        except RuntimeError as missing:  # not there, or packed: intact archives are unpacked without a network
+            archives = getattr(make, "resources", ())
+            faulty = _faulty_archives(archives, root / _FOLDER[name])
+            if not options.download and (faulty or not archives):
+                raise RuntimeError("; ".join(faulty) or str(missing)) from None
+            _refuse_links(name, root, [] if faulty else [file for file, _ in archives])
             found = make(root, download=True, **part)
     except PermissionError as error:
         raise DataError(
@@ -142,10 +145,18 @@ def _read(name: str, train: bool, options: Options) -> tuple[Array, Array]:
     return images, labels
 
 
-def _refuse_links(name: str, root: Path) -> None:
-    """A download would be written to where a link points."""
+def _faulty_archives(archives: Sequence[tuple[str, str]], folder: Path) -> list[str]:
+    """What is wrong with packed files, a phrase for each that is missing or not the published one."""
+    from torchvision.datasets.utils import check_integrity  # type: ignore[import-untyped]
+
+    faulty = [file for file, md5 in archives if not check_integrity(str(folder / file), md5)]
+    return [f"{f} {'differs from the published file' if (folder / f).exists() else 'is missing'}" for f in faulty]
+
+
+def _refuse_links(name: str, root: Path, intact: Sequence[str] = ()) -> None:
+    """A download would be written to where a link points; ``intact`` files are not written."""
     for path in (*(root / _FOLDER[name]).glob("*"), *root.glob("*.gz")):
-        if path.is_symlink() and (path.suffix in (".gz", ".mat") or name != "svhn"):
+        if path.is_symlink() and path.name not in intact and (path.suffix in (".gz", ".mat") or name != "svhn"):
             raise DataError(f"{str(path)!r} is a link, and {name} is to be downloaded over it: remove it, or mend its target")
 
 

@@ -116,7 +116,7 @@ def _read(path: Path, image_size: int | None) -> tuple[Rows, list[str]]:
         return Rows(table, None, columns), []
     if suffix not in ARRAYS:
         raise DataError(
-            f"{name!r} is no known kind of data; expected .npz, .npy, .csv, .png, .jpg or a folder of pictures"
+            f"{name!r} is no known kind of data; expected .npz, .npy, .csv, .png, .jpg, .webp, .bmp, .tif or a folder"
         )
     parts = rows_of_keys(read_numpy(path), name)
     if set(parts) != {"all"}:

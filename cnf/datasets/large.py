@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from cnf.datasets.arrays import as_images, read_numpy
-from cnf.datasets.folders import Listing, list_folder, part_entries, progress, rgb
-from cnf.datasets.pictures import open_picture
+from cnf.datasets.folders import Listing, list_folder, part_entries, rgb
+from cnf.datasets.pictures import FORMATS, open_picture
 from cnf.datasets.prepared import find_prepared, prepare, reduce_bits, stamp
 from cnf.datasets.rows import Array, hold_out, is_mapped, keep_rows
 from cnf.datasets.splits import DataSplits, Options, assemble
 from cnf.errors import DataError
+from cnf.progress import progress
 
 __all__ = ["NAMES", "load_large"]
 
@@ -65,7 +66,7 @@ def load_large(name: str, options: Options) -> DataSplits:
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) if folder.is_dir() else "no such folder"
         raise DataError(
             f"{name} needs files or folders called train... and val... (or test...) in {str(folder.resolve())!r}, .npy "
-            f"or .npz arrays or PNG or JPEG pictures; found: {there or 'nothing'}. data/README.md lists the layouts"
+            f"or .npz arrays or {FORMATS} images; found: {there or 'nothing'}. data/README.md lists the layouts"
         )
     images, notices = {}, []
     for part, entries in found.items():

@@ -1,10 +1,10 @@
-"""Pictures: opening them safely, and a grey picture as a density in the plane."""
+"""Images from files: safe decoding, and a grey image as a density in the plane."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,25 +16,30 @@ from cnf.strangers import require_file
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["MAX_PIXELS", "SUFFIXES", "PictureDensity", "load_picture", "open_picture"]
+__all__ = ["FORMATS", "MAX_PIXELS", "SUFFIXES", "PictureDensity", "load_picture", "open_picture"]
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+FORMATS = "PNG, JPEG, WebP, BMP or TIFF"  # in words
 MAX_PIXELS = 50_000_000  # a picture that claims more is refused before it is unpacked
 MAX_SCANS = 200  # of a progressive JPEG, each of which is a way through all pixels; usual ones have about ten
-_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_BITS, _PHOTOMETRIC, _STRIP_OFFSETS, _PLANAR, _COLOR_MAP = 258, 262, 273, 284, 320  # TIFF tags
+_TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 322, 323, 324, 338, 339
 
 
 def open_picture(path: Path, file: IO[bytes] | None = None) -> Image.Image:
-    """A PNG or JPEG picture, decoded, turned the way up that its EXIF orientation says.
+    """Decode a PNG, JPEG, WebP, BMP or TIFF image and apply its EXIF orientation.
+
+    Pillow reduces deeper images to 8 bits without notice, so the depth is taken from the file's header.
 
     Args:
-        path: the file, or what messages call it.
-        file: read from here instead.
+        path: the file, or the name that messages give it.
+        file: read from this stream instead.
 
     Raises:
-        DataError: if the file is missing, unreadable, not 8-bit, or claims more than 50 million pixels (a bomb).
+        DataError: if the file is missing, unreadable, deeper than 8 bits, has several pages or frames, or claims more than
+            50 million pixels (a bomb).
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if file is None:
         require_file(path, DataError, f"picture {str(path)!r}")
@@ -49,22 +54,29 @@ def open_picture(path: Path, file: IO[bytes] | None = None) -> Image.Image:
             f"picture {str(path)!r} claims more than {MAX_PIXELS:,} pixels and was not opened (decompression bomb?); "
             "shrink it first"
         ) from None
+    except _Refused as error:
+        raise DataError(f"picture {str(path)!r} {error}") from None
+    except UnidentifiedImageError:
+        why = "it is none of them, or damaged, or a JPEG of more than 8 bits a channel"
+        raise DataError(f"picture {str(path)!r} cannot be read as {FORMATS}: {why}") from None
     except Exception as error:  # Pillow raises many kinds for what is damaged; all mean the same here
-        raise DataError(f"picture {str(path)!r} cannot be read as PNG or JPEG: {error}") from error
-    if picture.mode in _DEEP_MODES:
-        raise DataError(f"picture {str(path)!r} has more than 8 bits a channel ({picture.mode}); convert it to 8 bits")
+        raise DataError(f"picture {str(path)!r} cannot be read as {FORMATS}: {error}") from error
     try:
         return ImageOps.exif_transpose(picture)
     except Exception:  # a damaged EXIF block raises many kinds; the pixels are whole, so they are taken as they lie
         return picture
 
 
+class _Refused(Exception):
+    """An intact image of a kind that is not read; the text continues the file's name."""
+
+
 def _decode(file: IO[bytes]) -> Image.Image:
     from PIL import Image
 
-    def opened() -> Image.Image:
+    def opened() -> Any:
         file.seek(0)
-        return Image.open(file, formats=("PNG", "JPEG"))
+        return Image.open(file, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF"))
 
     with warnings.catch_warnings():
         # our own limit is lower than the one that Pillow warns at; a damaged EXIF block is no matter
@@ -72,18 +84,60 @@ def _decode(file: IO[bytes]) -> Image.Image:
         picture = opened()
         if picture.width * picture.height > MAX_PIXELS:
             raise Image.DecompressionBombError
+        if picture.format != "MPO" and getattr(picture, "is_animated", False):  # MPO: a camera's JPEG with its previews
+            raise _Refused("has several pages or frames; expected one image: save the one that is meant by itself")
+        scans_allowed = MAX_SCANS
         if picture.format == "PNG":
-            picture.verify()  # the checksums of the pixels, which decoding leaves unread
-            picture = opened()
-        elif picture.info.get("progressive"):
+            _refuse_deep(_png_depth(file))
+            opened().verify()  # the checksums of the pixels, which decoding leaves unread
+        elif picture.format == "TIFF":
+            _check_tiff(picture)
+            scans_allowed *= max(1, *(len(picture.tag_v2.get(tag, ())) for tag in (_STRIP_OFFSETS, _TILE_OFFSETS)))
+        if picture.info.get("progressive") or picture.info.get("compression") in ("jpeg", "tiff_jpeg"):
             file.seek(0)
             scans = file.read().count(b"\xff\xda")
-            if scans > MAX_SCANS:
-                raise ValueError(f"it has {scans:,} scans, expected at most {MAX_SCANS}")
-            file.seek(0)
-            picture = opened()
+            if scans > scans_allowed:
+                raise ValueError(f"it has {scans:,} scans, expected at most {scans_allowed:,}")
+        picture = opened()
         picture.load()
-    return picture
+    # Pillow converts premultiplied grey to nothing but its plain form
+    whole: Image.Image = picture.convert("LA") if picture.mode == "La" else picture
+    return whole
+
+
+def _refuse_deep(bits: int) -> None:
+    if bits > 8:
+        raise _Refused(f"has more than 8 bits a channel ({bits}); convert it to 8 bits")
+
+
+def _png_depth(file: IO[bytes]) -> int:
+    """Bits per channel, from the header, which is the first chunk."""
+    file.seek(0)
+    start = file.read(25)
+    if start[12:16] != b"IHDR":
+        raise ValueError("its first chunk is not IHDR")
+    return start[24]
+
+
+def _check_tiff(picture: Any) -> None:
+    """Refuse what Pillow reduces, drops or misreads without notice, and tiles of unlimited size."""
+    from PIL import Image
+
+    tags = picture.tag_v2
+    _refuse_deep(max(tags.get(_BITS, (1,))))
+    # a palette has 16 bits: 257 times the 8-bit value, by some writers 256 times
+    if tags.get(_PHOTOMETRIC) == 3 and any(value % 257 and value % 256 for value in tags.get(_COLOR_MAP, ())):
+        raise _Refused("has more than 8 bits a channel (its palette has 16); convert it to 8 bits")
+    if set(tags.get(_SAMPLE_FORMAT, (1,))) != {1}:
+        raise _Refused("has samples that are no unsigned integers; convert it to unsigned 8 bits")
+    if 0 in tags.get(_EXTRA_SAMPLES, ()):
+        raise _Refused("has channels beside its colours that are not marked as transparency; remove them or mark them so")
+    if tags.get(_TILE_WIDTH, 1) * tags.get(_TILE_LENGTH, 1) > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    layers = len(picture.getbands()) if picture.info["compression"] == "raw" and tags.get(_PLANAR) == 2 else 1
+    covered = sum((x1 - x0) * (y1 - y0) for _, (x0, y0, x1, y1), *_ in picture.tile)
+    if covered < layers * picture.width * picture.height:
+        raise ValueError("its strips or tiles leave some of the pixels out")
 
 
 class PictureDensity:
@@ -94,7 +148,7 @@ class PictureDensity:
     [-4, 4], the aspect ratio is kept, y points up, the centre is the origin. Transparent pixels are empty.
 
     Args:
-        path: PNG or JPEG.
+        path: PNG, JPEG, WebP, BMP or TIFF.
         invert: light is dense instead of dark.
 
     Attributes:

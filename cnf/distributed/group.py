@@ -57,6 +57,10 @@ class Group:
         """Whether work of that number is this rank's: whole batches are dealt out, so that each is solved as one process would."""
         return number % self.size == self.rank
 
+    def owned(self, count: int) -> int:
+        """Return how many of ``count`` pieces of work, numbered from 0, this rank owns."""
+        return len(range(self.rank, count, self.size))
+
     # -- figures -------------------------------------------------------------------------------------------------
 
     def sum(self, value: Tensor) -> Tensor:

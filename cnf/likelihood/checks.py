@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -60,6 +61,7 @@ def check(
     batch_size: int | None = None,
     index: Tensor | None = None,
     group: Group = ALONE,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Check:
     """Solve again at ten times tighter tolerances, and go there and back, batch by batch.
 
@@ -67,7 +69,7 @@ def check(
         flow: in evaluation mode.
         x: the items to check (N, \\*event).
         context: (N, C), (C,) or None.
-        dequantisation, seed, batch_size, index, group: as for :func:`~cnf.likelihood.evaluate`.
+        dequantisation, seed, batch_size, index, group, progress: as for :func:`~cnf.likelihood.evaluate`.
 
     Example:
         >>> from cnf import ModelConfig, SolverConfig, build
@@ -77,17 +79,23 @@ def check(
         (10, 'nats', True)
     """
 
-    def solve() -> Evaluation:
-        return evaluate(
-            flow, x, context, dequantisation=dequantisation, seed=seed, batch_size=batch_size, index=index, group=group
-        )
+    def report(part: int, done: int, total: int) -> None:
+        if progress is not None:
+            progress(part * total + done, 3 * total)  # two solves and a round trip of each batch
 
-    before = solve()
+    def solve(part: int) -> Evaluation:
+        return evaluate(
+            flow, x, context, dequantisation=dequantisation, seed=seed, batch_size=batch_size, index=index, group=group,
+            progress=partial(report, part),
+        )  # fmt: skip
+
+    before = solve(0)
     with refined(flow):
-        moved = solve().per_item - before.per_item
+        moved = solve(1).per_item - before.per_item
     size = batch_size or default_batch_size(flow)
     starts = range(0, len(x), size)
     trips = torch.zeros(len(starts), dtype=torch.float64)
+    done, own = 0, group.owned(len(starts))
     with group.together():
         for place, start in enumerate(starts):
             if not group.owns(place):
@@ -98,6 +106,8 @@ def check(
             given = None if given is None else given.to(flow.like)
             part = x[rows].to(flow.like) if x.is_floating_point() else x[rows].to(flow.like.device)
             trips[place] = round_trip_error(flow, part, given, noise=noise)
+            done += 1
+            report(2, done, own)
     trips = group.sum(trips)
     return Check(len(x), before.unit, float(moved.mean()), float(moved.abs().max()), float(trips.max()))
 

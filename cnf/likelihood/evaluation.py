@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -136,6 +136,7 @@ def evaluate(
     batch_size: int | None = None,
     index: Tensor | None = None,
     group: Group = ALONE,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Evaluation:
     r"""The negative log-likelihood of every item, no batch dropped, sums in double precision.
 
@@ -155,6 +156,8 @@ def evaluate(
         index: (N,) the items' numbers in their split, by which their noise is drawn; 0, 1, ... if None.
         group: processes that all call this with the same arguments: the batches are dealt out, and each gets the whole result,
             to the last bit that of one process (of the same kind).
+        progress: called with the number of this process's solves that are done and of all of them, before the first and after
+            each (such as :meth:`cnf.progress.Progress.update`).
 
     Raises:
         SolverError: from a solve that failed, on all processes alike.
@@ -186,6 +189,9 @@ def evaluate(
     parts = sorted_rows(flow, x, context, size=size, group=group).split(size)
     work = [(number, rows) for number in range(draws) for rows in parts]
     cost = torch.zeros(2, len(work), importance, dtype=torch.float64)
+    done, solves = 0, group.owned(len(work)) * importance
+    if progress is not None:
+        progress(done, solves)
     with group.together():
         for place, (number, rows) in enumerate(work):
             if not group.owns(place):
@@ -197,6 +203,9 @@ def evaluate(
                 one, stats = _log_prob(flow, x[rows], given, ItemNoise(seed, items, number, sample), kind)
                 cost[:, place, sample] = torch.tensor([stats.nfe, stats.products])
                 total = one if total is None else torch.logaddexp(total, one)
+                done += 1
+                if progress is not None:
+                    progress(done, solves)
             table[number, rows] = cast(Tensor, total) - math.log(importance)
     table, cost = group.sum(table), group.sum(cost)
     log_prob = table.mean(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -70,7 +70,14 @@ def _losses(outputs: Tensor, targets: Tensor, kind: str) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def assess(
-    model: Predictor, x: Tensor, targets: Tensor, kind: str, *, batch_size: int | None = None, group: Group = ALONE
+    model: Predictor,
+    x: Tensor,
+    targets: Tensor,
+    kind: str,
+    *,
+    batch_size: int | None = None,
+    group: Group = ALONE,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Assessment:
     """Predict every item of a split and compare.
 
@@ -81,6 +88,8 @@ def assess(
         kind: ``"regression"`` or ``"classification"``.
         batch_size: items solved together.
         group: processes that all call this with the same arguments: the batches are dealt out, and each gets the whole result.
+        progress: called with the number of this process's batches that are done and of all of them, before the first and
+            after each.
 
     Raises:
         DataError: for targets that do not fit the outputs.
@@ -89,11 +98,17 @@ def assess(
     size = batch_size or max(1, min(4096, BATCH_NUMBERS // model.dim))
     parts = x.split(size)
     joined, nfes = torch.zeros(len(x), model.outputs, dtype=torch.float64), torch.zeros(len(parts), dtype=torch.float64)
+    done, own = 0, group.owned(len(parts))
+    if progress is not None:
+        progress(done, own)
     with group.together():
         for place, part in enumerate(parts):
             if group.owns(place):
                 found = model.predict(part.to(model.like.device))
                 joined[place * size : place * size + len(part)], nfes[place] = found.outputs.double().cpu(), found.stats.nfe
+                done += 1
+                if progress is not None:
+                    progress(done, own)
     joined, nfes = group.sum(joined), group.sum(nfes)
     loss, correct = _losses(joined, targets.double().cpu(), kind)
     return Assessment(loss, correct, joined, float(nfes.mean()))

@@ -13,31 +13,36 @@ __all__ = ["learning_curves"]
 
 
 def learning_curves(metrics: list[dict[str, Any]], path: Path, *, unit: str, name: str = "nll") -> Path:
-    """Training and validation against steps, the solver's evaluations below; a ``loss`` that falls far on a log scale.
+    """Plot the training and validation losses against the step, the evaluations of their solves below.
+
+    A ``loss`` that falls far has a log scale. Where nothing was solved there is no lower panel.
 
     Args:
-        metrics: rows of metrics.jsonl: ``step``, and where they are due the loss, ``validation``, ``nfe``, ``nfe_backward``.
+        metrics: rows of metrics.jsonl: ``step``, and where they are due the loss, ``validation``, ``nfe``, ``nfe_backward`` and
+            ``validation_nfe``.
         path: of the PNG.
         unit: of the loss and of validation, such as ``"bits/dim"`` or ``"nats"``.
         name: of the loss in the rows.
     """
-    figure = new_figure(8, 6)
-    top, bottom = subplots(figure, 2, 1, sharex=True, height_ratios=[2, 1])
-    lines = (
-        (top, name, "training batch", {"lw": 0.9, "alpha": 0.7}),
-        (top, "validation", "validation (averaged weights)", {"lw": 1.4, "marker": "o", "ms": 3.5, "color": "black"}),
-        (bottom, "nfe", "forward", {"lw": 1.2}),
-        (bottom, "nfe_backward", "backward", {"lw": 1.2}),
+    averaged = {"lw": 1.4, "marker": "o", "ms": 3.5, "color": "black"}
+    losses = ((name, "training batch", {"lw": 0.9, "alpha": 0.7}), ("validation", "validation (averaged weights)", averaged))
+    solves = (
+        ("nfe", "training, forward", {"lw": 1.2}),
+        ("nfe_backward", "training, backward", {"lw": 1.2}),
+        ("validation_nfe", "validation", averaged),
     )
-    shown: list[float] = []
-    for axis, key, label, style in lines:
-        rows = [(m["step"], m[key]) for m in metrics if key in m and np.isfinite(m[key])]
-        if not rows or (key == "nfe_backward" and not any(value for _, value in rows)):
-            continue
-        axis.plot(*zip(*rows, strict=True), label=label, **style)
-        axis.legend(fontsize=8, loc="best")
-        if axis is top:
-            shown += [value for _, value in rows]
+    rows = {key: [(m["step"], m[key]) for m in metrics if key in m and np.isfinite(m[key])] for key, *_ in (*losses, *solves)}
+    solved = [line for line in solves if any(value for _, value in rows[line[0]])]
+    figure = new_figure(8, 6)
+    top, *below = subplots(figure, 2, 1, sharex=True, height_ratios=[2, 1]) if solved else [subplots(figure, 1, 1)]
+    for axis, lines in zip((top, *below), (losses, solved), strict=False):
+        for key, label, style in lines:
+            if rows[key]:
+                axis.plot(*zip(*rows[key], strict=True), label=label, **style)
+                axis.legend(fontsize=8, loc="best")
+        axis.grid(alpha=0.3)
+    axis.set_xlabel("step")
+    shown = [value for key, *_ in losses for _, value in rows[key]]
     if name == "loss" and shown and min(shown) > 0 and max(shown) > 100 * min(shown):  # it falls by orders of magnitude
         top.set_yscale("log")
     elif shown:  # the first steps would squeeze the rest
@@ -45,8 +50,7 @@ def learning_curves(metrics: list[dict[str, Any]], path: Path, *, unit: str, nam
         room = max(0.05 * (high - low), 1e-6)
         top.set_ylim(low - room, high + room)
     top.set(ylabel=unit, title="learning curves")
-    top.grid(alpha=0.3)
-    bottom.set(xlabel="step", ylabel="evaluations a solve")
-    bottom.set_ylim(bottom=0)
-    bottom.grid(alpha=0.3)
+    for bottom in below:
+        bottom.set_ylabel("evaluations a solve")
+        bottom.set_ylim(bottom=0)
     return write(path, lambda p: figure.savefig(p, format="png"))

@@ -15,6 +15,7 @@ from cnf.datasets import DataSplits
 from cnf.distributed import ALONE, Group
 from cnf.models import NeuralODE, Predictor
 from cnf.objectives import Assessment, assess
+from cnf.progress import Progress
 from cnf.solvers import Adaptive
 from cnf.training.batches import choose_rows
 from cnf.training.files import write_items, write_json
@@ -40,6 +41,7 @@ def score_predictions(
     items: int | None = None,
     check: bool = False,
     group: Group = ALONE,
+    quiet: bool = False,
 ) -> tuple[dict[str, Any], Assessment, torch.Tensor]:
     """The loss (and accuracy) of a split and everything that it depends on, each item's, and the items' numbers.
 
@@ -51,6 +53,7 @@ def score_predictions(
         items: score so many only, chosen at random once and for all; all if None.
         check: solve every scored item again, ten times tighter, not some of them only.
         group: processes that all call this with the same arguments and share the work; each gets the result.
+        quiet: report no progress on stderr.
 
     Raises:
         ConfigError: for fewer than one item.
@@ -61,7 +64,9 @@ def score_predictions(
     total = len(getattr(data, split))
     index = choose_rows(total, items, TEST_SEED)
     x, targets = getattr(data, split)[index], getattr(data, f"{split}_context")[index]
-    found = assess(model, x, targets, kind, group=group)
+    quiet = quiet or not group.main
+    with Progress(f"{split} predictions", "batches", quiet=quiet) as work:
+        found = assess(model, x, targets, kind, group=group, progress=work.update)
     result: dict[str, Any] = {
         "objective": kind,
         "loss": found.mean,
@@ -77,7 +82,7 @@ def score_predictions(
         "levels": data.levels,
         "outputs": model.outputs,
         "classes": list(data.classes),
-        **_solver(model, x, found, kind, targets, check, group),
+        **_solver(model, x, found, kind, targets, check, group, quiet),
         "nfe": found.nfe,
         **about(model, info, started),
     }
@@ -85,7 +90,14 @@ def score_predictions(
 
 
 def _solver(
-    model: Predictor, x: torch.Tensor, found: Assessment, kind: str, targets: torch.Tensor, check: bool, group: Group
+    model: Predictor,
+    x: torch.Tensor,
+    found: Assessment,
+    kind: str,
+    targets: torch.Tensor,
+    check: bool,
+    group: Group,
+    quiet: bool,
 ) -> dict[str, Any]:
     """The evaluation solver, and what ten times tighter tolerances change on some items."""
     none = {"solver": None, "rtol": None, "atol": None, "solver_error": None, "changed_predictions": None, "checked_items": 0}
@@ -95,7 +107,8 @@ def _solver(
     used = model.eval_solver
     try:
         model.eval_solver = used.refined()
-        finer = assess(model, x[:few], targets[:few], kind, group=group)
+        with Progress("solver check", "batches", quiet=quiet) as work:
+            finer = assess(model, x[:few], targets[:few], kind, group=group, progress=work.update)
     finally:
         model.eval_solver = used
     changed = None if finer.correct is None else int((finer.outputs.argmax(1) != found.outputs[:few].argmax(1)).sum())
@@ -179,7 +192,9 @@ def finish_predictions(trainer: Trainer) -> dict[str, Any]:
         SolverError: from a solve that failed.
     """
     model, info, folder = trainer.best_flow(), trainer.info, trainer.folder
-    result, found, index = score_predictions(model, info, trainer.data, items=info.config.train.test_items, group=trainer.group)
+    result, found, index = score_predictions(
+        model, info, trainer.data, items=info.config.train.test_items, group=trainer.group, quiet=trainer.journal.quiet
+    )
     solved = [row for row in trainer.metrics if "nfe" in row]
     result |= {
         **trained(trainer),

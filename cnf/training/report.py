@@ -124,7 +124,7 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         return finish_predictions(trainer)
     flow, info, folder = trainer.best_flow(), trainer.info, trainer.folder
     train, group = info.config.train, trainer.group
-    result, found = score(flow, info, trainer.data, draws=train.draws, items=train.test_items, group=group)
+    result, found = score(flow, info, trainer.data, draws=train.draws, items=train.test_items, group=group, quiet=trainer.journal.quiet)
     result |= trained(trainer)
     if not group.main:
         return result
@@ -140,11 +140,21 @@ def finish(trainer: Trainer) -> dict[str, Any]:
 
 
 def _curves(trainer: Trainer) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl for the learning curves: matching's loss stands for a likelihood where it bounds it."""
+    """Return the rows of metrics.jsonl for the learning curves.
+
+    A step of matching evaluates the field and solves nothing, so its rows have no ``nfe`` here; where its loss bounds the
+    likelihood, it is their ``nll``.
+    """
     first = trainer.stages[0].objective
-    if not (isinstance(first, FlowMatching) and first.bounds):
+    if not isinstance(first, FlowMatching):
         return trainer.metrics
-    return [{**row, "nll": row["loss"]} if "loss" in row and "nll" not in row else row for row in trainer.metrics]
+    rows = []
+    for row in trainer.metrics:
+        if "loss" in row and "nll" not in row:
+            row = {key: value for key, value in row.items() if key not in ("nfe", "nfe_backward")}
+            row |= {"nll": row["loss"]} if first.bounds else {}
+        rows.append(row)
+    return rows
 
 
 def pictures(flow: Flow, data: DataSplits, folder: Path, metrics: list[dict[str, Any]], unit: str) -> None:

@@ -24,6 +24,7 @@ from cnf.flow import Flow
 from cnf.likelihood import Evaluation, evaluate, integral_2d
 from cnf.likelihood import check as check_items
 from cnf.models import Predictor
+from cnf.progress import Progress
 from cnf.solvers import Adaptive, FixedGrid
 from cnf.training.batches import choose_rows
 from cnf.training.files import write_items
@@ -87,6 +88,7 @@ def score(
     check: bool = False,
     batch_size: int | None = None,
     group: Group = ALONE,
+    quiet: bool = False,
 ) -> tuple[dict[str, Any], Evaluation]:
     """The likelihood of a split, and everything that it depends on.
 
@@ -103,6 +105,7 @@ def score(
         batch_size: items solved together.
         group: processes that all call this with the same arguments and share the work; each gets the result (but rank 0 alone
             the integral of a toy density).
+        quiet: report no progress on stderr.
 
     Raises:
         ConfigError: for fewer than one item, or what the data or the flow cannot do.
@@ -114,15 +117,18 @@ def score(
     total = len(x)
     index = choose_rows(total, items, TEST_SEED)
     x, context = x[index], None if context is None else context[index]
-    found = evaluate(
-        flow, x, context, draws=draws, importance=importance, dequantisation=dequantisation, seed=TEST_SEED,
-        batch_size=batch_size, index=index, group=group,
-    )  # fmt: skip
+    quiet = quiet or not group.main
+    with Progress(f"{split} likelihood", "solves", quiet=quiet) as work:
+        found = evaluate(
+            flow, x, context, draws=draws, importance=importance, dequantisation=dequantisation, seed=TEST_SEED,
+            batch_size=batch_size, index=index, group=group, progress=work.update,
+        )  # fmt: skip
     few = rows_checked(len(x), check)
-    checked = check_items(
-        flow, x[:few], None if context is None else context[:few], dequantisation=dequantisation, seed=TEST_SEED,
-        batch_size=batch_size, index=index[:few], group=group,
-    )  # fmt: skip
+    with Progress("solver check", "solves", quiet=quiet) as work:
+        checked = check_items(
+            flow, x[:few], None if context is None else context[:few], dequantisation=dequantisation, seed=TEST_SEED,
+            batch_size=batch_size, index=index[:few], group=group, progress=work.update,
+        )  # fmt: skip
     images = flow.levels is not None
     result: dict[str, Any] = {
         "bits_per_dim" if images else "nats": found.mean,

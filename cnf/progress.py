@@ -1,0 +1,94 @@
+"""Progress of long work on stderr: a line that is kept up to date in a terminal, elsewhere one every half minute."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from types import TracebackType
+from typing import TypeVar
+
+__all__ = ["LINE_SECONDS", "Progress", "duration_text", "progress"]
+
+T = TypeVar("T")
+LINE_SECONDS = 30.0  # between lines, and before the first one: short work is silent
+TERMINAL_SECONDS = 1.0  # the same in a terminal
+
+
+class Progress:
+    """Report how much of some work is done, while it is done; a context manager.
+
+    A thread reports, since one unit of work may take minutes.
+
+    Args:
+        what: name of the work.
+        unit: name of its units, in the plural.
+        quiet: report nothing.
+
+    Example:
+        >>> with Progress("evaluation", "solves") as work:
+        ...     work.update(1, 4)
+        >>> work.done, work.total
+        (1, 4)
+    """
+
+    def __init__(self, what: str, unit: str, *, quiet: bool = False):
+        self.what, self.unit, self.quiet, self.done, self.total = what, unit, quiet, 0, 0
+        self._ended = threading.Event()
+        self._reporter = threading.Thread(target=self._report, daemon=True)
+
+    def __enter__(self) -> Progress:
+        self._started = time.monotonic()
+        if not self.quiet:
+            self._reporter.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        if not self.quiet:
+            self._reporter.join()
+
+    def update(self, done: int, total: int) -> None:
+        """Set the number of finished units and of all units."""
+        self.done, self.total = done, total
+
+    def text(self) -> str:
+        """Return what is done, in how much time, and how much time is left at that rate."""
+        spent = time.monotonic() - self._started
+        left = f", about {duration_text(spent / self.done * (self.total - self.done))} left" if self.done else ""
+        return f"{self.what}: {self.done:,} of {self.total:,} {self.unit} in {duration_text(spent)}{left}"
+
+    def _report(self) -> None:
+        terminal, shown = sys.stderr.isatty(), False
+        with suppress(OSError, ValueError):  # nobody reads stderr any longer
+            while not self._ended.wait(TERMINAL_SECONDS if terminal else LINE_SECONDS):
+                shown = terminal
+                text = self.text()[: shutil.get_terminal_size().columns - 1] if terminal else self.text()
+                sys.stderr.write(f"\r{text}\x1b[K" if terminal else f"{text}\n")
+                sys.stderr.flush()
+            if shown:
+                sys.stderr.write("\r\x1b[K")
+                sys.stderr.flush()
+
+
+def progress(items: Iterable[T], what: str, total: int, unit: str = "images") -> Iterator[T]:
+    """Iterate over ``items`` and report how many are done."""
+    with Progress(what, unit) as work:
+        for done, item in enumerate(items):
+            work.update(done, total)
+            yield item
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds in words.
+
+    Example:
+        >>> duration_text(42), duration_text(600), duration_text(9000)
+        ('42 seconds', '10 minutes', '2.5 hours')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
