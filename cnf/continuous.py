@@ -14,7 +14,7 @@ from cnf.compilation import CompilationWarning
 from cnf.deferral import vectorized
 from cnf.divergence import Divergence, Exact, closed
 from cnf.errors import ConfigError, SolverError
-from cnf.fields.augmented import TimePath, check_drive
+from cnf.fields.augmented import Handover, TimePath, check_drive
 from cnf.fields.custom import Field, check_signature, prepared, protect
 from cnf.noise import Noise, draw, number
 from cnf.quadratures import Quadrature, check_names
@@ -22,19 +22,7 @@ from cnf.rhs import OneStage, RightHandSide
 from cnf.solvers import Adaptive, FixedGrid, Solution, Solver
 from cnf.transforms import Transform, Transformed
 
-__all__ = ["CNF", "Handover"]
-
-
-class Handover:
-    """An augmented time on its way through the blocks of a scale: where it is when a block starts, and then when it has ended.
-
-    Args:
-        end: the block's end time ().
-        drive: the augmented time (1, k).
-    """
-
-    def __init__(self, end: Tensor, drive: Tensor | None):
-        self.end, self.drive = end, drive
+__all__ = ["CNF"]
 
 
 class CNF(Transform):

@@ -140,8 +140,13 @@ class Flow(nn.Module):
         """Data (N, \\*event) to latent with everything that comes along: log_det (N,), integrals by name (N,), cost."""
         x, context, _ = self._rows("x", x, self.event_shape, context)
         if x.shape[0] == 0:
-            return Transformed(self.like.new_zeros(0, *self.latent_shape), self.like.new_zeros(0), {}, Stats())
+            return self._empty(x, self.latent_shape)
         return cast(Transformed, self.transform(x, context, noise=noise, log_det=log_det, integrals=integrals))
+
+    def _empty(self, x: Tensor, shape: tuple[int, ...]) -> Transformed:
+        """The result for no rows, with a gradient to x."""
+        zero = x.sum() if x.is_floating_point() else 0
+        return Transformed(self.like.new_zeros(0, *shape) + zero, self.like.new_zeros(0) + zero, {}, Stats())
 
     def base_log_prob(self, z: Tensor) -> Tensor:
         """log q(z), (N,) nats."""
@@ -199,7 +204,7 @@ class Flow(nn.Module):
 
     def _invert(self, z: Tensor, context: Tensor | None, noise: Noise | None, log_det: bool) -> Transformed:
         if z.shape[0] == 0:
-            return Transformed(z.new_zeros(0, *self.event_shape), z.new_zeros(0), {}, Stats())
+            return self._empty(z, self.event_shape)
         return self.transform.inverse(z, context, noise=noise, log_det=log_det, integrals=False)
 
     def _latent(

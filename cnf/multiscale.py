@@ -9,8 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cnf.continuous import CNF, Handover
+from cnf.continuous import CNF
 from cnf.errors import ConfigError, DataError
+from cnf.fields.augmented import Handover
 from cnf.noise import Noise, child
 from cnf.solvers import Stats
 from cnf.transforms import Sequential, Squeeze, Transform, Transformed
@@ -151,8 +152,7 @@ class Carried(Sequential):
                 one, there = cast(CNF, step).through(x, end, here, context, **wanted, back=True)
             else:  # called as a module, so that its hooks act
                 handover = Handover(end, here)
-                one = step(x, context, **wanted, handover=handover)
-                there = handover.drive
+                one, there = step(x, context, **wanted, handover=handover), handover.drive
             results.append(one)
             drives += [] if back else [there]
             x = one.value
@@ -297,6 +297,5 @@ def multiscale(shape: Shape, block: Callable[[Shape], Transform], num_blocks: in
             squeeze = Squeeze()
             squeezed = squeeze.latent_shape(entering)
             parts += [squeeze, *(block(squeezed) for _ in range(num_blocks))]
-        driven = any(isinstance(part, CNF) and part.path is not None for part in parts)
-        scales.append((Carried if driven else Sequential)(parts))
+        scales.append((Carried if any(isinstance(part, CNF) and part.path is not None for part in parts) else Sequential)(parts))
     return Multiscale(scales, shape)

@@ -70,7 +70,8 @@ class RightHandSide:
         self.field, self.path, self.divergence, self.quadratures = field, path, divergence, tuple(quadratures)
         self.start, self.span, self.context, self.probe, self.log_det = start, span, context, probe, log_det
         self.autocast, self.compile, self.once = autocast, compile, once
-        self.custom = isinstance(field, CustomField) or any(not type(q).__module__.startswith("cnf.") or hasattr(q, "cost") for q in quadratures)
+        self.foreign = tuple(not type(q).__module__.startswith("cnf.") or hasattr(q, "cost") for q in quadratures)
+        self.custom = isinstance(field, CustomField) or any(self.foreign)
         # a tensor: a number would be compiled in, and a graph made for each; filled on its device, not copied to it
         self.share = None if once is None else start.new_full((), once.share)
         errors = [i for i, q in enumerate(self.quadratures) if isinstance(q, StepError)]
@@ -122,12 +123,12 @@ def _evaluate(rhs: RightHandSide, s: Tensor, state: State, sampled: bool) -> Sta
         out.append(span * cast(Tensor, parts.div))
     # regularisers are non-negative both ways, so they take the length of the step, not its sign
     length = span.abs()
-    for quadrature in rhs.quadratures:
+    for quadrature, foreign in zip(rhs.quadratures, rhs.foreign, strict=True):
         rare = rhs.share is not None and "jac_sq" in quadrature.need
         if rare and sampled:
             out.append(x.new_zeros(len(x)))
             continue
         with field_precision(rhs.autocast, x):
-            value = length * quadrature(t, x, parts, bound)
+            value = length * quadrature(t, x.clone() if foreign else x, parts, bound)  # user code may overwrite what it is handed
         out.append(value / cast(Tensor, rhs.share) if rare else value)
     return tuple(out)

@@ -18,7 +18,7 @@ from cnf.errors import ConfigError
 from cnf.fields.maps import Conv, Linear
 from cnf.fields.time import Affine, Constants, TimeLayer, bias_of, planes, weight_of
 
-__all__ = ["DRIVES", "Drive", "TimePath", "check_drive"]
+__all__ = ["DRIVES", "Drive", "Handover", "TimePath", "check_drive"]
 
 
 class TimePath(nn.Module):
@@ -56,6 +56,18 @@ class TimePath(nn.Module):
         """da/dt = g(a), (1, k)."""
         value: Tensor = self.net(a)
         return value
+
+
+class Handover:
+    """Augmented time passed from block to block of a scale: a block starts from it and leaves its own end value.
+
+    Args:
+        end: the block's end time ().
+        drive: the augmented time (1, k).
+    """
+
+    def __init__(self, end: Tensor, drive: Tensor | None):
+        self.end, self.drive = end, drive
 
 
 @dataclass(frozen=True)
