@@ -2,6 +2,7 @@
 
 from cnf.fields.augmented import DRIVES, Drive, TimePath
 from cnf.fields.denoiser import PERIODS, Denoiser
+from cnf.fields.hypernet import HyperMLP
 from cnf.fields.maps import Conv, Linear
 from cnf.fields.networks import MLP, ConvField, Stack
 from cnf.fields.parallel import SqueezeSum
@@ -18,6 +19,7 @@ __all__ = [
     "ConvField",
     "Denoiser",
     "Drive",
+    "HyperMLP",
     "LayerFactory",
     "Linear",
     "Schedule",

@@ -40,6 +40,10 @@ class Linear:
         """Weights of the first ``at`` inputs and of the others."""
         return weight[:, :at], weight[:, at:]
 
+    def contract(self, weight: Tensor, v: Tensor) -> Tensor:
+        """Weights of a single input that every input equals, times its entry of v (inputs,)."""
+        return (weight @ v)[:, None]
+
 
 @dataclass(frozen=True)
 class Conv:
@@ -94,3 +98,8 @@ class Conv:
         if self.transposed:
             return weight[:at], weight[at:]
         return weight[:, :at], weight[:, at:]
+
+    def contract(self, weight: Tensor, v: Tensor) -> Tensor:
+        """Weights of a single input channel that every channel equals, times its entry of v (inputs,)."""
+        channel = 0 if self.transposed else 1
+        return (weight.movedim(channel, -1) @ v).unsqueeze(channel)
