@@ -172,8 +172,14 @@ class DriveHyper(_Driven):
     def __init__(self, map: Linear | Conv, drive: Drive, context_dim: int = 0):
         super().__init__(map, drive, context_dim)
         m, r = drive.m, drive.rank
-        plain = map.module(extra=drive.k if self.takes_a else 0)
-        self.weight, self.bias = (nn.Parameter(p.detach()) for p in plain.parameters())  # θ(0), as a plain layer's
+        weight, self.bias = (nn.Parameter(p.detach()) for p in map.module().parameters())  # θ(0), as a plain layer's
+        if self.takes_a:
+            # a's columns start at zero, so that f starts as hyper's: drawn for k more inputs, x's weights are a third of that
+            # (k = 20, D = 2), and 600 steps on the checkerboard end NUMBERS
+            shape = list(weight.shape)
+            shape[map.input_axis] = drive.k
+            weight = nn.Parameter(torch.cat([torch.zeros(shape), weight.detach()], map.input_axis))
+        self.weight = weight
         self.move_bias = nn.Parameter(torch.zeros(map.outputs, m))
         if r == 0:
             self.move = nn.Parameter(torch.zeros(*self.weight.shape, m))
@@ -217,7 +223,8 @@ class DriveBoth(DriveHyper):
         weight, bias = self._generate(t)
         driven, rest = self.map.split(weight, self.drive.k)
         # k constant planes are one plane of ones through the kernels summed with a's entries: a map of one channel, not k
-        plane = self.map.apply(self.map.contract(driven, t), constants[0])[0]
+        axis = self.map.input_axis
+        plane = self.map.apply((driven.movedim(axis, -1) @ t).unsqueeze(axis), constants[0])[0]
         return Affine(rest, None, plane + self._spread(bias))
 
 

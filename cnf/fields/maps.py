@@ -19,6 +19,7 @@ class Linear:
     inputs: int
     outputs: int
     spatial = 0
+    input_axis = 1  # of the weights
 
     def module(self, extra: int = 0) -> nn.Module:
         """The torch layer with ``extra`` more inputs."""
@@ -40,10 +41,6 @@ class Linear:
         """Weights of the first ``at`` inputs and of the others."""
         return weight[:, :at], weight[:, at:]
 
-    def contract(self, weight: Tensor, v: Tensor) -> Tensor:
-        """Weights of a single input that every input equals, times its entry of v (inputs,)."""
-        return (weight @ v)[:, None]
-
 
 @dataclass(frozen=True)
 class Conv:
@@ -56,6 +53,11 @@ class Conv:
     padding: int = 1
     transposed: bool = False
     spatial = 2
+
+    @property
+    def input_axis(self) -> int:
+        """The weights' axis of the input channels."""
+        return 0 if self.transposed else 1
 
     @staticmethod
     def of_stride(inputs: int, outputs: int, stride: int) -> Conv:
@@ -98,8 +100,3 @@ class Conv:
         if self.transposed:
             return weight[:at], weight[at:]
         return weight[:, :at], weight[:, at:]
-
-    def contract(self, weight: Tensor, v: Tensor) -> Tensor:
-        """Weights of a single input channel that every channel equals, times its entry of v (inputs,)."""
-        channel = 0 if self.transposed else 1
-        return (weight.movedim(channel, -1) @ v).unsqueeze(channel)
