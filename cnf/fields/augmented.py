@@ -174,8 +174,8 @@ class DriveHyper(_Driven):
         m, r = drive.m, drive.rank
         weight, self.bias = (nn.Parameter(p.detach()) for p in map.module().parameters())  # θ(0), as a plain layer's
         if self.takes_a:
-            # a's columns start at zero, so that f starts as hyper's: drawn for k more inputs, x's weights are a third of that
-            # (k = 20, D = 2), and 600 steps on the checkerboard end NUMBERS
+            # a's weights start at zero, so that f starts as hyper's. With all drawn for k + D inputs, x's would be a third as large
+            # (k = 20, D = 2): 600 steps on the checkerboard then came to 3.87 nats instead of 3.63 (one seed)
             shape = list(weight.shape)
             shape[map.input_axis] = drive.k
             weight = nn.Parameter(torch.cat([torch.zeros(shape), weight.detach()], map.input_axis))
