@@ -4,8 +4,8 @@
     python benchmarks/affjord_toy.py --sets digits --seeds 0 1         # the digits preset with each drive
     python benchmarks/affjord_toy.py --report                          # tables and pictures from what was measured
 
-FFJORD's field is a concatsquash MLP; AFFJORD's has the same hidden sizes, with the learned time beside x (concat) or
-generating all weights (hyper); "wide" is FFJORD with as many parameters as the hypernetwork has (toy sets). Everything
+FFJORD's field is a concatsquash MLP; AFFJORD's has the same hidden sizes, with the learned time next to x (concat),
+generating all weights (hyper), or both, as in the paper; "wide" is FFJORD with as many parameters as the hypernetwork has (toy sets). Everything
 else is the same: solver, steps, batch, rate, data, and the seeds of noise and order. NFE are those of a dopri5 solve at
 1e-5 of the validation points, at every validation. Rows go to a JSON file as they come, so an interrupted benchmark
 goes on where it stopped.
@@ -42,7 +42,7 @@ from cnf.presets import DataConfig, RunConfig, preset
 from cnf.training import Trainer
 
 TOYS = ("checkerboard", "hash-gaussian", "letters-gaussian")
-DRIVES = {"none": "FFJORD", "concat": "AFFJORD concat", "hyper": "AFFJORD hyper", "wide": "FFJORD, wide"}
+DRIVES = {"none": "FFJORD", "concat": "AFFJORD concat", "hyper": "AFFJORD hyper", "both": "AFFJORD", "wide": "FFJORD, wide"}
 WIDE = (220, 220)  # as many parameters as the hypernetwork of a field of (64, 64)
 HERE = Path(__file__).resolve().parent
 NFE_ITEMS = 500
@@ -173,7 +173,7 @@ def curves(data: str, rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def side_by_side(data: str, densities: Path, path: Path) -> None:
-    """The data's histogram and the three densities of seed 0, on one scale."""
+    """The data's histogram and the densities of seed 0, on one scale."""
     points = load(data).test
     half = extent(points)
     share = torch.histogramdd(points.double(), [80, 80], range=[-half, half] * 2, density=True)

@@ -42,9 +42,10 @@ RNODE = ModelConfig(
 )
 """RNODE's image model (2002.02798)."""
 
-AFFJORD = replace(FFJORD, blocks=1, drive="hyper")
-"""AFFJORD's image model (2306.02731), as its paper means it: one a(t) per scale, k = 20, weights from its first 10 entries; with
-``drive="concat"`` every convolution sees a as 20 constant channels."""
+AFFJORD = replace(FFJORD, blocks=1, drive="both")
+"""AFFJORD's image model (2306.02731), as its paper means it, f([x, a], θ(a)): one a(t) per scale, k = 20, as 20 constant channels of the
+first convolution, and all weights from its first 10 entries; with ``drive="hyper"`` a is no channel, with ``drive="concat"`` every
+convolution sees a and generates nothing."""
 
 MNIST, CIFAR, IMAGENET64, CELEBAHQ256 = (1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 256, 256)
 SQUASH = "the released layer has one input channel too many and cannot run; without it the count is ours"
@@ -113,20 +114,27 @@ def _published() -> Iterator[Published]:
     ):
         yield _affjord("concat", data, shape, concat)
         yield _affjord("hyper", data, shape, hyper)
+        yield _affjord("both", data, shape, hyper)
 
 
-def _affjord(drive: Literal["concat", "hyper"], data: str, shape: tuple[int, int, int], parameters: int) -> Published:
-    """AFFJORD's released network carries parts that never act; ours is that one without them, term by term."""
+def _affjord(drive: Literal["concat", "hyper", "both"], data: str, shape: tuple[int, int, int], parameters: int) -> Published:
+    """AFFJORD's released network carries parts that never act; ours is that one without them, term by term.
+
+    The paper puts z* into the first convolution, the released code zeros of its shape: the published count fits both, and so
+    "hyper" (the code) and "both" (the paper) are measured against the same one.
+    """
     # channels of the blocks, as the multiscale chain of one block a group makes them
     channels = [part for c, _, _ in scale_shapes(shape) for part in (c, 4 * c)][:-1]
     n, c, k = len(channels), sum(channels), 20
-    weights = 11 if drive == "hyper" else 1  # a full generator: 10 entries of a and a constant for every weight
+    weights = 1 if drive == "concat" else 11  # a full generator: 10 entries of a and a constant for every weight
     terms = [
-        (-weights * 9 * 64 * c, "weights of input channels that are always zero"),
+        (-weights * 9 * 64 * c, "weights of input channels that are " + ("z* in the paper, of x's shape" if drive == "both" else "always zero")),
         (-weights * (9 * 64 + 1) * c, "outputs that are thrown away"),
         (-2 * n, "unused 1x1 convolutions"),
     ]
-    if drive == "hyper":
+    if drive == "both":
+        terms.append((weights * 9 * 64 * k * n, f"a as {k} constant channels in their place"))
+    if drive != "concat":
         terms.append((-n * 4 * 220, "unused mixers"))
     else:
         terms.append((9 * k * (3 * 64 * n + c), f"the {k} channels of a, which the released layers leave out"))

@@ -15,7 +15,7 @@ import cnf
 from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson
 from cnf.divergence import Bound
 from cnf.errors import ConfigError
-from cnf.fields import MLP, ConvField, Drive, SqueezeSum, TimePath
+from cnf.fields import MLP, Conv, ConvField, Drive, Linear, SqueezeSum, TimePath
 from cnf.models import ModelConfig, SolverConfig, build
 from cnf.multiscale import Carried, multiscale
 from cnf.objectives import Likelihood
@@ -30,7 +30,8 @@ K = 6
 DRIVES = {
     "concat": Drive("concat", k=K),
     "hyper": Drive("hyper", k=K, m=4),
-    "low-rank": Drive("hyper", k=K, m=4, rank=3),
+    "both": Drive("both", k=K, m=4),
+    "low-rank": Drive("both", k=K, m=4, rank=3),  # and hyper's after the first layer
 }
 
 
@@ -201,6 +202,37 @@ def test_concat_is_a_layer_that_sees_constant_channels():
 
 
 @pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("stride", [1, 0, 2, -2])
+def test_both_is_hyper_around_the_convolution_of_a_and_x(stride, rank):
+    """Against hyper's layer on [a; x] written out, zero padding and transposes included, and its weights against a's change."""
+    drive, conv = Drive("both", k=3, m=2, rank=rank), Conv.of_stride(2, 4, stride)
+    layer, whole = drive(conv), replace(drive, kind="hyper")(Conv.of_stride(5, 4, stride))
+    whole.load_state_dict(shaken(layer).state_dict())
+    a, x = torch.randn(3), torch.randn(5, 2, 6, 4)
+    seen = torch.cat([a[None, :, None, None].expand(5, 3, 6, 4), x], 1)
+    assert torch.allclose(layer(a, x), whole(a, seen), atol=1e-12)
+    vector = shaken(drive(Linear(2, 4)))
+    parts = torch.func.functional_call(vector, {"move_bias": torch.zeros(4, 2)}, (a, x[:, :, 0, 0]))
+    weight = vector.weight + (vector.move @ a[:2] if not rank else (vector.left * (vector.scales @ a[:2])) @ vector.right)
+    assert torch.allclose(parts, torch.cat([a.expand(5, 3), x[:, :, 0, 0]], 1) @ weight.T + vector.bias, atol=1e-12)
+
+
+def test_both_gives_a_to_the_first_layer_alone():
+    for field in (MLP(2, (5, 4), Drive("both", k=3, m=2)), ConvField(2, (5, 4), Drive("both", k=3, m=2))):
+        assert [layer.weight.shape[1] for layer in field.time_layers] == [5, 5, 4]
+        torch.manual_seed(0)
+        hyper = type(field)(2, (5, 4), Drive("hyper", k=3, m=2))
+        x, a = torch.randn(4, 2, *(() if isinstance(field, MLP) else (3, 3))), torch.randn(3)
+        other = torch.cat([a[:2], a[2:] + 1])
+        torch.manual_seed(0)
+        assert torch.allclose(type(field)(2, (5, 4), Drive("both", k=3, m=2))(a, x), hyper(a, x), atol=1e-15)  # as it starts
+        # entries of a that generate nothing reach f as features, and with hyper they reach nothing
+        shaken(field), shaken(hyper)
+        assert (field(a, x) - field(other, x)).abs().max() > 1e-3
+        assert torch.equal(hyper(a, x), hyper(other, x))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
 def test_hyper_weights_are_linear_in_the_first_entries_of_a(rank):
     layer = shaken(Drive("hyper", k=5, m=3, rank=rank)(cnf.fields.Conv(2, 4)))
     a, b = torch.randn(5), torch.randn(5)
@@ -227,7 +259,7 @@ def test_sizes_of_generators():
 # -- solvers, gradients, regularisers, context --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("drive", DRIVES)
+@pytest.mark.parametrize("drive", ["concat", "both", "low-rank"])
 @pytest.mark.parametrize("back", [False, True])
 def test_gradients_of_every_mode_agree(drive, back):
     block = mlp_block(drive, quadratures=(Kinetic(), JacobianFrobenius()))
@@ -395,9 +427,10 @@ MODELS = {
         ("concat", "mlp", 0, True),
         ("hyper", "mlp", 0, False),
         ("hyper", "mlp", 2, True),
+        ("both", "mlp", 0, False),
         ("concat", "conv", 0, False),
         ("hyper", "conv", 0, True),
-        ("hyper", "conv", 3, True),
+        ("both", "conv", 3, True),
     )
 }
 
@@ -419,7 +452,7 @@ def test_every_parameter_has_had_a_gradient_within_ten_adam_steps(name):
     assert moved == {n for n, _ in flow.named_parameters()}
 
 
-@pytest.mark.parametrize("drive", ["none", "concat", "hyper"])
+@pytest.mark.parametrize("drive", ["none", "concat", "hyper", "both"])
 def test_zero_init_is_the_identity(drive):
     flow = build(ModelConfig("multiscale", "conv", (4,), 1, zero_init=True, drive=drive), SolverConfig(), (1, 4, 4), levels=256)
     x = torch.randn(2, 1, 4, 4)
@@ -435,7 +468,7 @@ def test_a_fresh_process_samples_bit_for_bit(tmp_path):
     folder = tmp_path / "run"
     code = train_main(
         ["digits", "--out", str(folder), "--architecture", "multiscale", "--field", "conv", "--hidden", "4",
-         "--drive", "hyper", "--drive-start", "learned", "--marginals", "logit", "--steps", "3", "--warmup", "1", "--draws", "1",
+         "--drive", "both", "--drive-start", "learned", "--drive-hidden", "3", "--drive-nonlinearity", "elu", "--marginals", "logit", "--steps", "3", "--warmup", "1", "--draws", "1",
          "--divergence", "hutchinson", "--validation-items", "8", "--test-items", "8", "--watch-every", "1000", "--batch-size", "8"]
     )  # fmt: skip
     assert code == 0
@@ -463,7 +496,7 @@ def test_a_fresh_process_samples_bit_for_bit(tmp_path):
 
 def test_published_counts_and_a_small_generator():
     of = {p.name: p for p in PUBLISHED if p.name.startswith("AFFJORD")}
-    assert [p.parameters for p in of.values()] == [417_629, 4_556_169, 820_815, 8_976_115]
+    assert [p.parameters for p in of.values()] == [417_629, 4_556_169, 4_556_169, 820_815, 8_976_115, 8_976_115]
     small = replace(AFFJORD, drive_rank=8)
     assert count(small, (1, 28, 28)) < 0.2 * count(AFFJORD, (1, 28, 28))
 
@@ -477,20 +510,26 @@ def test_published_counts_and_a_small_generator():
         (lambda: Drive("hyper", k=5, m=6), ("m=6", "k=5")),
         (lambda: Drive("hyper", k=0, m=1), ("k=0",)),
         (lambda: Drive("concat", k=0), ("k=0",)),
+        (lambda: Drive("both", k=5, m=6), ("m=6", "k=5")),
         (lambda: Drive("hypr"), ("'hypr'", "'hyper'")),
         (lambda: Drive("hyper", rank=-1), ("rank=-1",)),
         (lambda: TimePath(0), ("k=0",)),
+        (lambda: TimePath(3, nonlinearity="sine"), ("'sine'", "elu")),
         (lambda: CNF(MLP(2, (4,), Drive("concat", k=3))), ("path=TimePath(3)",)),
         (lambda: CNF(MLP(2, (4,), Drive("concat", k=3)), path=TimePath(4)), ("size 3", "size 4")),
         (lambda: CNF(MLP(2, (4,)), path=TimePath(4)), ("ConcatSquash", "Drive")),
         (lambda: MLP(2, (4,), Drive("concat", k=3))(torch.tensor(0.5), torch.randn(5, 2)), ("(3,)", "path=")),
         (lambda: MLP(2, (4,), Drive("hyper", k=3, m=2))(torch.randn(5, 3), torch.randn(5, 2)), ("(5, 3)", "(3,)")),
         (lambda: MLP(2, (4,), Drive("hyper", k=3, m=2))(torch.randn(5, 3), torch.randn(5, 2)), ("one set of weights per time",)),
+        (lambda: MLP(2, (4,), Drive("both", k=3, m=2))(torch.randn(5, 3), torch.randn(5, 2)), ("(5, 3)", "(3,)")),
         (lambda: Carried([CNF(MLP(2))]), ("path",)),
         (lambda: Carried([mlp_block("concat"), Sequential([mlp_block("concat")])]), ("blocks inside",)),
         (lambda: build(ModelConfig(drive="hyper", drive_entries=30), SolverConfig(), (2,)), ("m=30", "k=20")),
         (lambda: build(ModelConfig(drive_dim=30), SolverConfig(), (2,)), ("drive_dim=30", "drive=")),
-        (lambda: build(ModelConfig(drive="concat", drive_rank=3), SolverConfig(), (2,)), ("drive_rank=3", "'hyper'")),
+        (lambda: build(ModelConfig(drive="concat", drive_rank=3), SolverConfig(), (2,)), ("drive_rank=3", "'hyper'", "'both'")),
+        (lambda: build(ModelConfig(drive_hidden=3), SolverConfig(), (2,)), ("drive_hidden=3", "drive='none'")),
+        (lambda: build(ModelConfig(drive="both", drive_hidden=-1), SolverConfig(), (2,)), ("drive_hidden=-1",)),
+        (lambda: build(ModelConfig(drive="both", generator=(8,)), SolverConfig(), (2,)), ("generator=(8,)", "'hypernet'")),
     ],
 )  # fmt: skip
 def test_clear_errors(make, words):

@@ -58,6 +58,22 @@ def test_what_is_written_is_read(run):
     assert sorted(p.name for p in run.iterdir()) == ["config.json", "model.safetensors", "trainer.previous.pt", "trainer.pt"]
 
 
+def test_an_older_folder_has_the_defaults_of_settings_that_joined_later(run):
+    added = {"ModelConfig": "model"}
+    assert checkpoint.config.ADDED.keys() == added.keys()
+
+    def older(raw):
+        for kind, names in checkpoint.config.ADDED.items():
+            for name in names:
+                del raw["config"][added[kind]][name]
+
+    change(run, older)
+    assert read_config(run) == INFO
+    change(run, lambda raw: raw["config"]["model"].pop("drive"))  # no such one
+    with pytest.raises(CheckpointError, match="'drive' is missing"):
+        read_config(run)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_survives_its_config(tmp_path, name):
     info = RunInfo(PRESETS[name].config, PRESETS[name].shape, PRESETS[name].levels, 0, (), ())

@@ -103,8 +103,8 @@ CASES = {
     "context rows": lambda: (block(MLP(2, (6,), context_dim=3)), torch.randn(4, 2), torch.randn(4, 3)),
     "one context": lambda: (block(MLP(2, (6,), "squash", context_dim=3)), torch.randn(4, 2), torch.randn(3)),
     "driven concat": lambda: (block(MLP(3, (6,), Drive("concat", k=4)), path=TimePath(4)), torch.randn(5, 3), None),
-    "driven hyper": lambda: (
-        block(MLP(3, (6, 5), Drive("hyper", k=4, m=3)), path=TimePath(4, learn_start=True), end_time=1.3),
+    "driven both": lambda: (
+        block(MLP(3, (6, 5), Drive("both", k=4, m=3)), path=TimePath(4, learn_start=True), end_time=1.3),
         torch.randn(5, 3),
         None,
     ),
@@ -233,7 +233,7 @@ def test_float32_is_float64_to_rounding_and_settles_at_tolerances_below_it():
 # -- counts ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv tangents", "driven hyper"])
+@pytest.mark.parametrize("name", ["mlp", "conv tangents", "driven both"])
 @pytest.mark.parametrize("tolerance", [None, 1e-5])
 def test_products_and_evaluations_are_those_that_were_made(name, tolerance):
     one, x, _ = CASES[name]()

@@ -13,7 +13,7 @@ from cnf.compilation import CompilationWarning, compiled
 from cnf.continuous import CNF
 from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError
-from cnf.fields import MLP, ConvField, Drive, SqueezeSum, TimePath
+from cnf.fields import MLP, ConvField, Drive, HyperMLP, SqueezeSum, TimePath
 from cnf.likelihood import block_errors, evaluate, solver_error
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
@@ -58,10 +58,13 @@ def fields():
     for layer in LAYERS:
         yield f"mlp-{layer}", lambda layer=layer: (MLP(3, (7, 6, 5), layer), None, (5, 3))
         yield f"conv-{layer}", lambda layer=layer: (ConvField(2, (4, 5, 4), layer), None, (3, 2, 5, 4))
-    for kind in ("concat", "hyper"):
-        drive = Drive(kind, 4, 3 if kind == "hyper" else 1)
+    for kind in ("concat", "hyper", "both"):
+        drive = Drive(kind, 4, 1 if kind == "concat" else 3)
         yield f"affjord-mlp-{kind}", lambda drive=drive: (MLP(3, (6, 6), drive), TimePath(4), (5, 3))
         yield f"affjord-conv-{kind}", lambda drive=drive: (ConvField(2, (4, 4), drive, strides=(1, 0, 1)), TimePath(4), (3, 2, 4, 5))
+        if kind != "concat":
+            yield f"hypernet-{kind}", lambda drive=drive: (HyperMLP(3, (6,), drive, (4, 5)), TimePath(4), (5, 3))
+    yield "hypernet", lambda: (HyperMLP(3, (6, 5), None, (4,)), None, (5, 3))
     yield "conv-strides", lambda: (ConvField(2, (4, 5, 4), "concat", strides=(1, 2, -2, 0)), None, (3, 2, 4, 6))
     yield "parallel", lambda: (SqueezeSum([ConvField(4**s, (4,), "concat") for s in range(3)]), None, (3, 1, 4, 8))
 
@@ -128,7 +131,8 @@ def traced(monkeypatch):
 
 @pytest.mark.parametrize(
     "name, divergence",
-    [("conv-concat", Hutchinson("gaussian")), ("mlp-concatsquash", Hutchinson()), ("affjord-conv-hyper", Exact()), ("affjord-mlp-concat", Exact())],
+    [("conv-concat", Hutchinson("gaussian")), ("mlp-concatsquash", Hutchinson()), ("affjord-conv-both", Exact()), ("affjord-mlp-concat", Exact()),
+     pytest.param("hypernet-both", Exact(), marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
 def test_compiled_has_the_plain_paths_gradient_and_compiles_once(name, divergence, gradient, traced):

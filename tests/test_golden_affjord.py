@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from cnf.compat.affjord import ENTRIES, fill_path, released_layer
 from cnf.divergence import Exact, linearize
 from cnf.errors import CheckpointError, ConfigError
 from cnf.fields import Conv, Drive, TimePath, time_layer
+from cnf.models import build
 from cnf.multiscale import scale_shapes
 from cnf.noise import Noise
+from cnf.presets import preset
 from cnf.solvers import Adaptive, FixedGrid
 
 F64 = torch.float64
@@ -214,6 +217,40 @@ def test_toys(path):
         with torch.no_grad():
             x, values, solution = block.integrate(x, times, drive=drive)
         total, drive = total + values["log_det"], solution.state[1] if augmented else None
+
+
+@pytest.mark.parametrize("path", TOYS)
+def test_toys_are_the_model_of_the_published_presets(path):
+    """Drive("both"), and the plain net, from the presets' settings with the golden weights; the released ODE runs backwards."""
+    data, meta = read(path)
+    state, width = substate(data), meta["config"]["width"]
+    augmented = meta["config"]["variant"] == "augmented"
+    seen = 4 if augmented else 2
+    config = preset("affjord-toy-published" if augmented else "ffjord-toy-published").config
+    flow = build(replace(config.model, drive_start="learned" if augmented else "zero"), config.solver, (2,)).double().eval()
+    block = flow.blocks[0]
+    w, u, gate, b = torch.arange(width * (3 * seen + 1)).split([width * seen] * 3 + [width])
+    used = [rows.reshape(width, seen)[:, :2].T.flatten() for rows in (u, gate)]  # the released U and G have outputs that are thrown away
+    with torch.no_grad():
+        for name, value in (("weight", state["hyper_net.fc3.weight"]), ("bias", state["hyper_net.fc3.bias"])):
+            getattr(block.field.layers[0].head, name).copy_(value[torch.cat([w, b])])
+            getattr(block.field.layers[1].head, name).copy_(torch.cat([-value[used[0]], value[used[1]]]))
+            for i in (0, 2):
+                getattr(block.field.generator[i], name).copy_(state[f"hyper_net.fc{i // 2 + 1}.{name}"])
+                if augmented:
+                    getattr(block.path.net[i], name).copy_((1 - i) * state[f"neunet.fc{i // 2 + 1}.{name}"])
+        if augmented:
+            block.path.initial.copy_(data["seed"])
+        else:  # t from 0 to 10 here
+            first = block.field.generator[0]
+            first.bias.add_(10 * first.weight[:, 0])
+            first.weight.neg_()
+    block.eval_solver = FixedGrid("rk4", meta["config"]["grid_points"] - 1)
+    for name, value in run(flow, data).items():
+        close(value, data[f"rk4/{name}"], 1e-11 if augmented else 1e-6)  # the released plain net rounds t to float32
+    # the parameters that act: all of the plain net's, and of the augmented one's, with its seed
+    total = sum(p.numel() for p in flow.parameters())
+    assert total == (meta["parameters"] if not augmented else meta["parameters"] - 15_936 - 8_448 + 2)
 
 
 @pytest.mark.parametrize("path", TOYS)

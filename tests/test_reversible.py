@@ -172,7 +172,7 @@ def test_every_method_and_number_of_steps(method, steps):
     both(lambda solver: CNF(field, Exact(), solver), x, steps, method=method)
 
 
-@pytest.mark.parametrize("drive", ["concat", "hyper"])
+@pytest.mark.parametrize("drive", ["concat", "both"])
 @pytest.mark.parametrize("back", [False, True])
 def test_a_learned_time_is_walked_back_beside_the_point(drive, back):
     torch.manual_seed(0)

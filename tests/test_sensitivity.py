@@ -417,7 +417,7 @@ def test_pieces_that_are_alike_add_up_to_the_constant_parameters():
 DRIVES = {
     "concat": Drive("concat", k=3),
     "hyper": Drive("hyper", k=3, m=2),
-    "low rank": Drive("hyper", k=3, m=3, rank=2),
+    "low rank": Drive("both", k=3, m=3, rank=2),
 }
 
 

@@ -25,6 +25,8 @@ __all__ = ["FORMAT", "RunInfo", "config_digest", "read_config", "write_config"]
 FORMAT = 4
 LARGEST = 2**24  # bytes of a config.json
 _HEAD = ("format", "sha256")
+# settings that joined this format after its first run folders: one without them has their defaults
+ADDED = {"ModelConfig": ("drive_hidden", "drive_nonlinearity", "generator")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +117,9 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         hints = typing.get_type_hints(kind)
         for name in value.keys() - hints.keys():
             raise CheckpointError(f"{where}: unknown field {name[:80]!r}")
-        for name in hints.keys() - value.keys():
+        for name in hints.keys() - value.keys() - set(ADDED.get(kind.__name__, ())):
             raise CheckpointError(f"{where}: field {name!r} is missing")
-        return kind(**{name: _decode(hint, value[name], f"{where}: {name}") for name, hint in hints.items()})
+        return kind(**{name: _decode(hint, value[name], f"{where}: {name}") for name, hint in hints.items() if name in value})
     if origin is tuple:
         if not isinstance(value, list):
             raise CheckpointError(f"{where} is {reprlib.repr(value)}; expected a list")

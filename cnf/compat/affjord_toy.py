@@ -101,8 +101,7 @@ class ToyPath(TimePath):
     """
 
     def __init__(self) -> None:
-        super().__init__(DIM, DIM + 1, learn_start=True)
-        self.net[1] = nn.ELU()
+        super().__init__(DIM, DIM + 1, learn_start=True, nonlinearity="elu")
         nn.init.uniform_(cast(Tensor, self.initial))
 
     def forward(self, a: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from cnf.fields.augmented import DRIVES, Drive, TimePath
 from cnf.fields.denoiser import PERIODS, Denoiser
+from cnf.fields.hypernet import HyperMLP
 from cnf.fields.layers import LAYERS, LayerFactory, time_layer
 from cnf.fields.maps import Conv, Linear
 from cnf.fields.networks import MLP, ConvField, Stack
@@ -19,6 +20,7 @@ __all__ = [
     "ConvField",
     "Denoiser",
     "Drive",
+    "HyperMLP",
     "LayerFactory",
     "Linear",
     "Schedule",

@@ -19,6 +19,7 @@ class Linear:
     inputs: int
     outputs: int
     spatial = 0
+    input_axis = 1  # of the weights
 
     def module(self, extra: int = 0) -> nn.Module:
         """The torch layer with ``extra`` more inputs."""
@@ -52,6 +53,11 @@ class Conv:
     padding: int = 1
     transposed: bool = False
     spatial = 2
+
+    @property
+    def input_axis(self) -> int:
+        """The weights' axis of the input channels."""
+        return 0 if self.transposed else 1
 
     @staticmethod
     def of_stride(inputs: int, outputs: int, stride: int) -> Conv:

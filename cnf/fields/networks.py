@@ -149,7 +149,7 @@ class MLP(Stack):
     ):
         sizes = _sizes("dim", dim, hidden)
         layers = [
-            time_layer(layer, Linear(a, b), context_dim, context_gate=i + 2 < len(sizes))
+            time_layer(_kind(layer, i), Linear(a, b), context_dim, context_gate=i + 2 < len(sizes))
             for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))
         ]
         super().__init__(layers, nonlinearity, residual)
@@ -159,7 +159,7 @@ class MLP(Stack):
 
     def prepare(self, x: Tensor, context: Tensor | None = None) -> Prepared:
         if x[0].numel() != self.dim:
-            raise ConfigError(f"x has shape {tuple(x.shape)}, but this MLP was built for dim={self.dim} per event")
+            raise ConfigError(f"x has shape {tuple(x.shape)}, but this {type(self).__name__} was built for dim={self.dim} per event")
         return super().prepare(x, context)
 
 
@@ -205,12 +205,17 @@ class ConvField(Stack):
         if steps.count(2) != steps.count(-2):
             raise ConfigError(f"strides={steps} does not lead back to the image's size: give as many 2 as -2")
         layers = [
-            time_layer(layer, Conv.of_stride(a, b, s), context_dim)
-            for a, b, s in zip(sizes, sizes[1:], steps, strict=False)
+            time_layer(_kind(layer, i), Conv.of_stride(a, b, s), context_dim)
+            for i, (a, b, s) in enumerate(zip(sizes, sizes[1:], steps, strict=False))
         ]
         super().__init__(layers, nonlinearity, residual)
         if zero_init:
             self.zero_()
+
+
+def _kind(layer: str | LayerFactory, i: int) -> str | LayerFactory:
+    """What makes layer i: a drive may take another form after the first layer."""
+    return cast("str | LayerFactory", getattr(layer, "after_first", layer)) if i else layer
 
 
 def _sizes(name: str, outer: int, hidden: Sequence[int]) -> list[int]:

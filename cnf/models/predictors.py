@@ -60,6 +60,8 @@ def build_predictor(
                 f"{f.name}={getattr(model, f.name)!r} does nothing with architecture={model.architecture!r}: leave it at "
                 f"{getattr(plain, f.name)!r}"
             )
+    if model.field not in ("mlp", "conv"):
+        raise ConfigError(f"field={model.field!r} is for densities: architecture={model.architecture!r} takes 'mlp' or 'conv'")
     if model.field == "mlp" and model.strides:
         raise ConfigError(f"strides={model.strides} is for convolutions: use field='conv'")
     if model.architecture == "resnet":
