@@ -7,7 +7,7 @@
 evaluations (NFE) over the epochs, as in figures 5 to 8 of ANODE (1904.01681). ``three`` trains eight models of about 1,300
 parameters each on 1,024 points of three spheres (batch 96, Adam at 1e-3, tanh), the comparison of a survey of neural ODEs:
 concentric (``three-spheres``) or two discs inside a ring (``disjoint-spheres``, which the survey's words describe). One
-process, one thread; with five seeds ``fits`` takes about 20 minutes and ``three`` about MINUTES a set.
+process, one thread; with five seeds ``fits`` takes about 20 minutes of a core and ``three`` about 8 for each set.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def draw_three(rows: Sequence[Row], path: Path) -> None:
     left.invert_yaxis()
     left.set(xlabel="test accuracy, %", xlim=(None, 102))
     right.set(xlabel="NFE of a training solve", xlim=(0, None))
-    left.legend(fontsize=9, loc="best")
+    figure.legend(fontsize=9, loc="outside lower center", ncols=len(lengths), frameon=False)
     for axis in (left, right):
         axis.grid(alpha=0.3)
     write(path, lambda p: figure.savefig(p, format="png"))
