@@ -183,8 +183,11 @@ def test_functions_are_timed_in_turn():
 
 
 def test_models_of_the_three_spheres_share_one_budget():
+    """The survey's widths 15, 11 and 14 (2002.08071) with 4 and 7 terms and 5 pieces, and others of about 1,300 parameters."""
     counts = {n: sum(p.numel() for p in build_predictor(c, SolverConfig(), (2,), outputs=3).parameters()) for n, c in anode.THREE.items()}
-    assert len(counts) == 8 and all(1250 <= n <= 1320 for n in counts.values()), counts
+    assert all(model.nonlinearity == "tanh" for model in anode.THREE.values())
+    assert list(counts.values())[-3:] == [1277, 1332, 1419]
+    assert len(counts) == 8 and all(1250 <= n <= 1420 for n in counts.values()), counts
 
 
 def test_anode_rows_become_tables(tmp_path, capsys):
@@ -194,6 +197,7 @@ def test_anode_rows_become_tables(tmp_path, capsys):
     line = anode.table(rows).splitlines()[2]
     assert line.startswith("| 1 | vanilla NODE | 1,298 | 2 |") and f"{sum(accuracies) / 2:.1f} ± " in line
     anode.draw_three(rows, tmp_path / "three.png")
+    assert anode.three("vanilla NODE", 0, 1, "disjoint-spheres")["test_accuracy"] != rows[0]["test_accuracy"]
     fits = [anode.fit("anode-flip", "flip", 0, 1)]
     assert len(fits[0]["loss"]) == len(fits[0]["nfe"]) == 1 and f"{fits[0]['test']:.2g}" in anode.table(fits)
 

@@ -14,6 +14,7 @@ from cnf.fields.depth import BASES, Galerkin, basis, galerkin
 from cnf.models import (
     ModelConfig,
     NeuralODE,
+    ResidualNet,
     SolverConfig,
     anode_conv,
     anode_mlp,
@@ -40,6 +41,12 @@ def made(config=NODE, shape=(2,), outputs=3, levels=None, solver=None, seed=0, s
             p.mul_(scale).add_(0.1 * points(*p.shape, seed=seed + 1))
     model.solver = model.eval_solver = solver or TIGHT
     return model
+
+
+def flip(n):
+    """Points around 1 and -1 in turn, and their targets -1 and 1."""
+    side = torch.tensor([1.0, -1.0]).repeat(n // 2)[:, None]
+    return side + 0.1 * torch.randn(n, 1), -side
 
 
 def truth(f, start, end=1.0, begin=0.0):
@@ -266,6 +273,34 @@ def test_every_parameter_gets_a_gradient_within_ten_steps(changes):
     assert moved == {n for n, _ in model.named_parameters()}
 
 
+def test_adaptive_depth_flips_a_line():
+    """By end times that differ, with time in the field by default (2002.08071): no two paths cross at one time."""
+    torch.manual_seed(2)
+    model = anode_mlp(1, 16, head="state", adaptive_depth=True, solver=FixedGrid("rk4", 4))
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(120):
+        x, y = flip(32)
+        optimizer.zero_grad()
+        (model.train()(x) - y).square().mean().backward()
+        optimizer.step()
+    x, y = flip(200)
+    assert (model.eval()(x) - y).square().mean() < 1e-2
+    ends = model.end_time(x)
+    assert (ends > 0).all() and (ends[::2].mean() - ends[1::2].mean()).abs() > 1
+
+
+def test_time_enters_with_adaptive_depth_by_default():
+    """One more weight for each unit of the first layer (each filter's nine of a 3x3 convolution, and so on)."""
+    def count(model):
+        return sum(p.numel() for p in model.fields.parameters())
+
+    for make, size in ((anode_mlp, 2), (anode_conv, (1, 4, 4))):
+        timed, plain = (count(make(size, 8, time_dependent=with_time)) for with_time in (True, False))
+        assert timed > plain == count(make(size, 8))
+        assert count(make(size, 8, adaptive_depth=True)) == timed
+        assert count(make(size, 8, adaptive_depth=True, time_dependent=False)) == plain
+
+
 # -- what only augmentation can do -------------------------------------------------------------------------------
 
 
@@ -278,14 +313,35 @@ def test_a_node_of_one_dimension_keeps_the_order():
 # -- the residual net --------------------------------------------------------------------------------------------
 
 
-def test_residual_net_is_its_formula():
+@pytest.mark.parametrize(("hidden", "nonlinearity"), [(5, "relu"), ((5, 4), "tanh")])
+def test_residual_net_is_its_formula(hidden, nonlinearity):
     torch.manual_seed(0)
-    net, x = residual_net(2, 3, hidden=5, blocks=2).double(), points(4, 2)
-    h = x
-    for first, _, second, _ in net.blocks:
-        h = h + torch.relu(torch.relu(h @ first.weight.T + first.bias) @ second.weight.T + second.bias)
+    net, x = ResidualNet((2,), 3, hidden, 2, nonlinearity=nonlinearity).double(), points(4, 2)
+    h, parameters = x, iter(net.fields.parameters())
+    for _ in range(2):
+        step = h
+        for i in range(layers := 2 if hidden == 5 else 3):
+            step = torch.nn.functional.linear(step, next(parameters), next(parameters))
+            step = getattr(torch, nonlinearity)(step) if i + 1 < layers else step  # linear at the end: it may decrease h
+        h = h + step
     outputs, features, stats = net.predict(x)
     assert torch.allclose(features, h) and torch.allclose(outputs, h @ net.head.weight.T + net.head.bias) and stats.nfe == 0
+    start = ResidualNet((2,), 2, hidden, 2, zero_init=True, head="state").double()
+    assert torch.equal(start(x), x)
+
+
+def test_a_residual_net_flips_a_line():
+    """What no NODE can do in one dimension (1904.01681), and no net whose blocks end in a relu."""
+    torch.manual_seed(0)
+    net = residual_net(1, hidden=16, blocks=2, head="state")
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    for _ in range(150):
+        x, y = flip(32)
+        optimizer.zero_grad()
+        (net(x) - y).square().mean().backward()
+        optimizer.step()
+    x, y = flip(200)
+    assert (net(x) - y).square().mean() < 1e-2
 
 
 # -- wrong use ---------------------------------------------------------------------------------------------------
@@ -315,7 +371,9 @@ RESNET = ModelConfig("resnet", "mlp", (8,), layer="ignore", nonlinearity="relu",
     (NODE, {"learn_end_time": True, "adaptive_depth": True}, r"leave learn_end_time=False"),
     (RESNET, {"augment": 1}, r"augment=1 does nothing with architecture='resnet'"),
     (RESNET, {"layer": "concat"}, r"layer='concat': architecture='resnet' takes layer='ignore' alone"),
-    (RESNET, {"hidden": (8, 8)}, r"takes one width"),
+    (RESNET, {"hidden": ()}, r"hidden=\(\), blocks=1; expected at least one hidden layer"),
+    (RESNET, {"hidden": (8, 0)}, r"every size must be at least 1"),
+    (RESNET, {"nonlinearity": "rleu"}, r"did you mean 'relu'"),
     (RESNET, {"blocks": 0}, r"blocks=0"),
     (NODE, {"architecture": "stack"}, r"architecture='stack' is a density; to predict takes 'node' or 'resnet'"),
 ])  # fmt: skip

@@ -9,7 +9,7 @@ from cnf import plotting
 from cnf.errors import CheckpointError, ConfigError
 from cnf.models import ModelConfig, SolverConfig, build
 from cnf.noise import Noise
-from cnf.plotting import canvas, curves, motion, plane, samples
+from cnf.plotting import canvas, curves, features, motion, plane, samples
 from cnf.solvers import FixedGrid
 from cnf.transforms import Logit, Standardize
 
@@ -44,7 +44,7 @@ def figures(monkeypatch):
         drawn.append(canvas.new_figure(width, height))
         return drawn[-1]
 
-    for module in (curves, motion, plane, samples):
+    for module in (curves, features, motion, plane, samples):
         if hasattr(module, "new_figure"):
             monkeypatch.setattr(module, "new_figure", remember)
     yield drawn
@@ -311,15 +311,59 @@ def test_the_boundary_is_where_the_model_has_it(tmp_path):
     assert blue[:, 1].min() >= orange[:, 1].max() - 2
 
 
-def test_a_continuous_target_has_its_histograms_too(tmp_path, monkeypatch):
+def test_a_continuous_target_has_its_histograms_too(tmp_path, figures):
     from cnf.models import anode_mlp
-    from cnf.plotting import features
 
-    drawn = []
-    monkeypatch.setattr(features, "new_figure", lambda *size: drawn.append(canvas.new_figure(*size)) or drawn[-1])
     x = torch.linspace(-1, 1, 50)[:, None]
     plotting.feature_evolution(anode_mlp(1).eval(), x, x[:, 0].sin(), tmp_path / "a.png", times=2)
-    assert [sum(bar.get_height() for bar in axis.patches) for axis in drawn[0].axes] == [50, 50]
+    assert [sum(bar.get_height() for bar in axis.patches) for axis in figures[0].axes] == [50, 50]
+
+
+def adaptive(shape, outputs=1):
+    """A model whose end times differ."""
+    from cnf.models import anode_conv, anode_mlp
+
+    torch.manual_seed(0)
+    model = anode_conv(shape, 4, outputs, adaptive_depth=True) if len(shape) == 3 else anode_mlp(*shape, 4, outputs, adaptive_depth=True)
+    with torch.no_grad():
+        model.depth[-1].weight.normal_()
+    return model.eval()
+
+
+def test_the_learned_depth_is_the_models(tmp_path, figures):
+    model, x = adaptive((1,)), torch.linspace(-1, 1, 50)[:, None]
+    plotting.learned_depth(model, x, x[:, 0].sign(), tmp_path / "a.png")
+    (curve,) = figures[-1].axes[0].lines
+    line = torch.tensor(np.ravel(curve.get_xdata()))[:, None]
+    assert line.min() < -1 and line.max() > 1
+    ends = model.end_time(line).detach()
+    assert ends.std() > 0.01 and np.allclose(np.ravel(curve.get_ydata()), ends, atol=1e-6)
+    dots = figures[-1].axes[0].collections[0].get_offsets()
+    assert np.allclose(dots[:, 1], model.end_time(x).detach(), atol=1e-6)
+
+    model, x = adaptive((2,), 3), torch.randn(60, 2)
+    plotting.learned_depth(model, x, torch.arange(60) % 3, tmp_path / "b.png", classes=("a", "b", "c"), resolution=7)
+    (image,) = figures[-1].axes[0].images
+    left, right, bottom, top = image.get_extent()
+    ends = model.end_time(torch.tensor([[left, bottom], [right, bottom], [right, top]])).detach()
+    values = np.asarray(image.get_array())  # rows from below
+    assert np.allclose([values[0, 0], values[0, -1], values[-1, -1]], ends, atol=1e-5) and ends.std() > 0.01
+
+    model, x = adaptive((1, 4, 4), 2), torch.rand(30, 1, 4, 4)
+    plotting.learned_depth(model, x, torch.arange(30) % 2, tmp_path / "c.png", classes=("a", "b"))
+    bars, ends = figures[-1].axes[0].patches, model.end_time(x)
+    assert sum(bar.get_height() for bar in bars) == 30
+    assert min(bar.get_x() for bar in bars) <= ends.min() and max(bar.get_x() + bar.get_width() for bar in bars) >= ends.max()
+    assert {p.name for p in tmp_path.iterdir()} == {"a.png", "b.png", "c.png"}
+
+
+def test_paths_end_at_their_own_depth(tmp_path, figures):
+    model, x = adaptive((1,)), torch.linspace(-1, 1, 6)[:, None]
+    plotting.paths_1d(model, x, x[:, 0].sign(), tmp_path / "a.png")
+    paths = [line for line in figures[-1].axes[0].lines if len(line.get_xdata()) > 1]
+    assert np.allclose([path.get_xdata()[-1] for path in paths], model.end_time(x).detach(), atol=1e-6)
+    assert np.allclose([path.get_ydata()[0] for path in paths], x[:, 0])
+    assert np.allclose([path.get_ydata()[-1] for path in paths], model.predict(x).features[:, 0].detach(), atol=2e-3)
 
 
 def test_pictures_of_predictors_refuse_what_they_cannot_show(tmp_path):
@@ -329,4 +373,6 @@ def test_pictures_of_predictors_refuse_what_they_cannot_show(tmp_path):
         plotting.decision_boundary(residual_net(3), torch.zeros(4, 3), torch.zeros(4), tmp_path / "a.png")
     with pytest.raises(ConfigError, match="times=1; expected at least 2 panels"):
         plotting.feature_evolution(anode_mlp(2), torch.zeros(4, 2), torch.zeros(4), tmp_path / "a.png", times=1)
+    with pytest.raises(ConfigError, match=r"adaptive_depth=False: .* no T"):
+        plotting.learned_depth(anode_mlp(2), torch.zeros(4, 2), torch.zeros(4), tmp_path / "a.png")
     assert not list(tmp_path.iterdir())

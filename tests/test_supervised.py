@@ -20,6 +20,7 @@ from cnf import datasets
 from cnf.checkpoint import RunInfo, read_config
 from cnf.cli import classify_main, sample_main, train_main
 from cnf.cli.common import load_splits
+from cnf.cli.options import CLASSIFIER, parse
 from cnf.datasets.supervised import sample_supervised, shell
 from cnf.errors import ConfigError, DataError
 from cnf.models import ModelConfig, NeuralODE, ResidualNet, SolverConfig, anode_mlp
@@ -224,6 +225,30 @@ def test_a_residual_net_and_a_dry_run(tmp_path, capsys):
     assert "parameters; batch 20" in capsys.readouterr().out
 
 
+def test_a_residual_net_flips_the_line(tmp_path):
+    words = ["node-flip", "--architecture", "resnet", "--steps", "250", "--validate-every", "50", "--lr", "0.003"]
+    assert classify_main([*words, "--out", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["loss"] < 1e-2
+
+
+@pytest.mark.parametrize(("words", "layer"), [
+    ("node-flip --adaptive-depth", "concat"),
+    ("node-flip --adaptive-depth --layer ignore", "ignore"),
+    ("anode-digits --adaptive-depth --depth stacked --depth-terms 2", "concat"),
+    ("node-flip", "ignore"),
+])  # fmt: skip
+def test_time_enters_with_adaptive_depth_unless_told_otherwise(words, layer):
+    assert parse(words.split(), CLASSIFIER)[0].config.model.layer == layer
+
+
+def test_the_learned_depth_is_drawn(tmp_path):
+    words = ["--data", "disjoint-spheres", *TINY, "--hidden", "8", "--adaptive-depth", "--out", str(tmp_path / "run")]
+    assert classify_main(words) == 0
+    config = read_config(tmp_path / "run").config
+    assert (config.name, config.model.layer) == ("anode-three-spheres", "concat")
+    assert {p.name for p in (tmp_path / "run" / "plots").iterdir()} >= {"depth.png", "features.png", "boundary.png"}
+
+
 @pytest.mark.parametrize(("words", "message"), [
     ("node-flip --objective likelihood", "--objective likelihood with --architecture node: expected stack"),
     ("digits --objective classification", "--objective classification with --architecture stack: expected node or resnet"),
@@ -233,6 +258,8 @@ def test_a_residual_net_and_a_dry_run(tmp_path, capsys):
     ("anode-digits --draws 3", "--draws is for densities"),
     ("node-flip --augment -1", "augment=-1; expected zero or more"),
     ("node-flip --blocks 2", "blocks=2 does nothing"),
+    ("node-flip --architecture resnet --adaptive-depth", "adaptive_depth=True does nothing"),
+    ("node-flip --adaptive-depth --depth fourier --depth-terms 3", "depth='fourier' has one set of weights per time"),
     ("anode-digits --alpha 0.1", "alpha=0.1 does nothing"),
     ("anode-digits --objective regression", "--objective regression needs targets, and 'digits' has none"),
     ("node-flip --objective classification", "'flip' is for a regression"),
@@ -280,6 +307,14 @@ def test_supervised_sets():
     assert data.classes == ("inner", "middle", "outer") and data.train_context.shape == (50, 3)
     radius = data.train.norm(dim=1)
     assert torch.equal(data.train_context.argmax(1), radius.floor().long())
+    x, y = sample_supervised("disjoint-spheres", 1024)
+    centres = np.array([[-1, 0], [1, 0], [0, 0]])
+    distance = np.linalg.norm(x - centres[y], axis=1)
+    assert np.bincount(y).tolist() == [342, 341, 341] and (distance[y < 2] <= 0.5).all()
+    assert ((distance[y == 2] >= 2) & (distance[y == 2] <= 2.5)).all() and (distance[y < 2] > 0.3).mean() > 0.5
+    disjoint = datasets.load("disjoint-spheres", condition="label", sizes=(90, 30, 60))
+    assert disjoint.classes == ("left", "right", "outer")
+    assert torch.equal(disjoint.train_context[:, 1] == 1, (disjoint.train[:, 0] > 0) & (disjoint.train.norm(dim=1) < 1.75))
     again = datasets.load("spheres2", condition="target", sizes=(90, 30, 60))
     assert torch.equal(again.train, DATA["regression"].train) and again.context_dim == 1
     assert len({tuple(r) for r in torch.cat([again.train, again.validation, again.test]).tolist()}) == 180

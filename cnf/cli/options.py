@@ -13,6 +13,7 @@ import tyro
 from cnf.checkpoint import PREFIX, RunInfo
 from cnf.cli.common import read_run
 from cnf.errors import ConfigError
+from cnf.fields.depth import BASES
 from cnf.likelihood import CAUTION
 from cnf.models.flows import PREDICTIVE
 from cnf.presets import PRESETS, RunConfig, preset
@@ -24,7 +25,9 @@ CLASSIFIER = "anode-digits"  # train_classifier.py's
 # where no preset is named: by the name of --data, before it is loaded, and by its kind
 _REGRESSIONS = {"flip": "anode-flip", "spheres1": "anode-spheres", "spheres2": "anode-spheres"}
 SUITED = _REGRESSIONS | {"mnist": "fm-mnist", "cifar10": "fm-cifar10"}
-SUITED_CLASSIFIER = _REGRESSIONS | {"three-spheres": "anode-three-spheres", "mnist": "anode-mnist"}
+SUITED_CLASSIFIER = _REGRESSIONS | {
+    "three-spheres": "anode-three-spheres", "disjoint-spheres": "anode-three-spheres", "mnist": "anode-mnist"
+}  # fmt: skip
 FITTING = {"table": "tabular", "toy": "ffjord-toy"}
 FITTING_CLASSIFIER = {"table": "anode-three-spheres"}
 LARGE = 16  # pixels: images that fm-mnist is for, not fm-digits
@@ -148,8 +151,19 @@ def parse(arguments: Sequence[str], fallback: str = DEFAULT) -> tuple[Command, R
         if first.preset not in (None, default.name):
             raise ConfigError(f"{folder} is a run of preset {default.name}, not {first.preset}: leave the preset out")
     else:
-        default = preset(first.preset or fallback).config
+        default = _timed(preset(first.preset or fallback).config, first.config)
     return _tyro(Command(default), arguments, fallback), default, info
+
+
+def _timed(default: RunConfig, given: RunConfig) -> RunConfig:
+    """Return the preset's settings with time in the field where ``given`` asks for adaptive depth.
+
+    A scalar field without time has one direction at each point, so that with T(x) > 0 no point can pass another: the flip
+    stays at a squared error of 1. A sign of T(x) would suffice in theory, but in three of three runs it did not learn.
+    """
+    if not given.model.adaptive_depth or given.model.depth in BASES or default.model.layer != "ignore":
+        return default
+    return dataclasses.replace(default, model=dataclasses.replace(default.model, layer="concat"))
 
 
 def _exclude(command: Command) -> None:

@@ -1,4 +1,4 @@
-"""Points with targets: the flip and the concentric spheres of ANODE (arXiv 1904.01681), and three spheres."""
+"""Points with targets: the flip and the concentric spheres of ANODE (arXiv 1904.01681), and two sets of three spheres."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import numpy as np
 from cnf.datasets.splits import Array, DataSplits, Options, assemble
 from cnf.errors import ConfigError, DataError
 
-__all__ = ["NAMES", "load_supervised", "sample_supervised", "shell"]
+__all__ = ["CLASSES", "NAMES", "load_supervised", "sample_supervised", "shell"]
 
 NAMES = {
     "flip": "1-D regression: points at -1 and 1, to be carried to 1 and -1 (ANODE)",
     "spheres1": "1-D regression: |x| below 1/2 to -1, between 1 and 3/2 to +1 (ANODE)",
     "spheres2": "2-D regression: a disc to -1, a ring around it to +1 (ANODE)",
     "three-spheres": "2-D, three classes: a disc and two rings around it",
+    "disjoint-spheres": "2-D, three classes: two disjoint discs inside a ring",
 }
+CLASSES = {"three-spheres": ("inner", "middle", "outer"), "disjoint-spheres": ("left", "right", "outer")}
 FLIP_NOISE = 0.1  # standard deviation around -1 and 1: without any, the set would be two points
 RADII = (0.5, 1.0, 1.5)  # of the spheres' disc and of their ring
 
@@ -53,10 +55,20 @@ def _spheres(dim: int) -> Callable[[int, np.random.Generator], tuple[Array, Arra
     return draw
 
 
+def _thirds(n: int) -> list[int]:
+    return [n // 3 + (k < n % 3) for k in range(3)]
+
+
 def _three(n: int, rng: np.random.Generator) -> tuple[Array, Array]:
-    counts = [n // 3 + (k < n % 3) for k in range(3)]
+    counts = _thirds(n)
     x = np.concatenate([shell(m, 2, k, k + 0.5, rng) for k, m in enumerate(counts)])
     return x, np.repeat(np.arange(3), counts)
+
+
+def _disjoint(n: int, rng: np.random.Generator) -> tuple[Array, Array]:
+    counts = _thirds(n)
+    left, right = (shell(m, 2, 0.0, 0.5, rng) + [centre, 0.0] for m, centre in zip(counts, (-1.0, 1.0), strict=False))
+    return np.concatenate([left, right, shell(counts[2], 2, 2.0, 2.5, rng)]), np.repeat(np.arange(3), counts)
 
 
 _DRAWS: dict[str, Callable[[int, np.random.Generator], tuple[Array, Array]]] = {
@@ -64,15 +76,18 @@ _DRAWS: dict[str, Callable[[int, np.random.Generator], tuple[Array, Array]]] = {
     "spheres1": _spheres(1),
     "spheres2": _spheres(2),
     "three-spheres": _three,
+    "disjoint-spheres": _disjoint,
 }
 
 
 def sample_supervised(name: str, n: int, seed: int | np.random.Generator = 0) -> tuple[Array, Array]:
-    """``n`` points, float32 (n, D), with their targets: float32 (n, 1), or class numbers (n,) of ``three-spheres``.
+    """``n`` points, float32 (n, D), with their targets: float32 (n, 1), or class numbers (n,) of the sets in :data:`CLASSES`.
 
     * ``flip``: half at 1, half at -1, with Gaussian noise of 0.1; the targets are -1 and 1.
     * ``spheres1``, ``spheres2``: a third uniform in |x| <= 1/2 with target -1, the rest uniform in 1 <= |x| <= 3/2 with +1.
     * ``three-spheres``: a third each, uniform in k <= |x| <= k + 1/2 for k = 0, 1, 2, the class.
+    * ``disjoint-spheres``: a third each, uniform in the discs of radius 1/2 around (-1, 0) and (1, 0), classes 0 and 1, and in
+      2 <= |x| <= 5/2, class 2.
 
     Raises:
         DataError: for an unknown name.
@@ -97,7 +112,7 @@ def load_supervised(name: str, options: Options) -> DataSplits:
     Raises:
         ConfigError: for a set of targets that are asked for as classes, or not at all.
     """
-    classes = name == "three-spheres"
+    classes = CLASSES.get(name, ())
     if not classes and options.condition != "target":
         raise ConfigError(f"{name!r} is for a regression (--objective regression, as the preset anode-{name.rstrip('12')} has it)")
     drawn = [sample_supervised(name, n, np.random.default_rng([options.seed, 1, i])) for i, n in enumerate(options.sizes)]
@@ -109,7 +124,7 @@ def load_supervised(name: str, options: Options) -> DataSplits:
         options,
         codes=ys if classes else None,
         targets=None if classes else ys,
-        classes=("inner", "middle", "outer") if classes else (),
+        classes=classes,
         columns=("x", "y")[: xs[0].shape[1]],
         notices=[f"drawn once by seed {options.seed}"],
     )

@@ -95,7 +95,8 @@ class ModelConfig:
     data_control: bool = False
     """node: the field also sees the event itself, f(t, x, x0)."""
     adaptive_depth: bool = False
-    """node: each event has an end time of its own, learned, --end-time at the start."""
+    """node: each event has a learned end time T(x) > 0, --end-time at the start; time then enters the field (--layer concat,
+    unless another layer is given), without which no depth can reflect a line."""
     depth: Literal["constant", "chebyshev", "fourier", "stacked"] = "constant"
     """node: weights over depth: constant (but for --layer), in a basis, or piecewise constant."""
     depth_terms: int = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -35,8 +35,9 @@ class NeuralODE(Predictor):
         input_layer: in place of the zeros, a learned linear layer (images: 1x1 convolution) from the event's features to
             p more (IL-NODE, 2002.08071).
         data_control: the field is f(t, x, x₀), called as ``field(t, x, x0)``.
-        adaptive_depth: each sample has an end time of its own, T(x₀) > 0, a small net of the event: dx/ds = T(x₀) f over
-            s in [0, 1]; it starts at T for all.
+        adaptive_depth: each row has its own end time T(x₀) > 0, a small network of the event: dx/ds = T(x₀) f over s in
+            [0, 1]; it starts at T for all rows. The field should depend on t: without it a field on the line has one
+            direction at each point, and x -> -x needs both.
         head: see :class:`~cnf.models.predictor.Predictor`.
         flatten: fields of vectors on images, which are flattened first.
         solver: for training; rk4 with 4 steps if None.
@@ -187,13 +188,18 @@ class NeuralODE(Predictor):
         return solution.state[0], solution.stats
 
 
+def _layer(time_dependent: bool | None, options: Mapping[str, Any]) -> str:
+    """How time enters a field; by default only with adaptive depth, which needs it."""
+    return "concat" if (options.get("adaptive_depth", False) if time_dependent is None else time_dependent) else "ignore"
+
+
 def anode_mlp(
     dim: int,
     hidden: int = 32,
     outputs: int = 1,
     augment: int = 0,
     *,
-    time_dependent: bool = False,
+    time_dependent: bool | None = None,
     nonlinearity: str = "relu",
     **options: Any,
 ) -> NeuralODE:
@@ -204,7 +210,7 @@ def anode_mlp(
         hidden: width of both hidden layers.
         outputs: numbers predicted.
         augment: p.
-        time_dependent: whether t enters; not in the published runs.
+        time_dependent: whether t enters; not in the published runs. By default with ``adaptive_depth`` alone.
         nonlinearity: ``"relu"`` or ``"softplus"`` as published.
         options: of :class:`NeuralODE`.
 
@@ -215,7 +221,7 @@ def anode_mlp(
         >>> [sum(p.numel() for p in anode_mlp(1, augment=p, time_dependent=True).parameters()) for p in (0, 5)]
         [1187, 1517]
     """
-    maps, layers = mlp_maps(dim + max(0, augment), (hidden, hidden), "concat" if time_dependent else "ignore")
+    maps, layers = mlp_maps(dim + max(0, augment), (hidden, hidden), _layer(time_dependent, options))
     return NeuralODE(ODENet(maps, layers, nonlinearity), (dim,), outputs, augment=augment, **options)
 
 
@@ -225,7 +231,7 @@ def anode_conv(
     outputs: int = 10,
     augment: int = 0,
     *,
-    time_dependent: bool = False,
+    time_dependent: bool | None = None,
     nonlinearity: str = "relu",
     **options: Any,
 ) -> NeuralODE:
@@ -236,7 +242,8 @@ def anode_conv(
         filters: channels of both hidden layers.
         outputs: numbers predicted.
         augment: p channels.
-        time_dependent: whether a plane of t enters every convolution; the published counts are without.
+        time_dependent: whether a plane of t enters every convolution; the published counts are without. By default with
+            ``adaptive_depth`` alone.
         nonlinearity: ``"relu"`` or ``"softplus"`` as published.
         options: of :class:`NeuralODE`.
 
@@ -248,6 +255,6 @@ def anode_conv(
         [84395, 84816]
     """
     maps, layers = conv_maps(
-        event_shape[0] + max(0, augment), (filters, filters), "concat" if time_dependent else "ignore", (0, 1, 0)
+        event_shape[0] + max(0, augment), (filters, filters), _layer(time_dependent, options), (0, 1, 0)
     )
     return NeuralODE(ODENet(maps, layers, nonlinearity), event_shape, outputs, augment=augment, **options)

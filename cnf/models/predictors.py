@@ -70,13 +70,19 @@ def build_predictor(
 
 
 def _resnet(model: ModelConfig, event_shape: tuple[int, ...], outputs: int, levels: int | None) -> ResidualNet:
-    fixed = {"field": "mlp", "layer": "ignore", "nonlinearity": "relu", "zero_init": False}
-    for name, value in fixed.items():
+    for name, value in {"field": "mlp", "layer": "ignore"}.items():
         if getattr(model, name) != value:
             raise ConfigError(f"{name}={getattr(model, name)!r}: architecture='resnet' takes {name}={value!r} alone")
-    if len(model.hidden) != 1:
-        raise ConfigError(f"hidden={model.hidden}: architecture='resnet' takes one width, that inside a block")
-    return ResidualNet(event_shape, outputs, model.hidden[0], model.blocks, head=model.head, levels=levels)
+    return ResidualNet(
+        event_shape,
+        outputs,
+        model.hidden,
+        model.blocks,
+        nonlinearity=model.nonlinearity,
+        zero_init=model.zero_init,
+        head=model.head,
+        levels=levels,
+    )
 
 
 def _node(

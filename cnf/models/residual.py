@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from cnf.errors import ConfigError
+from cnf.models.odenet import ODENet, mlp_maps
 from cnf.models.predictor import Prediction, Predictor
 from cnf.solvers import Stats
 
@@ -14,18 +17,23 @@ __all__ = ["ResidualNet", "residual_net"]
 
 
 class ResidualNet(Predictor):
-    """Blocks x + relu(W₂ relu(W₁ x + b₁) + b₂), then a linear layer: the baseline of ANODE's code (1904.01681).
+    r"""Residual blocks :math:`h_{k+1} = h_k + f_k(h_k)`, then a linear layer: the baseline of ANODE (1904.01681).
+
+    Each f_k is a neural ODE's field without time, an MLP that ends in a linear layer. ANODE's released code ends it in a
+    relu, which can only increase h: such a net cannot represent the flip x -> -x either.
 
     Args:
         event_shape: (D,) or (C, H, W), flattened.
         outputs: numbers predicted.
-        hidden: width inside a block.
-        blocks: how many.
+        hidden: width of a block's hidden layer, or one for each of several.
+        blocks: number of blocks.
+        nonlinearity: between a block's layers.
+        zero_init: start as the identity (f_k = 0).
         head: see :class:`~cnf.models.predictor.Predictor`.
         levels: grey levels of uint8 images.
 
     Raises:
-        ConfigError: for sizes below one.
+        ConfigError: for sizes below one, no hidden layer, or an unknown nonlinearity.
 
     Example:
         >>> import torch
@@ -38,32 +46,39 @@ class ResidualNet(Predictor):
         self,
         event_shape: tuple[int, ...],
         outputs: int,
-        hidden: int = 32,
+        hidden: int | Sequence[int] = 32,
         blocks: int = 3,
         *,
+        nonlinearity: str = "relu",
+        zero_init: bool = False,
         head: str = "linear",
         levels: int | None = None,
     ):
-        if hidden < 1 or blocks < 1:
-            raise ConfigError(f"hidden={hidden}, blocks={blocks}; expected at least 1 of each")
+        widths = (hidden,) if isinstance(hidden, int) else tuple(hidden)
+        if blocks < 1 or not widths:
+            raise ConfigError(f"hidden={hidden}, blocks={blocks}; expected at least one hidden layer and one block")
         dim = math.prod(event_shape)
         super().__init__(event_shape, outputs, (dim,), head, levels)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim), nn.ReLU()) for _ in range(blocks)
+        # other names than the blocks with a last relu had, whose weights would fit and mean something else
+        self.fields = nn.ModuleList(
+            ODENet(*mlp_maps(dim, widths, "ignore"), nonlinearity, zero_init) for _ in range(blocks)
         )
 
     def predict(self, x: Tensor) -> Prediction:
         """Outputs (N, outputs) and features (N, D); no ODE, hence no evaluations."""
         h = self.numbers(x).flatten(1)
-        for block in self.blocks:
-            h = h + block(h)
+        t = h.new_zeros(())
+        for field in self.fields:
+            h = h + field(t, h)
         return Prediction(self.read(h), h, Stats())
 
 
-def residual_net(dim: int, outputs: int = 1, hidden: int = 32, blocks: int = 3) -> ResidualNet:
-    """The residual net of vectors (N, dim).
+def residual_net(
+    dim: int, outputs: int = 1, hidden: int | Sequence[int] = 32, blocks: int = 3, **options: Any
+) -> ResidualNet:
+    """The residual net of vectors (N, dim); ``options`` are those of :class:`ResidualNet`.
 
     Raises:
-        ConfigError: for sizes below one.
+        ConfigError: as :class:`ResidualNet`.
     """
-    return ResidualNet((dim,), outputs, hidden, blocks)
+    return ResidualNet((dim,), outputs, hidden, blocks, **options)

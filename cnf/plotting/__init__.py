@@ -1,7 +1,7 @@
 """Pictures: samples beside data, densities, vector fields, trajectories, learning curves, the flow in motion."""
 
 from cnf.plotting.curves import learning_curves
-from cnf.plotting.features import decision_boundary, feature_evolution, paths_1d
+from cnf.plotting.features import decision_boundary, feature_evolution, learned_depth, paths_1d
 from cnf.plotting.motion import flow_gif
 from cnf.plotting.plane import density_2d, trajectories_2d, vector_field_2d
 from cnf.plotting.samples import image_grid, samples_beside_data
@@ -12,6 +12,7 @@ __all__ = [
     "feature_evolution",
     "flow_gif",
     "image_grid",
+    "learned_depth",
     "learning_curves",
     "paths_1d",
     "samples_beside_data",

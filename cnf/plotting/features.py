@@ -1,4 +1,4 @@
-"""Models that predict: how features move over depth, the paths of one dimension, the decision boundary."""
+"""Models that predict: how features move over depth, the paths of one dimension, the learned depth, the decision boundary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cnf.errors import ConfigError
 from cnf.models import NeuralODE, Predictor
 from cnf.plotting.canvas import array, aspect_of, frame, new_figure, subplots, write
 
-__all__ = ["decision_boundary", "feature_evolution", "paths_1d"]
+__all__ = ["decision_boundary", "feature_evolution", "learned_depth", "paths_1d"]
 
 FITTED = 1000  # states that decide the principal axes: of images, all would take minutes
 
@@ -49,6 +49,14 @@ def _plane(states: Any) -> tuple[Any, tuple[str, str]]:
     return two.reshape(*states.shape[:2], 2), (names[0], names[1])
 
 
+def _histograms(axis: Any, values: Any, marks: Any, edges: Any, handles: Sequence[Line2D]) -> None:
+    """Histograms of values (N,), one for each level of the marks; a single one for a continuous target."""
+    for handle, level in zip(handles, np.unique(marks), strict=False):
+        axis.hist(values[marks == level], bins=edges, alpha=0.6, color=handle.get_color())
+    if not handles:
+        axis.hist(values, bins=edges, color="tab:blue")
+
+
 def feature_evolution(
     model: NeuralODE, x: Tensor, marks: Tensor, path: Path, *, classes: Sequence[str] = (), times: int = 5
 ) -> Path:
@@ -78,12 +86,9 @@ def feature_evolution(
     figure = new_figure(2.7 * times, 3.7)
     axes = subplots(figure, 1, times, squeeze=False, sharex=shared, sharey=shared)[0]
     if states.shape[2] == 1:
-        values, edges = array(marks), np.linspace(states.min() - 1e-6, states.max() + 1e-6, 41)
+        edges = np.linspace(states.min() - 1e-6, states.max() + 1e-6, 41)
         for axis, state in zip(axes, states[..., 0], strict=True):
-            for handle, level in zip(handles, np.unique(values), strict=False):
-                axis.hist(state[values == level], bins=edges, alpha=0.6, color=handle.get_color())
-            if not handles:  # a continuous target
-                axis.hist(state, bins=edges, color="tab:blue")
+            _histograms(axis, state, array(marks), edges, handles)
             axis.set_xlabel("$x$")
         axes[0].set_ylabel("points")
     else:
@@ -96,7 +101,7 @@ def feature_evolution(
             axis.tick_params(labelsize=7)
         axes[0].set_ylabel(names[1], fontsize=8)
     for axis, tick in zip(axes, ticks.tolist(), strict=True):
-        axis.set_title(f"t = {tick:g} T", fontsize=9)
+        axis.set_title(f"t = {tick:g} T" + ("(x)" if model.depth is not None else ""), fontsize=9)
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(10, len(handles)), fontsize=8, frameon=False)
     return write(path, lambda p: figure.savefig(p, format="png"))
@@ -105,6 +110,8 @@ def feature_evolution(
 def paths_1d(model: NeuralODE, x: Tensor, marks: Tensor, path: Path) -> Path:
     """The paths x(t) of points of one dimension; of an augmented state its first entry, which may cross others.
 
+    With adaptive depth each path ends at its own T(x), and t is the axis: the paths cross on a shared axis t / T alone.
+
     Args:
         model: in evaluation mode.
         x: events (N, 1).
@@ -112,18 +119,84 @@ def paths_1d(model: NeuralODE, x: Tensor, marks: Tensor, path: Path) -> Path:
         path: of the PNG.
     """
     ticks = torch.linspace(0, 1, 60)
-    states = array(model.trajectory(x.to(model.like.device), ticks))[..., 0]
+    x = x.to(model.like.device)
+    states, times = array(model.trajectory(x, ticks))[..., 0], array(ticks)[:, None]
+    if model.depth is not None:
+        times = times * array(model.end_time(x))
     colours, handles = _colours(marks, ())
     figure = new_figure(6.4, 4.6)
     axis = subplots(figure)
     for i in range(states.shape[1]):
         colour = colours[i] if handles else "tab:blue"
-        axis.plot(array(ticks), states[:, i], color=colour, lw=0.6, alpha=0.5)
-    axis.set(xlabel="t / T", ylabel="$x(t)$" if model.augment == 0 else "first entry of the state", title="trajectories")
+        axis.plot(times[:, i if model.depth is not None else 0], states[:, i], color=colour, lw=0.6, alpha=0.5)
+        if model.depth is not None:
+            axis.plot(times[-1, i], states[-1, i], ".", color=colour, ms=4)
+    axis.set(xlabel="t / T" if model.depth is None else "$t$, from 0 to $T(x)$", ylabel="$x(t)$" if model.augment == 0 else "first entry of the state", title="trajectories")
     axis.grid(alpha=0.3)
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
     return write(path, lambda p: figure.savefig(p, format="png"))
+
+
+@torch.no_grad()
+def learned_depth(
+    model: NeuralODE, x: Tensor, marks: Tensor, path: Path, *, classes: Sequence[str] = (), resolution: int = 160
+) -> Path:
+    """Plot the end time T(x) of a model with adaptive depth, with points of the data.
+
+    A curve over one dimension, a map over two; for other events histograms of T at the data, one for each class or target.
+
+    Args:
+        model: in evaluation mode.
+        x: events (N, \\*event).
+        marks: (N,) class numbers, or targets.
+        path: of the PNG.
+        classes: names of the classes; none of a regression.
+        resolution: cells along each axis of the map.
+
+    Raises:
+        ConfigError: for a model without adaptive depth.
+    """
+    if model.depth is None:
+        raise ConfigError("adaptive_depth=False: the end time is the same for all events, and there is no T(x) to draw")
+    colours, handles = _colours(marks, classes)
+    figure = new_figure(6.2, 4.6)
+    axis = subplots(figure)
+    ends = array(model.end_time(x.to(model.like.device)))
+    if model.event_shape == (1,):
+        line = _line(model, x)
+        axis.plot(array(line), array(model.end_time(line)), color="black", zorder=0)
+        axis.scatter(array(x)[:, 0], ends, 12, c=colours, alpha=0.5, linewidths=0)
+        axis.set(xlabel="$x$", ylabel="$T(x)$", ylim=(0, None))
+    elif model.event_shape == (2,):
+        box, grid = _grid(model, x, resolution)
+        values = torch.cat([model.end_time(part) for part in grid.split(20_000)])
+        picture = array(values).reshape(resolution, resolution).T
+        image = axis.imshow(picture, origin="lower", extent=box, cmap="viridis", aspect="auto")
+        figure.colorbar(image, ax=axis, label="$T(x)$")
+        axis.scatter(*array(x).T, 9, c=colours, edgecolors="black", linewidths=0.25)
+        axis.set(xlabel="$x_1$", ylabel="$x_2$", aspect=aspect_of(box))
+    else:
+        _histograms(axis, ends, array(marks), np.linspace(ends.min() - 1e-6, ends.max() + 1e-6, 41), handles)
+        axis.set(xlabel="$T(x)$", ylabel="events")
+    axis.set_title("learned depth")
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(10, len(handles)), fontsize=9, frameon=False)
+    return write(path, lambda p: figure.savefig(p, format="png"))
+
+
+def _line(model: Predictor, x: Tensor) -> Tensor:
+    """Points (400, 1) along the axis of events (N, 1), with room at both ends."""
+    low, high = float(x.min()), float(x.max())
+    room = 0.15 * (high - low)
+    return torch.linspace(low - room, high + room, 400)[:, None].to(model.like)
+
+
+def _grid(model: Predictor, x: Tensor, resolution: int) -> tuple[tuple[float, float, float, float], Tensor]:
+    """A frame around events (N, 2), and the points (resolution**2, 2) of a grid on it."""
+    box = frame(x, 0.1)
+    ticks = [torch.linspace(low, high, resolution) for low, high in (box[:2], box[2:])]
+    return box, torch.cartesian_prod(*ticks).to(model.like)
 
 
 @torch.no_grad()
@@ -154,9 +227,7 @@ def decision_boundary(
     if model.event_shape == (1,):
         _curves(model, x, marks, axis, colours, classes)
     else:
-        box = frame(x, 0.1)
-        ticks = [torch.linspace(low, high, resolution) for low, high in (box[:2], box[2:])]
-        grid = torch.cartesian_prod(*ticks).to(model.like)
+        box, grid = _grid(model, x, resolution)
         out = torch.cat([model(part) for part in grid.split(20_000)]).double().cpu()
         if classes:
             probability, chosen = out.softmax(1).max(1)
@@ -183,9 +254,7 @@ def decision_boundary(
 
 def _curves(model: Predictor, x: Tensor, marks: Tensor, axis: Any, colours: Any, classes: Sequence[str]) -> None:
     """Outputs against the one coordinate."""
-    low, high = float(x.min()), float(x.max())
-    room = 0.15 * (high - low)
-    line = torch.linspace(low - room, high + room, 400)[:, None].to(model.like)
+    line = _line(model, x)
     out = model(line).double().cpu()
     if classes:
         for i, p in enumerate(out.softmax(1).T):

@@ -160,7 +160,7 @@ def write_predictions(path: Path, found: Assessment, index: torch.Tensor, classe
 def predictor_pictures(
     model: Predictor, info: RunInfo, data: DataSplits, folder: Path, metrics: list[dict[str, Any]]
 ) -> None:
-    """Learning curves; the features' evolution; of one or two dimensions the paths and the decision boundary."""
+    """Learning curves; the features' evolution; the learned depth; of one or two dimensions the paths and the decision boundary."""
     from cnf import plotting
 
     plots = folder / "plots"
@@ -175,14 +175,15 @@ def predictor_pictures(
         x, targets = data.test[chosen], targets[chosen]
     targets = targets[: len(x)]
     marks = targets.argmax(1) if classification else targets[:, 0]
+    classes = data.classes if classification else ()
     if isinstance(model, NeuralODE):
-        plotting.feature_evolution(model, x, marks, plots / "features.png", classes=data.classes if classification else ())
+        plotting.feature_evolution(model, x, marks, plots / "features.png", classes=classes)
+        if model.depth is not None:
+            plotting.learned_depth(model, x, marks, plots / "depth.png", classes=classes)
         if data.event_shape == (1,):
             plotting.paths_1d(model, x[:200], marks[:200], plots / "trajectories.png")
     if data.event_shape in ((1,), (2,)):
-        plotting.decision_boundary(
-            model, x, marks, plots / "boundary.png", classes=data.classes if classification else ()
-        )
+        plotting.decision_boundary(model, x, marks, plots / "boundary.png", classes=classes)
 
 
 def finish_predictions(trainer: Trainer) -> dict[str, Any]:
