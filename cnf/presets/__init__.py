@@ -11,9 +11,9 @@ from cnf.presets.exact import EXACT
 from cnf.presets.images import IMAGES
 from cnf.presets.matching import MATCHING
 from cnf.presets.neural_ode import NEURAL_ODE
-from cnf.presets.settings import DataConfig, Preset, RunConfig, TrainConfig
+from cnf.presets.settings import LATER, DataConfig, Preset, RunConfig, TrainConfig
 
-__all__ = ["PRESETS", "DataConfig", "Preset", "RunConfig", "TrainConfig", "preset"]
+__all__ = ["LATER", "PRESETS", "DataConfig", "Preset", "RunConfig", "TrainConfig", "preset"]
 
 PRESETS = DENSITY | EXACT | IMAGES | MATCHING | AFFJORD | NEURAL_ODE
 
