@@ -167,20 +167,20 @@ def _check(info: RunInfo, where: str) -> None:
         raise CheckpointError(
             f"{where}: levels is {info.levels} with event_shape {shape}; images have levels, vectors none"
         )
-    targets = info.config.train.objective == "regression"  # which are no classes
-    conditioned = info.table and context_width(info.table)
-    known_widths = (conditioned,) if conditioned else (0, len(info.classes))
-    if not 0 <= info.context_dim <= 2**31 or not (targets or info.context_dim in known_widths):
-        known = f"{conditioned} (conditions)" if conditioned else f"{len(info.classes)} (classes)"
-        raise CheckpointError(f"{where}: context_dim is {info.context_dim}; expected 0, or {known}")
-    if info.columns and len(info.columns) != shape[0]:
-        raise CheckpointError(
-            f"{where}: columns names {len(info.columns)} of event_shape {shape}; expected all or none"
-        )
     for column in info.table:
         if fault := column.fault():
             raise CheckpointError(f"{where}: table: column {reprlib.repr(column.name)}: {fault}")
     if len({column.name for column in info.table}) < len(info.table):
         raise CheckpointError(f"{where}: table names a column twice")
+    targets = info.config.train.objective == "regression"  # which are no classes
+    conditioned = info.table and context_width(info.table)
+    known_widths = (conditioned,) if conditioned else (0, len(info.classes))
+    if not 0 <= info.context_dim <= 2**31 or not (targets or info.context_dim in known_widths):
+        known = f"{conditioned} (conditions)" if conditioned else f"0, or {len(info.classes)} (classes)"
+        raise CheckpointError(f"{where}: context_dim is {info.context_dim}; expected {known}")
+    if info.columns and len(info.columns) != shape[0]:
+        raise CheckpointError(
+            f"{where}: columns names {len(info.columns)} of event_shape {shape}; expected all or none"
+        )
     if info.table and (info.levels is not None or tuple(c.name for c in data_columns(info.table)) != info.columns):
         raise CheckpointError(f"{where}: table models other columns than {reprlib.repr(info.columns)}")

@@ -23,6 +23,7 @@ __all__ = ["TABLES", "is_table", "numbers", "read_frame", "typed"]
 TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".xlsx", ".xlsm")
 DATE_FORMATS = ("%d.%m.%Y", "%Y/%m/%d", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y", "%m-%d-%Y")
 TIMES = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f")
+MANY_CELLS, CELLS_RATIO = 2**22, 50  # of a sheet: more of both than it could hold
 NUMBERS_SHARE = 0.5  # of a column's cells, from which on the others are mistakes and not categories
 
 
@@ -92,7 +93,7 @@ def _read_excel(path: Path) -> tuple[pd.DataFrame, list[str]]:
             rows, first, count = [], 0, 0
             for number, cells in enumerate(book.worksheets[0].iter_rows(values_only=True), 1):
                 count += 1 + len(cells)  # a file may claim cells that it does not hold
-                if count > BOMB_BYTES // 8 and count > BOMB_RATIO * size:
+                if count > MANY_CELLS and count > CELLS_RATIO * size:
                     raise ValueError(f"its first sheet claims more than {count:,} cells: a bomb?")
                 if any(cell is not None for cell in cells):
                     first = first or number

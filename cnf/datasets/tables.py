@@ -83,7 +83,7 @@ def load_table(rows: Sequence[Rows], labels: Array | None, name: str, options: O
     more: dict[str, Any] = classes_of(labels, parts)
     if given:
         context = encode(schema, given)
-        more = {"given": [context[i] for i in parts], "classes": next((c.categories for c in schema if label or _is_label(c, options)), ())}
+        more = {"given": [context[i] for i in parts], "classes": next((c.categories for c in schema if _is_label(c, options)), ())}
     return assemble(
         name,
         "table",

@@ -148,6 +148,7 @@ class _Table:
         self.dialect = _Dialect(declared[1]) if declared else _dialect(begun)
         self.lines = self._numbered(chain(head, self.lines))
         self.names: list[str] | None = None
+        self.notices: list[str] = []
         self.width, self.comments = 0, 0
         self.numbers = array("q")  # of the line on which each row begins
         self.text = self._records(declared is not None)
@@ -197,6 +198,7 @@ class _Table:
                     continue
             if count == self.width + 1 and self.names and not self.numbers and not line.endswith(f"{delimiter}\n"):
                 self.names, self.width = ["", *self.names], count  # R gives its row names no name
+                self.notices.append(f"the header of {str(self.path)!r} has one name fewer than its rows have cells: the first column has no name")
             if count != self.width:
                 raise DataError(f"row {number} of {str(self.path)!r} has {count} cells; expected {self.width}")
             self.numbers.append(number)
@@ -251,8 +253,9 @@ def _parse(path: Path, size: int, file: TextIO) -> tuple[pd.DataFrame, list[str]
     frame.index = pd.Index(np.frombuffer(table.numbers, dtype=np.int64), name="row")
     frame.attrs["comma"] = table.dialect.delimiter != ","  # then commas in cells are decimal ones
     frame.attrs["rows"] = len(frame)
-    skipped = f"{table.comments:,} comment lines of {str(path)!r}, which begin with #, are passed over"
-    return frame, [skipped] if table.comments else []
+    if table.comments:
+        table.notices.append(f"{table.comments:,} comment lines of {str(path)!r}, which begin with #, are passed over")
+    return frame, table.notices
 
 
 def unique_names(names: Sequence[str] | None, width: int) -> list[str]:
