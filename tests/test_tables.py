@@ -7,6 +7,7 @@ import json
 import math
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ from cnf.schema import TableColumn, parse_given, to_lattice
 SETTINGS = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}  # fmt: skip
 RNG = np.random.default_rng(0)
 X = np.random.default_rng(1).normal(size=(40, 2))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures() -> Iterator[None]:
+    """Pictures take most of a short training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cnf.training.report.pictures", lambda *args: None)
+        yield
 
 
 def frame(n: int = 200, seed: int = 0) -> pd.DataFrame:
@@ -183,18 +192,19 @@ def test_a_reader_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.M
             datasets.load(tmp_path / f"x.{ending}")
 
 
-def test_tables_that_unpack_to_too_much_are_refused(tmp_path: Path) -> None:
+def test_tables_that_unpack_to_too_much_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("text.BOMB_BYTES", "frames.BOMB_BYTES", "frames.MANY_CELLS"):
+        monkeypatch.setattr(f"cnf.datasets.{name}", 2**18)
     with gzip.open(tmp_path / "x.csv.gz", "wb") as file:
-        line = (b"1," * 999 + b"1\n") * 2**10
-        for _ in range(140):
-            file.write(line)
+        file.write((b"1," * 999 + b"1\n") * 2**9)
     with pytest.raises(DataError, match="times its size: a bomb"):
         datasets.load(tmp_path / "x.csv.gz")
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({"a": pa.array(np.zeros(2**26))}), tmp_path / "x.parquet")
-    with pytest.raises(DataError, match="claims 67,108,864 rows"):
+    zeros = pa.array(np.zeros(2**17))
+    pq.write_table(pa.table({f"a{i}": zeros for i in range(40)}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="claims 131,072 rows of 40 columns"):
         datasets.load(tmp_path / "x.parquet")
     pd.DataFrame({"a": [1.0], "b": [2.0]}).to_excel(tmp_path / "far.xlsx", index=False)
     with zipfile.ZipFile(tmp_path / "far.xlsx") as whole, zipfile.ZipFile(tmp_path / "x.xlsx", "w") as out:
@@ -381,7 +391,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tmp_path_factory: pytest.TempPathFactory, table: Path) -> Path:
     """A conditional run on columns of every kind."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    words = "tabular --hidden 4 --blocks 1 --steps 2 --warmup 1 --condition x,z".split()
+    words = ["tabular", "--hidden", "4", "--blocks", "1", "--steps", "2", "--warmup", "1", "--condition", "x,z"]
     assert train_main([*words, "--data", str(table), "--out", str(folder)]) == 0
     return folder
 
@@ -501,7 +511,7 @@ def test_scores_of_discrete_columns_are_those_of_training(tmp_path: Path, capsys
     new, _ = bernoulli_by_normal(400, 1)
     for name, rows in (("t", x), ("new", new)):
         pd.DataFrame({"k": rows[:, 0].astype(int), "a": rows[:, 1]}).to_csv(tmp_path / f"{name}.csv", index=False)
-    words = "tabular --hidden 24 24 --blocks 1 --steps 150 --batch-size 128 --lr 2e-2 --warmup 10 --validate-every 75 --grid-steps 2".split()
+    words = ["tabular", "--hidden", "24", "24", "--blocks", "1", "--steps", "150", "--batch-size", "128", "--lr", "2e-2", "--warmup", "10", "--validate-every", "75", "--grid-steps", "2"]
     assert train_main([*words, "--data", str(tmp_path / "t.csv"), "--out", str(tmp_path / "run")]) == 0
     test = json.loads((tmp_path / "run" / "result.json").read_text())["nats"]
     assert train_main(["--evaluate", str(tmp_path / "run"), "--score", str(tmp_path / "new.csv"), "--draws", "4", "--per-item", str(tmp_path / "s.csv")]) == 0
@@ -518,7 +528,7 @@ def test_the_conditional_density_is_the_true_one(tmp_path: Path, capsys: pytest.
     x, z = rng.normal(5, 3, n), rng.choice(list(shift), n)
     y = 2 * x + np.array([shift[v] for v in z]) + 0.5 * rng.normal(size=n)
     pd.DataFrame({"x": x, "y": y, "z": z}).to_csv(tmp_path / "t.csv", index=False)
-    words = "tabular --hidden 24 24 --blocks 1 --steps 200 --batch-size 128 --lr 2e-2 --warmup 10 --validate-every 100 --grid-steps 2 --condition x,z".split()
+    words = ["tabular", "--hidden", "24", "24", "--blocks", "1", "--steps", "200", "--batch-size", "128", "--lr", "2e-2", "--warmup", "10", "--validate-every", "100", "--grid-steps", "2", "--condition", "x,z"]
     assert train_main([*words, "--data", str(tmp_path / "t.csv"), "--out", str(tmp_path / "run")]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     truth = 0.5 * math.log(2 * math.pi * math.e * 0.25)
@@ -540,7 +550,7 @@ def test_a_column_called_label_is_a_class(tmp_path: Path, capsys: pytest.Capture
     assert data.columns == ("a", "b") and data.classes == ("0", "1", "2") and data.context_dim == 3
     np.savez(tmp_path / "t.npz", x=table[["a", "b"]].to_numpy(), labels=table["label"].to_numpy())
     assert torch.equal(datasets.load(tmp_path / "t.npz", condition="label").train_context, data.train_context)
-    words = "tabular --hidden 4 --blocks 1 --steps 1 --warmup 1 --condition label".split()
+    words = ["tabular", "--hidden", "4", "--blocks", "1", "--steps", "1", "--warmup", "1", "--condition", "label"]
     assert train_main([*words, "--data", str(tmp_path / "t.csv"), "--out", str(tmp_path / "run")]) == 0
     assert sample_main([str(tmp_path / "run"), "-n", "6", "--out", str(tmp_path / "s.csv")]) == 0
     assert pd.read_csv(tmp_path / "s.csv")["label"].tolist() == [0, 1, 2, 0, 1, 2]
@@ -553,7 +563,7 @@ def test_a_column_called_label_is_a_class(tmp_path: Path, capsys: pytest.Capture
 def test_lattice_samples_of_case_6(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     x, _ = bernoulli_by_normal(200, 0)
     np.savetxt(tmp_path / "t.csv", x[:, ::-1], delimiter=",", header="a,k", comments="", fmt=["%.6f", "%d"])
-    words = "tabular --hidden 4 --blocks 1 --steps 1 --warmup 1".split()
+    words = ["tabular", "--hidden", "4", "--blocks", "1", "--steps", "1", "--warmup", "1"]
     assert train_main([*words, "--data", str(tmp_path / "t.csv"), "--out", str(tmp_path / "run")]) == 0
     assert "dequantised" in capsys.readouterr().out
     assert sample_main([str(tmp_path / "run"), "-n", "50", "--out", str(tmp_path / "s.npz")]) == 0
@@ -570,7 +580,7 @@ def test_an_older_run_folder_still_loads(tmp_path: Path, capsys: pytest.CaptureF
 
     x = np.c_[np.arange(60), np.random.default_rng(0).normal(size=(60, 2))]
     pd.DataFrame(x, columns=["nr", "a", "b"]).to_csv(tmp_path / "t.csv", index=False)
-    words = "tabular --hidden 4 --blocks 1 --steps 1 --warmup 1 --columns nr,a,b".split()
+    words = ["tabular", "--hidden", "4", "--blocks", "1", "--steps", "1", "--warmup", "1", "--columns", "nr,a,b"]
     assert train_main([*words, "--data", str(tmp_path / "t.csv"), "--out", str(tmp_path / "run")]) == 0
     before = json.loads((tmp_path / "run" / "result.json").read_text())["nats"]
     raw = json.loads((tmp_path / "run" / "config.json").read_text())

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from cnf.checkpoint import RunInfo, load, outputs, write_atomic
 from cnf.cli.common import guard, load_splits, read_run, usable_device
-from cnf.datasets.write import ENDINGS, as_numbers_of, given_values, require_writer, sampled_frame, write_frame
+from cnf.datasets.write import (
+    ENDINGS,
+    as_numbers_of,
+    category_value,
+    given_values,
+    require_writer,
+    sampled_frame,
+    write_frame,
+)
 from cnf.distributed import Group, join
 from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
@@ -189,8 +197,7 @@ def _context(info: RunInfo, options: Any, n: int, like: Tensor) -> tuple[Tensor 
         raise ConfigError(f"--class {label}: this run has no classes; --given {','.join(f'{c.name}=...' for c in columns)} is for it")
     context = _class_context(info, label, n, like)
     if columns and context is not None:
-        kind = {"int": int, "bool": lambda t: t == "True"}.get(columns[0].type, str)
-        return context, {columns[0].name: [kind(info.classes[i]) for i in context.argmax(1).tolist()]}
+        return context, {columns[0].name: [category_value(columns[0], info.classes[i]) for i in context.argmax(1).tolist()]}
     return context, {}
 
 

@@ -296,7 +296,7 @@ def _numbers(series: pd.Series, column: TableColumn, name: str) -> Array:
         unknown = ~found.isin(list(codes)).to_numpy()
         if unknown.any():
             raise DataError(f"{where} has the category {found.iloc[int(unknown.argmax())]!r}, which training did not see; known are {', '.join(column.categories)}")
-        return found.map(codes).to_numpy(dtype=np.float64)
+        return np.asarray(found.map(codes), dtype=np.float64)
     if column.kind == "date":
         if series.dtype.kind != "M":
             raise DataError(f"{where} holds {_few(series)}; expected dates, as in training")
@@ -304,4 +304,4 @@ def _numbers(series: pd.Series, column: TableColumn, name: str) -> Array:
         return np.asarray(days, dtype=np.float64)
     if series.dtype.kind not in "biuf":
         raise DataError(f"{where} holds {_few(series)}; expected numbers, as in training")
-    return series.to_numpy(dtype=np.float64)
+    return np.asarray(series, dtype=np.float64)

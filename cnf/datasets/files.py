@@ -8,11 +8,11 @@ import numpy as np
 
 from cnf.datasets.arrays import read_numpy, rows_of_keys
 from cnf.datasets.checks import duplicate_rows
-from cnf.datasets.frames import TABLES, is_table, read_frame
 from cnf.datasets.folders import ARRAYS, part_entries, read_folder
+from cnf.datasets.frames import TABLES, is_table, read_frame
+from cnf.datasets.parts import classes_of, drop_duplicates, split
 from cnf.datasets.prepared import reduce_bits
 from cnf.datasets.rows import Array, is_mapped, keep_rows
-from cnf.datasets.parts import classes_of, drop_duplicates, split
 from cnf.datasets.splits import DataSplits, Options, Rows, assemble, encode_labels
 from cnf.datasets.tables import load_table
 from cnf.errors import ConfigError, DataError

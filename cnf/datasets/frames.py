@@ -39,8 +39,9 @@ def read_frame(path: Path) -> tuple[pd.DataFrame, list[str]]:
         DataError: for a file that cannot be read, or whose reader is not installed.
     """
     name = path.name.lower()
+    notices: list[str] = []
     if name.endswith(".parquet"):
-        frame, notices = _read_parquet(path), []
+        frame = _read_parquet(path)
     elif name.endswith((".xlsx", ".xlsm")):
         frame, notices = _read_excel(path)
     else:

@@ -16,7 +16,7 @@ from cnf.schema import TableColumn, data_columns, to_lattice
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ENDINGS", "as_numbers_of", "given_values", "require_writer", "sampled_frame", "write_frame"]
+__all__ = ["ENDINGS", "as_numbers_of", "category_value", "given_values", "require_writer", "sampled_frame", "write_frame"]
 
 ENDINGS = (".csv", ".parquet")
 DAY_NS = 86_400_000_000_000
@@ -89,6 +89,16 @@ def require_writer(path: Path) -> None:
             raise ConfigError(f"--out {path} needs the package pyarrow: pip install pyarrow, or give a .csv file") from None
 
 
+def category_value(column: TableColumn, category: str) -> int | bool | str:
+    """A category in the column's own type.
+
+    Example:
+        >>> category_value(TableColumn("k", "condition", "categorical", "int", categories=("1", "2")), "2")
+        2
+    """
+    return int(category) if column.type == "int" else category == "True" if column.type == "bool" else category
+
+
 def given_values(texts: Mapping[str, str], table: Sequence[TableColumn]) -> tuple[dict[str, Array], dict[str, Any], list[str]]:
     """The values of ``--given`` as numbers (1,) for :func:`cnf.schema.encode` and as the table has them, and what to say of them.
 
@@ -97,7 +107,9 @@ def given_values(texts: Mapping[str, str], table: Sequence[TableColumn]) -> tupl
     """
     import pandas as pd
 
-    numbers, values, notices = {}, {}, []
+    numbers: dict[str, Array] = {}
+    values: dict[str, Any] = {}
+    notices: list[str] = []
     for column in table:
         if column.role != "condition":
             continue
@@ -106,7 +118,7 @@ def given_values(texts: Mapping[str, str], table: Sequence[TableColumn]) -> tupl
             if text not in column.categories:
                 raise ConfigError(f"--given {column.name}={text}: this category is unknown; expected one of {', '.join(column.categories)}")
             numbers[column.name] = np.array([float(column.categories.index(text))])
-            values[column.name] = {"int": lambda t: int(t), "bool": lambda t: t == "True"}.get(column.type, str)(text)
+            values[column.name] = category_value(column, text)
             continue
         try:
             if column.kind == "date":
