@@ -83,9 +83,11 @@ def require_usable(table: Table, columns: tuple[str, ...], name: str) -> None:
                 f"{column_name(columns, j)} of {name!r} is constant ({column[0]:g}); it has no density: remove it (--drop-columns){hint}"
             )
         largest = np.abs(column).max()
-        if largest > np.finfo(np.float32).max or np.spacing(np.float32(largest)) > 1e-3 * column.std():
+        with np.errstate(over="ignore"):
+            std = column.std()
+        if largest > np.finfo(np.float32).max or np.spacing(np.float32(largest)) > 1e-3 * std:
             raise DataError(
-                f"{column_name(columns, j)} of {name!r} has values up to {largest:g} but spreads by {column.std():g} "
+                f"{column_name(columns, j)} of {name!r} has values up to {largest:g} but spreads by {std:g} "
                 "only: float32 cannot resolve it; subtract its mean (or rescale it) in the file"
             )
 

@@ -24,6 +24,9 @@ __all__ = ["Columns", "by_schema", "own_names", "understand"]
 
 DAY = np.timedelta64(1, "D")
 _UNNAMED = re.compile(r"Unnamed: \d+|__index_level_\d+__")
+# no name of a row but a quantity, a date or a time: no letter, a number with a unit, or a month
+_MONTH = r"\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\b"
+_QUANTITY = re.compile(rf"(?i)[\W\d_]*|\W*[\d.,' ]*\d\s*[^\d\s]{{1,8}}|.*{_MONTH}.*\d.*|.*\d.*{_MONTH}.*")
 _IDENTIFIER = re.compile(r"(?i:index|level_0|id|idx|row|rows?[ _]?(?:id|nr|no|num|number|names?)|nr|key|uuid|guid|.*[ _]id)|.*[a-z]I[Dd]")
 
 
@@ -109,7 +112,7 @@ def understand(frame: pd.DataFrame, options: Options, name: str, *, label: bool 
         names = ",".join(column for column, _ in refused)
         raise DataError(
             f"{name!r} has text in {'columns' if len(refused) > 1 else 'column'} {', '.join(text for _, text in refused)}, which has no density: condition on it "
-            f"(--condition {names}), leave it out (--drop-columns {names}), or encode it as integers"
+            f"(--condition {names}), leave it out (--drop-columns {names}), or encode it as integers (quantities: as numbers without units; dates: as 2024-01-31)"
         )
     schema = tuple(roles[c] for c in frame.columns)
     modelled = data_columns(schema)
@@ -225,7 +228,7 @@ def _identifies(column: str, series: pd.Series) -> str:
     if series.dtype.kind in "bM" or len(series) < MINIMUM_ROWS or series.nunique() < len(series):
         return ""
     if _is_text(series):
-        return "holds a different text in every row"
+        return "" if series.map(lambda v: _QUANTITY.fullmatch(v[:60]) is not None).any() else "holds a different text in every row"
     if not _whole(series):
         return ""
     low, high = float(series.min()), float(series.max())

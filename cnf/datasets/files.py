@@ -78,6 +78,8 @@ def _read_split(folder: Path, options: Options) -> Parts | None:
     """
     try:
         found = part_entries(folder)
+        if "train" not in found:  # a table beside folders of pictures may hold their labels
+            found = part_entries(folder, (*ARRAYS, *TABLES))
         ours = {entry for entries in found.values() for entry in entries}
         others = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".") and p not in ours]
     except OSError as error:

@@ -122,6 +122,8 @@ def numbers(frame: pd.DataFrame, name: str) -> Array:
     Raises:
         DataError: for a column of text or dates.
     """
+    if all(dtype.kind in "biuf" for dtype in set(frame.dtypes)):
+        return np.asarray(frame.to_numpy(dtype=np.float64))
     columns = []
     for label in frame.columns:
         column, _ = typed(frame[label], name)

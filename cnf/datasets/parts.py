@@ -12,6 +12,8 @@ from cnf.errors import ConfigError, DataError
 
 __all__ = ["classes_of", "drop_duplicates", "split"]
 
+MANY = 0.1  # share of duplicate rows from which on they are hardly mistakes
+
 
 def drop_duplicates(repeated: Array, sizes: list[int], options: Options) -> tuple[Array, list[str]]:
     """The rows to keep, and what to say. A split that was given stays as it is."""
@@ -20,6 +22,8 @@ def drop_duplicates(repeated: Array, sizes: list[int], options: Options) -> tupl
         return everything, []
     if len(sizes) == 1 and options.duplicates == "drop":
         notice = f"{count:,} exact duplicate rows dropped before splitting: they would leak into the test set"
+        if count > MANY * len(repeated):
+            notice += f" (they are {count / len(repeated):.0%} of all: where repetition is information, as in tables of categories, duplicates='keep')"
         return everything[~repeated], [notice]
     if len(sizes) == 1:
         notice = f"{count:,} exact duplicate rows kept (duplicates='keep'): those that fall into two splits leak"

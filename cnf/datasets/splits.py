@@ -170,7 +170,7 @@ def split_rows(n: int, options: Options) -> tuple[list[Array], str]:
         DataError: with fewer than ten rows.
     """
     if n < MINIMUM_ROWS:
-        raise DataError(f"the data set has {n} rows (duplicates dropped); expected at least {MINIMUM_ROWS} to split")
+        raise DataError(f"the data set has {n} rows (duplicates dropped, unless duplicates='keep'); expected at least {MINIMUM_ROWS} to split")
     test, validation = (max(1, round(n * f)) for f in (options.test_fraction, options.validation_fraction))
     order = np.random.default_rng(options.split_seed).permutation(n)
     parts = [order[test + validation :], order[test : test + validation], order[:test]]

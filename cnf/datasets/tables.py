@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["as_frame", "load_table", "off_lattice"]
 
-EDGE, EDGE_SHARE = 0.02, 0.01  # a column is bounded where the outer 2 % of its range hold 1 % of its values
+# a column is bounded where the outer 2 % of its range hold 1 % of its values, and 5 of them
+EDGE, EDGE_SHARE, EDGE_COUNT = 0.02, 0.01, 5
 HEAVY = 7.0  # 99 % range over 50 % range: 3.8 of a normal, 6.6 of a Laplace distribution
 MOST_LINES = 60  # of the report, from which on columns without anything to tell are left out
 
@@ -224,7 +225,8 @@ def _note(column: TableColumn, values: Array | None) -> str:
     elif values is not None and not column.step:
         low, high = float(values.min()), float(values.max())
         width = EDGE * (high - low)
-        ends = [f"{end:.6g}" for end, share in ((low, (values < low + width).mean()), (high, (values > high - width).mean())) if share >= EDGE_SHARE]
+        least = max(EDGE_SHARE * len(values), EDGE_COUNT)
+        ends = [f"{end:.6g}" for end, count in ((low, (values < low + width).sum()), (high, (values > high - width).sum())) if count >= least]
         tails = np.quantile(values, [0.005, 0.25, 0.75, 0.995])
         heavy = tails[2] > tails[1] and (tails[3] - tails[0]) / (tails[2] - tails[1]) >= HEAVY
         said += [f"bounded at {' and '.join(ends)}"] * bool(ends) + ["heavy-tailed"] * bool(heavy)
