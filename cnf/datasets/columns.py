@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -12,8 +11,9 @@ import numpy as np
 
 from cnf.datasets.checks import Table, column_name
 from cnf.datasets.frames import typed
+from cnf.datasets.identifiers import UNNAMED, identifies, is_index, is_text, is_whole
 from cnf.datasets.rows import Array
-from cnf.datasets.splits import MINIMUM_ROWS, Options
+from cnf.datasets.splits import Options
 from cnf.errors import ConfigError, DataError
 from cnf.schema import MAXIMUM_CATEGORIES, TableColumn, conditions, data_columns, split_names
 
@@ -23,11 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["Columns", "by_schema", "own_names", "understand"]
 
 DAY = np.timedelta64(1, "D")
-_UNNAMED = re.compile(r"Unnamed: \d+|__index_level_\d+__")
-# no name of a row but a quantity, a date or a time: no letter, a number with a unit, or a month
-_MONTH = r"\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\b"
-_QUANTITY = re.compile(rf"(?i)[\W\d_]*|\W*[\d.,' ]*\d\s*[^\d\s]{{1,8}}|.*{_MONTH}.*\d.*|.*\d.*{_MONTH}.*")
-_IDENTIFIER = re.compile(r"(?i:index|level_0|id|idx|row|rows?[ _]?(?:id|nr|no|num|number|names?)|nr|key|uuid|guid|.*[ _]id)|.*[a-z]I[Dd]")
 
 
 @dataclass
@@ -83,7 +78,7 @@ def understand(frame: pd.DataFrame, options: Options, name: str, *, label: bool 
     values: dict[str, pd.Series] = {}
     for column in used:
         series, said = typed(frame[column], name)
-        if _UNNAMED.fullmatch(column) and column not in explicit and (bool(series.isna().all()) or _is_index(series)):
+        if UNNAMED.fullmatch(column) and column not in explicit and (bool(series.isna().all()) or is_index(series)):
             roles[column] = TableColumn(column, "left out", "identifier", _type(series))
             notices.append(f"column {column!r} has no name in the file and is a row number or index: left out (--columns keeps it)")
             continue
@@ -99,10 +94,10 @@ def understand(frame: pd.DataFrame, options: Options, name: str, *, label: bool 
             roles[column] = _condition(column, series, name, classes=label)
             if roles[column].kind == "date":
                 notices.append(f"column {column!r} holds dates, which enter as days since {_day(roles[column].epoch)}")
-        elif column not in explicit and (why := _identifies(column, series)):
+        elif column not in explicit and (why := identifies(column, series)):
             roles[column] = TableColumn(column, "left out", "identifier", _type(series))
             notices.append(f"column {column!r} {why}: an identifier or row number, left out (--columns keeps it)")
-        elif _is_text(series):
+        elif is_text(series):
             refused.append((column, f"{column!r} ({_few(series)})"))
         else:
             roles[column] = _data(column, series)
@@ -141,7 +136,7 @@ def by_schema(frame: pd.DataFrame, schema: Sequence[TableColumn], name: str) -> 
             raise DataError(f"{name!r} has {len(found)} columns, but the model has {len(wanted)}{listed}")
         frame = frame.set_axis(order, axis=1)
     else:
-        ignored = [c for c in found if c not in wanted and (c in whole or _UNNAMED.fullmatch(c))]
+        ignored = [c for c in found if c not in wanted and (c in whole or UNNAMED.fullmatch(c))]
         odd = [c for c in found if c not in wanted and c not in ignored]
         lacking = [c for c in wanted if c not in found]
         if odd or lacking:
@@ -206,37 +201,6 @@ def _missing(frame: pd.DataFrame, values: dict[str, pd.Series], options: Options
 # --- what they hold -------------------------------------------------------------------------------------------------------
 
 
-def _is_text(series: pd.Series) -> bool:
-    return series.dtype.kind not in "biufM"
-
-
-def _whole(series: pd.Series) -> bool:
-    if series.dtype.kind in "iu":
-        return True
-    if series.dtype.kind != "f":
-        return False
-    values = series.to_numpy()
-    return bool(np.isfinite(values).all() and (values == np.rint(values)).all())
-
-
-def _is_index(series: pd.Series) -> bool:
-    return _is_text(series) or _whole(series.dropna())
-
-
-def _identifies(column: str, series: pd.Series) -> str:
-    """Why a column names its rows and describes nothing, or nothing."""
-    if series.dtype.kind in "bM" or len(series) < MINIMUM_ROWS or series.nunique() < len(series):
-        return ""
-    if _is_text(series):
-        return "" if series.map(lambda v: _QUANTITY.fullmatch(v[:60]) is not None).any() else "holds a different text in every row"
-    if not _whole(series):
-        return ""
-    low, high = float(series.min()), float(series.max())
-    if high - low == len(series) - 1:
-        return f"holds the whole numbers {low:.0f} to {high:.0f}, each once"
-    return "holds a different whole number in every row and is called so" if _IDENTIFIER.fullmatch(column) else ""
-
-
 def _type(series: pd.Series) -> Any:
     kind = series.dtype.kind
     if kind == "M":
@@ -264,12 +228,12 @@ def _data(column: str, series: pd.Series) -> TableColumn:
 
 def _was_integer(series: pd.Series) -> bool:
     """Whole numbers of a text file, which pandas makes floats where some are missing."""
-    return series.index.name == "row" and len(series) < int(series.attrs.get("rows", 0)) and _whole(series)
+    return series.index.name == "row" and len(series) < int(series.attrs.get("rows", 0)) and is_whole(series)
 
 
 def _condition(column: str, series: pd.Series, name: str, classes: bool) -> TableColumn:
     kind = _type(series)
-    if kind in ("text", "bool") or (classes and _whole(series)):
+    if kind in ("text", "bool") or (classes and is_whole(series)):
         found = np.unique(series.to_numpy() if kind == "bool" else series.to_numpy(dtype=np.int64) if kind != "text" else series.to_numpy(dtype=str))
         if not 2 <= len(found) <= MAXIMUM_CATEGORIES:
             raise DataError(f"condition: column {column!r} of {name!r} has {len(found):,} categories; expected 2 to {MAXIMUM_CATEGORIES:,}")
@@ -292,7 +256,7 @@ def _numbers(series: pd.Series, column: TableColumn, name: str) -> Array:
     """
     where = f"column {column.name!r} of {name!r}"
     if column.categories:
-        if series.dtype.kind in "iuf" and _whole(series):
+        if series.dtype.kind in "iuf" and is_whole(series):
             series = series.astype(np.int64)
         codes = {category: code for code, category in enumerate(column.categories)}
         found = series.map(str)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cnf.datasets.dialect import COMMA_NUMBER, DATE, is_number, unique_names
 from cnf.datasets.rows import Array
-from cnf.datasets.text import COMMA_NUMBER, DATE, is_number, read_text, unique_names
+from cnf.datasets.text import read_text
 from cnf.errors import DataError
 from cnf.strangers import BOMB_BYTES, BOMB_RATIO, memory, require_file, zip_members
 

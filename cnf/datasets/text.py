@@ -8,15 +8,14 @@ import io
 import re
 import zlib
 from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TextIO, cast
 
 import numpy as np
 
+from cnf.datasets.dialect import DATE, Dialect, find_dialect, is_number, unique_names
 from cnf.datasets.rows import Array
 from cnf.errors import DataError
 from cnf.strangers import BOMB_BYTES, BOMB_RATIO, memory, require_file
@@ -24,14 +23,11 @@ from cnf.strangers import BOMB_BYTES, BOMB_RATIO, memory, require_file
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["DATE", "MISSING", "bounded_lines", "is_number", "read_csv", "read_text", "unique_names"]
+__all__ = ["MISSING", "bounded_lines", "read_csv", "read_text"]
 
 LONGEST = 2**24  # characters of a line: a million columns
 HEAD_LINES, HEAD_CHARACTERS = 50, 2**20  # that the dialect is found from
-DELIMITERS = ";\t|,"
 MISSING = ["?", "-"]  # beside pandas' own: "", NA, N/A, NaN, null, None, ...
-COMMA_NUMBER = re.compile(r"[+-]?\d*,\d+(?:[eE][+-]?\d+)?")
-DATE = re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}(?:[T ]\d{1,2}:\d{2}.*)?")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 
@@ -107,23 +103,6 @@ def _encodings(path: Path) -> tuple[str, ...]:
     return ("utf-8", "cp1252")
 
 
-@dataclass(frozen=True)
-class _Dialect:
-    delimiter: str  # a space: any white space
-    quote: str = '"'
-
-    def cells(self, lines: Iterable[str]) -> list[str]:
-        """The cells of one row, which may run over several lines."""
-        if self.delimiter == " ":
-            lines = (" ".join(line.split()) for line in lines)
-        return next(csv.reader(lines, delimiter=self.delimiter, quotechar=self.quote, skipinitialspace=True, strict=True), [])
-
-    def write(self, cells: list[str]) -> str:
-        out = io.StringIO()
-        csv.writer(out, delimiter=self.delimiter, quotechar=self.quote, lineterminator="\n").writerow(cells)
-        return out.getvalue()
-
-
 class _Table:
     """The rows of a text file, each checked to have as many cells as the others, in a dialect that pandas is told.
 
@@ -145,7 +124,7 @@ class _Table:
         self.number = 0
         begun = [line for line in head if line.strip(" \r\n") and not line.startswith("#")]
         declared = re.fullmatch(r'"?sep=(.)"?\s*', begun[0], re.IGNORECASE) if begun else None
-        self.dialect = _Dialect(declared[1]) if declared else _dialect(begun)
+        self.dialect = Dialect(declared[1]) if declared else find_dialect(begun)
         self.lines = self._numbered(chain(head, self.lines))
         self.names: list[str] | None = None
         self.notices: list[str] = []
@@ -256,60 +235,3 @@ def _parse(path: Path, size: int, file: TextIO) -> tuple[pd.DataFrame, list[str]
     if table.comments:
         table.notices.append(f"{table.comments:,} comment lines of {str(path)!r}, which begin with #, are passed over")
     return frame, table.notices
-
-
-def unique_names(names: Sequence[str] | None, width: int) -> list[str]:
-    """Names of columns, all different; numbers where there is no header, and pandas' own words for an empty one.
-
-    Example:
-        >>> unique_names(["", "a", "a"], 3), unique_names(None, 1)
-        (['Unnamed: 0', 'a (1)', 'a (2)'], ['column 0'])
-    """
-    if names is None:
-        return [f"column {j}" for j in range(width)]
-    named = [name or f"Unnamed: {j}" for j, name in enumerate(names)]
-    count = Counter(named)
-    found = [f"{name} ({j})" if count[name] > 1 else name for j, name in enumerate(named)]
-    return found if len(set(found)) == len(found) else [f"{name} ({j})" for j, name in enumerate(named)]
-
-
-def is_number(cell: str) -> bool:
-    """Whether a cell holds a number, with a decimal point or comma.
-
-    Example:
-        >>> is_number("-1e3"), is_number("0,5"), is_number("1_0")
-        (True, True, False)
-    """
-    try:
-        float(cell)
-    except ValueError:
-        return COMMA_NUMBER.fullmatch(cell.strip()) is not None
-    return "_" not in cell
-
-
-def _dialect(lines: Sequence[str]) -> _Dialect:
-    """Delimiter and quote: those that give most rows the same number of cells, and most cells a number."""
-    text = "".join(lines)
-    single = '"' not in text and re.match(r"\s*'[^']*'\s*[;\t|,\r\n]", text) is not None
-    quote = "'" if single else '"'
-    best, found = (0.0, 0.0), None
-    for delimiter in DELIMITERS:
-        dialect = _Dialect(delimiter, quote)
-        rows = []
-        for line in lines:
-            try:
-                rows.append(dialect.cells([line]))
-            except csv.Error:  # a cell with a line end
-                continue
-        widths = Counter(len(row) for row in rows if len(row) > 1)
-        if not widths:
-            continue
-        cells = [cell.strip() for row in rows for cell in row]
-        score = max(widths.values()) / len(rows), sum(map(is_number, cells)) / len(cells)
-        if score > best:
-            best, found = score, dialect
-    if found is None and lines and lines[-1].strip():
-        widths = Counter(len(line.split()) for line in lines)
-        if len(widths) == 1 and len(lines[-1].split()) > 1 and all(map(is_number, lines[-1].split())):
-            return _Dialect(" ", quote)
-    return found or _Dialect(",", quote)
