@@ -26,7 +26,10 @@ from cnf.datasets.dependence import dependent_columns
 from cnf.datasets.frames import read_frame, typed
 from cnf.datasets.text import read_csv
 from cnf.errors import CheckpointError, ConfigError, DataError
+from cnf.likelihood import evaluate
+from cnf.models import ModelConfig, SolverConfig, build
 from cnf.schema import TableColumn, parse_given, to_lattice
+from cnf.solvers import FixedGrid
 
 SETTINGS = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}  # fmt: skip
 RNG = np.random.default_rng(0)
@@ -498,6 +501,24 @@ def test_later_files_are_read_as_training_read_its_own(tmp_path: Path, capsys: p
     assert "does not use --columns" in capsys.readouterr().err
 
 
+def test_the_mean_over_a_step_is_the_integral() -> None:
+    """Under N(0, I): E ln p(k + s u) has a closed form, and columns without a step add no noise."""
+    flow = build(ModelConfig(hidden=(4,)), SolverConfig(), (2,)).eval()  # a field of zeros
+    flow.blocks[0].eval_solver = FixedGrid("euler", 1)
+    x = torch.tensor([[0.0, 0.3], [-2.0, 1.5], [1.0, 0.0]])
+    steps = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.5, 0.0]])
+    found = evaluate(flow, x, draws=150, steps=steps, seed=3)
+    k, s = x[:, 0].double(), steps[:, 0].double()
+    exact = math.log(2 * math.pi) + 0.5 * ((k + s / 2) ** 2 + s**2 / 12) + 0.5 * x[:, 1].double() ** 2
+    assert found.dequantisation == "uniform" and (found.per_item - exact).abs().max() < 0.1
+    assert found.per_item.mean().item() == pytest.approx(exact.mean().item(), abs=4 * found.noise_standard_error)
+    assert torch.equal(found.per_item, evaluate(flow, x, draws=150, steps=steps, seed=3).per_item)
+    none = evaluate(flow, x, draws=150, steps=torch.zeros(3, 2))
+    assert none.draws == 1 and none.dequantisation == "none"
+    with pytest.raises(ConfigError, match="steps have shape"):
+        evaluate(flow, x, steps=torch.ones(3))
+
+
 def bernoulli_by_normal(n: int, seed: int, p: float = 0.25) -> tuple[np.ndarray, float]:
     """Rows (k, a), a ~ N(0, 1) independent of k ~ Bernoulli(p), and the entropy in nats."""
     rng = np.random.default_rng(seed)
@@ -617,7 +638,6 @@ def test_an_older_run_folder_still_loads(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_run_folder_whose_columns_lie_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     from dataclasses import replace
 
-    from cnf.models import ModelConfig, SolverConfig
     from cnf.presets import DataConfig, RunConfig, TrainConfig
 
     config = RunConfig("own", DataConfig("x.csv"), ModelConfig(hidden=(4,)), SolverConfig(), TrainConfig())
