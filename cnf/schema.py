@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cnf.errors import ConfigError
 
-__all__ = ["MAXIMUM_CATEGORIES", "TableColumn", "conditions", "context_width", "data_columns", "encode", "on_lattice", "parse_given", "plain_table", "split_names", "to_lattice"]  # fmt: skip
+__all__ = ["MAXIMUM_CATEGORIES", "TableColumn", "conditions", "context_width", "data_columns", "encode", "on_lattice", "parse_given", "plain_table", "split_names", "to_lattice", "wanted"]  # fmt: skip
 
 MAXIMUM_CATEGORIES = 1000
 OFF_LATTICE = 0.05  # of a step: values printed with few digits miss their lattice by this order
@@ -163,6 +163,16 @@ def split_names(text: str | Sequence[str] | None, option: str) -> tuple[str, ...
     return tuple(names)
 
 
+def wanted(table: Sequence[TableColumn]) -> str:
+    """The form of ``--given`` for a table.
+
+    Example:
+        >>> wanted([TableColumn("x", "condition"), TableColumn("m, kg", "condition")])
+        'x=...,"m, kg=..."'
+    """
+    return ",".join(f'"{c.name}=..."' if "," in c.name else f"{c.name}=..." for c in conditions(table))
+
+
 def parse_given(text: str, table: Sequence[TableColumn]) -> dict[str, str]:
     """The values of ``"x=1.5,z=low"`` by column.
 
@@ -174,7 +184,7 @@ def parse_given(text: str, table: Sequence[TableColumn]) -> dict[str, str]:
         {'x': '1.5'}
     """
     known = [c.name for c in conditions(table)]
-    expected = f"expected {','.join(f'{name}=...' for name in known)}"
+    expected = f"expected {wanted(table)}"
     found: dict[str, str] = {}
     for entry in split_names(text, "--given"):
         # a name may hold an equals sign itself

@@ -8,6 +8,7 @@ import math
 import re
 import zipfile
 from collections.abc import Iterator
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from cnf.cli import sample_main, train_main
 from cnf.datasets.dependence import dependent_columns
 from cnf.datasets.frames import read_frame, typed
 from cnf.datasets.text import read_csv
+from cnf.datasets.write import sampled_frame
 from cnf.errors import CheckpointError, ConfigError, DataError
 from cnf.likelihood import evaluate
 from cnf.models import ModelConfig, SolverConfig, build
@@ -282,6 +284,38 @@ def test_columns_are_chosen_by_name(tmp_path: Path) -> None:
     for options in ({"columns": "x"}, {"dependent": "keep"}):
         with pytest.raises(ConfigError, match="means nothing for 'digits'"):
             datasets.load("digits", **options)
+
+
+@pytest.mark.parametrize("pattern", ["%Y-%m-%d", "%d.%m.%Y", "%Y/%m/%d", "%Y-%m-%dT%H:%M:%S", "%d/%m/%Y %H:%M"])
+@pytest.mark.parametrize("first", ["1512-03-04", "1999-12-20", "2600-01-01"])
+def test_dates_of_any_century_and_format(tmp_path: Path, pattern: str, first: str) -> None:
+    days = np.random.default_rng(0).permutation(90)[:40]
+    text = [(date.fromisoformat(first) + timedelta(days=int(d))).strftime(pattern) for d in days]
+    pd.DataFrame({"a": X[:, 0], "day": text}).to_csv(tmp_path / "t.csv", index=False)
+    data = datasets.load(tmp_path / "t.csv")
+    assert kinds(data)["day"][1:] == ("date", "date")
+    assert np.array_equal(np.sort(np.floor(everything(data)[:, 1])), np.sort(days - days.min()))
+    back = sampled_frame(everything(data), data.table, {})["day"]
+    assert sorted(back.dt.strftime(pattern)) == sorted(text)
+
+
+@pytest.mark.parametrize("form", ["${:,.2f}", "{:.2f} kg", "{:.1f}%", "{:.0f}:30:00", "{:,.2f}"])
+def test_quantities_with_units_are_no_identifiers(tmp_path: Path, form: str) -> None:
+    text = [form.format(v) for v in 1000 + 100.25 * np.arange(40)]
+    pd.DataFrame({"a": X[:, 0], "b": X[:, 1], "q": text}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(DataError, match=r"text in column 'q'.*as numbers without units"):
+        datasets.load(tmp_path / "t.csv")
+
+
+def test_a_folder_of_tables_brings_its_split(tmp_path: Path) -> None:
+    table = pd.DataFrame(X, columns=["a", "b"])
+    table[:30].to_csv(tmp_path / "train.csv")
+    table[30:][["b", "a"]].to_csv(tmp_path / "test.csv")
+    data = datasets.load(tmp_path)
+    assert data.columns == ("a", "b") and np.array_equal(data.test, X[30:].astype(np.float32))
+    table[30:].rename(columns={"a": "c"}).to_csv(tmp_path / "test.csv")
+    with pytest.raises(DataError, match="differ in their columns"):
+        datasets.load(tmp_path)
 
 
 def test_an_index_that_pandas_wrote_is_left_out_of_case_7(tmp_path: Path) -> None:

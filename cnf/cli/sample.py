@@ -29,7 +29,7 @@ from cnf.distributed import Group, join
 from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
 from cnf.noise import Noise
-from cnf.schema import conditions, data_columns, encode, parse_given, plain_table
+from cnf.schema import conditions, data_columns, encode, parse_given, plain_table, wanted
 from cnf.solvers import TABLEAUS, FixedGrid
 
 __all__ = ["sample_main"]
@@ -186,15 +186,14 @@ def _context(info: RunInfo, options: Any, n: int, like: Tensor) -> tuple[Tensor 
         raise ConfigError(f"--given {options.given}: this run was trained without --condition COLUMNS")
     if columns and label is None and (options.given is not None or not info.classes):
         if options.given is None:
-            raise ConfigError(f"this run is p(others | {', '.join(c.name for c in columns)}): give {'them' if len(columns) > 1 else 'it'} by --given "
-                              f"{','.join(f'{c.name}=...' for c in columns)}")
+            raise ConfigError(f"this run is p(others | {', '.join(c.name for c in columns)}): give {'them' if len(columns) > 1 else 'it'} by --given {wanted(info.table)}")
         numbers, values, said = given_values(parse_given(options.given, info.table), info.table)
         for line in said:
             print(line)
         row = torch.from_numpy(encode(info.table, numbers)).to(like)
         return row.expand(n, -1), values
     if columns and not info.classes:
-        raise ConfigError(f"--class {label}: this run has no classes; --given {','.join(f'{c.name}=...' for c in columns)} is for it")
+        raise ConfigError(f"--class {label}: this run has no classes; --given {wanted(info.table)} is for it")
     context = _class_context(info, label, n, like)
     if columns and context is not None:
         return context, {columns[0].name: [category_value(columns[0], info.classes[i]) for i in context.argmax(1).tolist()]}

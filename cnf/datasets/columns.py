@@ -80,7 +80,8 @@ def understand(frame: pd.DataFrame, options: Options, name: str, *, label: bool 
         series, said = typed(frame[column], name)
         if UNNAMED.fullmatch(column) and column not in explicit and (bool(series.isna().all()) or is_index(series)):
             roles[column] = TableColumn(column, "left out", "identifier", _type(series))
-            notices.append(f"column {column!r} has no name in the file and is a row number or index: left out (--columns keeps it)")
+            what = "is empty" if bool(series.isna().all()) else "is a row number or index"
+            notices.append(f"column {column!r} has no name in the file and {what}: left out (--columns keeps it)")
             continue
         notices += said
         values[column] = series
@@ -267,7 +268,8 @@ def _numbers(series: pd.Series, column: TableColumn, name: str) -> Array:
     if column.kind == "date":
         if series.dtype.kind != "M":
             raise DataError(f"{where} holds {_few(series)}; expected dates, as in training")
-        days = (series.to_numpy().astype("datetime64[ns]") - np.datetime64(column.epoch, "D").astype("datetime64[ns]")) / DAY
+        # microseconds: nanoseconds reach from 1677 to 2262 only
+        days = (series.to_numpy().astype("datetime64[us]") - np.datetime64(column.epoch, "D")) / DAY
         return np.asarray(days, dtype=np.float64)
     if series.dtype.kind not in "biuf":
         raise DataError(f"{where} holds {_few(series)}; expected numbers, as in training")

@@ -165,19 +165,18 @@ def typed(column: pd.Series, name: str) -> tuple[pd.Series, list[str]]:
         return _of_objects(column, where)
     if any(issubclass(t, bytes | dict | list | tuple | np.ndarray) for t in kinds):
         raise DataError(f"{where} holds values of type {next(iter(kinds)).__name__}; expected numbers, text or dates")
+    present = column.notna().to_numpy()
     text = filled.map(lambda v: str(v).strip()).astype(object)
-    text = text[text != ""]
+    blank = (text == "").to_numpy(dtype=bool)
+    text = text[~blank]
     text.attrs = column.attrs
     found, notices = _of_text(text, name, label)
-    if len(found) == len(column):
-        return found, notices
-    places = np.flatnonzero(column.notna().to_numpy())
-    places = places[(filled.map(lambda v: str(v).strip()) != "").to_numpy()]
-    out = pd.Series([None] * len(column) if found.dtype == object else np.nan, index=column.index, name=label, dtype=found.dtype if found.dtype == object else None)
-    if found.dtype.kind == "M":
-        out = pd.Series(pd.NaT, index=column.index, name=label, dtype=found.dtype)
-    out.iloc[places] = found.to_numpy()
-    return out, notices
+    if len(found) < len(column):
+        empty = {"f": np.nan, "M": np.datetime64("NaT")}.get(found.dtype.kind)
+        values = np.full(len(column), empty, dtype=found.dtype)
+        values[np.flatnonzero(present)[~blank]] = found.to_numpy()
+        found = pd.Series(values, index=column.index, name=label)
+    return found, notices
 
 
 def _naive(column: pd.Series) -> pd.Series:

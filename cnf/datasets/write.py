@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["ENDINGS", "as_numbers_of", "category_value", "given_values", "require_writer", "sampled_frame", "write_frame"]
 
 ENDINGS = (".csv", ".parquet")
-DAY_NS = 86_400_000_000_000
-FIRST_DAY, LAST_DAY = -106_000, 106_000  # days since 1970 that nanoseconds reach
+SECONDS = 86_400
+FIRST_DAY, LAST_DAY = -719_162, 2_932_896  # days since 1970 of the years 1 to 9999
 
 
 def as_numbers_of(samples: Array, table: Sequence[TableColumn]) -> Array:
@@ -59,8 +59,8 @@ def sampled_frame(samples: Array, table: Sequence[TableColumn], given: Mapping[s
         values = numbers[:, places[column.name]]
         if column.kind == "date":
             days = np.clip(values, FIRST_DAY, LAST_DAY)
-            time = (np.floor(days).astype(np.int64) * DAY_NS + np.rint((days % 1) * 86_400).astype(np.int64) * 10**9).astype("datetime64[ns]")
-            found[column.name] = pd.Series(time if column.type == "datetime" else time.astype("datetime64[D]").astype("datetime64[s]"))
+            time = np.rint(days * SECONDS) if column.type == "datetime" else np.floor(days) * SECONDS
+            found[column.name] = pd.Series(time.astype(np.int64).astype("datetime64[s]"))
         elif column.type in ("int", "bool") and np.abs(values).max(initial=0) < 2**62:
             found[column.name] = pd.Series(values.astype(np.int64 if column.type == "int" else bool))
         else:
