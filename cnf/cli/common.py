@@ -131,7 +131,7 @@ def load_splits(config: RunConfig, *, run: RunInfo | None = None, download: bool
 
 def _load(config: RunConfig, run: RunInfo | None, download: bool) -> DataSplits:
     d = config.data
-    if run is not None and not run.table and run.columns and d.data not in data_names():
+    if run is not None and not run.table and run.columns and d.data.lower().replace("_", "-") not in data_names():
         # of a run from before columns were told apart: all of them are modelled, whatever they hold
         d = dataclasses.replace(d, dependent="keep")
         wanted: str | tuple[str, ...] | None = run.columns

@@ -67,7 +67,8 @@ def _read_file(path: Path, options: Options) -> Parts:
     if suffix in ARRAYS:
         return rows_of_keys(read_numpy(path), name)
     pickled = suffix in (".pkl", ".pickle", ".pt", ".pth")
-    extra = "; pickled files can run code and are never opened: save the array with numpy.save" if pickled else ""
+    sheets = "; save the table as .xlsx or .csv" if suffix in (".xls", ".xlsb", ".ods", ".feather", ".dta", ".sav") else ""
+    extra = "; pickled files can run code and are never opened: save the array with numpy.save" if pickled else sheets
     raise DataError(f"{name!r} is no known kind of data; expected .npz, .npy, {', '.join(TABLES)}, .png, .jpg or a folder{extra}")
 
 

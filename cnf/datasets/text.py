@@ -221,8 +221,9 @@ def _parse(path: Path, size: int, file: TextIO) -> tuple[pd.DataFrame, list[str]
     start = next(table.text, None)
     if start is None:
         raise DataError(f"{str(path)!r} has no rows of numbers")
-    # newer versions always read the number that was written
-    exact = {} if int(pd.__version__.partition(".")[0]) >= 4 or pd.__version__.startswith(("3.1", "3.2", "3.3")) else {"float_precision": "round_trip"}
+    # from 3.1 on pandas always reads the number that was written
+    version = tuple(int(part) for part in pd.__version__.split(".")[:2] if part.isdigit())
+    exact = {} if version >= (3, 1) else {"float_precision": "round_trip"}
     frame: pd.DataFrame = pd.read_csv(
         _Stream(chain([start], table.text)), header=None, names=list(range(table.width)), index_col=False,
         sep=table.dialect.delimiter, quotechar=table.dialect.quote, skipinitialspace=True, skip_blank_lines=False,
