@@ -333,6 +333,19 @@ def test_an_index_that_pandas_wrote_is_left_out_of_case_7(tmp_path: Path) -> Non
     assert datasets.load(tmp_path / "r.csv").columns == ("a", "b")
 
 
+def test_later_rows_with_missing_values_are_dropped_as_in_training(tmp_path: Path) -> None:
+    table = frame(60)
+    table.to_csv(tmp_path / "t.csv", index=False)
+    schema = datasets.load(tmp_path / "t.csv", condition="z", missing="drop").table
+    table.loc[[1, 2], "z"] = None
+    table.loc[[2, 5], "day"] = pd.NaT
+    table.to_csv(tmp_path / "n.csv", index=False)
+    data = datasets.load(tmp_path / "n.csv", missing="drop", table=schema)
+    assert len(everything(data)) == 57 and any("3 of 60 rows dropped" in line for line in data.notices)
+    with pytest.raises(DataError, match=r"'day' of .* has 2 values that are NaN"):
+        datasets.load(tmp_path / "n.csv", table=schema)
+
+
 def test_missing_values_are_counted_and_dropped_where_asked(tmp_path: Path) -> None:
     table = frame(60)[["y", "k", "x"]].astype({"k": "Int64"})
     table.loc[[3, 9], "y"] = np.nan

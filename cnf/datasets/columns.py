@@ -261,7 +261,7 @@ def _numbers(series: pd.Series, column: TableColumn, name: str) -> Array:
             series = series.astype(np.int64)
         codes = {category: code for code, category in enumerate(column.categories)}
         found = series.map(str)
-        unknown = ~found.isin(list(codes)).to_numpy()
+        unknown = ~(found.isin(list(codes)) | series.isna()).to_numpy()
         if unknown.any():
             raise DataError(f"{where} has the category {found.iloc[int(unknown.argmax())]!r}, which training did not see; known are {', '.join(column.categories)}")
         return np.asarray(found.map(codes), dtype=np.float64)

@@ -60,7 +60,11 @@ def load_table(rows: Sequence[Rows], labels: Array | None, name: str, options: O
         raise ConfigError(f"nbits and flip mean nothing for {name!r}, which is a table")
     frame, parts_of_rows = _joined([as_frame(r, name) for r in rows], name)
     label = options.condition == "label" and labels is None and "label" in frame.columns
-    columns = by_schema(frame, options.table, name) if options.table else understand(frame, options, name, label=label)
+    if options.table:
+        columns = by_schema(frame, options.table, name)
+        columns = _without_missing(columns) if options.missing == "drop" else columns
+    else:
+        columns = understand(frame, options, name, label=label)
     table, given, names = columns.table, columns.given, columns.names
     labels = None if labels is None else labels[columns.rows]
     sizes = [int((parts_of_rows[columns.rows] == part).sum()) for part in range(len(rows))]
@@ -122,6 +126,16 @@ def _epsilon(rows: Sequence[Rows]) -> float:
     """Relative rounding of the type that the values were stored in."""
     kinds = [getattr(r.x, "dtype", np.dtype(np.float64)) for r in rows]
     return max(float(np.finfo(k if k in (np.float16, np.float32) else np.float64).eps) for k in kinds)
+
+
+def _without_missing(columns: Columns) -> Columns:
+    """The rows without missing values."""
+    good = ~np.isnan(np.column_stack([columns.table, *columns.given.values()])).any(1)
+    if good.all():
+        return columns
+    said = f"{int((~good).sum()):,} of {len(good):,} rows dropped, since they have missing values (missing='drop')"
+    given = {c: v[good] for c, v in columns.given.items()}
+    return Columns(columns.schema, columns.table[good], given, columns.rows[good], [*columns.notices, said])
 
 
 def _require_finite(columns: Columns, name: str) -> None:
