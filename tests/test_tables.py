@@ -299,7 +299,7 @@ def test_dates_of_any_century_and_format(tmp_path: Path, pattern: str, first: st
     assert sorted(back.dt.strftime(pattern)) == sorted(text)
 
 
-@pytest.mark.parametrize("form", ["${:,.2f}", "{:.2f} kg", "{:.1f}%", "{:.0f}:30:00", "{:,.2f}"])
+@pytest.mark.parametrize("form", ["${:,.2f}", "{:.2f} kg", "{:.1f}%", "{:.0f}:30:00", "{:,.2f}", "{:.2f} # a remark"])
 def test_quantities_with_units_are_no_identifiers(tmp_path: Path, form: str) -> None:
     text = [form.format(v) for v in 1000 + 100.25 * np.arange(40)]
     pd.DataFrame({"a": X[:, 0], "b": X[:, 1], "q": text}).to_csv(tmp_path / "t.csv", index=False)

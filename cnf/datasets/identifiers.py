@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["UNNAMED", "identifies", "is_index", "is_text", "is_whole"]
 
 UNNAMED = re.compile(r"Unnamed: \d+|__index_level_\d+__")
-# no name of a row but a quantity, a date or a time: no letter, a number with a unit, or a month
+# no name of a row but a quantity, a date or a time: no letter, a number with a unit or words, or a month
 _MONTH = r"\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\b"
-_QUANTITY = re.compile(rf"(?i)[\W\d_]*|\W*[\d.,' ]*\d\s*[^\d\s]{{1,8}}|.*{_MONTH}.*\d.*|.*\d.*{_MONTH}.*")
+_QUANTITY = re.compile(rf"(?i)[\W\d_]*|\W*[\d.,' ]*\d(?:\s*[^\d\s]{{1,8}}|\s.*)|.*{_MONTH}.*\d.*|.*\d.*{_MONTH}.*")
 _IDENTIFIER = re.compile(r"(?i:index|level_0|id|idx|row|rows?[ _]?(?:id|nr|no|num|number|names?)|nr|key|uuid|guid|.*[ _]id)|.*[a-z]I[Dd]")
 
 

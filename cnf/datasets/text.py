@@ -233,6 +233,8 @@ def _parse(path: Path, size: int, file: TextIO) -> tuple[pd.DataFrame, list[str]
     frame.index = pd.Index(np.frombuffer(table.numbers, dtype=np.int64), name="row")
     frame.attrs["comma"] = table.dialect.delimiter != ","  # then commas in cells are decimal ones
     frame.attrs["rows"] = len(frame)
+    if table.names is None:
+        table.notices.append(f"{str(path)!r} has no header, since its first row holds a number: columns are numbered")
     if table.comments:
         table.notices.append(f"{table.comments:,} comment lines of {str(path)!r}, which begin with #, are passed over")
     return frame, table.notices
