@@ -254,7 +254,7 @@ def _log_prob(
     """log p of one batch (N,), float64 on the CPU, on the pixels' scale for images; and what its solve cost."""
     like = flow.like
     if steps is not None:
-        x = x + steps * noise.draw("dequantize", "uniform", x.shape, dtype=x.dtype)
+        x = x + steps.to(x) * noise.draw("dequantize", "uniform", x.shape, dtype=x.dtype, device=x.device)
     x = x.to(like) if x.is_floating_point() else x.to(like.device)
     context = None if context is None else context.to(like)
     shift = 0.0
