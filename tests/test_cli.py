@@ -543,6 +543,7 @@ def test_many_samples_are_drawn_in_batches_of_one_joint_noise(tmp_path, monkeypa
     monkeypatch.setattr("cnf.cli.sample.BATCH_NUMBERS", 3 * 20)
     assert sample_main(arguments) == 0
     parts = dict(np.load(tmp_path / "x.npz"))
+    assert parts.pop("columns").tolist() == whole.pop("columns").tolist() == ["a", "b", "c"]
     for name, value in whole.items():  # the adaptive steps depend on the batch
         assert parts[name].shape == value.shape and np.abs(parts[name] - value).max() < 2e-3, name
 

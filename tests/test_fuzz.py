@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -124,6 +125,9 @@ KINDS = {
     "npz": Kind("x.npz", lambda f: arrays(read_numpy(f / "x.npz")), DataError, True),
     "deflated npz": Kind("deflated.npz", lambda f: splits(f / "deflated.npz"), DataError, True),
     "csv": Kind("x.csv", lambda f: splits(f / "x.csv"), DataError, False),
+    "packed csv": Kind("x.csv.gz", lambda f: splits(f / "x.csv.gz"), DataError, False),
+    "parquet": Kind("x.parquet", lambda f: splits(f / "x.parquet"), DataError, False),
+    "excel": Kind("x.xlsx", lambda f: splits(f / "x.xlsx"), DataError, False),
     "csv items": Kind("x.csv", lambda f: read_items([f / "x.csv"], (2,)).x, DataError, False),
     "png": Kind("x.png", lambda f: splits(f / "x.png"), DataError, True),
     "deep png": Kind("rgba.png", lambda f: np.asarray(open_picture(f / "rgba.png")).tobytes(), DataError, True),
@@ -166,6 +170,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(folder / "x.npz", x=x, labels=np.arange(60) % 3)
     np.savez_compressed(folder / "deflated.npz", x=np.round(x, 1))
     (folder / "x.csv").write_text("a,b\n" + "\n".join(f"{a!r},{b!r}" for a, b in x.tolist()) + "\n")
+    table = pd.read_csv(folder / "x.csv")
+    table.to_csv(folder / "x.csv.gz", index=False)
+    table.to_parquet(folder / "x.parquet")
+    table.to_excel(folder / "x.xlsx", index=False)
     grey = Image.fromarray(rng.integers(256, size=(12, 10), dtype=np.uint8))
     grey.save(folder / "x.png")
     grey.save(folder / "x.jpg", exif=Image.Exif())

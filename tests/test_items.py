@@ -48,7 +48,7 @@ def test_a_table_with_a_header_is_read_by_name(tmp_path):
     assert read_items([path], (3,), columns=("a", "b", "c")).x.tolist() == [[2, 3, 1], [5, 6, 4]]
     assert read_items([path], (3,), columns=("column 0", "column 1", "column 2")).x.tolist() == rows
     assert read_items([table(tmp_path / "n.csv", rows)], (3,), columns=("a", "b", "c")).x.tolist() == rows
-    with pytest.raises(DataError, match=r"'d', which the model lacks \(a, b, c\); without a header they go by their order"):
+    with pytest.raises(DataError, match=r"models the columns a, b, c, but .*d\.csv' has a column 'd' beside them"):
         read_items([table(tmp_path / "d.csv", rows, "abd")], (3,), columns=("a", "b", "c"))
     assert own_names(("x", "y")) and not own_names(("column 0", "column 1")) and not own_names(())
 

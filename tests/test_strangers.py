@@ -88,7 +88,7 @@ def test_a_pickle_is_executed_by_no_loader(tmp_path: Path, run: Path, protocol: 
     trap = tmp_path / "executed"
     bad = pickle.dumps({"x": Malicious(trap)}, protocol=protocol)
     assert is_real(bad, trap)
-    for name in ("x.npy", "x.npz", "x.csv", "x.png", "x.jpg", "x.pkl", "x.pt"):
+    for name in ("x.npy", "x.npz", "x.csv", "x.tsv", "x.csv.gz", "x.parquet", "x.xlsx", "x.png", "x.jpg", "x.pkl", "x.pt"):
         (tmp_path / name).write_bytes(bad)
         with pytest.raises(DataError, match=name.replace(".", r"\.")):
             datasets.load(tmp_path / name)
@@ -388,7 +388,7 @@ def test_digits_parted_by_underscores_are_no_number(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
 def test_pipes_and_devices_are_not_waited_for(tmp_path: Path, run: Path) -> None:
-    for name in ("x.csv", "x.npy", "x.npz", "x.png"):
+    for name in ("x.csv", "x.csv.gz", "x.parquet", "x.xlsx", "x.npy", "x.npz", "x.png"):
         os.mkfifo(tmp_path / name)
         with pytest.raises(DataError, match=f"{name}' does not exist as a file: it is a folder, pipe or device"):
             datasets.load(tmp_path / name)

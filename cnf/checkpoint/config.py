@@ -17,7 +17,9 @@ from cnf.checkpoint.files import write_atomic, write_text
 from cnf.errors import CheckpointError
 from cnf.flow import Flow
 from cnf.models import Predictor, build, build_predictor
+from cnf.models.solving import LATER
 from cnf.presets import RunConfig
+from cnf.schema import TableColumn, context_width, data_columns
 from cnf.strangers import require_file
 
 __all__ = ["FORMAT", "RunInfo", "config_digest", "read_config", "write_config"]
@@ -25,8 +27,6 @@ __all__ = ["FORMAT", "RunInfo", "config_digest", "read_config", "write_config"]
 FORMAT = 4
 LARGEST = 2**24  # bytes of a config.json
 _HEAD = ("format", "sha256")
-# settings that joined this format after its first run folders: one without them has their defaults
-ADDED = {"ModelConfig": ("drive_hidden", "drive_nonlinearity", "generator")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,7 @@ class RunInfo:
     """What config.json says beside the settings: the data's shape, so that a model can be rebuilt without the data.
 
     ``context_dim`` counts what the data give with each item: what a flow is conditioned on, or what a predictor predicts.
+    ``table`` holds the columns of the user's own table, by which later files are read as training read its own.
     """
 
     config: RunConfig
@@ -42,6 +43,7 @@ class RunInfo:
     context_dim: int
     classes: tuple[str, ...]
     columns: tuple[str, ...]
+    table: tuple[TableColumn, ...] = dataclasses.field(default=(), metadata=LATER)
 
     def build(self) -> Flow | Predictor:
         """The model, untrained: a flow, or what predicts where the objective is a regression or a classification."""
@@ -117,7 +119,8 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         hints = typing.get_type_hints(kind)
         for name in value.keys() - hints.keys():
             raise CheckpointError(f"{where}: unknown field {name[:80]!r}")
-        for name in hints.keys() - value.keys() - set(ADDED.get(kind.__name__, ())):
+        later = {field.name for field in dataclasses.fields(kind) if field.metadata.get("optional")}
+        for name in hints.keys() - value.keys() - later:
             raise CheckpointError(f"{where}: field {name!r} is missing")
         return kind(**{name: _decode(hint, value[name], f"{where}: {name}") for name, hint in hints.items() if name in value})
     if origin is tuple:
@@ -165,11 +168,20 @@ def _check(info: RunInfo, where: str) -> None:
         raise CheckpointError(
             f"{where}: levels is {info.levels} with event_shape {shape}; images have levels, vectors none"
         )
+    for column in info.table:
+        if fault := column.fault():
+            raise CheckpointError(f"{where}: table: column {reprlib.repr(column.name)}: {fault}")
+    if len({column.name for column in info.table}) < len(info.table):
+        raise CheckpointError(f"{where}: table names a column twice")
     targets = info.config.train.objective == "regression"  # which are no classes
-    if not 0 <= info.context_dim <= 2**31 or not (targets or info.context_dim in (0, len(info.classes))):
-        known = f"{len(info.classes)} (classes)"
-        raise CheckpointError(f"{where}: context_dim is {info.context_dim}; expected 0, or {known}")
+    conditioned = info.table and context_width(info.table)
+    known_widths = (conditioned,) if conditioned else (0, len(info.classes))
+    if not 0 <= info.context_dim <= 2**31 or not (targets or info.context_dim in known_widths):
+        known = f"{conditioned} (conditions)" if conditioned else f"0, or {len(info.classes)} (classes)"
+        raise CheckpointError(f"{where}: context_dim is {info.context_dim}; expected {known}")
     if info.columns and len(info.columns) != shape[0]:
         raise CheckpointError(
             f"{where}: columns names {len(info.columns)} of event_shape {shape}; expected all or none"
         )
+    if info.table and (info.levels is not None or tuple(c.name for c in data_columns(info.table)) != info.columns):
+        raise CheckpointError(f"{where}: table models other columns than {reprlib.repr(info.columns)}")

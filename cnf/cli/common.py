@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from cnf.checkpoint import RunInfo, located, pretrained, read_config
 from cnf.datasets import DataSplits
 from cnf.datasets import load as load_data
+from cnf.datasets import names as data_names
 from cnf.distributed import ALONE, Group, muted, speaks
 from cnf.errors import CNFError, ConfigError, DataError
 from cnf.presets import RunConfig
@@ -119,15 +121,24 @@ def usable_device(name: str) -> str:
     return name
 
 
-def load_splits(config: RunConfig, *, download: bool = True, group: Group = ALONE) -> DataSplits:
-    """The data of a run; where it predicts, with what it predicts as context. Of several processes rank 0 downloads first."""
-    return group.in_turn(lambda: _load(config, download))
+def load_splits(config: RunConfig, *, run: RunInfo | None = None, download: bool = True, group: Group = ALONE) -> DataSplits:
+    """The data of a run; where it predicts, with what it predicts as context. Of several processes rank 0 downloads first.
+
+    With a trained ``run``, a table is read as that run's was.
+    """
+    return group.in_turn(lambda: _load(config, run, download))
 
 
-def _load(config: RunConfig, download: bool) -> DataSplits:
+def _load(config: RunConfig, run: RunInfo | None, download: bool) -> DataSplits:
     d = config.data
+    if run is not None and not run.table and run.columns and d.data.lower().replace("_", "-") not in data_names():
+        # of a run from before columns were told apart: all of them are modelled, whatever they hold
+        d = dataclasses.replace(d, dependent="keep")
+        wanted: str | tuple[str, ...] | None = run.columns
+    else:
+        wanted = d.columns
     predicted = {"classification": "label", "regression": "target"}.get(config.train.objective)
-    return load_data(
+    found = load_data(
         d.data,
         root=d.data_root,
         seed=d.data_seed,
@@ -144,4 +155,12 @@ def _load(config: RunConfig, download: bool) -> DataSplits:
         invert=d.invert,
         flip=None if d.flip == "default" else d.flip == "yes",
         sizes=d.toy_sizes,
+        columns=wanted,
+        drop_columns=d.drop_columns,
+        missing=d.missing,
+        dependent=d.dependent,
+        table=() if run is None else run.table,
     )
+    if predicted == "label" and not found.classes:
+        raise DataError(f"--objective classification needs classes, and the labels of {d.data!r} are a continuous quantity")
+    return found

@@ -19,7 +19,8 @@ from cnf.cli.common import read_run
 from cnf.cli.options import Command
 from cnf.datasets import DataSplits, tabular
 from cnf.datasets.arrays import read_numpy
-from cnf.datasets.items import Items, own_names, read_items
+from cnf.datasets.columns import own_names
+from cnf.datasets.items import Items, read_items
 from cnf.distributed import ALONE, Group
 from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
@@ -196,7 +197,7 @@ def score_items(command: Command, info: RunInfo, group: Group = ALONE) -> int:
         raise ConfigError(f"--score ranks by likelihood, and {folder} predicts: --split, --data and --per-item are for it")
     kind = _dequantisation(command, info)
     items = read_items(
-        command.score, info.event_shape, info.levels, columns=info.columns, image_size=config.data.image_size
+        command.score, info.event_shape, info.levels, columns=info.columns, image_size=config.data.image_size, table=info.table
     )
     for line in (*items.notices, *_preparations(folder, info)):
         print(f"data: {line}")
@@ -206,7 +207,8 @@ def score_items(command: Command, info: RunInfo, group: Group = ALONE) -> int:
     with Progress("scoring", "solves", quiet=not group.main) as work:
         ranking = rank(
             _flow(folder, info), items.x, items.names, context, reference=reference, draws=config.train.draws,
-            importance=command.importance, dequantisation=kind, seed=TEST_SEED, group=group, progress=work.update,
+            importance=command.importance, dequantisation=kind, seed=TEST_SEED, group=group, steps=items.steps,
+            progress=work.update,
         )  # fmt: skip
     if not group.main:
         return 0
@@ -224,8 +226,8 @@ def score_items(command: Command, info: RunInfo, group: Group = ALONE) -> int:
 
 def _context(folder: Path, info: RunInfo, items: Items) -> Tensor | None:
     """One-hot rows (N, C), or None for a run without classes."""
-    if not info.context_dim:
-        return None
+    if not info.context_dim or items.context is not None:
+        return items.context
     codes = {name: code for code, name in enumerate(info.classes)}
     for name, label in zip(items.names, items.labels, strict=True):
         if label not in codes:
@@ -259,6 +261,8 @@ def _preparations(folder: Path, info: RunInfo) -> Iterator[str]:
     name = info.config.data.data
     if name.lower() in tabular.NAMES:
         yield f"{name} is prepared before training (data/README.md), and the items are not: prepare them alike"
+    if info.table:  # whose items are treated as training treated its own
+        return
     notices = read_json(folder / "result.json").get("notices")  # none of an unfinished run, whose items are scored all the same
     for line in notices if isinstance(notices, list) else []:
         if isinstance(line, str) and ": dequantised by" in line:

@@ -16,10 +16,10 @@ __all__ = ["refuse_idle", "refuse_idle_noise"]
 Idle = Iterator[tuple[str, tuple[str, ...], str]]  # part by part, the options that do nothing, and why
 
 
-def _idle_noise(config: RunConfig, levels: int | None, mid_bin: bool) -> Idle:
+def _idle_noise(config: RunConfig, levels: int | None, mid_bin: bool, spreads: bool) -> Idle:
     if config.solver.divergence == "exact" and config.train.density:
         yield "solver", ("probe", "mode", "probes"), "is for --divergence hutchinson"
-        if levels is None or mid_bin:
+        if (levels is None and not spreads) or mid_bin:
             of = "vectors" if levels is None else "the middle of each grey level"
             yield "train", ("draws",), f"repeats noise, and the exact trace of {of} has none"
 
@@ -69,7 +69,7 @@ def _idle(config: RunConfig, data: DataSplits) -> Idle:
     if data.kind == "image":
         yield "data", ("data_seed",), "draws toy points and the noise on a table's columns"
     if data.kind != "table":
-        yield "data", ("discrete",), "is for tables"
+        yield "data", ("discrete", "columns", "drop_columns", "missing", "dependent"), "is for tables"
     if config.solver.adaptive:
         yield "solver", ("grid_steps",), "is for fixed grids, not for --adaptive"
         if config.solver.automatic_steps:  # a preset's may be turned off, which --adaptive does by itself
@@ -88,13 +88,15 @@ def refuse_idle(default: RunConfig, config: RunConfig, data: DataSplits) -> None
     _refuse(default, config, _idle(config, data))
 
 
-def refuse_idle_noise(default: RunConfig, config: RunConfig, levels: int | None, *, mid_bin: bool) -> None:
+def refuse_idle_noise(default: RunConfig, config: RunConfig, levels: int | None, *, mid_bin: bool, spreads: bool = False) -> None:
     """Options of noise (draws, probes) that were changed and would do nothing, since none enters.
+
+    ``spreads``: discrete columns of a table get noise at every draw, as they do where items are scored.
 
     Raises:
         ConfigError: naming the first.
     """
-    _refuse(default, config, _idle_noise(config, levels, mid_bin))
+    _refuse(default, config, _idle_noise(config, levels, mid_bin, spreads))
 
 
 def _refuse(default: RunConfig, config: RunConfig, idle: Idle) -> None:

@@ -60,7 +60,7 @@ LARGEST = {"seed": LARGEST_SEED, "split_seed": LARGEST_SEED, "data_seed": LARGES
 
 
 SCORE_HELP = (  # in one piece: a docstring's line ends would be kept
-    "--evaluate: rank your own items instead of a split, least likely first: .npz, .npy, .csv, pictures, folders. " + CAUTION
+    "--evaluate: rank your own items instead of a split, least likely first: .npz, .npy, tables, pictures, folders. " + CAUTION
 )
 
 
@@ -183,7 +183,7 @@ def _exclude(command: Command) -> None:
     if command.mid_bin and command.importance > 1:
         raise ConfigError(f"--importance {command.importance} weights noise, and --mid-bin has none: leave one out")
     if command.score == ():
-        raise ConfigError("--score names no file: give .npz, .npy, .csv, pictures or folders of them")
+        raise ConfigError("--score names no file: give .npz, .npy, tables (.csv, .parquet, ...), pictures or folders of them")
     if command.score and (idle := [name for name in ("split", "check") if name in used]):
         raise ConfigError(f"{option(idle[0])} is for a split of the data, and --score takes your own items: leave one out")
 
@@ -209,7 +209,8 @@ def refuse_changes(old: RunConfig, new: RunConfig, command: Command) -> None:
     """
     allowed = RESUME if command.resume else SCORE if command.score else EVALUATE
     if allowed is EVALUATE and old.data.data != new.data.data:  # other data are read in a way of their own
-        allowed = {**EVALUATE, "data": tuple(dataclasses.asdict(new.data))}
+        fixed = {"columns", "drop_columns"} | ({"condition"} if old.data.condition not in ("none", "label") else set())
+        allowed = {**EVALUATE, "data": tuple(name for name in dataclasses.asdict(new.data) if name not in fixed)}
     if changed := _changed(old, new, allowed):
         uses = "--score does not use" if command.score else "--evaluate does not use"
         what = "--resume cannot change" if command.resume else uses

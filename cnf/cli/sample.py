@@ -16,15 +16,25 @@ from torch import Tensor
 
 from cnf.checkpoint import RunInfo, load, outputs, write_atomic
 from cnf.cli.common import guard, load_splits, read_run, usable_device
+from cnf.datasets.write import (
+    ENDINGS,
+    as_numbers_of,
+    category_value,
+    given_values,
+    require_writer,
+    sampled_frame,
+    write_frame,
+)
 from cnf.distributed import Group, join
 from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
 from cnf.noise import Noise
+from cnf.schema import conditions, data_columns, encode, parse_given, plain_table, wanted
 from cnf.solvers import TABLEAUS, FixedGrid
 
 __all__ = ["sample_main"]
 
-SUFFIXES = (".png", ".npz", ".gif")
+SUFFIXES = (".png", ".npz", ".gif", *ENDINGS)
 IMAGES, VECTORS = 64, 1000  # samples where -n is not given
 BATCH_NUMBERS = 2**20  # numbers solved together, at most 8192 samples
 FRAMES = 21  # of --trajectory
@@ -42,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     add("run", metavar="RUN", type=Path, help="run folder that train_density.py made, or pretrained:fm-mnist, which comes with the package")
     add("-n", type=int, help=f"number of samples (default: {IMAGES} images, {VECTORS} points or rows)")
     add("--out", metavar="FILE", type=Path, help="what to write (default: RUN/samples/sample-SEED.png, of pretrained:NAME in runs/NAME-pretrained): a .png picture, beside the "
-        "data where it is at hand and the samples are no images; .npz with arrays samples, log_prob (nats) and, of a run with "
-        "classes, classes; a .gif of the noise flowing into samples")  # fmt: skip
+        "data where it is at hand and the samples are no images; .csv or .parquet, a table with the columns, names and types of the run's; .npz with "
+        "arrays samples, log_prob (nats) and, of a run with classes, classes, of a table columns; a .gif of the noise flowing into samples")  # fmt: skip
     add("--seed", type=int, default=0, help="the same seed draws the same samples (default: %(default)s)")
     add("--temperature", type=float, default=1.0, help="scale of the latent noise; below 1 more typical, above 1 more varied "
         "(default: %(default)s)")  # fmt: skip
@@ -52,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--method", default="rk4", choices=sorted(TABLEAUS), help="of --grid-steps (default: %(default)s)")
     add("--class", dest="label", metavar="NAME", help="of a run trained with --condition label: draw from this class (default: "
         "every class in turn)")  # fmt: skip
+    add("--given", metavar="NAME=VALUE,...", help="of a run trained with --condition COLUMNS: draw p(others | these), such as x=1.5,z=low")
     add("--trajectory", action="store_true", help=f".npz: also the way from the noise to each sample, array trajectory ({FRAMES}, n, "
         "...) in the coordinates of the ODE, at the times of array times (1 noise, 0 data); the scales of a multiscale flow move one "
         "after another")  # fmt: skip
@@ -93,12 +104,16 @@ def _joined(options: Any, info: RunInfo, group: Group) -> int:
     flow = load(options.run, usable_device(options.device))
     images = len(info.event_shape) == 3
     n: int = options.n or (IMAGES if images else VECTORS)
-    context = _context(info, options.label, n, flow.like)
+    context, given = _context(info, options, n, flow.like)
     out: Path = options.out or outputs(options.run) / "samples" / f"sample-{options.seed}.png"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {out}: its folder cannot be made: {error}") from None
+    if out.suffix in ENDINGS:
+        if images:
+            raise ConfigError(f"--out {out}: images are no table; expected .png or .npz")
+        require_writer(out)
     if out.suffix == ".gif":
         if not images and info.event_shape != (2,):
             raise ConfigError(f"--out {out}: a .gif shows images or points in the plane, and these samples have {info.event_shape[0]} columns")
@@ -111,9 +126,19 @@ def _joined(options: Any, info: RunInfo, group: Group) -> int:
         x, arrays = _draw(flow, n, context, options, full=out.suffix == ".npz", group=group)
         if not group.main:
             return 0
-        if out.suffix == ".npz":
-            if context is not None:
+        table = info.table or plain_table(info.columns or [f"column {j}" for j in range(info.event_shape[0])])
+        if out.suffix in ENDINGS:
+            classes = None if context is None or given else np.array(info.classes)[context.argmax(1).cpu().numpy()]
+            frame = sampled_frame(x.cpu().numpy(), table, given)
+            if classes is not None:
+                frame = frame.assign(**{"label": classes})
+            write_atomic(out, lambda path: write_frame(frame, path, out.suffix))
+        elif out.suffix == ".npz":
+            if context is not None and info.classes:
                 arrays["classes"] = np.array(info.classes)[context.argmax(1).cpu().numpy()]
+            if info.table:
+                arrays["samples"] = as_numbers_of(arrays["samples"], table)
+                arrays["columns"] = np.array(info.columns)
 
             def save(path: Path) -> None:
                 with path.open("wb") as file:
@@ -121,7 +146,9 @@ def _joined(options: Any, info: RunInfo, group: Group) -> int:
 
             write_atomic(out, save)
         else:
-            _picture(x.cpu(), info, options.label, out)
+            _picture(x.cpu(), info, options, out)
+        if out.suffix in (".npz", *ENDINGS):
+            _explain(info, out)
     print(f"{n:,} samples of {os.path.normpath(options.run)} in {out}")
     return 0
 
@@ -140,8 +167,42 @@ def drawing(flow: Flow, method: str, steps: int | None) -> Iterator[None]:
             block.eval_solver = solver
 
 
-def _context(info: RunInfo, label: str | None, n: int, like: Tensor) -> Tensor | None:
-    """One-hot rows (n, C) of the type and on the device of ``like``, or None for a run without classes."""
+def _explain(info: RunInfo, out: Path) -> None:
+    """What was done to the samples of a table."""
+    lattice = [c.name for c in data_columns(info.table) if c.step]
+    rounded = [c.name for c in data_columns(info.table) if not c.step and c.type == "int"]
+    extra = "; log_prob is the density of the value before" if out.suffix == ".npz" else ""
+    if lattice:
+        print(f"{', '.join(lattice)}: discrete in the data, and written in their steps (the floor of the dequantised value){extra}")
+    if rounded:
+        print(f"{', '.join(rounded)}: whole numbers in the data, and rounded to them{extra}")
+    if out.suffix == ".npz" and (dates := [c.name for c in data_columns(info.table) if c.kind == "date"]):
+        print(f"{', '.join(dates)}: days since 1970-01-01 (.csv and .parquet have dates)")
+
+
+def _context(info: RunInfo, options: Any, n: int, like: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
+    """Context rows (n, C) of the type and on the device of ``like``, or None; and the values of the conditions, by column."""
+    label, columns = options.label, conditions(info.table)
+    if not columns and options.given is not None:
+        raise ConfigError(f"--given {options.given}: this run was trained without --condition COLUMNS")
+    if columns and label is None and (options.given is not None or not info.classes):
+        if options.given is None:
+            raise ConfigError(f"this run is p(others | {', '.join(c.name for c in columns)}): give {'them' if len(columns) > 1 else 'it'} by --given {wanted(info.table)}")
+        numbers, values, said = given_values(parse_given(options.given, info.table), info.table)
+        for line in said:
+            print(line)
+        row = torch.from_numpy(encode(info.table, numbers)).to(like)
+        return row.expand(n, -1), values
+    if columns and not info.classes:
+        raise ConfigError(f"--class {label}: this run has no classes; --given {wanted(info.table)} is for it")
+    context = _class_context(info, label, n, like)
+    if columns and context is not None:
+        return context, {columns[0].name: [category_value(columns[0], info.classes[i]) for i in context.argmax(1).tolist()]}
+    return context, {}
+
+
+def _class_context(info: RunInfo, label: str | None, n: int, like: Tensor) -> Tensor | None:
+    """One-hot rows (n, C), or None for a run without classes."""
     if not info.context_dim:
         if label is not None:
             raise ConfigError(f"--class {label}: this run was trained without classes (--condition label)")
@@ -193,17 +254,20 @@ def _draw(flow: Flow, n: int, context: Tensor | None, options: Any, *, full: boo
     return joined["samples"], arrays
 
 
-def _picture(x: Tensor, info: RunInfo, label: str | None, out: Path) -> None:
+def _picture(x: Tensor, info: RunInfo, options: Any, out: Path) -> None:
     from cnf import plotting
 
     if x.ndim == 4:
         plotting.image_grid(x, out)
         return
-    data = None
+    data, label = None, options.label
     try:
-        found = load_splits(info.config, download=False)
+        found = load_splits(info.config, run=info, download=False)
         data = found.test
-        if label is not None and found.test_context is not None:
+        if options.given is not None:
+            print("the samples alone: the data were not all given the same")
+            data = None
+        elif label is not None and found.test_context is not None:
             data = data[found.test_context.argmax(1) == info.classes.index(label)]
     except (DataError, ConfigError) as error:
         print(f"the samples alone, since the data are not at hand: {error}")

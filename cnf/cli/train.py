@@ -81,12 +81,14 @@ def _joined(given: list[str], program: str, command: Command, default: RunConfig
         refuse_changes(old.config, config, command)
     if command.score:
         assert old is not None
-        refuse_idle_noise(default, config, old.levels, mid_bin=command.mid_bin)
+        spreads = any(column.dequantised for column in old.table)
+        refuse_idle_noise(default, config, old.levels, mid_bin=command.mid_bin, spreads=spreads)
         return score_items(command, dataclasses.replace(old, config=config), group)
     out = command.out
     if old is None and out is not None:
         group.first(lambda: _refuse_occupied(out))
-    data = load_splits(config, group=group)
+    # --resume finds the columns anew, so that data that have changed are noticed
+    data = load_splits(config, run=old if command.evaluate or (old and not old.table) else None, group=group)
     if old is None and command.preset is None and program in (DEFAULT, CLASSIFIER) and (name := fitting(program, data.kind, data.event_shape)):
         # digits' settings would be a poor start; presets differ in the data's name alone, so the data stay what they are
         command, default, _ = parse(given, name)
@@ -96,6 +98,9 @@ def _joined(given: list[str], program: str, command: Command, default: RunConfig
     folder = command.evaluate or out or group.first(lambda: _free_folder(config))
     refuse_idle(default, config, data)
     refuse_idle_noise(default, config, data.levels, mid_bin=command.mid_bin)
+    if data.report and not command.evaluate:
+        print(f"columns of {data.name}:")
+        print("\n".join(f"  {line}" for line in data.report.splitlines()))
     for line in data.notices:
         print(f"data: {line}")
     if not config.train.density and data.kind == "table":
@@ -104,7 +109,7 @@ def _joined(given: list[str], program: str, command: Command, default: RunConfig
     if command.evaluate:
         assert old is not None
         return evaluate_run(command, dataclasses.replace(old, config=config), data, group)
-    if old is not None and dataclasses.replace(info, config=old.config) != old:
+    if old is not None and dataclasses.replace(info, config=old.config, table=info.table if old.table else ()) != old:
         raise DataError(f"the data are not those that {folder} was trained on ({old.event_shape}): put them back, or start a new run")
     if command.dry_run:
         return _dry_run(info, data, folder, group)
@@ -117,7 +122,7 @@ def _described(data: DataSplits) -> str:
 
 
 def _describe(config: RunConfig, data: DataSplits) -> RunInfo:
-    return RunInfo(config, data.event_shape, data.levels, data.context_dim, data.classes, data.columns)
+    return RunInfo(config, data.event_shape, data.levels, data.context_dim, data.classes, data.columns, data.table)
 
 
 def _train(command: Command, info: RunInfo, data: DataSplits, folder: Path, group: Group) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from cnf.datasets import celeba, images, large, pictures, supervised, tabular, t
 from cnf.datasets.files import load_path
 from cnf.datasets.splits import DataSplits, Options
 from cnf.errors import ConfigError, DataError
+from cnf.schema import TableColumn
 
 __all__ = ["DataSplits", "load", "names"]
 
@@ -48,18 +50,24 @@ def load(
     invert: bool = False,
     flip: bool | None = None,
     sizes: tuple[int, int, int] = (50_000, 5_000, 10_000),
+    columns: str | Sequence[str] | None = None,
+    drop_columns: str | Sequence[str] | None = None,
+    missing: str = "error",
+    dependent: str = "error",
+    table: tuple[TableColumn, ...] = (),
 ) -> DataSplits:
     """Load a data set by name or path.
 
     Args:
-        name_or_path: one of :func:`names`; an .npz, .npy or .csv file; a folder of PNG, JPEG, WebP, BMP or TIFF
-            images; a folder with parts called train... and test... (files or folders); or one picture, also as
+        name_or_path: one of :func:`names`; an .npz or .npy file; a table (.csv, .tsv, .csv.gz, .parquet, .xlsx); a folder of PNG, JPEG,
+            WebP, BMP or TIFF images; a folder with parts called train... and test... (files or folders); or one picture, also as
             ``picture:path``, whose darkness is a density in the plane.
         root: where named data sets are looked for and downloaded to (data/README.md gives the layout).
         seed: draws toy points, and the noise that spreads discrete columns.
         split_seed: decides random splits and what ``limit`` keeps; apart from ``seed``, so that runs share their test
             set.
-        condition: ``"label"`` for one-hot contexts, ``"target"`` for a regression's targets.
+        condition: ``"label"`` for one-hot contexts, ``"target"`` for a regression's targets, or names of a table's columns,
+            separated by commas, that are given: p(other columns | these).
         discrete: columns on a lattice: ``"dequantize"`` (one step of uniform noise), ``"keep"`` or ``"error"``.
         duplicates: exact duplicate rows of the user's own data: ``"drop"`` before splitting, or ``"keep"``.
         download: whether torchvision may download.
@@ -71,6 +79,10 @@ def load(
         flip: whether training images are flipped at random from left to right; None: as their published protocol says,
             and not where there is none.
         sizes: points of train, validation and test of a toy set.
+        columns, drop_columns: names of a table's columns to keep, or to leave out; text separated by commas, or a list.
+        missing: rows of a table with missing values: ``"error"`` or ``"drop"``.
+        dependent: columns of a table that follow from others: ``"error"`` or ``"keep"``.
+        table: the columns as a trained model knows them (``DataSplits.table``): the table is read as that model's was.
 
     Raises:
         DataError: for data that cannot be used, saying what is wrong and what to try.
@@ -82,7 +94,7 @@ def load(
     """
     options = Options(
         str(root), seed, split_seed, condition, discrete, duplicates, download, limit,
-        validation_fraction, test_fraction, nbits, image_size, invert, flip, sizes,
+        validation_fraction, test_fraction, nbits, image_size, invert, flip, sizes, columns, drop_columns, missing, dependent, table,
     )  # fmt: skip
     name = str(name_or_path)
     known = names()
@@ -128,6 +140,10 @@ _MEANT_FOR = {
     "sizes": (("toy",), "toy sets"),
     "duplicates": (("own", "tabular"), "your own data"),
     "discrete": (("own", "tabular"), "your own tables"),
+    "columns": (("own",), "your own tables"),
+    "drop_columns": (("own",), "your own tables"),
+    "missing": (("own",), "your own tables"),
+    "dependent": (("own",), "your own tables"),
     "validation_fraction": (("own",), "your own data"),
     "test_fraction": (("own",), "your own data"),
 }
@@ -135,6 +151,8 @@ _MEANT_FOR = {
 
 def _refuse_idle(options: Options, name: str, kind: str, special: str) -> None:
     """An option that would do nothing is a mistake, so it is refused."""
+    if options.condition not in (None, "label", "target") and kind != "own":
+        raise ConfigError(f"condition={options.condition!r} is not known; expected None, 'label' or 'target' (columns are for your own tables)")
     for option, (kinds, what) in _MEANT_FOR.items():
         value = getattr(options, option)
         if value != getattr(Options(), option) and kind not in kinds and special not in kinds:

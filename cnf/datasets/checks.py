@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import blake2b
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +14,9 @@ from cnf.datasets.lattice import few_distinct, lattice_step
 from cnf.datasets.rows import Array
 from cnf.datasets.splits import Options
 from cnf.errors import DataError
+from cnf.schema import TableColumn
 
-__all__ = ["as_numbers", "column_name", "dequantize", "duplicate_rows", "require_usable"]
+__all__ = ["Table", "as_numbers", "column_name", "dequantize", "duplicate_rows", "find_lattices", "require_table", "require_usable"]
 
 Table = NDArray[np.float64]
 
@@ -27,8 +30,8 @@ def column_name(columns: tuple[str, ...], j: int) -> str:
     return f"column {j}" if columns[j] == f"column {j}" else f"column {j} ({columns[j]!r})"
 
 
-def as_numbers(x: Array, name: str) -> Table:
-    """A table (N, D) in float64.
+def require_table(x: Array, name: str) -> None:
+    """Refuse an array that is no table of real numbers.
 
     Raises:
         DataError: for text, complex numbers or objects, or an array that is not two-dimensional.
@@ -42,6 +45,15 @@ def as_numbers(x: Array, name: str) -> Table:
         raise DataError(f"{name!r} has dtype {x.dtype}; expected real numbers")
     if x.shape[1] == 0:
         raise DataError(f"{name!r} has no columns; expected at least one")
+
+
+def as_numbers(x: Array, name: str) -> Table:
+    """A table (N, D) in float64.
+
+    Raises:
+        DataError: as :func:`require_table`.
+    """
+    require_table(x, name)
     return x.astype(np.float64)
 
 
@@ -68,12 +80,14 @@ def require_usable(table: Table, columns: tuple[str, ...], name: str) -> None:
             )
             hint = " (if the rows are flattened images, reshape them to (N, height, width) in the file)" if flat else ""
             raise DataError(
-                f"{column_name(columns, j)} of {name!r} is constant ({column[0]:g}); it has no density: remove it{hint}"
+                f"{column_name(columns, j)} of {name!r} is constant ({column[0]:g}); it has no density: remove it (--drop-columns){hint}"
             )
         largest = np.abs(column).max()
-        if largest > np.finfo(np.float32).max or np.spacing(np.float32(largest)) > 1e-3 * column.std():
+        with np.errstate(over="ignore"):
+            std = column.std()
+        if largest > np.finfo(np.float32).max or np.spacing(np.float32(largest)) > 1e-3 * std:
             raise DataError(
-                f"{column_name(columns, j)} of {name!r} has values up to {largest:g} but spreads by {column.std():g} "
+                f"{column_name(columns, j)} of {name!r} has values up to {largest:g} but spreads by {std:g} "
                 "only: float32 cannot resolve it; subtract its mean (or rescale it) in the file"
             )
 
@@ -115,43 +129,45 @@ def _digests(x: Array) -> NDArray[np.uint8]:
     return np.frombuffer(rows, dtype=np.uint8).reshape(len(x), 16)
 
 
-def dequantize(
-    table: Table, columns: tuple[str, ...], options: Options, epsilon: float, name: str
-) -> tuple[Table, list[str]]:
-    """Spread lattice columns over one step of uniform noise, value v to [v, v + step), as ``options.discrete`` says.
-
-    The noise depends on ``options.seed`` and the column's number only, and is drawn once: the table that is trained on,
-    validated and tested is one and the same.
+def find_lattices(
+    table: Table, columns: Sequence[TableColumn], options: Options, epsilon: float, name: str
+) -> tuple[tuple[TableColumn, ...], list[str]]:
+    """Find the columns whose values lie on a lattice, and decide by ``options.discrete`` what happens to them.
 
     Args:
         table: (N, D), distinct rows.
-        columns: their names.
+        columns: the D columns.
+        options: ``discrete`` and ``seed``.
         epsilon: relative rounding of the type that the values were stored in.
         name: of the data set, for messages.
 
     Returns:
-        The table, and a notice for each column on a lattice or with repeated values off a lattice.
+        The columns, with their steps, and a notice for each column on a lattice or with repeated values off a lattice.
 
     Raises:
         DataError: if there is such a column and ``discrete="error"``.
     """
-    table = table.copy()
-    notices, found = [], []
-    for j in range(table.shape[1]):
-        column, label = table[:, j], column_name(columns, j)
-        step = lattice_step(column, epsilon)
-        counts = np.unique(column, return_counts=True)[1]
+    notices, found, out = [], [], []
+    names = tuple(c.name for c in columns)
+    for j, known in enumerate(columns):
+        column, label = table[:, j], column_name(names, j)
+        distinct, counts = np.unique(column, return_counts=True)
+        step = known.step or lattice_step(column, epsilon)
         if step is not None:
             found.append(label)
+            origin = float(distinct[0])
+            whole = bool((distinct == np.rint(distinct)).all())
+            step = _snapped(step, whole)
             what = (
                 f"{label} has {len(counts):,} distinct values in {len(column):,} rows, on a lattice of step {step:.6g}"
             )
-            if options.discrete == "dequantize":
-                noise = np.random.default_rng([options.seed, DEQUANTIZE_STREAM, j]).random(len(column))
-                table[:, j] = column + step * noise
+            spread = options.discrete == "dequantize"
+            if spread:
                 notices.append(f"{what}: dequantised by one step of uniform noise, seed {options.seed}")
             else:
                 notices.append(f"{what}: kept, so its density is unbounded and the likelihood is not to be trusted")
+            kind: Literal["date", "discrete"] = "date" if known.kind == "date" else "discrete"
+            known = replace(known, kind=kind, step=step, origin=origin, dequantised=spread)
         elif few_distinct(len(column), len(counts)):
             found.append(label)
             notices.append(
@@ -159,14 +175,34 @@ def dequantize(
                 "is unbounded and the likelihood is not to be trusted; encode it as integers, or remove it"
             )
         elif counts.max() >= max(2.0, ATOM_SHARE * len(column)):
-            value = np.unique(column)[counts.argmax()]
+            value = distinct[counts.argmax()]
             notices.append(
                 f"{label} is {value:g} in {counts.max() / len(column):.0%} of the rows: a spike there can make "
                 "the density as high as it likes; read the likelihood with care"
             )
+        out.append(known)
     if found and options.discrete == "error":
         raise DataError(
             f"{', '.join(found)} of {name!r}: discrete values, whose density is unbounded; expected continuous columns "
             "with discrete='error'; try discrete='dequantize', or remove them"
         )
-    return table, notices
+    return tuple(out), notices
+
+
+def _snapped(step: float, whole: bool) -> float:
+    """The step without the rounding errors of its fit."""
+    nearest = float(np.rint(step)) if whole else float(f"{step:.9g}")
+    return nearest if nearest and abs(nearest - step) <= (1e-4 if whole else 1e-10) * step else step
+
+
+def dequantize(table: Table, columns: Sequence[TableColumn], seed: int) -> Table:
+    """Spread dequantised columns over one step of uniform noise, value v to [v, v + step).
+
+    The noise depends on the seed and the column's number only, and is drawn once: the table that is trained on, validated
+    and tested is one and the same.
+    """
+    table = table.copy()
+    for j, column in enumerate(columns):
+        if column.dequantised:
+            table[:, j] += column.step * np.random.default_rng([seed, DEQUANTIZE_STREAM, j]).random(len(table))
+    return table

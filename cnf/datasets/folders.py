@@ -26,12 +26,12 @@ ARRAYS = (".npy", ".npz")
 _PART = re.compile(r"(train|training|validation|valid|val|testing|test)(?![a-z])")
 
 
-def part_entries(folder: Path) -> dict[str, list[Path]]:
-    """Arrays and sub-folders whose names begin with train, val (valid, validation) or test, by part."""
+def part_entries(folder: Path, endings: tuple[str, ...] = ARRAYS) -> dict[str, list[Path]]:
+    """Arrays (or files of other ``endings``) and sub-folders whose names begin with train, val (valid, validation) or test, by part."""
     parts: dict[str, list[Path]] = {}
     for entry in sorted(folder.iterdir(), key=_natural):
         found = _PART.match(entry.name.lower())
-        if found and (entry.is_dir() or entry.suffix.lower() in ARRAYS):
+        if found and (entry.is_dir() or entry.name.lower().endswith(endings)):
             word = found[1]
             part = "validation" if word.startswith("val") else "train" if word.startswith("train") else "test"
             parts.setdefault(part, []).append(entry)

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from cnf.datasets.arrays import read_numpy, rows_of_keys
-from cnf.datasets.checks import as_numbers, column_name
+from cnf.datasets.checks import column_name
+from cnf.datasets.columns import Columns, by_schema, own_names
 from cnf.datasets.folders import ARRAYS, list_folder, stack_pictures
+from cnf.datasets.frames import TABLES, is_table, read_frame
 from cnf.datasets.pictures import SUFFIXES
 from cnf.datasets.prepared import reduce_bits
 from cnf.datasets.splits import Array, Rows, encode_labels
-from cnf.datasets.text import read_csv
+from cnf.datasets.tables import as_frame, off_lattice
 from cnf.errors import DataError
+from cnf.schema import TableColumn, conditions, data_columns, encode, plain_table
 
 __all__ = ["Items", "own_names", "read_items"]
 
@@ -31,12 +34,16 @@ class Items:
         names: of each item.
         labels: of each item, as the classes of a data set are called; None where an item has none.
         notices: what was done to them, a sentence each.
+        context: (N, C) of a table whose columns are conditions; None elsewhere.
+        steps: (N, D) of a table: the step over which training spread each value by noise, 0 for none; None elsewhere.
     """
 
     x: Tensor
     names: list[str]
     labels: list[str | None]
     notices: list[str]
+    context: Tensor | None = None
+    steps: Tensor | None = None
 
 
 def read_items(
@@ -46,8 +53,9 @@ def read_items(
     *,
     columns: Sequence[str] = (),
     image_size: int | None = None,
+    table: Sequence[TableColumn] = (),
 ) -> Items:
-    """Read .npz, .npy and .csv files, pictures, and folders of pictures, in the order given, as a model takes them.
+    """Read .npz and .npy files, tables, pictures, and folders of pictures, in the order given, as a model takes them.
 
     Args:
         paths: files and folders.
@@ -55,6 +63,7 @@ def read_items(
         levels: grey levels of the model's images; 8-bit values are cut to 2**n of them, as in training. None for rows.
         columns: names of the model's columns: a table with a header is read by name.
         image_size: centre-crop and resize pictures to this size first.
+        table: the model's columns, as training understood them, by which a table is read; ``columns`` alone if empty.
 
     Returns:
         The items; a picture is called by its path, a row or an image of an array by its file and number.
@@ -70,31 +79,42 @@ def read_items(
     names: list[str] = []
     labels: list[str | None] = []
     notices: list[str] = []
+    contexts: list[Array] = []
+    steps: list[Array] = []
+    schema = tuple(table) or plain_table(columns or [f"column {j}" for j in range(event_shape[0])])
     for path in paths:
         rows, called = _read(path, image_size)
-        x = _image(rows.x, event_shape, levels, path, called) if levels else _rows(rows, event_shape, columns, path)
+        if levels:
+            x = _image(rows.x, event_shape, levels, path, called)
+        else:
+            found = _rows(rows, schema, path)
+            x, said = _finite(found, schema, path), [*found.notices]
+            odd_columns = off_lattice(data_columns(schema), found.table)
+            step = np.array([c.step if c.dequantised and c.name not in odd_columns else 0.0 for c in data_columns(schema)])
+            steps.append(np.broadcast_to(step, x.shape))
+            said += [f"column {c!r} of {str(path)!r} has values between the steps of training: scored as they are, without noise" for c in odd_columns]
+            if step.any():
+                spread = ", ".join(repr(c.name) for c, one in zip(data_columns(schema), step, strict=True) if one)
+                said.append(
+                    f"columns {spread} are scored as training saw them: spread over one step by uniform noise, the mean over draws; "
+                    "the figure is a density, of a step of 1 also the probability"
+                )
+            if found.given:
+                contexts.append(encode(schema, found.given))
+            notices += said
         parts.append(x)
         names += called or [f"{path}:{i}" for i in range(len(x))]
         labels += [None] * len(x) if rows.labels is None else _label_names(rows.labels)
         # where the model's own scale is not 8-bit, dark is no wonder
         odd = levels is not None and not _is_power(levels)
         notices += [line for line in rows.notices if not (odd and line.startswith("the highest grey level"))]
-        if levels and x.shape[1] > rows.x.shape[1]:
+        if levels and called and x.shape[1] > rows.x.shape[1]:
             notices.append(f"the grey pictures of {str(path)!r} are read as RGB, as those among colour pictures are")
     if not names:
         raise DataError(f"{', '.join(map(str, paths)) or 'no file'}: no items to score")
     x = np.ascontiguousarray(np.concatenate(parts))
-    return Items(torch.from_numpy(x), names, labels, list(dict.fromkeys(notices)))
-
-
-def own_names(columns: Sequence[str]) -> bool:
-    """Whether columns have names of their own, and are not merely numbered.
-
-    Example:
-        >>> own_names(["column 0", "column 1"]), own_names(["age", "height"])
-        (False, True)
-    """
-    return any(name != f"column {j}" for j, name in enumerate(columns))
+    context, spread_over = (torch.from_numpy(np.concatenate(p).astype(np.float32)) if p else None for p in (contexts, steps))
+    return Items(torch.from_numpy(x), names, labels, list(dict.fromkeys(notices)), context, spread_over)
 
 
 def _read(path: Path, image_size: int | None) -> tuple[Rows, list[str]]:
@@ -111,12 +131,12 @@ def _read(path: Path, image_size: int | None) -> tuple[Rows, list[str]]:
         x, notices = stack_pictures(files, image_size, name)
         labels = np.array(found.labels) if found and found.labels else None
         return Rows(x, labels, (), notices), [str(f) for f in files]
-    if suffix == ".csv":
-        table, columns = read_csv(path)
-        return Rows(table, None, columns), []
+    if is_table(path):
+        frame, notices = read_frame(path)
+        return Rows(frame, None, tuple(frame.columns), notices), []
     if suffix not in ARRAYS:
         raise DataError(
-            f"{name!r} is no known kind of data; expected .npz, .npy, .csv, .png, .jpg, .webp, .bmp, .tif or a folder"
+            f"{name!r} is no known kind of data; expected .npz, .npy, {', '.join(TABLES)}, .png, .jpg, .webp, .bmp, .tif or a folder"
         )
     parts = rows_of_keys(read_numpy(path), name)
     if set(parts) != {"all"}:
@@ -160,30 +180,33 @@ def _image(x: Array, event_shape: tuple[int, ...], levels: int, path: Path, pict
     return x
 
 
-def _rows(rows: Rows, event_shape: tuple[int, ...], columns: Sequence[str], path: Path) -> Array:
-    """float32 rows, their columns in the model's order."""
-    name, width = str(path), event_shape[0]
-    if rows.x.ndim == 4:
+def _rows(rows: Rows, schema: Sequence[TableColumn], path: Path) -> Columns:
+    """The model's columns of a table."""
+    name, width = str(path), len(data_columns(schema))
+    if getattr(rows.x, "ndim", 2) == 4:
         raise DataError(f"{name!r} holds images, but the model has rows of {width} numbers")
-    table, found = as_numbers(rows.x, name), rows.columns
-    named = f" ({', '.join(columns)})" if own_names(columns) else ""
-    if table.shape[1] != width:
-        raise DataError(f"{name!r} has {table.shape[1]} columns, but the model has {width}{named}")
-    if named and own_names(found):
-        if set(found) != set(columns):
-            odd = next(c for c in found if c not in columns)
-            raise DataError(
-                f"{name!r} has a column {odd!r}, which the model lacks{named}; without a header they go by their order"
-            )
-        table = table[:, [found.index(c) for c in columns]]
+    frame = as_frame(rows, name)
+    label = next((c.name for c in conditions(schema) if c.name == "label"), None)
+    if label and rows.labels is not None and label not in frame.columns:
+        frame = frame.set_axis([c.name for c in data_columns(schema)], axis=1).assign(label=rows.labels) if frame.shape[1] == width else frame
+    return by_schema(frame, schema, name)
+
+
+def _finite(found: Columns, schema: Sequence[TableColumn], path: Path) -> Array:
+    """float32 rows.
+
+    Raises:
+        DataError: for values that are not finite, those of conditions included.
+    """
+    name, labels = str(path), tuple(c.name for c in (*data_columns(schema), *conditions(schema)))
+    table = np.column_stack([found.table, *found.given.values()]) if found.given else found.table
     with np.errstate(over="ignore"):
         x = table.astype(np.float32)
     bad = np.argwhere(~np.isfinite(x))
     if len(bad):
         row, j = (int(i) for i in bad[0])
-        labels = tuple(columns) or found or tuple(f"column {i}" for i in range(width))
         raise DataError(
             f"{name!r} has {len(bad):,} values that are NaN, infinite or beyond float32, the first in row {row} "
             f"({name}:{row}), {column_name(labels, j)}: {table[row, j]:g}; remove those rows or fill them in"
         )
-    return x
+    return x[:, : found.table.shape[1]]

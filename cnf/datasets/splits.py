@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cnf.datasets.rows import Array, is_mapped
 from cnf.errors import ConfigError, DataError
+from cnf.schema import TableColumn
 
 __all__ = [
     "Array",
@@ -41,13 +42,15 @@ class DataSplits:
             more may be a memory map of its file: an ordinary tensor, of which only the rows that are read come into
                 memory.
         train_context, validation_context, test_context: what is given with each item, float32: one-hot labels
-            (N, len(classes)), or a regression's targets (N, targets); or None.
+            (N, len(classes)), a regression's targets (N, targets), or the columns that a table is conditioned on; or None.
         classes: names of the labels in the order of the one-hot columns; filled whenever the data set has labels.
         columns: names of a table's columns.
         levels: number of grey levels of an image channel; None for vectors.
         entropy: the true differential entropy in nats where it is known.
         notices: what was done and should be reported, a sentence each.
         flip: whether horizontal flips of training images are part of the published protocol.
+        table: the columns of the user's own table, as they were understood.
+        report: those columns as lines of text.
 
     Example:
         >>> from cnf import datasets
@@ -70,6 +73,8 @@ class DataSplits:
     entropy: float | None = None
     notices: tuple[str, ...] = ()
     flip: bool = False
+    table: tuple[TableColumn, ...] = ()
+    report: str = ""
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -78,7 +83,7 @@ class DataSplits:
 
     @property
     def context_dim(self) -> int:
-        """Number of context columns: classes or targets; 0 without."""
+        """Number of context columns: classes, targets or conditions; 0 without."""
         return 0 if self.train_context is None else int(self.train_context.shape[1])
 
 
@@ -101,10 +106,15 @@ class Options:
     invert: bool = False
     flip: bool | None = None
     sizes: tuple[int, int, int] = (50_000, 5_000, 10_000)
+    columns: str | Sequence[str] | None = None
+    drop_columns: str | Sequence[str] | None = None
+    missing: str = "error"
+    dependent: str = "error"
+    table: tuple[TableColumn, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.condition not in (None, "label", "target"):
-            raise ConfigError(f"condition={self.condition!r} is not known; expected None, 'label' or 'target'")
+        _one_of("missing", self.missing, ("error", "drop"))
+        _one_of("dependent", self.dependent, ("error", "keep"))
         _one_of("discrete", self.discrete, ("dequantize", "keep", "error"))
         _one_of("duplicates", self.duplicates, ("drop", "keep"))
         for name in ("seed", "split_seed"):
@@ -136,13 +146,13 @@ class Rows:
     """Rows as read from somewhere, before they are checked and split.
 
     Attributes:
-        x: (N, D) numbers, or uint8 images (N, C, H, W).
+        x: (N, D) numbers, a pandas frame of a table as it was read, or uint8 images (N, C, H, W).
         labels: (N,) integers or strings, or None.
         columns: names of the columns of a table.
         notices: what the reader did.
     """
 
-    x: Array
+    x: Any  # an array, or a pandas frame
     labels: Array | None = None
     columns: tuple[str, ...] = ()
     notices: list[str] = field(default_factory=list)
@@ -160,7 +170,7 @@ def split_rows(n: int, options: Options) -> tuple[list[Array], str]:
         DataError: with fewer than ten rows.
     """
     if n < MINIMUM_ROWS:
-        raise DataError(f"the data set has {n} rows (duplicates dropped); expected at least {MINIMUM_ROWS} to split")
+        raise DataError(f"the data set has {n} rows (duplicates dropped, unless duplicates='keep'); expected at least {MINIMUM_ROWS} to split")
     test, validation = (max(1, round(n * f)) for f in (options.test_fraction, options.validation_fraction))
     order = np.random.default_rng(options.split_seed).permutation(n)
     parts = [order[test + validation :], order[test : test + validation], order[:test]]
@@ -197,14 +207,19 @@ def assemble(
     *,
     codes: Sequence[Array] | None = None,
     targets: Sequence[Array] | None = None,
+    given: Sequence[Array] | None = None,
     classes: tuple[str, ...] = (),
     columns: tuple[str, ...] = (),
     levels: int | None = None,
     entropy: float | None = None,
     notices: Sequence[str] = (),
     flip: bool = False,
+    table: tuple[TableColumn, ...] = (),
+    report: str = "",
 ) -> DataSplits:
     """Build the :class:`DataSplits`: apply ``limit`` and ``condition``, convert to tensors, report the sizes.
+
+    ``given`` are the contexts of the parts where a table is conditioned on columns; ``report`` describes its columns.
 
     Raises:
         DataError: if ``condition`` asks for labels (targets) and there are none, or a part is empty.
@@ -213,21 +228,24 @@ def assemble(
     for which, part in (("training", train), ("validation", validation), ("test", test)):
         if len(part) == 0:
             raise DataError(f"the {which} part of {name!r} is empty; expected at least one row")
-    report = [*notices, f"{len(train):,} training, {len(validation):,} validation, {len(test):,} test rows"]
+    said = [*notices, f"{len(train):,} training, {len(validation):,} validation, {len(test):,} test rows"]
     if options.limit is not None and options.limit < len(train):
         kept = np.random.default_rng(options.split_seed).permutation(len(train))[: options.limit]
         train = train[kept]
         codes = None if codes is None else [codes[0][kept], *codes[1:]]
         targets = None if targets is None else [targets[0][kept], *targets[1:]]
-        report.append(
+        given = None if given is None else [given[0][kept], *given[1:]]
+        said.append(
             f"only {options.limit:,} of the training rows are used (limit), chosen by split_seed {options.split_seed}"
         )
     contexts: list[Tensor | None] = [None, None, None]
-    if options.condition == "label":
+    if given is not None:
+        contexts = [_tensor(c) for c in given]
+    elif options.condition == "label":
         if codes is None:
             raise DataError(
                 f"--condition label or --objective classification needs labels, and {name!r} has none; give an .npz file with the key 'labels', "
-                "or a folder whose sub-folders are the classes"
+                "a folder whose sub-folders are the classes, or a table with a column label (--condition COLUMNS takes any columns)"
             )
         eye = torch.eye(len(classes))
         contexts = [eye[torch.from_numpy(np.asarray(c, dtype=np.int64))] for c in codes]
@@ -248,8 +266,10 @@ def assemble(
         columns=columns,
         levels=levels,
         entropy=entropy,
-        notices=tuple(report),
+        notices=tuple(said),
         flip=flip if options.flip is None else options.flip,
+        table=table,
+        report=report,
     )
 
 

@@ -1,23 +1,34 @@
-"""Tables in text files."""
+"""Tables in text files: the dialect is found, the lines are bounded and counted, and pandas parses the cells."""
 
 from __future__ import annotations
 
 import csv
+import gzip
+import io
+import re
+import zlib
 from array import array
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TYPE_CHECKING, TextIO, cast
 
 import numpy as np
 
+from cnf.datasets.dialect import DATE, Dialect, find_dialect, is_number, unique_names
 from cnf.datasets.rows import Array
 from cnf.errors import DataError
-from cnf.strangers import require_file
+from cnf.strangers import BOMB_BYTES, BOMB_RATIO, memory, require_file
 
-__all__ = ["bounded_lines", "read_csv"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["MISSING", "bounded_lines", "read_csv", "read_text"]
 
 LONGEST = 2**24  # characters of a line: a million columns
+HEAD_LINES, HEAD_CHARACTERS = 50, 2**20  # that the dialect is found from
+MISSING = ["?", "-"]  # beside pandas' own: "", NA, N/A, NaN, null, None, ...
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 
 def bounded_lines(file: TextIO) -> Iterator[str]:
@@ -35,73 +46,195 @@ def bounded_lines(file: TextIO) -> Iterator[str]:
 
 
 def read_csv(path: Path) -> tuple[Array, tuple[str, ...]]:
-    """A table (N, D) in float64 and its column names. The first row is a header if none of its cells is a number.
-
-    Cells are parted by semicolons or tabs if the first line has any, else by commas. Rows are read one by one: the file
-    may be much larger, as text, than its numbers.
+    """A table (N, D) of numbers in float64 and its column names; missing values are NaN.
 
     Raises:
         DataError: for an unreadable or empty file, rows of unequal length, or a cell that is no number.
     """
-    require_file(path, DataError)
-    numbers, columns, width = array("d"), (), 0  # type: tuple[array[float], tuple[str, ...], int]
+    from cnf.datasets.frames import numbers
+
+    frame, _ = read_text(path)
+    return numbers(frame, str(path)), tuple(frame.columns)
+
+
+def read_text(path: Path) -> tuple[pd.DataFrame, list[str]]:
+    """A csv or tsv file, perhaps compressed by gzip, as a frame of numbers and text, and what was done, a sentence each.
+
+    Delimiter (comma, semicolon, tab, bar or spaces), quotes, encoding (UTF-8, UTF-16, Windows-1252), Excel's ``sep=`` and
+    comment lines are recognised. The first row is a header if none of its cells is a number or a date. The frame's index
+    holds line numbers.
+
+    Raises:
+        DataError: for an unreadable or empty file, a line without end, or rows of unequal length.
+    """
+    size = require_file(path, DataError)
+    problem: Exception = ValueError("it is empty")
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            for i, row in _rows(file):
-                if not width:
-                    width = len(row)
-                    if not any(_is_number(cell) for cell in row):
-                        columns = tuple(cell.strip() or f"column {j}" for j, cell in enumerate(row))
-                        continue
-                if len(row) != width:
-                    raise DataError(f"row {i} of {str(path)!r} has {len(row)} cells; expected {width}")
+        for encoding in _encodings(path):
+            try:
+                with _open(path) as raw, io.TextIOWrapper(raw, encoding=encoding, newline="") as file:
+                    frame, notices = _parse(path, size, file)
+                if encoding == "cp1252":
+                    notices.append(f"{str(path)!r} is not UTF-8 and is read as Windows-1252 (latin-1)")
+                return frame, notices
+            except UnicodeError as error:
+                problem = error
+    except DataError:
+        raise
+    except (OSError, EOFError, zlib.error, csv.Error, ValueError, RuntimeError) as error:  # pandas' errors are ValueErrors
+        problem = error
+    raise DataError(f"{str(path)!r} cannot be read as a csv file: {problem}") from None
+
+
+def _open(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _encodings(path: Path) -> tuple[str, ...]:
+    with _open(path) as raw:
+        start = raw.read(4096)
+    if start.startswith(b"\xef\xbb\xbf"):
+        return ("utf-8-sig",)
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return ("utf-16",)
+    for encoding, zeros, others in (("utf-16-le", start[1::2], start[::2]), ("utf-16-be", start[::2], start[1::2])):
+        if zeros.count(0) > 0.3 * len(zeros) and others.count(0) <= 0.01 * len(others):
+            return (encoding,)
+    return ("utf-8", "cp1252")
+
+
+class _Table:
+    """The rows of a text file, each checked to have as many cells as the others, in a dialect that pandas is told.
+
+    Args:
+        path: of the file.
+        size: its bytes.
+        file: open as text.
+    """
+
+    def __init__(self, path: Path, size: int, file: TextIO):
+        self.path, self.size, self.number = path, size, 0
+        self.lines = self._checked(file)
+        head, length = [], 0
+        for line in self.lines:
+            head.append(line)
+            length += len(line)
+            if len(head) == HEAD_LINES or length > HEAD_CHARACTERS:
+                break
+        self.number = 0
+        begun = [line for line in head if line.strip(" \r\n") and not line.startswith("#")]
+        declared = re.fullmatch(r'"?sep=(.)"?\s*', begun[0], re.IGNORECASE) if begun else None
+        self.dialect = Dialect(declared[1]) if declared else find_dialect(begun)
+        self.lines = self._numbered(chain(head, self.lines))
+        self.names: list[str] | None = None
+        self.notices: list[str] = []
+        self.width, self.comments = 0, 0
+        self.numbers = array("q")  # of the line on which each row begins
+        self.text = self._records(declared is not None)
+
+    def _checked(self, file: TextIO) -> Iterator[str]:
+        limit, total = memory(), 0
+        for number, line in enumerate(bounded_lines(file), 1):
+            total += len(line)
+            if total > limit or (total > BOMB_BYTES and total > BOMB_RATIO * self.size):
+                raise DataError(f"{str(self.path)!r} unpacks to more than {total:,} characters, {total // max(self.size, 1):,} times its size: a bomb?")
+            if _CONTROL.search(line):
+                raise DataError(f"{str(self.path)!r} cannot be read as a csv file: line {number} holds a control character, which no text has")
+            yield line
+
+    def _numbered(self, lines: Iterable[str]) -> Iterator[str]:
+        for line in lines:
+            self.number += 1
+            yield line
+
+    def _records(self, declared: bool) -> Iterator[str]:
+        """Every row as a line; the header becomes ``names``."""
+        comment, quote, delimiter = "", self.dialect.quote, self.dialect.delimiter
+        header = True  # nothing but comments so far
+        for line in self.lines:
+            number = self.number
+            if line.startswith("#"):
+                comment, self.comments = line if header else comment, self.comments + 1
+                continue
+            if not line.strip(" \r\n"):
+                continue
+            if declared:
+                declared = False
+                continue
+            if delimiter == " ":
+                line = " ".join(line.split())
+            if header or quote in line:
                 try:
-                    numbers.extend(map(float, row))
-                    if "_" in "".join(row):  # Python reads 1_0 as ten
-                        raise ValueError
-                except ValueError:
-                    raise DataError(_complaint(path, i, row, columns)) from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{str(path)!r} cannot be read as a csv file: {error}") from error
-    if not numbers:
-        raise DataError(f"{str(path)!r} has no rows of numbers")
-    columns = columns or tuple(f"column {j}" for j in range(width))
-    count = Counter(columns)
-    if len(count) < width:
-        columns = tuple(f"{c} ({j})" if count[c] > 1 else c for j, c in enumerate(columns))
-    return np.array(numbers).reshape(-1, width), columns
+                    cells = self.dialect.cells(chain([line], self.lines))
+                except csv.Error as error:
+                    raise DataError(f"{str(self.path)!r} cannot be read as a csv file: {error} (row {number})") from None
+                line, count = self.dialect.write(cells), len(cells)
+            else:
+                line, count = line.rstrip("\r\n") + "\n", line.count(delimiter) + 1
+            if header:
+                header, self.width = False, count
+                if self._take_header([cell.strip() for cell in cells], comment):
+                    continue
+            if count == self.width + 1 and self.names and not self.numbers and not line.endswith(f"{delimiter}\n"):
+                self.names, self.width = ["", *self.names], count  # R gives its row names no name
+                self.notices.append(f"the header of {str(self.path)!r} has one name fewer than its rows have cells: the first column has no name")
+            if count != self.width:
+                raise DataError(f"row {number} of {str(self.path)!r} has {count} cells; expected {self.width}")
+            self.numbers.append(number)
+            yield line
 
-
-def _rows(file: TextIO) -> Iterator[tuple[int, list[str]]]:
-    """Numbered rows that are not empty."""
-    lines = bounded_lines(file)
-    first = next(lines, "")
-    delimiter = next((d for d in ";\t" if d in first), ",")
-
-    def all_lines() -> Iterator[str]:
-        yield first
-        yield from lines
-
-    for i, row in enumerate(csv.reader(all_lines(), delimiter=delimiter), start=1):
-        if row:
-            yield i, row
-
-
-def _complaint(path: Path, i: int, row: list[str], columns: tuple[str, ...]) -> str:
-    j = next(j for j, cell in enumerate(row) if not _is_number(cell))
-    cell = row[j]
-    advice = "encode categories as integers; if this row is a header, none of its names may be a number"
-    if not cell.strip():
-        advice = "the cell is empty: fill it in, or remove the row"
-    elif "," in cell and _is_number(cell.replace(",", ".")):
-        advice = "write decimals with a point"
-    where = columns[j] if columns else f"column {j}"
-    return f"row {i}, column {where!r} of {str(path)!r} is {cell!r}; expected a number ({advice})"
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
+    def _take_header(self, cells: list[str], comment: str) -> bool:
+        """Whether the first row is a header; NumPy writes one as a comment."""
+        if not any(is_number(cell) or DATE.fullmatch(cell) for cell in cells):
+            self.names = cells
+            return True
+        if comment:
+            told = [cell.strip() for cell in self.dialect.cells([comment.lstrip("# ")])]
+            if len(told) == len(cells) and not any(map(is_number, told)):
+                self.names, self.comments = told, self.comments - 1
         return False
-    return "_" not in cell
+
+
+class _Stream(io.TextIOBase):
+    """Lines as a file, for pandas."""
+
+    def __init__(self, lines: Iterator[str]):
+        self.source = lines
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1, /) -> str:
+        parts, length = [], 0
+        for line in self.source:
+            parts.append(line)
+            length += len(line)
+            if size is not None and 0 <= size <= length:
+                break
+        return "".join(parts)
+
+
+def _parse(path: Path, size: int, file: TextIO) -> tuple[pd.DataFrame, list[str]]:
+    import pandas as pd
+
+    table = _Table(path, size, file)
+    start = next(table.text, None)
+    if start is None:
+        raise DataError(f"{str(path)!r} has no rows of numbers")
+    # from 3.1 on pandas always reads the number that was written
+    version = tuple(int(part) for part in pd.__version__.split(".")[:2] if part.isdigit())
+    exact = {} if version >= (3, 1) else {"float_precision": "round_trip"}
+    frame: pd.DataFrame = pd.read_csv(
+        _Stream(chain([start], table.text)), header=None, names=list(range(table.width)), index_col=False,
+        sep=table.dialect.delimiter, quotechar=table.dialect.quote, skipinitialspace=True, skip_blank_lines=False,
+        na_values=MISSING, low_memory=False, engine="c", **exact,
+    )  # fmt: skip
+    frame.columns = pd.Index(unique_names(table.names, table.width), dtype=object)
+    frame.index = pd.Index(np.frombuffer(table.numbers, dtype=np.int64), name="row")
+    frame.attrs["comma"] = table.dialect.delimiter != ","  # then commas in cells are decimal ones
+    frame.attrs["rows"] = len(frame)
+    if table.names is None:
+        table.notices.append(f"{str(path)!r} has no header, since its first row holds a number: columns are numbered")
+    if table.comments:
+        table.notices.append(f"{table.comments:,} comment lines of {str(path)!r}, which begin with #, are passed over")
+    return frame, table.notices

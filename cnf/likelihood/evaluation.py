@@ -136,6 +136,7 @@ def evaluate(
     batch_size: int | None = None,
     index: Tensor | None = None,
     group: Group = ALONE,
+    steps: Tensor | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Evaluation:
     r"""The negative log-likelihood of every item, no batch dropped, sums in double precision.
@@ -156,6 +157,8 @@ def evaluate(
         index: (N,) the items' numbers in their split, by which their noise is drawn; 0, 1, ... if None.
         group: processes that all call this with the same arguments: the batches are dealt out, and each gets the whole result,
             to the last bit that of one process (of the same kind).
+        steps: (N, D) of vectors: uniform noise on [0, step) is added to each value, anew at each draw; 0 for values without a
+            step. The mean of the draws' log-densities bounds ln of the mean density over a step from below.
         progress: called with the number of this process's solves that are done and of all of them, before the first and after
             each (such as :meth:`cnf.progress.Progress.update`).
 
@@ -176,6 +179,12 @@ def evaluate(
     if draws < 1 or importance < 1 or (batch_size is not None and batch_size < 1):
         raise ConfigError(f"draws={draws}, importance={importance}, batch_size={batch_size}: each must be at least 1")
     kind = _kind(flow, x, dequantisation)
+    if steps is not None and bool((steps > 0).any()):
+        if flow.levels is not None or steps.shape != x.shape:
+            raise ConfigError(f"steps have shape {tuple(steps.shape)}, but x has {tuple(x.shape)}; they are for vectors, one for each value")
+        kind = "uniform"
+    else:
+        steps = None
     if flow.levels is not None:
         flow.require_unit_interval(x)
     spread = kind in ("uniform", *OWN.values())
@@ -200,7 +209,8 @@ def evaluate(
             items = cast(list[int], index[rows].tolist())
             total: Tensor | None = None
             for sample in range(importance):
-                one, stats = _log_prob(flow, x[rows], given, ItemNoise(seed, items, number, sample), kind)
+                noise, own = ItemNoise(seed, items, number, sample), None if steps is None else steps[rows]
+                one, stats = _log_prob(flow, x[rows], given, noise, kind, own)
                 cost[:, place, sample] = torch.tensor([stats.nfe, stats.products])
                 total = one if total is None else torch.logaddexp(total, one)
                 done += 1
@@ -247,9 +257,13 @@ def _kind(flow: Flow, x: Tensor, wanted: str | None) -> str:
     return wanted or own
 
 
-def _log_prob(flow: Flow, x: Tensor, context: Tensor | None, noise: Noise, kind: str) -> tuple[Tensor, Stats]:
+def _log_prob(
+    flow: Flow, x: Tensor, context: Tensor | None, noise: Noise, kind: str, steps: Tensor | None = None
+) -> tuple[Tensor, Stats]:
     """log p of one batch (N,), float64 on the CPU, on the pixels' scale for images; and what its solve cost."""
     like = flow.like
+    if steps is not None:
+        x = x + steps.to(x) * noise.draw("dequantize", "uniform", x.shape, dtype=x.dtype, device=x.device)
     x = x.to(like) if x.is_floating_point() else x.to(like.device)
     context = None if context is None else context.to(like)
     shift = 0.0

@@ -61,6 +61,7 @@ def rank(
     seed: int = 0,
     batch_size: int | None = None,
     group: Group = ALONE,
+    steps: Tensor | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Ranking:
     """Sort items by their likelihood, least likely first.
@@ -76,7 +77,7 @@ def rank(
         names: of the items; their numbers if None.
         context: (N, C), (C,) or None.
         reference: (M,) scores of known items in the same unit, such as the per-item scores of a test split.
-        draws, importance, dequantisation, seed, batch_size, group, progress: as for :func:`~cnf.likelihood.evaluate`.
+        draws, importance, dequantisation, seed, batch_size, group, steps, progress: as for :func:`~cnf.likelihood.evaluate`.
 
     Raises:
         ConfigError: for names that do not fit the items.
@@ -92,7 +93,7 @@ def rank(
         raise ConfigError(f"names are {len(names)}, but there are {len(x)} items")
     found = evaluate(
         flow, x, context, draws=draws, importance=importance, dequantisation=dequantisation, seed=seed,
-        batch_size=batch_size, group=group, progress=progress,
+        batch_size=batch_size, group=group, steps=steps, progress=progress,
     )  # fmt: skip
     scores, order = found.per_item.sort(descending=True, stable=True)
     labels = [str(i) for i in range(len(x))] if names is None else list(names)

@@ -15,7 +15,7 @@ from cnf.errors import ConfigError
 from cnf.fields import MLP, PERIODS, ConvField, Denoiser, Schedule, SqueezeSum, UNet
 from cnf.flow import Flow
 from cnf.models.augmented import check_drive_settings, hyper_mlp, layer, time_path
-from cnf.models.solving import SolverConfig, autocast, divergence, eval_solver, train_solver
+from cnf.models.solving import LATER, SolverConfig, autocast, divergence, eval_solver, train_solver
 from cnf.multiscale import multiscale
 from cnf.transforms import CenterShift, Dequantize, Gaussianize, Logit, Sequential, Squeeze, Standardize, Transform
 
@@ -82,11 +82,11 @@ class ModelConfig:
     """--drive hyper, both: 0 for a full generator (m + 1 times the weights), or the rank of a small one."""
     drive_start: Literal["zero", "learned"] = "zero"
     """--drive: a(0)."""
-    drive_hidden: int = 0
+    drive_hidden: int = setting(default=0, metadata=LATER)
     """--drive: width of the hidden layer of g, where da/dt = g(a); that of a if 0."""
-    drive_nonlinearity: Literal["tanh", "softplus", "elu", "swish", "relu"] = "tanh"
+    drive_nonlinearity: Literal["tanh", "softplus", "elu", "swish", "relu"] = setting(default="tanh", metadata=LATER)
     """--drive: g's activation."""
-    generator: tuple[int, ...] = (32, 32)
+    generator: tuple[int, ...] = setting(default=(32, 32), metadata=LATER)
     """--field hypernet: widths of the generator's tanh layers."""
     augment: int = 0
     """node: zero features (channels) appended to the event."""

@@ -12,7 +12,9 @@ from cnf.divergence import Divergence, Exact, Hutchinson
 from cnf.flow import Flow
 from cnf.solvers import Adaptive, FixedGrid, Reversible, Solver
 
-__all__ = ["SolverConfig", "autocast", "divergence", "eval_solver", "slow_bf16", "train_solver"]
+__all__ = ["LATER", "SolverConfig", "autocast", "divergence", "eval_solver", "slow_bf16", "train_solver"]
+
+LATER = {"optional": True}  # metadata of a setting that older run folders lack: they have its default
 
 
 @dataclass(frozen=True)

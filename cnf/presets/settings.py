@@ -8,6 +8,7 @@ from typing import Literal
 import tyro
 
 from cnf.models import ModelConfig, SolverConfig
+from cnf.models.solving import LATER
 
 __all__ = ["DataConfig", "Preset", "RunConfig", "TrainConfig"]
 
@@ -17,7 +18,8 @@ class DataConfig:
     """Which data."""
 
     data: str = "digits"
-    """A known data set (digits, 8gaussians, mnist, miniboone, ...) or a path: .npz, .npy, .csv, a folder, one picture."""
+    """A known data set (digits, 8gaussians, mnist, miniboone, ...) or a path: .npz, .npy, a table (.csv, .tsv, .csv.gz, .parquet, .xlsx), a
+    folder, one picture."""
     data_root: str = "data"
     """Folder where named data sets are looked for and downloaded to."""
     download: bool = True
@@ -30,8 +32,9 @@ class DataConfig:
     """Share of your own data that is held out for validation."""
     test_fraction: float = 0.1
     """Share of your own data that is held out for the test."""
-    condition: Literal["none", "label"] = "none"
-    """label: one-hot classes as context (npz 'labels', sub-folder names)."""
+    condition: str = "none"
+    """label: one-hot classes as context (npz 'labels', sub-folder names). COLUMNS, separated by commas: those of a table, for p(others | COLUMNS);
+    numbers are standardised, text is one-hot."""
     discrete: Literal["dequantize", "keep", "error"] = "dequantize"
     """Table columns on a lattice: add one step of uniform noise, keep, or refuse."""
     duplicates: Literal["drop", "keep"] = "drop"
@@ -48,6 +51,14 @@ class DataConfig:
     """One picture as a density: light is dense instead of dark."""
     toy_sizes: tuple[int, int, int] = (50_000, 5_000, 10_000)
     """Points of a toy set for training, validation and test."""
+    columns: str | None = field(default=None, metadata=LATER)
+    """Columns of your own table to keep, separated by commas; all if not given."""
+    drop_columns: str | None = field(default=None, metadata=LATER)
+    """Columns of your own table to leave out, separated by commas."""
+    missing: Literal["error", "drop"] = field(default="error", metadata=LATER)
+    """Rows of your own table with missing values: refuse, or drop them."""
+    dependent: Literal["error", "keep"] = field(default="error", metadata=LATER)
+    """Columns of your own table that follow from others (a copy, a sum, shares of 100 %): refuse, or keep them."""
 
 
 @dataclass(frozen=True)

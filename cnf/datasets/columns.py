@@ -1,0 +1,276 @@
+"""The columns of a table: which are modelled, given or left out, and their values as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cnf.datasets.checks import Table, column_name
+from cnf.datasets.frames import typed
+from cnf.datasets.identifiers import UNNAMED, identifies, is_index, is_text, is_whole
+from cnf.datasets.rows import Array
+from cnf.datasets.splits import Options
+from cnf.errors import ConfigError, DataError
+from cnf.schema import MAXIMUM_CATEGORIES, TableColumn, conditions, data_columns, split_names
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Columns", "by_schema", "own_names", "understand"]
+
+DAY = np.timedelta64(1, "D")
+
+
+@dataclass
+class Columns:
+    """A table's columns, understood.
+
+    Attributes:
+        schema: every column of the table, in its order.
+        table: (N, D) numbers of those that are modelled.
+        given: of each condition, (N,) numbers, or numbers of categories.
+        rows: (N,) which rows of the file these are: all, but for those dropped with missing values.
+        notices: what was done, a sentence each.
+    """
+
+    schema: tuple[TableColumn, ...]
+    table: Table
+    given: dict[str, Array]
+    rows: Array
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the columns that are modelled."""
+        return tuple(c.name for c in data_columns(self.schema))
+
+
+def own_names(columns: Sequence[str]) -> bool:
+    """Whether columns have names of their own, and are not merely numbered.
+
+    Example:
+        >>> own_names(["column 0", "column 1"]), own_names(["age", "height"])
+        (False, True)
+    """
+    return any(name != f"column {j}" for j, name in enumerate(columns))
+
+
+def understand(frame: pd.DataFrame, options: Options, name: str, *, label: bool = False) -> Columns:
+    """Select, convert and classify the columns of a table that is to be trained on.
+
+    Args:
+        frame: the table as it was read.
+        options: ``columns``, ``drop_columns``, ``condition`` and ``missing``.
+        name: of the data set, for messages.
+        label: the condition is the column of that name, whose whole numbers are classes.
+
+    Raises:
+        DataError: for missing values, text that is to be modelled, or unknown columns.
+        ConfigError: for options that contradict each other.
+    """
+    used, given, explicit = _selection(list(frame.columns), options, name, label)
+    notices: list[str] = []
+    roles: dict[str, TableColumn] = {c: TableColumn(c, "left out", "unused") for c in frame.columns if c not in used}
+    values: dict[str, pd.Series] = {}
+    for column in used:
+        series, said = typed(frame[column], name)
+        if UNNAMED.fullmatch(column) and column not in explicit and (bool(series.isna().all()) or is_index(series)):
+            roles[column] = TableColumn(column, "left out", "identifier", _type(series))
+            what = "is empty" if bool(series.isna().all()) else "is a row number or index"
+            notices.append(f"column {column!r} has no name in the file and {what}: left out (--columns keeps it)")
+            continue
+        notices += said
+        values[column] = series
+    rows, said = _missing(frame, values, options, name)
+    notices += said
+    refused: list[tuple[str, str]] = []
+    for column, series in values.items():
+        if len(rows) < len(frame):
+            series = values[column] = series.iloc[rows].infer_objects()
+        if column in given:
+            roles[column] = _condition(column, series, name, classes=label)
+            if roles[column].kind == "date":
+                notices.append(f"column {column!r} holds dates, which enter as days since {_day(roles[column].epoch)}")
+        elif column not in explicit and (why := identifies(column, series)):
+            roles[column] = TableColumn(column, "left out", "identifier", _type(series))
+            notices.append(f"column {column!r} {why}: an identifier or row number, left out (--columns keeps it)")
+        elif is_text(series):
+            refused.append((column, f"{column!r} ({_few(series)})"))
+        else:
+            roles[column] = _data(column, series)
+            if roles[column].kind == "date":
+                notices.append(f"column {column!r} holds dates: converted to days since {_day(roles[column].epoch)}")
+    if refused:
+        names = ",".join(column for column, _ in refused)
+        raise DataError(
+            f"{name!r} has text in {'columns' if len(refused) > 1 else 'column'} {', '.join(text for _, text in refused)}, which has no density: condition on it "
+            f"(--condition {names}), leave it out (--drop-columns {names}), or encode it as integers (quantities: as numbers without units; dates: as 2024-01-31)"
+        )
+    schema = tuple(roles[c] for c in frame.columns)
+    modelled = data_columns(schema)
+    if not modelled:
+        raise DataError(f"{name!r} has no column to model: {'; '.join(notices) or 'all are conditions or dropped'}")
+    table = np.stack([_numbers(values[c.name], c, name) for c in modelled], axis=1)
+    return Columns(schema, table, {c.name: _numbers(values[c.name], c, name) for c in conditions(schema)}, rows, notices)
+
+
+def by_schema(frame: pd.DataFrame, schema: Sequence[TableColumn], name: str) -> Columns:
+    """The columns of a later table, read exactly as training read its own; missing values stay NaN.
+
+    Raises:
+        DataError: for columns that the model lacks or that are missing, a category that training did not see, or text where
+            training had numbers.
+    """
+    used = [c for c in schema if c.role != "left out"]
+    wanted, found = [c.name for c in used], list(frame.columns)
+    named = own_names(wanted)
+    listed = f" ({', '.join(wanted)})" if named else ""
+    whole = [c.name for c in schema]
+    notices = []
+    if not (named and own_names(found)):
+        order = whole if len(found) == len(whole) != len(wanted) else wanted
+        if len(found) != len(order):
+            raise DataError(f"{name!r} has {len(found)} columns, but the model has {len(wanted)}{listed}")
+        frame = frame.set_axis(order, axis=1)
+    else:
+        ignored = [c for c in found if c not in wanted and (c in whole or UNNAMED.fullmatch(c))]
+        odd = [c for c in found if c not in wanted and c not in ignored]
+        lacking = [c for c in wanted if c not in found]
+        if odd or lacking:
+            what = f"has a column {odd[0]!r} beside them" if odd else f"lacks {', '.join(map(repr, lacking))}"
+            raise DataError(
+                f"the run models the columns {', '.join(wanted)}, but {name!r} {what} (columns go by their names where there is a header)"
+            )
+        if ignored:
+            notices.append(f"{', '.join(map(repr, ignored))} of {name!r} left out, as in training")
+    arrays = {}
+    for column in used:
+        series, said = typed(frame[column.name], name)
+        notices += said
+        arrays[column.name] = _numbers(series, column, name)
+    table = np.stack([arrays[c.name] for c in data_columns(schema)], axis=1)
+    return Columns(tuple(schema), table, {c.name: arrays[c.name] for c in conditions(schema)}, np.arange(len(frame)), notices)
+
+
+# --- which columns --------------------------------------------------------------------------------------------------------
+
+
+def _selection(names: list[str], options: Options, name: str, label: bool) -> tuple[list[str], tuple[str, ...], tuple[str, ...]]:
+    """The columns that are read, those that are conditions, and those that were asked for by name."""
+    wanted, dropped = split_names(options.columns, "columns"), split_names(options.drop_columns, "drop_columns")
+    given = ("label",) if label else () if options.condition in (None, "label", "target") else split_names(options.condition, "condition")
+    for option, chosen in (("columns", wanted), ("drop_columns", dropped), ("condition", given)):
+        for column in chosen:
+            if column not in names:
+                near = get_close_matches(column, names, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, names[:20]))}"
+                raise DataError(f"{option}: {name!r} has no column {column!r}; {hint}")
+            if option == "drop_columns" and column in wanted + given:
+                raise ConfigError(f"drop_columns names {column!r}, which {'columns' if column in wanted else 'condition'} asks for; expected one of them")
+    used = [c for c in names if (not wanted or c in wanted or c in given) and c not in dropped]
+    # a condition that is named among the columns is given all the same
+    return used, given, wanted
+
+
+def _missing(frame: pd.DataFrame, values: dict[str, pd.Series], options: Options, name: str) -> tuple[Array, list[str]]:
+    """The rows without missing values."""
+    lacking = {c: series.isna().to_numpy() for c, series in values.items()}
+    counts = {c: int(bad.sum()) for c, bad in lacking.items() if bad.any()}
+    rows = np.arange(len(frame))
+    if not counts:
+        return rows, []
+    bad = np.any([lacking[c] for c in counts], axis=0)
+    listed = ", ".join(f"{c!r} {n:,}" for c, n in list(counts.items())[:20])
+    if options.missing == "drop":
+        if bad.all():
+            raise DataError(f"{name!r}: every row has a missing value ({listed}); leave such columns out: --drop-columns")
+        return rows[~bad], [f"{int(bad.sum()):,} of {len(bad):,} rows dropped, since they have missing values (missing='drop'): {listed}"]
+    row = int(bad.argmax())
+    column = next(c for c in counts if lacking[c][row])
+    where = f"line {frame.index[row]}" if frame.index.name == "row" else f"row {row}"
+    raise DataError(
+        f"{name!r} has {sum(counts.values()):,} values that are NaN or infinite, the first in {where}, "
+        f"{column_name(tuple(frame.columns), list(frame.columns).index(column))}; missing by column: {listed}; drop those rows "
+        "(--missing drop), leave the columns out (--drop-columns), or fill them in"
+    )
+
+
+# --- what they hold -------------------------------------------------------------------------------------------------------
+
+
+def _type(series: pd.Series) -> Any:
+    kind = series.dtype.kind
+    if kind == "M":
+        return "date" if bool((series.dropna().dt.normalize() == series.dropna()).all()) else "datetime"
+    return {"b": "bool", "i": "int", "u": "int", "f": "float"}.get(kind, "text")
+
+
+def _epoch(series: pd.Series) -> int:
+    return int(series.min().to_datetime64().astype("datetime64[D]").astype(np.int64))
+
+
+def _day(epoch: int) -> str:
+    return str(np.datetime64(epoch, "D"))
+
+
+def _data(column: str, series: pd.Series) -> TableColumn:
+    kind = _type(series)
+    if kind in ("date", "datetime"):
+        # a date without a time stands for its day, whether days repeat or not
+        return TableColumn(column, "data", "date", kind, step=1.0 if kind == "date" else 0.0, epoch=_epoch(series))
+    if kind == "float" and series.dtype.itemsize == 8 and _was_integer(series):
+        kind = "int"
+    return TableColumn(column, "data", "continuous", kind)
+
+
+def _was_integer(series: pd.Series) -> bool:
+    """Whole numbers of a text file, which pandas makes floats where some are missing."""
+    return series.index.name == "row" and len(series) < int(series.attrs.get("rows", 0)) and is_whole(series)
+
+
+def _condition(column: str, series: pd.Series, name: str, classes: bool) -> TableColumn:
+    kind = _type(series)
+    if kind in ("text", "bool") or (classes and is_whole(series)):
+        found = np.unique(series.to_numpy() if kind == "bool" else series.to_numpy(dtype=np.int64) if kind != "text" else series.to_numpy(dtype=str))
+        if not 2 <= len(found) <= MAXIMUM_CATEGORIES:
+            raise DataError(f"condition: column {column!r} of {name!r} has {len(found):,} categories; expected 2 to {MAXIMUM_CATEGORIES:,}")
+        return TableColumn(column, "condition", "categorical", kind, categories=tuple(str(v) for v in found))
+    if kind in ("date", "datetime"):
+        return TableColumn(column, "condition", "date", kind, epoch=_epoch(series))
+    return TableColumn(column, "condition", "continuous", kind)
+
+
+def _few(series: pd.Series) -> str:
+    found = sorted(map(str, series.unique()[:1000]))
+    return ", ".join(map(repr, found[:3])) + (f", ... {series.nunique():,} in all" if len(found) > 3 else "")
+
+
+def _numbers(series: pd.Series, column: TableColumn, name: str) -> Array:
+    """A column's values as numbers: themselves, days since its epoch, or numbers of categories.
+
+    Raises:
+        DataError: for values of another kind than training had.
+    """
+    where = f"column {column.name!r} of {name!r}"
+    if column.categories:
+        if series.dtype.kind in "iuf" and is_whole(series):
+            series = series.astype(np.int64)
+        codes = {category: code for code, category in enumerate(column.categories)}
+        found = series.map(str)
+        unknown = ~(found.isin(list(codes)) | series.isna()).to_numpy()
+        if unknown.any():
+            raise DataError(f"{where} has the category {found.iloc[int(unknown.argmax())]!r}, which training did not see; known are {', '.join(column.categories)}")
+        return np.asarray(found.map(codes), dtype=np.float64)
+    if column.kind == "date":
+        if series.dtype.kind != "M":
+            raise DataError(f"{where} holds {_few(series)}; expected dates, as in training")
+        # microseconds: nanoseconds reach from 1677 to 2262 only
+        days = (series.to_numpy().astype("datetime64[us]") - np.datetime64(column.epoch, "D")) / DAY
+        return np.asarray(days, dtype=np.float64)
+    if series.dtype.kind not in "biuf":
+        raise DataError(f"{where} holds {_few(series)}; expected numbers, as in training")
+    return np.asarray(series, dtype=np.float64)

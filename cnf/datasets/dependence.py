@@ -1,0 +1,133 @@
+"""Columns that follow from others: a copy, a sum, shares that add up. The joint density of such columns is unbounded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cnf.datasets.rows import Array
+
+__all__ = ["dependent_columns", "rounding"]
+
+Table = NDArray[np.float64]
+
+CANDIDATE = 0.05  # eigenvalue of the correlation matrix from which on a relation has noise of its own
+COARSE = 0.25  # of a column's deviation: rounding above it is not taken for the cause of a residual
+NOISE = 1.25  # residuals of a relation up to so many times what rounding explains are rounding
+MOST_ROWS, MOST_COLUMNS = 200_000, 1024
+DIGITS = 9
+FLOAT32 = 2.0**-23
+
+
+def rounding(column: Table) -> float:
+    """Spacing to which the values of a column were rounded, by decimals or by significant digits; float32's at least.
+
+    Example:
+        >>> rounding(np.array([0.12, 3.5, 2.0])), rounding(np.array([1234.0, 5.678]))
+        (0.01, 1.0)
+    """
+    largest = float(np.abs(column).max())
+    if largest == 0:
+        return 0.0
+    sample = column[:: max(1, len(column) // 2000)]
+    nonzero = sample[sample != 0]
+    mantissas = nonzero / 10.0 ** np.floor(np.log10(np.abs(nonzero)))
+    exponent = math.floor(math.log10(largest))
+    decimals = next((d for d in range(DIGITS + 1) if _whole(sample * 10.0**d)), 99)
+    digits = next((d for d in range(1, DIGITS + 1) if _whole(mantissas * 10.0 ** (d - 1))), 99)
+    # decimals, unless significant digits say it in at least two digits fewer
+    power = exponent - digits + 1 if digits + 1 < decimals + exponent + 1 else -decimals
+    return max(FLOAT32 * largest, 10.0**power)
+
+
+def _whole(values: Table) -> bool:
+    return bool(np.abs(values - np.rint(values)).max(initial=0.0) <= 1e-6)
+
+
+def dependent_columns(table: Table, names: Sequence[str], given: Sequence[Array] = ()) -> list[tuple[tuple[str, ...], str]]:
+    """Linear relations among the columns that hold to within the rounding of their values.
+
+    They are the directions of the smallest eigenvalues of the correlation matrix whose residuals are no larger than the
+    rounding of the columns (or of float32, in which models are trained) explains. Correlation with noise of its own, however
+    high, is none. Relations among conditions alone do not matter.
+
+    Args:
+        table: (N, D) columns that are modelled.
+        names: of those, and then of the conditions.
+        given: (N,) conditions that are numbers.
+
+    Returns:
+        For each relation the columns in it, and the relation in words.
+
+    Example:
+        >>> x = np.random.default_rng(0).normal(size=(100, 2))
+        >>> dependent_columns(np.c_[x, 2 * x[:, 0] - x[:, 1] + 3], ["a", "b", "c"])
+        [(('a', 'b', 'c'), 'c = 2 a - b + 3')]
+    """
+    modelled = table.shape[1]
+    table = np.concatenate([table, *(np.asarray(g, dtype=np.float64)[:, None] for g in given)], axis=1)
+    table = table[:: max(1, len(table) // MOST_ROWS)]
+    n, width = table.shape
+    std = table.std(0)
+    if width < 2 or width > MOST_COLUMNS or n < 2 * width + 10 or not (std > 0).all():
+        return []
+    quanta = np.array([rounding(table[:, j]) for j in range(width)])
+    # whole numbers of small spread are exact: their residuals are steps, whatever the relation
+    quanta = np.where(quanta > COARSE * std, FLOAT32 * np.abs(table).max(0), quanta)
+    z = (table - table.mean(0)) / std
+    values, vectors = np.linalg.eigh(z.T @ z / n)
+    found = []
+    for value, w in zip(values, vectors.T, strict=True):
+        if value > CANDIDATE:
+            break
+        error = np.abs(w) * quanta / std
+        residual = z @ w
+        if math.sqrt(max(float(np.mean(residual**2)), 0.0)) <= NOISE * math.sqrt(float((error**2).sum()) / 12) and np.abs(residual).max() <= 0.55 * error.sum():
+            found.append(w)
+    if not found:
+        return []
+    return _relations(np.array(found), table, std, quanta / std, modelled, names)
+
+
+def _relations(
+    basis: Array, table: Table, std: Array, error: Array, modelled: int, names: Sequence[str]
+) -> list[tuple[tuple[str, ...], str]]:
+    """The relations in reduced row echelon form, each with as few columns as it can have; modelled columns are expressed by others."""
+    rows = basis.copy()
+    order = [*range(modelled - 1, -1, -1), *range(modelled, table.shape[1])]  # a late column in terms of earlier ones
+    pivots: list[int] = []
+    for j in order:
+        free = rows[len(pivots) :, j]
+        if not len(free) or np.abs(free).max() < 1e-2:
+            continue
+        best = len(pivots) + int(np.abs(free).argmax())
+        rows[[len(pivots), best]] = rows[[best, len(pivots)]]
+        rows[len(pivots)] /= rows[len(pivots), j]
+        for i in range(len(rows)):
+            if i != len(pivots):
+                rows[i] -= rows[i, j] * rows[len(pivots)]
+        pivots.append(j)
+    relations = []
+    for pivot, row in zip(pivots, rows, strict=False):
+        least = min(1e-2, 5 * float(np.linalg.norm(row * error)))  # coefficients below what rounding blurs are none
+        used = [j for j in range(len(row)) if abs(row[j]) > least]
+        if not any(j < modelled for j in used):
+            continue
+        coefficients = {j: -row[j] * std[pivot] / std[j] for j in used if j != pivot}
+        constant = float(table[:, pivot].mean() - sum(c * table[:, j].mean() for j, c in coefficients.items()))
+        relations.append((tuple(names[j] for j in used), _words(pivot, coefficients, constant, float(std[pivot]), names)))
+    return relations
+
+
+def _words(pivot: int, coefficients: dict[int, float], constant: float, scale: float, names: Sequence[str]) -> str:
+    text = ""
+    for j, value in coefficients.items():
+        sign = " - " if value < 0 else " + "
+        size = f"{abs(value):.3g}"
+        text += (sign if text else sign.strip().replace("+", "")) + ("" if size == "1" else f"{size} ") + names[j]
+    if abs(constant) > 1e-3 * scale:
+        text += f"{' - ' if constant < 0 else ' + '}{abs(constant):.3g}"
+    return f"{names[pivot]} = {text or f'{constant:.3g}'}"

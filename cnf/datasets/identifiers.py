@@ -1,0 +1,55 @@
+"""Columns that name the rows of a table and describe nothing: row numbers, indices, identifiers."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cnf.datasets.splits import MINIMUM_ROWS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["UNNAMED", "identifies", "is_index", "is_text", "is_whole"]
+
+UNNAMED = re.compile(r"Unnamed: \d+|__index_level_\d+__")
+# no name of a row but a quantity, a date or a time: no letter, a number with a unit or words, or a month
+_MONTH = r"\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\b"
+_QUANTITY = re.compile(rf"(?i)[\W\d_]*|\W*[\d.,' ]*\d(?:\s*[^\d\s]{{1,8}}|\s.*)|.*{_MONTH}.*\d.*|.*\d.*{_MONTH}.*")
+_IDENTIFIER = re.compile(r"(?i:index|level_0|id|idx|row|rows?[ _]?(?:id|nr|no|num|number|names?)|nr|key|uuid|guid|.*[ _]id)|.*[a-z]I[Dd]")
+
+
+def is_text(series: pd.Series) -> bool:
+    """Whether a column holds text, and no numbers or dates."""
+    return series.dtype.kind not in "biufM"
+
+
+def is_whole(series: pd.Series) -> bool:
+    """Whether a column holds whole numbers."""
+    if series.dtype.kind in "iu":
+        return True
+    if series.dtype.kind != "f":
+        return False
+    values = series.to_numpy()
+    return bool(np.isfinite(values).all() and (values == np.rint(values)).all())
+
+
+def is_index(series: pd.Series) -> bool:
+    """Whether a column without a name numbers or names its rows."""
+    return is_text(series) or is_whole(series.dropna())
+
+
+def identifies(column: str, series: pd.Series) -> str:
+    """Why a column names its rows and describes nothing, or nothing."""
+    if series.dtype.kind in "bM" or len(series) < MINIMUM_ROWS or series.nunique() < len(series):
+        return ""
+    if is_text(series):
+        return "" if series.map(lambda v: _QUANTITY.fullmatch(v[:60]) is not None).any() else "holds a different text in every row"
+    if not is_whole(series):
+        return ""
+    low, high = float(series.min()), float(series.max())
+    if high - low == len(series) - 1:
+        return f"holds the whole numbers {low:.0f} to {high:.0f}, each once"
+    return "holds a different whole number in every row and is called so" if _IDENTIFIER.fullmatch(column) else ""

@@ -1,0 +1,71 @@
+"""From rows of one or more parts to training, validation and test sets: duplicates, splits, classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cnf.datasets.rows import Array, hold_out
+from cnf.datasets.splits import Options, encode_labels, split_rows
+from cnf.errors import ConfigError, DataError
+
+__all__ = ["classes_of", "drop_duplicates", "split"]
+
+MANY = 0.1  # share of duplicate rows from which on they are hardly mistakes
+
+
+def drop_duplicates(repeated: Array, sizes: list[int], options: Options) -> tuple[Array, list[str]]:
+    """The rows to keep, and what to say. A split that was given stays as it is."""
+    count, everything = int(repeated.sum()), np.arange(len(repeated))
+    if not count:
+        return everything, []
+    if len(sizes) == 1 and options.duplicates == "drop":
+        notice = f"{count:,} exact duplicate rows dropped before splitting: they would leak into the test set"
+        if count > MANY * len(repeated):
+            notice += f" (they are {count / len(repeated):.0%} of all: where repetition is information, as in tables of categories, duplicates='keep')"
+        return everything[~repeated], [notice]
+    if len(sizes) == 1:
+        notice = f"{count:,} exact duplicate rows kept (duplicates='keep'): those that fall into two splits leak"
+    else:
+        test = int(repeated[-sizes[-1] :].sum())
+        notice = f"{count:,} exact duplicate rows kept, since the split is given; {test:,} of them in the test part"
+    return everything, [notice]
+
+
+def split(sizes: list[int], kept: Array, options: Options) -> tuple[list[Array], str]:
+    """Row numbers of train, validation and test, and what was done.
+
+    Args:
+        sizes: of what was given: all in one, train and test, or the three parts.
+        kept: rows that are no dropped duplicates.
+    """
+    if len(sizes) == 1:
+        chosen, notice = split_rows(len(kept), options)
+        return [kept[i] for i in chosen], notice
+    fixed = ["test_fraction"] if len(sizes) == 2 else ["test_fraction", "validation_fraction"]
+    if len(sizes) == 3 and options.limit is None:
+        fixed.append("split_seed")
+    for option in fixed:
+        if getattr(options, option) != getattr(Options(), option):
+            raise ConfigError(f"{option}={getattr(options, option)} means nothing here, since the data bring their own split")
+    ends = np.cumsum(sizes)
+    if min(sizes) == 0:
+        part = ("train", "validation", "test")[sizes.index(0)] if len(sizes) == 3 else ("train", "test")[sizes.index(0)]
+        raise DataError(f"the {part} part that was given is empty; expected at least one row")
+    if len(sizes) == 3:
+        return [np.arange(e - n, e) for e, n in zip(ends, sizes, strict=True)], "split as it is given"
+    held = max(1, round(sizes[0] * options.validation_fraction))
+    if sizes[0] < held + 2:
+        raise DataError(f"{sizes[0]} training rows are too few to hold some out for validation; expected at least 3")
+    train, validation = hold_out(sizes[0], held, options.split_seed)
+    notice = f"test set as it is given; validation split off the training part by split_seed {options.split_seed}"
+    return [train, validation, np.arange(ends[0], ends[1])], notice
+
+
+def classes_of(labels: Array | None, parts: list[Array]) -> dict[str, Any]:
+    """The labels of each part, and the names of the classes, as :func:`assemble` takes them."""
+    if labels is None:
+        return {}
+    codes, classes = encode_labels(labels)
+    return {"codes": [codes[i] for i in parts], "classes": classes}

@@ -1,0 +1,247 @@
+"""The user's own tables: columns understood, checked, split, dequantised, and reported in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cnf.datasets.checks import dequantize, duplicate_rows, find_lattices, require_table, require_usable
+from cnf.datasets.columns import Columns, by_schema, own_names, understand
+from cnf.datasets.dependence import dependent_columns
+from cnf.datasets.parts import classes_of, drop_duplicates, split
+from cnf.datasets.rows import Array
+from cnf.datasets.splits import DataSplits, Options, Rows, assemble
+from cnf.errors import ConfigError, DataError
+from cnf.schema import TableColumn, conditions, data_columns, encode, on_lattice
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["as_frame", "load_table", "off_lattice"]
+
+# a column is bounded where the outer 2 % of its range hold 1 % of its values, and 5 of them
+EDGE, EDGE_SHARE, EDGE_COUNT = 0.02, 0.01, 5
+HEAVY = 7.0  # 99 % range over 50 % range: 3.8 of a normal, 6.6 of a Laplace distribution
+MOST_LINES = 60  # of the report, from which on columns without anything to tell are left out
+
+
+def as_frame(rows: Rows, name: str) -> pd.DataFrame:
+    """A table as a frame: itself, or an array with numbered columns.
+
+    Raises:
+        DataError: for an array that is no table of numbers.
+    """
+    import pandas as pd
+
+    if isinstance(rows.x, pd.DataFrame):
+        return rows.x
+    require_table(rows.x, name)
+    return pd.DataFrame(rows.x, columns=[f"column {j}" for j in range(rows.x.shape[1])])
+
+
+def load_table(rows: Sequence[Rows], labels: Array | None, name: str, options: Options, notices: Sequence[str]) -> DataSplits:
+    """Understand the columns, drop duplicates, split, dequantise.
+
+    Args:
+        rows: of all in one, or of train, validation and test.
+        labels: of all rows, or None.
+        name: of the data set.
+        options: see :func:`cnf.datasets.load`.
+        notices: what the readers did.
+
+    Raises:
+        DataError: for a table that no density can be fitted to, saying why.
+        ConfigError: for options that are for images.
+    """
+    if options.nbits != 8 or options.flip is not None:
+        raise ConfigError(f"nbits and flip mean nothing for {name!r}, which is a table")
+    frame, parts_of_rows = _joined([as_frame(r, name) for r in rows], name)
+    label = options.condition == "label" and labels is None and "label" in frame.columns
+    if options.table:
+        columns = by_schema(frame, options.table, name)
+        columns = _without_missing(columns) if options.missing == "drop" else columns
+    else:
+        columns = understand(frame, options, name, label=label)
+    table, given, names = columns.table, columns.given, columns.names
+    labels = None if labels is None else labels[columns.rows]
+    sizes = [int((parts_of_rows[columns.rows] == part).sum()) for part in range(len(rows))]
+    if options.table:
+        _require_finite(columns, name)
+    else:
+        require_usable(table, names, name)
+    keys = np.column_stack([table, *given.values()]) if given else table
+    kept, dropped = drop_duplicates(duplicate_rows([keys], labels), sizes, options)
+    parts, how = split(sizes, kept, options)
+    # lattices are looked for, and noise is drawn, among the rows that are used
+    place = np.empty(1 + int(kept.max()), dtype=np.int64)
+    place[kept] = np.arange(len(kept))
+    parts = [place[i] for i in parts]
+    raw, labels, given = table[kept], None if labels is None else labels[kept], {c: v[kept] for c, v in given.items()}
+    if options.table:
+        schema, said = _as_in_training(raw, columns.schema, options)
+    else:
+        schema, said = _complete(raw, given, parts[0], columns, options, _epsilon(rows), name)
+    table = dequantize(raw, data_columns(schema), options.seed)
+    more: dict[str, Any] = classes_of(labels, parts)
+    if given:
+        context = encode(schema, given)
+        more = {"given": [context[i] for i in parts], "classes": next((c.categories for c in schema if _is_label(c, options)), ())}
+    return assemble(
+        name,
+        "table",
+        [table[i] for i in parts],
+        options,
+        **more,
+        columns=names,
+        notices=[*notices, *columns.notices, *dropped, *said, how],
+        table=schema,
+        report=_report(schema, raw, given),
+    )
+
+
+def _is_label(column: TableColumn, options: Options) -> bool:
+    return options.condition == "label" and column.name == "label" and column.role == "condition"
+
+
+def _joined(frames: list[pd.DataFrame], name: str) -> tuple[pd.DataFrame, Array]:
+    """All parts under each other, and the number of the part of each row."""
+    import pandas as pd
+
+    first = list(frames[0].columns)
+    for frame in frames[1:]:
+        if set(frame.columns) != set(first) and own_names(first) and own_names(list(frame.columns)):
+            odd = next(iter(set(frame.columns) ^ set(first)))
+            raise DataError(f"the parts of {name!r} differ in their columns: {odd!r} is not in all of them")
+    which = np.repeat(np.arange(len(frames)), [len(f) for f in frames])
+    if len(frames) == 1:
+        return frames[0], which
+    same = [f[first] if set(f.columns) == set(first) else f.set_axis(first, axis=1) for f in frames]
+    return pd.concat(same, ignore_index=True), which
+
+
+def _epsilon(rows: Sequence[Rows]) -> float:
+    """Relative rounding of the type that the values were stored in."""
+    kinds = [getattr(r.x, "dtype", np.dtype(np.float64)) for r in rows]
+    return max(float(np.finfo(k if k in (np.float16, np.float32) else np.float64).eps) for k in kinds)
+
+
+def _without_missing(columns: Columns) -> Columns:
+    """The rows without missing values."""
+    good = ~np.isnan(np.column_stack([columns.table, *columns.given.values()])).any(1)
+    if good.all():
+        return columns
+    said = f"{int((~good).sum()):,} of {len(good):,} rows dropped, since they have missing values (missing='drop')"
+    given = {c: v[good] for c, v in columns.given.items()}
+    return Columns(columns.schema, columns.table[good], given, columns.rows[good], [*columns.notices, said])
+
+
+def _require_finite(columns: Columns, name: str) -> None:
+    for column, values in zip(columns.names, columns.table.T, strict=True):
+        _finite(values, column, name)
+    for column, values in columns.given.items():
+        _finite(values, column, name)
+
+
+def _finite(values: Array, column: str, name: str) -> None:
+    bad = ~np.isfinite(values)
+    if bad.any():
+        raise DataError(f"column {column!r} of {name!r} has {int(bad.sum()):,} values that are NaN or infinite, the first in row {int(bad.argmax())}")
+
+
+def off_lattice(columns: Sequence[TableColumn], table: Array) -> list[str]:
+    """Names of dequantised columns with values that training could not have had."""
+    return [c.name for c, values in zip(columns, table.T, strict=True) if c.dequantised and not on_lattice(c, values)]
+
+
+def _as_in_training(table: Array, schema: tuple[TableColumn, ...], options: Options) -> tuple[tuple[TableColumn, ...], list[str]]:
+    """The columns of the model, dequantised where the values lie on its lattices."""
+    kept = {c.name for c in schema if c.dequantised} if options.discrete == "keep" else set()
+    odd = set(off_lattice(data_columns(schema), table)) - kept
+    said = [f"column {c!r} has values between the steps of training: taken as they are, without noise" for c in sorted(odd)]
+    spread = [c.name for c in schema if c.dequantised and c.name not in odd | kept]
+    if spread:
+        said.append(f"columns {', '.join(map(repr, spread))} dequantised by one step of uniform noise, as in training, seed {options.seed}")
+    return tuple(replace(c, dequantised=False) if c.name in odd | kept else c for c in schema), said
+
+
+def _complete(
+    table: Array, given: dict[str, Array], train: Array, columns: Columns, options: Options, epsilon: float, name: str
+) -> tuple[tuple[TableColumn, ...], list[str]]:
+    """The columns with their steps and scales, and what is to be said of them."""
+    modelled, said = find_lattices(table, data_columns(columns.schema), options, epsilon, name)
+    found = {c.name: c for c in modelled}
+    for column in conditions(columns.schema):
+        if not column.categories:
+            values = given[column.name][train]
+            _finite(given[column.name], column.name, name)
+            if values.min() == values.max():
+                raise DataError(f"condition: column {column.name!r} of {name!r} is constant ({values[0]:g}) in the training rows; leave it out")
+            column = replace(column, mean=float(values.mean()), std=float(values.std()))
+        found[column.name] = column
+    numbers = [c for c in conditions(columns.schema) if not c.categories]
+    relations = dependent_columns(table, [*columns.names, *(c.name for c in numbers)], [given[c.name] for c in numbers])
+    if relations:
+        words = "; ".join(f"{', '.join(map(repr, involved))} ({relation})" for involved, relation in relations[:10])
+        if options.dependent == "error":
+            raise DataError(
+                f"columns of {name!r} depend on each other: {words}. Such a density is unbounded: leave one column of each relation out "
+                "(--drop-columns), or keep them (--dependent keep)"
+            )
+        said.append(f"columns depend on each other, so that the density is unbounded and the likelihood not to be trusted (dependent='keep'): {words}")
+    return tuple(found.get(c.name, c) for c in columns.schema), said
+
+
+# --- the report -----------------------------------------------------------------------------------------------------------
+
+
+def _report(schema: Sequence[TableColumn], table: Array, given: dict[str, Array]) -> str:
+    """All columns as lines: name, kind, values, and what happens to them."""
+    numbers = dict(zip([c.name for c in data_columns(schema)], table.T, strict=True)) | given
+    lines = [("column", "kind", "values", "")]
+    quiet = 0
+    for column in schema:
+        note = _note(column, numbers.get(column.name))
+        if len(schema) > MOST_LINES and column.kind == "continuous" and column.role == "data" and not note:
+            quiet += 1
+            continue
+        lines.append((column.name, column.kind, _range(column, numbers.get(column.name)), note))
+    widths = [max(len(line[i]) for line in lines) for i in range(3)]
+    text = ["  ".join(f"{part:{w}}" for part, w in zip(line, [*widths, 0], strict=True)).rstrip() for line in lines]
+    return "\n".join([*text, *([f"and {quiet} continuous columns"] if quiet else [])])
+
+
+def _range(column: TableColumn, values: Array | None) -> str:
+    if column.role == "left out" or values is None:
+        return ""
+    if column.categories:
+        few = ", ".join(column.categories[:5])
+        return f"{len(column.categories)} categories: {few}{', ...' if len(column.categories) > 5 else ''}"
+    low, high = float(values.min()), float(values.max())
+    if column.kind == "date":
+        day = np.datetime64(column.epoch, "D")
+        return f"{day + int(low)} to {day + int(high)}"
+    return f"{low:.6g} to {high:.6g}{f', step {column.step:.6g}' if column.step else ''}"
+
+
+def _note(column: TableColumn, values: Array | None) -> str:
+    if column.role == "left out":
+        return "left out"
+    if column.role == "condition":
+        return "given, one-hot" if column.categories else "given, standardised"
+    said = []
+    if column.kind == "date":
+        said.append(f"days since {np.datetime64(column.epoch, 'D')}")
+    if column.dequantised:
+        said.append("dequantised")
+    elif values is not None and not column.step:
+        low, high = float(values.min()), float(values.max())
+        width = EDGE * (high - low)
+        least = max(EDGE_SHARE * len(values), EDGE_COUNT)
+        ends = [f"{end:.6g}" for end, count in ((low, (values < low + width).sum()), (high, (values > high - width).sum())) if count >= least]
+        tails = np.quantile(values, [0.005, 0.25, 0.75, 0.995])
+        heavy = tails[2] > tails[1] and (tails[3] - tails[0]) / (tails[2] - tails[1]) >= HEAVY
+        said += [f"bounded at {' and '.join(ends)}"] * bool(ends) + ["heavy-tailed"] * bool(heavy)
+    return ", ".join(said)

@@ -1,0 +1,141 @@
+"""Samples of a table as a table: in its own columns, names and types."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cnf.datasets.rows import Array
+from cnf.errors import ConfigError
+from cnf.schema import TableColumn, data_columns, to_lattice
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["ENDINGS", "as_numbers_of", "category_value", "given_values", "require_writer", "sampled_frame", "write_frame"]
+
+ENDINGS = (".csv", ".parquet")
+SECONDS = 86_400
+FIRST_DAY, LAST_DAY = -719_162, 2_932_896  # days since 1970 of the years 1 to 9999
+
+
+def as_numbers_of(samples: Array, table: Sequence[TableColumn]) -> Array:
+    """Samples (N, D) as numbers of the table: on its lattices, dates as days since 1970-01-01 (then in float64)."""
+    columns = data_columns(table)
+    dates = any(c.kind == "date" for c in columns)
+    out = samples.astype(np.float64)
+    for j, column in enumerate(columns):
+        out[:, j] = to_lattice(column, out[:, j])
+        if column.kind == "date":
+            out[:, j] += column.epoch
+        if column.type == "bool":
+            out[:, j] = np.clip(out[:, j], 0, 1)
+    return out if dates else out.astype(samples.dtype)
+
+
+def sampled_frame(samples: Array, table: Sequence[TableColumn], given: Mapping[str, Any]) -> pd.DataFrame:
+    """Samples (N, D) as a table: modelled and given columns in the table's order, in their types.
+
+    Args:
+        samples: of the model.
+        table: all columns.
+        given: (N,) values of each condition, or one for all rows.
+    """
+    import pandas as pd
+
+    numbers = as_numbers_of(samples, table)
+    places = {c.name: j for j, c in enumerate(data_columns(table))}
+    found = {}
+    for column in table:
+        if column.role == "left out":
+            continue
+        if column.role == "condition":
+            found[column.name] = pd.Series(given[column.name], index=range(len(samples)))
+            continue
+        values = numbers[:, places[column.name]]
+        if column.kind == "date":
+            days = np.clip(values, FIRST_DAY, LAST_DAY)
+            time = np.rint(days * SECONDS) if column.type == "datetime" else np.floor(days) * SECONDS
+            found[column.name] = pd.Series(time.astype(np.int64).astype("datetime64[s]"))
+        elif column.type in ("int", "bool") and np.abs(values).max(initial=0) < 2**62:
+            found[column.name] = pd.Series(values.astype(np.int64 if column.type == "int" else bool))
+        else:
+            found[column.name] = pd.Series(values)
+    return pd.DataFrame(found)
+
+
+def write_frame(frame: pd.DataFrame, path: Path, ending: str) -> None:
+    """Write a table as ``".csv"`` or ``".parquet"``."""
+    if ending == ".csv":
+        frame.to_csv(path, index=False)
+    else:
+        frame.to_parquet(path, index=False, engine="pyarrow")
+
+
+def require_writer(path: Path) -> None:
+    """Known before the samples are drawn.
+
+    Raises:
+        ConfigError: for .parquet where pyarrow is not installed.
+    """
+    if path.suffix == ".parquet":
+        try:
+            importlib.import_module("pyarrow")
+        except ImportError:
+            raise ConfigError(f"--out {path} needs the package pyarrow: pip install pyarrow, or give a .csv file") from None
+
+
+def category_value(column: TableColumn, category: str) -> int | bool | str:
+    """A category in the column's own type.
+
+    Example:
+        >>> category_value(TableColumn("k", "condition", "categorical", "int", categories=("1", "2")), "2")
+        2
+    """
+    return int(category) if column.type == "int" else category == "True" if column.type == "bool" else category
+
+
+def given_values(texts: Mapping[str, str], table: Sequence[TableColumn]) -> tuple[dict[str, Array], dict[str, Any], list[str]]:
+    """The values of ``--given`` as numbers (1,) for :func:`cnf.schema.encode` and as the table has them, and what to say of them.
+
+    Raises:
+        ConfigError: for a category that training did not see, or text that is no number or date.
+    """
+    import pandas as pd
+
+    numbers: dict[str, Array] = {}
+    values: dict[str, Any] = {}
+    notices: list[str] = []
+    for column in table:
+        if column.role != "condition":
+            continue
+        text = texts[column.name]
+        if column.categories:
+            if text not in column.categories:
+                raise ConfigError(f"--given {column.name}={text}: this category is unknown; expected one of {', '.join(column.categories)}")
+            numbers[column.name] = np.array([float(column.categories.index(text))])
+            values[column.name] = category_value(column, text)
+            continue
+        try:
+            if column.kind == "date":
+                day = pd.to_datetime(text, format="ISO8601")
+                number = float((day.to_datetime64() - np.datetime64(column.epoch, "D")) / np.timedelta64(1, "D"))
+                values[column.name] = day
+            else:
+                number = values[column.name] = float(text)
+                if column.type == "int" and number.is_integer():
+                    values[column.name] = int(number)
+            if not np.isfinite(number):
+                raise ValueError
+        except (ValueError, OverflowError):
+            expected = "a date such as 2024-01-31" if column.kind == "date" else "a finite number"
+            raise ConfigError(f"--given {column.name}={text}: expected {expected}") from None
+        numbers[column.name] = np.array([number])
+        far = abs(number - column.mean) / column.std
+        if far > 5:
+            notices.append(f"{column.name}={text} is {far:.0f} standard deviations from the training rows' mean: the model has seen nothing like it")
+    return numbers, values, notices

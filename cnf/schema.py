@@ -1,0 +1,202 @@
+"""The columns of a table as training understood them: stored in the run folder, applied to every later file."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cnf.errors import ConfigError
+
+__all__ = ["MAXIMUM_CATEGORIES", "TableColumn", "conditions", "context_width", "data_columns", "encode", "on_lattice", "parse_given", "plain_table", "split_names", "to_lattice", "wanted"]  # fmt: skip
+
+MAXIMUM_CATEGORIES = 1000
+OFF_LATTICE = 0.05  # of a step: values printed with few digits miss their lattice by this order
+
+Values = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class TableColumn:
+    """One column of a table.
+
+    Attributes:
+        name: its name in the table.
+        role: ``"data"`` is modelled, ``"condition"`` is given, ``"left out"`` is ignored.
+        kind: what the values are.
+        type: the type in which samples are written.
+        step: spacing of the lattice that the values lie on; 0 for none.
+        origin: a point of that lattice.
+        dequantised: whether value v stands for the interval [v, v + step), which training fills with uniform noise.
+        epoch: of a date, the day from which days are counted, in days since 1970-01-01.
+        categories: of a categorical condition, in the order of the one-hot columns.
+        mean, std: of a condition that is a number, over the training rows; it enters standardised.
+    """
+
+    name: str
+    role: Literal["data", "condition", "left out"] = "data"
+    kind: Literal["continuous", "discrete", "categorical", "date", "identifier", "unused"] = "continuous"
+    type: Literal["float", "int", "bool", "date", "datetime", "text"] = "float"
+    step: float = 0.0
+    origin: float = 0.0
+    dequantised: bool = False
+    epoch: int = 0
+    categories: tuple[str, ...] = ()
+    mean: float = 0.0
+    std: float = 1.0
+
+    def fault(self) -> str | None:
+        """What no table has, as a clause for a message; None for a column that can be.
+
+        Example:
+            >>> TableColumn("k", step=-1.0).fault()
+            'its step is -1.0; expected 0 or a positive number'
+        """
+        if not 0 <= self.step < 1e30:
+            return f"its step is {self.step}; expected 0 or a positive number"
+        if self.dequantised and not self.step:
+            return "it is dequantised and has no step"
+        if not (0 < self.std < 1e30 and abs(self.mean) < 1e30 and abs(self.origin) < 1e30):
+            return f"its mean, std or origin is out of range ({self.mean}, {self.std}, {self.origin})"
+        if abs(self.epoch) > 10**6:
+            return f"its epoch is day {self.epoch}; expected a day within 2,700 years of 1970"
+        if (self.kind == "categorical") != bool(self.categories) and self.role != "left out":
+            return f"it is {self.kind} with {len(self.categories)} categories"
+        if len(self.categories) > MAXIMUM_CATEGORIES or len(set(self.categories)) < len(self.categories):
+            return f"it has {len(self.categories)} categories; expected at most {MAXIMUM_CATEGORIES}, all different"
+        if self.role == "data" and self.kind in ("categorical", "identifier", "unused"):
+            return f"it is {self.kind} and modelled; expected a number"
+        return None
+
+
+def data_columns(table: Sequence[TableColumn]) -> tuple[TableColumn, ...]:
+    """The columns that are modelled, in the table's order."""
+    return tuple(c for c in table if c.role == "data")
+
+
+def conditions(table: Sequence[TableColumn]) -> tuple[TableColumn, ...]:
+    """The columns that are given, in the table's order."""
+    return tuple(c for c in table if c.role == "condition")
+
+
+def context_width(table: Sequence[TableColumn]) -> int:
+    """Number of context columns C.
+
+    Example:
+        >>> context_width([TableColumn("y"), TableColumn("x", "condition"), TableColumn("z", "condition", "categorical", "text", categories=("a", "b"))])
+        3
+    """
+    return sum(len(c.categories) or 1 for c in conditions(table))
+
+
+def plain_table(columns: Sequence[str]) -> tuple[TableColumn, ...]:
+    """Columns of which nothing but the names is known: continuous ones."""
+    return tuple(TableColumn(name) for name in columns)
+
+
+def encode(table: Sequence[TableColumn], values: Mapping[str, Values]) -> NDArray[np.float64]:
+    """Context (N, C): numbers standardised by the training rows, categories one-hot.
+
+    Args:
+        table: all columns.
+        values: of each condition, (N,) numbers, or numbers of categories.
+    """
+    parts = []
+    for column in conditions(table):
+        given = values[column.name]
+        if column.categories:
+            parts.append(np.eye(len(column.categories))[given.astype(np.int64)])
+        else:
+            parts.append(((given - column.mean) / column.std)[:, None])
+    return np.concatenate(parts, axis=1)
+
+
+def on_lattice(column: TableColumn, values: NDArray[np.float64]) -> bool:
+    """Whether all values lie on the column's lattice, to 5 % of a step."""
+    places = (values - column.origin) / column.step
+    return bool((np.abs(places - np.rint(places)) <= OFF_LATTICE).all())
+
+
+def to_lattice(column: TableColumn, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Values (N,) of a model, as the table had them: the lattice point below a dequantised value, else the nearest.
+
+    Example:
+        >>> k = TableColumn("k", kind="discrete", step=0.5, dequantised=True)
+        >>> to_lattice(k, np.array([0.2, 0.7, -0.1])).tolist()
+        [0.0, 0.5, -0.5]
+    """
+    if not column.step:
+        return np.rint(values) if column.type == "int" else values
+    places = (values - column.origin) / column.step
+    whole = np.floor(places) if column.dequantised else np.rint(places)
+    digits = 9 - math.floor(math.log10(column.step))
+    return np.round(column.origin + column.step * whole, digits) if abs(digits) < 300 else column.origin + column.step * whole
+
+
+def split_names(text: str | Sequence[str] | None, option: str) -> tuple[str, ...]:
+    """Names of columns, separated by commas; quotes enclose a name that holds one.
+
+    Raises:
+        ConfigError: for an empty list, or a name that is there twice.
+
+    Example:
+        >>> split_names('height, "mass, kg"', "columns")
+        ('height', 'mass, kg')
+    """
+    if text is None:
+        return ()
+    try:
+        names = next(csv.reader([text], skipinitialspace=True, strict=True), []) if isinstance(text, str) else list(text)
+    except csv.Error as error:
+        raise ConfigError(f"{option}={text!r} cannot be split into names: {error}; expected names separated by commas") from None
+    names = [name.strip() for name in names]
+    if not names or "" in names:
+        raise ConfigError(f"{option}={text!r} holds an empty name; expected names of columns, separated by commas")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{option}={text!r} names {twice!r} twice; expected each column once")
+    return tuple(names)
+
+
+def wanted(table: Sequence[TableColumn]) -> str:
+    """The form of ``--given`` for a table.
+
+    Example:
+        >>> wanted([TableColumn("x", "condition"), TableColumn("m, kg", "condition")])
+        'x=...,"m, kg=..."'
+    """
+    return ",".join(f'"{c.name}=..."' if "," in c.name else f"{c.name}=..." for c in conditions(table))
+
+
+def parse_given(text: str, table: Sequence[TableColumn]) -> dict[str, str]:
+    """The values of ``"x=1.5,z=low"`` by column.
+
+    Raises:
+        ConfigError: for an entry without ``=``, a column that is no condition, or one that is missing or there twice.
+
+    Example:
+        >>> parse_given("x=1.5", [TableColumn("x", "condition")])
+        {'x': '1.5'}
+    """
+    known = [c.name for c in conditions(table)]
+    expected = f"expected {wanted(table)}"
+    found: dict[str, str] = {}
+    for entry in split_names(text, "--given"):
+        # a name may hold an equals sign itself
+        name = max((n for n in known if entry.startswith(f"{n}=")), key=len, default=entry.partition("=")[0].strip())
+        value = entry[len(name) :].lstrip().removeprefix("=").strip()
+        if not entry[len(name) :].lstrip().startswith("="):
+            raise ConfigError(f"--given {text}: {entry!r} is no name=value; {expected}")
+        if name not in known:
+            raise ConfigError(f"--given {text}: this run is not conditioned on {name!r}; {expected}")
+        if name in found:
+            raise ConfigError(f"--given {text}: {name!r} is there twice; {expected}")
+        found[name] = value
+    if missing := [name for name in known if name not in found]:
+        raise ConfigError(f"--given {text}: {', '.join(map(repr, missing))} is missing; {expected}")
+    return found
