@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from dataclasses import field as setting
 from typing import Annotated, Literal
 
 import torch
