@@ -1,5 +1,9 @@
 """The exceptions that the package raises on purpose; every message says what was wrong and what to try."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 __all__ = ["CNFError", "CheckpointError", "ConfigError", "DataError", "SolverError", "TrainingError"]
 
 
@@ -23,11 +27,20 @@ class SolverError(CNFError, RuntimeError):
         s: where, in the solver's own time from 0 to 1.
         step: the size of the step in that time.
         largest: the largest entry of the state there.
+        rows: the rows of the batch that could not be solved, where they are known; the others could.
     """
 
-    def __init__(self, message: str, *, s: float | None = None, step: float | None = None, largest: float | None = None):
+    def __init__(
+        self,
+        message: str,
+        *,
+        s: float | None = None,
+        step: float | None = None,
+        largest: float | None = None,
+        rows: Sequence[int] = (),
+    ):
         super().__init__(message)
-        self.s, self.step, self.largest = s, step, largest
+        self.s, self.step, self.largest, self.rows = s, step, largest, tuple(rows)
 
     def where(self, start: float, span: float) -> str:
         """Place, step size and state in the time from ``start`` to ``start + span``, in words; "" where not known.

@@ -8,7 +8,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["RHS", "Counter", "Solution", "Solver", "State", "Stats", "finite", "largest"]
+from cnf.errors import SolverError
+
+__all__ = ["RHS", "Counter", "Solution", "Solver", "State", "Stats", "finite", "largest", "require_finite"]
 
 State = tuple[Tensor, ...]
 RHS = Callable[[Tensor, State], State]
@@ -131,3 +133,14 @@ def largest(y: State) -> float:
 def finite(y: State) -> bool:
     """Whether every entry of a state is finite."""
     return all(bool(torch.isfinite(e).all()) for e in y)
+
+
+def require_finite(values: Tensor, what: str) -> None:
+    """Refuse values (..., N) that are not finite.
+
+    Raises:
+        SolverError: naming the first such row.
+    """
+    if not finite((values,)):
+        row = int((~values.isfinite()).flatten(0, -2).any(0).nonzero()[0])
+        raise SolverError(f"{what} is not finite, first in row {row}")
