@@ -133,7 +133,7 @@ def solve_at_nodes(
     Two rules may agree by chance where the slope of the log-det jumps (a field with ReLU). So the values at the new nodes
     are held against the polynomial through the old ones: a row whose deviation does not fall fast is not trusted to the
     rules' agreement but to the deviation itself. Rows that are not settled at 31 nodes, or at 63 where they are smooth, are
-    refined each for itself (:func:`cnf.refinement.refine`).
+    refined each for itself (:func:`cnf.refinement.refine`); with the norm ``"row"`` all are, where one has jumps.
 
     Raises:
         SolverError: from a solve that failed, or integrals that cannot be settled.
@@ -142,7 +142,7 @@ def solve_at_nodes(
     dim, kind, by_row = like[0].numel(), torch.finfo(like.dtype), solver.norm == "row"
     measures = ((_worst, FASTEST[1]),) if by_row else ((_mean, FASTEST[0]), (lambda v: _worst(v) / WORST, FASTEST[1]))
     one = max(1.0, dim / MANY) if by_row else float(dim)
-    fewest = min(GUARDED, slopes.steps / 2)
+    fewest = GUARDED if by_row else min(GUARDED, slopes.steps / 2)
     before, earlier, rough = slopes.integrals(RULES[0]), None, None
     for count in RULES[1:]:
         values = slopes.integrals(count)
@@ -169,7 +169,10 @@ def solve_at_nodes(
         if count >= fewest and bool(torch.cat(settled).all()):
             break
         unsettled = (left(moved, earlier, error, FASTEST[1]) > tolerance + rounding).any(0)
-        if count == FINEST or (count >= KEPT and bool((ratio[:, unsettled] > JUMP).any())):
+        jumps = count >= KEPT and bool((ratio[:, unsettled] > JUMP).any())
+        if jumps and by_row:  # two jumps between the same two nodes leave no trace: all rows get closer ones
+            unsettled = torch.ones_like(unsettled)
+        if jumps or count == FINEST:
             values = slopes.refined(values, unsettled, tolerance * unit / (2 if by_row else 1), rows)
             break
         if not bool(values.isfinite().all()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from cnf.collocation import solve
 from cnf.divergence import Divergence, Exact, closed, prepared
 from cnf.errors import ConfigError, SolverError
 from cnf.fields.augmented import TimePath, check_drive
+from cnf.halving import solve_in_halves
 from cnf.noise import Noise, draw, number
 from cnf.quadratures import Quadrature, check_names
 from cnf.rhs import OneStage, RightHandSide
@@ -52,7 +54,7 @@ class CNF(Transform):
 
     Raises:
         ConfigError: for a T or a b that cannot be, or a field and a path that do not belong together.
-        SolverError: from a solve that failed.
+        SolverError: from a solve that failed; in evaluation its ``rows`` are those that cannot be solved, the others can.
 
     Example:
         >>> from cnf.fields import MLP
@@ -269,12 +271,25 @@ class CNF(Transform):
         # each once, though a cost may hold the field itself
         parameters: list[Tensor] = list({id(p): p for m in modules for p in m.parameters()}.values())
         parameters += [v for v in (start, stop, context) if v is not None]
+        run = partial(solve, self._solver(), dynamic=len(dynamic), parameters=parameters, products=bool(need))
+
+        def part(index: Tensor) -> Solution:
+            some = (x[index], *entries[1 : len(dynamic)], *(entry[index] for entry in entries[len(dynamic) :]))
+            return run(rows(index), some, rows=lambda inner: rows(index[inner]))
+
         try:
-            solution = solve(self._solver(), rhs, entries, dynamic=len(dynamic), parameters=parameters, products=bool(need), rows=apart)
+            try:
+                solution = run(rhs, entries, rows=apart)
+            except SolverError as error:
+                if self.training or apart is None:
+                    raise
+                solution = solve_in_halves(part, x, len(dynamic), error)
         except SolverError as error:
             low, high = float(start), float(stop)
             on = f"{self.label} on events {tuple(x.shape[1:])}, t {low:g} to {high:g}"
-            raise SolverError(f"{on}: {error}{error.where(low, high - low)}") from None
+            place = error.where(low, high - low)
+            cause = f"{on}: {error.cause}{place}" if error.cause else ""
+            raise SolverError(f"{on}: {error}{place}", rows=error.rows, cause=cause) from None
         names = (["log_det"] if log_det else []) + [q.name for q in quadratures]
         values = dict(zip(names, solution.state[len(dynamic) :], strict=True))
         values.setdefault("log_det", flat)

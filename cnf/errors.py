@@ -28,6 +28,8 @@ class SolverError(CNFError, RuntimeError):
         step: the size of the step in that time.
         largest: the largest entry of the state there.
         rows: the rows of the batch that could not be solved, where they are known; the others could.
+        exhausted: whether the solve took all the steps, or evaluations, that it may.
+        cause: where ``rows`` are known, why the first of them failed.
     """
 
     def __init__(
@@ -38,9 +40,12 @@ class SolverError(CNFError, RuntimeError):
         step: float | None = None,
         largest: float | None = None,
         rows: Sequence[int] = (),
+        exhausted: bool = False,
+        cause: str = "",
     ):
         super().__init__(message)
-        self.s, self.step, self.largest, self.rows = s, step, largest, tuple(rows)
+        self.s, self.step, self.largest = s, step, largest
+        self.rows, self.exhausted, self.cause = tuple(rows), exhausted, cause
 
     def where(self, start: float, span: float) -> str:
         """Place, step size and state in the time from ``start`` to ``start + span``, in words; "" where not known.

@@ -30,7 +30,7 @@ NARROWEST = 2.0**-18  # of a panel's width, whose jumps are rounding
 
 def panels_of(steps: int) -> int:
     """How many panels a path of so many solver steps is cut into: a power of two."""
-    return 2 ** math.ceil(math.log2(min(max(FEWEST, A_STEP * steps), MOST)))
+    return 1 << math.ceil(math.log2(min(max(FEWEST, A_STEP * steps), MOST)))
 
 
 def refine(
@@ -70,14 +70,14 @@ def refine(
             start, size, some, a, m, b = stack.pop()
             p, q = (field(start + size * part, some) for part in (0.25, 0.75))
             half = size / 2
-            for begin, (l, c, r) in ((start, (a, p, m)), (start + half, (m, q, b))):
-                rough = _apart(l, c, r, half) > share[:, some]
+            for begin, (e, c, f) in ((start, (a, p, m)), (start + half, (m, q, b))):
+                rough = _apart(e, c, f, half) > share[:, some]
                 again = field.choose(rough) if half > NARROWEST else some[:0]
                 done = torch.ones_like(some, dtype=torch.bool)
                 done[again] = False
-                total = total.index_add(1, some[done], (half / 6 * (l + 4 * c + r))[:, done])
+                total = total.index_add(1, some[done], (half / 6 * (e + 4 * c + f))[:, done])
                 if len(again):
-                    stack.append((begin, half, some[again], l[:, again], c[:, again], r[:, again]))
+                    stack.append((begin, half, some[again], e[:, again], c[:, again], f[:, again]))
     return total, field.count
 
 
@@ -128,7 +128,8 @@ class _Field:
         if self.count > self.most:
             raise SolverError(
                 f"the integrals along the path, the log-det foremost, did not settle within {self.most:,} evaluations: a "
-                "larger quadrature_tolerance, a larger max_steps of the solver, or a smoother field may help"
+                "larger quadrature_tolerance, a larger max_steps of the solver, or a smoother field may help",
+                exhausted=True,
             )
         where, time, count = self.index[some], point.new_tensor(s), len(self.path)
         if self.rows is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,8 +84,12 @@ def check(
         )
 
     before = solve()
-    with refined(flow):
+    with refined(flow), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of items that cannot be solved: said already
         moved = solve().per_item - before.per_item
+    solved = moved.isfinite()  # the others are named by the evaluation
+    x, index, moved = x[solved], before.index[solved], moved[solved]
+    context = context if context is None or context.ndim == 1 else context[solved]
     size = batch_size or default_batch_size(flow)
     starts = range(0, len(x), size)
     trips = torch.zeros(len(starts), dtype=torch.float64)
@@ -94,7 +99,7 @@ def check(
                 continue
             rows = slice(start, start + size)
             given = context if context is None or context.ndim == 1 else context[rows]
-            noise = ItemNoise(seed, before.index[rows].tolist())
+            noise = ItemNoise(seed, index[rows].tolist())
             given = None if given is None else given.to(flow.like)
             part = x[rows].to(flow.like) if x.is_floating_point() else x[rows].to(flow.like.device)
             trips[place] = round_trip_error(flow, part, given, noise=noise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -13,8 +14,9 @@ from torch import Tensor
 from cnf.dequantization import TruncatedNormalDequantize, VariationalDequantize
 from cnf.distributed import ALONE, Group
 from cnf.divergence import Hutchinson
-from cnf.errors import ConfigError, DataError
+from cnf.errors import ConfigError, DataError, SolverError
 from cnf.flow import Flow
+from cnf.halving import FAILING
 from cnf.likelihood.groups import sorted_rows
 from cnf.noise import Kind, Noise
 from cnf.solvers import Stats
@@ -30,7 +32,11 @@ INFLATED_NOTE = "Hutchinson's noise inflates the mean over importance samples, w
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A split's negative log-likelihood, in ``unit`` (bits/dim for images, nats for vectors)."""
+    """A split's negative log-likelihood, in ``unit`` (bits/dim for images, nats for vectors).
+
+    Items that cannot be solved (``unsolved``) have NaN in ``per_item`` and ``log_prob``; all other figures are of the rest, and
+    :attr:`unsolved_note` says so.
+    """
 
     mean: float
     standard_error: float
@@ -55,6 +61,29 @@ class Evaluation:
     """Evaluations of the field in a batch's solve, averaged over batches."""
     products: float
     """Those of them that took a derivative, for the trace."""
+    unsolved: tuple[int, ...] = ()
+    """Numbers in their split of the items whose ODE could not be solved."""
+    reason: str = ""
+    """Why the first of them could not."""
+
+    @property
+    def unsolved_note(self) -> str | None:
+        """Which items have no likelihood, and why; None where all have one."""
+        if not self.unsolved:
+            return None
+        count = len(self.unsolved)
+        shown = ", ".join(map(str, self.unsolved[:10])) + (", ..." if count > 10 else "")
+        return f"{count:,} of {len(self.per_item):,} items cannot be solved and are left out of the mean (items {shown}): {self.reason}"
+
+    def require_solved(self) -> Evaluation:
+        """This evaluation.
+
+        Raises:
+            SolverError: where an item has no likelihood.
+        """
+        if self.unsolved:
+            raise SolverError(str(self.unsolved_note))
+        return self
 
     @property
     def note(self) -> str | None:
@@ -139,6 +168,8 @@ def evaluate(
 ) -> Evaluation:
     r"""The negative log-likelihood of every item, no batch dropped, sums in double precision.
 
+    Items whose ODE cannot be solved are named in the result (``unsolved``) and in a warning; all others keep their likelihood.
+
     With ``importance`` K each draw is :math:`\ln \frac1K \sum_k p(x + u_k) / q(u_k)`, the :math:`-\ln K` included
     (1509.00519): a bound that rises with K to the pixels' log-likelihood. K = 1 is the plain bound. ``"mid-bin"`` is what
     RNODE's code reports (2002.02798): the density at (k + 1/2)/levels, which is no bound.
@@ -157,7 +188,8 @@ def evaluate(
             to the last bit that of one process (of the same kind).
 
     Raises:
-        SolverError: from a solve that failed, on all processes alike.
+        SolverError: from a solve that failed for no row in particular, or for more than 16 rows of a batch, or for all items;
+            on all processes alike.
         DataError: for no items at all, or float images outside [0, 1].
         ConfigError: for numbers below one, or a dequantisation or importance weighting that the flow or the data lacks.
 
@@ -186,6 +218,7 @@ def evaluate(
     parts = sorted_rows(flow, x, context, size=size, group=group).split(size)
     work = [(number, rows) for number in range(draws) for rows in parts]
     cost = torch.zeros(2, len(work), importance, dtype=torch.float64)
+    reason = ""
     with group.together():
         for place, (number, rows) in enumerate(work):
             if not group.owns(place):
@@ -194,22 +227,30 @@ def evaluate(
             items = cast(list[int], index[rows].tolist())
             total: Tensor | None = None
             for sample in range(importance):
-                one, stats = _log_prob(flow, x[rows], given, ItemNoise(seed, items, number, sample), kind)
+                one, stats, why = _solved(flow, x[rows], given, (seed, items, number, sample), kind)
+                reason = reason or why
                 cost[:, place, sample] = torch.tensor([stats.nfe, stats.products])
                 total = one if total is None else torch.logaddexp(total, one)
             table[number, rows] = cast(Tensor, total) - math.log(importance)
     table, cost = group.sum(table), group.sum(cost)
     log_prob = table.mean(0)
+    lost = log_prob.isnan()
+    unsolved = tuple(cast(list[int], index[lost].tolist()))
+    if unsolved:
+        reason = next(filter(None, group.gather(reason)), "")
+        if len(unsolved) == len(x):
+            raise SolverError(f"none of {len(x):,} items can be solved: {reason}")
     scale = -1 / (flow.dim * math.log(2)) if flow.levels is not None else -1.0
     per_item = scale * log_prob
-    n = len(x)
+    solved = per_item[~lost]
+    n = len(solved)
     noise_error: float | None = 0.0
     if spread or probed:
         # items draw independent noise, so their variances add: far steadier than the variance of a few means
-        noise_error = abs(scale) * math.sqrt(float(table.var(0).mean()) / (draws * n)) if draws > 1 else None
-    return Evaluation(
-        mean=float(per_item.mean()),
-        standard_error=float(per_item.std()) / math.sqrt(n) if n > 1 else math.nan,
+        noise_error = abs(scale) * math.sqrt(float(table[:, ~lost].var(0).mean()) / (draws * n)) if draws > 1 else None
+    found = Evaluation(
+        mean=float(solved.mean()),
+        standard_error=float(solved.std()) / math.sqrt(n) if n > 1 else math.nan,
         noise_standard_error=noise_error,
         unit="nats" if flow.levels is None else "bits/dim",
         per_item=per_item,
@@ -221,7 +262,12 @@ def evaluate(
         bound=None if kind == "none" else spread and not (probed and importance > 1),
         nfe=float(cost[0].mean()),
         products=float(cost[1].mean()),
+        unsolved=unsolved,
+        reason=reason,
     )
+    if unsolved:
+        warnings.warn(str(found.unsolved_note), stacklevel=3)  # the caller's line, outside no_grad
+    return found
 
 
 def _kind(flow: Flow, x: Tensor, wanted: str | None) -> str:
@@ -238,6 +284,31 @@ def _kind(flow: Flow, x: Tensor, wanted: str | None) -> str:
     return wanted or own
 
 
+def _solved(
+    flow: Flow, x: Tensor, context: Tensor | None, noise: tuple[int, Sequence[int], int, int], kind: str
+) -> tuple[Tensor, Stats, str]:
+    """:func:`_log_prob` of the rows that can be solved, NaN for the others, and why the first of them cannot.
+
+    Raises:
+        SolverError: from a solve that failed for no row in particular, or for more than :data:`FAILING`.
+    """
+    seed, items, number, sample = noise
+    keep, reason = list(range(len(x))), ""
+    value = torch.full((len(x),), math.nan, dtype=torch.float64)
+    while keep:
+        given = context if context is None or context.ndim == 1 else context[keep]
+        try:
+            part = ItemNoise(seed, [items[i] for i in keep], number, sample)
+            value[keep], stats = _log_prob(flow, x if len(keep) == len(x) else x[keep], given, part, kind)
+            return value, stats, reason
+        except SolverError as error:
+            reason = reason or error.cause or str(error)
+            if not error.rows or len(x) - len(keep) + len(error.rows) > FAILING:
+                raise
+            keep = [row for i, row in enumerate(keep) if i not in error.rows]
+    return value, Stats(), reason
+
+
 def _log_prob(flow: Flow, x: Tensor, context: Tensor | None, noise: Noise, kind: str) -> tuple[Tensor, Stats]:
     """log p of one batch (N,), float64 on the CPU, on the pixels' scale for images; and what its solve cost."""
     like = flow.like
@@ -251,5 +322,8 @@ def _log_prob(flow: Flow, x: Tensor, context: Tensor | None, noise: Noise, kind:
             x = Dequantize(flow.levels)(x, noise=noise).value.to(like.dtype)
         shift = -flow.dim * math.log(flow.levels)
     out = flow.evaluate(x, context, noise=noise, integrals=False)
-    log_prob = flow.base_log_prob(out.value).double() + out.log_det.double()
+    base = flow.base_log_prob(out.value).double()
+    if not bool(base.isfinite().all()):  # far out, squares overflow float32
+        base = flow.base_log_prob(out.value.double())
+    log_prob = base + out.log_det.double()
     return log_prob.cpu() + shift, out.stats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ class Ranking:
 
     names: tuple[str, ...]
     scores: Tensor
-    """(N,) negative log-likelihood, in the evaluation's unit, falling."""
+    """(N,) negative log-likelihood, in the evaluation's unit, falling; NaN, last, of items that cannot be solved."""
     order: Tensor
     """(N,) where each of them stood among the items given."""
     below: Tensor | None
@@ -44,6 +45,9 @@ class Ranking:
             lines.append(f"  {self.names[i]:{width}}  {float(self.scores[i]):10.4f}{share}")
         if count < len(self.names):
             lines.append(f"  ... and {len(self.names) - count:,} more")
+        if lost := self.names[len(self.names) - len(self.found.unsolved) :]:
+            shown = ", ".join(lost[:10]) + (", ..." if len(lost) > 10 else "")
+            lines.append(f"  without a likelihood, ranked last: {shown}, whose ODE cannot be solved: {self.found.reason}")
         return "\n".join([*lines, CAUTION])
 
 
@@ -62,7 +66,7 @@ def rank(
     batch_size: int | None = None,
     group: Group = ALONE,
 ) -> Ranking:
-    """Sort items by their likelihood, least likely first.
+    """Sort items by their likelihood, least likely first; items that cannot be solved come last, and are named.
 
     Likelihood alone is not an anomaly score: a density depends on the units of its data and falls for whatever is busy or
     rare in detail, and models of images are known to find plain images of other kinds likelier than their own data ("Do deep
@@ -93,7 +97,8 @@ def rank(
         flow, x, context, draws=draws, importance=importance, dequantisation=dequantisation, seed=seed,
         batch_size=batch_size, group=group,
     )  # fmt: skip
-    scores, order = found.per_item.sort(descending=True, stable=True)
+    order = found.per_item.nan_to_num(nan=-math.inf, posinf=math.inf).argsort(descending=True, stable=True)
+    scores = found.per_item[order]
     labels = [str(i) for i in range(len(x))] if names is None else list(names)
     below = None
     if reference is not None and len(reference):

@@ -174,11 +174,11 @@ class Adaptive:
     def _size(self, entry: Tensor) -> Tensor:
         """Of an entry's errors; in float64, since squares of a row far out overflow float32 and stop the whole batch."""
         rows = entry.reshape(len(entry) if self.norm == "row" else 1, -1)
-        size = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) / math.sqrt(rows.shape[1])
+        size: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) / math.sqrt(rows.shape[1])
         return size.max().clamp(max=LARGEST)
 
     def _failed(self, reason: str, function: _Function) -> SolverError:
-        counter, where = function.counter, {}
+        counter, where = function.counter, dict[str, Any]()
         if function.attempt is not None:
             s, y, h = function.attempt
             where = {"s": float(s.detach()), "step": float(h.detach()), "largest": largest(y)}
@@ -187,4 +187,5 @@ class Adaptive:
             f"evaluations ({reason[:200]}): looser tolerances, a larger max_steps (now {self.max_steps}), or a kinetic "
             "penalty may help",
             **where,
+            exhausted=counter.accepted + counter.rejected >= self.max_steps,
         )

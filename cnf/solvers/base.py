@@ -136,11 +136,10 @@ def finite(y: State) -> bool:
 
 
 def require_finite(values: Tensor, what: str) -> None:
-    """Refuse values (..., N) that are not finite.
+    """Refuse values that are not finite.
 
     Raises:
-        SolverError: naming the first such row.
+        SolverError: saying what is not finite.
     """
     if not finite((values,)):
-        row = int((~values.isfinite()).flatten(0, -2).any(0).nonzero()[0])
-        raise SolverError(f"{what} is not finite, first in row {row}")
+        raise SolverError(f"{what} is not finite")
