@@ -33,7 +33,9 @@ FASTEST = (0.03, 0.1)
 WORST = 10.0  # times the tolerance that a single row may move
 MANY = 100  # dimensions from which a tolerance of each row grows with their number
 ROUNDING = 8.0  # machine epsilons of an integral that are no movement
-FAST, JUMP = 0.1, 0.3  # of the deviation at the rule before: below, a smooth slope; above, one that jumps
+# of the deviation at the rule before: above the first, it is not trusted to fall (for each row; for a mean, where smooth
+# presets take half the nodes so); above the second, the slope jumps
+FAST, JUMP = (0.1, 0.25), 0.3
 NODES_A_STEP = 2  # evaluations of a refinement for each of a solver's max_steps
 
 # positive nodes on [-1, 1], rule by rule what it adds: the zeros of the polynomial that is orthogonal, with the nodes so far for
@@ -153,7 +155,7 @@ def solve_at_nodes(
         moved, deviation = (values - before).abs() / unit, slopes.deviation(count) / unit
         # where the deviation falls slowly or is not known to fall: about the error that a jump of its size leaves
         ratio = deviation / (rounding if rough is None else rough.maximum(rounding))
-        error = torch.where(ratio > FAST, deviation / math.sqrt(count), 0.0)
+        error = torch.where(ratio > FAST[not by_row], deviation / math.sqrt(count), 0.0)
 
         def left(moved: Tensor, earlier: Tensor | None, error: Tensor, least: float, rounding: Tensor = rounding) -> Tensor:
             """What this rule is off by: its move, or the next one's, which the last two foretell; and what jumps leave."""

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from cnf.distributed import ALONE, Group
 from cnf.flow import Flow
-from cnf.likelihood.evaluation import Evaluation, ItemNoise, default_batch_size, evaluate
+from cnf.likelihood.evaluation import Evaluation, default_batch_size, evaluate
+from cnf.likelihood.items import ItemNoise
 from cnf.noise import Noise
 from cnf.solvers import Solution, Solver
 from cnf.solvers.base import RHS, State
