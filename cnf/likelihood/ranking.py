@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ class Ranking:
         lines = [f"{len(self.names):,} items by likelihood, least likely first ({self.found.unit}, lower is likelier):"]
         width = max((len(name) for name in self.names[:count]), default=0)
         for i in range(count):
-            share = "" if self.below is None else f"   {100 * float(self.below[i]):5.1f} % of the reference is less likely"
+            known = self.below is not None and not bool(self.scores[i].isnan())
+            share = "" if not known else f"   {100 * float(cast(Tensor, self.below)[i]):5.1f} % of the reference is less likely"
             lines.append(f"  {self.names[i]:{width}}  {float(self.scores[i]):10.4f}{share}")
         if count < len(self.names):
             lines.append(f"  ... and {len(self.names) - count:,} more")
