@@ -7,7 +7,7 @@ norm. *Products* are evaluations that take a derivative: of a field without a cl
 images in batches, cut as they come and in the order of hardness.
 
     python benchmarks/evaluation.py --quick           # short trainings; about a minute on one core
-    python benchmarks/evaluation.py --full --json benchmarks/results.json
+    python benchmarks/evaluation.py --full --json benchmarks/results.json  # or --controlled: the default's error, row by row
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import controlled
 import torch
 from measure import alternate, machine, markdown, record, seconds, versions
 from torch import Tensor
@@ -257,6 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--quick", action="store_true", help="short trainings, few points and turns (the default)")
     extent.add_argument("--full", action="store_true", help="longer trainings, more points and turns")
+    parser.add_argument("--controlled", action="store_true", help="the default's error and cost, row by row, and no more")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--json", type=Path, help="file of measured rows to add to")
@@ -269,6 +271,9 @@ def main(argv: list[str] | None = None) -> int:
         case = CASES[name]
         began = time.perf_counter()
         flow, data = trained(case, case.updates[full])
+        if args.controlled:
+            rows.append(controlled.trained(name, flow, points(flow, data.test[: case.rows[0]]), repeats))
+            continue
         print(f"{name}: {case.updates[full]} updates in {time.perf_counter() - began:.0f} s", file=sys.stderr)
         found = compare(flow, data.test[: case.rows[full]], repeats)
         if case.model.architecture == "stack":
@@ -278,10 +283,12 @@ def main(argv: list[str] | None = None) -> int:
         if flow.levels is not None:
             found.append(sampling(flow, 4 * case.rows[full], repeats))
         rows += [{"case": name, **row} for row in found]
+    if args.controlled:
+        rows = [{**row, "mode": "controlled"} for row in (*rows, *controlled.fields((1.0, 2.0), repeats))]
     about = {**machine(), "threads": args.threads, **versions("torch", "torchdiffeq")}
     print(", ".join(f"{k} {v}" for k, v in about.items()))
-    for columns, modes in ((COLUMNS, None), (SORTED, "sorted"), (SAMPLES, "sampling")):
-        part = [row for row in rows if (row["mode"] == modes if modes else row["mode"] not in ("sorted", "sampling"))]
+    for columns, modes in ((COLUMNS, None), (SORTED, "sorted"), (SAMPLES, "sampling"), (controlled.COLUMNS, "controlled")):
+        part = [row for row in rows if (row["mode"] == modes if modes else row["mode"] not in ("sorted", "sampling", "controlled"))]
         if part:
             print(f"\n{markdown(part, columns)}")
     if args.json:

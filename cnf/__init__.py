@@ -7,6 +7,7 @@ from cnf.flow import Flow
 from cnf.models import ModelConfig, SolverConfig, build
 from cnf.noise import Noise
 from cnf.solvers import Adaptive, FixedGrid
+from cnf.velocity import from_velocity
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "Noise",
     "SolverConfig",
     "build",
+    "from_velocity",
     "load",
 ]

@@ -9,6 +9,7 @@ less than a tolerance.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from cnf.deferral import vectorized
+from cnf.refinement import Rows, panels_of, refine
 from cnf.solvers import Adaptive, Solution, Solver, Stats
-from cnf.solvers.base import RHS, State
+from cnf.solvers.base import RHS, State, require_finite
 
 __all__ = ["RULES", "patterson", "solve", "solve_at_nodes"]
 
@@ -30,7 +32,12 @@ KEPT = 31  # nodes at which the path is kept at first: all take twice the memory
 # row, which may be alone in being rough and agree with itself by chance
 FASTEST = (0.03, 0.1)
 WORST = 10.0  # times the tolerance that a single row may move
+MANY = 100  # dimensions from which a tolerance of each row grows with their number
 ROUNDING = 8.0  # machine epsilons of an integral that are no movement
+# of the deviation at the rule before: above the first, it is not trusted to fall (for each row; for a mean, where smooth
+# presets take half the nodes so); above the second, the slope jumps
+FAST, JUMP = (0.1, 0.25), 0.3
+NODES_A_STEP = 2  # evaluations of a refinement for each of a solver's max_steps
 
 # positive nodes on [-1, 1], rule by rule what it adds: the zeros of the polynomial that is orthogonal, with the nodes so far for
 # a weight, to all of lower degree (T. N. L. Patterson, Math. Comp. 22, 1968)
@@ -75,9 +82,19 @@ def patterson(n: int) -> tuple[Tensor, Tensor]:
 
 
 def solve(
-    solver: Solver, rhs: RHS, state: State, *, dynamic: int, parameters: Sequence[Tensor] = (), products: bool
+    solver: Solver,
+    rhs: RHS,
+    state: State,
+    *,
+    dynamic: int,
+    parameters: Sequence[Tensor] = (),
+    products: bool,
+    rows: Rows | None = None,
 ) -> Solution:
-    """The state at s = 1, its integrals taken at nodes where the solver asks for that and no gradient is recorded.
+    """The state at s = 1, its integrals taken at nodes where the solver asks for that.
+
+    Where a gradient is recorded, it is that of the solver's own solve with the integrals carried along; their values are
+    those of the nodes, so that a log-det is the same number with a gradient and without.
 
     Args:
         solver: any; :class:`~cnf.solvers.Adaptive` with a ``quadrature_tolerance`` asks for it.
@@ -86,51 +103,98 @@ def solve(
         dynamic: how many are dynamic.
         parameters: all tensors that ``rhs`` closes over.
         products: whether ``rhs`` takes derivatives; without them there is nothing to save.
+        rows: the right-hand side of some rows alone; None where rows cannot be evaluated apart.
 
     Raises:
         SolverError: from a solve that failed.
     """
-    if isinstance(solver, Adaptive) and solver.quadrature_tolerance and products and not torch.is_grad_enabled() and not vectorized():
-        return solve_at_nodes(solver, rhs, state, dynamic=dynamic, tolerance=solver.quadrature_tolerance)
+    nodes = None
+    if isinstance(solver, Adaptive) and (tolerance := solver.quadrature_tolerance) and products:
+        if vectorized():  # nodes are chosen by values, row by row, which torch.func hides
+            solver = solver.riding()
+        else:
+            with torch.no_grad():
+                nodes = solve_at_nodes(solver, rhs, state, dynamic=dynamic, tolerance=tolerance, rows=rows)
+            if not torch.is_grad_enabled():
+                return nodes
     solution = solver.solve(rhs, state, dynamic=dynamic, parameters=parameters)
     if products:
         solution.stats.all_products()
-    return solution
+    if nodes is None:
+        return solution
+    values = (v + (n - v).detach() for v, n in zip(solution.state[dynamic:], nodes.state[dynamic:], strict=True))
+    return Solution((*solution.state[:dynamic], *values), nodes.stats + solution.stats)
 
 
-def solve_at_nodes(solver: Adaptive, rhs: RHS, state: State, *, dynamic: int, tolerance: float) -> Solution:
+def solve_at_nodes(
+    solver: Adaptive, rhs: RHS, state: State, *, dynamic: int, tolerance: float, rows: Rows | None = None
+) -> Solution:
     """The dynamic entries solved alone, then the integrals at as many nodes as they need.
 
-    Their number is doubled until that moves the log-det by less than the tolerance, in nats per dimension of the point and in
-    the mean over rows (any single row: ten times that), or would do so the next time; other integrals as well, large ones
-    relative to their size. What is left is then the error of the finer rule, which is far smaller where paths are smooth.
-    Where the finest rule does not settle them, they are integrated along with the point and in its error norm.
+    Their number is doubled until that moves the log-det by less than the tolerance, or would do so the next time; other
+    integrals as well, large ones relative to their size. What is left is then the error of the finer rule, which is far smaller
+    where paths are smooth. With the norm ``"batch"`` the tolerance is in nats per dimension and holds for the mean over rows (any
+    single row: ten times that); with ``"row"`` it is in nats and holds for every row.
+
+    Two rules may agree by chance where the slope of the log-det jumps (a field with ReLU). So the values at the new nodes
+    are held against the polynomial through the old ones: a row whose deviation does not fall fast is not trusted to the
+    rules' agreement but to the deviation itself. Rows that are not settled at 31 nodes, or at 63 where they are smooth, are
+    refined each for itself (:func:`cnf.refinement.refine`); with the norm ``"row"`` all are, where one has jumps.
 
     Raises:
-        SolverError: from a solve that failed.
+        SolverError: from a solve that failed, or integrals that cannot be settled.
     """
     like, slopes = state[0], _Slopes(solver, rhs, state, dynamic)
-    dim, kind = like[0].numel(), torch.finfo(like.dtype)
-    fewest = min(GUARDED, slopes.steps / 2)
-    before, earlier, least = slopes.integrals(RULES[0]), None, like.new_tensor(FASTEST)[:, None]
+    dim, kind, by_row = like[0].numel(), torch.finfo(like.dtype), solver.norm == "row"
+    measures = ((_worst, FASTEST[1]),) if by_row else ((_mean, FASTEST[0]), (lambda v: _worst(v) / WORST, FASTEST[1]))
+    one = max(1.0, dim / MANY) if by_row else float(dim)
+    fewest = GUARDED if by_row else min(GUARDED, slopes.steps / 2)
+    before, earlier, rough = slopes.integrals(RULES[0]), None, None
     for count in RULES[1:]:
         values = slopes.integrals(count)
-        size = values.abs().mean(1)
-        unit = size.clamp(min=dim)
-        unit[0] = dim
-        moves = (values - before).abs() / unit[:, None]
-        moved = torch.stack([moves.mean(1), moves.amax(1) / WORST])
+        size = values.abs().mean(1, keepdim=True)
+        unit = size.clamp(min=one)
+        unit[0] = one
         rounding = (ROUNDING * kind.eps * size / unit).clamp(min=kind.tiny)
-        coming = moved if earlier is None else moved.maximum(least * earlier).square() / earlier.maximum(rounding)
-        if count >= fewest and bool((moved.minimum(coming) <= tolerance + rounding).all()):
-            integrals = (entry + value for entry, value in zip(state[dynamic:], values, strict=True))
-            return Solution((*slopes.end, *integrals), slopes.cost())
+        moved, deviation = (values - before).abs() / unit, slopes.deviation(count) / unit
+        # where the deviation falls slowly or is not known to fall: about the error that a jump of its size leaves
+        ratio = deviation / (rounding if rough is None else rough.maximum(rounding))
+        error = torch.where(ratio > FAST[not by_row], deviation / math.sqrt(count), 0.0)
+
+        def left(moved: Tensor, earlier: Tensor | None, error: Tensor, least: float, rounding: Tensor = rounding) -> Tensor:
+            """What this rule is off by: its move, or the next one's, which the last two foretell; and what jumps leave."""
+            if earlier is not None:
+                coming = moved.maximum(least * earlier).square() / earlier.maximum(rounding)
+                moved = moved.minimum(coming)
+            return moved.maximum(error)
+
+        settled = [
+            left(of(moved), None if earlier is None else of(earlier), of(error), least) <= tolerance + rounding
+            for of, least in measures
+        ]
+        if count >= fewest and bool(torch.cat(settled).all()):
+            break
+        unsettled = (left(moved, earlier, error, FASTEST[1]) > tolerance + rounding).any(0)
+        jumps = count >= KEPT and bool((ratio[:, unsettled] > JUMP).any())
+        if jumps and by_row:  # two jumps between the same two nodes leave no trace: all rows get closer ones
+            unsettled = torch.ones_like(unsettled)
+        if jumps or count == FINEST:
+            values = slopes.refined(values, unsettled, tolerance * unit / (2 if by_row else 1), rows)
+            break
         if not bool(values.isfinite().all()):
             break
-        before, earlier = values, moved
-    solution = solver.riding().solve(rhs, state, dynamic=dynamic)
-    solution.stats.all_products()
-    return Solution(solution.state, (slopes.cost() + solution.stats).joined())
+        before, earlier, rough = values, moved, deviation
+    require_finite(values, "an integral along the path, the log-det foremost,")
+    integrals = (entry + value for entry, value in zip(state[dynamic:], values, strict=True))
+    return Solution((*slopes.end, *integrals), slopes.cost())
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.mean(1, keepdim=True)
+
+
+def _worst(values: Tensor) -> Tensor:
+    return values.amax(1, keepdim=True)
 
 
 class _Slopes:
@@ -142,6 +206,7 @@ class _Slopes:
         self.times = torch.cat([nodes.new_zeros(1), nodes, nodes.new_ones(1)])
         self.taken: dict[int, Tensor] = {}
         self.solves = Stats()
+        self.further = 0  # evaluations of the refinement
         self._keep(KEPT)
 
     def _keep(self, count: int) -> None:
@@ -173,11 +238,39 @@ class _Slopes:
             total = total + weight * self(i * every)
         return total
 
+    def deviation(self, count: int) -> Tensor:
+        """How far (integrals, N) the rule's new nodes lie from the polynomial through the old ones, root mean square."""
+        every = _every(count)
+        old, new = ([self(i * every) for i in range(start, count + 1, 2)] for start in (2, 1))
+        foretold = torch.einsum("no,oir->nir", _interpolation(count).to(new[0]), torch.stack(old))
+        return (torch.stack(new) - foretold).square().mean(0).sqrt()
+
+    def refined(self, values: Tensor, unsettled: Tensor, tolerance: Tensor, rows: Rows | None) -> Tensor:
+        """The integrals (integrals, N), those of the ``unsettled`` rows refined."""
+        panels = panels_of(self.steps)
+        times = torch.linspace(0, 1, panels + 1, dtype=self.times.dtype, device=self.times.device)
+        path, stats = self.solver.path(self.rhs, self.start, times, dynamic=len(self.start))
+        self.solves = self.solves + stats
+        found, self.further = refine(
+            self.rhs, path, self.rest, unsettled.nonzero()[:, 0], tolerance, rows, most=NODES_A_STEP * self.solver.max_steps
+        )
+        return values.masked_scatter(unsettled, found)
+
     def cost(self) -> Stats:
         """Of the solves and the nodes, as one solve's."""
-        return self.solves.joined(products=len(self.taken))
+        return self.solves.joined(products=len(self.taken) + self.further)
 
 
 def _every(count: int) -> int:
     """Which of the finest rule's nodes a rule has: every second, every fourth, ..."""
     return (FINEST + 1) // (count + 1)
+
+
+@cache
+def _interpolation(count: int) -> Tensor:
+    """The matrix (new, old), float64, from values at the nodes of the rule before to those at the new nodes of this one."""
+    nodes = patterson(count)[0]
+    old, new = nodes[1::2], nodes[::2]
+    apart = (old[:, None] - old[None]).fill_diagonal_(1).prod(1)  # barycentric weights, inverted
+    terms = 1 / (apart * (new[:, None] - old))
+    return terms / terms.sum(1, keepdim=True)

@@ -1,5 +1,9 @@
 """The exceptions that the package raises on purpose; every message says what was wrong and what to try."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 __all__ = ["CNFError", "CheckpointError", "ConfigError", "DataError", "SolverError", "TrainingError"]
 
 
@@ -23,11 +27,34 @@ class SolverError(CNFError, RuntimeError):
         s: where, in the solver's own time from 0 to 1.
         step: the size of the step in that time.
         largest: the largest entry of the state there.
+        rows: the rows of the batch that could not be solved, where they are known; the others could.
+        exhausted: whether the solve took all the steps, or evaluations, that it may.
+        cause: where ``rows`` are known, why the first of them failed.
     """
 
-    def __init__(self, message: str, *, s: float | None = None, step: float | None = None, largest: float | None = None):
+    def __init__(
+        self,
+        message: str,
+        *,
+        s: float | None = None,
+        step: float | None = None,
+        largest: float | None = None,
+        rows: Sequence[int] = (),
+        exhausted: bool = False,
+        cause: str = "",
+    ):
         super().__init__(message)
         self.s, self.step, self.largest = s, step, largest
+        self.rows, self.exhausted, self.cause = tuple(rows), exhausted, cause
+
+    def inside(self, block: str, times: tuple[float, float] | None) -> SolverError:
+        """The same error, naming the block, and where known its times from start to stop."""
+        place = ""
+        if times is not None:
+            start, stop = times
+            block, place = f"{block}, t {start:g} to {stop:g}", self.where(start, stop - start)
+        cause = f"{block}: {self.cause}{place}" if self.cause else ""
+        return SolverError(f"{block}: {self}{place}", rows=self.rows, cause=cause)
 
     def where(self, start: float, span: float) -> str:
         """Place, step size and state in the time from ``start`` to ``start + span``, in words; "" where not known.

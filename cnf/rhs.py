@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnf.compilation import compiled
 from cnf.divergence import Bound, Divergence, Driven, linearize
@@ -80,6 +81,21 @@ class RightHandSide:
         if compile and "div" in self.need and (keep := getattr(field, "keep_kernel", None)) is not None:
             # at any time; made within the compiled part, it would be made anew at every evaluation
             keep(start if path is None else start.new_zeros(path.k))
+
+    def weights(self, field: nn.Module) -> list[Tensor]:
+        """Parameters of the field, the augmented time's net and learned running costs: each once, though a cost may hold the field."""
+        learned = [m for q in self.quadratures for m in (q, getattr(q, "cost", None)) if isinstance(m, nn.Module)]
+        modules = (field, *([] if self.path is None else [self.path]), *learned)
+        return list({id(p): p for m in modules for p in m.parameters()}.values())
+
+    def part(self, index: Tensor, field: Callable[[Tensor | None], Field]) -> RightHandSide:
+        """The right-hand side of the rows ``index`` (R,), with the field that ``field(context)`` prepares for them."""
+        other = copy.copy(self)
+        if self.context is not None and self.context.ndim == 2:
+            other.context = self.context[index]
+        other.probe = None if self.probe is None else self.probe[:, index]
+        other.field = field(other.context)
+        return other
 
     def __call__(self, s: Tensor, state: State) -> State:
         return self._run(s, state, sampled=self.once is not None)

@@ -396,3 +396,27 @@ def test_evaluations_at_one_time_keep_a_file_each(tmp_path):
         with pytest.raises(ZeroDivisionError):
             _keep(tmp_path / "gone", {})
     assert not any((tmp_path / "gone").iterdir())
+
+
+def test_items_far_out_are_scored_and_those_that_cannot_be_solved_come_last(tmp_path, capsys, rows, monkeypatch):
+    x = np.random.default_rng(1).normal(size=(12, 3)) * [1.0, 1e4, 3.0]
+    path, plain, figures = tmp_path / "x.npy", tmp_path / "plain.npz", tmp_path / "far.npz"
+    np.save(path, x)
+    run(capsys, rows, "--score", path, "--per-item", plain)
+    x[4, 1], x[9, 0] = 1e17, 1e25
+    np.save(path, x)
+    out, _ = run(capsys, rows, "--score", path, "--per-item", figures)
+    assert ranked(out)[0][:2] == [f"{path}:9", f"{path}:4"]
+    with np.load(plain) as before, np.load(figures) as after:
+        others = ~np.isin(np.arange(12), [4, 9])
+        assert np.allclose(before["log_prob"][others], after["log_prob"][others], atol=1e-3)
+        assert -1e52 < after["log_prob"][9] < -1e48 and np.isfinite(after["log_prob"]).all()
+
+    own = cnf.fields.networks.Prepared.__call__
+    monkeypatch.setattr(
+        cnf.fields.networks.Prepared, "__call__", lambda self, t, y, *more: own(self, t, y, *more) / (y.abs().amax(1, keepdim=True) < 1e3)
+    )
+    with pytest.warns(UserWarning, match=r"2 of 12 items cannot be solved .*items 4, 9"):
+        out, _ = run(capsys, rows, "--score", path)
+    assert re.findall(r"^  (\S+) +nan$", out, re.M) == [f"{path}:4", f"{path}:9"]
+    assert f"without a likelihood, ranked last: {path}:4, {path}:9, whose ODE cannot be solved: block 1" in out

@@ -255,9 +255,10 @@ def test_products_and_evaluations_are_those_that_were_made(name, tolerance):
 def test_what_records_a_gradient_or_trains_takes_the_integrals_along():
     one, x, _ = CASES["mlp"]()
     one.eval_solver, one.solver = at_nodes(1e-4), FixedGrid("rk4", 3)
-    assert one(x).stats.products == one(x).stats.nfe > 40
+    stats, value = one(x).stats, one(x).log_det
+    assert stats.products > 40 and stats.nfe > stats.products  # the gradient's integrals along, the value's at nodes
     with torch.no_grad():
-        assert one(x).stats.products < 20
+        assert one(x).stats.products < 20 and torch.equal(one(x).log_det, value)
         assert one.train()(x).stats.products == 12
     flow = Flow(one.eval(), (3,))
     score = flow.score(x)
@@ -335,11 +336,13 @@ def test_built_flows_share_the_tolerance_among_their_blocks():
             assert flow.blocks[0].eval_solver.quadrature_tolerance == pytest.approx(2e-5 * unit)
             assert flow.blocks[0].eval_solver.rtol == pytest.approx(1e-6)
     assert build(config, SolverConfig(eval_tolerance=0), (2,)).blocks[0].eval_solver.quadrature_tolerance is None
-    assert eval_solver(SolverConfig()).quadrature_tolerance is None and CNF(MLP(2)).eval_solver.quadrature_tolerance is None
-    assert at_nodes(1e-3).riding().quadratures_in_norm and at_nodes(1e-3).riding().quadrature_tolerance is None
+    assert eval_solver(SolverConfig()).quadrature_tolerance is None
+    assert CNF(MLP(2)).eval_solver.quadrature_tolerance == 1e-3 and CNF(MLP(2)).eval_solver.norm == "row"
     for options in (dict(quadrature_tolerance=0.0), dict(quadrature_tolerance=1e-3, quadratures_in_norm=True)):
         with pytest.raises(ConfigError, match="quadrature_tolerance"):
             Adaptive(**options)
+    with pytest.raises(ConfigError, match="norm='rows'"):
+        Adaptive(norm="rows")
 
 
 @pytest.mark.parametrize("architecture", ["stack", "multiscale"])

@@ -251,9 +251,9 @@ def _reference(command: Command, info: RunInfo) -> Tensor | None:
     if "nll" not in arrays:
         raise DataError(f"{path} holds no scores (no array 'nll'): remove it, and the items are ranked without it")
     found = arrays["nll"]
-    if found.ndim != 1 or found.dtype.kind != "f" or not np.isfinite(found).all():
+    if found.ndim != 1 or found.dtype.kind != "f" or np.isinf(found).any():
         raise DataError(f"{path}: 'nll' is no list of finite numbers: remove the file, and the items are ranked without it")
-    return torch.from_numpy(found)
+    return torch.from_numpy(found[~np.isnan(found)])  # NaN: test items that could not be solved
 
 
 def _preparations(folder: Path, info: RunInfo) -> Iterator[str]:

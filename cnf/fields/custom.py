@@ -28,7 +28,7 @@ _POINT = ("x", "z", "y", "xt", "x_t", "state", "states", "input", "inputs")
 _TIME = ("t", "time", "times", "s", "tau")
 _MIXING = 0.02  # of the field's size: how far a row may move with its neighbours (rounding, reduced precision)
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
-_CHECKED: weakref.WeakKeyDictionary[nn.Module, dict[bool, bool]] = weakref.WeakKeyDictionary()  # by mode: does it draw?
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, dict[bool, tuple[bool, bool]]] = weakref.WeakKeyDictionary()  # by mode: random, whole
 
 
 # --- which capabilities may be used -----------------------------------------------------------------------------
@@ -139,7 +139,8 @@ class CustomField:
     def __init__(self, module: nn.Module, noise: Noise | None = None, usable: bool = True):
         self.module, self.randomness = module, SolveRandomness(noise)
         self.takes_context = _takes_context(module)
-        self.random = False
+        self.random = False  # whether it draws random numbers
+        self.whole = False  # whether rows cannot be evaluated apart
         kind = type(module)
         # None where autodiff has to serve
         self.jvp = self._jvp if usable and _consistent(kind, "jvp") else None
@@ -201,23 +202,24 @@ class CustomField:
         known = _CHECKED.setdefault(self.module, {})
         mode = self.module.training
         if mode in known:
-            self.random = known[mode]
+            self.random, self.whole = known[mode]
             return
         try:
             other = CustomField(_copy(self.module), None, usable=False)  # a counter in the module goes on as if nothing had been called
             self.random, apart = other._compare_rows(t, x[:3], context)
-        except Exception:  # it closes over rows of its own, say: the solve itself will tell what is wrong
+        except Exception:  # it closes over rows of its own, or cannot be copied: the solve itself will tell what is wrong
+            self.whole = True
+            known[mode] = (False, True)
             return
-        if self.random:
-            apart = 0.0  # other numbers for other shapes
-        if apart is None:
+        self.whole = self.random  # other numbers for other shapes
+        if not self.random and apart is None:
             return
-        if apart > _MIXING:
+        if not self.random and apart is not None and apart > _MIXING:
             raise ConfigError(
                 f"field {self._name} returns another value for a row when other rows are next to it (they differ by {apart:.1%} of its "
                 "size), so that no row has a density of its own: use statistics of one row (LayerNorm, GroupNorm) in place of the batch's"
             )
-        known[mode] = self.random
+        known[mode] = (self.random, self.whole)
 
     @torch.no_grad()
     def _compare_rows(self, t: Tensor, x: Tensor, context: Tensor | None) -> tuple[bool, float | None]:

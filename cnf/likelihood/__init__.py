@@ -2,7 +2,8 @@
 
 from cnf.likelihood.checks import Check, block_errors, check, integral_2d, refined, round_trip_error, solver_error
 from cnf.likelihood.columns import Column, column_report, conditional_log_prob, spacing_entropy
-from cnf.likelihood.evaluation import DEQUANTISATIONS, Evaluation, ItemNoise, default_batch_size, evaluate
+from cnf.likelihood.evaluation import DEQUANTISATIONS, Evaluation, default_batch_size, evaluate
+from cnf.likelihood.items import ItemNoise
 from cnf.likelihood.ranking import CAUTION, Ranking, rank
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from cnf.distributed import ALONE, Group
 from cnf.flow import Flow
-from cnf.likelihood.evaluation import Evaluation, ItemNoise, default_batch_size, evaluate
+from cnf.likelihood.evaluation import Evaluation, default_batch_size, evaluate
+from cnf.likelihood.items import ItemNoise
 from cnf.noise import Noise
 from cnf.solvers import Solution, Solver
 from cnf.solvers.base import RHS, State
@@ -90,8 +92,12 @@ def check(
         )  # fmt: skip
 
     before = solve(0)
-    with refined(flow):
+    with refined(flow), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of items that cannot be solved: said already
         moved = solve(1).per_item - before.per_item
+    solved = moved.isfinite()  # the others are named by the evaluation
+    x, index, moved = x[solved], before.index[solved], moved[solved]
+    context = context if context is None or context.ndim == 1 else context[solved]
     size = batch_size or default_batch_size(flow)
     starts = range(0, len(x), size)
     trips = torch.zeros(len(starts), dtype=torch.float64)
@@ -102,7 +108,7 @@ def check(
                 continue
             rows = slice(start, start + size)
             given = context if context is None or context.ndim == 1 else context[rows]
-            noise = ItemNoise(seed, before.index[rows].tolist())
+            noise = ItemNoise(seed, index[rows].tolist())
             given = None if given is None else given.to(flow.like)
             part = x[rows].to(flow.like) if x.is_floating_point() else x[rows].to(flow.like.device)
             trips[place] = round_trip_error(flow, part, given, noise=noise)

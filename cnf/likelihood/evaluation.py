@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -13,10 +14,12 @@ from torch import Tensor
 from cnf.dequantization import TruncatedNormalDequantize, VariationalDequantize
 from cnf.distributed import ALONE, Group
 from cnf.divergence import Hutchinson
-from cnf.errors import ConfigError, DataError
+from cnf.errors import ConfigError, DataError, SolverError
 from cnf.flow import Flow
+from cnf.halving import FAILING
 from cnf.likelihood.groups import sorted_rows
-from cnf.noise import Kind, Noise
+from cnf.likelihood.items import ItemNoise
+from cnf.noise import Noise
 from cnf.solvers import Stats
 from cnf.transforms import Dequantize
 
@@ -30,7 +33,11 @@ INFLATED_NOTE = "Hutchinson's noise inflates the mean over importance samples, w
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A split's negative log-likelihood, in ``unit`` (bits/dim for images, nats for vectors)."""
+    """A split's negative log-likelihood, in ``unit`` (bits/dim for images, nats for vectors).
+
+    Items that cannot be solved (``unsolved``) have NaN in ``per_item`` and ``log_prob``; all other figures are of the rest, and
+    :attr:`unsolved_note` says so.
+    """
 
     mean: float
     standard_error: float
@@ -55,6 +62,29 @@ class Evaluation:
     """Evaluations of the field in a batch's solve, averaged over batches."""
     products: float
     """Those of them that took a derivative, for the trace."""
+    unsolved: tuple[int, ...] = ()
+    """Numbers in their split of the items whose ODE could not be solved."""
+    reason: str = ""
+    """Why the first of them could not."""
+
+    @property
+    def unsolved_note(self) -> str | None:
+        """Which items have no likelihood, and why; None where all have one."""
+        if not self.unsolved:
+            return None
+        count = len(self.unsolved)
+        shown = ", ".join(map(str, self.unsolved[:10])) + (", ..." if count > 10 else "")
+        return f"{count:,} of {len(self.per_item):,} items cannot be solved and are left out of the mean (items {shown}): {self.reason}"
+
+    def require_solved(self) -> Evaluation:
+        """This evaluation.
+
+        Raises:
+            SolverError: where an item has no likelihood.
+        """
+        if self.unsolved:
+            raise SolverError(str(self.unsolved_note))
+        return self
 
     @property
     def note(self) -> str | None:
@@ -62,60 +92,6 @@ class Evaluation:
         if self.bound is not False:
             return None
         return MID_BIN_NOTE if self.dequantisation == "mid-bin" else INFLATED_NOTE
-
-
-class ItemNoise(Noise):
-    """Noise as a pure function of (seed, draw, item), so that a figure does not depend on the batches it was made in.
-
-    The samples of one importance-weighted bound differ in the dequantisation noise alone: they share the probe, which
-    would otherwise add its own noise to every weight and inflate their mean.
-
-    Args:
-        seed: of the evaluation.
-        items: the numbers of the rows of this batch in their split.
-        draw: number of the noise draw.
-        sample: number of the importance sample within the draw.
-
-    Example:
-        >>> whole = ItemNoise(0, range(8)).draw("dequantize", "uniform", (8, 3))
-        >>> bool((ItemNoise(0, [6, 2]).draw("dequantize", "uniform", (2, 3)) == whole[[6, 2]]).all())
-        True
-    """
-
-    def __init__(self, seed: int, items: Sequence[int], draw: int = 0, sample: int = 0):
-        super().__init__(seed, f"evaluation/{draw}")
-        self.items, self.number, self.sample = items, draw, sample
-
-    def _copy(self) -> ItemNoise:
-        other = ItemNoise(self.seed, self.items, self.number, self.sample)
-        other.place = self.place
-        return other
-
-    def draw(
-        self,
-        name: str,
-        kind: Kind,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        batch_dim: int | None = 0,
-    ) -> Tensor:
-        """Draw by name, item by item."""
-        purpose = f"{self.purpose}/{self.sample}" if name == "dequantize" else self.purpose
-
-        def one(item: int, part: Sequence[int]) -> Tensor:
-            noise = Noise(self.seed, purpose, item)
-            noise.place = self.place
-            return noise.draw(name, kind, part, dtype=dtype, device=device, batch_dim=None)
-
-        if batch_dim is None:
-            return one(-1, shape)
-        part = list(shape)
-        rows = part.pop(batch_dim)
-        if rows != len(self.items):
-            raise ConfigError(f"noise for {rows} rows was asked of ItemNoise, which has {len(self.items)} items")
-        return torch.stack([one(int(item), part) for item in self.items], batch_dim)
 
 
 def default_batch_size(flow: Flow) -> int:
@@ -141,6 +117,8 @@ def evaluate(
 ) -> Evaluation:
     r"""The negative log-likelihood of every item, no batch dropped, sums in double precision.
 
+    Items whose ODE cannot be solved are named in the result (``unsolved``) and in a warning; all others keep their likelihood.
+
     With ``importance`` K each draw is :math:`\ln \frac1K \sum_k p(x + u_k) / q(u_k)`, the :math:`-\ln K` included
     (1509.00519): a bound that rises with K to the pixels' log-likelihood. K = 1 is the plain bound. ``"mid-bin"`` is what
     RNODE's code reports (2002.02798): the density at (k + 1/2)/levels, which is no bound.
@@ -163,7 +141,8 @@ def evaluate(
             each (such as :meth:`cnf.progress.Progress.update`).
 
     Raises:
-        SolverError: from a solve that failed, on all processes alike.
+        SolverError: from a solve that failed for no row in particular, or for more than 16 rows of a batch, or for all items;
+            on all processes alike.
         DataError: for no items at all, or float images outside [0, 1].
         ConfigError: for numbers below one, or a dequantisation or importance weighting that the flow or the data lacks.
 
@@ -201,6 +180,7 @@ def evaluate(
     done, solves = 0, group.owned(len(work)) * importance
     if progress is not None:
         progress(done, solves)
+    reason = ""
     with group.together():
         for place, (number, rows) in enumerate(work):
             if not group.owns(place):
@@ -209,8 +189,9 @@ def evaluate(
             items = cast(list[int], index[rows].tolist())
             total: Tensor | None = None
             for sample in range(importance):
-                noise, own = ItemNoise(seed, items, number, sample), None if steps is None else steps[rows]
-                one, stats = _log_prob(flow, x[rows], given, noise, kind, own)
+                own = None if steps is None else steps[rows]
+                one, stats, why = _solved(flow, x[rows], given, (seed, items, number, sample), kind, own)
+                reason = reason or why
                 cost[:, place, sample] = torch.tensor([stats.nfe, stats.products])
                 total = one if total is None else torch.logaddexp(total, one)
                 done += 1
@@ -219,16 +200,23 @@ def evaluate(
             table[number, rows] = cast(Tensor, total) - math.log(importance)
     table, cost = group.sum(table), group.sum(cost)
     log_prob = table.mean(0)
+    lost = log_prob.isnan()
+    unsolved = tuple(cast(list[int], index[lost].tolist()))
+    if unsolved:
+        reason = next(filter(None, group.gather(reason)), "")
+        if len(unsolved) == len(x):
+            raise SolverError(f"none of {len(x):,} items can be solved: {reason}")
     scale = -1 / (flow.dim * math.log(2)) if flow.levels is not None else -1.0
     per_item = scale * log_prob
-    n = len(x)
+    solved = per_item[~lost]
+    n = len(solved)
     noise_error: float | None = 0.0
     if spread or probed:
         # items draw independent noise, so their variances add: far steadier than the variance of a few means
-        noise_error = abs(scale) * math.sqrt(float(table.var(0).mean()) / (draws * n)) if draws > 1 else None
-    return Evaluation(
-        mean=float(per_item.mean()),
-        standard_error=float(per_item.std()) / math.sqrt(n) if n > 1 else math.nan,
+        noise_error = abs(scale) * math.sqrt(float(table[:, ~lost].var(0).mean()) / (draws * n)) if draws > 1 else None
+    found = Evaluation(
+        mean=float(solved.mean()),
+        standard_error=float(solved.std()) / math.sqrt(n) if n > 1 else math.nan,
         noise_standard_error=noise_error,
         unit="nats" if flow.levels is None else "bits/dim",
         per_item=per_item,
@@ -240,7 +228,12 @@ def evaluate(
         bound=None if kind == "none" else spread and not (probed and importance > 1),
         nfe=float(cost[0].mean()),
         products=float(cost[1].mean()),
+        unsolved=unsolved,
+        reason=reason,
     )
+    if unsolved:
+        warnings.warn(str(found.unsolved_note), stacklevel=3)  # the caller's line, outside no_grad
+    return found
 
 
 def _kind(flow: Flow, x: Tensor, wanted: str | None) -> str:
@@ -255,6 +248,37 @@ def _kind(flow: Flow, x: Tensor, wanted: str | None) -> str:
     if wanted in OWN.values() and own != wanted:
         raise ConfigError(f"dequantisation={wanted!r}, but this flow was built without it: give 'uniform' or 'mid-bin'")
     return wanted or own
+
+
+def _solved(
+    flow: Flow,
+    x: Tensor,
+    context: Tensor | None,
+    noise: tuple[int, Sequence[int], int, int],
+    kind: str,
+    steps: Tensor | None,
+) -> tuple[Tensor, Stats, str]:
+    """:func:`_log_prob` of the rows that can be solved, NaN for the others, and why the first of them cannot.
+
+    Raises:
+        SolverError: from a solve that failed for no row in particular, or for more than :data:`FAILING`.
+    """
+    seed, items, number, sample = noise
+    keep, reason = list(range(len(x))), ""
+    value = torch.full((len(x),), math.nan, dtype=torch.float64)
+    while keep:
+        given = context if context is None or context.ndim == 1 else context[keep]
+        try:
+            part = ItemNoise(seed, [items[i] for i in keep], number, sample)
+            own = None if steps is None else steps[keep]
+            value[keep], stats = _log_prob(flow, x if len(keep) == len(x) else x[keep], given, part, kind, own)
+            return value, stats, reason
+        except SolverError as error:
+            reason = reason or error.cause or str(error)
+            if not error.rows or len(x) - len(keep) + len(error.rows) > FAILING:
+                raise
+            keep = [row for i, row in enumerate(keep) if i not in error.rows]
+    return value, Stats(), reason
 
 
 def _log_prob(
@@ -274,5 +298,8 @@ def _log_prob(
             x = Dequantize(flow.levels)(x, noise=noise).value.to(like.dtype)
         shift = -flow.dim * math.log(flow.levels)
     out = flow.evaluate(x, context, noise=noise, integrals=False)
-    log_prob = flow.base_log_prob(out.value).double() + out.log_det.double()
+    base = flow.base_log_prob(out.value).double()
+    if not bool(base.isfinite().all()):  # far out, squares overflow float32
+        base = flow.base_log_prob(out.value.double())
+    log_prob = base + out.log_det.double()
     return log_prob.cpu() + shift, out.stats

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ class Ranking:
 
     names: tuple[str, ...]
     scores: Tensor
-    """(N,) negative log-likelihood, in the evaluation's unit, falling."""
+    """(N,) negative log-likelihood, in the evaluation's unit, falling; NaN, last, of items that cannot be solved."""
     order: Tensor
     """(N,) where each of them stood among the items given."""
     below: Tensor | None
@@ -40,10 +42,14 @@ class Ranking:
         lines = [f"{len(self.names):,} items by likelihood, least likely first ({self.found.unit}, lower is likelier):"]
         width = max((len(name) for name in self.names[:count]), default=0)
         for i in range(count):
-            share = "" if self.below is None else f"   {100 * float(self.below[i]):5.1f} % of the reference is less likely"
+            known = self.below is not None and not bool(self.scores[i].isnan())
+            share = "" if not known else f"   {100 * float(cast(Tensor, self.below)[i]):5.1f} % of the reference is less likely"
             lines.append(f"  {self.names[i]:{width}}  {float(self.scores[i]):10.4f}{share}")
         if count < len(self.names):
             lines.append(f"  ... and {len(self.names) - count:,} more")
+        if lost := self.names[len(self.names) - len(self.found.unsolved) :]:
+            shown = ", ".join(lost[:10]) + (", ..." if len(lost) > 10 else "")
+            lines.append(f"  without a likelihood, ranked last: {shown}, whose ODE cannot be solved: {self.found.reason}")
         return "\n".join([*lines, CAUTION])
 
 
@@ -64,7 +70,7 @@ def rank(
     steps: Tensor | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Ranking:
-    """Sort items by their likelihood, least likely first.
+    """Sort items by their likelihood, least likely first; items that cannot be solved come last, and are named.
 
     Likelihood alone is not an anomaly score: a density depends on the units of its data and falls for whatever is busy or
     rare in detail, and models of images are known to find plain images of other kinds likelier than their own data ("Do deep
@@ -95,7 +101,8 @@ def rank(
         flow, x, context, draws=draws, importance=importance, dequantisation=dequantisation, seed=seed,
         batch_size=batch_size, group=group, steps=steps, progress=progress,
     )  # fmt: skip
-    scores, order = found.per_item.sort(descending=True, stable=True)
+    order = found.per_item.nan_to_num(nan=-math.inf, posinf=math.inf).argsort(descending=True, stable=True)
+    scores = found.per_item[order]
     labels = [str(i) for i in range(len(x))] if names is None else list(names)
     below = None
     if reference is not None and len(reference):

@@ -61,7 +61,7 @@ class DensityObjective(nn.Module):
         Beside it ``validation_nfe``, the evaluations of a batch's solve, and of some items, where the flow has paths,
         their ``straightness`` and ``path_energy`` (see :func:`cnf.trajectory.straightness`).
         """
-        found = evaluate(model, x, context, seed=seed, index=index, group=group)
+        found = evaluate(model, x, context, seed=seed, index=index, group=group).require_solved()
         told = {"validation": found.mean, "validation_nfe": found.nfe}
         like, some = model.like, None if context is None else (context[:SHOWN] if context.ndim == 2 else context).to(model.like)
         points = x[:SHOWN].to(like if x.is_floating_point() else like.device)

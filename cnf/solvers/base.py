@@ -8,7 +8,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["RHS", "Counter", "Solution", "Solver", "State", "Stats", "finite", "largest"]
+from cnf.errors import SolverError
+
+__all__ = ["RHS", "Counter", "Solution", "Solver", "State", "Stats", "finite", "largest", "require_finite"]
 
 State = tuple[Tensor, ...]
 RHS = Callable[[Tensor, State], State]
@@ -131,3 +133,13 @@ def largest(y: State) -> float:
 def finite(y: State) -> bool:
     """Whether every entry of a state is finite."""
     return all(bool(torch.isfinite(e).all()) for e in y)
+
+
+def require_finite(values: Tensor, what: str) -> None:
+    """Refuse values that are not finite.
+
+    Raises:
+        SolverError: saying what is not finite.
+    """
+    if not finite((values,)):
+        raise SolverError(f"{what} is not finite")

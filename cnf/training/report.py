@@ -66,6 +66,8 @@ def summary(result: dict[str, Any]) -> str:
     lines = [f"{result['split']}: {value:.4f}{error} {unit}{aside} over {result['items']:,} items"]
     if result["note"] is not None:
         lines.append(f"  not a bound: {result['note']}")
+    if result.get("unsolved_note"):
+        lines.append(f"  {result['unsolved_note']}")
     lines.append(f"  {comparability(result)}")
     lines.append(
         f"  NFE {result['nfe']:.0f}, {result['products']:.0f} with a derivative; round trip {result['round_trip_error']:.1e} on {result['checked_items']:,} items, "

@@ -136,6 +136,8 @@ def score(
         "noise_standard_error": found.noise_standard_error,
         "bound": found.bound,
         "note": found.note,
+        "unsolved": list(found.unsolved),
+        "unsolved_note": found.unsolved_note,
         "data": data.name,
         "split": split,
         "items": len(x),

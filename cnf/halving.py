@@ -1,0 +1,66 @@
+"""A batch whose solve fails, solved in halves until the rows that cannot be solved are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cnf.errors import SolverError
+from cnf.solvers import Solution
+
+__all__ = ["FAILING", "solve_in_halves"]
+
+FAILING = 16  # rows that are looked for; one where each failure takes all the steps that a solve may
+
+
+def solve_in_halves(solve: Callable[[Tensor], Solution], x: Tensor, dynamic: int, error: SolverError) -> Solution:
+    """The solution of all rows of x (N, \\*event), by parts; whatever does not belong to rows is the first part's.
+
+    Args:
+        solve: the solution of the rows of an index.
+        x: the point, whose rows are named.
+        dynamic: entries of the state that are dynamic, the point foremost; the rest are integrals (N,).
+        error: of the whole batch.
+
+    Raises:
+        SolverError: naming the rows that cannot be solved alone, :data:`FAILING` of them at most.
+    """
+    parts: list[tuple[Tensor, Solution]] = []
+    rows: list[int] = []
+    reason, left = error, [torch.arange(len(x), device=x.device)]
+    failed = True  # the batch itself is not solved again
+    while left:
+        index = left.pop()
+        if not failed:
+            try:
+                parts.append((index, solve(index)))
+                continue
+            except SolverError as found:
+                if len(index) == 1:
+                    reason = reason if rows else found
+        failed = False
+        if len(index) > 1:
+            left += reversed(index.tensor_split(2))
+            continue
+        rows.append(int(index))
+        if len(rows) == (1 if reason.exhausted else FAILING):
+            break
+    if rows:
+        names = f"row {rows[0]}" if len(rows) == 1 else f"rows {', '.join(map(str, rows))}"
+        others = "there may be more" if left else "the other rows can" if parts else "there is no other row"
+        raise SolverError(
+            f"{names} of {len(x)} cannot be solved ({others}; the largest entry of row {rows[0]} is "
+            f"{float(x[rows[0]].detach().abs().max()):.3g}): remove or correct such rows. {reason}",
+            s=reason.s, step=reason.step, largest=reason.largest, rows=rows, cause=str(reason),
+        )  # fmt: skip
+    order = torch.cat([index for index, _ in parts]).argsort()
+    states = [solution.state for _, solution in parts]
+    state = list(states[0])
+    for i in (0, *range(dynamic, len(state))):
+        state[i] = torch.cat([one[i] for one in states])[order]
+    stats = parts[0][1].stats
+    for _, solution in parts[1:]:
+        stats = stats + solution.stats
+    return Solution(tuple(state), stats.joined())

@@ -1,0 +1,67 @@
+"""Noise of an evaluation: each item's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cnf.errors import ConfigError
+from cnf.noise import Kind, Noise
+
+__all__ = ["ItemNoise"]
+
+
+class ItemNoise(Noise):
+    """Noise as a pure function of (seed, draw, item), so that a figure does not depend on the batches it was made in.
+
+    The samples of one importance-weighted bound differ in the dequantisation noise alone: they share the probe, which
+    would otherwise add its own noise to every weight and inflate their mean.
+
+    Args:
+        seed: of the evaluation.
+        items: the numbers of the rows of this batch in their split.
+        draw: number of the noise draw.
+        sample: number of the importance sample within the draw.
+
+    Example:
+        >>> whole = ItemNoise(0, range(8)).draw("dequantize", "uniform", (8, 3))
+        >>> bool((ItemNoise(0, [6, 2]).draw("dequantize", "uniform", (2, 3)) == whole[[6, 2]]).all())
+        True
+    """
+
+    def __init__(self, seed: int, items: Sequence[int], draw: int = 0, sample: int = 0):
+        super().__init__(seed, f"evaluation/{draw}")
+        self.items, self.number, self.sample = items, draw, sample
+
+    def _copy(self) -> ItemNoise:
+        other = ItemNoise(self.seed, self.items, self.number, self.sample)
+        other.place = self.place
+        return other
+
+    def draw(
+        self,
+        name: str,
+        kind: Kind,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        batch_dim: int | None = 0,
+    ) -> Tensor:
+        """Draw by name, item by item."""
+        purpose = f"{self.purpose}/{self.sample}" if name == "dequantize" else self.purpose
+
+        def one(item: int, part: Sequence[int]) -> Tensor:
+            noise = Noise(self.seed, purpose, item)
+            noise.place = self.place
+            return noise.draw(name, kind, part, dtype=dtype, device=device, batch_dim=None)
+
+        if batch_dim is None:
+            return one(-1, shape)
+        part = list(shape)
+        rows = part.pop(batch_dim)
+        if rows != len(self.items):
+            raise ConfigError(f"noise for {rows} rows was asked of ItemNoise, which has {len(self.items)} items")
+        return torch.stack([one(int(item), part) for item in self.items], batch_dim)

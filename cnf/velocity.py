@@ -1,0 +1,133 @@
+"""The flow of a velocity field that was trained elsewhere."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from cnf.continuous import CNF
+from cnf.divergence import Divergence
+from cnf.errors import ConfigError
+from cnf.flow import Flow
+from cnf.solvers import Solver
+
+__all__ = ["from_velocity"]
+
+DIRECTIONS = ("noise-to-data", "data-to-noise")
+TIMES = {"t", "time", "times", "timestep", "timesteps", "tau"}
+
+
+class _Velocity(nn.Module):
+    """A velocity v(t, x[, context]) as a field whose time runs from data to noise."""
+
+    def __init__(self, v: Callable[..., Tensor], reverse: bool, takes_context: bool):
+        super().__init__()
+        self.reverse = reverse
+        self.v = v
+        if not isinstance(v, nn.Module):
+            self.networks = nn.ModuleList({id(m): m for m in _modules(v)}.values())
+        if not takes_context:
+            self.context_dim = 0
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """dx/dt at t () of the flow, 0 at the data."""
+        given = () if context is None else (context,)
+        return -self.v(1 - t, x, *given) if self.reverse else self.v(t, x, *given)
+
+
+def from_velocity(
+    v: Callable[..., Tensor],
+    event_shape: tuple[int, ...],
+    time: str | None = None,
+    *,
+    base_std: float = 1.0,
+    divergence: Divergence | None = None,
+    eval_solver: Solver | None = None,
+) -> Flow:
+    r"""Wrap a trained velocity field as a flow with samples and likelihood, in evaluation mode.
+
+    Points move as dx/dt = v(t, x) for t from 0 to 1. Packages differ in where the noise is, and a wrong direction still gives
+    a density, the wrong one; so ``time`` has no default. torchcfm and flow_matching have noise at t = 0 (``"noise-to-data"``),
+    this package's own blocks have data there (``"data-to-noise"``).
+
+    ``v`` is called as ``v(t, x)``, or ``v(t, x, context)`` where a context is given, with t a scalar tensor and x (N, \*event).
+    Other conventions take one line:
+
+    ========================================================  ==========================================================
+    ``v(x, t)``, flow_matching's models                       ``lambda t, x: v(x, t.expand(len(x)))``
+    torchcfm's ``MLP``, of [x, t]                             ``lambda t, x: v(torch.cat([x, t.expand(len(x), 1)], 1))``
+    torchcfm's ``torch_wrapper`` and ``UNetModel``            ``v`` itself
+    ========================================================  ==========================================================
+
+    The networks that such a function refers to become part of the flow: ``flow.to(device)`` moves them.
+
+    Args:
+        v: velocity, a module or a function.
+        event_shape: shape of one point.
+        time: ``"noise-to-data"`` or ``"data-to-noise"``.
+        base_std: standard deviation of the noise.
+        divergence: the exact trace if None.
+        eval_solver: that of :class:`~cnf.CNF` if None.
+
+    Raises:
+        ConfigError: for a missing or unknown ``time``, or a ``v`` that does not take (t, x).
+
+    Example:
+        >>> import torch
+        >>> mean, std = 2.0, 0.5  # v carries N(0, 1) at t = 0 to N(2, 0.5²) at t = 1 along straight lines
+        >>> def v(t, x):
+        ...     return mean + (std - 1) * (x - mean * t) / (1 + (std - 1) * t)
+        >>> flow = from_velocity(v, (1,), time="noise-to-data")
+        >>> truth = torch.distributions.Normal(mean, std).log_prob(torch.tensor([1.7]))
+        >>> bool((flow.log_prob(torch.tensor([[1.7]])) - truth).abs() < 1e-4)
+        True
+    """
+    if time not in DIRECTIONS:
+        raise ConfigError(
+            f"time={time!r}: expected 'noise-to-data' where noise is at t=0 (torchcfm, flow_matching), or 'data-to-noise' "
+            "where the data are"
+        )
+    field = _Velocity(v, time == "noise-to-data", _takes_context(v))
+    return Flow(CNF(field, divergence, eval_solver=eval_solver), event_shape, base_std=base_std).eval()
+
+
+def _takes_context(v: Callable[..., Tensor]) -> bool:
+    """Whether v takes a context after (t, x).
+
+    Raises:
+        ConfigError: where it does not take (t, x).
+    """
+    if not callable(v):
+        raise ConfigError(f"v is a {type(v).__name__}; expected a module or a function v(t, x)")
+    try:
+        parameters = list(inspect.signature(v.forward if isinstance(v, nn.Module) else v).parameters.values())
+    except (TypeError, ValueError):  # some built-in callables have no signature
+        return True
+    several = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    placed = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    names = ", ".join(p.name for p in placed)
+    if len(placed) < 2 and not several:
+        raise ConfigError(f"v takes ({names}); expected (t, x): pass a function, such as lambda t, x: v(torch.cat([x, t.expand(len(x), 1)], 1))")
+    if len(placed) >= 2 and placed[1].name.lower() in TIMES and placed[0].name.lower() not in TIMES:
+        raise ConfigError(f"v takes ({names}), the time second; expected (t, x): pass lambda t, x: v(x, t.expand(len(x)))")
+    if len(needed) > 3 or any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters):
+        raise ConfigError(f"v needs ({', '.join(needed)}); expected (t, x) or (t, x, context): pass a function that fills in the rest")
+    return several or len(placed) > 2
+
+
+def _modules(v: Any) -> Iterator[nn.Module]:
+    """The networks that a function refers to: by closure, as a global, bound, or held by functools.partial."""
+    code = getattr(v, "__code__", None)
+    cells = [cell.cell_contents for cell in getattr(v, "__closure__", None) or () if cell != type(cell)()]
+    named = [v.__globals__.get(name) for name in code.co_names] if code is not None and hasattr(v, "__globals__") else []
+    held = [getattr(v, "__self__", None), *getattr(v, "args", ()), *getattr(v, "keywords", {}).values()]
+    held += list(vars(v).values()) if not inspect.isroutine(v) and hasattr(v, "__dict__") else []
+    for one in (*cells, *named, *held):
+        if isinstance(one, nn.Module):
+            yield one
+    if isinstance(inner := getattr(v, "func", None), Callable):  # type: ignore[arg-type]
+        yield from [inner] if isinstance(inner, nn.Module) else _modules(inner)
