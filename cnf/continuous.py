@@ -296,7 +296,7 @@ class CNF(Transform):
             try:
                 solution = run(rhs, entries, rows=apart)
             except SolverError as error:
-                if self.training or apart is None:
+                if self.training or apart is None or vectorized():
                     raise
                 solution = solve_in_halves(part, x, len(dynamic), error)
         except SolverError as error:

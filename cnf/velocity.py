@@ -23,6 +23,8 @@ TIMES = {"t", "time", "times", "timestep", "timesteps", "tau"}
 class _Velocity(nn.Module):
     """A velocity v(t, x[, context]) as a field whose time runs from data to noise."""
 
+    custom = True  # what it calls is not this package's
+
     def __init__(self, v: Callable[..., Tensor], reverse: bool, takes_context: bool):
         super().__init__()
         self.reverse = reverse

@@ -70,7 +70,7 @@ def _consistent(kind: type, name: str) -> bool:
 
 
 def _ours(field: nn.Module) -> bool:
-    return type(field).__module__.partition(".")[0] == "cnf"
+    return type(field).__module__.partition(".")[0] == "cnf" and not getattr(field, "custom", False)
 
 
 def protect(field: nn.Module | Field, noise: Noise | None = None) -> Field:

@@ -129,8 +129,6 @@ class Adaptive:
         """
         if vectorized():
             return self._embedded(rhs, state, dynamic)
-        if state[0].is_meta or torch.compiler.is_exporting():
-            raise ConfigError(f"{self!r} chooses its steps by values, which torch.export and the meta device do not have: use FixedGrid(...)")
         ends = torch.tensor([0.0, 1.0], dtype=state[0].dtype, device=state[0].device)
         path, stats = self.path(rhs, state, ends, dynamic=dynamic, parameters=parameters)
         return Solution(tuple(entry[-1] for entry in path), stats)
@@ -145,6 +143,8 @@ class Adaptive:
         Raises:
             SolverError: too many steps, an underflowing step, or a final state that is not finite.
         """
+        if state[0].is_meta or torch.compiler.is_exporting():
+            raise ConfigError(f"{self!r} chooses its steps by values, which torch.export and the meta device do not have: use FixedGrid(...)")
         like = state[0]
         function = _Function(rhs, like.dtype, self.max_steps)
         norm = self._norm(state, dynamic)
