@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Sequence
 from functools import partial
 
@@ -12,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from cnf.collocation import solve
-from cnf.compilation import CompilationWarning
 from cnf.deferral import vectorized
 from cnf.divergence import Divergence, Exact, closed
 from cnf.errors import ConfigError, SolverError
 from cnf.fields.augmented import Handover, TimePath, check_drive
-from cnf.fields.custom import Field, check_signature, prepared, protect
+from cnf.fields.custom import Field, can_compile, prepared, protect
+from cnf.fields.signature import check_signature
 from cnf.halving import solve_in_halves
 from cnf.noise import Noise, draw, number
 from cnf.quadratures import Quadrature, check_names
@@ -178,9 +177,7 @@ class CNF(Transform):
         try:
             solution = self._solver().solve(lambda s, state: (span * path(state[0]),), (drive,), parameters=named)
         except SolverError as error:
-            raise SolverError(
-                f"{self.label}, augmented time over {float(span):g}: {error}{error.where(0.0, float(span))}"
-            ) from None
+            raise error.inside(f"{self.label}, augmented time", (0.0, float(span))) from None
         return solution.state[0]
 
     def through(
@@ -224,15 +221,6 @@ class CNF(Transform):
             return None
         return OneStage(*solver.stage(number(noise, "stage")))
 
-    def _compiles(self, field: Field) -> bool:
-        """Whether evaluations are compiled: in training steps, and not where a custom field draws random numbers."""
-        if not (self.compiles and self.training and torch.is_grad_enabled()):
-            return False
-        random = bool(getattr(field, "random", False))
-        if random:
-            warnings.warn(f"compile=True: {self.label} draws random numbers (dropout?) and runs uncompiled", CompilationWarning, stacklevel=2)
-        return not random
-
     def _solver(self) -> Solver:
         return self.solver if self.training else self.eval_solver
 
@@ -272,7 +260,7 @@ class CNF(Transform):
             probe=probe,
             log_det=log_det,
             autocast=self.autocast if self.training else None,
-            compile=self._compiles(field),
+            compile=self.compiles and self.training and torch.is_grad_enabled() and can_compile(field, self.label),
             once=self._one_stage(field, need, noise),
         )
 

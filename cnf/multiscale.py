@@ -146,11 +146,10 @@ class Carried(Sequential):
             end, here = ends[i], drives[i + back]
             wanted: dict[str, Any] = {"noise": own, "log_det": log_det, "integrals": integrals}
             if end is None:
-                one = (step.inverse if back else step)(x, context, **wanted)
-                there = here if back else self.between(step, here)
+                one, there = (step.inverse if back else step)(x, context, **wanted), here if back else self.between(step, here)
             elif back:
                 one, there = cast(CNF, step).through(x, end, here, context, **wanted, back=True)
-            else:  # called as a module, so that its hooks act
+            else:
                 handover = Handover(end, here)
                 one, there = step(x, context, **wanted, handover=handover), handover.drive
             results.append(one)

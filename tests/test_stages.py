@@ -235,9 +235,9 @@ def test_rows_get_their_times_whatever_their_order(tmp_path):
     seen = []
     real = run.objective.path.velocity
 
-    def watched(t, x, context=None):
+    def watched(t, x, context=None, noise=None):
         seen.append(t)
-        return real(t, x, context)
+        return real(t, x, context, noise)
 
     run.objective.path.velocity = watched
     for i in range(200):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from cnf.compilation import CompilationWarning
 from cnf.deferral import tracing
 from cnf.errors import ConfigError
 from cnf.fields.randomness import SolveRandomness, draws_random_numbers
+from cnf.fields.signature import takes_context
 from cnf.noise import Noise
 
-__all__ = ["CustomField", "Field", "check_signature", "context_size", "intact", "prepared", "protect", "structure"]
+__all__ = ["CustomField", "Field", "can_compile", "context_size", "intact", "prepared", "protect", "structure"]
 
 Field = Callable[..., Tensor]
 """``field(t, x, context) -> dx``: a module, or one bound for a solve; ``jvp`` and ``divergence`` where it has them."""
 
 Structure = dict[str, tuple[type, tuple[str, ...]]]
 
-_POINT = ("x", "z", "y", "xt", "x_t", "state", "states", "input", "inputs")
-_TIME = ("t", "time", "times", "s", "tau")
 _MIXING = 0.02  # of the field's size: how far a row may move with its neighbours (rounding, reduced precision)
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, dict[bool, tuple[bool, bool]]] = weakref.WeakKeyDictionary()  # by mode: random, whole
@@ -138,7 +138,7 @@ class CustomField:
 
     def __init__(self, module: nn.Module, noise: Noise | None = None, usable: bool = True):
         self.module, self.randomness = module, SolveRandomness(noise)
-        self.takes_context = _takes_context(module)
+        self.takes_context = takes_context(module)
         self.random = False  # whether it draws random numbers
         self.whole = False  # whether rows cannot be evaluated apart
         kind = type(module)
@@ -253,59 +253,21 @@ def _refuse_batch_statistics(module: nn.Module) -> None:
             )
 
 
-# --- signatures -------------------------------------------------------------------------------------------------
-
-
-def _positional(forward: Any) -> tuple[tuple[str, ...], bool] | None:
-    """Names of the positional parameters of ``forward``, self left out, and whether it takes any number; None where unknown."""
-    try:
-        parameters = list(inspect.signature(forward).parameters.values())
-    except (TypeError, ValueError):
-        return None
-    names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
-    return names, any(p.kind is p.VAR_POSITIONAL for p in parameters)
-
-
-def _signature(module: nn.Module) -> tuple[tuple[str, ...], bool] | None:
-    if "forward" in vars(module):  # replaced on the instance, bound already
-        return _positional(vars(module)["forward"])
-    found = _positional(type(module).forward)
-    return None if found is None else (found[0][1:], found[1])
-
-
-def _takes_context(module: nn.Module) -> bool:
-    found = _signature(module)
-    return found is None or found[1] or len(found[0]) > 2
-
-
 def context_size(field: nn.Module) -> int | None:
     """Return the size C of the field's context, 0 for none; None for a custom field that takes one and does not say."""
     stated = [field] if not _ours(field) else list(field.modules())
     sizes = [int(c) for m in stated if (c := getattr(m, "context_dim", None)) is not None]
     if sizes or _ours(field):
         return max(sizes, default=0)
-    return None if _takes_context(field) else 0
+    return None if takes_context(field) else 0
 
 
-def check_signature(field: nn.Module) -> None:
-    """Refuse what cannot be called as ``field(t, x)``.
+def can_compile(field: Field, label: str) -> bool:
+    """Return whether evaluations may be compiled; a warning names the block whose custom field draws random numbers.
 
-    Raises:
-        ConfigError: for anything but an ``nn.Module``, a ``forward`` with fewer than two arguments, or one that takes x first.
+    Its evaluations start from one random state, which compiled code does not set.
     """
-    if not isinstance(field, nn.Module):
-        raise ConfigError(
-            f"field is a {type(field).__name__}; expected an nn.Module with forward(t, x, context=None) "
-            "(cnf.from_velocity takes a plain function)"
-        )
-    found = _signature(field)
-    if found is None or found[1]:
-        return
-    names = found[0]
-    if len(names) < 2:
-        raise ConfigError(f"{type(field).__name__}.forward takes {len(names)} arguments; expected forward(t, x, context=None)")
-    if names[0].lower() in _POINT and names[1].lower() in _TIME:
-        raise ConfigError(
-            f"{type(field).__name__}.forward({', '.join(names)}) takes the point first; expected forward(t, x, context=None), "
-            "time first"
-        )
+    if not getattr(field, "random", False):
+        return True
+    warnings.warn(f"compile=True: {label} draws random numbers (dropout?) and runs uncompiled", CompilationWarning, stacklevel=2)
+    return False

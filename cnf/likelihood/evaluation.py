@@ -251,12 +251,7 @@ def _kind(flow: Flow, x: Tensor, wanted: str | None) -> str:
 
 
 def _solved(
-    flow: Flow,
-    x: Tensor,
-    context: Tensor | None,
-    noise: tuple[int, Sequence[int], int, int],
-    kind: str,
-    steps: Tensor | None,
+    flow: Flow, x: Tensor, context: Tensor | None, noise: tuple[int, Sequence[int], int, int], kind: str, steps: Tensor | None
 ) -> tuple[Tensor, Stats, str]:
     """:func:`_log_prob` of the rows that can be solved, NaN for the others, and why the first of them cannot.
 

@@ -1,0 +1,62 @@
+"""Signatures of vector fields."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from cnf.errors import ConfigError
+
+__all__ = ["check_signature", "takes_context"]
+
+POINT = ("x", "z", "y", "xt", "x_t", "state", "states", "input", "inputs")
+TIME = ("t", "time", "times", "timestep", "timesteps", "s", "tau")
+
+
+def _positional(forward: Any) -> tuple[tuple[str, ...], bool] | None:
+    """Names of the positional parameters of ``forward``, self left out, and whether it takes any number; None where unknown."""
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    return names, any(p.kind is p.VAR_POSITIONAL for p in parameters)
+
+
+def _signature(module: nn.Module) -> tuple[tuple[str, ...], bool] | None:
+    if "forward" in vars(module):  # replaced on the instance, bound already
+        return _positional(vars(module)["forward"])
+    found = _positional(type(module).forward)
+    return None if found is None else (found[0][1:], found[1])
+
+
+def takes_context(module: nn.Module) -> bool:
+    """Return whether the field's ``forward`` has a place for a context after (t, x)."""
+    found = _signature(module)
+    return found is None or found[1] or len(found[0]) > 2
+
+
+def check_signature(field: nn.Module) -> None:
+    """Refuse what cannot be called as ``field(t, x)``.
+
+    Raises:
+        ConfigError: for anything but an ``nn.Module``, a ``forward`` with fewer than two arguments, or one that takes x first.
+    """
+    if not isinstance(field, nn.Module):
+        raise ConfigError(
+            f"field is a {type(field).__name__}; expected an nn.Module with forward(t, x, context=None) "
+            "(cnf.from_velocity takes a plain function)"
+        )
+    found = _signature(field)
+    if found is None or found[1]:
+        return
+    names = found[0]
+    if len(names) < 2:
+        raise ConfigError(f"{type(field).__name__}.forward takes {len(names)} arguments; expected forward(t, x, context=None)")
+    if names[0].lower() in POINT and names[1].lower() in TIME:
+        raise ConfigError(
+            f"{type(field).__name__}.forward({', '.join(names)}) takes the point first; expected forward(t, x, context=None), "
+            "time first"
+        )
