@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import cast
 
@@ -83,8 +83,11 @@ class Flow(nn.Module):
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the type and on the device that the flow computes in."""
-        return next((v for v in chain(self.parameters(), self.buffers()) if v.is_floating_point()), torch.zeros(()))
+        """A tensor of the type and on the device that the flow computes in; without weights torch's default."""
+        return next(self._weights(), torch.zeros(()))
+
+    def _weights(self) -> Iterator[Tensor]:
+        return (v for v in chain(self.parameters(), self.buffers()) if v.is_floating_point())
 
     def fit_statistics(self, x: Tensor, *, batch_size: int = 8192) -> None:
         """Fit what is fitted to data before the first block, from x (N, \\*event); see :func:`cnf.statistics.fit_statistics`."""
@@ -117,9 +120,12 @@ class Flow(nn.Module):
 
     def _check(self, name: str, x: Tensor, shape: tuple[int, ...], context: Tensor | None) -> None:
         """Validate points (\\*lead, \\*shape) and their context."""
-        check_points(name, x, shape, self.like, self.levels if name == "x" else None)
+        like = next(self._weights(), None)
+        if like is None:  # without weights the points say what is computed in
+            like = x if isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float64) else torch.zeros(())
+        check_points(name, x, shape, like, self.levels if name == "x" else None)
         if context is not None:
-            check_context(context, self.context_dim, self.like)
+            check_context(context, self.context_dim, like)
 
     def _rows(
         self, name: str, x: Tensor, shape: tuple[int, ...], context: Tensor | None

@@ -122,6 +122,20 @@ def test_repr_says_what_the_flow_is():
     assert "end_time=2 (learned)" in learned
 
 
+def test_a_flow_without_weights_computes_in_the_type_of_its_points():
+    class Decay(torch.nn.Module):
+        def forward(self, t, x):
+            return -x
+
+    flow = Flow(CNF(Decay(), Exact(), FixedGrid("rk4", 32)), (2,))
+    for kind, close in ((torch.float32, 1e-5), (torch.float64, 1e-7)):
+        x = torch.randn(4, 2, dtype=kind)
+        truth = flow.base_log_prob(x * math.exp(-1)) - 2
+        torch.testing.assert_close(flow.log_prob(x), truth, rtol=close, atol=close)
+    with pytest.raises(DataError, match="float16"):
+        flow.log_prob(torch.randn(4, 2).half())
+
+
 def test_numpy_tables_are_one_conversion_away():
     x = np.random.default_rng(0).normal(size=(4, 2))
     flow = vectors()
