@@ -120,9 +120,8 @@ class Flow(nn.Module):
 
     def _check(self, name: str, x: Tensor, shape: tuple[int, ...], context: Tensor | None) -> None:
         """Validate points (\\*lead, \\*shape) and their context."""
-        like = next(self._weights(), None)
-        if like is None:  # without weights the points say what is computed in
-            like = x if isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float64) else torch.zeros(())
+        # without weights the points say what is computed in
+        like = next(self._weights(), x if isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float64) else torch.zeros(()))
         check_points(name, x, shape, like, self.levels if name == "x" else None)
         if context is not None:
             check_context(context, self.context_dim, like)
@@ -205,8 +204,7 @@ class Flow(nn.Module):
     def decode(self, z: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> Tensor:
         """z (\\*lead, \\*latent) to x (\\*lead, \\*event), without any divergence."""
         z, context, lead = self._rows("z", z, self.latent_shape, context)
-        x = self._invert(z, context, noise, log_det=False).value
-        return x.reshape(*lead, *self.event_shape)
+        return self._invert(z, context, noise, log_det=False).value.reshape(*lead, *self.event_shape)
 
     def _invert(self, z: Tensor, context: Tensor | None, noise: Noise | None, log_det: bool) -> Transformed:
         if z.shape[0] == 0:
@@ -258,9 +256,7 @@ class Flow(nn.Module):
         if quantize and self.levels is None:
             raise ConfigError("quantize=True is for images: this flow has no Dequantize")
         x = self.rsample(n, context, noise=noise, temperature=temperature)
-        if self.levels is None:
-            return x
-        return Dequantize(self.levels).quantize(x) if quantize else x.clamp(0, 1)
+        return x if self.levels is None else Dequantize(self.levels).quantize(x) if quantize else x.clamp(0, 1)
 
     def sample_and_log_prob(
         self, n: int | Sequence[int] = (), context: Tensor | None = None, *, noise: Noise | None = None
