@@ -1,4 +1,4 @@
-"""Training: the loop, its watch over the solver, and what it writes."""
+"""Training: the loop, the monitor of the solver's error, run folders and reports."""
 
 from cnf.training.files import read_json, write_json
 from cnf.training.loop import Trainer

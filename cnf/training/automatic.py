@@ -1,4 +1,4 @@
-"""Steps of the grid chosen while training: in each block as many as the measured error asks for, few while the flow is straight."""
+"""Automatic selection of the number of solver steps of each block during training."""
 
 from __future__ import annotations
 
@@ -16,45 +16,49 @@ from cnf.training.watch import Watch, spacing
 
 __all__ = ["AutomaticSteps"]
 
-SOONEST = 5  # steps between measurements at the beginning, and after a change
-SHARE, FEWEST_ROWS = 4, 8  # one in so many rows of a batch is measured, but no fewer than so many
-CALM = 0.5  # of the tolerance: what the error has to stay below with a step less in one of the blocks
+SOONEST = 5  # optimiser steps between measurements at the beginning and after a change
+SHARE, FEWEST_ROWS = 4, 8  # measure one in SHARE rows of a batch, at least FEWEST_ROWS
+CALM = 0.5  # fraction of the tolerance that bounds the error after removing a solver step
 
 
 class AutomaticSteps(Watch):
-    """A watch that gives every block its own number of steps, and takes steps away where they are not needed.
+    """Solver monitor that sets the number of solver steps of each block from its measured error.
 
-    A block's error is how far the batch's likelihood moves when this block alone is solved again with twice its steps. Where
-    the blocks' errors together exceed the tolerance, those with more than their share of it get as many steps more as the
-    method's order says, twice as many at most, and are measured again at once; as long as they would stay below half of it
-    with one step less in a block, the block where that does least loses one. All blocks are first refined at once, and each
-    alone only where that says that something may be to change. Every process of a group measures rows of its own, and all
-    decide alike by the means.
+    A block's error is the mean absolute change of the rows' likelihoods when this block alone is solved with twice its
+    steps. If the sum of the errors exceeds the tolerance, each block above its share gets the number of steps that the
+    method's order predicts, at most twice as many, and the errors are measured again. While the predicted sum stays
+    below half the tolerance, the block whose error grows least loses one step. All blocks are refined together first,
+    and one by one only if that result may lead to a change. Every process of a group measures its own rows; all decide
+    on the means.
 
-    A grid that is too coarse is gamed: its likelihood rises as its error does, within tens of updates. So a change is
-    followed by a measurement soon after, the next ones twice as far apart each; and a number of steps that was not enough
-    for a block is not given to it again until it has been trained for as long again.
+    Training exploits the discretisation error of a coarse grid within tens of updates: the likelihood rises with the
+    error. A change is therefore followed by a measurement soon after, the next ones at doubling intervals, and a number
+    of steps that was too small for a block is not used again until it has been trained for as long again.
 
     Args:
-        objective, config, tolerance, max_grid_steps, every, say: see :class:`~cnf.training.watch.Watch`; ``tolerance`` is that of
-            all blocks together, and ``every`` the longest time between two measurements.
+        objective, config, tolerance, max_grid_steps, every, say: see :class:`~cnf.training.watch.Watch`; ``tolerance``
+            applies to the sum over blocks, and ``every`` is the longest interval between two measurements.
     """
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.since: int | None = None  # the step of the first measurement
-        self.last, self.apart = 0, SOONEST  # the latest measurement, and the steps from it to the next
-        self.least: dict[int, tuple[int, int]] = {}  # of a block: steps that it has to keep, and until when
+        self.since: int | None = None  # step of the first measurement
+        self.last, self.apart = 0, SOONEST  # step of the latest measurement, interval to the next
+        # block: (minimum number of solver steps, optimiser step until which it holds)
+        self.least: dict[int, tuple[int, int]] = {}
 
     @property
     def grids(self) -> list[FixedGrid]:
-        """The blocks' present grids."""
+        """The current grid of each block."""
         found = [solver for solver in self.objective.solvers if isinstance(solver, FixedGrid)]
         assert len(found) == len(self.objective.solvers)
         return found
 
     def due(self, step: int) -> bool:
-        """Whether it measures after this many steps: soon after a change, and every fifth to tenth of all steps where nothing changes."""
+        """Return whether to measure after ``step`` steps.
+
+        Measurements follow soon after a change, and otherwise at a fifth to a tenth of all steps.
+        """
         return step == self.last > 0 or step - self.last >= min(self.apart, self.every)
 
     def state(self) -> dict[str, Any]:
@@ -63,7 +67,7 @@ class AutomaticSteps(Watch):
 
     def load(self, state: dict[str, Any]) -> None:
         self._put([int(steps) for steps in state["grids"]])
-        since, last, apart = state.get("measured", (None, 0, SOONEST))  # a checkpoint of an earlier version has none
+        since, last, apart = state.get("measured", (None, 0, SOONEST))  # absent in checkpoints of earlier versions
         self.since, self.last, self.apart = None if since is None else int(since), int(last), int(apart)
         self.least = {int(i): (int(steps), int(until)) for i, steps, until in state.get("least", [])}
 
@@ -71,7 +75,11 @@ class AutomaticSteps(Watch):
         self.objective.put_solvers([grid.with_steps(n) for grid, n in zip(self.grids, steps, strict=True)])
 
     def measure(self, step: int, x: Tensor, context: Tensor | None, noise: Noise, group: Group = ALONE) -> dict[str, Any]:
-        """``solver_error``, the sum of the blocks' errors, and the mean and the largest number of steps from now on."""
+        """Measure the blocks' errors on one batch and adapt their grids.
+
+        Return ``solver_error``, the sum of the errors before the change, and the new mean and maximum number of solver
+        steps (``grid_steps``, ``most_grid_steps``).
+        """
         self.objective.train()
         rows = min(len(x), max(FEWEST_ROWS, len(x) // SHARE))
         batch = x[:rows], None if context is None else context[:rows], noise.rows(0, len(x))
@@ -86,7 +94,7 @@ class AutomaticSteps(Watch):
                 self._give_up(self._found(step, first), f"a grid of {max(steps)} steps")
                 break
             self._put(steps)
-            if not math.isfinite(sum(errors)):  # the weights may be to blame: one doubling a measurement
+            if not math.isfinite(sum(errors)):  # the weights may be the cause: one doubling per measurement
                 break
             errors = self._errors(batch, group, False)
         else:
@@ -102,8 +110,11 @@ class AutomaticSteps(Watch):
         return f"step {step}: the training solver's error is {sum(errors):.3g} {self.objective.per_dim_unit}"
 
     def _errors(self, batch: tuple[Tensor, Tensor | None, Noise], group: Group, fewer: bool) -> list[float]:
-        """The blocks' errors; of all at once, one number, where that says that nothing is to change: no more steps, and, where
-        there may be ``fewer``, no fewer ones."""
+        """Return the error of each block, or a single joint one where that rules out a change.
+
+        More steps are ruled out below the tolerance; fewer, where ``fewer`` allows them, above CALM times the
+        tolerance.
+        """
         try:
             errors = self.objective.block_errors(*batch, whole=True, group=group)
             if not errors[0] <= self.tolerance or (fewer and errors[0] <= CALM * self.tolerance):
@@ -113,7 +124,7 @@ class AutomaticSteps(Watch):
         return [error if math.isfinite(error) else math.inf for error in errors]
 
     def _keep(self, step: int, steps: list[int], errors: list[float]) -> None:
-        """From blocks whose steps were not enough, one step more is not to be taken away for as long again as they were trained."""
+        """Require one more solver step of each block above its share, for as long as it has been trained so far."""
         assert self.since is not None
         until = step + max(step - self.since, SOONEST)
         for i, (n, error) in enumerate(zip(steps, errors, strict=True)):
@@ -121,12 +132,12 @@ class AutomaticSteps(Watch):
                 self.least[i] = n + 1, until
 
     def _plan(self, step: int, changed: bool) -> None:
-        """When to measure again."""
+        """Schedule the next measurement."""
         assert self.since is not None
         self.last, self.apart = step, SOONEST if changed else min(2 * self.apart, spacing(SOONEST, step - self.since))
 
     def choose(self, steps: list[int], errors: list[float], least: Sequence[int] | None = None) -> list[int]:
-        """The numbers of steps from now on, from those of the present, their errors, and how many each block has to keep.
+        """Return the new number of solver steps of each block, given the current ones, their errors and the minima.
 
         Example:
             >>> from cnf import ModelConfig, SolverConfig, build
@@ -151,7 +162,7 @@ class AutomaticSteps(Watch):
 
 
 def _more(n: int, error: float, share: float, order: int, most: int) -> int:
-    """Steps that bring one block's error down to its share, as the order says."""
+    """Return the number of steps that reduces one block's error to its share, as predicted by the method's order."""
     if error <= share:
         return n
     wanted: float = max(n + 1, n * (error / share) ** (1 / order))
@@ -159,7 +170,7 @@ def _more(n: int, error: float, share: float, order: int, most: int) -> int:
 
 
 def told(steps: list[int]) -> str:
-    """For the reader: one number, or every block's.
+    """Format the number of solver steps: one number if all blocks agree, else one for each block.
 
     Example:
         >>> told([3, 3]), told([1, 2])

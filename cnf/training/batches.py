@@ -1,4 +1,4 @@
-"""Training batches as functions of (seed, step), and how a run knows its data again."""
+"""Training batches as functions of (seed, step), and the fingerprint of the data."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from cnf.presets import RunConfig
 
 __all__ = ["Batches", "choose_rows", "fingerprint", "shared_settings", "validation_rows"]
 
-CHUNK = 8192  # rows looked at together
+CHUNK = 8192  # rows checked at once
 LOCAL = ("data_root", "download", "device", "threads")  # options that may differ between machines
 
 
 class Batches:
-    """The batch of every step, in an order shuffled anew each epoch; what does not fill a batch waits for the next shuffle.
+    """Training batches as a function of the step, reshuffled each epoch; an incomplete last batch is dropped.
 
     Args:
-        data: the splits; the training rows are kept on the device (images as uint8) where they fit into half of its free
-            memory, and fetched batch by batch otherwise.
-        size: rows of the joint batch; all there are, if they are fewer.
-        seed: decides order and noise.
-        device: where batches live.
-        group: the processes that share each batch: the order is the same on all of them, and each takes its rows.
-        dtype: of batches of floats, and of the context.
+        data: the splits. The training rows stay on the device (images as uint8) if they fit into half of its free
+            memory, and are copied batch by batch otherwise.
+        size: rows of the joint batch, at most the number of training rows.
+        seed: of the order and the noise.
+        device: of the batches.
+        group: processes that share each batch: all use the same order, and each takes its own rows.
+        dtype: of floating-point batches and of the context.
 
     Raises:
         ConfigError: for fewer rows than processes.
-        DataError: for rows that hold NaN or infinity, or pixels that are no grey levels: batches are not looked at again.
+        DataError: for rows with NaN or infinity, or pixels outside the grey levels. Batches are not checked again.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Batches:
         self._resize(size)
 
     def resized(self, size: int) -> Batches:
-        """The same data in batches of another size.
+        """Return the same data in batches of ``size`` rows.
 
         Raises:
             ConfigError: for fewer rows than processes.
@@ -71,10 +71,14 @@ class Batches:
         if self.size < group.size:
             raise ConfigError(f"a batch has {self.size} rows, fewer than the {group.size} processes: take a larger --batch-size, or fewer processes")
         self.share, self.joint = group.share(self.size), self.size if group.size > 1 else None
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # of the latest epoch: a memory, not a state
+        # cache of the latest epoch's order, not part of the state
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor | None, Noise]:
-        """x (N, \\*event), context (N, C) or None, and the noise of a step: this process's rows of the joint batch."""
+        """Return the batch of a step: x (N, \\*event), context (N, C) or None, and the noise.
+
+        The N rows are those of this process.
+        """
         epoch, place = divmod(step, len(self.x) // self.size)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -105,7 +109,7 @@ def _fits(x: Tensor, device: torch.device) -> bool:
 
 
 def fingerprint(data: DataSplits) -> str:
-    """Sizes and checksums (of up to about a thousand rows a part) of what is trained on and what selects."""
+    """Return sizes and CRC-32 checksums (of about 1000 rows each) of the training and validation data."""
     parts = []
     for x in (data.train, data.train_context, data.validation, data.validation_context):
         if x is not None:
@@ -115,17 +119,19 @@ def fingerprint(data: DataSplits) -> str:
 
 
 def shared_settings(config: RunConfig, data: DataSplits) -> dict[str, object]:
-    """What every process of a run must have alike: all options but for places and threads, torch's version, the data."""
+    """Return what all processes must agree on: options except paths, device and threads, torch's version, the data."""
     parts = [dataclasses.asdict(part) for part in (config.data, config.model, config.solver, config.train)]
     options = {f"--{name.replace('_', '-')}": value for part in parts for name, value in part.items() if name not in LOCAL}
     return {**options, "torch": torch.__version__, "the data's fingerprint": fingerprint(data)}
 
 
 def choose_rows(total: int, items: int | None, seed: int) -> Tensor:
-    """Numbers of ``items`` rows in their order: chosen at random, since sets are often sorted, but always the same; all if None.
+    """Return sorted indices of ``items`` random rows, fixed by ``seed``; all rows if None.
+
+    Rows are drawn at random because data sets are often sorted.
 
     Raises:
-        ConfigError: for fewer than one item.
+        ConfigError: for ``items`` below 1.
     """
     if items is not None and items < 1:
         raise ConfigError(f"items={items}; expected at least 1, or None for all")
@@ -137,6 +143,6 @@ def choose_rows(total: int, items: int | None, seed: int) -> Tensor:
 def validation_rows(
     data: DataSplits, items: int | None, seed: int, device: torch.device
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Validation rows, their context and their numbers in the split: so many chosen at random, or all."""
+    """Return ``items`` random validation rows (all if None), their context, and their indices in the split."""
     index, context = choose_rows(len(data.validation), items, seed), data.validation_context
     return data.validation[index].to(device), None if context is None else context[index].to(device), index

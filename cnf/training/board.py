@@ -1,4 +1,4 @@
-"""TensorBoard's files, which no run shall fail for."""
+"""TensorBoard logging that never stops a run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["Board"]
 
 
 class Board:
-    """Curves for TensorBoard. Where they cannot be written (a full disk), a line says so, and there are none from there on.
+    """TensorBoard logger. After a failed write (a full disk) it reports once and logs no more.
 
     Args:
         folder: the run folder.
-        step: what TensorBoard has of later steps, from before a resume, is void.
-        say: takes a line for the reader.
-        rows: what is shown from the beginning, for files that are made anew.
+        step: events of later steps, logged before a resume, are purged.
+        say: prints a message.
+        rows: metrics to log at once, when the files are recreated.
     """
 
     def __init__(self, folder: Path, step: int, say: Callable[[str], None], rows: Iterable[dict[str, Any]] = ()):
@@ -36,7 +36,7 @@ class Board:
             self.add(row)
 
     def add(self, row: dict[str, Any]) -> None:
-        """The numbers of one row, ``row["step"]`` its step."""
+        """Log the numbers of one row at step ``row["step"]``."""
 
         def add(writer: SummaryWriter) -> None:
             for name, value in row.items():
@@ -46,11 +46,11 @@ class Board:
         self._try(add)
 
     def flush(self) -> None:
-        """Everything is in the files."""
+        """Flush the event files."""
         self._try(lambda w: w.flush())
 
     def close(self) -> None:
-        """No more."""
+        """Close the event files and restore the thread exception hook."""
         self._try(lambda w: w.close())
         self._writer = None
         if threading.excepthook == self._quietly:
@@ -60,7 +60,7 @@ class Board:
         if self._writer is not None:
             try:
                 do(self._writer)
-            except (OSError, ValueError) as error:  # ValueError: a file that an earlier failure has closed
+            except (OSError, ValueError) as error:  # ValueError: the file was closed by an earlier failure
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
@@ -71,6 +71,6 @@ class Board:
         self.say(f"TensorBoard's files in {self.folder} cannot be written ({error}): training goes on without; metrics.jsonl has all")
 
     def _quietly(self, found: threading.ExceptHookArgs) -> None:
-        # TensorBoard writes in a thread of its own, which dies of a full disk; the next call in this thread raises the same
+        # TensorBoard's writer thread dies on a full disk; the next call in this thread raises the same error
         if not (isinstance(found.exc_value, OSError) and type(found.thread).__name__ == "_AsyncWriterThread"):
             self._hook(found)

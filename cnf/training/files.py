@@ -1,4 +1,4 @@
-"""Files of results: JSON, and tables of items."""
+"""JSON and per-row result files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from cnf.strangers import require_file
 
 __all__ = ["read_json", "write_items", "write_json"]
 
-LARGEST = 2**26  # bytes of a result.json
+LARGEST = 2**26  # bytes, limit of a result.json
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """JSON, whole or not at all; what is not finite, which JSON cannot say, becomes null."""
+    """Write JSON atomically; non-finite numbers become null."""
 
     def plain(part: Any) -> Any:
         if isinstance(part, dict):
@@ -35,7 +35,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What :func:`write_json` wrote; nothing ({}) where there is no such file, or none that can be read."""
+    """Read a file written by :func:`write_json`; return {} if it is missing or unreadable."""
     try:
         if require_file(path, DataError) > LARGEST:
             return {}
@@ -46,11 +46,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_items(path: Path, arrays: Mapping[str, Any], columns: Mapping[str, Any]) -> None:
-    """What is known of each item, whole or not at all: ``arrays`` as an .npz, ``columns`` (N,) as a .csv.
+    """Write per-row results atomically: ``arrays`` as .npz or ``columns``, (N,) each, as .csv.
 
     Raises:
-        ConfigError: for another ending.
-        CheckpointError: where the file cannot be written.
+        ConfigError: for a file name that ends in neither .npz nor .csv.
+        CheckpointError: if the file cannot be written.
     """
     if path.suffix not in (".npz", ".csv"):
         raise ConfigError(f"{path}: per-item scores go into a file ending in .npz or .csv")

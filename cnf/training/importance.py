@@ -1,4 +1,4 @@
-"""The watch over flow matching: when its loss over time is measured, by which times are drawn."""
+"""Measurements of the flow-matching loss over time, for importance sampling of times."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from cnf.training.watch import spacing
 
 __all__ = ["TimesWatch"]
 
-SOONEST = 10  # steps between measurements at the beginning
+SOONEST = 10  # optimiser steps between measurements at the beginning
 
 
 class TimesWatch:
-    """Measures the loss over time on a batch, often at the start, and has times drawn by it.
+    """Periodic measurement of the loss over time, from which the training times are sampled.
 
     Args:
-        objective: what is trained.
-        every: the longest time between two measurements, in steps.
+        objective: the flow-matching objective.
+        every: longest interval between two measurements, in steps.
     """
 
     def __init__(self, objective: FlowMatching, every: int):
@@ -31,19 +31,22 @@ class TimesWatch:
         self.learns = len(objective.times.square) > 1
 
     def due(self, step: int) -> bool:
-        """Whether it measures after this many steps."""
+        """Return whether to measure after ``step`` steps."""
         return self.learns and step % min(spacing(SOONEST, step), self.every) == 0
 
     def state(self) -> dict[str, Any]:
-        """What resuming needs."""
+        """Return the state for a checkpoint."""
         return {"times": self.objective.times.square.tolist()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take up :meth:`state`."""
+        """Restore :meth:`state`."""
         self.objective.times.square = torch.tensor(state["times"], dtype=torch.float64)
 
     def measure(self, step: int, x: Tensor, context: Tensor | None, noise: Noise, group: Group = ALONE) -> dict[str, Any]:
-        """Half of the times are drawn before ``early_times``, from now on; nothing changes where an augmented time cannot be solved."""
+        """Update the time distribution from one batch and return its median as ``early_times``.
+
+        Return {} and change nothing if the augmented time cannot be solved.
+        """
         self.objective.train()
         try:
             return self.objective.learn(x, context, noise, group=group)

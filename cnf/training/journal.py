@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics.jsonl, TensorBoard, the progress bar, lines for a log."""
+"""Training logs: metrics.jsonl, TensorBoard, the progress bar and messages."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from cnf.training.board import Board
 
 __all__ = ["Journal", "Mute"]
 
-LINE_SECONDS = 60.0  # without a terminal: a line at least this often
+LINE_SECONDS = 60.0  # without a terminal: longest interval between two progress lines
 
 
 class Journal:
-    """The record of one run. What cannot be a JSON number (inf, nan) is null in metrics.jsonl.
+    """Logger of one run. Numbers that JSON lacks (inf, nan) are null in metrics.jsonl.
 
     Args:
         folder: the run folder.
         total: steps of the whole run.
-        quiet: neither bar nor lines.
+        quiet: show neither progress bar nor messages.
     """
 
     def __init__(self, folder: Path, total: int, *, quiet: bool = False):
@@ -40,7 +40,7 @@ class Journal:
         self._said = time.monotonic()
 
     def cut(self, rows: int) -> None:
-        """Read metrics.jsonl back and drop what was written after its first ``rows`` lines, and lines that are damaged."""
+        """Reload the first ``rows`` lines of metrics.jsonl without damaged ones, and rewrite the file."""
         self.rows, damaged = [], 0
         for line in self.path.read_bytes().splitlines()[:rows] if self.path.is_file() else []:
             try:
@@ -52,10 +52,10 @@ class Journal:
         self.write(self.path)
 
     def write(self, path: Path) -> None:
-        """All rows, as a file of their own.
+        """Write all rows to ``path``.
 
         Raises:
-            CheckpointError: where it cannot be written.
+            CheckpointError: if the file cannot be written.
         """
         text = "".join(map(_line, self.rows))
 
@@ -66,7 +66,7 @@ class Journal:
 
     @contextmanager
     def opened(self, step: int) -> Iterator[None]:
-        """The files and the bar, open while the run trains from ``step`` on."""
+        """Keep log files and progress bar open while the run trains from ``step`` on."""
         self._board = Board(self.path.parent, step, self.say)
         bare = self.quiet or not sys.stderr.isatty()
         try:
@@ -79,23 +79,23 @@ class Journal:
             self._board = self._bar = None
 
     def record(self, row: dict[str, Any]) -> None:
-        """One row, ``row["step"]`` its step."""
+        """Log one row of metrics at step ``row["step"]``."""
         self.rows.append(row)
         if self._log is not None:
             try:
                 self._log.write(_line(row))
-            except OSError:  # a full disk: the next flush writes all rows anew
+            except OSError:  # a full disk: the next flush rewrites all rows
                 self._close()
         if self._board is not None:
             self._board.add(row)
 
     def flush(self) -> None:
-        """Everything recorded so far is in the files, and on the disk.
+        """Flush all recorded rows to disk.
 
         Raises:
-            CheckpointError: where metrics.jsonl cannot be written; the rows are kept, and the next call tries again.
+            CheckpointError: if metrics.jsonl cannot be written; the rows are kept for the next call.
         """
-        if self._board is None:  # no run is under way
+        if self._board is None:  # not training
             return
         try:
             if self._log is not None:
@@ -111,14 +111,14 @@ class Journal:
         self._board.flush()
 
     def renew(self) -> None:
-        """The folder was made anew: TensorBoard's files from the beginning (metrics.jsonl comes with the next flush)."""
+        """Recreate TensorBoard's files after the folder was recreated; the next flush rewrites metrics.jsonl."""
         self._close()
         if self._board is not None:
             self._board.close()
             self._board = Board(self.path.parent, -1, self.say, self.rows)
 
     def _open(self) -> None:
-        with suppress(OSError):  # the next flush tries again, and says why not
+        with suppress(OSError):  # the next flush retries and reports the error
             self._log = self.path.open("a", encoding="utf-8")
 
     def _close(self) -> None:
@@ -128,7 +128,7 @@ class Journal:
             self._log = None
 
     def progress(self, step: int, text: Callable[[], str], *, line: bool) -> None:
-        """One more step. Without a terminal ``text`` is printed if ``line``, or if nothing was for a minute."""
+        """Advance the bar by one step. Without a terminal, print ``text`` if ``line``, or after a minute of silence."""
         if self._bar is not None and not self._bar.disable:
             self._bar.set_postfix_str(text(), refresh=False)
             self._bar.update(1)
@@ -136,7 +136,7 @@ class Journal:
             self.say(f"step {step}/{self.total}: {text()}")
 
     def say(self, line: str) -> None:
-        """A line for the reader, above the bar."""
+        """Print a message above the progress bar."""
         self._said = time.monotonic()
         if not self.quiet:
             tqdm.write(line, file=sys.stderr)
@@ -155,21 +155,21 @@ def _line(row: dict[str, Any]) -> str:
 
 
 class Mute(Journal):
-    """Says and writes nothing: of several processes one keeps the journal."""
+    """Null logger for ranks above 0."""
 
     def cut(self, rows: int) -> None:
-        """Nothing was written."""
+        """Do nothing."""
 
     @contextmanager
     def opened(self, step: int) -> Iterator[None]:
-        """No files, no bar."""
+        """Open nothing."""
         yield
 
     def record(self, row: dict[str, Any]) -> None:
-        """Forget it."""
+        """Discard the row."""
 
     def progress(self, step: int, text: Callable[[], str], *, line: bool) -> None:
-        """Tell nobody."""
+        """Print nothing."""
 
     def say(self, line: str) -> None:
-        """Tell nobody."""
+        """Print nothing."""

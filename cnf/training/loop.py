@@ -1,4 +1,4 @@
-"""The training loop: every step a pure function of (seed, step), so that a resumed run never stopped."""
+"""The training loop: every step is a pure function of (seed, step), so that a resumed run repeats it bit for bit."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ from cnf.training.watch import Watch
 
 __all__ = ["NUMBERS", "Trainer"]
 
-VALIDATION_SEED = 20_000  # validation noise never changes: validations are comparable within and between runs
-LOG_EVERY = 10  # steps between lines of metrics.jsonl, for which all steps since are read from the device
-SAVE_SECONDS = 300.0  # a checkpoint at least so often, however rare validations are
-RETRY_SECONDS = 30.0  # to the next attempt where a checkpoint could not be written
+VALIDATION_SEED = 20_000  # fixed validation noise, so that validations compare within and between runs
+LOG_EVERY = 10  # steps between lines of metrics.jsonl; the steps since the last one are read from the device then
+SAVE_SECONDS = 300.0  # longest interval between checkpoints, however rare validations are
+RETRY_SECONDS = 30.0  # until the next attempt after a failed checkpoint
 
 
 class Trainer:
-    """Trains one run, of a flow or of a model that predicts, in one folder, which :meth:`run` fills; making a Trainer writes nothing unless it resumes.
+    """Trainer of a flow or predictor in a run folder; the constructor writes only when it resumes.
 
     Args:
-        info: settings and the data's shape.
-        data: the splits; the test set is never touched here.
-        folder: the run folder (with its config.json).
+        info: settings and shape of the data.
+        data: the splits; the test split is never used here.
+        folder: the run folder, with its config.json.
         resume: continue from the folder's checkpoint.
-        quiet: no progress bar and no lines.
-        group: the processes that train this run together, all with the same arguments: one optimiser step on each joint
-            batch, the same weights everywhere, and one (rank 0) that writes. Any number of them may resume a run.
+        quiet: show neither progress bar nor messages.
+        group: processes that train this run together, all with the same arguments: one optimiser step for each joint
+            batch, the same weights on all ranks, files written by rank 0. A run resumes on any number of processes.
 
     Raises:
         CheckpointError: on resume, for a checkpoint that is damaged, of another model or of other data.
-        ConfigError: for settings that do not fit each other.
+        ConfigError: for incompatible settings.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class Trainer:
         self.device = torch.device(self.config.device)
         torch.manual_seed(self.config.seed)  # the initial weights
         self.flow = info.build().to(self.device)
-        self.weights = list(self.flow.parameters())  # a walk through all modules takes a while
+        self.weights = list(self.flow.parameters())  # cached: walking all modules is slow
         self.journal = (Journal if group.main else Mute)(folder, self.config.steps, quiet=quiet)
         batches = Batches(data, self.config.batch_size, self.config.seed, self.device, group, self.flow.like.dtype)
         self.stages = stages(self.flow, self.config, info.config.solver, batches, self.say)
         self.stages[0].objective.prepare(batches.x)
         group.agree(shared_settings(info.config, data))
-        group.spread(self.flow.state_dict().values())  # the same already, but for what another machine rounds differently
-        self.stage = 0  # which of the stages is under way, and since which step
+        group.spread(self.flow.state_dict().values())  # equal already, up to rounding that differs between machines
+        self.stage = 0  # index of the current phase, and its first step (``since``)
         self.since = 0
         self.optimizer, self.ema, self.recovery = fresh(self)
         self.validation = validation_rows(data, self.config.validation_items, VALIDATION_SEED, self.device)
@@ -79,43 +79,43 @@ class Trainer:
         self.best_weights: dict[str, Tensor] = {}
         self.signals = Signals(shared=group.size > 1, quiet=not group.main)
         self.ledger = Ledger(self.flow)
-        self.pending: dict[str, Any] = {}  # of the latest step, while what follows it (:meth:`_after`) is not complete
-        self.export_due = False  # the best weights are not in the folder yet
+        self.pending: dict[str, Any] = {}  # metrics of the latest step until :meth:`_after` has completed
+        self.export_due = False  # the best weights are not exported yet
         self.signal, self._saved, self._saved_at = 0, -1, time.monotonic()
         with owning(folder, group) if resume else nullcontext():
             if resume and group.first(lambda: has_trainer(folder)):
                 restore(self)
-            elif resume:  # stopped before its first checkpoint: the beginning is where it continues
+            elif resume:  # stopped before its first checkpoint: start from step 0
                 self.journal.cut(0)
 
     @property
     def objective(self) -> Objective:
-        """What is minimised at present."""
+        """The objective of the current phase."""
         return self.stages[self.stage].objective
 
     @property
     def batches(self) -> Batches:
-        """The present stage's batches."""
+        """The batches of the current phase."""
         return self.stages[self.stage].batches
 
     @property
     def last_stage(self) -> bool:
-        """Whether no stage follows."""
+        """Whether the current phase is the last one."""
         return self.stage + 1 == len(self.stages)
 
     @property
     def stage_end(self) -> int:
-        """The step with which the present stage ends."""
+        """The step at which the current phase ends."""
         return self.config.steps - (0 if self.last_stage else self.config.tune_steps)
 
     @property
     def watch(self) -> Watch | TimesWatch:
-        """The present stage's watch."""
+        """The monitor of the current phase."""
         return self.stages[self.stage].watch
 
     @property
     def unit(self) -> str:
-        """Of the objective: bits/dim, nats, or squared error."""
+        """Unit of the objective: bits/dim, nats or squared error."""
         return self.objective.unit
 
     @property
@@ -124,7 +124,7 @@ class Trainer:
         return self.journal.rows
 
     def say(self, line: str) -> None:
-        """A line for the reader."""
+        """Print a message."""
         self.journal.say(line)
 
     # -- state ---------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class Trainer:
         """Write the whole resume state.
 
         Raises:
-            CheckpointError: where it cannot be written; what was saved before is still there.
+            CheckpointError: if it cannot be written; the previous checkpoint is intact.
         """
         if self.group.main:
             write(self)
@@ -147,7 +147,7 @@ class Trainer:
             self.say(f"step {self.step}: no checkpoint: {error}; training goes on, and the next save tries again")
 
     def best_flow(self) -> Any:
-        """The averaged weights of the best validation, in evaluation mode."""
+        """Return a model with the averaged weights of the best validation, in evaluation mode."""
         flow = self.info.build().to(self.device)
         flow.load_state_dict(self.best_weights)
         return flow.eval()
@@ -155,10 +155,10 @@ class Trainer:
     # -- one step ------------------------------------------------------------------------------------------------
 
     def update(self) -> None:
-        """One optimiser step at the present ``step``, left out on the device where loss or gradient is not finite.
+        """Take one optimiser step, masked on the device where loss or gradient is not finite.
 
-        Nothing waits for the device, and what the step gave is not known before :meth:`settle`: but for adaptive solvers,
-        whose steps depend on values, and several processes, which wait for each other.
+        Runs without host synchronisation (:meth:`settle` reads the metrics later), except with adaptive solvers, whose
+        steps depend on values, and with several processes, which synchronise.
 
         Raises:
             TrainingError: for a batch that does not fit into memory.
@@ -175,7 +175,7 @@ class Trainer:
         tf32 = tensor_cores(self.info.config.solver.precision == "tf32")
         with self.signals.abandoning(), fitting(self, x, context, noise), deferred_checks(), tf32:
             found = gradient(self.objective, x, context, noise, count=config.accumulate, adjoint=adjoint, **limits)
-        # from here on, gradient and figures are the joint batch's, so that all processes do the same
+        # from here on, gradient and metrics are the joint batch's, so that all processes do the same
         figures, failure = self.group.joint(self.weights, len(x) / self.batches.size, found.figures, found.failure)
         if failure:
             self.ledger.fail(self.step, failure)
@@ -183,17 +183,19 @@ class Trainer:
             advance(self, lr, found.names, figures)
 
     def settle(self) -> dict[str, float] | None:
-        """What the latest step gave, read from the device with all before it, and what is to follow; None if its batch was skipped.
+        """Read the pending metrics from the device and process them.
+
+        Return the latest step's metrics, or None if its batch was skipped.
 
         Raises:
-            TrainingError: when too many batches in a row could not be used, again and again.
+            TrainingError: if too many consecutive batches are unusable after all rollbacks.
         """
         return settle(self)
 
     # -- validation ----------------------------------------------------------------------------------------------
 
     def validate(self) -> dict[str, Any]:
-        """Validation of the averaged weights with the evaluation solver; keeps the best."""
+        """Validate the averaged weights with the evaluation solver and keep the best ones."""
         model = self.ema.module.eval()
         x, context, index = self.validation
         found: dict[str, float] = {}
@@ -203,7 +205,7 @@ class Trainer:
         except SolverError as error:
             self.say(f"step {self.step}: validation failed: {error}")
         value = found.get("validation", math.inf)
-        if math.isnan(value):  # which would compare as neither better nor worse
+        if math.isnan(value):  # compares as neither better nor worse
             value = math.inf
         self.validated, self.worse = self.step, self.worse + 1
         if value < self.best or not self.best_weights:
@@ -211,7 +213,7 @@ class Trainer:
             self.best_weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
             if self.group.main:
                 export(self)
-        # a fine-tuning that validates worse may follow a grid that was gamed since it was measured
+        # worse validations in fine-tuning may mean that it exploits the grid's error since the last measurement
         if math.isfinite(value) and (self.stage == 0 or self.worse == 0):
             self.recovery.keep(self.step)
         return {**found, "validation": value, "best": self.best, "best_step": self.best_step}
@@ -219,7 +221,7 @@ class Trainer:
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def stop_reason(self, elapsed: float = 0.0) -> str | None:
-        """Why training is over: ``"steps"``, ``"patience"`` or ``"max_time"``; None while it is not."""
+        """Return why training ends, ``"steps"``, ``"patience"`` or ``"max_time"``; None while it continues."""
         if self.step >= self.config.steps:
             return "steps"
         if self.config.patience and self.worse >= self.config.patience and self.last_stage:
@@ -229,25 +231,26 @@ class Trainer:
         return None
 
     def _stop(self, started: float) -> str | None:
-        """The reason to stop on all processes alike: rank 0's clock counts, and a signal to one of them is one to all."""
+        """Return the stop reason, the same on all processes: by rank 0's clock, and a signal to any rank stops all."""
         elapsed = time.monotonic() - started if self.group.main else 0.0
         number, elapsed = self.group.largest([self.signals.number, elapsed])
         self.signal = int(number)
         return self.stop_reason(elapsed)
 
     def run(self) -> str:
-        """Train to the end, from wherever it stands, and say why it ended (see :meth:`stop_reason`).
+        """Train from the current step to the end and return the stop reason (see :meth:`stop_reason`).
 
         Raises:
-            Interrupted: after SIGINT or SIGTERM, everything saved.
-            TrainingError: when too many batches in a row could not be used, again and again.
-            CheckpointError: when the end of the run cannot be saved; it says where it is instead.
+            Interrupted: after SIGINT or SIGTERM, with everything saved.
+            TrainingError: if too many consecutive batches are unusable after all rollbacks.
+            CheckpointError: if the final state cannot be saved in the run folder; names the folder that holds it
+                instead.
         """
         started, before, first = time.monotonic(), self.seconds, self.step
         self._saved_at = started
         with owning(self.folder, self.group), self.signals, self.journal.opened(self.step):
             while ((reason := self._stop(started)) is None or self.pending) and not self.signal:
-                with suppress(Abandoned):  # a signal: the step, or what follows it, is for who resumes
+                with suppress(Abandoned):  # a signal: the interrupted work is repeated on resume
                     if not self.pending:
                         self.update()
                         self.step += 1
@@ -262,13 +265,13 @@ class Trainer:
                     self.save()
                 except CheckpointError as error:
                     raise rescue(self, error) from None
-            # where time ran out between two validations, the last weights get theirs: for the test and the export, not for
-            # the state, so that a resumed run selects what it would have selected had it never stopped
+            # after a stop by time, validate the last weights for the test and the export only, not for the saved state:
+            # a resumed run then selects the same weights as an uninterrupted one
             if last:
                 with suppress(Abandoned):
                     self.settle()
                     self.journal.record({"step": self.step, **self.validate(), "seconds": round(self.seconds, 3)})
-            self._stop(started)  # a signal during the last validation; and all wait until everything is saved
+            self._stop(started)  # catch a signal during the last validation; all ranks wait until everything is saved
         if self.signal:
             raise Interrupted(self.signal, self.step)
         assert reason is not None
@@ -282,16 +285,16 @@ class Trainer:
 
     @property
     def _validates(self) -> bool:
-        """Where it is due, at the end, and where matching ends: its finished weights are what fine-tuning has to better."""
+        """Whether to validate now: on schedule, at the end, and after flow matching, as the baseline of fine-tuning."""
         return self.step % self.config.validate_every == 0 or self.step in (self.stage_end, self.config.steps)
 
     @property
     def _due(self) -> bool:
-        """Whether this step gets a row in metrics.jsonl, and so all before it are to be judged."""
+        """Whether this step gets a row in metrics.jsonl, which requires reading the metrics of all steps before it."""
         return self._watches or self._validates or self.step % LOG_EVERY == 0
 
     def _after(self, values: dict[str, float] | None, extra: dict[str, Any], rate: float) -> None:
-        """Watch, validate, log and save where it is due; ``extra`` is what an earlier call that was interrupted has found."""
+        """Measure, validate, log and save where due; ``extra`` holds the results of an interrupted earlier call."""
         if self._watches and not extra:
             extra |= self.watch.measure(self.step, *self.batches(self.step), self.group)
             undo_gaming(self, extra)

@@ -1,4 +1,4 @@
-"""What a training step costs, before a long run."""
+"""Cost of a training step, measured before a long run."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ ENOUGH_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Cost:
-    """A step's cost, memory in MiB, time in seconds."""
+    """Cost of a training step: memory in MiB, time in seconds."""
 
     parameters: int
     batch: int
     kept: float
-    """What the forward pass keeps for the backward pass, weights and batch apart."""
+    """Tensors that the forward pass of one micro-batch saves for the backward pass, without weights."""
     peak: float
-    """The most that the process (or its part of the GPU) has held."""
+    """Peak memory of the process, or of its allocations on the GPU."""
     where: str
     seconds: float
 
 
 def measure(trainer: Trainer) -> Cost:
-    """Take a few steps with ``trainer``, which is of no use afterwards, and measure them."""
+    """Take a few steps with ``trainer`` and measure them; ``trainer`` is not usable afterwards."""
     trainer.flow.train()
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.device)
@@ -42,7 +42,7 @@ def measure(trainer: Trainer) -> Cost:
     _step(trainer)
     steps, started = 0, time.perf_counter()
 
-    def more() -> bool:  # as long as one of the processes wants more
+    def more() -> bool:  # until all processes have enough
         wanted = steps < MINIMUM_STEPS or (time.perf_counter() - started < ENOUGH_SECONDS and steps < 50)
         return bool(trainer.group.largest([float(wanted)])[0])
 
@@ -54,9 +54,9 @@ def measure(trainer: Trainer) -> Cost:
     if trainer.device.type == "cuda":
         peak, where = torch.cuda.max_memory_allocated(trainer.device) / 2**20, "GPU"
     else:
-        import resource  # where there is no Unix, the rest still works
+        import resource  # Unix only; imported here so that the rest works elsewhere
 
-        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB elsewhere
         peak, where = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, "process" if trainer.stage == 0 else "process, so far"
     count = sum(p.numel() for p in trainer.flow.parameters())
     return Cost(count, trainer.batches.size, kept / 2**20, peak, where, seconds)
@@ -64,7 +64,7 @@ def measure(trainer: Trainer) -> Cost:
 
 def _step(trainer: Trainer) -> None:
     trainer.update()
-    if trainer.last_stage or trainer.step + 1 < trainer.stage_end:  # not into the next stage
+    if trainer.last_stage or trainer.step + 1 < trainer.stage_end:  # stay in the current phase
         trainer.step += 1
     if trainer.device.type == "cuda":
         torch.cuda.synchronize(trainer.device)

@@ -1,4 +1,4 @@
-"""What a step's backward pass keeps, and what to do where it does not fit."""
+"""Memory of the backward pass, and advice on running out of it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = ["available", "exhausted", "fitting", "kept_bytes"]
 
-RESERVE = 1.5  # what is kept is not all: stages, workspaces, fragments
+RESERVE = 1.5  # factor over the saved tensors, for stages, workspaces and fragmentation
 
 
 def kept_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
-    """Bytes that ``forward`` keeps for the backward pass, weights apart; what a backward pass repeats is not kept.
+    """Return the bytes that ``forward`` saves for the backward pass, without weights and recomputed tensors.
 
     Example:
         >>> x = torch.zeros(1000, requires_grad=True)
@@ -40,13 +40,14 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()  # held until all is counted: what is freed may be counted twice
+        # keep the result alive while counting: a freed storage's address may be reused and counted twice
+        result = forward()
     del result
     return sum(kept.values())
 
 
 def exhausted(error: BaseException) -> bool:
-    """Whether an error says that memory has run out, on a GPU or on the CPU.
+    """Return whether an error reports that the GPU or the CPU is out of memory.
 
     Example:
         >>> exhausted(MemoryError()), exhausted(RuntimeError("size mismatch"))
@@ -61,7 +62,7 @@ def exhausted(error: BaseException) -> bool:
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that are free on a device; None where it is not known.
+    """Return the free bytes on a device, or None if unknown.
 
     Example:
         >>> (available(torch.device("cpu")) or 1) > 0
@@ -73,7 +74,7 @@ def available(device: torch.device) -> int | None:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             found += [1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable")]
-        import resource  # a limit of this process's own (ulimit -v)
+        import resource  # the limit of this process (ulimit -v)
 
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         if limit != resource.RLIM_INFINITY:
@@ -86,10 +87,10 @@ def available(device: torch.device) -> int | None:
 
 @contextmanager
 def fitting(trainer: Trainer, x: Tensor, context: Tensor | None, noise: Noise) -> Iterator[None]:
-    """Inside, memory that runs out becomes advice with numbers.
+    """Context manager that turns an out-of-memory error into a TrainingError with advice.
 
     Raises:
-        TrainingError: with the micro-batches (``--accumulate``) that would fit.
+        TrainingError: with the number of micro-batches (``--accumulate``) that would fit.
     """
     try:
         yield
@@ -100,7 +101,7 @@ def fitting(trainer: Trainer, x: Tensor, context: Tensor | None, noise: Noise) -
         if not exhausted(error):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-    # out of the handler, whose traceback held what did not fit
+    # outside the handler, whose traceback keeps the tensors alive
     trainer.optimizer.zero_grad(set_to_none=True)
     gc.collect()
     if trainer.device.type == "cuda":
@@ -122,7 +123,7 @@ def _advice(trainer: Trainer, x: Tensor, context: Tensor | None, noise: Noise) -
             trainer.flow,
             lambda: trainer.objective.evaluate(x[:few], None if context is None else context[:few], noise.rows(0, rows)),
         ) / few
-    except (MemoryError, RuntimeError):  # not even that fits, or it cannot be solved
+    except (MemoryError, RuntimeError):  # even these rows do not fit or cannot be solved
         each = 0.0
     free = available(trainer.device)
     wanted = 2 * count

@@ -1,4 +1,4 @@
-"""The end of a run that predicts: the test set's loss and accuracy with all they depend on, predictions, pictures."""
+"""Test loss and accuracy, predictions and plots of a run of a predictor."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from cnf.training.scoring import TEST_SEED, about, rows_checked, trained
 
 __all__ = ["PREDICTIONS", "finish_predictions", "predicted", "predictions_text", "score_predictions", "write_predictions"]
 
-PREDICTIONS = "test_predictions.npz"  # the test items' outputs, in the run folder
+PREDICTIONS = "test_predictions.npz"  # outputs on the test split, in the run folder
 
 
 def predicted(result: dict[str, Any]) -> bool:
-    """Whether a result is that of a prediction, not of a density."""
+    """Return whether a result is of a predictor rather than of a density."""
     return "loss" in result
 
 
@@ -43,21 +43,24 @@ def score_predictions(
     group: Group = ALONE,
     quiet: bool = False,
 ) -> tuple[dict[str, Any], Assessment, torch.Tensor]:
-    """The loss (and accuracy) of a split and everything that it depends on, each item's, and the items' numbers.
+    """Evaluate the loss (and accuracy) of a predictor on a split.
 
     Args:
         model: in evaluation mode.
         info: the run's settings.
-        data: its data, with targets.
+        data: the run's data, with targets.
         split: ``"test"``, ``"validation"`` or ``"train"``.
-        items: score so many only, chosen at random once and for all; all if None.
-        check: solve every scored item again, ten times tighter, not some of them only.
+        items: number of rows to score, a random subset that is always the same; all if None.
+        check: solve all scored rows again at ten times tighter tolerances, instead of some of them.
         group: processes that all call this with the same arguments and share the work; each gets the result.
         quiet: report no progress on stderr.
 
+    Returns:
+        The result with all settings that it depends on, the assessment of each row, and the rows' indices in the split.
+
     Raises:
-        ConfigError: for fewer than one item.
-        SolverError: from a solve that failed.
+        ConfigError: for ``items`` below 1.
+        SolverError: if a solve fails.
     """
     started = time.monotonic()
     kind = info.config.train.objective
@@ -99,7 +102,7 @@ def _solver(
     group: Group,
     quiet: bool,
 ) -> dict[str, Any]:
-    """The evaluation solver, and what ten times tighter tolerances change on some items."""
+    """Return the evaluation solver and the effect of ten times tighter tolerances on some rows."""
     none = {"solver": None, "rtol": None, "atol": None, "solver_error": None, "changed_predictions": None, "checked_items": 0}
     if not isinstance(model, NeuralODE):
         return none
@@ -123,7 +126,7 @@ def _solver(
 
 
 def predictions_text(result: dict[str, Any]) -> str:
-    """The result in words."""
+    """Format a result as text."""
     error = "" if result["standard_error"] is None else f" ± {result['standard_error']:.2g}"
     loss = f"{'cross entropy' if result['accuracy'] is not None else 'mean squared error'} {result['loss']:.4g}{error}"
     loss += " nats" if result["accuracy"] is not None else ""
@@ -143,11 +146,11 @@ def predictions_text(result: dict[str, Any]) -> str:
 
 
 def write_predictions(path: Path, found: Assessment, index: torch.Tensor, classes: tuple[str, ...]) -> None:
-    """Each item's number in its split, outputs, loss and, of a classification, predicted class; .npz or .csv.
+    """Write each row's index in its split, outputs, loss and (classification) predicted class, as .npz or .csv.
 
     Raises:
-        ConfigError: for another ending.
-        CheckpointError: where the file cannot be written.
+        ConfigError: for a file name that ends in neither .npz nor .csv.
+        CheckpointError: if the file cannot be written.
     """
     arrays: dict[str, Any] = {"index": index.numpy(), "loss": found.loss.numpy()}
     if found.correct is not None:
@@ -160,7 +163,10 @@ def write_predictions(path: Path, found: Assessment, index: torch.Tensor, classe
 def predictor_pictures(
     model: Predictor, info: RunInfo, data: DataSplits, folder: Path, metrics: list[dict[str, Any]]
 ) -> None:
-    """Learning curves; the features' evolution; the learned depth; of one or two dimensions the paths and the decision boundary."""
+    """Plot learning curves, the evolution of the features and the learned depth.
+
+    Data of one or two dimensions also get the decision boundary, data of one dimension the trajectories.
+    """
     from cnf import plotting
 
     plots = folder / "plots"
@@ -170,7 +176,7 @@ def predictor_pictures(
     plotting.learning_curves(metrics, plots / "learning_curves.png", unit=unit, name="loss")
     x, targets = data.test[:1000], data.test_context
     assert targets is not None
-    if data.kind != "image":  # toys may be sorted by class
+    if data.kind != "image":  # toy data sets may be sorted by class
         chosen = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:1000]
         x, targets = data.test[chosen], targets[chosen]
     targets = targets[: len(x)]
@@ -187,10 +193,10 @@ def predictor_pictures(
 
 
 def finish_predictions(trainer: Trainer) -> dict[str, Any]:
-    """Score the test set with the best validation's weights; write result.json, test_predictions.npz and the pictures.
+    """Score the test split with the best validation's weights; write result.json, test_predictions.npz and plots.
 
     Raises:
-        SolverError: from a solve that failed.
+        SolverError: if a solve fails.
     """
     model, info, folder = trainer.best_flow(), trainer.info, trainer.folder
     result, found, index = score_predictions(
@@ -205,6 +211,7 @@ def finish_predictions(trainer: Trainer) -> dict[str, Any]:
     if not trainer.group.main:
         return result
     write_predictions(folder / PREDICTIONS, found, index, trainer.data.classes)
-    write_json(folder / "result.json", result)  # after them: --resume takes it for the sign that the test is done
+    # written last: --resume takes this file as proof that the test is complete
+    write_json(folder / "result.json", result)
     predictor_pictures(model, info, trainer.data, folder, trainer.metrics)
     return result

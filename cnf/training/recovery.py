@@ -1,4 +1,4 @@
-"""Back to the last good weights, with a smaller rate, when too many batches in a row cannot be used."""
+"""Rollback to the last good weights, with a smaller learning rate, after too many consecutive unusable batches."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_ROLLBACKS", "MAX_SKIPS", "RATE_FACTOR", "Recovery", "advice", "skip"]
 
-MAX_SKIPS = 10  # batches skipped in a row before going back
-MAX_ROLLBACKS = 3  # times of going back before giving up
-RATE_FACTOR = 0.5  # of the learning rate, each time
-# a solve runs away that takes so many times the usual evaluations, and more than so many, once so many steps are known
+MAX_SKIPS = 10  # consecutive skipped batches before a rollback
+MAX_ROLLBACKS = 3  # rollbacks before training is aborted
+RATE_FACTOR = 0.5  # factor on the learning rate at each rollback
+# abort a solve when its evaluations exceed max(RUNAWAY_FLOOR, RUNAWAY times the median of the last WINDOW steps); no
+# limit before RUNAWAY_STEPS steps are known
 COUNTS = ("nfe", "nfe_backward")
 RUNAWAY, RUNAWAY_FLOOR, RUNAWAY_STEPS, WINDOW = 10, 1000, 20, 100
 
 
 class Recovery:
-    """The last good weights of a run, and what is usual in it. It is part of the resume state (:meth:`state`).
+    """The last good weights of a run and its recent evaluation counts. Part of the resume state (:meth:`state`).
 
-    Good are the weights that a validation could be made with, and the initial ones. Batches are functions of the step,
-    which does not go back: after a return the run goes on with other batches.
+    Good weights are the initial ones and those with a finite validation (in fine-tuning: a new best). The step is not
+    rolled back, and batches are functions of the step, so that a run continues with other batches after a rollback.
 
     Args:
-        model: what is trained.
+        model: the trained model.
         average: its averaged weights.
         optimizer: its optimiser.
 
@@ -54,51 +55,53 @@ class Recovery:
     def __init__(self, model: nn.Module, average: nn.Module, optimizer: Optimizer):
         self.parts: dict[str, nn.Module | Optimizer] = {"flow": model, "ema": average, "optimizer": optimizer}
         self.rollbacks = 0
-        self.usual: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in COUNTS}  # of the latest steps
+        # evaluation counts of the latest steps
+        self.usual: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in COUNTS}
         self.good: dict[str, Any] = {}
         self.good_step = 0
         self.keep(0)
 
     @property
     def factor(self) -> float:
-        """What the learning rate is multiplied with."""
+        """The factor on the learning rate."""
         return RATE_FACTOR**self.rollbacks
 
     def limit(self, name: str = "nfe") -> float:
-        """Evaluations (``"nfe"`` or ``"nfe_backward"``) above which a solve runs away; infinite until it is known what is usual."""
+        """Return the limit on ``"nfe"`` or ``"nfe_backward"`` of a solve; infinite in the first RUNAWAY_STEPS steps."""
         usual = self.usual[name]
         return max(RUNAWAY_FLOOR, RUNAWAY * statistics.median(usual)) if len(usual) >= RUNAWAY_STEPS else math.inf
 
     def count(self, values: dict[str, float]) -> None:
-        """Evaluations of a step that was taken."""
+        """Record the evaluations of a completed step."""
         for name, usual in self.usual.items():
             usual.append(values[name])
 
     @property
     def told(self) -> dict[str, int]:
-        """For metrics.jsonl: how often the run went back, once it did."""
+        """Entry of metrics.jsonl with the number of rollbacks; {} if there were none."""
         return {"rollbacks": self.rollbacks} if self.rollbacks else {}
 
     def keep(self, step: int) -> None:
-        """The present weights are good."""
+        """Store the current weights as good."""
         self.good = {name: _copy(part.state_dict()) for name, part in self.parts.items()}
         self.good_step = step
 
     def go_back(self) -> int:
-        """To the good weights, the averaged ones and the optimiser's state with them; returns their step."""
+        """Restore the good weights, their average and the optimiser's state; return the step they are from."""
         self.rollbacks += 1
         for name, part in self.parts.items():
-            part.load_state_dict(_copy(self.good[name]))  # a copy: an optimiser keeps and changes what it loads
+            # a copy: an optimiser keeps the loaded tensors and modifies them
+            part.load_state_dict(_copy(self.good[name]))
         return self.good_step
 
     def state(self, step: int) -> dict[str, Any]:
-        """What resuming needs; the good weights only where they are not those of the present ``step``."""
+        """Return the state for a checkpoint, without the good weights if they are those of the current ``step``."""
         usual = {name: list(values) for name, values in self.usual.items()}
         good = {} if self.good_step == step else self.good
         return {"rollbacks": self.rollbacks, "usual": usual, "good_step": self.good_step, "good": good}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take up :meth:`state`, once model, average and optimiser have theirs."""
+        """Restore :meth:`state`, after model, average and optimiser have been restored."""
         self.rollbacks = int(state["rollbacks"])
         self.usual = {name: deque(map(float, state["usual"][name]), maxlen=WINDOW) for name in COUNTS}
         self.keep(int(state["good_step"]))
@@ -107,18 +110,18 @@ class Recovery:
 
 
 def skip(trainer: Trainer, step: int, reason: Callable[[], str]) -> bool:
-    """Count the batch of a step that cannot be used; after too many in a row go back to the good weights, and say so.
+    """Count the unusable batch of a step, roll back after too many in a row, and return whether that happened.
 
-    ``reason`` is called where it is told, before anything is counted.
+    ``reason`` is called before anything is counted, and only if its text is printed.
 
     Raises:
-        TrainingError: when that has been of no use.
+        TrainingError: if all rollbacks have been used.
     """
     tell, back = trainer.skipped < MAX_SKIPS, trainer.skips_in_row + 1 >= MAX_SKIPS
     why = reason() if tell or back else ""
     trainer.skipped += 1
     trainer.skips_in_row += 1
-    if tell:  # all are counted in metrics.jsonl and result.json
+    if tell:  # metrics.jsonl and result.json count all of them
         trainer.say(f"step {step}: batch skipped: {why}")
     if not back:
         return False
@@ -134,7 +137,7 @@ def skip(trainer: Trainer, step: int, reason: Callable[[], str]) -> bool:
 
 
 def advice(config: TrainConfig, solver: SolverConfig) -> str:
-    """Options that may help, with their present values.
+    """Return the options that may help, with their current values.
 
     Example:
         >>> advice(TrainConfig(lr=0.1, warmup=0), SolverConfig(grid_steps=2))
@@ -149,7 +152,7 @@ def advice(config: TrainConfig, solver: SolverConfig) -> str:
 
 
 def _copy(value: Any) -> Any:
-    """A state_dict's copy on the CPU."""
+    """Copy a state_dict to the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The end of a run: the test set read once, result.json in words, pictures."""
+"""End of a run: the evaluation of the test split, result.json as text, plots."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from cnf.training.scoring import score, trained, write_scores
 
 __all__ = ["TEST_SCORES", "add_columns", "columns_text", "comparability", "finish", "summary"]
 
-TEST_SCORES = "test_nll.npz"  # the test items' likelihoods, in the run folder
+TEST_SCORES = "test_nll.npz"  # likelihoods on the test split, in the run folder
 
 
 def _number(value: Any) -> str:
-    """A number, or the numbers of blocks that differ."""
+    """Format a number, or the differing numbers of several blocks."""
     return "/".join(map(_number, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def comparability(result: dict[str, Any]) -> str:
-    """One line with everything that changes the number: figures compare only where these agree."""
+    """Return one line with every setting that changes the figure: figures compare only where these agree."""
     parts = []
     if "bits_per_dim" in result:
         kind = result["dequantisation"]
@@ -41,7 +41,7 @@ def comparability(result: dict[str, Any]) -> str:
     trace = f"{_number(result['divergence'])} trace"
     if result["probes"] is not None:
         trace += f" ({_number(result['probes'])} {_number(result['probe'])} probes)"
-        if result["dequantisation"] in ("none", "mid-bin"):  # else the draws stand beside the dequantisation
+        if result["dequantisation"] in ("none", "mid-bin"):  # otherwise the draws follow the dequantisation
             trace += f", {result['noise_draws']} draws"
     solver = _number(result["solver"])
     if result["rtol"] is not None:
@@ -55,7 +55,7 @@ def comparability(result: dict[str, Any]) -> str:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The result in words: the figure and everything that it depends on."""
+    """Format a result as text: the figure and every setting that it depends on."""
     if predicted(result):
         return predictions_text(result)
     bits = "bits_per_dim" in result
@@ -83,7 +83,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def columns_text(columns: list[dict[str, Any]]) -> str:
-    """The report on a table's columns in words, the costliest first, costs in units of each column's standard deviation."""
+    """Format the report on a table's columns, costliest first, in units of each column's standard deviation."""
     width = max(len("column"), *(len(column["name"]) for column in columns))
     lines = [
         "  what each column costs in nats, standardised: given all others (what the model pays), alone (its own entropy), and "
@@ -102,7 +102,7 @@ def columns_text(columns: list[dict[str, Any]]) -> str:
 
 
 def add_columns(result: dict[str, Any], flow: Flow, data: DataSplits, split: str, say: Callable[[str], None]) -> None:
-    """Put a table's report on its columns into the result; where there can be none, the figure stands without it."""
+    """Add the report on a table's columns to the result; print a message if it cannot be computed."""
     if data.kind != "table":
         return
     try:
@@ -117,10 +117,10 @@ def add_columns(result: dict[str, Any], flow: Flow, data: DataSplits, split: str
 
 
 def finish(trainer: Trainer) -> dict[str, Any]:
-    """Score the test set with the best validation's weights; write result.json, test_nll.npz and the pictures.
+    """Score the test split with the best validation's weights; write result.json, test_nll.npz and plots.
 
-    Tables also get a report on what each column costs. Where several processes train they share the scoring; rank 0 does the rest. Of a run that predicts it is the loss and accuracy, and
-    test_predictions.npz.
+    For tables the result includes the cost of each column. A run of a predictor reports loss and accuracy and writes
+    test_predictions.npz. Several processes share the scoring; rank 0 does the rest.
     """
     if not isinstance(trainer.flow, Flow):
         return finish_predictions(trainer)
@@ -131,7 +131,8 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     if not group.main:
         return result
     write_scores(folder / TEST_SCORES, found)
-    write_json(folder / "result.json", result)  # after the scores: --resume takes it for the sign that the test is done
+    # after the scores: --resume takes this file as proof that the test is complete
+    write_json(folder / "result.json", result)
     add_columns(result, flow, trainer.data, "test", trainer.say)
     write_json(folder / "result.json", result)
     try:
@@ -144,8 +145,8 @@ def finish(trainer: Trainer) -> dict[str, Any]:
 def _curves(trainer: Trainer) -> list[dict[str, Any]]:
     """Return the rows of metrics.jsonl for the learning curves.
 
-    A step of matching evaluates the field and solves nothing, so its rows have no ``nfe`` here; where its loss bounds the
-    likelihood, it is their ``nll``.
+    A step of flow matching evaluates the field and solves no ODE, so its rows have no ``nfe`` here; where its loss
+    bounds the negative log-likelihood, it serves as their ``nll``.
     """
     first = trainer.stages[0].objective
     if not isinstance(first, FlowMatching):
@@ -160,7 +161,7 @@ def _curves(trainer: Trainer) -> list[dict[str, Any]]:
 
 
 def pictures(flow: Flow, data: DataSplits, folder: Path, metrics: list[dict[str, Any]], unit: str) -> None:
-    """Samples beside data and learning curves; in two dimensions the density, the field, the paths and the motion."""
+    """Plot samples next to data and learning curves; in 2-D also density, field, trajectories and an animation."""
     from cnf import plotting
 
     plots, samples = folder / "plots", folder / "samples"

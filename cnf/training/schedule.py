@@ -1,4 +1,4 @@
-"""How weights move: the optimiser, the learning rate of a step, the averaging; both can be left out on the device."""
+"""Optimiser, learning-rate schedule and weight averaging, with steps that can be masked on the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["AdamW", "Average", "learning_rate", "optimizer"]
 
 
 def learning_rate(step: int, peak: float, warmup: int, steps: int, schedule: str) -> float:
-    """The rate of step 0, 1, ...: linear warm-up to ``peak``, then constant or a cosine to zero at ``steps``.
+    """Return the learning rate: linear warm-up to ``peak``, then constant or cosine decay to 0 at ``steps``.
 
     Example:
         >>> [round(learning_rate(i, 1.0, 2, 6, "cosine"), 3) for i in range(6)]
@@ -27,7 +27,7 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int, schedule: str
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW, whose step can be left out by a tensor, as mixed precision does it: nobody waits for its value.
+    """torch's fused AdamW with a step masked by a tensor on the device, as in mixed precision.
 
     Example:
         >>> weight = nn.Parameter(torch.ones(2))
@@ -45,7 +45,7 @@ class AdamW(torch.optim.AdamW):
         self.register_load_state_dict_pre_hook(_as_fused)
 
     def step_where(self, taken: Tensor) -> None:
-        """One step where ``taken`` () is True; else weights, moments and counters stay, whatever the gradient is."""
+        """Take one step where ``taken`` () is True; otherwise weights, moments and counters stay unchanged."""
         self.found_inf = (~taken).float()
         try:
             self.step()
@@ -54,12 +54,12 @@ class AdamW(torch.optim.AdamW):
 
 
 def _as_fused(adam: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """A state as the fused implementation keeps it, which implementation ever wrote it."""
+    """Convert the state of any AdamW implementation to that of the fused one."""
     return {**state, "param_groups": [{**group, "fused": True, "foreach": None} for group in state["param_groups"]]}
 
 
 def optimizer(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
-    """AdamW, with zero decay Adam; betas and eps are Adam's usual. A learned end time is not decayed: it has no reason to be short.
+    """Return AdamW with the default betas and eps (Adam at zero decay); learned end times are not decayed.
 
     Example:
         >>> [len(group["params"]) for group in optimizer(nn.Linear(2, 2), 1e-3, 0.1).param_groups]
@@ -74,9 +74,10 @@ def optimizer(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
 
 
 class Average(AveragedModel):
-    """Exponential averaging of a model's weights by min(decay, (1 + n) / (10 + n)) at update n; the first one copies them.
+    """Exponential moving average of a model's weights with decay min(decay, (1 + n) / (10 + n)) at update n.
 
-    The bound lets a young average forget the initial weights soon. ``decay=0`` copies the weights: no averaging.
+    The first update copies the weights, and the bound lets a young average forget the initial weights quickly.
+    ``decay=0`` copies the weights at every update, without averaging.
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
@@ -89,14 +90,15 @@ class Average(AveragedModel):
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        # the count too lives where the weights do: a tensor that is only known there is added to it
+        # the count is on the device of the weights, since a tensor known only there is added to it
         super().__init__(model, device=next((p.device for p in model.parameters()), None))
         self.decay = decay
-        self._known: tuple[Any, ...] = (None,)  # a model, my parameters and its own: a walk through all modules takes a while
+        # a model, the average's parameters and the model's; cached: walking all modules is slow
+        self._known: tuple[Any, ...] = (None,)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module, taken: Tensor | None = None) -> None:
-        """Average the model's present weights in, where ``taken`` () is True or not given."""
+        """Update the average with the model's current weights, where ``taken`` () is True or None."""
         n = self.n_averaged.double()
         decay = ((1 + n) / (10 + n)).clamp(max=self.decay) * (n > 0)
         weight = 1 - decay if taken is None else (1 - decay) * taken

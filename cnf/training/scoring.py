@@ -1,4 +1,4 @@
-"""The score of a split: a likelihood with everything that it depends on, and the likelihood of every item as a file."""
+"""Likelihood of a split with every setting that it depends on, and per-row likelihoods as a file."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 
 __all__ = ["TEST_SEED", "about", "rows_checked", "score", "trained", "write_scores"]
 
-TEST_SEED = 30_000  # test noise never changes: figures of different runs are comparable, and of subsets with the whole
-QUICK_CHECK = 256  # items of a check that was not asked for, at most, and no more than a tenth of what is scored
+TEST_SEED = 30_000  # fixed test noise, so that figures compare between runs, and between a subset and the whole split
+QUICK_CHECK = 256  # most rows of a default check, which takes a tenth of the scored rows
 
 
 def about(model: Flow | Predictor, info: RunInfo, started: float) -> dict[str, Any]:
-    """What every result says of the model, its seed, the seconds since ``started`` and the versions."""
+    """Return the entries of every result on the model, its seed, the seconds since ``started`` and the versions."""
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(model.like.dtype).removeprefix("torch."),
@@ -57,7 +57,7 @@ def about(model: Flow | Predictor, info: RunInfo, started: float) -> dict[str, A
 
 
 def trained(trainer: Trainer) -> dict[str, Any]:
-    """What every result of a finished run says of its training."""
+    """Return the entries of a finished run's result on its training."""
     return {
         "validation": trainer.best,
         "best_step": trainer.best_step,
@@ -71,7 +71,7 @@ def trained(trainer: Trainer) -> dict[str, Any]:
 
 
 def rows_checked(rows: int, check: bool) -> int:
-    """How many of the scored rows are solved again: all where that is asked for, a tenth otherwise, within bounds."""
+    """Return the number of scored rows to solve again: all if ``check``, else a tenth, from 16 to QUICK_CHECK."""
     return rows if check else min(rows, QUICK_CHECK, max(16, rows // 10))
 
 
@@ -90,26 +90,31 @@ def score(
     group: Group = ALONE,
     quiet: bool = False,
 ) -> tuple[dict[str, Any], Evaluation]:
-    """The likelihood of a split, and everything that it depends on.
+    """Evaluate the likelihood of a split.
 
     Args:
         flow: in evaluation mode.
         info: the run's settings.
-        data: its data.
+        data: the run's data.
         split: ``"test"``, ``"validation"`` or ``"train"``.
-        draws: noise draws an item (dequantisation, probe).
-        importance: samples K of each draw's importance-weighted bound; 1 is the plain bound.
-        dequantisation: ``"uniform"``, ``"variational"``, ``"truncated-normal"`` or ``"mid-bin"``; the flow's own if None.
-        items: score so many only, chosen at random once and for all; all if None.
-        check: solve every scored item at ten times tighter tolerances and there and back, not some of them only.
-        batch_size: items solved together.
-        group: processes that all call this with the same arguments and share the work; each gets the result (but rank 0 alone
-            the integral of a toy density).
+        draws: noise draws for each row (dequantisation, probe).
+        importance: number K of samples in each draw's importance-weighted bound; 1 is the plain bound.
+        dequantisation: ``"uniform"``, ``"variational"``, ``"truncated-normal"`` or ``"mid-bin"``; the flow's own if
+            None.
+        items: number of rows to score, a random subset that is always the same; all if None.
+        check: solve all scored rows again at ten times tighter tolerances, and their round trip, instead of some of
+            them.
+        batch_size: rows of a solve.
+        group: processes that all call this with the same arguments and share the work; each gets the result, except the
+            integral of a toy density, which only rank 0 gets.
         quiet: report no progress on stderr.
 
+    Returns:
+        The result with all settings that it depends on, and the evaluation of each row.
+
     Raises:
-        ConfigError: for fewer than one item, or what the data or the flow cannot do.
-        SolverError: from a solve that failed.
+        ConfigError: for ``items`` below 1, or settings that the data or the flow do not support.
+        SolverError: if a solve fails.
     """
     started = time.monotonic()
     x: torch.Tensor = getattr(data, split)
@@ -159,16 +164,16 @@ def score(
     }
     if data.entropy is not None:
         result["true_entropy"] = data.entropy
-    if data.kind == "toy" and context is None and group.main:  # given a class, each density has an integral of its own
+    if data.kind == "toy" and context is None and group.main:  # conditional densities have one integral for each class
         result["integral"] = integral_2d(flow, extent=1.6 * float(data.test.abs().max()))
     return result, found
 
 
 def _solvers(flow: Flow) -> dict[str, Any]:
-    """How the flow is solved in evaluation and how its trace is taken, read from the blocks themselves."""
+    """Return the evaluation solvers and divergence strategies of the flow's blocks."""
 
     def common(values: list[Any]) -> Any:
-        """The one value, or all of them where blocks differ."""
+        """Return the common value, or a list of all values where blocks differ."""
         different = list(dict.fromkeys(values))
         return different[0] if len(different) == 1 else different or None
 
@@ -190,20 +195,20 @@ def _solvers(flow: Flow) -> dict[str, Any]:
 
 
 def write_scores(path: Path, found: Evaluation, *, names: Sequence[str] | None = None) -> None:
-    """The likelihood of every item, in the order of evaluation, whole or not at all.
+    """Write the likelihood of every row atomically, in the order of evaluation.
 
-    ``index`` is the item's number in its split, ``nll`` its negative log-likelihood in the figure's unit (bits/dim or nats),
-    ``log_prob`` its log-likelihood in nats; ``name`` where names are given. A .npz holds these arrays and ``unit``; a .csv has
-    a column each, ``nll`` called ``bits_per_dim`` or ``nats``.
+    ``index`` is the row's index in its split, ``nll`` its negative log-likelihood in the figure's unit (bits/dim or
+    nats), ``log_prob`` its log-likelihood in nats, ``name`` its name if names are given. A .npz file holds these arrays
+    and ``unit``; a .csv file has one column for each, with ``nll`` called ``bits_per_dim`` or ``nats``.
 
     Args:
-        path: ending in .npz or .csv.
-        found: what was evaluated.
-        names: of the items.
+        path: ends in .npz or .csv.
+        found: the evaluation.
+        names: of the rows.
 
     Raises:
-        ConfigError: for another ending, or names that do not fit the items.
-        CheckpointError: where the file cannot be written.
+        ConfigError: for another file name ending, or a number of names other than that of the rows.
+        CheckpointError: if the file cannot be written.
     """
     if names is not None and len(names) != len(found.per_item):
         raise ConfigError(f"names are {len(names)}, but {len(found.per_item)} items were evaluated")

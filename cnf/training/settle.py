@@ -1,4 +1,4 @@
-"""What steps gave: kept on the device, read together some steps later, and judged in the order of the steps."""
+"""Metrics of optimiser steps: buffered on the device, read together, processed in the order of the steps."""
 
 from __future__ import annotations
 
@@ -23,47 +23,46 @@ if TYPE_CHECKING:
 
 __all__ = ["Ledger", "Outcome", "advance", "settle", "told"]
 
-READ_SECONDS = 5.0  # what the bar shows is hardly older than that
+READ_SECONDS = 5.0  # longest age of the metrics in the progress bar
 
 
 @dataclass
 class Outcome:
-    """What one step gave, as the host knows it."""
+    """Result of one step, on the host."""
 
     step: int
-    """Its number: the first one is 0."""
+    """The step, counted from 0."""
     values: dict[str, float]
-    """Means over the batch, the gradient's norm and the rate; empty where a solve failed."""
+    """Means over the batch, gradient norm and learning rate; empty if a solve failed."""
     failure: str = ""
-    """Why there was no gradient, where that was known without waiting for the device."""
+    """Why there is no gradient, where known without synchronisation."""
     place: str = ""
-    """The first parameter whose gradient is not finite; "" where all are, or there is none."""
+    """The first parameter whose gradient is not finite; "" if there is none."""
     void: bool = False
-    """Whether the weights it was made with, and led to, have been given up since."""
+    """Whether a rollback has discarded the weights before and after this step."""
 
     @property
     def taken(self) -> bool:
-        """Whether the weights moved: the same condition as on the device."""
+        """Whether the step changed the weights: the same condition as on the device."""
         return not self.failure and all(map(math.isfinite, self.values.values()))
 
 
 class Ledger:
-    """The outcomes of steps that have not been judged yet.
+    """Buffer of step metrics, kept on the device and read together, to avoid synchronisation.
 
-    Reading one makes the CPU wait until a GPU has come to it, so they are read together. That can be at any time, and
-    changes nothing; they are judged (:func:`settle`) at steps that the settings decide, or a failed solve: what follows, such
-    as going back to earlier weights, must not depend on when a run was interrupted. So those not judged yet are part of
-    the resume state.
+    Reading may happen at any time and changes nothing. Processing (:func:`settle`) happens at steps fixed by the
+    settings, or after a failed solve, since its effects, such as a rollback, must not depend on when a run was
+    interrupted. Unprocessed outcomes are therefore part of the resume state.
 
     Args:
-        model: what is trained, whose parameters are named.
+        model: the trained model, whose parameter names are reported.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.failed = False
-        self.last: Outcome | None = None  # for display: the latest that is known
-        self.read = time.monotonic()  # when that was
+        self.last: Outcome | None = None  # the latest outcome read, for display
+        self.read = time.monotonic()  # time of the latest read
         self._away: list[tuple[int, float, tuple[str, ...], Tensor]] = []
         self._known: list[Outcome] = []
 
@@ -71,23 +70,26 @@ class Ledger:
         return len(self._known) + len(self._away)
 
     def add(self, step: int, rate: float, names: tuple[str, ...], row: Tensor) -> None:
-        """A step's figures, which may still be computed: those of :func:`advance`, then one for each name."""
+        """Append the metrics of a step, still on the device: norm, place (see :func:`advance`), one per name."""
         self._away.append((step, rate, names, row))
 
     def fail(self, step: int, failure: str) -> None:
-        """A step that has no gradient."""
+        """Append a step that has no gradient."""
         self._enter([*self.fetch(), Outcome(step, {}, failure)])
         self.failed = True
 
     def fetch(self) -> list[Outcome]:
-        """Read what is on the device, and everything that is not judged, in the order of the steps; judged ones leave this list."""
+        """Read the metrics on the device; return all unprocessed outcomes in order.
+
+        The caller removes the outcomes that it has processed from the returned list.
+        """
         if self._away:
-            numbers = iter(torch.cat([row for *_, row in self._away]).tolist())  # all leave the device together
+            numbers = iter(torch.cat([row for *_, row in self._away]).tolist())  # one transfer from the device
             found = []
             for step, rate, names, _ in self._away:
                 norm, place = next(numbers), int(next(numbers))
                 values = {name: next(numbers) for name in names}
-                for name in ("nfe", "nfe_backward"):  # no whole number where it is a mean over processes
+                for name in ("nfe", "nfe_backward"):  # fractional where it is a mean over processes or micro-batches
                     values[name] = round(values[name], 3)
                 found.append(Outcome(step, {**values, "grad_norm": norm, "lr": rate}, place=self._named(place)))
             self._away = []
@@ -95,11 +97,11 @@ class Ledger:
         return self._known
 
     def state(self) -> list[dict[str, Any]]:
-        """What is not judged, as plain values."""
+        """Return the unprocessed outcomes as plain values."""
         return [dataclasses.asdict(outcome) for outcome in self.fetch()]
 
     def load(self, state: Iterable[dict[str, Any]]) -> None:
-        """Take up :meth:`state`."""
+        """Restore :meth:`state`."""
         self._away = []
         self._enter([Outcome(**outcome) for outcome in state])
         self.failed = any(outcome.failure for outcome in self._known)
@@ -116,10 +118,11 @@ class Ledger:
 
 
 def advance(trainer: Trainer, rate: float, names: tuple[str, ...], figures: Tensor) -> None:
-    """Clip the gradients and move the weights and their average where all is finite, without waiting to know whether it is.
+    """Clip the gradients and update weights and their average, masked where not finite, without synchronisation.
 
-    Where it is not, weights, moments, average and counters stay as they are. The ledger gets the norm before clipping, the
-    place (from 1) of the first parameter whose gradient is not finite (0: none), and the figures (k,).
+    Where loss or gradient is not finite, weights, moments, average and counters stay unchanged. The ledger receives the
+    norm before clipping, the number (from 1) of the first parameter whose gradient is not finite (0 for none), and the
+    figures (k,).
     """
     norms = torch.stack(torch._foreach_norm([p.grad for p in trainer.weights if p.grad is not None]))
     norm = torch.linalg.vector_norm(norms)
@@ -134,13 +137,13 @@ def advance(trainer: Trainer, rate: float, names: tuple[str, ...], figures: Tens
 
 
 def settle(trainer: Trainer) -> dict[str, float] | None:
-    """Judge all steps that have not been, and say what the latest gave: None where it was skipped, or has become void.
+    """Process all pending outcomes and return the latest step's metrics; None if it was skipped or void.
 
-    Where too many in a row were skipped the weights go back, and the steps since are void: neither good nor bad.
+    Too many consecutive skipped steps cause a rollback; the pending steps after it are void, neither good nor bad.
 
     Raises:
-        TrainingError: when going back has been of no use.
-        Abandoned: for a signal; what is not judged by then can be judged later.
+        TrainingError: if all rollbacks have been used.
+        Abandoned: on a signal; unprocessed outcomes are processed later.
     """
     ledger, found = trainer.ledger, None
     outcomes = ledger.fetch()
@@ -160,10 +163,10 @@ def settle(trainer: Trainer) -> dict[str, float] | None:
 
 
 def told(trainer: Trainer, rate: float, extra: dict[str, Any]) -> str:
-    """The latest figures that are known, for the bar or a line: steps a second, and what a validation has given by now."""
+    """Format the latest known metrics for the progress bar or a log line: samples per second, and the validation."""
     if time.monotonic() - trainer.ledger.read > READ_SECONDS:
         trainer.ledger.fetch()
-    form = ".4f" if isinstance(trainer.flow, Flow) else ".4g"  # a loss may fall by orders of magnitude
+    form = ".4f" if isinstance(trainer.flow, Flow) else ".4g"  # a predictor's loss may fall by orders of magnitude
     parts, last = [], trainer.ledger.last
     if last is not None:
         metric, unit = trainer.objective.metric, trainer.objective.metric_unit
@@ -176,7 +179,7 @@ def told(trainer: Trainer, rate: float, extra: dict[str, Any]) -> str:
 
 
 def _reason(trainer: Trainer, outcome: Outcome) -> str:
-    """Why a batch was skipped, in words."""
+    """Return why a batch was skipped."""
     if outcome.failure:
         return outcome.failure
     figures = {name: value for name, value in outcome.values.items() if name not in ("grad_norm", "lr")}
@@ -186,7 +189,7 @@ def _reason(trainer: Trainer, outcome: Outcome) -> str:
 
 
 def _again(trainer: Trainer, step: int) -> str:
-    """What a step's batch fails of, found by solving it once more with every check; "" where it does not, by now."""
+    """Evaluate a step's batch again with all value checks and return its failure, "" if there is none."""
     failure = ""
     trainer.objective.train()
     try:

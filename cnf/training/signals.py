@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while a run trains: noted, and obeyed between two steps."""
+"""SIGINT and SIGTERM during training: recorded, and handled between two steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Abandoned", "Interrupted", "Signals"]
 
 
 class Interrupted(Exception):
-    """A signal asked for the end; everything up to ``step`` is saved."""
+    """Raised after a signal ended training; everything up to ``step`` is saved."""
 
     def __init__(self, number: int, step: int):
         super().__init__(f"interrupted by signal {number} at step {step}")
@@ -21,16 +21,18 @@ class Interrupted(Exception):
 
 
 class Abandoned(BaseException):
-    """A signal came while something was computed that can be computed again."""
+    """Raised by a signal inside a computation that can be repeated."""
 
 
 class Signals:
-    """Inside ``with``, the first SIGINT or SIGTERM sets ``number``, and a second one raises KeyboardInterrupt or SystemExit(143).
+    """Handlers of SIGINT and SIGTERM, active inside ``with``.
+
+    The first signal sets ``number``, the second raises KeyboardInterrupt or SystemExit(143).
 
     Args:
-        shared: the process is one of several, whose launcher passes signals on and repeats them: a second one is ignored (the
-            launcher itself kills what does not end in time).
-        quiet: say nothing.
+        shared: the process is one of several, whose launcher forwards and repeats signals: a second signal is ignored,
+            and the launcher kills processes that do not end in time.
+        quiet: print nothing.
     """
 
     def __init__(self, *, shared: bool = False, quiet: bool = False) -> None:
@@ -41,12 +43,12 @@ class Signals:
 
     @contextmanager
     def abandoning(self) -> Iterator[None]:
-        """Inside, where nothing is changed that lasts, the first signal ends the work at once, however long it takes.
+        """Context manager in which the first signal aborts the computation at once; for work without lasting effects.
 
-        Several processes that wait for each other go on to the end of their step.
+        Several processes, which wait for each other, complete their step instead.
 
         Raises:
-            Abandoned: when the signal comes.
+            Abandoned: on the signal.
         """
         self._open = not self.shared
         try:
@@ -68,12 +70,12 @@ class Signals:
     def _tell(self) -> None:
         if self.quiet:
             return
-        with suppress(OSError):  # not print(), which a handler may interrupt in the middle
+        with suppress(OSError):  # not print(), which a handler may interrupt half-way
             again = b"" if self.shared else b" (once more: at once, back to the last checkpoint)"
             os.write(2, b"\nstopping, and saving" + again + b"\n")
 
     def __enter__(self) -> Signals:
-        with suppress(ValueError):  # not in the main thread, where signals cannot be handled
+        with suppress(ValueError):  # signals can be handled in the main thread only
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._old[number] = signal.signal(number, self._note)
         return self

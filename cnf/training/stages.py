@@ -1,4 +1,4 @@
-"""The stages of a training: one, or matching and then fine-tuning by the likelihood; each with its objective, batches and watch."""
+"""Training phases: one, or flow matching followed by fine-tuning of the likelihood."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Stage", "enter", "fresh", "rate", "stages", "undo_gaming"]
 
-GAMED = 10.0  # times the tolerance: an error of the solver after which a fine-tuning goes back to its last good weights
-SETTLING = 3  # measurements of the solver's error before the likelihood is fine-tuned
+GAMED = 10.0  # solver error, as a multiple of the tolerance, above which fine-tuning is rolled back
+SETTLING = 3  # measurements of the solver's error before fine-tuning
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What is minimised, on which batches, how its solver is watched, and how fast the weights move."""
+    """One training phase: objective, batches, monitor, peak learning rate and warm-up steps."""
 
     objective: Objective
     batches: Batches
@@ -41,10 +41,10 @@ class Stage:
 def stages(
     model: Flow | Predictor, config: TrainConfig, solver: SolverConfig, batches: Batches, say: Callable[[str], None]
 ) -> list[Stage]:
-    """The stages in order: two where the objective is ``"both"``, one otherwise.
+    """Return the phases in order: two if the objective is ``"both"``, one otherwise.
 
     Raises:
-        ConfigError: for settings that do not fit the model or each other.
+        ConfigError: for settings that the model does not support, or that exclude each other.
     """
     if not isinstance(model, Flow):
         if config.kinetic or config.jacobian or config.step_error:
@@ -72,15 +72,15 @@ def stages(
 def _solved(
     objective: Objective, config: TrainConfig, solver: SolverConfig, batches: Batches, lr: float, warmup: int, say: Callable[[str], None]
 ) -> Stage:
-    """A stage that solves an ODE, if there is one, whose solver is watched."""
-    # a preset's automatic steps are those of its grid, which --adaptive puts aside
+    """Return the phase of an objective, with a monitor of its training solver if it solves an ODE."""
+    # a preset's automatic_steps concerns its grid, which --adaptive replaces
     kind = AutomaticSteps if solver.automatic_steps and not solver.adaptive and objective.solves else Watch
     limits = config.watch_tolerance, config.max_grid_steps, config.watch_every
     return Stage(objective, batches, kind(objective, solver, *limits, say), lr, warmup)
 
 
 def fresh(trainer: Trainer) -> tuple[AdamW, Average, Recovery]:
-    """An optimiser without a past, the weights' average, which they are themselves, and the last good ones."""
+    """Return a new optimiser, weight average and rollback state for the current phase."""
     config = trainer.config
     adam = optimizer(trainer.flow, trainer.stages[trainer.stage].lr, config.weight_decay)
     average = Average(trainer.flow, config.ema_decay)
@@ -88,7 +88,7 @@ def fresh(trainer: Trainer) -> tuple[AdamW, Average, Recovery]:
 
 
 def enter(trainer: Trainer) -> None:
-    """The next stage, from the averaged weights on, where its time has come."""
+    """Start the next phase, from the averaged weights, if the current one has ended."""
     if trainer.last_stage or trainer.step < trainer.stage_end:
         return
     trainer.settle()
@@ -96,25 +96,26 @@ def enter(trainer: Trainer) -> None:
     trainer.stage, trainer.since, trainer.worse = trainer.stage + 1, trainer.step, 0
     trainer.optimizer, trainer.ema, trainer.recovery = fresh(trainer)
     trainer.recovery.keep(trainer.step)
-    trainer.ledger.last = None  # what is told from here on, matching has not given
+    trainer.ledger.last = None  # the progress bar shows no metrics of flow matching from here on
     trainer.say(f"step {trainer.step}: from here on the likelihood, on batches of {trainer.batches.size}")
     for _ in range(SETTLING):
         trainer.watch.measure(trainer.step, *trainer.batches(trainer.step), trainer.group)
 
 
 def rate(trainer: Trainer) -> float:
-    """The learning rate of the present step, by the present stage's own schedule."""
+    """Return the learning rate of the current step: the phase's schedule times the rollback factor."""
     config, stage = trainer.config, trainer.stages[trainer.stage]
     found = learning_rate(trainer.step - trainer.since, stage.lr, stage.warmup, trainer.stage_end - trainer.since, config.schedule)
     return found * trainer.recovery.factor
 
 
 def undo_gaming(trainer: Trainer, measured: dict[str, Any]) -> None:
-    """Back to the last good weights of a fine-tuning whose grid was found to be far off: its likelihood may be the grid's alone."""
+    """Roll back fine-tuning if the solver's error is so large that the likelihood may be an artefact of the grid."""
     error = measured.get("solver_error", 0.0)
     if trainer.stage == 0 or error <= GAMED * trainer.config.watch_tolerance:
         return
-    if trainer.recovery.rollbacks >= MAX_ROLLBACKS:  # it has been of no use: the watch has told, and validations select
+    # rollbacks did not help: the monitor has reported it, and validations select the weights
+    if trainer.recovery.rollbacks >= MAX_ROLLBACKS:
         return
     good = trainer.recovery.go_back()
     trainer.say(

@@ -1,4 +1,4 @@
-"""A run's whole state: collected, taken up again, written, and kept where it cannot be written."""
+"""Resume state of a run: collect, restore, write, and save elsewhere on failure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NUMBERS = ("stage", "since", "step", "skipped", "skips_in_row", "worse", "best",
 
 
 def collect(trainer: Trainer) -> dict[str, Any]:
-    """Everything that resuming needs, as tensors and plain values; the same for any number of processes."""
+    """Return the resume state as tensors and plain values; the same for any number of processes."""
     return {
         "flow": trainer.flow.state_dict(),
         "ema": trainer.ema.state_dict(),
@@ -43,7 +43,7 @@ def collect(trainer: Trainer) -> dict[str, Any]:
 
 
 def restore(trainer: Trainer) -> None:
-    """Take up what :func:`collect` gave, from the run folder.
+    """Restore the state written by :func:`collect` from the run folder.
 
     Raises:
         CheckpointError: for a checkpoint that is damaged, of another model or of other data.
@@ -66,17 +66,18 @@ def restore(trainer: Trainer) -> None:
         rows = int(state["metrics"])
         trainer.recovery.load(state["recovery"])
         trainer.pending = dict(state["pending"])
-        trainer.ledger.load(state.get("outcomes", []))  # a checkpoint of an earlier version has none: all was judged at once
+        # absent in checkpoints of earlier versions, which had no unprocessed outcomes
+        trainer.ledger.load(state.get("outcomes", []))
         _keep_penalties(trainer, state)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
         raise CheckpointError(f"{folder / 'trainer.pt'} is not of this model: {one_line(error)}") from None
     trainer.journal.cut(rows)
-    if best is not None and trainer.group.main:  # a later best, from after this checkpoint, is void
+    if best is not None and trainer.group.main:  # discard a better validation from after this checkpoint
         write_weights(folder, best)
 
 
 def _keep_penalties(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Keep a run's own objective: earlier versions divided the penalties of a loss in bits/dim by D alone, not by D ln 2."""
+    """Keep the objective of runs begun before penalties of a bits/dim loss were divided by D ln 2 instead of D."""
     objective = trainer.stages[-1].objective
     if not isinstance(objective, Likelihood) or not objective.weights:
         return
@@ -94,11 +95,11 @@ def _keep_penalties(trainer: Trainer, state: dict[str, Any]) -> None:
 
 @contextmanager
 def owning(folder: Path, group: Group) -> Iterator[None]:
-    """Inside, no other run writes into the folder; of several processes rank 0 holds the lock.
+    """Context manager that keeps other runs from writing into the folder; rank 0 holds the lock for all processes.
 
     Raises:
-        ConfigError: where another process has it (named).
-        CheckpointError: where the folder cannot be written.
+        ConfigError: if another process holds the lock (it is named).
+        CheckpointError: if the folder cannot be written.
     """
     with ExitStack() as stack:
         group.first(lambda: stack.enter_context(locked(folder)))
@@ -106,7 +107,7 @@ def owning(folder: Path, group: Group) -> Iterator[None]:
 
 
 def export(trainer: Trainer) -> None:
-    """model.safetensors; where it cannot be written, the next save writes it."""
+    """Write model.safetensors; after a failure the next save retries."""
     try:
         write_weights(trainer.folder, trainer.ema.module)
         trainer.export_due = False
@@ -116,10 +117,10 @@ def export(trainer: Trainer) -> None:
 
 
 def write(trainer: Trainer) -> None:
-    """The run folder's metrics.jsonl and trainer.pt, and model.safetensors where that is due; the folder anew if it is gone.
+    """Write metrics.jsonl and trainer.pt, and model.safetensors if due; recreate the run folder if it was removed.
 
     Raises:
-        CheckpointError: where they cannot be written; what was there is still there.
+        CheckpointError: if they cannot be written; the previous files are intact.
     """
     folder = trainer.folder
     gone = not folder.is_dir()
@@ -129,7 +130,7 @@ def write(trainer: Trainer) -> None:
         renew(folder)
     except OSError as error:
         raise CheckpointError(f"{folder} was removed, and cannot be made anew: {why(folder, error)}") from None
-    except ConfigError as error:  # its lock was removed, and another run has begun there
+    except ConfigError as error:  # its lock was removed, and another run has started there
         raise CheckpointError(str(error)) from None
     if gone:
         write_config(folder, trainer.info)
@@ -144,7 +145,7 @@ def write(trainer: Trainer) -> None:
 
 
 def rescue(trainer: Trainer, error: CheckpointError) -> CheckpointError:
-    """At the end of a run that cannot be saved in its folder: save it in another, and the error that says so."""
+    """Save a run that cannot be saved in its folder to a temporary one; return the error that says so."""
     step = trainer.step
     try:
         other = Path(tempfile.mkdtemp(prefix=f"cnf-{trainer.folder.name}-"))

@@ -1,4 +1,4 @@
-"""The gradient of one batch, whole or in micro-batches, and why there is none."""
+"""Gradient of one batch, whole or in micro-batches, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ __all__ = ["Gradient", "culprit", "gradient", "micro_batches", "pieces", "tensor
 
 @dataclass
 class Gradient:
-    """What a batch gave beside its gradient, which is left in the parameters' ``grad``."""
+    """Metrics of a batch; the gradient itself is left in the parameters' ``grad``."""
 
     names: tuple[str, ...] = ()
-    """Of the figures: the objective's terms, nfe and nfe_backward."""
+    """Names of the figures: the objective's terms, nfe and nfe_backward."""
     figures: Tensor = field(default_factory=lambda: torch.zeros(0))
-    """Means over the batch, in double precision."""
+    """Means over the batch, float64."""
     failure: str = ""
-    """Why there is no gradient; "" where there is one."""
+    """Why there is no gradient; "" if there is one."""
 
 
 @contextmanager
 def tensor_cores(tf32: bool) -> Iterator[None]:
-    """Inside, a GPU's float32 products are rounded to TF32 (10 bits after the point), or, convolutions too, not at all."""
+    """Context manager that sets TF32 (10-bit mantissa) for float32 products and convolutions on a GPU."""
     parts: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [part.allow_tf32 for part in parts]
     try:
@@ -46,7 +46,7 @@ def tensor_cores(tf32: bool) -> Iterator[None]:
 
 
 def pieces(rows: int, count: int) -> Iterator[slice]:
-    """``rows`` in ``count`` pieces (in fewer, if they are fewer) of one size, but for the last.
+    """Split ``rows`` into at most ``count`` slices of equal size, the last one possibly smaller.
 
     Example:
         >>> list(pieces(7, 3))
@@ -59,7 +59,7 @@ def pieces(rows: int, count: int) -> Iterator[slice]:
 def micro_batches(
     x: Tensor, context: Tensor | None, noise: Noise, count: int
 ) -> Iterator[tuple[Tensor, Tensor | None, Noise]]:
-    """A batch in ``count`` micro-batches, each with its rows of the noise of all; a batch in one piece as it is."""
+    """Split a batch into ``count`` micro-batches, each with its rows of the batch's noise."""
     for rows in pieces(len(x), count):
         if rows == slice(0, len(x)):
             yield x, context, noise
@@ -84,11 +84,11 @@ def gradient(
         objective: in training mode.
         x: the batch.
         context: (N, C) or None.
-        noise: of the whole batch: a micro-batch draws its rows of it.
-        count: micro-batches: the same gradient, in the memory of one of them.
-        limit: evaluations of one forward solve above which the batch is given up, before its backward pass.
-        limit_backward: evaluations in its backward pass above which it is given up.
-        adjoint: whether an ``AssertionError`` in the backward pass is a solve's that failed, which torchdiffeq says so.
+        noise: of the whole batch: a micro-batch draws its own rows of it.
+        count: number of micro-batches: the same gradient in the memory of one of them.
+        limit: evaluations of one forward solve above which the batch is dropped, before its backward pass.
+        limit_backward: evaluations of its backward pass above which it is dropped.
+        adjoint: treat an ``AssertionError`` in the backward pass as a failed solve, which torchdiffeq reports that way.
     """
     total, found = len(x), Gradient()
     costs: list[tuple[Stats, float]] = []
@@ -104,7 +104,8 @@ def gradient(
             mean = terms["loss"].mean()
             (mean if share == 1 else mean * share).backward()
             if share < 1 and not means and x.is_cuda:
-                # a gradient may lie in a CUDA graph's memory, which the next micro-batch is computed in; from here on it is added to
+                # a gradient may lie in a CUDA graph's memory, which the next micro-batch overwrites; the clone
+                # accumulates from here on
                 for p in objective.parameters():
                     p.grad = None if p.grad is None else p.grad.clone()
         except SolverError as error:
@@ -123,19 +124,19 @@ def gradient(
         found.failure = f"{counts[1]:,.0f} evaluations in the backward pass, {limit_backward:,.0f} at most: it runs away"
         return found
     joined = torch.stack(means).sum(0)
-    # filled where they are: copied from here, each would wait for the device
+    # filled on the device: a copy from the host would synchronise
     found.figures = torch.cat([joined, *(joined.new_full((1,), count) for count in counts)])
     return found
 
 
 def _mean(values: list[tuple[int, float]]) -> float:
-    """The mean of numbers weighed by shares; exact where they are the same."""
+    """Return the weighted mean of (value, share) pairs; exact if all values are equal."""
     first = values[0][0]
     return first if all(v == first for v, _ in values) else sum(v * share for v, share in values)
 
 
 def culprit(model: nn.Module, figures: dict[str, float], norm: float, place: str = "") -> str:
-    """Which loss term is not finite, or the gradient of which parameter (``place``) of which block, in words."""
+    """Return which loss term is not finite, or which parameter's gradient (``place``) and in which block."""
     wrong = [f"{name} {value:g}" for name, value in figures.items() if not math.isfinite(value)]
     if wrong:
         return ", ".join(wrong)

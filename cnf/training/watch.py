@@ -1,4 +1,4 @@
-"""The watch over the training solver: its error is measured now and then, and the solver refined where it is too large."""
+"""Monitor of the training solver's error, which refines the solver where the error is too large."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from cnf.solvers import FixedGrid, Solver
 
 __all__ = ["Watch", "spacing"]
 
-MIN_RTOL = 1e-7  # where an adaptive solver is not tightened any further: float32 has no more digits
+MIN_RTOL = 1e-7  # smallest rtol of an adaptive solver: float32 has no more digits
 
 
 def spacing(soonest: int, age: int) -> int:
-    """Steps between measurements after ``age`` steps: ``soonest`` at first, a fifth to a tenth of all steps later on.
+    """Return the steps between measurements at ``age``: ``soonest`` at first, later a fifth to a tenth of ``age``.
 
     Example:
         >>> [spacing(5, age) for age in (0, 49, 50, 100, 1000)]
@@ -33,19 +33,19 @@ def spacing(soonest: int, age: int) -> int:
 
 
 class Watch:
-    """A coarse grid's likelihood can be gamed: the log-det of the grid leaves that of the flow, and training follows it.
+    """Monitor of the training solver: training can exploit the discretisation error of a coarse grid.
 
-    So a batch is solved again, finer, now and then. Where the mean likelihood (of what predicts: the mean loss) moves by more than the tolerance, a grid gets
-    twice the steps, an adaptive method a tenth of its tolerances. How often that happened is ``refinements``, which is all
-    the state there is.
+    A batch is solved again with a finer solver at intervals. If its mean likelihood (mean loss of a predictor) moves by
+    more than the tolerance, a grid gets twice the steps, an adaptive method a tenth of its tolerances. ``refinements``
+    counts these changes and is the whole state.
 
     Args:
-        objective: what is trained, in training mode when it is measured.
-        config: its solver.
+        objective: in training mode during measurements.
+        config: the solver's settings.
         tolerance: in bits/dim (images), nats/dim, or the loss's unit.
-        max_grid_steps: where doubling stops.
+        max_grid_steps: limit of the grid's steps.
         every: steps between two measurements.
-        say: takes a line for the reader.
+        say: prints a message.
     """
 
     def __init__(
@@ -63,38 +63,41 @@ class Watch:
         self._warned = False
 
     def solver(self, refinements: int | None = None) -> Solver:
-        """The training solver after so many refinements; those made so far if not given."""
+        """Return the training solver after ``refinements`` refinements; the current number if None."""
         solver = train_solver(self.config)
         for _ in range(self.refinements if refinements is None else refinements):
             solver = solver.refined()
         return solver
 
     def apply(self) -> None:
-        """Train with the present solver."""
+        """Set the current solver as the objective's training solver."""
         if self.objective.solves:
             self.objective.put_solvers([self.solver()] * len(self.objective.solvers))
 
     def due(self, step: int) -> bool:
-        """Whether it measures after this many steps."""
+        """Return whether to measure after ``step`` steps."""
         return self.objective.solves and step % self.every == 0
 
     def state(self) -> dict[str, Any]:
-        """What resuming needs."""
+        """Return the state for a checkpoint."""
         return {"refinements": self.refinements}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take up :meth:`state`, and train with the solver it tells."""
+        """Restore :meth:`state` and set the solver accordingly."""
         self.refinements = int(state["refinements"])
         self.apply()
 
     def measure(self, step: int, x: Tensor, context: Tensor | None, noise: Noise, group: Group = ALONE) -> dict[str, Any]:
-        """``solver_error`` on one batch, of which each process gives its rows, and the grid's steps (or rtol) from now on."""
+        """Measure the solver's error on one batch and refine the solver if it exceeds the tolerance.
+
+        Each process passes its own rows. Return ``solver_error`` and the new ``grid_steps`` (or ``rtol``).
+        """
         self.objective.train()
         try:
             error = self.objective.solver_error(x, context, noise, group=group)
         except SolverError:
             error = math.inf
-        if not error <= self.tolerance:  # nan is no pass
+        if not error <= self.tolerance:  # NaN fails
             self._refine(f"step {step}: the training solver's error is {error:.3g} {self.objective.per_dim_unit}")
         solver = self.solver()
         now = {"grid_steps": solver.steps} if isinstance(solver, FixedGrid) else {"rtol": getattr(solver, "rtol", math.nan)}
@@ -114,7 +117,7 @@ class Watch:
             self._give_up(found, repr(self.solver()))
 
     def _give_up(self, found: str, solver: str) -> None:
-        """Tell once that the error is too large for the finest solver there may be."""
+        """Report once that the error is too large for the finest solver allowed."""
         if not self._warned:
             self._warned = True
             hint = "a new run with --kinetic, or a larger --max-grid-steps, may help"
