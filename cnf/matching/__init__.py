@@ -1,4 +1,4 @@
-"""What flow matching regresses: which noise belongs to which data, at which times, and along which path of a flow."""
+"""Flow matching: couplings of noise and data, the path of a flow, and distributions of times."""
 
 from cnf.matching.coupling import COUPLINGS, couple
 from cnf.matching.path import MatchingPath

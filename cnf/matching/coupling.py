@@ -1,4 +1,4 @@
-"""Which noise belongs to which data point."""
+"""Couplings of data and noise."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ COUPLINGS = ("independent", "optimal-transport")
 
 @torch.no_grad()
 def couple(x: Tensor, z: Tensor, context: Tensor | None = None, kind: str = "optimal-transport") -> Tensor:
-    r"""The rows of z in the order in which they belong to those of x: as they come, or so that :math:`\sum \|x_i - z_i\|^2` is smallest.
+    r"""Permute the rows of z to match those of x: not at all, or to minimise :math:`\sum \|x_i - z_i\|^2`.
 
-    The assignment of one batch approaches optimal transport as the batch grows (2302.00482). With a context, points are only
-    ever given noise from among those of the same context, so that z stays independent of it. Either way the rows are
-    permuted, so that both marginals are what they were. A context that no two rows share leaves nothing to choose.
+    The assignment within a batch approaches optimal transport as the batch grows (2302.00482). With a context, rows are
+    assigned within the same context only, so that z stays independent of it; contexts that are all different leave z
+    unchanged. A permutation preserves both marginals.
 
     Args:
         x: data (N, \*event).
         z: noise (N, \*event).
-        context: (N, C) or None; (C,), one for all, is as good as none.
+        context: (N, C) or None; (C,), shared by all rows, has no effect.
         kind: ``"independent"`` or ``"optimal-transport"``.
 
     Raises:
-        ConfigError: for another kind, or shapes that differ.
+        ConfigError: for another kind, or different shapes of x and z.
 
     Example:
         >>> x, z = torch.tensor([[0.0], [5.0]]), torch.tensor([[4.0], [1.0]])
@@ -51,7 +51,7 @@ def couple(x: Tensor, z: Tensor, context: Tensor | None = None, kind: str = "opt
 
 
 def _groups(context: Tensor | None, rows: int) -> list[np.ndarray]:
-    """The numbers of the rows of each context."""
+    """Return the row indices of each context."""
     if context is None or context.ndim == 1:
         return [np.arange(rows)]
     _, kinds = torch.unique(context, dim=0, return_inverse=True)

@@ -1,4 +1,4 @@
-"""A flow's blocks as one path from data to noise, and their velocity at any time of it."""
+"""The blocks of a flow as one path from data to noise, and their velocity at any time."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from cnf.transforms.base import placed
 
 __all__ = ["GROUPS", "MatchingPath"]
 
-GROUPS = 8  # times in a batch where all rows of one evaluation share their time
+GROUPS = 8  # distinct times in a batch whose evaluations take one time each
 INSTEAD = "the presets fm-digits and fm-mnist have one, and so has --architecture stack"
 
 
 class MatchingPath:
-    """The chain of a flow as flow matching sees it: transforms without an ODE, then K blocks on the whole event.
+    """The chain of a flow for flow matching: transforms without an ODE, followed by K blocks on the whole event.
 
-    Block k of K has the stretch [k/K, (k + 1)/K] of the path's time, as long as its own end time says. A field with a
-    ``schedule`` says which path it was made for (:class:`~cnf.fields.Schedule`); others are matched on the plain one.
+    Block k of K covers the path's times [k/K, (k + 1)/K], scaled to its own end time. A field's ``schedule``
+    (:class:`~cnf.fields.Schedule`) defines the path; fields without one use the plain path.
 
     Args:
         flow: the flow.
 
     Raises:
-        ConfigError: for a chain that has no such path: with a Split, or other transforms between or after the blocks; a learned or
-            a random end time; learned dequantisation, which matching does not train.
+        ConfigError: for a chain with a Split or with transforms between or after the blocks, a learned or random end
+            time, learned dequantisation (which matching does not train), or blocks with different schedules.
     """
 
     def __init__(self, flow: Flow):
@@ -64,13 +64,16 @@ class MatchingPath:
 
     @property
     def together(self) -> bool:
-        """Whether all rows of one evaluation share their time: with an augmented time, weights that depend on t, or a field of one's
-        own, which is called with t () (``time_rows = True`` says that it takes (N,))."""
+        """Whether all rows of one evaluation share their time.
+
+        They do with an augmented time, with weights that depend on t, and for custom fields, which are called with t ()
+        unless ``time_rows = True`` declares that they accept (N,).
+        """
         return any(block.path is not None or not getattr(block.field, "time_rows", False) for block in self.blocks)
 
     @torch.no_grad()
     def start(self, x: Tensor, noise: Noise | None = None) -> Tensor:
-        """The data (N, \\*event') as they enter the first block, without the schedule's own noise."""
+        """Return the data (N, \\*event') at the input of the first block, without the schedule's noise."""
         for leaf, own in list(placed(self.flow.transform, noise))[: self.first]:
             if self.schedule.noise and isinstance(leaf, TruncatedNormalDequantize):
                 x = leaf.middle(x)
@@ -79,16 +82,18 @@ class MatchingPath:
         return x
 
     def velocity(self, t: Tensor, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Tensor:
-        """dx/dt (N, \\*event') at the times t (N,) of the whole path, float64 on the CPU, and the points x (N, \\*event');
-        ``noise`` is for random layers of a custom field."""
+        """Return dx/dt (N, \\*event') at the points x (N, \\*event') and the path's times t (N,).
+
+        Times are float64 on the CPU; ``noise`` serves random layers of a custom field.
+        """
         if len(self.blocks) == 1 and not self.together:
             return self._stretch(0, t, x, context, noise)
-        order = t.argsort(stable=True)  # the rows of one block, and of one time, side by side
+        order = t.argsort(stable=True)  # makes the rows of one block, and of one time, contiguous
         there, back = (sent(i, x.device) for i in (order, order.argsort()))
         return self._sorted(t[order], x[there], _given(context, there), noise)[back]
 
     def _sorted(self, t: Tensor, x: Tensor, context: Tensor | None, noise: Noise | None) -> Tensor:
-        """The same for rising times: each block has its stretch of them."""
+        """Return :meth:`velocity` for ascending times, block by block."""
         parts = []
         count = len(self.blocks)
         bounds = torch.searchsorted(t, torch.arange(1, count, dtype=t.dtype) / count).tolist()
@@ -100,7 +105,7 @@ class MatchingPath:
         return torch.cat(parts)
 
     def _stretch(self, k: int, t: Tensor, x: Tensor, context: Tensor | None, noise: Noise | None) -> Tensor:
-        """Block k's field in the time of the whole path, at times t (N,) of its stretch; rising, where rows share them."""
+        """Return the velocity of block k at the path's times t (N,), ascending where rows share their time."""
         block, count = self.blocks[k], len(self.blocks)
         end = block.end_time(x)
         local = sent((t * count - k).clamp(0, 1).to(x.dtype), x.device) * end
@@ -114,7 +119,7 @@ class MatchingPath:
     def _grouped(
         self, block: CNF, t: Tensor, lengths: Sequence[int], x: Tensor, context: Tensor | None, noise: Noise | None
     ) -> Tensor:
-        """Rows that share their time evaluated together; an augmented time is integrated once, from one to the next."""
+        """Evaluate the rows of each time together; an augmented time is integrated once, from one time to the next."""
         parts = []
         now, drive = torch.zeros_like(t[0]), block.start(x)
         first = 0
@@ -129,9 +134,9 @@ class MatchingPath:
         return torch.cat(parts)
 
     def _evaluated(self, block: CNF, t: Tensor, x: Tensor, context: Tensor | None, noise: Noise | None) -> Tensor:
-        """The block's field in its training precision, compiled where that is asked for."""
-        # several blocks, or rows that share their times, come in other numbers at every step (of a part of a batch), and each number of
-        # rows would be compiled anew
+        """Evaluate the block's field in its training precision, compiled if the block is."""
+        # with several blocks or shared times the number of rows varies from step to step, and each number would be
+        # compiled anew
         compiles = block.compiles and torch.is_grad_enabled() and len(self.blocks) == 1 and not self.together
         run: Callable[..., Tensor] = compiled(_field, x.is_cuda) if compiles else _field
         with field_precision(block.autocast if block.training else None, x):
@@ -144,10 +149,10 @@ def _field(field: Callable[..., Tensor], t: Tensor, x: Tensor, context: Tensor |
 
 
 def _given(context: Tensor | None, rows: slice | Tensor) -> Tensor | None:
-    """The context of some rows; one for all stays what it is."""
+    """Return the context of some rows; a context shared by all rows is returned unchanged."""
     return context[rows] if context is not None and context.ndim == 2 else context
 
 
 def _holds(transform: Transform) -> bool:
-    """Whether blocks are inside it."""
+    """Return whether the transform contains blocks."""
     return any(isinstance(m, CNF) for m in transform.modules())

@@ -1,4 +1,4 @@
-"""At which times a field is matched: often where the loss is large, so that its gradient is steady."""
+"""Importance sampling of the times of flow matching, for a gradient of low variance."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from cnf.noise import Noise, draw, number
 __all__ = ["TimeDistribution", "stratified"]
 
 BINS = 32
-EVEN = 0.1  # share of the times that are drawn evenly, whatever the loss
-MEMORY = 0.8  # of the running mean, from one measurement to the next
+EVEN = 0.1  # fraction of the times sampled uniformly, whatever the loss
+MEMORY = 0.8  # weight of the running mean at each measurement
 
 
 def stratified(noise: Noise | None, rows: int, groups: int | None = None) -> Tensor:
-    """Evenly spread numbers in [0, 1), (rows,) float64 on the CPU: of the joint batch of n one row each gets (i + u)/n, i = 0 ... n - 1 in
-    random order, u one for all (2107.00630). With ``groups`` only so many numbers differ.
+    """Return stratified numbers in [0, 1), (rows,) float64 on the CPU (2107.00630).
+
+    Each row of the joint batch of n gets its own (i + u)/n, with i = 0 ... n - 1 in random order and one u for all.
+    ``groups`` limits the distinct numbers.
 
     Example:
         >>> u = stratified(Noise(0), 4).sort().values
@@ -26,7 +28,7 @@ def stratified(noise: Noise | None, rows: int, groups: int | None = None) -> Ten
     """
     start, total = (0, None) if noise is None else (noise.start, noise.total)
     count = total or rows
-    # in whatever order the data come, sorted by class, say, no row's time depends on what it is
+    # a random order: no row's time depends on its position, as in data sorted by class
     place = draw(noise, "order", "uniform", (count,), dtype=torch.float64, batch_dim=None).argsort()[start : start + rows].double()
     if groups is not None and groups < count:
         place, count = (place * groups / count).floor(), groups
@@ -34,11 +36,11 @@ def stratified(noise: Noise | None, rows: int, groups: int | None = None) -> Ten
 
 
 class TimeDistribution:
-    """A density of times on [0, 1], constant on each of some bins: even at first, then learned from losses.
+    """Piecewise constant density of times on [0, 1], uniform at first, then learned from losses.
 
-    The gradient of a mean over times varies least where they are drawn in proportion to the root mean square of what they
-    give; what is measured now and then is averaged over time. Everything is on the CPU, in float64, and is known without
-    waiting for a device.
+    The gradient of a mean over times has the least variance if they are sampled in proportion to the root mean square
+    of the loss, which is a running mean over the measurements. All tensors are float64 on the CPU, without
+    synchronisation.
 
     Example:
         >>> times = TimeDistribution(2)
@@ -52,7 +54,7 @@ class TimeDistribution:
         if bins < 1:
             raise ConfigError(f"bins={bins}; expected at least 1")
         self.square = torch.full((bins,), torch.nan, dtype=torch.float64)
-        """The running mean of the squared loss in each bin; NaN where nothing is known."""
+        """Running mean of the squared loss in each bin; NaN before its first measurement."""
 
     @property
     def shares(self) -> Tensor:
@@ -65,7 +67,7 @@ class TimeDistribution:
         return EVEN * even + (1 - EVEN) * size / size.sum()
 
     def quantile(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Times (N,) of numbers u in [0, 1), rising with them, and the density there."""
+        """Return the times (N,) of quantiles u in [0, 1), increasing in u, and the density there."""
         shares = self.shares
         ends = torch.cat([shares.new_zeros(1), shares.cumsum(0)])
         place = torch.searchsorted(ends, u, right=True).sub(1).clamp(0, len(shares) - 1)
@@ -73,11 +75,14 @@ class TimeDistribution:
         return (place + within) / len(shares), shares[place] * len(shares)
 
     def learn(self, t: Tensor, loss: Tensor) -> None:
-        """Take up losses (N,) measured at times t (N,): see :meth:`sums`."""
+        """Update the running means from losses (N,) at times t (N,), see :meth:`sums`."""
         self.take(*self.sums(t, loss))
 
     def sums(self, t: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of squared losses and their number in each bin, for :meth:`take`; those of several processes add up."""
+        """Return the sum of squared losses and their count in each bin, for :meth:`take`.
+
+        Both add up over processes.
+        """
         place = (t.double().cpu() * len(self.square)).long().clamp(0, len(self.square) - 1)
         loss = loss.double().cpu()
         good = loss.isfinite()
@@ -85,6 +90,6 @@ class TimeDistribution:
         return total, torch.zeros_like(self.square).index_add_(0, place[good], torch.ones_like(loss[good]))
 
     def take(self, total: Tensor, count: Tensor) -> None:
-        """Move the running means by what :meth:`sums` gave."""
+        """Update the running means from the totals of :meth:`sums`."""
         found = torch.where(count > 0, total / count.clamp(min=1), self.square)
         self.square = torch.where(self.square.isnan(), found, MEMORY * self.square + (1 - MEMORY) * found)

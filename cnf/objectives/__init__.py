@@ -1,4 +1,4 @@
-"""What training minimises: the likelihood with its regularisers, flow matching's regression, or the error of a prediction."""
+"""Training objectives: likelihood with regularisers, flow matching, and supervised losses."""
 
 from cnf.objectives.base import Objective
 from cnf.objectives.likelihood import Likelihood

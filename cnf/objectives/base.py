@@ -1,4 +1,4 @@
-"""What the training loop asks of an objective."""
+"""Interface of a training objective."""
 
 from __future__ import annotations
 
@@ -15,62 +15,67 @@ __all__ = ["Objective"]
 
 
 class Objective(Protocol):
-    """A loss with its model, its validation, and the solver that training uses.
+    """A loss with its model, its validation, and its training solver.
 
-    ``context`` is what the data set gives with each item: what a flow is conditioned on, or what a classifier predicts.
+    ``context`` is the data set's second tensor: the condition of a flow, or the target of a predictor.
     """
 
     metric: str
-    """The term that is told while training."""
+    """Name of the term shown during training."""
 
     @property
     def unit(self) -> str:
-        """Of the validation."""
+        """Unit of the validation."""
 
     @property
     def metric_unit(self) -> str:
-        """Of the metric; "" where it has none."""
+        """Unit of the metric; "" if it has none."""
 
     @property
     def per_dim_unit(self) -> str:
-        """Of :meth:`solver_error`."""
+        """Unit of :meth:`solver_error`."""
 
     def train(self, mode: bool = True) -> Any:
-        """Training mode, or not."""
+        """Set training or evaluation mode."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What is trained."""
+        """Return the trained parameters."""
 
     def prepare(self, x: Tensor) -> None:
-        """See the training data once, before the first step."""
+        """Fit statistics to the training data, once before the first step."""
 
     def evaluate(self, x: Tensor, context: Tensor | None, noise: Noise | None) -> tuple[dict[str, Tensor], Stats]:
-        """``loss`` and whatever else is told, (N,) each, and what the solve cost."""
+        """Return ``loss`` and other reported terms, (N,) each, and the statistics of the solve."""
 
     def validate(
         self, model: Any, x: Tensor, context: Tensor | None, *, index: Tensor, seed: int, group: Group = ALONE
     ) -> dict[str, float]:
-        """``validation``, the lower the better, of (averaged) weights in evaluation mode, and whatever else is told.
+        """Return ``validation`` (lower is better) and other reported figures of ``model`` in evaluation mode.
 
-        A ``group`` of processes, all with the same items, shares the work, and each gets the whole result.
+        All processes of ``group`` pass the same rows and share the work; each gets the whole result.
         """
 
     def solver_error(self, x: Tensor, context: Tensor | None, noise: Noise | None, *, group: Group = ALONE) -> float:
-        """How far the training solver's loss on one batch, of which each process of ``group`` gives its rows, is from that of
-        the same solver, finer."""
+        """Return the absolute change of the mean loss of a batch under a refined training solver.
+
+        Each process of ``group`` passes its own rows of the batch.
+        """
 
     def block_errors(
         self, x: Tensor, context: Tensor | None, noise: Noise | None, *, whole: bool = False, group: Group = ALONE
     ) -> list[float]:
-        """The same, of each block's solver alone, or (``whole``) of all together, as one number; items without their sign."""
+        """Return the mean absolute change of the rows' losses for each block refined alone.
+
+        With ``whole`` all blocks are refined together, which gives a single number.
+        """
 
     @property
     def solvers(self) -> list[Solver]:
-        """The solver that training uses, of each block."""
+        """The training solver of each block."""
 
     def put_solvers(self, solvers: Sequence[Solver]) -> None:
-        """The solvers that training uses from now on, one for each block."""
+        """Set the training solvers, one for each block."""
 
     @property
     def solves(self) -> bool:
-        """Whether there is an ODE at all."""
+        """Whether the objective solves an ODE."""

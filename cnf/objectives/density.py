@@ -1,4 +1,4 @@
-"""What all objectives of densities share."""
+"""Base class of the objectives for densities."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from cnf.trajectory import straightness
 
 __all__ = ["DensityObjective"]
 
-SHOWN = 16  # items whose paths are looked at in a validation
+SHOWN = 16  # rows whose paths are measured in a validation
 
 
 class DensityObjective(nn.Module):
-    """Base: whatever is minimised in training, a density is validated by its likelihood.
+    """Base class of density objectives: whatever the training loss, the validation is the likelihood.
 
     Args:
         flow: the density to fit.
@@ -41,7 +41,7 @@ class DensityObjective(nn.Module):
 
     @property
     def metric_unit(self) -> str:
-        """Of what is told while training."""
+        """Unit of the metric shown during training."""
         return self.unit
 
     @property
@@ -56,16 +56,16 @@ class DensityObjective(nn.Module):
     def validate(
         self, model: Flow, x: Tensor, context: Tensor | None = None, *, index: Tensor, seed: int, group: Group = ALONE
     ) -> dict[str, float]:
-        """``validation``: the mean negative log-likelihood of ``model``, whose noise belongs to the items ``index``.
+        """Return the mean negative log-likelihood of ``model`` as ``validation``; ``index`` selects the rows' noise.
 
-        Beside it ``validation_nfe``, the evaluations of a batch's solve, and of some items, where the flow has paths,
-        their ``straightness`` and ``path_energy`` (see :func:`cnf.trajectory.straightness`).
+        Also return ``validation_nfe``, the evaluations of a batch's solve, and, for flows with paths, ``straightness``
+        and ``path_energy`` of some rows (see :func:`cnf.trajectory.straightness`).
         """
         found = evaluate(model, x, context, seed=seed, index=index, group=group).require_solved()
         told = {"validation": found.mean, "validation_nfe": found.nfe}
         like, some = model.like, None if context is None else (context[:SHOWN] if context.ndim == 2 else context).to(model.like)
         points = x[:SHOWN].to(like if x.is_floating_point() else like.device)
-        with suppress(ConfigError, SolverError):  # no path, or not a smooth one: the figure stands without
+        with suppress(ConfigError, SolverError):  # no path, or no smooth one: return the figure without them
             ratio, energy = straightness(model.transform, points, some, noise=Noise(seed, "paths"))
             told |= {"straightness": ratio, "path_energy": energy}
         return told
@@ -73,13 +73,13 @@ class DensityObjective(nn.Module):
     def solver_error(
         self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, group: Group = ALONE
     ) -> float:
-        """What the training solver's mean likelihood of a batch is off by, in bits/dim or nats/dim."""
+        """Return the error of the mean likelihood of a batch under the training solver, in bits/dim or nats/dim."""
         return solver_error(self.flow, x, context, noise=noise, group=group)
 
     def block_errors(
         self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, whole: bool = False, group: Group = ALONE
     ) -> list[float]:
-        """The mean over items of what each block's solver alone, or all together (``whole``), are off by, without its sign."""
+        """Return the rows' mean absolute error due to each block's solver alone, or to all together (``whole``)."""
         return block_errors(self.flow, x, context, noise=noise, whole=whole, group=group)
 
     @property
@@ -88,18 +88,18 @@ class DensityObjective(nn.Module):
         return [block.solver for block in self.flow.blocks]
 
     def put_solvers(self, solvers: Sequence[Solver]) -> None:
-        """The training solvers, one for each block."""
+        """Set the training solvers, one for each block."""
         for block, solver in zip(self.flow.blocks, solvers, strict=True):
             block.solver = solver
 
     def evaluate(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> tuple[dict[str, Tensor], Stats]:
-        """The terms (see :meth:`forward`) and what the solve cost."""
+        """Return the terms (see :meth:`forward`) and the statistics of the solve."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> dict[str, Tensor]:
-        """``loss`` (N,), and whatever else is told, by name."""
+        """Return ``loss`` (N,) and other reported terms by name."""
         return self.evaluate(x, context, noise)[0]
 
     def per_dim(self, difference: float) -> float:
-        """A difference of nll as bits/dim or nats/dim, for tolerances."""
+        """Convert a difference of nll to bits/dim or nats/dim, for tolerances."""
         return difference if self.flow.levels is not None else difference / self.flow.dim

@@ -1,4 +1,4 @@
-"""The likelihood with its regularisers."""
+"""Negative log-likelihood with regularisers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Likelihood"]
 
 
 class _BlockMean:
-    """A regulariser as RNODE's released code weighs it: its mean over the block's own dimensions, times a factor."""
+    """A regulariser as in RNODE's released code: its mean over the block's dimensions, times a factor."""
 
     def __init__(self, quadrature: Quadrature, factor: float):
         self.quadrature, self.factor = quadrature, factor
@@ -29,28 +29,30 @@ class _BlockMean:
 
 
 class Likelihood(DensityObjective):
-    r"""Negative log-likelihood plus :math:`\lambda_K \int\|f\|^2 + \lambda_J \int\|J\|_F^2` (RNODE, 2002.02798, eq. 17).
+    r"""Negative log-likelihood with kinetic and Jacobian regularisers (RNODE, 2002.02798, eq. 17).
 
-    For images eq. 17 is in nats per dimension, and the loss is that in bits/dim: the negative log-likelihood and the
-    regularisers are both divided by :math:`D \ln 2`, D of the whole flow. For vectors the loss is in nats, undivided. The
-    regularisers' quadratures are added to every CNF block of the flow.
+    The loss is the negative log-likelihood plus :math:`\lambda_K \int\|f\|^2 + \lambda_J \int\|J\|_F^2`. For images eq.
+    17 is in nats per dimension, and the loss is that in bits/dim: the negative log-likelihood and the regularisers are
+    both divided by :math:`D \ln 2`, D being the dimension of the whole flow. For vectors the loss is in nats,
+    undivided. The regularisers' quadratures are added to every CNF block of the flow.
 
     Args:
         flow: the density to fit.
         kinetic: :math:`\lambda_K \ge 0`.
         jacobian: :math:`\lambda_J \ge 0`.
-        regularisers: ``"paper"``, as above; ``"code"`` for what RNODE's released code adds to the loss, images or
-            vectors: the sum over blocks of :math:`\frac{\lambda_K}{2}` and :math:`\lambda_J` times the integrals' means
-            over each block's own dimensions, so that small blocks weigh as much as large ones (terms ``kinetic_mean``
-            and ``jacobian_mean``).
-        step_error: weight of the solver's own error on its grid (:class:`~cnf.quadratures.StepError`), scaled like the
-            other regularisers: favours flows that few steps solve.
+        regularisers: ``"paper"``, as above, or ``"code"``, as in RNODE's released code, for images and vectors: the sum
+            over blocks of :math:`\frac{\lambda_K}{2}` and :math:`\lambda_J` times the integrals' means over each
+            block's dimensions, so that small blocks weigh as much as large ones (terms ``kinetic_mean`` and
+            ``jacobian_mean``).
+        step_error: weight of the solver's error on its grid (:class:`~cnf.quadratures.StepError`), scaled like the
+            other regularisers: favours flows that need few solver steps.
 
     Attributes:
-        scale: what the weighted regularisers are divided by: :math:`D \ln 2` for images, 1 for vectors and for ``"code"``.
+        scale: divisor of the weighted regularisers: :math:`D \ln 2` for images, 1 for vectors and for ``"code"``.
 
     Raises:
-        ConfigError: for unknown regularisers, a step_error with a solver that does not tell it, a weight that is negative or not finite, or a quadrature called ``loss`` or ``nll``, which are the objective's own terms.
+        ConfigError: for unknown regularisers, a step_error with a solver without an error estimate, a weight that is
+            negative or not finite, or a quadrature called ``loss`` or ``nll``, which are the objective's own terms.
 
     Example:
         >>> from cnf.fields import MLP
@@ -79,7 +81,7 @@ class Likelihood(DensityObjective):
         released = regularisers == "code"
         self.scale = flow.dim * math.log(2) if flow.levels is not None and not released else 1.0
         self.weights: dict[str, float] = {}
-        # the kinetic energy costs nothing beside the solve, so it is always reported in training
+        # the kinetic energy is free next to the solve, so it is always reported in training
         own: list[Quadrature] = [Kinetic()]
         for quadrature, weight, factor in ((Kinetic(), kinetic, 0.5), (JacobianFrobenius(), jacobian, 1.0)):
             if weight:
@@ -95,14 +97,14 @@ class Likelihood(DensityObjective):
             self.weights["step_error"] = step_error
             own.append(StepError())
         for block in flow.blocks:
-            # those of an earlier objective go
+            # drop the quadratures of an earlier objective
             kept = [q for q in block.quadratures if q.name.removesuffix("_mean") not in ("kinetic", "jacobian", "step_error")]
             if taken := {q.name for q in kept} & {"loss", "nll"}:
                 raise ConfigError(f"quadrature name {min(taken)!r} is taken by the objective: give the integral another name")
             block.quadratures = (*kept, *own)
 
     def evaluate(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> tuple[dict[str, Tensor], Stats]:
-        """The terms (see :meth:`forward`) and what the solve cost."""
+        """Return the terms (see :meth:`forward`) and the statistics of the solve."""
         out = self.flow.evaluate(x, context, noise=noise)
         log_prob = self.flow.base_log_prob(out.value) + out.log_det
         images = self.flow.levels is not None
@@ -113,5 +115,5 @@ class Likelihood(DensityObjective):
         return {"loss": loss, "nll": nll, **out.integrals}, out.stats
 
     def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> dict[str, Tensor]:
-        """``loss`` and ``nll`` (N,) in the objective's unit, and every integral (N,) by name."""
+        """Return ``loss`` and ``nll`` (N,) in the objective's unit, and every integral (N,) by name."""
         return self.evaluate(x, context, noise)[0]

@@ -1,4 +1,4 @@
-"""Flow matching: the field regressed on the velocities of straight paths between data and noise, with no ODE solved."""
+"""Flow matching: regression of the field on the velocities of straight paths, without an ODE solve."""
 
 from __future__ import annotations
 
@@ -21,29 +21,32 @@ from cnf.solvers.base import Counter
 
 __all__ = ["FlowMatching"]
 
-CLOSEST = 0.02  # standard deviations: scales below it do not count more, where the data have no noise of their own
+CLOSEST = 0.02  # standard deviations: cut-off of the likelihood weight near t = 0 where the data have no noise
 
 
 class FlowMatching(DensityObjective):
-    r"""The mean of :math:`w(t)\,\|f(t, x_t) - \dot x_t\|^2 / D`, :math:`x_t = a(t)\, x_0 + b(t)\, z` (2210.02747, 2209.03003).
+    r"""Flow-matching loss on straight paths between data and noise (2210.02747, 2209.03003).
 
-    Time 0 is data and time 1 noise. The field that minimises it, the mean velocity of all paths through a point, carries the
-    data's distribution to the noise's: one evaluation of the field an item, no derivative. What it is worth is still the
-    likelihood of the flow, which is what validates it.
+    The loss is the mean of :math:`w(t)\,\|f(t, x_t) - \dot x_t\|^2 / D` with :math:`x_t = a(t)\, x_0 + b(t)\, z`.
+
+    Time 0 is data and time 1 noise. The minimiser, the mean velocity of all paths through a point, transports the
+    data's distribution to the noise's. The loss costs one evaluation of the field for each row, and no Jacobian.
+    Validation uses the likelihood of the flow.
 
     Args:
-        flow: the density to fit: blocks on the whole event, one after another (see :class:`~cnf.matching.MatchingPath`).
+        flow: the density to fit: blocks on the whole event, one after another (see
+            :class:`~cnf.matching.MatchingPath`).
         coupling: ``"independent"``, or ``"optimal-transport"`` within the batch (and the context).
-        weights: ``"likelihood"`` (:meth:`cnf.fields.Schedule.likelihood_weight`): of images with noise the loss is then the bound of
-            the diffusion with the same denoiser on their bits/dim, but for what grey levels overlap; otherwise w is cut off near
-            t = 0. ``"even"``: w = 1, over the field's own size on a path with noise. ``"default"``: by likelihood where the path has
-            noise, else even.
-        times: ``"importance"``, drawn where the loss is large, as measured now and then (:meth:`learn`); ``"even"``. Either
-            way spread evenly over the batch, and the loss is the same in expectation.
+        weights: ``"likelihood"`` (:meth:`cnf.fields.Schedule.likelihood_weight`): for images on a path with noise, the
+            loss is the bound on bits/dim of the diffusion model with the same denoiser, up to the overlap of grey
+            levels; otherwise w is cut off near t = 0. ``"even"``: :math:`w = 1/\dot b(t)^2`, which is 1 on a path
+            without noise. ``"default"``: likelihood on a path with noise, even otherwise.
+        times: ``"importance"``: sampled in proportion to the loss, which is measured at intervals (:meth:`learn`);
+            ``"even"``: uniform. Both are stratified over the batch and give the same loss in expectation.
 
     Raises:
-        ConfigError: for unknown settings, a flow without such a path, or transport on a path whose data have noise (which has to
-            be independent of the data).
+        ConfigError: for unknown settings, a flow without such a path, or optimal transport on a path with noise, which
+            must be independent of the data.
 
     Example:
         >>> from cnf import ModelConfig, SolverConfig, build
@@ -72,23 +75,23 @@ class FlowMatching(DensityObjective):
                 f"coupling={coupling!r} ties the noise to the data, and on this path part of it dequantises them: it has to be independent"
             )
         self.coupling = coupling
-        # without noise a weight by likelihood grows without bound towards the data, where the target is nearly all noise: a Gaussian
-        # in the plane then came within 0.24 nats of the truth, and with even weights within 0.02
+        # without noise the likelihood weight is unbounded near the data, where the target is nearly all noise: a 2-D
+        # Gaussian came within 0.24 nats of the truth, and within 0.02 with even weights
         self.weights = weights if weights != "default" else "likelihood" if self.path.schedule.noise else "even"
         self.times = TimeDistribution() if times == "importance" else TimeDistribution(1)
 
     @property
     def bounds(self) -> bool:
-        """Whether the loss is that bound, in bits/dim: weighted by likelihood on a path whose data have noise."""
+        """Whether the loss is a bound in bits/dim: likelihood weights on a path with noise."""
         return self.weights == "likelihood" and bool(self.path.schedule.noise)
 
     @property
     def metric_unit(self) -> str:
-        """``"bits/dim"`` where the loss is a bound; "" otherwise."""
+        """``"bits/dim"`` if the loss is a bound; "" otherwise."""
         return "bits/dim" if self.bounds else ""
 
     def weight(self, t: Tensor) -> Tensor:
-        """w(t) (N,), float64."""
+        """Return w(t) (N,), float64."""
         schedule = self.path.schedule
         if self.bounds:
             return schedule.likelihood_weight(t) / math.log(2)
@@ -97,18 +100,21 @@ class FlowMatching(DensityObjective):
         return schedule(t).db.square().reciprocal()
 
     def evaluate(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> tuple[dict[str, Tensor], Stats]:
-        """The terms (see :meth:`forward`); one evaluation of the field an item."""
+        """Return the terms (see :meth:`forward`) and the statistics of one evaluation of the field."""
         return {"loss": self._losses(x, context, noise, fair=True)[1]}, _one()
 
     def _losses(self, x: Tensor, context: Tensor | None, noise: Noise | None, fair: bool = False) -> tuple[Tensor, Tensor]:
-        """Times, float64 on the CPU, and weighted losses (N,); ``fair``: over the density that the times were drawn with."""
+        """Return times, float64 on the CPU, and weighted losses (N,).
+
+        ``fair`` divides by the density of the times, for a loss that does not depend on it in expectation.
+        """
         self.flow._check("x", x, self.flow.event_shape, context)
         t, density = self.times.quantile(stratified(noise, len(x), GROUPS if self.path.together else None))
         start = self.path.start(x, noise)
         z = draw(noise, "latent", "normal", start.shape, dtype=start.dtype, device=start.device)
         z = couple(start, z * self.flow.base_std, context, self.coupling)
         weight = self.weight(t) / density if fair else self.weight(t)
-        # all that depends on the times alone, computed on the CPU and sent together: nothing waits for a GPU
+        # computed on the CPU from the times alone and copied at once, without synchronisation
         known = sent(torch.stack([*self.path.schedule(t), weight]).to(start.dtype), start.device)
         a, b, da, db = (c.reshape(-1, *(1,) * (start.ndim - 1)) for c in known[:4])
         velocity = self.path.velocity(t, a * start + b * z, context, noise)
@@ -116,7 +122,10 @@ class FlowMatching(DensityObjective):
 
     @torch.no_grad()
     def learn(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, group: Group = ALONE) -> dict[str, Any]:
-        """Measure the loss over time on a batch, of which each process of ``group`` gives its rows, and draw times by it from now on."""
+        """Update the time distribution from the loss on a batch, and return its median as ``early_times``.
+
+        Each process of ``group`` passes its own rows of the batch.
+        """
         with group.together():
             t, loss = self._losses(x, context, noise)
             found = self.times.sums(t, loss)
@@ -125,7 +134,7 @@ class FlowMatching(DensityObjective):
 
 
 def _one() -> Stats:
-    """One evaluation."""
+    """Return the statistics of one evaluation."""
     counter = Counter()
     counter.count()
     return Stats([counter])

@@ -1,4 +1,4 @@
-"""The error of a prediction: mean squared error, or cross entropy with its accuracy."""
+"""Supervised losses of predictors: mean squared error, and cross entropy with accuracy."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from cnf.solvers import Solver, Stats
 __all__ = ["KINDS", "Assessment", "Supervised", "assess"]
 
 KINDS = ("regression", "classification")
-BATCH_NUMBERS = 2**18  # numbers solved together, at most 4096 items
+BATCH_NUMBERS = 2**18  # rows times dimensions of a solve, at most 4096 rows
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """How well a split was predicted."""
+    """Losses and outputs of a predictor on a split."""
 
     loss: Tensor
     """(N,) float64: squared error (mean over targets), or cross entropy in nats."""
     correct: Tensor | None
-    """(N,) bool, of a classification."""
+    """(N,) bool for a classification, None otherwise."""
     outputs: Tensor
     """(N, outputs)."""
     nfe: float
@@ -43,23 +43,23 @@ class Assessment:
 
     @property
     def standard_error(self) -> float:
-        """Of the mean loss, over items; NaN for a single one."""
+        """Standard error of the mean loss over rows; NaN for a single row."""
         return float(self.loss.std()) / math.sqrt(len(self.loss))
 
     @property
     def accuracy(self) -> float | None:
-        """Share of items whose largest output is their class."""
+        """Fraction of rows whose largest output is their class; None for a regression."""
         return None if self.correct is None else float(self.correct.double().mean())
 
     @property
     def accuracy_standard_error(self) -> float | None:
-        """Binomial: √(a(1 − a)/N)."""
+        """Binomial standard error of the accuracy a: √(a(1 − a)/N)."""
         a = self.accuracy
         return None if a is None else math.sqrt(a * (1 - a) / len(self.loss))
 
 
 def _losses(outputs: Tensor, targets: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
-    """Losses (N,), and of a classification which items are right."""
+    """Return losses (N,) and, for a classification, which rows are correct."""
     if outputs.shape != targets.shape:
         raise DataError(f"targets have shape {tuple(targets.shape)}, but the model's outputs have {tuple(outputs.shape)}")
     if kind == "regression":
@@ -79,21 +79,22 @@ def assess(
     group: Group = ALONE,
     progress: Callable[[int, int], object] | None = None,
 ) -> Assessment:
-    """Predict every item of a split and compare.
+    """Predict every row of a split and compare with its target.
 
     Args:
-        model: in evaluation mode, if its evaluation solver is to be used.
+        model: in evaluation mode, to use its evaluation solver.
         x: events (N, \\*event).
         targets: (N, outputs): values, or one-hot classes.
         kind: ``"regression"`` or ``"classification"``.
-        batch_size: items solved together.
-        group: processes that all call this with the same arguments: the batches are dealt out, and each gets the whole result.
-        progress: called with the number of this process's batches that are done and of all of them, before the first and
+        batch_size: rows of a solve.
+        group: processes that all call this with the same arguments: they share the batches, and each gets the whole
+            result.
+        progress: called with the number of this process's finished batches and of all its batches, before the first and
             after each.
 
     Raises:
-        DataError: for targets that do not fit the outputs.
-        SolverError: from a solve that failed.
+        DataError: for targets whose shape differs from that of the outputs.
+        SolverError: if a solve fails.
     """
     size = batch_size or max(1, min(4096, BATCH_NUMBERS // model.dim))
     parts = x.split(size)
@@ -115,10 +116,10 @@ def assess(
 
 
 class Supervised(nn.Module):
-    """Mean squared error (``"regression"``) or cross entropy in nats (``"classification"``) of a model that predicts.
+    """Mean squared error (``"regression"``) or cross entropy in nats (``"classification"``) of a predictor.
 
     Args:
-        model: what predicts.
+        model: the predictor.
         kind: ``"regression"`` or ``"classification"``.
 
     Raises:
@@ -147,24 +148,24 @@ class Supervised(nn.Module):
 
     @property
     def metric_unit(self) -> str:
-        """The same."""
+        """Same as :attr:`unit`."""
         return self.unit
 
     @property
     def per_dim_unit(self) -> str:
-        """The same."""
+        """Same as :attr:`unit`."""
         return self.unit
 
     @property
     def solves(self) -> bool:
-        """Whether the model is an ODE."""
+        """Whether the model solves an ODE."""
         return isinstance(self.model, NeuralODE)
 
     def prepare(self, x: Tensor) -> None:
-        """Nothing is fitted to the data beforehand."""
+        """Do nothing: no statistics are fitted."""
 
     def evaluate(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> tuple[dict[str, Tensor], Stats]:
-        """The terms (see :meth:`forward`) and what the solve cost."""
+        """Return the terms (see :meth:`forward`) and the statistics of the solve."""
         if context is None:
             raise DataError("there are no targets: a regression or a classification needs them as context (N, outputs)")
         outputs, _, stats = self.model.predict(x)
@@ -172,13 +173,13 @@ class Supervised(nn.Module):
         return {"loss": loss, **({} if correct is None else {"accuracy": correct.to(loss.dtype)})}, stats
 
     def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> dict[str, Tensor]:
-        """``loss`` (N,) and, of a classification, ``accuracy`` (N,), zero or one; ``context`` is the targets."""
+        """Return ``loss`` (N,) and, for a classification, ``accuracy`` (N,) of 0 or 1; ``context`` is the targets."""
         return self.evaluate(x, context, noise)[0]
 
     def validate(
         self, model: Predictor, x: Tensor, context: Tensor | None = None, *, index: Tensor, seed: int, group: Group = ALONE
     ) -> dict[str, float]:
-        """``validation``: the mean loss of ``model``; ``validation_accuracy`` of a classification."""
+        """Return ``validation``, the mean loss, ``validation_nfe``, and (classification) ``validation_accuracy``."""
         assert context is not None
         found = assess(model, x, context, self.kind, group=group)
         more = {} if found.accuracy is None else {"validation_accuracy": found.accuracy}
@@ -188,7 +189,7 @@ class Supervised(nn.Module):
     def solver_error(
         self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, group: Group = ALONE
     ) -> float:
-        """How far the training solver's mean loss of a batch is from that of the same solver, refined."""
+        """Return the absolute change of the mean loss of a batch under a refined training solver."""
         model = cast(NeuralODE, self.model)
         used = model.solver
         try:
@@ -203,14 +204,14 @@ class Supervised(nn.Module):
     def block_errors(
         self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, whole: bool = False, group: Group = ALONE
     ) -> list[float]:
-        """The same, as that of the one solver there is."""
+        """Return :meth:`solver_error` as a list of one number."""
         return [self.solver_error(x, context, noise, group=group)]
 
     @property
     def solvers(self) -> list[Solver]:
-        """The model's training solver."""
+        """The model's training solver, as a list."""
         return [cast(NeuralODE, self.model).solver]
 
     def put_solvers(self, solvers: Sequence[Solver]) -> None:
-        """The model's training solver, the one of them."""
+        """Set the model's training solver, the single element of ``solvers``."""
         (cast(NeuralODE, self.model).solver,) = solvers
