@@ -1,4 +1,4 @@
-"""config.json: a run's settings, and the shape of its data, so that its flow can be rebuilt."""
+"""config.json: the settings of a run and the shape of its data, from which its model is rebuilt."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from cnf.strangers import require_file
 __all__ = ["FORMAT", "RunInfo", "config_digest", "read_config", "write_config"]
 
 FORMAT = 4
-LARGEST = 2**24  # bytes of a config.json
+LARGEST = 2**24  # bytes, limit of a config.json
 _HEAD = ("format", "sha256")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunInfo:
-    """What config.json says beside the settings: the data's shape, so that a model can be rebuilt without the data.
+    """Contents of config.json: the settings and the shape of the data, enough to rebuild the model without the data.
 
-    ``context_dim`` counts what the data give with each item: what a flow is conditioned on, or what a predictor predicts.
-    ``table`` holds the columns of the user's own table, by which later files are read as training read its own.
+    ``context_dim`` is the width of the data set's second tensor: the condition of a flow, or the target of a predictor.
+    ``table`` holds the columns of a user's table, so that later files are read as the training file was.
     """
 
     config: RunConfig
@@ -46,7 +46,7 @@ class RunInfo:
     table: tuple[TableColumn, ...] = dataclasses.field(default=(), metadata=LATER)
 
     def build(self) -> Flow | Predictor:
-        """The model, untrained: a flow, or what predicts where the objective is a regression or a classification."""
+        """Return the untrained model: a flow, or a predictor for regression and classification."""
         config = self.config
         if not config.train.density:
             return build_predictor(
@@ -56,7 +56,7 @@ class RunInfo:
 
 
 def config_digest(fields: Mapping[str, Any]) -> str:
-    """SHA-256 of what config.json says, whatever the order of its fields and its white space.
+    """Return the SHA-256 of the contents of config.json, independent of field order and white space.
 
     Example:
         >>> config_digest({"a": 1, "b": 2.5})[:8] == config_digest({"sha256": "", "b": 2.5, "a": 1})[:8]
@@ -67,18 +67,18 @@ def config_digest(fields: Mapping[str, Any]) -> str:
 
 
 def write_config(folder: Path, info: RunInfo) -> None:
-    """config.json, with the format's number and a checksum."""
+    """Write config.json with format version and checksum."""
     fields = dataclasses.asdict(info)
     text = json.dumps({"format": FORMAT, "sha256": config_digest(fields), **fields}, indent=2)
     write_atomic(folder / "config.json", lambda p: write_text(p, text))
 
 
 def read_config(folder: Path) -> RunInfo:
-    """What config.json says.
+    """Read config.json.
 
     Raises:
-        CheckpointError: where it is missing or damaged; where a field is unknown, missing, of the wrong type, or a number
-            that is not finite or too large (named); or where it is not what was written (its checksum differs).
+        CheckpointError: if it is missing or damaged, if a field is unknown, missing, of the wrong type, or a number
+            that is not finite or too large (the field is named), or if the checksum differs.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -111,7 +111,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
-    """A JSON value as a dataclass, tuple, Literal or plain type; anything else is refused by name."""
+    """Decode a JSON value as a dataclass, tuple, Literal or plain type.
+
+    Raises:
+        CheckpointError: for any other value, with the field.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(value, dict):
@@ -143,7 +147,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
 
 
 def _plain(kind: Any, value: Any, where: str) -> Any:
-    """A number, text or truth value."""
+    """Decode a number, string or bool."""
     whole = type(value) is int
     if type(value) is not kind and not (whole and kind is float):
         raise CheckpointError(f"{where} is {reprlib.repr(value)}; expected {kind.__name__}")
@@ -158,7 +162,7 @@ def _plain(kind: Any, value: Any, where: str) -> Any:
 
 
 def _check(info: RunInfo, where: str) -> None:
-    """The shape of the data: what no data set has."""
+    """Validate the shape of the data and the columns of the table."""
     shape = info.event_shape
     if len(shape) not in (1, 3) or not all(1 <= n <= 2**31 for n in shape):
         raise CheckpointError(f"{where}: event_shape is {reprlib.repr(shape)}; expected (D,) or (C, H, W)")
@@ -173,7 +177,7 @@ def _check(info: RunInfo, where: str) -> None:
             raise CheckpointError(f"{where}: table: column {reprlib.repr(column.name)}: {fault}")
     if len({column.name for column in info.table}) < len(info.table):
         raise CheckpointError(f"{where}: table names a column twice")
-    targets = info.config.train.objective == "regression"  # which are no classes
+    targets = info.config.train.objective == "regression"  # regression targets, not classes
     conditioned = info.table and context_width(info.table)
     known_widths = (conditioned,) if conditioned else (0, len(info.classes))
     if not 0 <= info.context_dim <= 2**31 or not (targets or info.context_dim in known_widths):

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from cnf.errors import CheckpointError, CNFError
 
 __all__ = ["PLACES", "leftovers", "one_line", "sweep", "sync_folder", "temporary_name", "why", "write_atomic", "write_text"]
 
-# Tests set it, to fail or to die there: called at every one of PLACES with the file in question. Nothing else can set it
+# set by tests only, to fail or exit at one of PLACES; called there with the file
 hook: Callable[[str, Path], None] | None = None
 PLACES = ("before", "written", "synced", "renamed", "done")
 
 _TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")
-# what only the owner of a run folder writes (see cnf.checkpoint.lock): a temporary of these is nobody's once the lock is held
+# files that only the owner of a run folder writes (see cnf.checkpoint.lock): under the lock their temporaries are stale
 _OWN = (
     "config.json", "metrics.jsonl", "model.safetensors", "result.json", "test_nll.npz", "test_predictions.npz",
     "trainer.previous.pt", "trainer.pt",
@@ -40,12 +40,12 @@ _ADVICE = {
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Write under a temporary name in the same folder, flush to the disk, rename, flush the folder: whole or not at all.
+    """Write a file atomically: to a temporary name in the same folder, synchronised to disk, then renamed.
 
-    After a crash of the machine, too, there is either the old file or the new one.
+    After a crash, even of the machine, the file is either the old one or the new one.
 
     Raises:
-        CheckpointError: where it cannot be written, with the reason and what to try; the old file is still there.
+        CheckpointError: if the file cannot be written, with the reason and what to try; the old file is intact.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -57,7 +57,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     temporary = temporary_name(path)
     try:
         _at("before", path)
-        temporary.unlink(missing_ok=True)  # whatever has that name, a link to elsewhere too, is nobody's
+        temporary.unlink(missing_ok=True)  # remove whatever has that name, links included
         write(temporary)
         _at("written", temporary)
         with temporary.open("rb+") as file:
@@ -69,7 +69,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         _at("done", path)
     except CNFError:
         raise
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have words of their own for a full disk
+    # torch and safetensors raise their own errors for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {why(path, error)}") from None
     finally:
         with suppress(OSError):
@@ -77,12 +78,12 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Where this process writes what is to become ``path``."""
+    """Return this process's temporary name for ``path``."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's names to the disk, where the system can."""
+    """Synchronise a folder's entries to disk, where the system supports it."""
     with suppress(OSError):
         number = os.open(folder, os.O_RDONLY)
         try:
@@ -92,7 +93,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def why(path: Path, error: BaseException) -> str:
-    """A failed write in words, with what to try."""
+    """Return why a write failed and what to try."""
     number = getattr(error, "errno", None)
     text = (getattr(error, "strerror", None) or one_line(error)) if isinstance(error, OSError) else one_line(error)
     if number is None and not path.parent.is_dir():
@@ -104,25 +105,28 @@ def why(path: Path, error: BaseException) -> str:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What a killed process may have left in a run folder: temporaries of files that only a folder's owner writes."""
+    """Return the temporary files of a killed process in a run folder.
+
+    Only those of files that the folder's owner alone writes are returned.
+    """
     found = (_TEMPORARY.fullmatch(p.name) for p in folder.iterdir())
     return sorted(folder / m.string for m in found if m is not None and m[1] in _OWN)
 
 
 def sweep(folder: Path) -> None:
-    """Remove them; only who holds the folder's lock may."""
+    """Remove :func:`leftovers`; requires the folder's lock."""
     with suppress(OSError):
         for path in leftovers(folder):
             path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Text with its last newline."""
+    """Write text with a final newline."""
     path.write_text(text + "\n", encoding="utf-8")
 
 
 def one_line(error: BaseException, length: int = 300) -> str:
-    """What torch says in many lines, in one."""
+    """Shorten an error message of torch to one line of at most ``length`` characters."""
     text = " ".join(str(error).replace("Error(s) in loading state_dict for Flow:", "").split())
     return text if len(text) <= length else text[: length - 3] + "..."
 

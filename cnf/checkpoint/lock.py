@@ -1,4 +1,4 @@
-"""One process at a time writes into a run folder."""
+"""Lock of a run folder: one writing process at a time."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cnf.errors import CheckpointError, ConfigError
 
 __all__ = ["LOCK", "locked", "renew"]
 
-LOCK = ".lock"  # in the run folder, while a process writes there: its number and its machine
-_FAR = 2**30  # where Windows locks a byte: others cannot read what is locked, and must read the number
-# a link in a stranger's folder would have its target emptied; a pipe would be waited for
+LOCK = ".lock"  # in the run folder while a process writes there; holds its pid and host
+_FAR = 2**30  # offset of the byte locked on Windows, since a locked byte is unreadable and the pid must be readable
+# a link in an untrusted folder would have its target truncated; opening a pipe would block
 _OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # what a file system without locks answers
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # errors of a file system without locks
 
 
 @dataclass
@@ -33,7 +33,7 @@ _held: dict[str, _Held] = {}
 
 
 def _forget() -> None:
-    """A forked child writes nothing; its copy of the open file would keep the lock when its parent is dead."""
+    """Close the locks in a forked child, whose copies would hold them after its parent's death."""
     for held in _held.values():
         with suppress(OSError):
             os.close(held.number)
@@ -46,14 +46,14 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside, this process is the only one that writes into ``folder``, which is made if it is not there.
+    """Context manager that makes this process the only writer of ``folder``, which is created if missing.
 
-    The lock is the kernel's, on a file kept open, so that it ends with its owner however that one ends; what a killed
-    owner left half-written is removed. A process may take it several times over. Who only reads needs none.
+    The lock is the kernel's, on an open file, so that it ends with its owner, however that ends; temporaries of a
+    killed owner are removed. A process may take it repeatedly. Readers need no lock.
 
     Raises:
-        ConfigError: where another process has it (named).
-        CheckpointError: where the folder cannot be written.
+        ConfigError: if another process holds the lock (it is named).
+        CheckpointError: if the folder cannot be written.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -79,11 +79,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def renew(folder: Path) -> None:
-    """Take the lock of a folder that was removed and made anew while it was locked.
+    """Take the lock of a folder again that was removed and recreated while locked.
 
     Raises:
-        ConfigError: where another process was faster.
-        CheckpointError: where the folder cannot be written.
+        ConfigError: if another process took it first.
+        CheckpointError: if the folder cannot be written.
     """
     held = _held.get(os.path.realpath(folder))
     if held is not None and not _same(folder / LOCK, held.number):
@@ -107,7 +107,7 @@ def _take(folder: Path) -> int:
             owner = "" if free else _read(number)
             if not free:
                 raise ConfigError(f"{folder} is in use by {_words(owner)}: wait for it, stop it, or take another folder")
-            if not _same(path, number):  # its last owner removed it just now
+            if not _same(path, number):  # its last owner has just removed it
                 os.close(number)
                 continue
             os.ftruncate(number, 0)
@@ -125,7 +125,7 @@ def _take(folder: Path) -> int:
 def _leave(folder: Path, number: int) -> None:
     with suppress(OSError):
         if _same(folder / LOCK, number):
-            (folder / LOCK).unlink()  # while it is locked: who opened it meanwhile sees that it is gone
+            (folder / LOCK).unlink()  # unlinked while locked: a process that opened it meanwhile notices
     with suppress(OSError):
         os.close(number)
 
@@ -138,7 +138,7 @@ def _same(path: Path, number: int) -> bool:
 
 
 def _lock(number: int) -> bool:
-    """Whether the lock is ours now."""
+    """Try to lock the open file; return whether it succeeded (without lock support: whether its owner is dead)."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -167,19 +167,19 @@ def _read(number: int) -> str:
 
 
 def _alive(owner: str) -> bool:
-    """Where the file system has no locks: whether the process that wrote its number there lives, as far as one can tell."""
+    """Return whether the process named in the lock file is alive, as far as known; for file systems without locks."""
     process, _, host = owner.partition(" ")
     if not process.isdecimal():
         return False
     if host != socket.gethostname():
-        return True  # nobody here can know
+        return True  # unknown from this machine
     if int(process) == os.getpid():
         return False
     try:
         os.kill(int(process), 0)
     except ProcessLookupError:
         return False
-    except OSError:  # another user's
+    except OSError:  # a process of another user
         return True
     return True
 

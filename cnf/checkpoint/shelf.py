@@ -1,4 +1,4 @@
-"""Trained models that come with the package: ``pretrained:NAME`` where a run folder is expected."""
+"""Pretrained models of the package, available as ``pretrained:NAME`` wherever a run folder is expected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHELF = Path(__file__).parent.parent / "pretrained"
 
 
 def pretrained() -> list[str]:
-    """The names of the models that come with the package.
+    """Return the names of the pretrained models.
 
     Example:
         >>> "fm-mnist" in pretrained()
@@ -23,10 +23,10 @@ def pretrained() -> list[str]:
 
 
 def located(run: str | Path) -> Path:
-    """Where a run's files are: the folder itself, or the package's for ``pretrained:NAME``.
+    """Return the folder of a run: the path itself, or the package's folder of ``pretrained:NAME``.
 
     Raises:
-        ConfigError: for a name that does not come with the package.
+        ConfigError: for an unknown name.
 
     Example:
         >>> located("runs/digits-0").as_posix(), located("pretrained:fm-mnist").name
@@ -42,7 +42,7 @@ def located(run: str | Path) -> Path:
 
 
 def outputs(run: str | Path) -> Path:
-    """Where to put what is made of a run: its own folder, or runs/NAME-pretrained, since the package's stays as it is.
+    """Return the folder for files made from a run: its own, or runs/NAME-pretrained for a pretrained model.
 
     Example:
         >>> outputs("runs/digits-0").as_posix(), outputs("pretrained:fm-mnist").as_posix()

@@ -1,4 +1,4 @@
-"""trainer.pt: the whole state of a training, with a checksum, and the one before it."""
+"""trainer.pt: the resume state of a run with a checksum, and the previous one."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from cnf.strangers import check_pickle, refusal, require_file
 __all__ = ["has_trainer", "load_trainer", "save_trainer"]
 
 TRAINER = ("trainer.pt", "trainer.previous.pt")
-# torch.save writes a zip file, which may end in a comment: that is where the checksum stands, so that torch.load reads
-# the file as it is. The digest is of all bytes before the comment, its length taken as zero (as torch wrote it).
+# the checksum is the comment at the end of torch.save's zip file, so that torch.load reads the file unchanged; it
+# digests all bytes before the comment, with the comment's length as zero (as torch wrote it)
 _MARK, _HEX = b"cnf sha256 ", 64
 _TAIL = len(_MARK) + _HEX
 
 
 def save_trainer(folder: Path, state: dict[str, Any]) -> None:
-    """trainer.pt, the previous one kept as trainer.previous.pt.
+    """Write trainer.pt and keep the previous one as trainer.previous.pt.
 
     Raises:
-        CheckpointError: where it cannot be written; what was there is still there.
+        CheckpointError: if it cannot be written; the previous state is intact.
     """
     path = folder / TRAINER[0]
     if path.exists():
@@ -42,7 +42,7 @@ def save_trainer(folder: Path, state: dict[str, Any]) -> None:
 
 
 def _keep_previous(path: Path, previous: Path) -> None:
-    """A second name for what is there: at no moment is there no whole checkpoint."""
+    """Link the current checkpoint to a second name, so that a whole checkpoint exists at any moment."""
     temporary = temporary_name(previous)
     try:
         temporary.unlink(missing_ok=True)
@@ -59,15 +59,15 @@ def _keep_previous(path: Path, previous: Path) -> None:
 
 
 def has_trainer(folder: Path) -> bool:
-    """Whether there is any checkpoint to resume from, damaged or not."""
+    """Return whether there is a checkpoint to resume from, damaged or not."""
     return any((folder / name).exists() for name in TRAINER)
 
 
 def load_trainer(folder: Path) -> tuple[dict[str, Any], str]:
-    """The resume state and, where trainer.pt is damaged and the previous one serves (and takes its place), a line about it.
+    """Return the resume state, and a notice if trainer.pt is damaged and the previous one replaces it.
 
     Raises:
-        CheckpointError: if neither can be read. Nothing in them is executed: torch's ``weights_only`` reader refuses all but
+        CheckpointError: if neither can be read. No code in them runs: torch's ``weights_only`` reader accepts only
             tensors and plain values.
     """
     reasons = []
@@ -78,10 +78,10 @@ def load_trainer(folder: Path) -> tuple[dict[str, Any], str]:
             state = torch.load(folder / name, map_location="cpu", weights_only=True)
             if not isinstance(state, dict):
                 raise TypeError(f"it holds a {type(state).__name__}")
-        except Exception as error:  # torch raises many kinds for a damaged file; all mean the same here
+        except Exception as error:  # torch raises many types for a damaged file
             reasons.append(f"{name}: {type(error).__name__}: {refusal(error)[:120]}")
             continue
-        if reasons:  # else the next save would keep the damaged one as the previous
+        if reasons:  # otherwise the next save would keep the damaged one as the previous
             os.replace(folder / name, folder / TRAINER[0])
         return state, f"{folder}: going back to the previous checkpoint ({'; '.join(reasons)})" if reasons else ""
     raise CheckpointError(f"{folder} has no checkpoint that can be read ({'; '.join(reasons)})")

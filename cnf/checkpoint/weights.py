@@ -1,4 +1,4 @@
-"""model.safetensors: a flow's weights with their checksum, and the flow of a run folder."""
+"""model.safetensors: a model's weights with their checksum, and loading the model of a run folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["load", "load_model", "weights_digest", "write_weights"]
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors on the CPU: of their names, types, shapes and bytes, in the order of the names.
+    """Return the SHA-256 of CPU tensors: of their names, types, shapes and bytes, sorted by name.
 
     Example:
         >>> weights_digest({"a": torch.zeros(2), "b": torch.ones(())})[:8]
@@ -39,12 +39,12 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_weights(folder: Path, flow: nn.Module, *, half: bool = False) -> None:
-    """model.safetensors, with a checksum in its metadata.
+    """Write model.safetensors with a checksum in its metadata.
 
     Args:
-        folder: where to write it.
+        folder: the run folder.
         flow: the model, a flow or a predictor.
-        half: float32 parameters in half precision, in half the room: rounded to 11 bits, and read back as they were.
+        half: store float32 parameters in half precision (11 bits, half the size); they load as float32.
     """
     rounded = {name for name, p in flow.named_parameters() if p.dtype == torch.float32} if half else set()
     tensors = {k: v.detach().cpu().to(torch.float16 if k in rounded else v.dtype).contiguous() for k, v in flow.state_dict().items()}
@@ -53,14 +53,14 @@ def write_weights(folder: Path, flow: nn.Module, *, half: bool = False) -> None:
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Flow | Predictor:
-    """The trained model of a run folder, a flow or a predictor, ready for evaluation; nothing in the folder is executed.
+    """Return the trained model of a run folder, a flow or a predictor, in evaluation mode; no code in the folder runs.
 
-    ``pretrained:NAME`` names one that comes with the package (:func:`pretrained` lists them).
+    ``pretrained:NAME`` selects a model of the package (:func:`pretrained` lists them).
 
     Raises:
-        ConfigError: for a NAME that does not come with the package.
-        CheckpointError: where the folder, its config or its weights are missing, damaged (their checksums tell), or do not
-            fit each other.
+        ConfigError: for an unknown NAME.
+        CheckpointError: if the folder, its config or its weights are missing, damaged (by their checksums), or do not
+            match.
 
     Example:
         >>> load_model("runs/anode-digits-0")(images).shape  # doctest: +SKIP
@@ -93,13 +93,15 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Flow |
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
-    """The same as :func:`load_model`, without its type: a :class:`~cnf.flow.Flow`, or a
-    :class:`~cnf.models.NeuralODE` (:class:`~cnf.models.ResidualNet`) of a run that predicts.
+    """Return :func:`load_model` without its type.
+
+    The model is a :class:`~cnf.flow.Flow`, or a :class:`~cnf.models.NeuralODE` or :class:`~cnf.models.ResidualNet` of a
+    run of a predictor.
 
     Raises:
-        ConfigError: for a NAME of ``pretrained:NAME`` that does not come with the package.
-        CheckpointError: where the folder, its config or its weights are missing, damaged (their checksums tell), or do not
-            fit each other.
+        ConfigError: for an unknown NAME of ``pretrained:NAME``.
+        CheckpointError: if the folder, its config or its weights are missing, damaged (by their checksums), or do not
+            match.
 
     Example:
         >>> flow = load("pretrained:fm-mnist")
@@ -110,7 +112,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors, once they are known to be those that were written."""
+    """Return the tensors after verifying their checksum."""
     with safetensors.safe_open(str(path), framework="pt") as file:
         known = (file.metadata() or {}).get("sha256")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -122,7 +124,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _check(info: RunInfo, tensors: Mapping[str, Tensor]) -> None:
-    """That the model is the file's, before it costs memory: settings may ask for more than any machine has."""
+    """Check that model and weights match before memory is allocated: a config may request more than any machine has."""
     model, count = info.config.model, len(tensors)
     stacked = model.depth_terms if model.depth == "stacked" else 0
     for name, asked in (("blocks", model.blocks), ("hidden", len(model.hidden)), ("unet_depth", model.unet_depth), ("stacked pieces", stacked)):

@@ -1,4 +1,4 @@
-"""Many processes, one run: each takes its rows of every batch, and all know the same afterwards."""
+"""Data-parallel training: processes that share every batch and keep the same state."""
 
 from cnf.distributed.group import ALONE, Group
 from cnf.distributed.heartbeat import Heartbeat

@@ -1,4 +1,4 @@
-"""The processes of one run: whose rows are whose, the gradient of the joint batch, decisions that all share."""
+"""The processes of a run: rows of each rank, the joint gradient, and collective decisions."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from cnf.errors import CNFError, ConfigError, SolverError, TrainingError
 __all__ = ["ALONE", "Group"]
 
 T = TypeVar("T")
-FIGURES = 32  # numbers that may travel with a gradient: a rank whose solve failed does not know how many the others have
+# most metrics reduced with a gradient; fixed, since a rank whose solve failed does not know how many the others have
+FIGURES = 32
 
 
 class Group:
-    r"""The processes (ranks) of one run, each with its rows of every batch; a group of one does nothing at all.
+    r"""The processes (ranks) of one run, each with its rows of every batch; without communication for a single process.
 
-    The gradient of a joint batch of N rows is :math:`\nabla \frac1N \sum_i L_i = \sum_r \frac{N_r}{N} \nabla \bar L_r`, the
-    ranks' own means weighed by their rows, however unevenly N divides. It is reduced in one flat bucket after the backward
-    pass (:meth:`joint`), and not by DistributedDataParallel, whose buckets leave from within it: an adjoint that fails in
-    the middle of its solve, on one rank, would leave the others waiting in a collective for ever, and there would be no
-    step at which all could agree to skip the batch. It is also indifferent to how a gradient comes about (recorded,
-    recomputed or by an adjoint) and to parameters that get none. What overlapping would save is small beside an ODE solve
-    (docs/scaling.md).
+    The gradient of a joint batch of N rows is :math:`\nabla \frac1N \sum_i L_i = \sum_r \frac{N_r}{N} \nabla \bar L_r`,
+    the ranks' means weighted by their rows, however unevenly N divides. It is reduced in one flat bucket after the
+    backward pass (:meth:`joint`) rather than by DistributedDataParallel, whose buckets are reduced within it: an
+    adjoint solve that fails on one rank would leave the others waiting in a collective for ever, without a step at
+    which all could agree to skip the batch. The bucket also works for every kind of gradient (recorded, recomputed or
+    adjoint) and for parameters without one. Overlapping communication and computation would save little next to an ODE
+    solve (docs/scaling.md).
 
     Args:
-        rank: number of this process.
+        rank: index of this process.
         size: number of processes.
-        local_rank: its number on its machine.
-        heartbeat: tells who is gone, where there is more than one.
+        local_rank: index of this process on its machine.
+        heartbeat: detects lost ranks, if there are several.
 
     Example:
         >>> [Group(rank, 3).share(8) for rank in range(3)]
@@ -46,36 +47,39 @@ class Group:
 
     @property
     def main(self) -> bool:
-        """Whether this is rank 0, which alone writes files and speaks."""
+        """Whether this is rank 0, the only one that writes files and prints."""
         return self.rank == 0
 
     def share(self, rows: int) -> slice:
-        """This rank's rows of a joint batch."""
+        """Return this rank's rows of a joint batch."""
         return slice(self.rank * rows // self.size, (self.rank + 1) * rows // self.size)
 
     def owns(self, number: int) -> bool:
-        """Whether work of that number is this rank's: whole batches are dealt out, so that each is solved as one process would."""
+        """Return whether this rank does the piece of work ``number``.
+
+        Whole batches are assigned, so that each is solved as a single process would.
+        """
         return number % self.size == self.rank
 
     def owned(self, count: int) -> int:
-        """Return how many of ``count`` pieces of work, numbered from 0, this rank owns."""
+        """Return the number of ``count`` pieces of work, numbered from 0, that this rank does."""
         return len(range(self.rank, count, self.size))
 
     # -- figures -------------------------------------------------------------------------------------------------
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over ranks; what only one of them has (zero elsewhere) arrives unchanged."""
+        """Return the sum over ranks; a value that is zero on all other ranks arrives unchanged."""
         return value if self.size == 1 else self._reduced(value, dist.ReduceOp.SUM)
 
     def largest(self, values: Sequence[float]) -> list[float]:
-        """The largest of each number over ranks."""
+        """Return the maximum of each number over ranks."""
         if self.size == 1:
             return list(values)
         found: list[float] = self._reduced(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.MAX).tolist()
         return found
 
     def mean(self, values: Tensor) -> float:
-        """The mean over the rows (N,) of all ranks, in double precision."""
+        """Return the mean over the rows (N,) of all ranks, in double precision."""
         if self.size == 1:
             return float(values.double().mean())
         total, count = self.sum(torch.stack([values.double().sum().cpu(), torch.tensor(float(len(values))).double()])).tolist()
@@ -84,20 +88,21 @@ class Group:
     def joint(
         self, parameters: Iterable[Tensor], share: float, figures: Tensor, failure: str = ""
     ) -> tuple[Tensor, str]:
-        """Make every ``grad`` that of the joint batch, on all ranks alike; a batch that failed on one rank has failed on all.
+        """Reduce every ``grad`` to that of the joint batch, on all ranks; a batch that fails on one rank fails on all.
 
         Args:
             parameters: with the gradients of this rank's mean loss.
-            share: this rank's part N_r/N of the joint batch.
+            share: this rank's fraction N_r/N of the joint batch.
             figures: (k,) means over this rank's rows.
             failure: why this rank has no gradient.
 
         Returns:
-            The means over the joint batch (k,), and who failed and why, "" where nobody did (else gradients are void).
+            The means over the joint batch (k,), and the failures by rank, "" if there are none (else gradients are
+            undefined).
 
         Raises:
-            ConfigError: for more figures than travel with a gradient.
-            TrainingError: where a rank is gone.
+            ConfigError: for more figures than FIGURES.
+            TrainingError: if a rank is lost.
         """
         if self.size == 1:
             return figures, failure
@@ -111,7 +116,7 @@ class Group:
             tail[len(own)] = 1
             bucket = torch.cat([torch.zeros(sum(p.numel() for p in own), dtype=dtype, device=device), tail])
         else:
-            # which parameters have a gradient travels too: those that have none anywhere are to keep none
+            # reduces which parameters have a gradient as well: those without one on any rank keep none
             tail[: len(own)] = torch.tensor([float(p.grad is not None) for p in own], dtype=dtype)
             tail[len(own) + 1 : len(own) + 1 + len(figures)] = figures.to(tail) * share
             parts = [(torch.zeros_like(p) if p.grad is None else p.grad).to(dtype).flatten() * share for p in own]
@@ -128,15 +133,15 @@ class Group:
         return tail[len(own) + 1 : len(own) + 1 + len(figures)].to(figures), ""
 
     def reasons(self, failure: str) -> str:
-        """Every rank's failure ("" where it has none) in one line, the same everywhere."""
+        """Return the failures of all ranks in one line ("" if there are none), the same on all ranks."""
         return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(self.gather(failure)) if text)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Inside, a SolverError on one rank becomes one on all of them, at the end.
+        """Context manager that turns a SolverError on one rank into one on all ranks, on exit.
 
         Raises:
-            SolverError: naming the ranks.
+            SolverError: with the failed ranks.
         """
         failure = ""
         try:
@@ -151,7 +156,7 @@ class Group:
     # -- decisions -----------------------------------------------------------------------------------------------
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, on all of them."""
+        """Return every rank's value, on all ranks."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -159,7 +164,7 @@ class Group:
         return found
 
     def collect(self, value: T) -> list[T]:
-        """Every rank's value on rank 0, nothing elsewhere."""
+        """Return every rank's value on rank 0, an empty list elsewhere."""
         if self.size == 1:
             return [value]
         found: list[Any] | None = [None] * self.size if self.main else None
@@ -167,7 +172,7 @@ class Group:
         return found or []
 
     def first(self, function: Callable[[], T]) -> T:
-        """What ``function`` gives on rank 0, or raises there, which alone calls it."""
+        """Call ``function`` on rank 0 and return its result, or raise its exception, on all ranks."""
         if self.size == 1:
             return function()
         outcome: list[Any] = [None, None]
@@ -183,7 +188,11 @@ class Group:
         return found
 
     def in_turn(self, function: Callable[[], T]) -> T:
-        """Rank 0 first, then the first of each machine, then all: for what the first one leaves on the disk for the others."""
+        """Call ``function`` on rank 0, then on the first rank of each machine, then on all others.
+
+        For functions whose first call leaves files on the disk for the others. A CNFError or OSError on one rank is
+        raised on all.
+        """
         if self.size == 1:
             return function()
         turn = 0 if self.main else 1 if self.local_rank == 0 else 2
@@ -201,10 +210,10 @@ class Group:
         return value[0]
 
     def agree(self, values: Mapping[str, object]) -> None:
-        """Make sure that all ranks have the same values, told apart by their text.
+        """Check that all ranks have the same values, compared as strings.
 
         Raises:
-            ConfigError: naming what differs, and where.
+            ConfigError: with the name, the rank and both values.
         """
         gathered = self.gather({name: str(value) for name, value in values.items()})
         for rank, others in enumerate(gathered):
@@ -217,7 +226,7 @@ class Group:
 
     @torch.no_grad()
     def spread(self, tensors: Iterable[Tensor]) -> None:
-        """Give rank 0's values to every rank."""
+        """Broadcast rank 0's values to every rank."""
         if self.size > 1:
             for tensor in tensors:
                 whole = tensor.detach().contiguous()
@@ -227,18 +236,18 @@ class Group:
     # -- the ends ------------------------------------------------------------------------------------------------
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait for all ranks."""
         self.largest([0.0])
 
     def leave(self) -> None:
-        """Part in good order: nobody is missed from here on."""
+        """Leave the group: stop the heartbeat after all ranks have arrived."""
         self.barrier()
         if self.heartbeat is not None:
             self.heartbeat.stop()
-        self.barrier()  # rank 0 may hold the store that the heartbeats use
+        self.barrier()  # rank 0 may host the store of the heartbeats
 
     def failed(self, error: BaseException) -> bool:
-        """Tell the others that this rank ends; whether the reader has to be told by this one."""
+        """Report to the other ranks that this one ends; return whether this rank is the one to print the error."""
         return self.heartbeat is None or self.heartbeat.fail(str(error) or type(error).__name__)
 
     def _reduced(self, value: Tensor, operation: Any) -> Tensor:
@@ -249,7 +258,7 @@ class Group:
     def _call(self, collective: Callable[[], object]) -> None:
         try:
             collective()
-        except RuntimeError as error:  # a connection broke, or the time limit passed: neither says whose fault it is
+        except RuntimeError as error:  # a connection broke or timed out; the error does not name the rank at fault
             who = None if self.heartbeat is None else self.heartbeat.culprit()
             raise TrainingError(
                 f"{who or f'rank {self.rank} could not reach the others ({str(error).splitlines()[0]})'}; the last checkpoint "

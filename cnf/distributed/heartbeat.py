@@ -1,4 +1,4 @@
-"""Who is still there: every process of a run tells the others that it lives, and notices which one does not."""
+"""Heartbeat between the processes of a run, which detects and names a lost one."""
 
 from __future__ import annotations
 
@@ -15,54 +15,57 @@ import torch.distributed as dist
 __all__ = ["Heartbeat"]
 
 INTERVAL = 2.0  # seconds between beats
-SILENCE = 40.0  # seconds without a beat after which a rank counts as gone, though no collective has failed
-BEATS = 3.5  # beats missed, once one has
-GRACE = 5.0  # what a rank that failed gives the others to fail for the same reason, or to hear of it
+SILENCE = 40.0  # seconds without a beat after which a rank is lost, though no collective has failed
+BEATS = 3.5  # missed beats after which a rank is lost once a collective has failed
+GRACE = 5.0  # seconds for the others to fail for the same reason or to read the failure
 
 
 class Heartbeat:
-    """A thread that writes this rank's sign of life into the store of the run and reads those of the others.
+    """Thread that writes this rank's heartbeat to the store of the run and reads those of the others.
 
-    A collective that waits for a dead process may wait for ever (NCCL), or fail without saying whose connection broke
-    (gloo), and a time limit on collectives cannot be short: the others wait in one while rank 0 writes and draws. So death
-    is told from silence. A rank that is gone ends this process, with a message that names it; so does one that failed, in
-    its own words.
+    A collective with a dead process may block for ever (NCCL) or fail without naming the broken connection (gloo), and
+    a short timeout is impossible, since the others wait in a collective while rank 0 writes and plots. Death is
+    therefore detected from missing beats. A lost rank ends this process with a message that names it, a failed one with
+    that rank's own message.
 
     Args:
         rank: of this process.
         size: number of processes.
-        store: shared by all, used by nobody else in this process (a call that waits would hold it).
+        store: shared by all ranks, and by nothing else in this process (a blocking call would delay the heartbeat).
     """
 
     def __init__(self, rank: int, size: int, store: dist.Store):  # type: ignore[name-defined]
         self.rank, self.size, self.store = rank, size, store
         self._own: dict[str, Any] = {"beat": 0, "pid": os.getpid(), "host": socket.gethostname(), "state": "alive", "text": ""}
         self.seen: list[dict[str, Any]] = [{} for _ in range(size)]
-        """What each rank last told."""
+        """The latest message of each rank."""
         self._changed = [time.monotonic()] * size
         self._broken = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Begin; returns once every rank has."""
+        """Start the thread, after the first beat of every rank."""
         self._tell()
-        self._read()  # waits for every rank's first beat
+        self._read()  # blocks until every rank has beaten once
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread: from here on nobody is missed."""
+        """Stop the thread; lost ranks are no longer detected."""
         self._stop.set()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout=2 * INTERVAL)
 
     def name(self, rank: int) -> str:
-        """``rank 1 (pid 123 on host)``."""
+        """Return ``rank 1 (pid 123 on host)``."""
         seen = self.seen[rank]
         return f"rank {rank} (pid {seen['pid']} on {seen['host']})" if seen else f"rank {rank}"
 
     def lost(self, silence: float | None = None) -> str | None:
-        """The first rank that failed, or was silent for so many seconds (SILENCE if None), in words; None where all are well."""
+        """Name the first rank that failed or was silent for ``silence`` seconds; return None if there is none.
+
+        ``silence`` defaults to SILENCE.
+        """
         silence = SILENCE if silence is None else silence
         if self._broken >= 3:
             return f"{self.name(0)} has gone, or the launcher of its node: their store does not answer"
@@ -76,7 +79,7 @@ class Heartbeat:
         return None
 
     def culprit(self) -> str | None:
-        """Whose fault it is that a collective failed: waits until some rank has missed a few beats."""
+        """Return which rank made a collective fail, after waiting for some missed beats; None if all are alive."""
         for _ in range(round((BEATS * INTERVAL + GRACE) / 0.1)):
             if (found := self.lost(BEATS * INTERVAL)) is not None:
                 return found
@@ -84,7 +87,10 @@ class Heartbeat:
         return None
 
     def fail(self, text: str) -> bool:
-        """Tell the others why this process ends; whether it should tell the reader too, since no lower rank does."""
+        """Report this rank's failure to the others; return whether no lower rank has reported the same.
+
+        Only the lowest rank with a message prints it.
+        """
         self.stop()
         self._own |= {"state": "failed", "text": text}
         deadline = time.monotonic() + GRACE
@@ -110,7 +116,7 @@ class Heartbeat:
                 self.seen[rank], self._changed[rank] = seen, time.monotonic()
 
     def _beat(self) -> bool:
-        """One beat; whether the store could be reached."""
+        """Write and read once; return whether the store answered."""
         try:
             self._tell()
             self._read()
@@ -123,7 +129,7 @@ class Heartbeat:
     def _watch(self) -> None:
         while not self._stop.wait(INTERVAL):
             self._beat()
-            # the main thread may be about to end for the same reason, with an exit code of its own
+            # the main thread may be about to end for the same reason with its own exit code
             if self.lost() is None or self._stop.wait(GRACE):
                 continue
             self._beat()

@@ -1,4 +1,4 @@
-"""Joining the processes that torchrun started, and leaving them."""
+"""Joining and leaving the process group started by torchrun."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from cnf.errors import ConfigError, TrainingError
 
 __all__ = ["join", "launched", "muted", "speaks"]
 
-# of one collective; the others wait in one while rank 0 downloads, writes and draws. The heartbeat notices deaths long before
+# timeout of a collective, in which the others wait while rank 0 downloads, writes and plots; the heartbeat detects lost
+# ranks long before
 TIMEOUT = timedelta(hours=6)
-COMING = timedelta(minutes=10)  # for every process to begin; who ended before that has no heartbeat yet
-# small figures and messages travel as CPU tensors, gradients from where they are
+COMING = timedelta(minutes=10)  # for every process to start; one that ended before has no heartbeat yet
+# metrics and messages are reduced on the CPU, gradients on their device
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 def launched() -> tuple[int, int]:
-    """Rank and number of processes as torchrun's environment says (RANK, WORLD_SIZE); (0, 1) without it.
+    """Return rank and number of processes from torchrun's environment (RANK, WORLD_SIZE); (0, 1) without it.
 
     Raises:
-        ConfigError: for an environment that says half of it.
+        ConfigError: for an incomplete or inconsistent environment.
     """
     size = os.environ.get("WORLD_SIZE", "1")
     rank = os.environ.get("RANK", "0" if size == "1" else "")
@@ -39,13 +40,13 @@ def launched() -> tuple[int, int]:
 
 
 def speaks() -> bool:
-    """Whether this process is rank 0, or the only one."""
+    """Return whether this process is rank 0 or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def muted() -> Iterator[None]:
-    """Inside, what ranks other than 0 print goes nowhere: N processes, one reader."""
+    """Context manager that discards the standard output of ranks above 0."""
     if speaks():
         yield
         return
@@ -55,17 +56,17 @@ def muted() -> Iterator[None]:
 
 @contextmanager
 def join(device: str) -> Iterator[Group]:
-    """The group of the processes that torchrun started, left again at the end; ALONE without torchrun.
+    """Context manager for the group of processes started by torchrun; ALONE without torchrun.
 
-    GPUs reduce by NCCL, CPUs by gloo. Afterwards ``"cuda"`` means the GPU of this process (its LOCAL_RANK). At the end all
-    wait for each other; where one ends by an exception, the others are told and end as well.
+    GPUs reduce by NCCL, CPUs by gloo. Inside, ``"cuda"`` means this process's GPU (its LOCAL_RANK). On exit all ranks
+    wait for each other; an exception on one rank is reported to the others and ends them.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
 
     Raises:
-        ConfigError: for a numbered GPU, fewer GPUs than processes, or an environment that torchrun did not make.
-        TrainingError: where a process does not come.
+        ConfigError: for a numbered GPU, fewer GPUs than processes, or an environment that is not torchrun's.
+        TrainingError: if a process does not join.
 
     Example:
         >>> with join("cpu") as group:
@@ -80,9 +81,9 @@ def join(device: str) -> Iterator[Group]:
     try:
         yield group
     except BaseException as error:
-        if group.failed(error) and rank:  # rank 0's own program tells the reader
+        if group.failed(error) and rank:  # rank 0's program prints its own error
             print(f"rank {rank}: {error or type(error).__name__}", file=sys.stderr, flush=True)
-        if device == "cpu":  # NCCL's might wait for those that are gone
+        if device == "cpu":  # destroying NCCL's group may wait for lost ranks
             dist.destroy_process_group()
         raise
     group.leave()
@@ -100,29 +101,29 @@ def _start(device: str, rank: int, size: int) -> Group:
         if local >= (count := torch.cuda.device_count()):
             raise ConfigError(f"--device cuda: process {local} of this machine has no GPU of its own, there are {count}: take --nproc-per-node {max(1, count)}")
         torch.cuda.set_device(local)
-    # Its functions take the group as a default argument. First imported once there is a group (as torch.optim does, late), it
-    # would keep the group and its threads alive, and a thread that outlives the interpreter aborts the process.
+    # Its functions have the group as a default argument: imported after the group exists (torch.optim does so, late),
+    # it keeps the group and its threads alive, and a thread that outlives the interpreter aborts the process.
     importlib.import_module("torch.distributed.nn.functional")
     store = _meet(rank, size)
     dist.init_process_group(BACKENDS[device], store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # a connection of its own: a call that waits in the group's would hold the heartbeat up
+    # a separate connection: a blocking call on the group's would delay the heartbeat
     heartbeat = Heartbeat(rank, size, _named(dist.TCPStore(host, port, is_master=False, timeout=COMING)))  # type: ignore[attr-defined]
     heartbeat.start()
     return Group(rank, size, local, heartbeat)
 
 
 def _named(store: dist.Store) -> dist.Store:  # type: ignore[name-defined]
-    """The store under a name that no earlier attempt of torchrun's has used."""
+    """Return the store with a prefix for this attempt of torchrun, not shared with earlier ones."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"cnf/{attempt}", store)  # type: ignore[attr-defined]
 
 
 def _meet(rank: int, size: int) -> dist.Store:  # type: ignore[name-defined]
-    """The store of the run, once every rank has come to it.
+    """Return the store of the run after every rank has joined.
 
     Raises:
-        TrainingError: naming who has not.
+        TrainingError: with the missing ranks.
     """
     place, names = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", [f"come/{other}" for other in range(size)]
     seconds = COMING.total_seconds()

@@ -38,7 +38,8 @@ class MatchingPath:
 
     Raises:
         ConfigError: for a chain with a Split or with transforms between or after the blocks, a learned or random end
-            time, learned dequantisation (which matching does not train), or blocks with different schedules.
+            time, learned dequantisation (which matching does not train), blocks with different schedules, or several
+            blocks on a path with noise.
     """
 
     def __init__(self, flow: Flow):

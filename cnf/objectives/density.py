@@ -60,6 +60,9 @@ class DensityObjective(nn.Module):
 
         Also return ``validation_nfe``, the evaluations of a batch's solve, and, for flows with paths, ``straightness``
         and ``path_energy`` of some rows (see :func:`cnf.trajectory.straightness`).
+
+        Raises:
+            SolverError: if a row cannot be solved.
         """
         found = evaluate(model, x, context, seed=seed, index=index, group=group).require_solved()
         told = {"validation": found.mean, "validation_nfe": found.nfe}

@@ -31,10 +31,10 @@ class _BlockMean:
 class Likelihood(DensityObjective):
     r"""Negative log-likelihood with kinetic and Jacobian regularisers (RNODE, 2002.02798, eq. 17).
 
-    The loss is the negative log-likelihood plus :math:`\lambda_K \int\|f\|^2 + \lambda_J \int\|J\|_F^2`. For images eq.
-    17 is in nats per dimension, and the loss is that in bits/dim: the negative log-likelihood and the regularisers are
-    both divided by :math:`D \ln 2`, D being the dimension of the whole flow. For vectors the loss is in nats,
-    undivided. The regularisers' quadratures are added to every CNF block of the flow.
+    The loss is the negative log-likelihood plus :math:`\lambda_K \int\|f\|^2 + \lambda_J \int\|J\|_F^2`. For images the
+    published loss is in nats per dimension, and this one is the same in bits/dim: the negative log-likelihood and the
+    regularisers are both divided by :math:`D \ln 2`, D being the dimension of the whole flow. For vectors the loss is
+    in nats, undivided. The regularisers' quadratures are added to every CNF block of the flow.
 
     Args:
         flow: the density to fit.

@@ -41,8 +41,8 @@ class FlowMatching(DensityObjective):
             loss is the bound on bits/dim of the diffusion model with the same denoiser, up to the overlap of grey
             levels; otherwise w is cut off near t = 0. ``"even"``: :math:`w = 1/\dot b(t)^2`, which is 1 on a path
             without noise. ``"default"``: likelihood on a path with noise, even otherwise.
-        times: ``"importance"``: sampled in proportion to the loss, which is measured at intervals (:meth:`learn`);
-            ``"even"``: uniform. Both are stratified over the batch and give the same loss in expectation.
+        times: ``"importance"``: sampled where the loss is large, as measured at intervals (:meth:`learn`); ``"even"``:
+            uniform. Both are stratified over the batch and give the same loss in expectation.
 
     Raises:
         ConfigError: for unknown settings, a flow without such a path, or optimal transport on a path with noise, which
