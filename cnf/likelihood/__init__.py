@@ -1,4 +1,4 @@
-"""Evaluation: what a split costs in bits or nats, how far that figure can be trusted, and which items and columns cost it."""
+"""Likelihood evaluation: bits/dim or nats of a split, its numerical errors, rankings of rows, and costs of columns."""
 
 from cnf.likelihood.checks import Check, block_errors, check, integral_2d, refined, round_trip_error, solver_error
 from cnf.likelihood.columns import Column, column_report, conditional_log_prob, spacing_entropy

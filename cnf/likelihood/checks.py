@@ -1,4 +1,4 @@
-"""How far a figure can be trusted: finer solves, round trips, the integral of a density."""
+"""Numerical errors of a likelihood: refined solves, round trips, and the integral of a density."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ __all__ = ["Check", "block_errors", "check", "integral_2d", "refined", "round_tr
 
 @dataclass(frozen=True)
 class Check:
-    """What :func:`check` found on ``items`` items."""
+    """Result of :func:`check` on ``items`` rows."""
 
     items: int
     unit: str
-    """Of the differences: bits/dim for images, nats for vectors, as the figure itself."""
+    """Unit of the differences: bits/dim for images, nats for vectors."""
     difference: float
-    """How the mean moves at ten times tighter tolerances (twice the steps of a fixed grid), the noise held fixed."""
+    """Change of the mean at ten times tighter tolerances (twice the steps of a fixed grid), with the same noise."""
     largest: float
-    """The largest move of a single item, without its sign."""
+    """Largest absolute change of a single row."""
     round_trip: float
-    """max |x - inverse(forward(x))|; of images on the scale [0, 1], of vectors in standard deviations (see round_trip_error)."""
+    """max |x - inverse(forward(x))|, as :func:`round_trip_error` scales it."""
 
 
 @contextmanager
 def refined(flow: Flow) -> Iterator[None]:
-    """Inside, the flow's solvers are finer: ten times tighter tolerances, or twice the steps of a fixed grid."""
+    """Context manager that refines the flow's solvers: ten times tighter tolerances, or twice the steps of a grid."""
     kept = [(block, block.solver, block.eval_solver) for block in flow.blocks]
     try:
         for block, solver, eval_solver in kept:
@@ -65,11 +65,11 @@ def check(
     group: Group = ALONE,
     progress: Callable[[int, int], object] | None = None,
 ) -> Check:
-    """Solve again at ten times tighter tolerances, and go there and back, batch by batch.
+    """Solve again at ten times tighter tolerances and measure the round-trip error, batch by batch.
 
     Args:
         flow: in evaluation mode.
-        x: the items to check (N, \\*event).
+        x: the rows to check (N, \\*event).
         context: (N, C), (C,) or None.
         dequantisation, seed, batch_size, index, group, progress: as for :func:`~cnf.likelihood.evaluate`.
 
@@ -83,7 +83,7 @@ def check(
 
     def report(part: int, done: int, total: int) -> None:
         if progress is not None:
-            progress(part * total + done, 3 * total)  # two solves and a round trip of each batch
+            progress(part * total + done, 3 * total)  # three passes: two solves and a round trip of each batch
 
     def solve(part: int) -> Evaluation:
         return evaluate(
@@ -93,9 +93,9 @@ def check(
 
     before = solve(0)
     with refined(flow), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of items that cannot be solved: said already
+        warnings.simplefilter("ignore", UserWarning)  # on rows that cannot be solved: the first solve has warned
         moved = solve(1).per_item - before.per_item
-    solved = moved.isfinite()  # the others are named by the evaluation
+    solved = moved.isfinite()  # the evaluation reports the others
     x, index, moved = x[solved], before.index[solved], moved[solved]
     context = context if context is None or context.ndim == 1 else context[solved]
     size = batch_size or default_batch_size(flow)
@@ -122,10 +122,11 @@ def check(
 def solver_error(
     flow: Flow, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, group: Group = ALONE
 ) -> float:
-    """How much the mean likelihood of a batch moves when its solver is refined (twice the steps, or ten times tighter).
+    """Return the absolute change of a batch's mean log-likelihood under a refined solver (twice the steps, or rtol/10).
 
-    The same noise is used twice, so give ``noise``. In bits/dim for images and nats per dimension for vectors; the mode of
-    ``flow`` says which solver is measured. In a ``group`` each process gives its rows of the batch, and all get its error.
+    In bits/dim for images and nats per dimension for vectors. Both solves use the same noise if ``noise`` is given. The
+    mode of ``flow`` selects the solver. Each process of ``group`` passes its own rows of the batch, and all get the
+    joint error.
     """
     with group.together():
         moved = _moves(flow, x, context, noise)
@@ -134,14 +135,14 @@ def solver_error(
 
 
 def _moves(flow: Flow, x: Tensor, context: Tensor | None, noise: Noise | None) -> Tensor:
-    """By how much each item's log p (N,) moves when every block's solver is refined."""
+    """Return the change of each row's log p (N,) with every block's solver refined."""
     before = flow.log_prob(x, context, noise=noise)
     with refined(flow):
         return flow.log_prob(x, context, noise=noise) - before
 
 
 class _Recorded:
-    """A block's solver that keeps its solutions, and gives them again."""
+    """A block's solver that records its solutions and replays them."""
 
     def __init__(self, solver: Solver):
         self.solver, self.solutions, self.place = solver, list[Solution](), -1
@@ -161,11 +162,11 @@ class _Recorded:
 def block_errors(
     flow: Flow, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, whole: bool = False, group: Group = ALONE
 ) -> list[float]:
-    """How much the likelihood of a batch moves when the training solver of one block alone is refined, block by block.
+    """Return, for each block, the change of a batch's likelihood with this block's training solver refined.
 
-    Each is the mean of the items' moves without their sign, in bits/dim for images and nats per dimension for vectors, as
-    :func:`solver_error` counts, whose error is at most about their sum. Blocks before the refined one are not solved again.
-    With ``whole`` all blocks are refined together, which gives one number at a small part of the price.
+    Each is the mean absolute change of the rows, in bits/dim for images and nats per dimension for vectors;
+    :func:`solver_error` is at most about their sum. Blocks before the refined one are not solved again. With ``whole``
+    all blocks are refined together, which gives one number at a small fraction of the cost.
 
     Args:
         flow: in training mode.
@@ -190,7 +191,7 @@ def block_errors(
             for i, block in enumerate(blocks):
                 block.solver = kept[i].refined()
                 moves.append((flow.log_prob(x, context, noise=noise) - before).abs())
-                block.solver = recorded[i]  # what the next ones are given is the same again
+                block.solver = recorded[i]  # restores the input of the next blocks
                 for one in recorded[: i + 1]:
                     one.place = 0
     finally:
@@ -201,10 +202,10 @@ def block_errors(
 
 @torch.no_grad()
 def round_trip_error(flow: Flow, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> float:
-    """max |x - inverse(forward(x))| over a batch.
+    """Return max |x - inverse(forward(x))| over a batch.
 
-    Of uint8 images on the scale [0, 1], from the middle of their levels; of vectors in standard deviations of each column
-    where the flow standardises them, since the columns of a table differ by orders of magnitude.
+    uint8 images count on the scale [0, 1], from the middle of their grey levels; vectors in standard deviations of each
+    column if the flow standardises them, since the columns of a table differ by orders of magnitude.
     """
     if not x.is_floating_point():
         assert flow.levels is not None
@@ -218,7 +219,7 @@ def round_trip_error(flow: Flow, x: Tensor, context: Tensor | None = None, *, no
 
 @torch.no_grad()
 def integral_2d(flow: Flow, extent: float = 8.0, resolution: int = 400) -> float:
-    """∫ p over the square [-extent, extent]², by the midpoint rule: 1 for a density that lives inside."""
+    """Return ∫ p over the square [-extent, extent]² by the midpoint rule: 1 for a density inside it."""
     like = flow.like
     side = 2 * extent / resolution
     ticks = torch.linspace(-extent + side / 2, extent - side / 2, resolution, dtype=like.dtype, device=like.device)

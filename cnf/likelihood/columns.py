@@ -1,4 +1,4 @@
-"""Which columns of a table cost nats: each column's cost given all others, beside its cost alone."""
+"""Costs of a table's columns in nats: each given all others, and alone."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from cnf.flow import Flow
 
 __all__ = ["Column", "column_report", "conditional_log_prob", "spacing_entropy"]
 
-BUDGET = 2**18  # points at which a report evaluates the density, where nothing is said
-FINEST = 1e-3  # of a column's standard deviation: the scale at which the quadrature resolves a conditional density
+BUDGET = 2**18  # default number of evaluations of the density in a report
+FINEST = 1e-3  # resolution of the quadrature, as a fraction of a column's standard deviation
 
 
 @dataclass(frozen=True)
 class Column:
-    r"""One column's share of the cost, in nats, on the scale of the data.
+    r"""Cost of one column of a table, in nats, on the scale of the data.
 
-    A joint density's cost is not a sum over columns; these are the two ends of what a column may be said to cost. ``alone``
-    is the entropy :math:`H(x_j)` of the column, a property of the data: what the best density of this column by itself would
-    pay. ``given_others`` is the model's :math:`-E \ln p(x_j | x_{-j})`, what it pays for the column when all others are
-    known. ``saved`` = alone - given_others is what the model draws from the other columns: where the model is right the mutual
-    information :math:`I(x_j; x_{-j})`, and negative where the model is worse than ignoring them: there it loses nats.
+    The cost of a joint density is not a sum over columns; these are the two extremes of a column's cost. ``alone`` is
+    the entropy :math:`H(x_j)` of the column, a property of the data: the cost under the best density of this column by
+    itself. ``given_others`` is the model's :math:`-E \ln p(x_j | x_{-j})`, the cost of the column if all others are
+    known. ``saved`` = alone - given_others is the gain from the other columns: the mutual information :math:`I(x_j;
+    x_{-j})` if the model is exact, and negative if the model is worse than ignoring them.
     """
 
     name: str
     given_others: float
     standard_error: float
-    """Of ``given_others``, over items."""
+    """Standard error of ``given_others`` over rows."""
     alone: float
-    """By m-spacings of all items given; -inf for a column that repeats its values so often that it has no density."""
+    """By m-spacings of all rows; -inf for a column whose values repeat so often that it has no density."""
     saved: float
     log_scale: float
-    """ln of the column's standard deviation: the part of either cost that is the choice of units alone."""
+    """ln of the column's standard deviation: the part of both costs that depends on units."""
     quadrature_error: float
-    """How ``given_others`` moves when every other point of the quadrature is left out (its error is far smaller)."""
+    """Mean absolute change of ``given_others`` with every other point of the quadrature (its error is far smaller)."""
 
 
 @contextmanager
 def _exact_trace(flow: Flow) -> Iterator[None]:
-    """Inside, every block takes the exact trace: an estimate's noise would not leave the integral unbiased."""
+    """Context manager with the exact trace in every block: the noise of an estimate would bias the integral."""
     kept = [(block, block.divergence) for block in flow.blocks]
     try:
         for block, divergence in kept:
@@ -69,34 +69,34 @@ def conditional_log_prob(
     points: int = 121,
     batch_size: int = 8192,
 ) -> tuple[Tensor, Tensor]:
-    r"""log p(x_j | x_{-j}) = log p(x) - log ∫ p(x) dx_j, nats, by one-dimensional quadrature along the column.
+    r"""Return log p(x_j | x_{-j}) = log p(x) - log ∫ p(x) dx_j, in nats, by 1-D quadrature along the column.
 
-    x_j is itself a draw from the conditional density, so whatever the density's width w, its mass lies within a few w of
-    x_j. The trapezoidal rule therefore runs over :math:`x_j + a \sinh(v)`, even in v: points spaced in proportion to their
-    distance from x_j, down to a = scale/1000.
+    x_j is itself a draw from the conditional density, so that for a density of any width w the mass lies within a few w
+    of x_j. The trapezoidal rule therefore runs over :math:`x_j + a \sinh(v)`, uniform in v: the spacing of the points
+    is proportional to their distance from x_j, down to a = scale/1000.
 
     Args:
         flow: a flow of vectors, in evaluation mode.
         x: rows (N, D).
         column: j.
         context: (N, C), (C,) or None.
-        support: the interval that is integrated over; it must hold the column's mass.
+        support: the interval of integration; it must contain the column's mass.
         scale: the column's standard deviation.
-        points: of the quadrature.
+        points: number of quadrature points.
         batch_size: rows of a solve.
 
     Returns:
         The conditional log-density (N,), and the same from every other point.
 
     Raises:
-        DataError: for events that are no vectors, or a row outside the support.
+        DataError: for events that are not vectors, or a row outside the support.
         ConfigError: for fewer than five points.
     """
     if x.ndim != 2:
         raise DataError(f"columns are those of a table (N, D), but x has shape {tuple(x.shape)}")
     if points < 5:
         raise ConfigError(f"points={points}; expected at least 5 for the quadrature")
-    points += 1 - points % 2  # odd, so that leaving out every other one keeps both ends
+    points += 1 - points % 2  # odd, so that every other point includes both ends
     own = x[:, column].double()
     low, high = support
     if float(own.min()) < low or float(own.max()) > high:
@@ -124,13 +124,15 @@ def conditional_log_prob(
 
 
 def spacing_entropy(values: Tensor, m: int | None = None) -> float:
-    r"""The differential entropy (nats) of one column (N,) by m-spacings, -inf where more than m items share a value.
+    r"""Return the differential entropy (nats) of a column (N,) by m-spacings.
+
+    It is -inf if more than m rows share a value.
 
     :math:`\frac{1}{N-m} \sum_i \ln(x_{(i+m)} - x_{(i)}) - \psi(m) + \psi(N+1)`: unbiased for a uniform density.
 
     Args:
         values: the column.
-        m: the spacing; the root of N if None.
+        m: the spacing; the rounded square root of N if None.
 
     Raises:
         DataError: for fewer than three values.
@@ -160,20 +162,20 @@ def column_report(
     items: int | None = None,
     points: int = 121,
 ) -> list[Column]:
-    """What each column costs (see :class:`Column`), always with the exact trace.
+    """Return the cost of each column (see :class:`Column`), always with the exact trace.
 
     Args:
         flow: a flow of vectors, in evaluation mode.
-        x: a split (N, D); all of it serves ``alone``.
+        x: a split (N, D); all rows enter ``alone``.
         context: (N, C), (C,) or None.
         names: of the columns.
-        items: rows, evenly spread over the split, that serve ``given_others``; by default as many as BUDGET evaluations of
-            the density allow, at most 256.
-        points: of the quadrature.
+        items: number of rows, evenly spaced in the split, that enter ``given_others``; by default as many as BUDGET
+            evaluations of the density allow, from 16 to 256.
+        points: number of quadrature points.
 
     Raises:
-        DataError: for events that are no vectors, fewer than three rows, or a constant column.
-        ConfigError: for numbers of names, items or points that cannot be.
+        DataError: for events that are not vectors, fewer than three rows, or a constant column.
+        ConfigError: for a number of names other than that of the columns, or too few items or points.
     """
     if x.ndim != 2:
         raise DataError(f"columns are those of a table (N, D), but x has shape {tuple(x.shape)}")
@@ -194,7 +196,7 @@ def column_report(
         if not scale > 0:
             raise DataError(f"column {j} is constant: it has no density")
         alone = spacing_entropy(column)
-        pad = (high - low) / 2  # room for the tails that the items at hand did not reach
+        pad = (high - low) / 2  # for tails beyond these rows
         full, half = conditional_log_prob(
             flow, rows, j, given, support=(low - pad, high + pad), scale=scale, points=points
         )

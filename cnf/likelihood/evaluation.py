@@ -1,4 +1,4 @@
-"""The likelihood of every item of a split, with its standard errors over items and over noise."""
+"""Likelihood of every row of a split, with standard errors over rows and over noise."""
 
 from __future__ import annotations
 
@@ -26,50 +26,51 @@ from cnf.transforms import Dequantize
 __all__ = ["DEQUANTISATIONS", "Evaluation", "ItemNoise", "default_batch_size", "evaluate"]
 
 DEQUANTISATIONS = ("uniform", "variational", "truncated-normal", "mid-bin")
-OWN = {VariationalDequantize: "variational", TruncatedNormalDequantize: "truncated-normal"}  # a flow's, other than uniform
+# dequantisations that are part of a flow
+OWN = {VariationalDequantize: "variational", TruncatedNormalDequantize: "truncated-normal"}
 MID_BIN_NOTE = "the density at the middle of each grey level, which is no bound on the pixels' likelihood"
 INFLATED_NOTE = "Hutchinson's noise inflates the mean over importance samples, which is no bound: take the exact trace"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A split's negative log-likelihood, in ``unit`` (bits/dim for images, nats for vectors).
+    """Negative log-likelihood of a split, in ``unit`` (bits/dim for images, nats for vectors).
 
-    Items that cannot be solved (``unsolved``) have NaN in ``per_item`` and ``log_prob``; all other figures are of the rest, and
-    :attr:`unsolved_note` says so.
+    Rows that cannot be solved (``unsolved``) are NaN in ``per_item`` and ``log_prob``; all other figures are over the
+    remaining rows, and :attr:`unsolved_note` reports them.
     """
 
     mean: float
     standard_error: float
-    """Over items, their share of the noise included; NaN for a single item."""
+    """Over rows, including their share of the noise; NaN for a single row."""
     noise_standard_error: float | None
-    """Over noise draws, the items held fixed; 0 where no noise enters, None where one draw cannot tell."""
+    """Over noise draws with the rows fixed; 0 without noise, None for a single draw."""
     unit: str
     per_item: Tensor
     """(N,) float64, in ``unit``."""
     log_prob: Tensor
-    """(N,) float64, in nats: of an image's pixels (or the bound on it), of a vector's density."""
+    """(N,) float64, in nats: of an image's pixels (or its bound), of a vector's density."""
     index: Tensor
-    """(N,) the items' numbers in their split."""
+    """(N,) indices of the rows in their split."""
     draws: int
     importance: int
-    """Samples K of each draw's importance-weighted bound; 1 is the plain bound."""
+    """Number K of samples in each draw's importance-weighted bound; 1 is the plain bound."""
     dequantisation: str
     """``"uniform"``, ``"variational"``, ``"truncated-normal"``, ``"mid-bin"``, or ``"none"`` for floats."""
     bound: bool | None
-    """Whether the figure bounds that of the pixels from above, in expectation; None for floats, which have a density."""
+    """Whether the figure is in expectation an upper bound on that of the pixels; None for floats (no bound needed)."""
     nfe: float
     """Evaluations of the field in a batch's solve, averaged over batches."""
     products: float
-    """Those of them that took a derivative, for the trace."""
+    """The evaluations among them that compute a derivative for the trace."""
     unsolved: tuple[int, ...] = ()
-    """Numbers in their split of the items whose ODE could not be solved."""
+    """Indices in their split of the rows whose ODE cannot be solved."""
     reason: str = ""
-    """Why the first of them could not."""
+    """Why the first of them cannot be solved."""
 
     @property
     def unsolved_note(self) -> str | None:
-        """Which items have no likelihood, and why; None where all have one."""
+        """Which rows have no likelihood, and why; None if all have one."""
         if not self.unsolved:
             return None
         count = len(self.unsolved)
@@ -77,10 +78,10 @@ class Evaluation:
         return f"{count:,} of {len(self.per_item):,} items cannot be solved and are left out of the mean (items {shown}): {self.reason}"
 
     def require_solved(self) -> Evaluation:
-        """This evaluation.
+        """Return this evaluation.
 
         Raises:
-            SolverError: where an item has no likelihood.
+            SolverError: if a row has no likelihood.
         """
         if self.unsolved:
             raise SolverError(str(self.unsolved_note))
@@ -88,14 +89,14 @@ class Evaluation:
 
     @property
     def note(self) -> str | None:
-        """Why the figure is no bound, where it is none."""
+        """Why the figure is not a bound; None if it is one or the data are floats."""
         if self.bound is not False:
             return None
         return MID_BIN_NOTE if self.dequantisation == "mid-bin" else INFLATED_NOTE
 
 
 def default_batch_size(flow: Flow) -> int:
-    """Items solved together where nothing is said: fewer for larger ones, so that memory stays bounded."""
+    """Return the default number of rows of a solve: fewer for larger rows, to bound memory."""
     return max(1, min(4096, 2**18 // flow.dim))
 
 
@@ -115,36 +116,39 @@ def evaluate(
     steps: Tensor | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Evaluation:
-    r"""The negative log-likelihood of every item, no batch dropped, sums in double precision.
+    r"""Evaluate the negative log-likelihood of every row, with sums in double precision.
 
-    Items whose ODE cannot be solved are named in the result (``unsolved``) and in a warning; all others keep their likelihood.
+    Rows whose ODE cannot be solved are reported in the result (``unsolved``) and in a warning; all others keep their
+    likelihood.
 
-    With ``importance`` K each draw is :math:`\ln \frac1K \sum_k p(x + u_k) / q(u_k)`, the :math:`-\ln K` included
-    (1509.00519): a bound that rises with K to the pixels' log-likelihood. K = 1 is the plain bound. ``"mid-bin"`` is what
-    RNODE's code reports (2002.02798): the density at (k + 1/2)/levels, which is no bound.
+    With ``importance`` K each draw is :math:`\ln \frac1K \sum_k p(x + u_k) / q(u_k)` (1509.00519, with the term
+    :math:`-\ln K`): a bound that rises with K to the pixels' log-likelihood. K = 1 is the plain bound. ``"mid-bin"``,
+    the figure of RNODE's code (2002.02798), is the density at (k + 1/2)/levels, which is not a bound.
 
     Args:
-        flow: in whatever mode it is; evaluation means ``flow.eval()``.
-        x: uint8 images or float vectors (N, \*event); floats in [0, 1] count with the flow's levels.
+        flow: used in its current mode; call ``flow.eval()`` for evaluation.
+        x: uint8 images or float vectors (N, \*event); floats in [0, 1] are scaled by the flow's levels.
         context: (N, C), (C,) or None.
-        draws: independent noise draws (dequantisation, probe), averaged; one serves where no noise enters.
-        importance: samples K of the dequantisation noise in each draw's bound.
-        dequantisation: ``"uniform"``, ``"variational"``, ``"truncated-normal"`` or ``"mid-bin"``; the flow's own if None.
+        draws: independent noise draws (dequantisation, probe), averaged; 1 is used if there is no noise.
+        importance: number K of samples of the dequantisation noise in each draw's bound.
+        dequantisation: ``"uniform"``, ``"variational"``, ``"truncated-normal"`` or ``"mid-bin"``; the flow's own if
+            None.
         seed: of the noise.
-        batch_size: items solved together; by their size if None.
-        index: (N,) the items' numbers in their split, by which their noise is drawn; 0, 1, ... if None.
-        group: processes that all call this with the same arguments: the batches are dealt out, and each gets the whole result,
-            to the last bit that of one process (of the same kind).
-        steps: (N, D) of vectors: uniform noise on [0, step) is added to each value, anew at each draw; 0 for values without a
-            step. The mean of the draws' log-densities bounds ln of the mean density over a step from below.
-        progress: called with the number of this process's solves that are done and of all of them, before the first and after
-            each (such as :meth:`cnf.progress.Progress.update`).
+        batch_size: rows of a solve; by the event's size if None.
+        index: (N,) indices of the rows in their split, which determine their noise; 0, 1, ... if None.
+        group: processes that all call this with the same arguments: they share the batches, and each gets the whole
+            result, bitwise that of a single process (on the same hardware).
+        steps: (N, D) for vectors: uniform noise on [0, step) is added to each value in each draw; 0 for values without
+            a step. The mean of the draws' log-densities is a lower bound on ln of the mean density over a step.
+        progress: called with the number of this process's finished solves and of all its solves, before the first and
+            after each (such as :meth:`cnf.progress.Progress.update`).
 
     Raises:
-        SolverError: from a solve that failed for no row in particular, or for more than 16 rows of a batch, or for all items;
-            on all processes alike.
-        DataError: for no items at all, or float images outside [0, 1].
-        ConfigError: for numbers below one, or a dequantisation or importance weighting that the flow or the data lacks.
+        SolverError: if a solve fails without naming rows, for more than 16 rows of a batch, or for all rows; on all
+            processes.
+        DataError: for no rows, or float images outside [0, 1].
+        ConfigError: for numbers below one, or a dequantisation or importance weighting that the flow or data do not
+            support.
 
     Example:
         >>> from cnf import ModelConfig, SolverConfig, build
@@ -212,7 +216,7 @@ def evaluate(
     n = len(solved)
     noise_error: float | None = 0.0
     if spread or probed:
-        # items draw independent noise, so their variances add: far steadier than the variance of a few means
+        # rows draw independent noise, so their variances add: far steadier than the variance of a few means
         noise_error = abs(scale) * math.sqrt(float(table[:, ~lost].var(0).mean()) / (draws * n)) if draws > 1 else None
     found = Evaluation(
         mean=float(solved.mean()),
@@ -237,7 +241,7 @@ def evaluate(
 
 
 def _kind(flow: Flow, x: Tensor, wanted: str | None) -> str:
-    """How grey levels become numbers in this evaluation."""
+    """Return the dequantisation of this evaluation."""
     if wanted is not None and wanted not in DEQUANTISATIONS:
         raise ConfigError(f"dequantisation={wanted!r} is unknown: expected one of {', '.join(DEQUANTISATIONS)}")
     if flow.levels is None or x.is_floating_point():
@@ -253,10 +257,10 @@ def _kind(flow: Flow, x: Tensor, wanted: str | None) -> str:
 def _solved(
     flow: Flow, x: Tensor, context: Tensor | None, noise: tuple[int, Sequence[int], int, int], kind: str, steps: Tensor | None
 ) -> tuple[Tensor, Stats, str]:
-    """:func:`_log_prob` of the rows that can be solved, NaN for the others, and why the first of them cannot.
+    """Return :func:`_log_prob` of the rows that can be solved, NaN for the others, and why the first of them cannot.
 
     Raises:
-        SolverError: from a solve that failed for no row in particular, or for more than :data:`FAILING`.
+        SolverError: if a solve fails without naming rows, or for more than :data:`FAILING` rows.
     """
     seed, items, number, sample = noise
     keep, reason = list(range(len(x))), ""
@@ -279,7 +283,7 @@ def _solved(
 def _log_prob(
     flow: Flow, x: Tensor, context: Tensor | None, noise: Noise, kind: str, steps: Tensor | None = None
 ) -> tuple[Tensor, Stats]:
-    """log p of one batch (N,), float64 on the CPU, on the pixels' scale for images; and what its solve cost."""
+    """Return log p (N,), float64 on the CPU, on the pixels' scale for images, and the statistics of the solve."""
     like = flow.like
     if steps is not None:
         x = x + steps.to(x) * noise.draw("dequantize", "uniform", x.shape, dtype=x.dtype, device=x.device)
@@ -289,12 +293,12 @@ def _log_prob(
     if flow.levels is not None and kind not in OWN.values():
         if kind == "mid-bin":
             x = (x.to(like.dtype) + 0.5) / flow.levels
-        elif kind == "uniform":  # outside the flow, which may have learned noise of its own
+        elif kind == "uniform":  # outside the flow, whose own dequantisation may be learned
             x = Dequantize(flow.levels)(x, noise=noise).value.to(like.dtype)
         shift = -flow.dim * math.log(flow.levels)
     out = flow.evaluate(x, context, noise=noise, integrals=False)
     base = flow.base_log_prob(out.value).double()
-    if not bool(base.isfinite().all()):  # far out, squares overflow float32
+    if not bool(base.isfinite().all()):  # squares overflow float32 far from the data
         base = flow.base_log_prob(out.value.double())
     log_prob = base + out.log_det.double()
     return log_prob.cpu() + shift, out.stats

@@ -1,4 +1,4 @@
-"""Items sorted by how hard their solves look, so that batches are of a kind and a hard item holds up none but its like."""
+"""Batches of rows of similar stiffness, so that a stiff row slows down only similar ones."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from cnf.transforms import Transform, leaves
 __all__ = ["hardness", "sorted_rows"]
 
 _FIFTH = TABLEAUS["dopri5"]
-# Dormand and Prince's weights of order 5 less those of order 4, the last of them at the step's end
+# Dormand and Prince's weights of order 5 minus those of order 4, the last one at the end of the step
 _ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
 
 
 def sorted_rows(flow: Flow, x: Tensor, context: Tensor | None, *, size: int, group: Group) -> Tensor:
-    """The order (N,) in which to cut items into batches of ``size``: by :func:`hardness`, or as they are where that is idle.
+    """Return the order (N,) in which to batch the rows: by :func:`hardness`, or unchanged where sorting is useless.
 
-    Idle it is for a single batch, and for solvers whose steps do not depend on the items. It saved a trained flow of a
-    checkerboard a fifth of its evaluations (batches of 128), one of digits a twelfth (of 64), a multiscale flow of digits
-    none: an adaptive solver looks at the mean error over a batch, which one hard item moves little.
+    Sorting is useless for a single batch, and for solvers whose steps do not depend on the rows. It saved a fifth of
+    the evaluations of a trained flow of a checkerboard (batches of 128), a twelfth of one of digits (of 64), none of a
+    multiscale flow of digits: an adaptive solver controls the mean error over a batch, which one stiff row moves
+    little.
 
     Args:
         flow: in evaluation mode.
         x: points (N, \\*event), images as floats or uint8.
         context: (N, C), (C,) or None.
-        size: items of a batch.
+        size: rows of a batch.
         group: processes that share the work; each gets the same order.
 
     Raises:
-        SolverError: from a learned time that could not be solved.
+        SolverError: if a learned time cannot be solved.
     """
     rows = torch.arange(len(x))
     first = _first(flow)
@@ -54,11 +55,12 @@ def sorted_rows(flow: Flow, x: Tensor, context: Tensor | None, *, size: int, gro
 
 @torch.no_grad()
 def hardness(flow: Flow, x: Tensor, context: Tensor | None = None) -> Tensor:
-    """The error (N,) that one step of order 5 over the whole first block would make, float64 on the CPU; seven evaluations of f.
+    """Return the local error (N,) of one fifth-order step over the whole first block, float64 on the CPU.
 
-    On trained flows of digits and of a checkerboard it goes with the evaluations of a solve of that item alone (rank
-    correlation 0.6 to 0.7 at 1e-5 and at 1e-7), where \\|f\\| or the change of f over a small Euler step do on one set alone,
-    if any. Images are looked at in the middle of their grey levels.
+    It costs seven evaluations of f. On trained flows of digits and of a checkerboard it correlates with the evaluations
+    of a solve of that row alone (rank correlation 0.6 to 0.7 at tolerances 1e-5 and 1e-7), whereas \\|f\\| and the
+    change of f over a small Euler step do so on one data set at most. Images are evaluated at the middle of their grey
+    levels.
 
     Example:
         >>> from cnf import ModelConfig, SolverConfig, build
@@ -89,7 +91,7 @@ def hardness(flow: Flow, x: Tensor, context: Tensor | None = None) -> Tensor:
 
 
 def _opened(transform: Transform) -> Iterator[Transform]:
-    """The leaves of a chain up to a Split, the first scale of a multiscale chain opened too."""
+    """Yield the leaves of a chain up to a Split, and those of the first scale of a multiscale chain."""
     for leaf in leaves(transform):
         if not isinstance(leaf, Multiscale):
             yield leaf
@@ -100,7 +102,7 @@ def _opened(transform: Transform) -> Iterator[Transform]:
 
 
 def _first(flow: Flow) -> CNF | None:
-    """The block that an item meets first; None where it stands inside a transform that is no chain."""
+    """Return the first block on a row's way; None if it is inside a transform that is not a chain."""
     for leaf in _opened(flow.transform):
         if isinstance(leaf, CNF):
             return leaf

@@ -1,4 +1,4 @@
-"""Noise of an evaluation: each item's own."""
+"""Evaluation noise that depends on each row alone."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["ItemNoise"]
 
 
 class ItemNoise(Noise):
-    """Noise as a pure function of (seed, draw, item), so that a figure does not depend on the batches it was made in.
+    """Noise as a pure function of (seed, draw, row), so that figures do not depend on the batches.
 
-    The samples of one importance-weighted bound differ in the dequantisation noise alone: they share the probe, which
-    would otherwise add its own noise to every weight and inflate their mean.
+    The samples of one importance-weighted bound differ only in the dequantisation noise: they share the probe, whose
+    noise would otherwise enter every weight and inflate their mean.
 
     Args:
         seed: of the evaluation.
-        items: the numbers of the rows of this batch in their split.
-        draw: number of the noise draw.
-        sample: number of the importance sample within the draw.
+        items: indices in their split of this batch's rows.
+        draw: index of the noise draw.
+        sample: index of the importance sample within the draw.
 
     Example:
         >>> whole = ItemNoise(0, range(8)).draw("dequantize", "uniform", (8, 3))
@@ -50,7 +50,11 @@ class ItemNoise(Noise):
         device: torch.device | str | None = None,
         batch_dim: int | None = 0,
     ) -> Tensor:
-        """Draw by name, item by item."""
+        """Draw by name, row by row.
+
+        Raises:
+            ConfigError: if ``shape`` has another number of rows than ``items``.
+        """
         purpose = f"{self.purpose}/{self.sample}" if name == "dequantize" else self.purpose
 
         def one(item: int, part: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Items in the order of their likelihood."""
+"""Rows in the order of their likelihood."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ CAUTION = (
 
 @dataclass(frozen=True)
 class Ranking:
-    """Items by likelihood, least likely first. Likelihood alone is not an anomaly score (see :data:`CAUTION`)."""
+    """Rows by likelihood, least likely first. Likelihood alone is not an anomaly score (see :data:`CAUTION`)."""
 
     names: tuple[str, ...]
     scores: Tensor
-    """(N,) negative log-likelihood, in the evaluation's unit, falling; NaN, last, of items that cannot be solved."""
+    """(N,) negative log-likelihood in the evaluation's unit, descending; NaN, last, for rows that cannot be solved."""
     order: Tensor
-    """(N,) where each of them stood among the items given."""
+    """(N,) index of each row in the input."""
     below: Tensor | None
-    """(N,) share of the reference's items that are less likely still."""
+    """(N,) fraction of the reference's rows that are less likely."""
     found: Evaluation
 
     def text(self, limit: int | None = 20) -> str:
-        """The first ``limit`` items (all if None) as lines, with the caution."""
+        """Format the first ``limit`` rows (all if None) as lines, with the caution."""
         count = len(self.names) if limit is None else min(limit, len(self.names))
         lines = [f"{len(self.names):,} items by likelihood, least likely first ({self.found.unit}, lower is likelier):"]
         width = max((len(name) for name in self.names[:count]), default=0)
@@ -70,24 +70,25 @@ def rank(
     steps: Tensor | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Ranking:
-    """Sort items by their likelihood, least likely first; items that cannot be solved come last, and are named.
+    """Sort rows by their likelihood, least likely first; rows that cannot be solved come last and are named.
 
-    Likelihood alone is not an anomaly score: a density depends on the units of its data and falls for whatever is busy or
-    rare in detail, and models of images are known to find plain images of other kinds likelier than their own data ("Do deep
-    generative models know what they don't know?", 1810.09136). Compare with the spread of known good items (``reference``) and
-    look at what stands at both ends before calling anything an anomaly.
+    Likelihood alone is not an anomaly score: a density depends on the units of the data and is low for busy or rare
+    detail, and image models are known to assign plain images of other kinds a higher likelihood than their own data
+    ("Do deep generative models know what they don't know?", 1810.09136). Compare with the scores of known good rows
+    (``reference``), and inspect both ends before calling anything an anomaly.
 
     Args:
         flow: in evaluation mode.
-        x: the items (N, \\*event).
-        names: of the items; their numbers if None.
+        x: the rows (N, \\*event).
+        names: of the rows; their indices if None.
         context: (N, C), (C,) or None.
-        reference: (M,) scores of known items in the same unit, such as the per-item scores of a test split.
-        draws, importance, dequantisation, seed, batch_size, group, steps, progress: as for :func:`~cnf.likelihood.evaluate`.
+        reference: (M,) scores of known rows in the same unit, such as the per-row scores of a test split.
+        draws, importance, dequantisation, seed, batch_size, group, steps, progress: as for
+            :func:`~cnf.likelihood.evaluate`.
 
     Raises:
-        ConfigError: for names that do not fit the items.
-        DataError: for no items.
+        ConfigError: for a number of names other than that of the rows.
+        DataError: for no rows.
 
     Example:
         >>> from cnf import ModelConfig, SolverConfig, build
