@@ -1,4 +1,4 @@
-"""Run folders: config.json, trainer.pt (the whole resume state), model.safetensors (the export), each with a checksum."""
+"""Run folders: config.json, trainer.pt (resume state) and model.safetensors (weights), each with a checksum."""
 
 from cnf.checkpoint.config import FORMAT, RunInfo, config_digest, read_config, write_config
 from cnf.checkpoint.files import leftovers, one_line, write_atomic, write_text

@@ -25,7 +25,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # erro
 
 @dataclass
 class _Held:
-    number: int  # the open file's
+    number: int  # descriptor of the open file
     depth: int = 1
 
 

@@ -65,7 +65,7 @@ class Group:
         """Return the number of ``count`` pieces of work, numbered from 0, that this rank does."""
         return len(range(self.rank, count, self.size))
 
-    # -- figures -------------------------------------------------------------------------------------------------
+    # -- reductions ----------------------------------------------------------------------------------------------
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum over ranks; a value that is zero on all other ranks arrives unchanged."""
@@ -153,7 +153,7 @@ class Group:
         if self.size > 1 and self.largest([float(bool(failure))])[0]:
             raise SolverError(self.reasons(failure))
 
-    # -- decisions -----------------------------------------------------------------------------------------------
+    # -- objects and decisions -----------------------------------------------------------------------------------
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, on all ranks."""
@@ -233,7 +233,7 @@ class Group:
                 self._call(lambda whole=whole: dist.broadcast(whole, src=0))  # type: ignore[misc]
                 tensor.copy_(whole)
 
-    # -- the ends ------------------------------------------------------------------------------------------------
+    # -- shutdown ------------------------------------------------------------------------------------------------
 
     def barrier(self) -> None:
         """Wait for all ranks."""

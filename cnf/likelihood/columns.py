@@ -27,8 +27,8 @@ class Column:
     The cost of a joint density is not a sum over columns; these are the two extremes of a column's cost. ``alone`` is
     the entropy :math:`H(x_j)` of the column, a property of the data: the cost under the best density of this column by
     itself. ``given_others`` is the model's :math:`-E \ln p(x_j | x_{-j})`, the cost of the column if all others are
-    known. ``saved`` = alone - given_others is the gain from the other columns: the mutual information :math:`I(x_j;
-    x_{-j})` if the model is exact, and negative if the model is worse than ignoring them.
+    known. ``saved`` = alone - given_others is the gain from the other columns: the mutual information
+    :math:`I(x_j; x_{-j})` if the model is exact, and negative if the model is worse than ignoring them.
     """
 
     name: str

@@ -26,8 +26,7 @@ from cnf.transforms import Dequantize
 __all__ = ["DEQUANTISATIONS", "Evaluation", "ItemNoise", "default_batch_size", "evaluate"]
 
 DEQUANTISATIONS = ("uniform", "variational", "truncated-normal", "mid-bin")
-# dequantisations that are part of a flow
-OWN = {VariationalDequantize: "variational", TruncatedNormalDequantize: "truncated-normal"}
+OWN = {VariationalDequantize: "variational", TruncatedNormalDequantize: "truncated-normal"}  # part of a flow
 MID_BIN_NOTE = "the density at the middle of each grey level, which is no bound on the pixels' likelihood"
 INFLATED_NOTE = "Hutchinson's noise inflates the mean over importance samples, which is no bound: take the exact trace"
 
@@ -58,7 +57,7 @@ class Evaluation:
     dequantisation: str
     """``"uniform"``, ``"variational"``, ``"truncated-normal"``, ``"mid-bin"``, or ``"none"`` for floats."""
     bound: bool | None
-    """Whether the figure is in expectation an upper bound on that of the pixels; None for floats (no bound needed)."""
+    """Whether the figure bounds the pixels' from above, in expectation; None for floats, which have a density."""
     nfe: float
     """Evaluations of the field in a batch's solve, averaged over batches."""
     products: float
@@ -118,8 +117,7 @@ def evaluate(
 ) -> Evaluation:
     r"""Evaluate the negative log-likelihood of every row, with sums in double precision.
 
-    Rows whose ODE cannot be solved are reported in the result (``unsolved``) and in a warning; all others keep their
-    likelihood.
+    Rows whose ODE cannot be solved are reported in ``unsolved`` and in a warning; all others keep their likelihood.
 
     With ``importance`` K each draw is :math:`\ln \frac1K \sum_k p(x + u_k) / q(u_k)` (1509.00519, with the term
     :math:`-\ln K`): a bound that rises with K to the pixels' log-likelihood. K = 1 is the plain bound. ``"mid-bin"``,
@@ -131,8 +129,7 @@ def evaluate(
         context: (N, C), (C,) or None.
         draws: independent noise draws (dequantisation, probe), averaged; 1 is used if there is no noise.
         importance: number K of samples of the dequantisation noise in each draw's bound.
-        dequantisation: ``"uniform"``, ``"variational"``, ``"truncated-normal"`` or ``"mid-bin"``; the flow's own if
-            None.
+        dequantisation: ``"uniform"``, ``"variational"``, ``"truncated-normal"`` or ``"mid-bin"``; the flow's if None.
         seed: of the noise.
         batch_size: rows of a solve; by the event's size if None.
         index: (N,) indices of the rows in their split, which determine their noise; 0, 1, ... if None.
@@ -144,11 +141,9 @@ def evaluate(
             after each (such as :meth:`cnf.progress.Progress.update`).
 
     Raises:
-        SolverError: if a solve fails without naming rows, for more than 16 rows of a batch, or for all rows; on all
-            processes.
+        SolverError: if a solve fails without naming rows, for more than 16 rows of a batch, or for all; on all ranks.
         DataError: for no rows, or float images outside [0, 1].
-        ConfigError: for numbers below one, or a dequantisation or importance weighting that the flow or data do not
-            support.
+        ConfigError: for numbers below one, or a dequantisation or weighting that flow or data do not support.
 
     Example:
         >>> from cnf import ModelConfig, SolverConfig, build

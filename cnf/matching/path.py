@@ -137,7 +137,7 @@ class MatchingPath:
     def _evaluated(self, block: CNF, t: Tensor, x: Tensor, context: Tensor | None, noise: Noise | None) -> Tensor:
         """Evaluate the block's field in its training precision, compiled if the block is."""
         # with several blocks or shared times the number of rows varies from step to step, and each number would be
-        # compiled anew
+        # recompiled
         compiles = block.compiles and torch.is_grad_enabled() and len(self.blocks) == 1 and not self.together
         run: Callable[..., Tensor] = compiled(_field, x.is_cuda) if compiles else _field
         with field_precision(block.autocast if block.training else None, x):

@@ -183,9 +183,7 @@ class Trainer:
             advance(self, lr, found.names, figures)
 
     def settle(self) -> dict[str, float] | None:
-        """Read the pending metrics from the device and process them.
-
-        Return the latest step's metrics, or None if its batch was skipped.
+        """Read and process the pending metrics; return the latest step's, None if its batch was skipped.
 
         Raises:
             TrainingError: if too many consecutive batches are unusable after all rollbacks.
@@ -243,8 +241,7 @@ class Trainer:
         Raises:
             Interrupted: after SIGINT or SIGTERM, with everything saved.
             TrainingError: if too many consecutive batches are unusable after all rollbacks.
-            CheckpointError: if the final state cannot be saved in the run folder; names the folder that holds it
-                instead.
+            CheckpointError: if the final state cannot be saved in the run folder; names the one that holds it.
         """
         started, before, first = time.monotonic(), self.seconds, self.step
         self._saved_at = started

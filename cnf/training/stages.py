@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Stage", "enter", "fresh", "rate", "stages", "undo_gaming"]
 
-GAMED = 10.0  # solver error, as a multiple of the tolerance, above which fine-tuning is rolled back
+GAMED = 10.0  # fine-tuning is rolled back above this solver error, as a multiple of the tolerance
 SETTLING = 3  # measurements of the solver's error before fine-tuning
 
 

@@ -66,7 +66,7 @@ def restore(trainer: Trainer) -> None:
         rows = int(state["metrics"])
         trainer.recovery.load(state["recovery"])
         trainer.pending = dict(state["pending"])
-        # absent in checkpoints of earlier versions, which had no unprocessed outcomes
+        # absent in checkpoints of earlier versions, which processed every step at once
         trainer.ledger.load(state.get("outcomes", []))
         _keep_penalties(trainer, state)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
