@@ -52,7 +52,7 @@ class Split(nn.Module):
 
 
 def scale_shapes(shape: Shape) -> list[Shape]:
-    """Return the input shape of each scale for images (C, H, W): (H, W), (H/2, W/2), ... down to 4 x 4.
+    """Return the input shape of each scale for images (C, H, W): sizes (H, W), (H/2, W/2), ... of at least 4 x 4.
 
     Raises:
         ConfigError: for an event_shape that is no image, sizes below 4 x 4, or an odd size before a squeeze.
@@ -205,11 +205,7 @@ class Multiscale(Transform):
         return [cast(Transform, scale) for scale in self.scales]
 
     def latent_shape(self, shape: Shape) -> Shape:
-        """Return (D,), the shape of the flat latent.
-
-        Raises:
-            ConfigError: for a shape other than the input shape.
-        """
+        """Return (D,), the shape of the flat latent."""
         if tuple(shape) != self.shape:
             raise ConfigError(f"this multiscale chain was built for events of shape {self.shape}, not {tuple(shape)}")
         return (math.prod(shape),)

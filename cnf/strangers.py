@@ -49,8 +49,8 @@ def zip_members(archive: zipfile.ZipFile, size: int, *, stored: bool = False) ->
         stored: accept only uncompressed members, as torch writes them.
 
     Raises:
-        zipfile.BadZipFile: for members that share a name or bytes, are encrypted or compressed by another method than
-            deflate, or unpack to more than 256 MiB and 500 times the archive's size (a decompression bomb).
+        zipfile.BadZipFile: for members that share a name or bytes, are encrypted or compressed by an unsupported
+            method, or unpack to more than 256 MiB and 500 times the archive's size (a decompression bomb).
     """
     found = archive.infolist()
     if len({m.filename for m in found}) < len(found):

@@ -85,7 +85,7 @@ def carry(
         return tuple(span * part for part in out)
 
     entries = [start.x] + ([] if start.a is None else [start.a]) + ([start.v] if moving else [])
-    # leaves only: a learned end time is part of the two times, and would be counted twice with them
+    # none derived from another: a learned end time is part of the two times, and would be counted twice
     modules = [block.field, *([] if path is None else [path])]
     parameters = [p for m in modules for p in m.parameters()] + [first, last, *([] if context is None else [context])]
     end = solver_of(block, solver).solve(rhs, tuple(entries), dynamic=len(entries), parameters=parameters).state
