@@ -22,7 +22,7 @@ State = tuple[Tensor, ...]
 
 
 class OneStage(NamedTuple):
-    """Randomly drawn stage of a grid that alone evaluates the integrands with a Jacobian product of their own.
+    """Randomly drawn stage of a grid, the only one that evaluates integrands with a separate Jacobian product.
 
     Their values there are divided by ``share``, the stage's fraction of the stage weights and thus the probability of
     being drawn: an unbiased estimate of the grid's integral, for one Jacobian product per solve.
@@ -120,7 +120,7 @@ def field_precision(kind: torch.dtype | None, x: Tensor) -> AbstractContextManag
 
 
 def _evaluate(rhs: RightHandSide, s: Tensor, state: State, sampled: bool) -> State:
-    """Evaluate the dynamics; ``sampled`` sets the integrands of the one drawn stage to zero."""
+    """Evaluate the dynamics; ``sampled`` sets integrands that only the drawn stage evaluates to zero."""
     span, x = rhs.span, state[0]
     t = rhs.start + s * span
     if rhs.path is None:
