@@ -1,4 +1,4 @@
-"""torch.compile with a way back: where a compiler is missing, or something cannot be compiled, a warning and plain Python."""
+"""torch.compile with a fallback to eager execution."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import torch
 __all__ = ["CompilationWarning", "compiled"]
 
 BACKEND = "inductor"
-# shapes and settings that one function may be compiled for: a multiscale chain on images has up to 20 shapes, each with and
-# without a gradient (checkpoints) and a product of its own (a stage drawn at random)
+# recompile limit per function: a multiscale chain on images has up to 20 shapes, each with and without a gradient
+# (checkpoints) and with a Jacobian product (a randomly drawn stage)
 GRAPHS = 128
 
 
 class CompilationWarning(UserWarning):
-    """Something runs uncompiled that was to be compiled."""
+    """Issued when compilation fails and eager execution is used instead."""
 
 
 class _Compiled:
-    """A compiled function that once and for all becomes the plain one where compiling fails."""
+    """Compiled function that falls back to the eager one permanently if compilation fails."""
 
     def __init__(self, function: Callable[..., Any], graphs: bool):
         self.plain: Callable[..., Any] = function
         options: Any = {"triton.cudagraphs": True} if graphs else None
-        # one graph or none: a graph in pieces is slower than no graph, and nobody would notice
+        # one full graph or an error: a graph with breaks is slower than eager execution, unnoticed
         self.compiled: Callable[..., Any] | None = torch.compile(
             function, fullgraph=True, dynamic=False, backend=BACKEND, options=options
         )  # fmt: skip
@@ -51,24 +51,24 @@ class _Compiled:
 
     @staticmethod
     def _configure() -> None:
-        """What torch.compile takes from the process alone."""
+        """Set the options of torch.compile that are global to the process."""
         names = ("torch._dynamo.config", "torch._functorch.config")
         dynamo, functorch = cast(tuple[Any, Any], tuple(map(importlib.import_module, names)))
         dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
-        functorch.donated_buffer = False  # a checkpointed solve goes back twice through what was made before it
+        functorch.donated_buffer = False  # backward of a checkpointed solve runs twice through tensors saved before it
 
 
 @cache
 def compiled(function: Callable[..., Any], graphs: bool = False) -> _Compiled:
-    """The function compiled, always the same for one function: a graph for each shape and setting it meets, kept.
+    """Return the compiled function, cached per function, with one graph for each shape and setting.
 
-    Without a compiler, or where something in it cannot be compiled, it warns once (:class:`CompilationWarning`) and then is
-    the function itself.
+    Without a compiler, or if part of the function cannot be compiled, it warns once (:class:`CompilationWarning`) and
+    runs eagerly from then on.
 
     Args:
-        function: what is compiled.
-        graphs: on a GPU, launch all its kernels together, as a CUDA graph. What it gave holds until it is called again after
-            a backward pass: for what is differentiated at once.
+        function: function to compile.
+        graphs: on a GPU, launch all kernels together as a CUDA graph. An output is valid until the next call that
+            follows a backward pass, so differentiate it at once.
 
     Example:
         >>> def double(x):

@@ -1,4 +1,4 @@
-"""Checks of values: made at once, or left to whoever reads the results later."""
+"""Value checks, immediate or deferred to the caller."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def vectorized() -> bool:
 
 
 def tracing(*tensors: Tensor) -> bool:
-    """Return whether values cannot be looked at: inside torch.compile, torch.export or torch.func, or for tensors without any.
+    """Return whether values are unavailable (torch.compile, torch.export, torch.func, meta or fake tensors).
 
     Example:
         >>> tracing(torch.zeros(2)), tracing(torch.zeros(2, device="meta")), bool(torch.func.vmap(lambda x: x * tracing(x))(torch.ones(2)).all())
@@ -38,17 +38,17 @@ def tracing(*tensors: Tensor) -> bool:
 
 
 def deferred(*tensors: Tensor) -> bool:
-    """Return whether value checks of these tensors are left to the caller, or cannot be made (see :func:`tracing`)."""
+    """Return whether value checks of these tensors are deferred to the caller, or impossible (see :func:`tracing`)."""
     return tracing(*tensors) or _STATE.depth > 0
 
 
 @contextmanager
 def deferred_checks() -> Iterator[None]:
-    """Inside, and in this thread, the CPU does not wait for a GPU to look at values: what cannot be solved comes out not finite.
+    """Defer value checks in this thread, to avoid host synchronisation; a failed solve returns non-finite values.
 
-    Data and states that are not finite, grey levels and ranges go unchecked, and a grid's solve raises no SolverError: the
-    caller has to look whether loss and gradient are finite, at a time of its own. Shapes, types and adaptive solves, whose
-    steps depend on values anyway, are checked all the same.
+    Non-finite data and states, grey levels and ranges are not checked, and a fixed grid raises no SolverError: the
+    caller has to check that loss and gradient are finite. Shapes, dtypes and adaptive solves, whose steps depend on
+    values anyway, are still checked.
 
     Example:
         >>> from cnf import CNF, Flow
@@ -69,5 +69,5 @@ def deferred_checks() -> Iterator[None]:
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
-    """On its way to the device: to a GPU from pinned memory, so that nothing waits until it has arrived."""
+    """Copy to the device asynchronously (pinned memory)."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)

@@ -1,4 +1,4 @@
-"""Noise that spreads grey levels otherwise than evenly: a normal one, cut off, and one that is learned with the model."""
+"""Dequantisation with truncated normal noise and with learned (variational) noise."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from cnf.transforms import Dequantize, Transformed
 
 __all__ = ["TruncatedNormalDequantize", "VariationalDequantize"]
 
-MAX_LOG_SCALE = 3.0  # of one coupling: a scale between 1/20 and 20 is more than the noise inside a grey level calls for
+MAX_LOG_SCALE = 3.0  # per coupling: noise within a grey level needs no scale beyond 1/20 to 20
 
 
 class TruncatedNormalDequantize(Dequantize):
-    r"""uint8 k becomes (k + 1/2 + n/(2 τ))/levels, n standard normal cut off at ±τ: log_det = -D ln levels - log q (2305.03935).
+    r"""Truncated normal dequantisation y = (k + 1/2 + n/(2 τ))/levels, n standard normal truncated at ±τ (2305.03935).
 
-    The density at the data is then one of narrow, nearly normal peaks at the middles of the grey levels, as a path of normal
-    noise leads to, and log_prob of uint8 images is the bound :math:`E_q[\ln p(y) - \ln q(y | k)] \le \ln P(k)`, tight
-    where the model's peaks have that form. Floats pass unchanged.
+    log_det = -log q(y | k), the noise's density on the scale of [0, 1]. The data density has narrow, nearly normal
+    peaks at the centres of the grey levels, as a probability path with normal noise has. log_prob of uint8 images is
+    the bound :math:`E_q[\ln p(y) - \ln q(y | k)] \le \ln P(k)`, tight where the model's peaks have that form. Floats
+    pass unchanged.
 
     Args:
         levels: number of grey levels of the data set, as for :class:`~cnf.transforms.Dequantize`.
-        tau: where the noise is cut off, in its standard deviations: half a level's width.
+        tau: truncation in standard deviations of the noise; it spans half a grey level.
 
     Raises:
-        ConfigError: for levels or a tau that cannot be.
+        ConfigError: for levels outside 2 to 256, or tau outside (0, 6).
         DataError: for integers other than uint8, or pixels of ``levels`` or more.
 
     Example:
@@ -49,22 +50,22 @@ class TruncatedNormalDequantize(Dequantize):
 
     @property
     def scale(self) -> float:
-        """The noise's standard deviation before it is cut off, on the scale of [0, 1]."""
+        """Standard deviation of the noise before truncation, on the scale of [0, 1]."""
         return 1 / (2 * self.tau * self.levels)
 
     @property
     def mass(self) -> float:
-        """Of the normal distribution between the cuts."""
+        """Probability of the normal distribution between the truncation points."""
         return math.erf(self.tau / math.sqrt(2))
 
     @property
     def entropy(self) -> float:
-        """Of the noise in one pixel, on the scale of [0, 1], in nats."""
+        """Differential entropy of the noise in one pixel, on the scale of [0, 1], in nats."""
         height = math.exp(-self.tau**2 / 2) / math.sqrt(2 * math.pi)
         return math.log(math.sqrt(2 * math.pi * math.e) * self.scale * self.mass) - self.tau * height / self.mass
 
     def middle(self, x: Tensor) -> Tensor:
-        """The middles of the grey levels (N, \\*event), without noise; floats pass unchanged."""
+        """Return the centres of the grey levels (N, \\*event), without noise; floats pass unchanged."""
         if x.is_floating_point():
             return x
         self.check(x)
@@ -79,13 +80,13 @@ class TruncatedNormalDequantize(Dequantize):
         log_det: bool = True,
         integrals: bool = True,
     ) -> Transformed:
-        """uint8 to floats in [0, 1]."""
+        """Dequantise uint8 images to floats in [0, 1]; floats pass unchanged."""
         if x.is_floating_point():
             return super().forward(x)
         dtype = self._one.dtype
         e = draw(noise, "dequantize", "uniform", x.shape, dtype=torch.float64, device=x.device)
         n = (math.sqrt(2) * torch.erfinv(self.mass * (2 * e - 1))).clamp(-self.tau, self.tau)
-        # as in Dequantize: no rounding into the next grey level
+        # as in Dequantize: avoid rounding into the next grey level
         edge = self.tau * (1 - 4 * self.levels * torch.finfo(dtype).eps)
         n = n.clamp(-edge, edge).to(dtype)
         log_q = -0.5 * n.double().square() - math.log(math.sqrt(2 * math.pi) * self.scale * self.mass)
@@ -93,33 +94,34 @@ class TruncatedNormalDequantize(Dequantize):
 
 
 class VariationalDequantize(Dequantize):
-    r"""uint8 k becomes (k + u) / levels with u ~ q(u | k) learned: log_det = -D ln levels - log q(u | k) (Flow++, 1902.00275).
+    r"""Variational dequantisation y = (k + u) / levels with learned u ~ q(u | k) (Flow++, 1902.00275).
 
-    In expectation over u, log_prob of uint8 images is the bound :math:`E_q[\ln p(k, u) - \ln q(u | k)] \le \ln P(k)`, tight
-    where q is the posterior :math:`p(u | k)` that the model itself implies; uniform noise is the special case q = 1. Floats
-    pass unchanged, so densities and samples are those of the rest of the flow.
+    log_det = -D ln levels - log q(u | k). In expectation over u, log_prob of uint8 images is the bound
+    :math:`E_q[\ln p(k, u) - \ln q(u | k)] \le \ln P(k)`, tight where q is the model's posterior :math:`p(u | k)`;
+    uniform noise is the special case q = 1. Floats pass unchanged: their densities, and samples, do not depend on q.
 
-    The noise flow carries uniform e to :math:`v = \mathrm{logit}(e)`, then through couplings that move one colour of a
-    checkerboard by :math:`v \leftarrow v\, e^{s} + m`, s and m being a small convolutional network of the pixels (all of them)
-    and of the other colour's noise, and then to :math:`u = \sigma(v)`. Its density is exact,
-    :math:`\ln q = -\sum_i (s_i + \ln \sigma'(v_i) - \ln \sigma'(\mathrm{logit}\, e_i))`. The networks' last layers start at zero,
-    where u = e: training begins at the plain bound. A context does not enter the noise: the bound holds all the same.
+    The noise flow maps uniform e to :math:`v = \mathrm{logit}(e)`, applies couplings :math:`v \leftarrow v\, e^{s} + m`
+    to one colour of a checkerboard, where s and m are a small convolutional network's outputs for all pixels and the
+    other colour's noise, and returns :math:`u = \sigma(v)`. Its density is exact,
+    :math:`\ln q = -\sum_i (s_i + \ln \sigma'(v_i) - \ln \sigma'(\mathrm{logit}\, e_i))`. The networks' last layers are
+    initialised to zero, where u = e: training starts at the uniform bound. The context does not enter the noise; the
+    bound holds regardless.
 
     Args:
         levels: number of grey levels of the data set, as for :class:`~cnf.transforms.Dequantize`.
         channels: channels C of the images.
         hidden: channels of the networks' two hidden layers.
-        couplings: number of couplings; with two, every pixel's noise may depend on its neighbours'.
+        couplings: number of couplings; from two on, the noise of every pixel can depend on its neighbours'.
 
     Raises:
-        ConfigError: for levels, channels, hidden or couplings that cannot be.
-        DataError: for images of another type or number of channels, or pixels of ``levels`` or more.
+        ConfigError: for levels outside 2 to 256, or channels, hidden or couplings below one.
+        DataError: for images of another dtype or number of channels, or pixels of ``levels`` or more.
 
     Example:
         >>> dequantize = VariationalDequantize(levels=17, channels=1)
         >>> pixels = torch.randint(0, 17, (5, 1, 8, 8), dtype=torch.uint8)
         >>> out = dequantize(pixels, noise=Noise(0))
-        >>> plain = Dequantize(17)(pixels, noise=Noise(0))  # untrained, it is plain dequantisation
+        >>> plain = Dequantize(17)(pixels, noise=Noise(0))  # before training, equal to uniform dequantisation
         >>> bool(torch.allclose(out.value, plain.value)), bool(torch.allclose(out.log_det, plain.log_det))
         (True, True)
     """
@@ -140,7 +142,7 @@ class VariationalDequantize(Dequantize):
         log_det: bool = True,
         integrals: bool = True,
     ) -> Transformed:
-        """uint8 to floats in [0, 1]."""
+        """Dequantise uint8 images to floats in [0, 1]; floats pass unchanged."""
         if x.is_floating_point():
             return super().forward(x)
         self.check(x)
@@ -149,21 +151,21 @@ class VariationalDequantize(Dequantize):
         dtype = self._one.dtype
         e = draw(noise, "dequantize", "uniform", x.shape, dtype=dtype, device=x.device)
         u, log_q = self.spread(x, e)
-        # as in Dequantize: k + u must not be rounded up into the next grey level
+        # as in Dequantize: k + u must not round up into the next grey level
         u = u.clamp(max=1 - 2 * self.levels * torch.finfo(dtype).eps)
         total = math.prod(x.shape[1:]) * math.log(self.levels)
         return Transformed((x.to(dtype) + u) / self.levels, -log_q - total, {}, Stats())
 
     def spread(self, pixels: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        """The learned noise u (N, C, H, W) in [0, 1] that uniform ``e`` becomes, and log q(u | pixels) (N,), nats."""
-        # uniform draws are multiples of the spacing eps / 2, zero among them: half a step off the ends, so logit is finite
+        """Return the learned noise u (N, C, H, W) in [0, 1] of uniform ``e``, and log q(u | pixels) (N,) in nats."""
+        # uniform draws are multiples of eps / 2, including zero: clamping half a step off the ends keeps logit finite
         e = e.clamp(torch.finfo(e.dtype).eps / 4, 1 - torch.finfo(e.dtype).eps / 2)
         v = start = torch.log(e) - torch.log1p(-e)
         total = torch.zeros_like(v)
         k = (pixels.to(e.dtype) + 0.5) * (2 / self.levels) - 1
         for number, network in enumerate(self.networks):
             moved = _checkerboard(v, number)
-            # where v is moved the network must not see it: there it gets zero, the middle of the noise
+            # entries of v that are transformed are hidden from the network: zero, the centre of the noise
             raw, shift = network(torch.cat([k, torch.tanh(v / 2) * ~moved], 1)).to(v).chunk(2, 1)
             scale = MAX_LOG_SCALE * torch.tanh(raw / MAX_LOG_SCALE) * moved
             v = v * scale.exp() + shift * moved
@@ -173,7 +175,7 @@ class VariationalDequantize(Dequantize):
 
 
 def _network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Three 3x3 convolutions, the last one zero."""
+    """Return three 3x3 convolutions, the last one initialised to zero."""
     last = nn.Conv2d(hidden, outputs, 3, padding=1)
     nn.init.zeros_(last.weight)
     assert last.bias is not None
@@ -183,12 +185,12 @@ def _network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 def _checkerboard(x: Tensor, number: int) -> Tensor:
-    """The pixels (1, 1, H, W) that coupling ``number`` moves; the first moves that of the first row and column."""
+    """Return the mask (1, 1, H, W) of the pixels that coupling ``number`` transforms; the first has pixel (0, 0)."""
     rows = torch.arange(x.shape[2], device=x.device)[:, None]
     columns = torch.arange(x.shape[3], device=x.device)[None]
     return ((rows + columns + number) % 2 == 0)[None, None]
 
 
 def _log_slope(v: Tensor) -> Tensor:
-    """ln of the sigmoid's derivative."""
+    """Return the log-derivative of the sigmoid at v."""
     return F.logsigmoid(v) + F.logsigmoid(-v)

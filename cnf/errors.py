@@ -1,4 +1,4 @@
-"""The exceptions that the package raises on purpose; every message says what was wrong and what to try."""
+"""Exceptions of the package."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ __all__ = ["CNFError", "CheckpointError", "ConfigError", "DataError", "SolverErr
 
 
 class CNFError(Exception):
-    """Base of every exception that ``cnf`` raises deliberately."""
+    """Base class of the exceptions that ``cnf`` raises deliberately."""
 
 
 class ConfigError(CNFError, ValueError):
-    """An argument or option has a value that cannot work."""
+    """Raised for an invalid value of an argument or option."""
 
 
 class DataError(CNFError, ValueError):
-    """A data set, file or batch cannot be used as it is."""
+    """Raised when a data set, file or batch cannot be used."""
 
 
 class SolverError(CNFError, RuntimeError):
-    """An ODE solve failed: a non-finite state, an underflowing step, or too many steps.
+    """Raised when an ODE solve fails: a non-finite state, step size underflow, or too many steps.
 
     Args:
         message: what happened, and what to try.
-        s: where, in the solver's own time from 0 to 1.
-        step: the size of the step in that time.
-        largest: the largest entry of the state there.
-        rows: the rows of the batch that could not be solved, where they are known; the others could.
-        exhausted: whether the solve took all the steps, or evaluations, that it may.
-        cause: where ``rows`` are known, why the first of them failed.
+        s: position in the solver's time, from 0 to 1.
+        step: step size in the solver's time.
+        largest: largest entry of the state there.
+        rows: rows of the batch that could not be solved, if known; all others were solved.
+        exhausted: True if the limit of steps or evaluations was reached.
+        cause: if ``rows`` are known, why the first of them failed.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class SolverError(CNFError, RuntimeError):
         self.rows, self.exhausted, self.cause = tuple(rows), exhausted, cause
 
     def inside(self, block: str, times: tuple[float, float] | None) -> SolverError:
-        """The same error, naming the block, and where known its times from start to stop."""
+        """Return the same error with the block's name and, if known, its start and stop times in the message."""
         place = ""
         if times is not None:
             start, stop = times
@@ -57,7 +57,7 @@ class SolverError(CNFError, RuntimeError):
         return SolverError(f"{block}: {self}{place}", rows=self.rows, cause=cause)
 
     def where(self, start: float, span: float) -> str:
-        """Place, step size and state in the time from ``start`` to ``start + span``, in words; "" where not known.
+        """Format position, step size and state for the time interval from ``start`` to ``start + span``; "" if unknown.
 
         Example:
             >>> SolverError("too many steps", s=0.25, step=0.001, largest=1e9).where(0.0, 2.0)
@@ -70,8 +70,8 @@ class SolverError(CNFError, RuntimeError):
 
 
 class CheckpointError(CNFError, RuntimeError):
-    """A run folder or a checkpoint cannot be read."""
+    """Raised when a run folder or a checkpoint cannot be read."""
 
 
 class TrainingError(CNFError, RuntimeError):
-    """Training cannot go on."""
+    """Raised when training cannot continue."""

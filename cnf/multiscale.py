@@ -1,4 +1,4 @@
-"""Split and the multiscale chain of Real NVP, FFJORD and RNODE: half of the channels leave at every scale."""
+"""Multiscale architecture of Real NVP, FFJORD and RNODE, which factors out half of the channels at every scale."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from cnf.transforms import Sequential, Squeeze, Transform, Transformed
 __all__ = ["Carried", "Multiscale", "Split", "multiscale", "scale_shapes"]
 
 Shape = tuple[int, ...]
-SMALLEST = 4  # height or width below which the published chain makes no further scale
+SMALLEST = 4  # smallest height or width at which the published architecture adds a scale
 
 
 class Split(nn.Module):
-    """The first half of the channels goes on, the second half leaves (Real NVP, 1605.08803).
+    """Channel split: the first half continues, the second half is factored out (Real NVP, 1605.08803).
 
-    After a squeeze, whose channels are input-channel-major, one channel's half is the upper row of every 2x2 square; of
-    three colours red and the upper row of green go on.
+    Squeezed channels are input-channel-major: of one squeezed channel, the upper row of every 2x2 square continues; of
+    three colours, red and the upper row of green.
 
     Raises:
-        DataError: for an odd number of channels, or halves that do not fit each other.
+        DataError: for an odd number of channels, or (``inverse``) halves of different shapes.
 
     Example:
         >>> on, out = Split()(torch.arange(4.0).reshape(1, 4, 1, 1))
@@ -38,24 +38,24 @@ class Split(nn.Module):
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 2C, H, W) to what goes on and what leaves, (N, C, H, W) each."""
+        """Split (N, 2C, H, W) into the continuing and the factored-out half, (N, C, H, W) each."""
         if x.ndim != 4 or x.shape[1] % 2:
             raise DataError(f"split halves the channels of (N, C, H, W), but x has shape {tuple(x.shape)}")
         half = x.shape[1] // 2
         return x[:, :half], x[:, half:]
 
     def inverse(self, on: Tensor, out: Tensor) -> Tensor:
-        """The two halves joined."""
+        """Concatenate the two halves."""
         if on.shape != out.shape or on.ndim != 4:
             raise DataError(f"halves of shapes {tuple(on.shape)} and {tuple(out.shape)} do not belong to one split")
         return torch.cat([on, out], 1)
 
 
 def scale_shapes(shape: Shape) -> list[Shape]:
-    """What enters each scale for images (C, H, W): one scale for every halving that starts from at least 4 x 4.
+    """Return the input shape of each scale for images (C, H, W): sizes (H, W), (H/2, W/2), ... of at least 4 x 4.
 
     Raises:
-        ConfigError: for events that are no images, smaller than 4 x 4, or of a size that is odd before a squeeze.
+        ConfigError: for an event_shape that is no image, sizes below 4 x 4, or an odd size before a squeeze.
 
     Example:
         >>> scale_shapes((1, 28, 28))
@@ -83,14 +83,14 @@ def scale_shapes(shape: Shape) -> list[Shape]:
 
 
 class Carried(Sequential):
-    """Blocks of one scale that share one augmented time: a starts afresh at the first and is carried from each block to
-    the next (AFFJORD, 2306.02731, §3.5).
+    """CNF blocks of one scale that share one augmented time a (AFFJORD, 2306.02731, §3.5).
 
-    The inverse integrates g forward through all blocks first, then walks back beside x; nothing is remembered from an
-    earlier call. Transforms between the blocks leave a as it is. A learned start is the first block's; others are dropped.
+    a is initialised at the first block and passed from each block to the next; a learned initial value is the first
+    block's, those of later blocks are removed. The inverse first integrates a forward through all blocks, then x and a
+    backward; no state is kept between calls. Transforms between the blocks leave a unchanged.
 
     Raises:
-        ConfigError: without blocks, for one without an augmented time, or for blocks inside a transform of the chain.
+        ConfigError: without blocks, for a block without augmented time, or for blocks nested in another transform.
 
     Example:
         >>> from cnf.continuous import CNF, Handover
@@ -118,15 +118,15 @@ class Carried(Sequential):
 
     @property
     def later(self) -> list[CNF]:
-        """The blocks that take a from the one before."""
+        """Blocks after the first, which continue the augmented time."""
         return [block for block in self._blocks if block is not self._blocks[0]]
 
     def start(self, x: Tensor, back: bool) -> Tensor | None:
-        """The augmented time at the beginning of the scale; x is what the chain is given."""
+        """Return the augmented time at the beginning of the scale, for the chain's input x."""
         return self._blocks[0].start(x)
 
     def between(self, transform: Transform, drive: Tensor | None) -> Tensor | None:
-        """What a transform without an ODE makes of the augmented time."""
+        """Return the augmented time after a transform without an ODE."""
         return drive
 
     def _chain(
@@ -135,7 +135,7 @@ class Carried(Sequential):
         steps = [(cast(Transform, transform), child(noise, i)) for i, transform in enumerate(self.transforms)]
         ends = [step.drawn_end(x, own) if isinstance(step, CNF) else None for step, own in steps]
         drive = self.start(x, back)
-        drives = [drive]  # where each step starts: before the chain runs (back), or while it runs
+        drives = [drive]  # augmented time at the start of each step, integrated in advance (back) or along with x
         if back:
             for (step, _), end in zip(steps, ends, strict=True):
                 assert drive is not None
@@ -159,18 +159,18 @@ class Carried(Sequential):
 
 
 class Multiscale(Transform):
-    """Scales one after another, a :class:`Split` between them; z (N, D) is what leaves them, flattened, in their order.
+    """Sequence of scales with a :class:`Split` in between; z (N, D) concatenates their flattened outputs in order.
 
-    Scale i draws from ``noise.child(i)``, and so child j of a ``Sequential`` scale from place i/j. Integrals of one
-    name are summed, and so is the cost.
+    Scale i receives ``noise.child(i)``, hence child j of a ``Sequential`` scale draws from place i/j. Integrals of the
+    same name and solver statistics are summed.
 
     Args:
-        scales: a transform for each scale; all but the last must leave an even number of channels.
-        shape: (C, H, W) of what enters the first.
+        scales: one transform per scale; all but the last must output an even number of channels.
+        shape: input shape (C, H, W).
 
     Raises:
-        ConfigError: without scales, or for a scale that cannot be split.
-        DataError: from ``inverse``, for a z of another size.
+        ConfigError: without scales, or for a scale whose output cannot be split.
+        DataError: from ``inverse``, for z of another size.
 
     Example:
         >>> from cnf.transforms import Sequential, Squeeze
@@ -205,7 +205,7 @@ class Multiscale(Transform):
         return [cast(Transform, scale) for scale in self.scales]
 
     def latent_shape(self, shape: Shape) -> Shape:
-        """(D,): z is flat."""
+        """Return (D,), the shape of the flat latent."""
         if tuple(shape) != self.shape:
             raise ConfigError(f"this multiscale chain was built for events of shape {self.shape}, not {tuple(shape)}")
         return (math.prod(shape),)
@@ -219,7 +219,7 @@ class Multiscale(Transform):
         log_det: bool = True,
         integrals: bool = True,
     ) -> Transformed:
-        """Images (N, C, H, W) to z (N, D)."""
+        """Map images (N, C, H, W) to z (N, D)."""
         parts, results = [], []
         for i, scale in enumerate(self._scales):
             results.append(scale(x, context, noise=child(noise, i), log_det=log_det, integrals=integrals))
@@ -238,7 +238,7 @@ class Multiscale(Transform):
         log_det: bool = True,
         integrals: bool = True,
     ) -> Transformed:
-        """z (N, D) to images (N, C, H, W)."""
+        """Map z (N, D) to images (N, C, H, W)."""
         sizes = [math.prod(shape) for shape in self.outputs]
         if z.ndim != 2 or z.shape[1] != sum(sizes):
             raise DataError(f"z has shape {tuple(z.shape)}; expected (N, {sum(sizes)}), the scales' outputs one after another")
@@ -253,7 +253,7 @@ class Multiscale(Transform):
 
 
 def _joined(value: Tensor, results: list[Transformed]) -> Transformed:
-    """The scales' log-dets, integrals and costs, summed."""
+    """Sum the log-dets, integrals and solver statistics of the results."""
     total = results[0].log_det
     for result in results[1:]:
         total = total + result.log_det
@@ -265,19 +265,19 @@ def _joined(value: Tensor, results: list[Transformed]) -> Transformed:
 
 
 def multiscale(shape: Shape, block: Callable[[Shape], Transform], num_blocks: int = 1) -> Multiscale:
-    """The published chain for images (C, H, W) (FFJORD, 1810.01367; RNODE, 2002.02798).
+    """Build the published multiscale architecture for images (C, H, W) (FFJORD, 1810.01367; RNODE, 2002.02798).
 
-    Every scale but the last is ``num_blocks`` blocks, a squeeze, ``num_blocks`` blocks on the squeezed image, and a
-    split; the last one is ``num_blocks`` blocks. That makes num_blocks (2 n - 1) blocks on n scales. Blocks with an
-    augmented time share one a in each scale (:class:`Carried`).
+    Every scale but the last is ``num_blocks`` blocks, a squeeze, ``num_blocks`` blocks and a split; the last one is
+    ``num_blocks`` blocks. On n scales there are num_blocks (2 n - 1) blocks. Blocks with an augmented time share it
+    within each scale (:class:`Carried`).
 
     Args:
         shape: (C, H, W).
-        block: makes a block for events of the shape that it is given.
+        block: factory that returns a block for an event_shape.
         num_blocks: blocks in each group.
 
     Raises:
-        ConfigError: for sizes that do not halve (see :func:`scale_shapes`), or fewer than one block.
+        ConfigError: for sizes that cannot be halved (see :func:`scale_shapes`), or fewer than one block.
 
     Example:
         >>> from cnf.continuous import CNF, Handover

@@ -1,4 +1,4 @@
-"""Where randomness enters: one object, handed down, whose draws are a pure function of what they are for."""
+"""Reproducible random numbers, keyed by seed, purpose, step, module path and batch row."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ Kind = Literal["uniform", "normal", "rademacher"]
 
 
 class Noise:
-    r"""Noise as a pure function of (seed, purpose, step, place, row of the joint batch).
+    r"""Random source whose draws are a pure function of (seed, purpose, step, place, row of the joint batch).
 
-    The place is the path of the module that draws (``Sequential`` hands ``noise.child(i)`` to child i) and the name it
-    draws by. A process that holds rows ``start .. start + n`` of a joint batch of ``total`` rows draws exactly its rows of
-    the joint draw, so many ranks or micro-batches see what one process sees, and a resumed run needs no generator state.
+    The place is the path of the drawing module (``Sequential`` passes ``noise.child(i)`` to child i) and the name of
+    the draw. A process that holds rows ``start .. start + n`` of a joint batch of ``total`` rows draws exactly its rows
+    of the joint draw: ranks and micro-batches reproduce a single process, and a resumed run needs no generator state.
 
     Args:
-        seed: the run's seed.
-        purpose: what the noise is for, such as ``"train"`` or ``"validation"``.
-        step: the training step, or the number of the batch.
-        start: the first row of the joint batch that is held here.
-        total: rows of the joint batch; ``None`` means that the rows held here are all.
+        seed: seed of the run.
+        purpose: use of the noise, such as ``"train"`` or ``"validation"``.
+        step: training step, or index of the batch.
+        start: index of the first local row in the joint batch.
+        total: rows of the joint batch; ``None`` if the local rows are the whole batch.
 
     Raises:
-        ConfigError: for rows that do not lie in the joint batch.
+        ConfigError: for local rows outside the joint batch.
 
     Example:
         >>> a = Noise(seed=0, step=3).child(1).draw("probe", "normal", (4, 2))
@@ -48,13 +48,13 @@ class Noise:
         self.place: tuple[int, ...] = ()
 
     def child(self, i: int) -> Noise:
-        """The noise of child ``i`` of the module that holds this one."""
+        """Return the noise of child module ``i``."""
         other = self._copy()
         other.place = (*self.place, int(i))
         return other
 
     def rows(self, start: int, total: int) -> Noise:
-        """The noise of a micro-batch: rows from ``start`` on of the ``total`` that this one serves.
+        """Return the noise of a micro-batch whose rows begin at ``start`` of ``total``.
 
         Example:
             >>> whole = Noise(seed=0)
@@ -85,17 +85,17 @@ class Noise:
         device: torch.device | str | None = None,
         batch_dim: int | None = 0,
     ) -> Tensor:
-        """Draw by name: the same arguments give the same tensor, bit for bit, on the same kind of device.
+        """Draw a named tensor; equal arguments give bitwise equal tensors on the same kind of device.
 
-        Torch's global generator is neither read nor moved.
+        Torch's global generator is neither read nor advanced.
 
         Args:
-            name: what is drawn, unique within one module and one call.
+            name: identifies the draw, unique within one module and one call.
             kind: ``"uniform"`` on [0, 1), standard ``"normal"``, or ``"rademacher"`` (plus or minus one).
-            shape: the shape wanted here.
+            shape: shape of the local result.
             dtype: floating-point type of the result.
-            device: where the result lives (and is drawn).
-            batch_dim: which dimension counts the rows; ``None`` where the draw is one for the whole batch.
+            device: device on which the result is drawn and returned.
+            batch_dim: dimension of the rows; ``None`` for one draw shared by the whole batch.
 
         Raises:
             ConfigError: for an unknown kind, or rows beyond the joint batch.
@@ -117,7 +117,10 @@ class Noise:
         return value.narrow(batch_dim, start, shape[batch_dim])
 
     def seed_of(self, name: str) -> int | None:
-        """A seed for a generator of its own, which draws what ``name`` says for the rows held here; None for replayed noise."""
+        """Return a seed for a separate generator of the draw ``name``, which depends on the first local row.
+
+        Replayed noise has no seed: None.
+        """
         return self._key(f"{name}/{self.start}")
 
     def _key(self, name: str) -> int:
@@ -127,12 +130,12 @@ class Noise:
 
     @staticmethod
     def replay(tensors: Mapping[str, Tensor]) -> Noise:
-        """Noise that returns the given tensors, keyed by place and name: ``{"1/probe": e, "0/dequantize": u}``.
+        """Return noise that replays the given tensors, keyed by place and name: ``{"1/probe": e, "0/dequantize": u}``.
 
-        A tensor may lack, or have, dimensions of size one: a probe (N, D) serves as (1, N, D).
+        Dimensions of size one may be missing or added: a probe (N, D) also serves as (1, N, D).
 
         Raises:
-            ConfigError: at a draw that has no tensor, or one whose shape does not fit (both named).
+            ConfigError: for a draw whose key has no tensor or one of another shape; the message names both.
 
         Example:
             >>> Noise.replay({"1/probe": torch.ones(2)}).child(1).draw("probe", "normal", (1, 2))
@@ -142,7 +145,7 @@ class Noise:
 
 
 class _Replay(Noise):
-    """Given tensors in place of random ones."""
+    """Noise that replays given tensors."""
 
     def __init__(self, tensors: dict[str, Tensor]):
         super().__init__(0)
@@ -193,7 +196,7 @@ def _sample(
 
 
 def child(noise: Noise | None, i: int) -> Noise | None:
-    """``noise.child(i)``, where ``None`` (torch's global generator) stays ``None``."""
+    """Return ``noise.child(i)``, or ``None`` (torch's global generator) for ``None``."""
     return None if noise is None else noise.child(i)
 
 
@@ -207,14 +210,14 @@ def draw(
     device: torch.device | str | None = None,
     batch_dim: int | None = 0,
 ) -> Tensor:
-    """``noise.draw(...)``, where ``None`` draws from torch's global generator."""
+    """Return ``noise.draw(...)``; ``None`` draws from torch's global generator."""
     if noise is None:
         return _sample(kind, shape, dtype, device, None)
     return noise.draw(name, kind, shape, dtype=dtype, device=device, batch_dim=batch_dim)
 
 
 def number(noise: Noise | None, name: str) -> float:
-    """One number for the whole batch, uniform on [0, 1), that the CPU decides by: drawn there, so that no GPU is waited for.
+    """Draw one uniform number on [0, 1) for the whole batch, on the CPU to avoid GPU synchronisation.
 
     Example:
         >>> number(Noise(0, step=3), "stage") == number(Noise(0, step=3, start=2, total=4), "stage")

@@ -1,4 +1,4 @@
-"""The published image models, each with the number of parameters that its paper gives or its released code makes."""
+"""Published image models and their parameter counts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FFJORD = ModelConfig(
     alpha=1e-6,
     marginals="logit",
 )
-"""FFJORD's image model (1810.01367): its README's command."""
+"""FFJORD's image model (1810.01367), by its README's command."""
 
 RNODE = ModelConfig(
     architecture="multiscale",
@@ -34,7 +34,7 @@ RNODE = ModelConfig(
     blocks=2,  # the default of its training script
     layer="concat",
     nonlinearity="softplus",
-    # f = 0 at the start, as the paper means it; the released code leaves the last bias at random
+    # f = 0 at the start, as in the paper; the released code leaves the last bias random
     zero_init=True,
     learn_end_time=False,
     alpha=0.05,
@@ -43,9 +43,10 @@ RNODE = ModelConfig(
 """RNODE's image model (2002.02798)."""
 
 AFFJORD = replace(FFJORD, blocks=1, drive="both")
-"""AFFJORD's image model (2306.02731), as its paper means it, f([x, a], θ(a)): one a(t) per scale, k = 20, as 20 constant channels of the
-first convolution, and all weights from its first 10 entries; with ``drive="hyper"`` a is no channel, with ``drive="concat"`` every
-convolution sees a and generates nothing."""
+"""AFFJORD's image model (2306.02731) as in its paper, f([x, a], θ(a)), with one a(t) of size k = 20 per scale.
+
+a is 20 constant channels of the first convolution's input; its first 10 entries generate all weights. With
+``drive="hyper"`` a is not a channel; with ``drive="concat"`` every convolution sees a, which generates no weights."""
 
 MNIST, CIFAR, IMAGENET64, CELEBAHQ256 = (1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 256, 256)
 SQUASH = "the released layer has one input channel too many and cannot run; without it the count is ours"
@@ -53,9 +54,9 @@ SQUASH = "the released layer has one input channel too many and cannot run; with
 
 @dataclass(frozen=True)
 class Published:
-    """A published model: settings, shape of the images, and number of parameters in the paper or the released code.
+    """Published model: settings, image shape, and number of parameters in the paper or the released code.
 
-    ``reason`` says why ours differs, where it does.
+    ``reason`` explains a difference from our count, if there is one.
     """
 
     name: str
@@ -66,7 +67,7 @@ class Published:
 
 
 def count(model: ModelConfig, shape: tuple[int, ...], levels: int | None = 256) -> int:
-    """Number of parameters, without making them.
+    """Return the number of parameters, without allocating them.
 
     Example:
         >>> count(FFJORD, (1, 28, 28))
@@ -90,7 +91,7 @@ def _published() -> Iterator[Published]:
         ("squash", 402_281, 682_387),
         ("concatcoord", 417_945, 705_955),
         ("blend", 783_019, 1_332_361),
-        # the released hyper layer never uses its last outputs; here they are the bias, so the count is the same
+        # the released hyper layer ignores its last outputs; here they are the bias, so the count is the same
         ("hyper", 783_019, 1_332_361),
     ):
         for data, shape, parameters in (("MNIST", MNIST, mnist), ("CIFAR-10", CIFAR, cifar)):
@@ -118,15 +119,16 @@ def _published() -> Iterator[Published]:
 
 
 def _affjord(drive: Literal["concat", "hyper", "both"], data: str, shape: tuple[int, int, int], parameters: int) -> Published:
-    """AFFJORD's released network carries parts that never act; ours is that one without them, term by term.
+    """Return a published AFFJORD model, with the terms by which our count differs.
 
-    The paper puts z* into the first convolution, the released code zeros of its shape: the published count fits both, and so
-    "hyper" (the code) and "both" (the paper) are measured against the same one.
+    The released network has parts without effect, which ours omits. The paper concatenates z* to the first
+    convolution's input, the released code zeros of its shape: the published count fits both, so "hyper" (the code) and
+    "both" (the paper) are compared with the same one.
     """
-    # channels of the blocks, as the multiscale chain of one block a group makes them
+    # channels of the blocks of a multiscale chain with one block per group
     channels = [part for c, _, _ in scale_shapes(shape) for part in (c, 4 * c)][:-1]
     n, c, k = len(channels), sum(channels), 20
-    weights = 1 if drive == "concat" else 11  # a full generator: 10 entries of a and a constant for every weight
+    weights = 1 if drive == "concat" else 11  # a full generator: 10 entries of a and a constant per weight
     terms = [
         (-weights * 9 * 64 * c, "weights of input channels that are " + ("z* in the paper, of x's shape" if drive == "both" else "always zero")),
         (-weights * (9 * 64 + 1) * c, "outputs that are thrown away"),
@@ -144,4 +146,4 @@ def _affjord(drive: Literal["concat", "hyper", "both"], data: str, shape: tuple[
 
 
 PUBLISHED = tuple(_published())
-"""Every image model whose number of parameters is known from its paper or by running its released code."""
+"""Image models whose parameter count is known from the paper or by running the released code."""

@@ -1,8 +1,4 @@
-"""What is integrated along the path beside the point: log-det, energies, Jacobian norms, running costs.
-
-Values are raw: the integral over t of the SUM over the block's dimensions, non-negative in both directions of time (the
-log-det apart, which has its sign).
-"""
+"""Quadratures along the path: energies, Jacobian norms, step error, running costs."""
 
 from __future__ import annotations
 
@@ -19,13 +15,17 @@ __all__ = ["Directional", "JacobianFrobenius", "Kinetic", "Quadrature", "Running
 
 
 class Quadrature(Protocol):
-    """An integrand with a name; ``need`` lists what it takes from the linearization (``"div"``, ``"jac_sq"``)."""
+    """Named integrand along the path; ``need`` lists the terms of the linearisation that it reads.
+
+    The terms are ``"div"`` and ``"jac_sq"``. Integrals are over |dt|, and integrands are sums, not means, over the
+    block's dimensions: the regularisers are non-negative in both directions of time.
+    """
 
     name: str
     need: frozenset[str]
 
     def __call__(self, t: Tensor, x: Tensor, linearization: Linearization, field: Bound) -> Tensor:
-        """The integrand (N,) at time t () and point x (N, \\*event)."""
+        """Return the integrand (N,) at time t () and points x (N, \\*event)."""
 
 
 class Kinetic:
@@ -39,8 +39,10 @@ class Kinetic:
 
 
 class JacobianFrobenius:
-    r"""Squared Frobenius norm :math:`\int \|\partial f / \partial x\|_F^2 dt`, from the trace's own product where it is an
-    estimate (RNODE, 2002.02798, eq. 16)."""
+    r"""Squared Frobenius norm :math:`\int \|\partial f / \partial x\|_F^2 dt` (RNODE, 2002.02798, eq. 16).
+
+    A Hutchinson estimate of the trace supplies it from the same Jacobian product.
+    """
 
     name = "jacobian"
     need: frozenset[str] = frozenset({"jac_sq"})
@@ -51,7 +53,7 @@ class JacobianFrobenius:
 
 
 class Directional:
-    r"""Directional derivative along the path :math:`\int \|J f\|^2 dt`: a true jvp, where the published codes pull back."""
+    r"""Directional derivative :math:`\int \|J f\|^2 dt` along the path, by jvp (the published codes use a vjp)."""
 
     name = "directional"
     need: frozenset[str] = frozenset()
@@ -61,7 +63,10 @@ class Directional:
 
 
 class TotalDerivative:
-    r"""The path's acceleration :math:`\int \|J f + \partial f / \partial t\|^2 dt`; zero means straight lines at constant speed."""
+    r"""Squared acceleration :math:`\int \|J f + \partial f / \partial t\|^2 dt` of the path.
+
+    It is zero for straight paths at constant speed.
+    """
 
     name = "total_derivative"
     need: frozenset[str] = frozenset()
@@ -71,10 +76,11 @@ class TotalDerivative:
 
 
 class StepError:
-    r"""The solver's own error :math:`\sum_j |h_j| \, \|E_j\|`, E_j the local error of step j of a grid (ERNODE, 2105.03918).
+    r"""Local error of a fixed grid, :math:`\sum_j |h_j| \, \|E_j\|` over its solver steps j (ERNODE, 2105.03918).
 
-    h is the step as a share of the block's time. E_j is the difference to a method of lower order with the same stages; there is one for ``"heun"``, ``"midpoint"``,
-    ``"rk4"`` and ``"rk4-classic"``. The grid adds it up; as an integrand it is zero, and so with any other solver.
+    h_j is the step as a fraction of the block's time, E_j the difference to a method of lower order with the same
+    stages, available for ``"heun"``, ``"midpoint"``, ``"rk4"`` and ``"rk4-classic"``. The grid solver accumulates it;
+    the integrand itself, and hence the integral of any other solver, is zero.
     """
 
     name = "step_error"
@@ -85,11 +91,14 @@ class StepError:
 
 
 class RunningCost:
-    r"""The user's own :math:`\int l(t, x) dt`.
+    r"""User-defined running cost :math:`\int l(t, x) dt`.
 
     Args:
-        name: its name among the integrals.
+        name: key among the integrals.
         cost: ``cost(t, x) -> (N,)``.
+
+    Raises:
+        ConfigError: on evaluation, for a cost of another shape.
 
     Example:
         >>> square = RunningCost("distance", lambda t, x: x.square().flatten(1).sum(1))
@@ -110,10 +119,10 @@ class RunningCost:
 
 
 def check_names(quadratures: Sequence[Quadrature]) -> None:
-    """Refuse two integrals of one name, or one called ``log_det``.
+    """Validate that the names are unique and none is ``log_det``.
 
     Raises:
-        ConfigError: naming the name.
+        ConfigError: naming the duplicate or reserved name.
     """
     names = [q.name for q in quadratures]
     for name in names:

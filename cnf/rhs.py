@@ -1,4 +1,4 @@
-"""The right-hand side of one solve: the point's motion with every integrand, in the precision of the field, compiled or not."""
+"""Augmented dynamics of one solve: state, augmented time, log-det and quadratures."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ State = tuple[Tensor, ...]
 
 
 class OneStage(NamedTuple):
-    """The one stage of a grid at which the integrands that take a product of their own are evaluated, drawn at random.
+    """Randomly drawn stage of a grid, the only one that evaluates integrands with a separate Jacobian product.
 
-    What they give there is divided by ``share``, the stage's part of all stages' weights and so the probability of its being
-    drawn: the integral is then that of the grid in expectation, at the price of one product a solve.
+    Their values there are divided by ``share``, the stage's fraction of the stage weights and thus the probability of
+    being drawn: an unbiased estimate of the grid's integral, for one Jacobian product per solve.
     """
 
     step: int
@@ -34,22 +34,23 @@ class OneStage(NamedTuple):
 
 
 class RightHandSide:
-    """d state / ds of one solve, with t = start + s span: dx/ds, da/ds where there is a path, dl/ds, and the quadratures.
+    """Augmented dynamics of one solve, d state / ds with t = start + s span.
 
-    A state of the dynamic entries alone gets their slopes alone.
+    The state is x, a if there is a path, the log-det, and the quadratures. A state of the dynamic entries (x, a) alone
+    returns their derivatives alone.
 
     Args:
-        field: prepared for this solve (see :func:`cnf.fields.custom.prepared`).
-        path: of the augmented time, or None.
-        divergence: how the trace is had.
-        quadratures: what else is integrated.
-        start, span: t at s = 0, and its length, negative on the way back; ().
+        field: vector field prepared for this solve (see :func:`cnf.fields.custom.prepared`).
+        path: augmented time, or None.
+        divergence: divergence strategy.
+        quadratures: further integrands.
+        start, span: t at s = 0, and the length of the time interval, negative for the inverse; ().
         context: (N, C), (C,) or None.
-        probe: what the divergence needs, held fixed.
-        log_det: whether the log-det is wanted.
-        autocast: type that the field computes in, or None for that of x; the state stays in its own.
+        probe: probe of the divergence, fixed during the solve.
+        log_det: integrate the log-det.
+        autocast: dtype of the field's computations, or None for that of x; the state keeps its own.
         compile: compile every evaluation.
-        once: the stage at which alone the integrands that need ``"jac_sq"`` are evaluated; None is all of them.
+        once: the only stage that evaluates integrands with ``"jac_sq"`` in ``need``; None evaluates them at all stages.
     """
 
     def __init__(
@@ -73,23 +74,23 @@ class RightHandSide:
         self.autocast, self.compile, self.once = autocast, compile, once
         self.foreign = tuple(not type(q).__module__.startswith("cnf.") or hasattr(q, "cost") for q in quadratures)
         self.custom = isinstance(field, CustomField) or any(self.foreign)
-        # a tensor: a number would be compiled in, and a graph made for each; filled on its device, not copied to it
+        # a tensor: a number would be compiled in, one graph per value; filled on the device, not copied to it
         self.share = None if once is None else start.new_full((), once.share)
         errors = [i for i, q in enumerate(self.quadratures) if isinstance(q, StepError)]
-        self.step_error = 1 + (path is not None) + log_det + errors[0] if errors else None  # its place in the state
+        self.step_error = 1 + (path is not None) + log_det + errors[0] if errors else None  # its index in the state
         self.need = frozenset({"div"} if log_det else ()).union(*(q.need for q in self.quadratures))
         if compile and "div" in self.need and (keep := getattr(field, "keep_kernel", None)) is not None:
-            # at any time; made within the compiled part, it would be made anew at every evaluation
+            # at any t; within the compiled part it would be recomputed at every evaluation
             keep(start if path is None else start.new_zeros(path.k))
 
     def weights(self, field: nn.Module) -> list[Tensor]:
-        """Parameters of the field, the augmented time's net and learned running costs: each once, though a cost may hold the field."""
+        """Return the parameters of the field, the augmented time and learned running costs, without duplicates."""
         learned = [m for q in self.quadratures for m in (q, getattr(q, "cost", None)) if isinstance(m, nn.Module)]
         modules = (field, *([] if self.path is None else [self.path]), *learned)
         return list({id(p): p for m in modules for p in m.parameters()}.values())
 
     def part(self, index: Tensor, field: Callable[[Tensor | None], Field]) -> RightHandSide:
-        """The right-hand side of the rows ``index`` (R,), with the field that ``field(context)`` prepares for them."""
+        """Return the dynamics of the rows ``index`` (R,), with the field that ``field(context)`` prepares for them."""
         other = copy.copy(self)
         if self.context is not None and self.context.ndim == 2:
             other.context = self.context[index]
@@ -101,7 +102,7 @@ class RightHandSide:
         return self._run(s, state, sampled=self.once is not None)
 
     def at(self, step: int, stage: int, s: Tensor, state: State) -> State:
-        """The same, for a grid that says at which of its stages it is."""
+        """Evaluate the dynamics at the given step and stage of a grid."""
         return self._run(s, state, sampled=self.once is not None and (step, stage) != (self.once.step, self.once.stage))
 
     def _run(self, s: Tensor, state: State, sampled: bool) -> State:
@@ -111,15 +112,15 @@ class RightHandSide:
 
 
 def field_precision(kind: torch.dtype | None, x: Tensor) -> AbstractContextManager[None]:
-    """Autocast to a field's type on x's device; nothing for None."""
+    """Return an autocast context for the field's dtype on x's device; a null context for None."""
     if kind is None:
         return nullcontext()
-    # no cache: it would keep the casts of one evaluation, which no other one sees
+    # no cache: it would keep the casts of one evaluation, which no other evaluation reuses
     return torch.autocast(x.device.type, kind, cache_enabled=False)
 
 
 def _evaluate(rhs: RightHandSide, s: Tensor, state: State, sampled: bool) -> State:
-    """One evaluation; ``sampled`` leaves out, as zero, what is evaluated at one stage alone."""
+    """Evaluate the dynamics; ``sampled`` sets integrands that only the drawn stage evaluates to zero."""
     span, x = rhs.span, state[0]
     t = rhs.start + s * span
     if rhs.path is None:
@@ -137,7 +138,7 @@ def _evaluate(rhs: RightHandSide, s: Tensor, state: State, sampled: bool) -> Sta
         return tuple(out)
     if rhs.log_det:
         out.append(span * cast(Tensor, parts.div))
-    # regularisers are non-negative both ways, so they take the length of the step, not its sign
+    # regularisers are non-negative in both directions: |span|, not its sign
     length = span.abs()
     for quadrature, foreign in zip(rhs.quadratures, rhs.foreign, strict=True):
         rare = rhs.share is not None and "jac_sq" in quadrature.need
@@ -145,6 +146,6 @@ def _evaluate(rhs: RightHandSide, s: Tensor, state: State, sampled: bool) -> Sta
             out.append(x.new_zeros(len(x)))
             continue
         with field_precision(rhs.autocast, x):
-            value = length * quadrature(t, x.clone() if foreign else x, parts, bound)  # user code may overwrite what it is handed
+            value = length * quadrature(t, x.clone() if foreign else x, parts, bound)  # user code may modify its input in place
         out.append(value / cast(Tensor, rhs.share) if rare else value)
     return tuple(out)

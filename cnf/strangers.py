@@ -1,4 +1,4 @@
-"""Files of unknown origin: what is looked at before anything in them is read."""
+"""Validation of untrusted files before they are read."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from cnf.errors import CNFError
 
 __all__ = ["check_pickle", "memory", "refusal", "require_file", "zip_members"]
 
-BOMB_BYTES, BOMB_RATIO = 2**28, 500  # a zip file that unpacks to more bytes, and to more times its own size, is a bomb
+BOMB_BYTES, BOMB_RATIO = 2**28, 500  # a zip archive that unpacks to more than both is a decompression bomb
 _ALLOCATES = re.compile(rb"c(?:__builtin__|builtins)\nbytearray\n")
 
 
 def require_file(path: Path, error: type[CNFError], name: str | None = None) -> int:
-    """Size in bytes of an ordinary file; a pipe would be waited for and a device read, for ever.
+    """Return the size in bytes of a regular file; reject pipes and devices, which could block forever.
 
     Args:
         path: the file.
-        error: what to raise.
-        name: what messages call it.
+        error: exception class to raise.
+        name: name of the file in messages.
 
     Raises:
-        error: for a file that is missing, cannot be looked at, or is a folder, pipe or device.
+        error: for a missing or inaccessible file, or a folder, pipe or device.
     """
     name = name or repr(str(path))
     try:
@@ -41,22 +41,22 @@ def require_file(path: Path, error: type[CNFError], name: str | None = None) -> 
 
 
 def zip_members(archive: zipfile.ZipFile, size: int, *, stored: bool = False) -> list[zipfile.ZipInfo]:
-    """The files in a zip archive, once their sizes are known to be credible. They are to be read in memory, not unpacked.
+    """Return the files in a zip archive after validating their sizes; read them in memory, do not unpack them.
 
     Args:
-        archive: open for reading.
-        size: bytes of the archive.
-        stored: only members that are not compressed, as torch writes them.
+        archive: archive opened for reading.
+        size: size of the archive in bytes.
+        stored: accept only uncompressed members, as torch writes them.
 
     Raises:
-        zipfile.BadZipFile: for members that share a name or bytes, are encrypted or compressed unusually, or claim
-            to unpack to more than 256 MiB and 500 times their archive (a decompression bomb).
+        zipfile.BadZipFile: for members that share a name or bytes, are encrypted or compressed by an unsupported
+            method, or unpack to more than 256 MiB and 500 times the archive's size (a decompression bomb).
     """
     found = archive.infolist()
     if len({m.filename for m in found}) < len(found):
         raise zipfile.BadZipFile("two of its members have one name")
     for member in found:
-        # others unpack without a bound on what one read gives
+        # other methods do not bound the output of one read
         allowed = (zipfile.ZIP_STORED,) if stored else (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
         if member.flag_bits & 1 or member.compress_type not in allowed:
             kind = "encrypted" if member.flag_bits & 1 else f"compressed by method {member.compress_type}"
@@ -74,11 +74,11 @@ def zip_members(archive: zipfile.ZipFile, size: int, *, stored: bool = False) ->
 
 
 def check_pickle(path: Path) -> None:
-    """What torch's ``weights_only`` reader does not look at: checksums, compression, and memory claimed out of nothing.
+    """Check what torch's ``weights_only`` reader does not: checksums, compression and bytearray allocations.
 
     Raises:
-        ValueError: for a request for any number of bytes.
-        zipfile.BadZipFile: for a zip file with a member that is damaged or compressed.
+        ValueError: for an empty file, an allocation of a bytearray, or a TorchScript archive.
+        zipfile.BadZipFile: for a zip archive with a damaged or compressed member.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -95,12 +95,12 @@ def check_pickle(path: Path) -> None:
                 if member.filename.endswith("constants.pkl"):
                     raise ValueError("it is a TorchScript archive, which holds code")
                 with archive.open(member) as part:
-                    while part.read(2**20):  # zipfile compares the checksum at the end
+                    while part.read(2**20):  # zipfile verifies the checksum at the end
                         pass
 
 
 def refusal(error: BaseException) -> str:
-    """Why torch's ``weights_only`` reader refused a file, in a line, without its advice to read it unsafely.
+    """Return in one line why torch's ``weights_only`` reader refused a file, without its advice to read it unsafely.
 
     Example:
         >>> refusal(ValueError("Re-run with `weights_only` set to `False`. WeightsUnpickler error: Unsupported global: os.system"))
@@ -116,7 +116,7 @@ def refusal(error: BaseException) -> str:
 
 
 def memory() -> int:
-    """Bytes of memory that this machine has; as good as infinite where it does not say."""
+    """Return the machine's memory in bytes; 2**62 if it is unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The paths of points through a chain's blocks, and how straight they are."""
+"""Trajectories of points through the blocks of a flow, and their straightness."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from cnf.transforms import Sequential, Squeeze, Transform
 
 __all__ = ["Straightness", "straightness", "trajectory"]
 
-POINTS = 9  # of a path, whose length and energy are those of the lines between them
+POINTS = 9  # points on a path, whose length and energy are those of the polygon through them
 
 
 @torch.no_grad()
 def trajectory(
     transform: Transform, x: Tensor, times: Tensor, context: Tensor | None = None, *, noise: Noise | None = None
 ) -> Tensor:
-    """Return where x (N, \\*event) is at each of ``times`` in [0, 1], as (len(times), N, \\*event).
+    """Return the states of x (N, \\*event) at ``times`` in [0, 1], as (len(times), N, \\*event).
 
-    The blocks of the chain share [0, 1] evenly: with two blocks the first ends at 1/2. Transforms without time
-    (Standardize, Logit) are applied in passing, so the path is in the coordinates of the ODE. It starts at what enters the
-    first block and ends at what leaves the last one.
+    The blocks of the chain divide [0, 1] evenly: of two blocks the first ends at 1/2. Transforms without an ODE
+    (Standardize, Logit) take no time, so the path is in the coordinates of the ODE, from the input of the first block
+    to the output of the last one.
 
-    Squeezes and splits only move entries, and every frame has each entry in its place in x: a frame of a multiscale flow
-    is a whole image, in which the parts that have left stay as they are while the rest goes on. The first frame is the
+    Squeezes and splits only permute entries, and every frame has each entry at its place in x: a frame of a multiscale
+    flow is a whole image, whose factored-out parts stay fixed while the rest is transformed. The first frame is the
     image, the last one holds the entries of the latent.
 
     Raises:
-        ConfigError: for times outside [0, 1] or decreasing; for a transform without blocks, with blocks inside anything but
-            Sequential, Carried and Multiscale, or with another change of shape between blocks.
+        ConfigError: for times outside [0, 1] or decreasing; for a transform without blocks, with blocks nested in
+            anything but Sequential, Carried and Multiscale, or with another change of shape between blocks.
 
     Example:
         >>> from cnf.fields import MLP
@@ -53,30 +53,30 @@ def trajectory(
 
 
 def _blocks(transform: nn.Module) -> int:
-    """The number of blocks on the way, one that is used twice counted twice."""
+    """Return the number of blocks along the path; a block used twice counts twice."""
     if isinstance(transform, Sequential | Multiscale):
         return sum(map(_blocks, transform.scales if isinstance(transform, Multiscale) else transform.transforms))
     return int(isinstance(transform, CNF))
 
 
 class _Walk:
-    """Points on their way through a chain, and the frames on it.
+    """Forward pass of points through a chain, which records frames.
 
-    ``places`` has the shape of a point's current form and holds, for each entry, its place in the flattened frame.
+    ``places`` has the event shape of the current state and holds, for each entry, its index in the flattened frame.
     """
 
     def __init__(self, times: Tensor, blocks: int, context: Tensor | None, shape: torch.Size):
         self.todo, self.blocks, self.context = times.tolist(), blocks, context
         self.done = 0
         self.frames: list[Tensor] = []
-        self.left: list[tuple[Tensor, Tensor]] = []  # the parts that have left, and their places
+        self.left: list[tuple[Tensor, Tensor]] = []  # factored-out parts and their places
         self._shaped(shape)
 
     def _shaped(self, shape: torch.Size) -> None:
         self.shape, self.places = shape, torch.arange(shape.numel()).view(shape)
 
     def __call__(self, transform: Transform, x: Tensor, places: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
-        """x and its places behind the transform."""
+        """Apply the transform; return x and its places."""
         if isinstance(transform, Multiscale):
             return self.scales(transform, x, places, noise)
         if isinstance(transform, Sequential):
@@ -102,7 +102,7 @@ class _Walk:
         return x, places
 
     def chain(self, chain: Sequential, x: Tensor, places: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
-        """First to last, with the augmented time that the blocks share, if any."""
+        """Apply the transforms first to last, passing on the augmented time that the blocks share, if any."""
         carried = chain if isinstance(chain, Carried) else None
         drive = None if carried is None else carried.start(x, back=False)
         for i, part in enumerate(cast(Iterable[Transform], chain.transforms)):
@@ -114,7 +114,7 @@ class _Walk:
         return x, places
 
     def scales(self, chain: Multiscale, x: Tensor, places: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
-        """Scale by scale, half of the channels leaving after all but the last."""
+        """Apply scale by scale; after all but the last, half of the channels are factored out."""
         first = len(self.left)
         for i, scale in enumerate(cast(Iterable[Transform], chain.scales)):
             x, places = self(scale, x, places, child(noise, i))
@@ -128,7 +128,7 @@ class _Walk:
         return torch.cat([part for part, _ in parts], 1), torch.cat([place for _, place in parts])
 
     def block(self, block: CNF, x: Tensor, places: Tensor, drive: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The point and the augmented time behind one block, with the frames in its part of [0, 1]."""
+        """Integrate one block, recording the frames in its part of [0, 1]; return x and the augmented time."""
         now, end = 0.0, block.end_time(x)
 
         def move(until: float) -> None:
@@ -146,7 +146,7 @@ class _Walk:
         return x, drive
 
     def frame(self, x: Tensor, places: Tensor) -> Tensor:
-        """The whole point, every entry in its place."""
+        """Return the whole frame, every entry at its place."""
         parts = [*self.left, (x.flatten(1), places.flatten())]
         order = torch.cat([place for _, place in parts]).argsort()
         whole: Tensor = torch.cat([part for part, _ in parts], 1)[:, order.to(x.device)].unflatten(1, self.shape)
@@ -154,10 +154,10 @@ class _Walk:
 
 
 class Straightness(NamedTuple):
-    """Of the paths of several points, in the mean."""
+    """Straightness of paths, averaged over the points."""
 
     ratio: float
-    """Distance of the ends over the path's length: 1 where it is straight."""
+    """Distance between the endpoints over the length of the path: 1 for a straight path."""
     kinetic: float
     """∫ |dx/dt|² over [0, 1], per dimension."""
 
@@ -165,12 +165,13 @@ class Straightness(NamedTuple):
 def straightness(
     transform: Transform, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None
 ) -> Straightness:
-    """How straight the paths of x (N, \\*event) are, by the lines between nine of their points, as :func:`trajectory` gives them.
+    """Measure the straightness of the paths of x (N, \\*event), on the polygons through nine points of each.
 
-    The ratio does not depend on how fast the path is run through, the kinetic energy does; the lines' is a little too small.
+    The points are those of :func:`trajectory`. The ratio does not depend on the speed along the path, the kinetic
+    energy does; the polygon slightly underestimates it.
 
     Raises:
-        ConfigError: for a transform that has no such path.
+        ConfigError: as :func:`trajectory`.
 
     Example:
         >>> from cnf.fields import MLP
@@ -181,7 +182,7 @@ def straightness(
     moves = trajectory(transform, x, torch.linspace(0, 1, POINTS), context, noise=noise).diff(dim=0).flatten(2)
     lengths = moves.norm(dim=2)
     ends = moves.sum(0).norm(dim=1)
-    tiny = torch.finfo(moves.dtype).tiny  # where nothing moves the path is straight
+    tiny = torch.finfo(moves.dtype).tiny  # the ratio of a resting point is 1
     ratio = (ends + tiny) / (lengths.sum(0) + tiny)
     energy = lengths.square().sum(0) * (POINTS - 1) / moves.shape[2]
     return Straightness(float(ratio.mean()), float(energy.mean()))

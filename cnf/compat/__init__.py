@@ -1,4 +1,4 @@
-"""The published codes' checkpoints, and what they compute otherwise than their papers say. Nothing else imports it."""
+"""Checkpoints and regularisers of the published codes; no other part of the package imports it."""
 
 from cnf.compat.affjord_toy import affjord_toy, load_affjord_toy
 from cnf.compat.checkpoints import Reference, load_reference, read_reference

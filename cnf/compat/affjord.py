@@ -1,15 +1,4 @@
-"""AFFJORD's released image model on the library's own fields and blocks (2306.02731's code).
-
-The released state of a block is [z*; z], and its convolutions see [zeros; z] and give twice the channels, half of which
-are dropped. What can reach z is less, and is all that is kept, so that the function is the released one exactly:
-
-- z* has an image's shape, but is zero at first, and its derivative is zero outside its first 20 entries; those 20 are
-  all that anything reads. They are the path a (1, 20) of a :class:`~cnf.CNF`, and a squeeze moves them as it moves an
-  image's (:class:`ReleasedScale`).
-- the first convolution's weights on zeros and the last one's discarded outputs are left out, as are the mixers and the
-  1x1 convolution that nothing uses (:func:`released_layer`).
-- "concat" concatenates neither z* nor time: it is a field without time, and z* is dropped.
-"""
+"""AFFJORD's released image model on the library's fields and blocks (2306.02731's code)."""
 
 from __future__ import annotations
 
@@ -31,22 +20,26 @@ from cnf.transforms import Sequential, Squeeze, Transform
 __all__ = ["ENTRIES", "GENERATING", "ReleasedScale", "check_path", "fill_path", "released_layer", "squeeze_paths"]
 
 ENTRIES = 20
-"""Entries of z*, flattened, that move and are read."""
+"""Entries of z*, flattened, that evolve and are read."""
 GENERATING = 10
-"""Those of them that generate weights."""
+"""The first of those entries, which generate weights."""
 
 PATH = {"net.0.weight": "fc1.weight", "net.0.bias": "fc1.bias", "net.2.weight": "fc2.weight", "net.2.bias": "fc2.bias"}
 
 
 class ReleasedScale(Carried):
-    """The blocks of one scale, whose augmented time is squeezed along with the image, as released.
+    """Blocks of one scale whose augmented time is squeezed along with the image, as released.
+
+    The released state of a block is [z*; z]. z* has an image's shape, but is initially zero and has zero derivative
+    beyond its first 20 entries, the only ones read. These are the augmented time a (1, 20) of a :class:`~cnf.CNF`; a
+    squeeze permutes them like the image.
 
     Args:
         transforms: blocks and at most one squeeze.
-        shape: (C, H, W) of z, and so of z*, where the scale begins.
+        shape: (C, H, W) of z, and hence of z*, at the start of the scale.
 
     Raises:
-        ConfigError: for an image of fewer than 20 entries, which the released code cannot run.
+        ConfigError: for an image of fewer than 20 entries, which the released code does not support.
 
     Example:
         >>> from cnf.continuous import CNF
@@ -65,7 +58,7 @@ class ReleasedScale(Carried):
         self.shape = tuple(shape)
 
     def between(self, transform: Transform, drive: Tensor | None) -> Tensor | None:
-        """The first 20 entries of z* after ``transform``: a squeeze keeps the even ones of a row."""
+        """Return the first 20 entries of z* after ``transform``; a squeeze keeps the even entries of a row."""
         if drive is None or not isinstance(transform, Squeeze):
             return drive
         image = F.pad(drive, (0, math.prod(self.shape) - ENTRIES)).reshape(1, *self.shape)
@@ -76,21 +69,26 @@ class ReleasedScale(Carried):
 def released_layer(
     given: Mapping[str, Tensor], conv: Conv, *, first: bool = False, last: bool = False
 ) -> dict[str, Tensor]:
-    """The parameters of one of our layers, from a released ConcatConv2d's or HyperConv2d's.
+    """Convert the parameters of a released ConcatConv2d or HyperConv2d to those of one of our layers.
+
+    The released convolutions see [zeros; z] and return twice the channels, half of which are dropped. Only the parts
+    that can reach z are kept, so that the function is exactly the released one: weights on zeros, dropped outputs, the
+    unused mixers and the unused 1x1 convolution are omitted. "concat" concatenates neither z* nor time: its field is
+    autonomous, and z* is dropped.
 
     Args:
         given: by the released names, ``_layer.*`` or ``_hypernet.*``.
         conv: the convolution of our layer.
-        first: whether the released layer sees as many zeros in front of its inputs, which are left out.
-        last: whether it gives twice the outputs, of which the first half is used (of two channels the second).
+        first: the released layer takes as many zeros before its inputs, whose weights are omitted.
+        last: the released layer has twice the outputs, of which the first half is used (of two channels the second).
 
     Returns:
         ``core.weight`` and ``core.bias`` of an :class:`~cnf.fields.time.Ignore`, or ``weight``, ``bias``, ``move`` and
         ``move_bias`` of a layer with :class:`~cnf.fields.Drive` ``("hyper", 20, 10)``. The released hyper layer reads
-        its bias from the start of the weight: here it is a copy.
+        its bias from the start of the weight; here it is a copy.
 
     Raises:
-        CheckpointError: for names or shapes that do not fit.
+        CheckpointError: for other names or shapes.
 
     Example:
         >>> given = {"_layer.weight": torch.randn(8, 6, 3, 3), "_layer.bias": torch.randn(8)}
@@ -119,17 +117,17 @@ def released_layer(
         if first and not bias:
             value = value.narrow(columns, conv.inputs, conv.inputs)
         if last:
-            # the released code special-cases one channel, and takes the other half there
+            # the released code uses the other half for a single channel
             value = value.narrow(0 if bias else rows, conv.outputs if conv.outputs == 1 else 0, conv.outputs)
         own[name] = value
     return own
 
 
 def check_path(given: Mapping[str, Tensor]) -> None:
-    """Refuse parameters of the released Aug_Cnn (``fc1.*``, ``fc2.*``) that do not fit.
+    """Validate the parameters of the released Aug_Cnn (``fc1.*``, ``fc2.*``).
 
     Raises:
-        CheckpointError: naming the parameter and its shape.
+        CheckpointError: naming the first parameter that does not fit, and its shape.
     """
     shapes: dict[str, tuple[int, ...]] = {"weight": (ENTRIES, ENTRIES), "bias": (ENTRIES,)}
     wanted = {f"fc{i}.{name}": shape for i in (1, 2) for name, shape in shapes.items()}
@@ -138,13 +136,13 @@ def check_path(given: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def fill_path(path: TimePath, given: Mapping[str, Tensor]) -> None:
-    """The released Aug_Cnn's parameters into a path of 20 entries."""
+    """Copy the released Aug_Cnn's parameters into an augmented time of 20 entries."""
     for name, parameter in path.named_parameters():
         parameter.copy_(given[PATH[name]])
 
 
 def squeeze_paths(flow: Flow) -> None:
-    """Let the augmented time of every scale of a multiscale flow be squeezed along with the image, as released.
+    """Squeeze the augmented time of every scale of a multiscale flow along with the image, as released.
 
     Raises:
         ConfigError: for images of fewer than 20 entries.

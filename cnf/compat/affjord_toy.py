@@ -1,8 +1,4 @@
-"""AFFJORD's released 2-D examples (2306.02731's code): the plain model and the augmented one, as flows of the library.
-
-They integrate from t = 10 (data) to t = 0 (noise); a :class:`~cnf.CNF` runs from 0 to 10, so its field and its path are
-the released ones at 10 - t, with the other sign.
-"""
+"""AFFJORD's released 2-D models (2306.02731's code), plain and augmented, as flows."""
 
 from __future__ import annotations
 
@@ -25,17 +21,19 @@ from cnf.solvers import FixedGrid
 __all__ = ["SPAN", "ToyField", "ToyPath", "affjord_toy", "load_affjord_toy"]
 
 SPAN = 10.0
-"""Time from data to noise."""
-DIM = 2  # of a point, and of its z* where there is one
+"""Integration time from data to noise."""
+DIM = 2  # dimension of a point, and of its z* if there is one
 BASE_VARIANCE = 0.1
-STEPS = 20  # of the released grid
-DEAD = "hyper_net2."  # a second hypernetwork, which nothing calls
+STEPS = 20  # solver steps of the released grid
+DEAD = "hyper_net2."  # a second hypernetwork, never called
 LAYERS = {"generator.0.": "hyper_net.fc1.", "generator.2.": "hyper_net.fc2.", "generator.4.": "hyper_net.fc3."}
 PATH = {"net.0.": "neunet.fc1.", "net.2.": "neunet.fc2."}
 
 
 class ToyField(nn.Module):
-    """dx/dt = -mean over m of U_m tanh(W_m y + B_m), with W, U and B generated: y = [x, a] from a, or y = x from time.
+    """Vector field dx/dt = -mean over m of U_m tanh(W_m y + B_m) with generated W, U and B.
+
+    The augmented field has y = [x, a] and generates from a, the plain one has y = x and generates from time.
 
     Args:
         augmented: the field takes the augmented time a (2,) in place of t; otherwise it takes t, rounded to float32 as
@@ -66,7 +64,7 @@ class ToyField(nn.Module):
         )
 
     def _terms(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """W (M, 2) on x, everything else inside the tanh (M,), and U (M, 2)."""
+        """Return W (M, 2) on x, the remaining argument of the tanh (M,), and -U/M (M, 2)."""
         if self.augmented:
             if t.shape != (DIM,):
                 raise ConfigError(f"t has shape {tuple(t.shape)}, but the augmented field takes a ({DIM},) instead")
@@ -80,19 +78,19 @@ class ToyField(nn.Module):
         return w[:, :DIM], shift, -u[:, :DIM] / self.width
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """dx/dt (N, 2)."""
+        """Return dx/dt (N, 2)."""
         w, shift, u = self._terms(t)
         return torch.tanh(x @ w.T + shift) @ u
 
     def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """dx/dt (N, 2) and its exact divergence (N,)."""
+        """Return dx/dt (N, 2) and its exact divergence (N,)."""
         w, shift, u = self._terms(t)
         h = torch.tanh(x @ w.T + shift)
         return h @ u, (1 - h * h) @ (w * u).sum(1)
 
 
 class ToyPath(TimePath):
-    """a (1, 2) from a learned start at the data: da/dt = -fc2(ELU(fc1 a)).
+    """Augmented time a (1, 2) with a learned initial value at the data: da/dt = -fc2(ELU(fc1 a)).
 
     Example:
         >>> path = ToyPath()
@@ -105,15 +103,18 @@ class ToyPath(TimePath):
         nn.init.uniform_(cast(Tensor, self.initial))
 
     def forward(self, a: Tensor) -> Tensor:
-        """da/dt (1, 2)."""
+        """Return da/dt (1, 2)."""
         return -super().forward(a)
 
 
 def affjord_toy(augmented: bool, hidden: int = 32, width: int = 64) -> Flow:
-    """The released 2-D model: exact trace, base N(0, 0.1 I), trained on 20 steps of rk4, here evaluated on dopri5.
+    """Build the released 2-D model: exact trace, base N(0, 0.1 I), 20 solver steps of rk4 (evaluation: dopri5).
+
+    The released models integrate from t = 10 (data) to t = 0 (noise), a :class:`~cnf.CNF` from 0 to 10: its field and
+    augmented time are the released ones at 10 - t, with opposite sign.
 
     Args:
-        augmented: with z*, or the plain model.
+        augmented: build the augmented model, with z*; otherwise the plain one.
         hidden: width of the generator.
         width: number of terms in the field's mean.
 
@@ -135,18 +136,18 @@ def affjord_toy(augmented: bool, hidden: int = 32, width: int = 64) -> Flow:
 
 
 def load_affjord_toy(source: str | Path | Mapping[str, Any], seed: Tensor | Sequence[float] | None = None) -> Flow:
-    """A checkpoint of the released 2-D examples as a flow with the same function.
+    """Load a checkpoint of the released 2-D models as a flow with the same function.
 
     Args:
         source: a file, its content ``{"func_state_dict": ...}``, or a bare state dict, of either model.
-        seed: z* at the data (2,), which the augmented example learns and does not save.
+        seed: z* at the data (2,), which the augmented model learns but does not save.
 
     Returns:
-        The flow, in evaluation mode and in the type of the weights.
+        The flow, in evaluation mode and with the dtype of the weights.
 
     Raises:
-        CheckpointError: for a file that is missing, damaged or of another model, or an augmented model without seed.
-        ConfigError: for a seed of another shape, or one beside the plain model.
+        CheckpointError: for a missing or damaged file, one of another model, or an augmented model without ``seed``.
+        ConfigError: for a seed of another shape, or a seed with the plain model.
 
     Example:
         >>> flow = load_affjord_toy("ckpt.pth", seed=[0.3, 0.8])  # doctest: +SKIP
@@ -178,7 +179,7 @@ def load_affjord_toy(source: str | Path | Mapping[str, Any], seed: Tensor | Sequ
 
 
 def _sizes(state: Mapping[str, Tensor], augmented: bool) -> tuple[int, int]:
-    """The generator's width and the number of terms, once every shape is known to fit them."""
+    """Return the generator's width and the number of terms, after validating all shapes."""
     for name in ("hyper_net.fc1.bias", "hyper_net.fc3.bias"):
         if name not in state:
             raise CheckpointError(f"the checkpoint has no {name}: it is of no 2-D example of AFFJORD's")

@@ -1,4 +1,4 @@
-"""From a released checkpoint to a Flow with the same function."""
+"""Released checkpoints of FFJORD, RNODE and AFFJORD as flows with the same function."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cnf.transforms import CenterShift, Logit, Sequential
 
 __all__ = ["Reference", "load_reference", "read_reference"]
 
-# channels and size of the data sets that the released scripts know
+# channels and size of the data sets known to the released scripts
 IMAGES = {
     "mnist": (1, 28),
     "svhn": (3, 32),
@@ -34,9 +34,9 @@ IMAGES = {
     "imagenet64": (3, 64),
     "celebahq": (3, 256),
 }
-LARGEST = 4096  # pixels on a side that a checkpoint may ask for
-LONGEST = 100_000  # steps of a grid that it may ask for
-# our parameter names and the released ones
+LARGEST = 4096  # largest image side that a checkpoint may request
+LONGEST = 100_000  # most grid steps that a checkpoint may request
+# our parameter names -> the released ones
 NAMES = {
     "core.": "_layer.",
     "core0.": "_layer0.",
@@ -53,27 +53,27 @@ def load_reference(
     *,
     event_shape: tuple[int, ...] | None = None,
 ) -> Flow:
-    """A checkpoint of FFJORD's, RNODE's or AFFJORD's code (1810.01367, 2002.02798, 2306.02731) as the same function.
+    """Load a checkpoint of FFJORD's, RNODE's or AFFJORD's code (1810.01367, 2002.02798, 2306.02731) as a flow.
 
-    Multiscale, multiscale-parallel and stacked image models and stacks on vectors are understood, with every layer type
-    that the released code can run. A hyper convolution's bias, which the released code reads from the start of the
-    weight, is copied into its own slice. The flow takes uint8 images and floats in [0, 1] as any flow here does; its
-    trace is estimated in reverse mode, as released (of vectors it is exact, as in the released evaluation); it is
-    evaluated with the recorded test solver and tolerances, or dopri5 where that solver is not adaptive. Of AFFJORD's
-    image models what can reach the image is kept (:mod:`cnf.compat.affjord`); a freshly loaded one samples, which the
-    released code cannot.
+    Multiscale, multiscale-parallel and stacked image models and stacks on vectors are supported, with every layer type
+    that runs in the released code. A hyper convolution's bias, which the released code reads from the start of the
+    weight, is copied into its own slice. The flow takes uint8 images and floats in [0, 1]. The trace is estimated in
+    reverse mode, as released (exact for vectors, as in the released evaluation, and for stacks recorded with
+    ``brute_force``). Evaluation uses the recorded test solver and tolerances, or dopri5 if that solver is not adaptive.
+    Of AFFJORD's image models only the parts that can reach the image are kept (:mod:`cnf.compat.affjord`); a newly
+    loaded one can sample, which the released code cannot.
 
     Args:
         source: a file, its content ``{"args": ..., "state_dict": ...}``, or a bare state dict.
-        args: arguments that the file lacks, or that shall replace its own, such as ``{"dims": "64,64,64"}``.
-        event_shape: (C, H, W) or (D,), where the arguments do not tell it by their data set's name.
+        args: arguments that the file lacks, or that override its own, such as ``{"dims": "64,64,64"}``.
+        event_shape: (C, H, W) or (D,), if the arguments do not determine it by the name of their data set.
 
     Returns:
-        The flow, in evaluation mode and in the type of the weights.
+        The flow, in evaluation mode and with the dtype of the weights.
 
     Raises:
-        CheckpointError: for a file that is missing, damaged or holds more than weights and plain arguments (nothing in
-            it is executed), for another architecture, and where arguments and weights do not agree.
+        CheckpointError: for a missing or damaged file, one that holds more than weights and plain arguments (nothing in
+            it is executed), another architecture, or arguments that do not match the weights.
 
     Example:
         >>> flow = load_reference("experiments/cnf/checkpt.pth")  # doctest: +SKIP
@@ -94,8 +94,8 @@ def load_reference(
             f"args.num_blocks is {model.blocks}, but the checkpoint has {len(found.blocks)} blocks in all"
         )
     try:
-        # weightless at first: arguments that ask for more than the file holds must not cost memory (with levels, since
-        # the statistics of vectors want to be looked at)
+        # first on the meta device: arguments that request more than the file holds must not allocate memory (with
+        # levels, so that no statistics of vectors are inspected)
         with torch.device("meta"):
             _check(build(model, solver, shape, levels=256), found)
         flow = build(model, solver, shape, levels=levels)
@@ -103,11 +103,11 @@ def load_reference(
             squeeze_paths(flow)
     except CheckpointError:
         raise
-    except (ConfigError, RuntimeError, OverflowError, TypeError) as error:  # torch's for sizes beyond all measure
+    except (ConfigError, RuntimeError, OverflowError, TypeError) as error:  # torch's, for absurd sizes
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"the checkpoint's arguments do not make a flow: {reason[:300]}") from None
     flow = flow.to(next(iter(found.first[0].values())).dtype)
-    if images and reference.args.get("alpha", float, 1e-6) <= 0:  # then the released code shifts by a half instead
+    if images and reference.args.get("alpha", float, 1e-6) <= 0:  # the released code shifts by 1/2 instead
         chain = cast(Sequential, flow.transform).transforms
         chain[next(i for i, m in enumerate(chain) if isinstance(m, Logit))] = CenterShift()
     _fill(flow, found)
@@ -122,7 +122,7 @@ def _event_shape(found: Layout, args: Arguments, given: tuple[int, ...] | None) 
         for name in ("_layer.bias", "_layer0.bias"):
             if name in last:
                 return (last[name].numel(),)
-        # a generator gives (in + 1) out numbers
+        # a generator returns (in + 1) out numbers
         numbers = max(value.shape[0] for value in last.values())
         return (numbers // (args.sizes("dims")[-1] + 1),)
     data = args.get("data", str)
@@ -142,7 +142,7 @@ def _model(found: Layout, args: Arguments) -> ModelConfig:
     driven: dict[str, Any] = {"drive": "hyper", "drive_dim": ENTRIES, "drive_entries": GENERATING}
     rnode = "zero_last" in args or "div_samples" in args
     strides: tuple[int, ...] = ()
-    # FFJORD's multiscale script records --strides and does not use them
+    # FFJORD's multiscale script records --strides but ignores it
     if found.conv and found.kind != "parallel" and (found.kind == "stack" or rnode):
         strides = args.sizes("strides") if "strides" in args else ()
     alpha = args.get("alpha", float, 1e-6)
@@ -159,14 +159,14 @@ def _model(found: Layout, args: Arguments) -> ModelConfig:
         zero_init=False,
         end_time=_end_time(found, args),
         learn_end_time=args.get("train_T", bool, False),
-        alpha=alpha if alpha > 0 else 0.25,  # a shift takes the logit's place later
+        alpha=alpha if alpha > 0 else 0.25,  # a shift replaces the logit later
         marginals="logit",
         **(driven if found.affjord and found.layer == "hyper" else {}),
     )
 
 
 def _end_time(found: Layout, args: Arguments) -> float:
-    """T: as recorded, since the weights hold its rounded root; where they differ (a T that moved), the weights'."""
+    """Return T as recorded, since the weights hold its rounded root, or that of the weights if T was trained."""
     roots = [float(block.root) for block in found.blocks if block.root is not None and block.root.numel() == 1]
     if len(roots) != len(found.blocks):
         raise CheckpointError("the checkpoint lacks the end time (sqrt_end_time) of a block")
@@ -189,7 +189,7 @@ def _solver(found: Layout, args: Arguments, model: ModelConfig) -> SolverConfig:
         raise CheckpointError(f"args.step_size is {step}; expected a positive number")
     if known and model.end_time / step > LONGEST:
         raise CheckpointError(f"args.step_size is {step}; expected at least {model.end_time / LONGEST:g}")
-    # the multiscale script records --divergence_fn and does not use it; vectors are evaluated with the exact trace
+    # the multiscale script records --divergence_fn but ignores it; vectors are evaluated with the exact trace
     exact = not found.images or (
         found.kind == "stack" and args.get("divergence_fn", str, "approximate") == "brute_force"
     )
@@ -200,7 +200,7 @@ def _solver(found: Layout, args: Arguments, model: ModelConfig) -> SolverConfig:
         rtol=rtol,
         atol=atol,
         eval_method=test if test in Adaptive.METHODS else "dopri5",
-        # the released scripts take zero as not given
+        # the released scripts treat zero as not given
         eval_rtol=args.get("test_rtol", float, rtol) or rtol,
         eval_atol=args.get("test_atol", float, atol) or atol,
         divergence="exact" if exact else "hutchinson",
@@ -215,7 +215,7 @@ def _nets(field: nn.Module) -> list[Stack]:
 
 
 def _pairs(flow: Flow, found: Layout) -> Iterable[tuple[Block, TimeLayer, dict[str, Tensor]]]:
-    """Every layer of ours beside the released one."""
+    """Yield every layer of the flow with its released block and parameters."""
     if len(flow.blocks) != len(found.blocks):
         raise CheckpointError(
             f"args and data make {len(flow.blocks)} blocks, but the checkpoint has {len(found.blocks)}: "
@@ -239,7 +239,7 @@ def _pairs(flow: Flow, found: Layout) -> Iterable[tuple[Block, TimeLayer, dict[s
 
 
 def _converted(block: Block, j: int, layer: TimeLayer, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A released layer of AFFJORD's by our names, without what cannot reach the image."""
+    """Rename the parameters of a released AFFJORD layer, without those that cannot reach the image."""
     try:
         check_path(block.path)
         return released_layer(given, cast(Conv, layer.map), first=j == 0, last=j + 1 == len(block.nets[0]))
@@ -250,7 +250,7 @@ def _converted(block: Block, j: int, layer: TimeLayer, given: dict[str, Tensor])
 
 
 def _check(flow: Flow, found: Layout) -> None:
-    """Refuse weights that do not fit."""
+    """Validate the names and shapes of the weights."""
     for block, layer, given in _pairs(flow, found):
         wanted = {_name(name, given): p.shape for name, p in layer.named_parameters()}
         for name in sorted(wanted.keys() | given.keys()):
@@ -278,7 +278,7 @@ def _where(block: Block) -> str:
 
 @torch.no_grad()
 def _fill(flow: Flow, found: Layout) -> None:
-    """The released weights into ours."""
+    """Copy the released weights into the flow."""
     for _, layer, given in _pairs(flow, found):
         for name, parameter in layer.named_parameters():
             parameter.copy_(given[_name(name, given)])

@@ -1,4 +1,4 @@
-"""Which architecture a released state dict describes."""
+"""Architecture of a released state dict, inferred from its names."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ __all__ = ["Block", "Layout", "layout"]
 
 NET = re.compile(r"(?:odefunc\.)+diffeq\.(?:models\.(\d+)\.)?layers\.(\d+)\.(.+)")
 AUGMENTED = re.compile(r"(?:odefunc\.)+diffeq\.aug_cnn\.((?:fc1|fc2|network\.0)\.(?:weight|bias))")
-MIXER = re.compile(r"mixer2?\.(?:weight|bias)")  # AFFJORD's, which nothing uses
+MIXER = re.compile(r"mixer2?\.(?:weight|bias)")  # of AFFJORD, unused
 TOY = re.compile(r"(?:hyper_net2?|neunet)\..+")
 SCALED, CHAINED = re.compile(r"transforms\.(\d+)\.chain\.(\d+)\.(.+)"), re.compile(r"chain\.(\d+)\.(.+)")
 
 
 @dataclass
 class Block:
-    """One released CNF: its place, the root of its end time, its nets' layers' parameters by their own names, and those
-    of AFFJORD's augmented time."""
+    """Released CNF block.
+
+    ``place`` is its position in the chain, ``root`` the square root of its end time, ``nets`` the parameters of each
+    net's layers by released name, and ``path`` those of AFFJORD's augmented time.
+    """
 
     place: tuple[int, ...]
     root: Tensor | None = None
@@ -32,7 +35,7 @@ class Block:
 
 @dataclass
 class Layout:
-    """What a state dict's names say. ``kind`` is ``"multiscale"``, ``"parallel"`` or ``"stack"``."""
+    """Architecture of a state dict. ``kind`` is ``"multiscale"``, ``"parallel"`` or ``"stack"``."""
 
     kind: str
     blocks: list[Block]
@@ -42,21 +45,21 @@ class Layout:
 
     @property
     def first(self) -> dict[int, dict[str, Tensor]]:
-        """The layers of the first net."""
+        """Layers of the first net."""
         return self.blocks[0].nets[0]
 
     @property
     def images(self) -> bool:
-        """Whether a logit (without parameters) stands first; AFFJORD's stands outside the released model."""
+        """True for image models: a logit (without parameters) comes first; AFFJORD's is outside the model."""
         return self.affjord or self.kind != "stack" or self.blocks[0].place != (0,)
 
 
 def layout(reference: Reference) -> Layout:
-    """The architecture behind the names of the weights.
+    """Infer the architecture from the names of the weights.
 
     Raises:
-        CheckpointError: for names that belong to another architecture (batch normalisation, an autoencoder, Swish's
-            learned factor, spectral norm, a VAE, AFFJORD's parallel model and 2-D examples).
+        CheckpointError: for names of another architecture (batch normalisation, an autoencoder, Swish's learned factor,
+            spectral norm, a VAE, AFFJORD's parallel model and 2-D models).
     """
     blocks: dict[tuple[int, ...], Block] = {}
     unknown = []
@@ -111,7 +114,7 @@ def layout(reference: Reference) -> Layout:
 
 
 def _layer(net: dict[int, dict[str, Tensor]]) -> str:
-    """The layer type, from its parameters: FFJORD's multiscale script ignores the --layer_type that it records."""
+    """Infer the layer type from its parameters; FFJORD's multiscale script ignores the --layer_type that it records."""
     names = {name.split(".")[0] for name in net[0]}
     types = {
         frozenset({"_layer", "_hyper_gate", "_hyper_bias"}): "concatsquash",
@@ -124,7 +127,7 @@ def _layer(net: dict[int, dict[str, Tensor]]) -> str:
     after, before = (net.get(i, {}).get(f"_layer.{name}") for i, name in ((1, "weight"), (0, "bias")))
     own = net.get(1, {}).get("_layer.bias")
     if names == {"_layer"} and after is not None and before is not None and own is not None and after.ndim >= 2:
-        # the second layer takes what the first one gives and so many inputs more; a transposed convolution's come first
+        # extra inputs of the second layer over the first one's outputs; a transposed convolution's inputs come first
         inputs = after.shape[1] if after.shape[0] == own.numel() else after.shape[0]
         kinds = {0: "ignore", 1: "concat", 3: "concatcoord"}
         if (extra := inputs - before.numel()) in kinds:
@@ -140,4 +143,4 @@ def _conv(net: dict[int, dict[str, Tensor]]) -> bool:
         return weights[0].ndim == 4
     return (
         "_hypernet.weight" in net[0]
-    )  # a convolution's generator is one linear layer, a linear layer's is a small net
+    )  # a convolution's generator is a linear layer, a linear layer's a small net

@@ -1,4 +1,4 @@
-"""Checkpoints of the published codes, read without executing anything in them."""
+"""Safe reading of checkpoints of the published codes, without executing anything in them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from cnf.strangers import check_pickle, refusal, require_file
 __all__ = ["Arguments", "Reference", "read_reference"]
 
 PLAIN = (int, float, str, bool)
-COUNTERS = ("_num_evals",)  # released modules count evaluations in a buffer
+COUNTERS = ("_num_evals",)  # evaluation counts, which released modules keep in a buffer
 
 
 class Arguments:
-    """The training script's arguments: of a file's values only those that are int, float, str or bool are ever used.
+    """Arguments of a training script; only values of type int, float, str or bool are used.
 
     Args:
-        values: all that the file says; None counts as not given.
+        values: recorded values; None counts as missing.
     """
 
     def __init__(self, values: Mapping[str, Any]):
@@ -36,10 +36,10 @@ class Arguments:
         return name in self.values
 
     def get(self, name: str, kind: type, default: Any = None) -> Any:
-        """One argument, of that type; ``default`` where it is not given.
+        """Return an argument of type ``kind``, or ``default`` if it is missing.
 
         Raises:
-            CheckpointError: for a value of another type, one that is not finite, or one that is missing and has no default.
+            CheckpointError: for a value of another type, one that is not finite, or a missing one without a default.
         """
         if name in self.other:
             raise CheckpointError(f"args.{name} is a {self.other[name]}; expected a {kind.__name__}")
@@ -59,17 +59,21 @@ class Arguments:
         return value
 
     def sizes(self, name: str) -> tuple[int, ...]:
-        """A list such as "64,64,64" or "64-64-64"."""
+        """Parse a list of integers such as "64,64,64" or "64-64-64".
+
+        Raises:
+            CheckpointError: for any other value.
+        """
         text = self.get(name, str)
         try:
-            # a stride may be negative, so a dash separates only where no comma does
+            # strides may be negative, so a dash separates only if there is no comma
             return tuple(int(part) for part in (text.split(",") if "," in text else text.split("-")))
         except ValueError:
             raise CheckpointError(f"args.{name} is {text!r}; expected whole numbers such as '64,64,64'") from None
 
 
 class Reference(NamedTuple):
-    """A released checkpoint: weights by the released names (module. and counters taken off), and the arguments."""
+    """Released checkpoint: weights by released name (without module. and counters), and arguments."""
 
     state: dict[str, Tensor]
     args: Arguments
@@ -78,24 +82,24 @@ class Reference(NamedTuple):
 def read_reference(
     source: str | Path | Mapping[str, Any], args: argparse.Namespace | Mapping[str, Any] | None = None
 ) -> Reference:
-    """The weights and arguments of a checkpoint that FFJORD's, RNODE's or AFFJORD's code wrote.
+    """Read weights and arguments from a checkpoint of FFJORD's, RNODE's or AFFJORD's code.
 
-    A file is read by torch's ``weights_only`` reader with one class more, ``argparse.Namespace``, which is a bag of
-    values; of those only int, float, str and bool are used.
+    A file is read by torch's ``weights_only`` reader, which here also accepts ``argparse.Namespace``, a container of
+    values; only its int, float, str and bool are used.
 
     Args:
         source: a file (``checkpt.pth``), its content ``{"args": ..., "state_dict": ...}``, or a bare state dict.
-        args: arguments that the file lacks, or that shall replace its own.
+        args: arguments that the file lacks, or that override its own.
 
     Raises:
-        CheckpointError: for a file that is missing, truncated, or holds anything else, and for content of another form.
+        CheckpointError: for a file that is missing, truncated or holds anything else, or content of another form.
     """
     content = _load(Path(source)) if isinstance(source, (str, Path)) else source
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"the checkpoint holds a {type(content).__name__}; expected a dictionary with 'state_dict' and 'args'"
         )
-    state = content.get("state_dict", content.get("func_state_dict", content))  # the latter in AFFJORD's 2-D examples
+    state = content.get("state_dict", content.get("func_state_dict", content))  # the latter in AFFJORD's 2-D models
     if not isinstance(state, Mapping):
         raise CheckpointError(
             f"the checkpoint's state_dict is a {type(state).__name__}; expected a dictionary of tensors"
@@ -119,7 +123,7 @@ def _load(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for what is damaged or refused
+    except Exception as error:  # torch raises many types for damaged or refused files
         raise CheckpointError(
             f"{path} cannot be read ({type(error).__name__}: {refusal(error)[:300]}): it is damaged, or holds more than "
             "tensors, plain values and an argparse.Namespace, which is refused"
@@ -139,7 +143,7 @@ def _checked(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor) or value.layout != torch.strided or not value.is_floating_point():
         kind = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise CheckpointError(f"state_dict[{name!r}] is {kind}; expected a dense tensor of floats")
-    # a view that repeats a small storage could claim any size
+    # a view that repeats a small storage can claim any size
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise CheckpointError(f"state_dict[{name!r}] claims the shape {tuple(value.shape)}, more than its file holds")
     return value.detach()

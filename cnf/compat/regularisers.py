@@ -1,9 +1,4 @@
-"""The regularisers as FFJORD's and RNODE's code computes them, quirks kept, as quadratures.
-
-They are means over the current block's own dimensions, so that a small block weighs as much as a large one; and what is
-called a directional derivative pulls f back, Jᵀf, where the derivative along the path is J f. The library's own
-regularisers (:mod:`cnf.quadratures`) are the papers'.
-"""
+"""Quadratures for the regularisers as FFJORD's and RNODE's released code computes them."""
 
 from __future__ import annotations
 
@@ -21,17 +16,21 @@ Integrand = Callable[[Tensor, Tensor, Linearization, Bound], Tensor]
 
 
 class Released:
-    """One released regulariser: its value at a time t () and points x (N, \\*event), per row (N,).
+    """Released regulariser, evaluated at time t () and points x (N, \\*event) to (N,).
 
-    FFJORD keeps a batch mean as one scalar of the ODE's state; the mean over rows of this quadrature's integral is that
-    scalar. RNODE keeps one value a row, as here.
+    Values are means over the current block's dimensions, so that a small block weighs as much as a large one.
+    "Directional derivative" is the vjp Jᵀf instead of the derivative J f along the path. The regularisers of the papers
+    are in :mod:`cnf.quadratures`.
+
+    FFJORD keeps a batch mean as one scalar of the ODE's state, which is the mean over rows of this quadrature's
+    integral. RNODE keeps one value per row, as here.
     """
 
     def __init__(self, name: str, integrand: Integrand, need: frozenset[str] = frozenset()):
         self.name, self.need, self._integrand = name, need, integrand
 
     def __call__(self, t: Tensor, x: Tensor, linearization: Linearization, field: Bound) -> Tensor:
-        """The integrand (N,)."""
+        """Return the integrand (N,)."""
         return self._integrand(t, x, linearization, field)
 
     def __repr__(self) -> str:
@@ -43,7 +42,7 @@ def _mean(v: Tensor) -> Tensor:
 
 
 def _pulled(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
-    """Jᵀf (N, \\*event). Plain autograd, which may run inside a checkpointed step."""
+    """Return Jᵀf (N, \\*event) by plain autograd, which works inside a checkpointed step."""
     recording = torch.is_grad_enabled()
     with torch.enable_grad():
         point = x if recording and x.requires_grad else x.detach().requires_grad_()
@@ -53,7 +52,7 @@ def _pulled(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
 
 
 def _jacobian(t: Tensor, x: Tensor, field: Bound) -> Tensor:
-    """J (N, D, D), row by row, as the released code does at D backward passes."""
+    """Return J (N, D, D), row by row, in D backward passes as in the released code."""
     recording = torch.is_grad_enabled()
     with torch.enable_grad():
         point = x if recording and x.requires_grad else x.detach().requires_grad_()
@@ -65,7 +64,7 @@ def _jacobian(t: Tensor, x: Tensor, field: Bound) -> Tensor:
     return torch.stack(rows, 1)
 
 
-# RNODE (2002.02798's code): the factor 1/2 is on all but the Jacobian's
+# RNODE (2002.02798's code): a factor 1/2 on all but the Jacobian norm
 
 
 def _kinetic(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
@@ -106,12 +105,12 @@ def _frobenius(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tens
 
 
 def _diagonal(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
-    # the first column, not the diagonal: released so
+    # the first column instead of the diagonal, as released
     return _jacobian(t, x, field)[:, :, 0].square().mean(1).sqrt()
 
 
 def _off_diagonal(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
-    # all but the first column, and no root: released so
+    # all but the first column, without the root, as released
     j = _jacobian(t, x, field)
     d = j.shape[1]
     return (j.square().sum((1, 2)) - j[:, :, 0].square().sum(1)) / (d * (d - 1))
@@ -123,7 +122,7 @@ RNODE_REGULARISERS = {
     "directional_penalty": Released("directional_penalty", _directional),
     "total_deriv": Released("total_deriv", _total),
 }
-"""RNODE's, by the names of its command line."""
+"""RNODE's regularisers by command-line name."""
 
 FFJORD_REGULARISERS = {
     "l1int": Released("l1int", _l1),
@@ -133,14 +132,14 @@ FFJORD_REGULARISERS = {
     "JdiagFrobint": Released("JdiagFrobint", _diagonal),
     "JoffdiagFrobint": Released("JoffdiagFrobint", _off_diagonal),
 }
-"""FFJORD's, by the names of its command line."""
+"""FFJORD's regularisers by command-line name."""
 
 
 def released(name: str) -> Released:
-    """The released regulariser of that name, a quadrature to put into a :class:`~cnf.CNF`.
+    """Return a released regulariser by name, a quadrature for :class:`~cnf.CNF`.
 
-    With Hutchinson's estimate in reverse mode ``jacobian_norm2`` is RNODE's, from eᵀJ; in forward mode it is as
-    unbiased, from J e.
+    With a reverse-mode Hutchinson estimate ``jacobian_norm2`` is RNODE's, from eᵀJ; the forward-mode estimate from J e
+    is unbiased as well.
 
     Raises:
         ConfigError: for an unknown name.

@@ -1,4 +1,4 @@
-"""Models from plain settings: what a run folder's config.json describes and rebuilds."""
+"""Flows and predictors built from the settings in a run folder's config.json."""
 
 from cnf.models.flows import ModelConfig, build
 from cnf.models.neural_ode import NeuralODE, anode_conv, anode_mlp

@@ -1,4 +1,4 @@
-"""AFFJORD's settings: how a learned time drives the fields of a flow."""
+"""AFFJORD's augmented time: validation of its settings, and the parts that they build."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_drive_settings", "hyper_mlp", "layer", "time_path"]
 
-# settings, and the drives that read them
+# setting -> values of ``drive`` that use it
 READ_BY = {
     "drive_dim": ("concat", "hyper", "both"),
     "drive_start": ("concat", "hyper", "both"),
@@ -24,10 +24,10 @@ READ_BY = {
 
 
 def check_drive_settings(model: ModelConfig) -> None:
-    """Refuse settings of a drive, or of a generator, that the model does not read.
+    """Validate that the settings of drive and generator apply to the model.
 
     Raises:
-        ConfigError: naming the first.
+        ConfigError: naming the first setting that does not apply.
     """
     plain = type(model)()
     for name, drives in READ_BY.items():
@@ -43,19 +43,19 @@ def check_drive_settings(model: ModelConfig) -> None:
 
 
 def drive(model: ModelConfig) -> Drive | None:
-    """The drive of these settings."""
+    """Return the drive of these settings, or None."""
     if model.drive == "none":
         return None
     return Drive(model.drive, model.drive_dim, 1 if model.drive == "concat" else model.drive_entries, model.drive_rank)
 
 
 def layer(model: ModelConfig) -> str | Drive:
-    """How time, or the augmented time, enters the layers."""
+    """Return the layers' time conditioning: the drive, if any, or the layer type."""
     return drive(model) or model.layer
 
 
 def hyper_mlp(model: ModelConfig, dim: int, context_dim: int) -> HyperMLP:
-    """The field of ``field="hypernet"``."""
+    """Build the vector field of ``field="hypernet"``."""
     return HyperMLP(
         dim,
         model.hidden,
@@ -69,10 +69,10 @@ def hyper_mlp(model: ModelConfig, dim: int, context_dim: int) -> HyperMLP:
 
 
 def time_path(model: ModelConfig) -> TimePath | None:
-    """The augmented time a(t), where there is one.
+    """Build the augmented time a(t), or return None without a drive.
 
     Raises:
-        ConfigError: for a negative width.
+        ConfigError: for a negative ``drive_hidden``.
     """
     if model.drive == "none":
         return None

@@ -1,4 +1,4 @@
-"""Flows from plain settings."""
+"""Flows built from settings."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from cnf.transforms import CenterShift, Dequantize, Gaussianize, Logit, Sequenti
 
 __all__ = ["ModelConfig", "build"]
 
-PREDICTIVE = ("node", "resnet")  # architectures that predict, built by cnf.models.predictors
-# what they alone read
+PREDICTIVE = ("node", "resnet")  # architectures of predictors, see cnf.models.predictors
+# settings that only they use
 PREDICTIVE_FIELDS = ("augment", "input_layer", "data_control", "adaptive_depth", "depth", "depth_terms", "head")
-RANGE = 2.0  # of pixels with marginals="center": from -1 to 1
-PARALLEL_LEVELS = 4  # nets in the field of FFJORD's multiscale-parallel model, where the size can be squeezed so often
+RANGE = 2.0  # width of the pixels' range [-1, 1] with marginals="center"
+PARALLEL_LEVELS = 4  # most nets in the field of FFJORD's multiscale-parallel model; fewer if the size is odd earlier
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class ModelConfig:
 
 
 def _dequantize(model: ModelConfig, levels: int, event_shape: tuple[int, ...]) -> Dequantize:
-    """How grey levels become numbers."""
+    """Return the dequantisation of these settings."""
     if model.dequantize == "uniform":
         return Dequantize(levels)
     if len(event_shape) != 3:
@@ -118,7 +118,7 @@ def _dequantize(model: ModelConfig, levels: int, event_shape: tuple[int, ...]) -
 
 
 def _unet(model: ModelConfig, shape: tuple[int, ...], context_dim: int, levels: int | None) -> UNet:
-    """The U-Net of one block; where the images have normal noise, a denoiser on the path that begins with it."""
+    """Build the U-Net of one block: a denoiser if the images are dequantised with truncated normal noise."""
     plain = ModelConfig()
     drives = (each.name for each in fields(model) if each.name.startswith("drive"))
     for name in ("strides", "residual", "layer", "nonlinearity", *drives):
@@ -154,7 +154,7 @@ def _unet(model: ModelConfig, shape: tuple[int, ...], context_dim: int, levels: 
 
 
 def _field(model: ModelConfig, shape: tuple[int, ...], context_dim: int, levels: int | None) -> torch.nn.Module:
-    """The vector field of one block for events of ``shape``."""
+    """Build the vector field of one block for event_shape ``shape``."""
     for name in ("unet_depth", "attention"):
         if model.field != "unet" and getattr(model, name) != (idle := getattr(ModelConfig(), name)):
             raise ConfigError(f"{name}={getattr(model, name)!r} is for field='unet': leave it at {idle!r}")
@@ -202,7 +202,7 @@ def _field(model: ModelConfig, shape: tuple[int, ...], context_dim: int, levels:
 
 
 def _strides(model: ModelConfig, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The strides, once the size of ``shape`` is known to survive them."""
+    """Return the strides, or None if not given, after checking that the image size can be halved as often."""
     size = shape[1:]
     for stride in model.strides:
         if stride == 2 and any(n % 2 for n in size):
@@ -222,18 +222,18 @@ def build(
     levels: int | None = None,
     context_dim: int = 0,
 ) -> Flow:
-    """The flow of these settings for events of one shape: images where ``levels`` is given, vectors otherwise.
+    """Build the flow of these settings, for images if ``levels`` is given, otherwise for vectors.
 
     Args:
         model: architecture.
-        solver: solvers and trace.
+        solver: solvers and divergence.
         event_shape: (D,) for vectors, (C, H, W) for images.
-        levels: grey levels of images (Dequantize and Logit stand first then); None for vectors (Standardize stands first,
-            its statistics set by ``flow.fit_statistics``).
+        levels: grey levels of images, dequantised and mapped according to ``model.marginals`` first; None for vectors,
+            which are standardised first, with statistics set by ``flow.fit_statistics``.
         context_dim: size of the context, 0 for none.
 
     Raises:
-        ConfigError: for settings that do not fit each other, or images whose size cannot be squeezed as they ask.
+        ConfigError: for inconsistent settings, or images whose size cannot be squeezed as requested.
 
     Example:
         >>> flow = build(ModelConfig(hidden=(32,)), SolverConfig(), (2,))

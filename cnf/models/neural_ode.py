@@ -1,4 +1,4 @@
-"""Neural ODEs that predict, plain and augmented (ANODE, 1904.01681), with the variants of 2002.08071."""
+"""Neural ODEs as predictors: plain (NODE), augmented (ANODE, 1904.01681), and the variants of 2002.08071."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from cnf.solvers import Adaptive, FixedGrid, Solver, Stats
 
 __all__ = ["NeuralODE", "anode_conv", "anode_mlp"]
 
-DEPTH_WIDTH = 16  # hidden units of the net that gives each sample its end time
+DEPTH_WIDTH = 16  # hidden units of the net that returns each row's end time
 
 
 class NeuralODE(Predictor):
-    r"""Zeros appended, an ODE solved, a linear layer: :math:`y = A\,\phi_T([x; 0]) + b` (ANODE, 1904.01681).
+    r"""Neural ODE on zero-augmented inputs with a linear head, :math:`y = A\,\phi_T([x; 0]) + b` (ANODE, 1904.01681).
 
-    ``module.train()`` selects ``solver``, ``module.eval()`` ``eval_solver``. There is no log-det. With several fields the
-    weights are piecewise constant over depth: [0, T] is cut into as many equal pieces, each solved on its own, so that a
-    grid's steps never straddle two of them (``solver`` and ``eval_solver`` are those of one piece).
+    ``module.train()`` selects ``solver``, ``module.eval()`` ``eval_solver``. No log-det is computed. With several
+    fields the weights are piecewise constant over depth: [0, T] is divided into equal pieces, each solved separately,
+    so that no step of a grid straddles two of them (``solver`` and ``eval_solver`` are those of one piece).
 
     Args:
-        fields: vector field f(t, x) -> dx on states, or one for each piece of [0, T].
+        fields: vector field f(t, x) -> dx on states, or one per piece of [0, T].
         event_shape: (D,) or (C, H, W).
-        outputs: numbers predicted.
-        augment: p, features (or channels) of zeros appended last.
-        input_layer: in place of the zeros, a learned linear layer (images: 1x1 convolution) from the event's features to
-            p more (IL-NODE, 2002.08071).
+        outputs: number of outputs.
+        augment: p, number of zero features (channels) appended to the input.
+        input_layer: in place of the zeros, a learned linear layer (images: 1x1 convolution) from the input's features
+            to p more (IL-NODE, 2002.08071).
         data_control: the field is f(t, x, x₀), called as ``field(t, x, x0)``.
-        adaptive_depth: each row has its own end time T(x₀) > 0, a small network of the event: dx/ds = T(x₀) f over s in
-            [0, 1]; it starts at T for all rows. The field should depend on t: without it a field on the line has one
-            direction at each point, and x -> -x needs both.
+        adaptive_depth: each row has a learned end time T(x₀) > 0 from a small network: dx/ds = T(x₀) f over s in [0,
+            1], initially T for all rows. The field should depend on t: an autonomous field on the line has one
+            direction at each point, but x -> -x needs both.
         head: see :class:`~cnf.models.predictor.Predictor`.
-        flatten: fields of vectors on images, which are flattened first.
-        solver: for training; rk4 with 4 steps if None.
-        eval_solver: for evaluation; dopri5 at 1e-5 if None.
+        flatten: flatten images, for fields on vectors.
+        solver: training solver; rk4 with 4 steps if None.
+        eval_solver: evaluation solver; dopri5 at 1e-5 if None.
         end_time: T > 0.
-        learn_end_time: learn T = τ², τ a parameter called ``sqrt_end_time``.
+        learn_end_time: learn T = τ², with τ the parameter ``sqrt_end_time``.
         levels: grey levels of uint8 images.
 
     Raises:
-        ConfigError: for p < 0, an end time that is not positive, no field, or options that exclude each other.
-        DataError: from every method, for events that do not fit.
-        SolverError: from every method, where the ODE could not be solved.
+        ConfigError: for p < 0, an end time that is not positive, no field, or mutually exclusive options.
+        DataError: from the methods, for inputs of another shape or dtype.
+        SolverError: from the methods, if the ODE cannot be solved.
 
     Example:
         >>> model = anode_mlp(2, hidden=32, augment=5)
@@ -110,18 +110,18 @@ class NeuralODE(Predictor):
             self.fixed_end_time = float(end_time)
 
     def end_time(self, x: Tensor) -> Tensor:
-        """T (), or T(x₀) (N,) with ``adaptive_depth``, for events (N, \\*event)."""
+        """Return T (), or T(x₀) (N,) with ``adaptive_depth``, for inputs (N, \\*event)."""
         x = self._entering(x)
         if self.learn_end_time:
             return self.sqrt_end_time.to(x).square()
         if self.depth is None:
-            return x.new_full((), self.fixed_end_time)  # filled on its device, not copied to it
-        # softplus(0) = ln 2: at the start every sample has T itself
+            return x.new_full((), self.fixed_end_time)  # filled on the device, not copied to it
+        # softplus(0) = ln 2: every row starts with T itself
         rate: Tensor = nn.functional.softplus(self.depth(x)[:, 0])
         return rate * (self.fixed_end_time / math.log(2))
 
     def start(self, x: Tensor) -> Tensor:
-        """x(0) (N, \\*state): the event with p zero features (channels) behind it, or as the input layer lifts it."""
+        """Return x(0) (N, \\*state): the input with p zero features (channels) appended, or the lifted input."""
         x = self._entering(x)
         if self.lift is not None:
             return cast(Tensor, self.lift(x))
@@ -134,13 +134,13 @@ class NeuralODE(Predictor):
         return x.flatten(1) if self.flatten else x
 
     def predict(self, x: Tensor) -> Prediction:
-        """Outputs (N, outputs), features x(T) (N, \\*state) and what the solve cost."""
+        """Return outputs (N, outputs), features x(T) (N, \\*state) and solver statistics."""
         features, stats = self._carry(self.start(x), x, 0.0, 1.0)
         return Prediction(self.read(features), features, stats)
 
     @torch.no_grad()
     def trajectory(self, x: Tensor, times: Tensor) -> Tensor:
-        """The state at each of ``times`` in [0, 1], shares of T, (len(times), N, \\*state), for events (N, \\*event).
+        """Return the states of inputs (N, \\*event) at ``times`` in [0, 1], fractions of T: (len(times), N, \\*state).
 
         Raises:
             ConfigError: for times outside [0, 1] or decreasing.
@@ -156,10 +156,10 @@ class NeuralODE(Predictor):
         return torch.stack(frames)
 
     def _carry(self, state: Tensor, x: Tensor, start: float, stop: float) -> tuple[Tensor, Stats]:
-        """A state carried from ``start`` to ``stop``, shares of T, through the pieces between."""
+        """Integrate a state from ``start`` to ``stop``, fractions of T, through the pieces in between."""
         count, stats = len(self.fields), Stats()
         end, control = self.end_time(x), None
-        if self.data_control:  # a view: an end time may be made of x, and a solver that goes back would count x twice
+        if self.data_control:  # a view: the end time may depend on x, and an adjoint solver would count x twice
             entering = self._entering(x)
             control = entering.view_as(entering)
         for k, field in enumerate(self.fields):
@@ -172,7 +172,7 @@ class NeuralODE(Predictor):
     def _piece(
         self, field: nn.Module, state: Tensor, control: Tensor | None, start: Tensor, span: Tensor
     ) -> tuple[Tensor, Stats]:
-        """One solve; ``start`` and ``span`` are () or, with an end time for each sample, (N,)."""
+        """Solve one piece; ``start`` and ``span`` are (), or (N,) with an end time per row."""
         factor, evaluate = span.reshape(-1, *(1,) * (state.ndim - 1)) if span.ndim else span, protect(field)
 
         def rhs(s: Tensor, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -189,7 +189,7 @@ class NeuralODE(Predictor):
 
 
 def _layer(time_dependent: bool | None, options: Mapping[str, Any]) -> str:
-    """How time enters a field; by default only with adaptive depth, which needs it."""
+    """Return the layer type; by default time enters only with adaptive depth, which needs it."""
     return "concat" if (options.get("adaptive_depth", False) if time_dependent is None else time_dependent) else "ignore"
 
 
@@ -203,16 +203,17 @@ def anode_mlp(
     nonlinearity: str = "relu",
     **options: Any,
 ) -> NeuralODE:
-    """ANODE's model of vectors (1904.01681): three linear layers, time in front of the first alone, ``augment=0`` a NODE.
+    """Build ANODE's model of vectors (1904.01681): three linear layers, time in the first; ``augment=0`` is a NODE.
 
     Args:
-        dim: of the events.
+        dim: dimension of the inputs.
         hidden: width of both hidden layers.
-        outputs: numbers predicted.
-        augment: p.
-        time_dependent: whether t enters; not in the published runs. By default with ``adaptive_depth`` alone.
+        outputs: number of outputs.
+        augment: p, number of zero features appended.
+        time_dependent: condition the first layer on t, unlike the published runs; by default only with
+            ``adaptive_depth``.
         nonlinearity: ``"relu"`` or ``"softplus"`` as published.
-        options: of :class:`NeuralODE`.
+        options: keyword arguments of :class:`NeuralODE`.
 
     Raises:
         ConfigError: as :class:`NeuralODE`.
@@ -235,17 +236,17 @@ def anode_conv(
     nonlinearity: str = "relu",
     **options: Any,
 ) -> NeuralODE:
-    """ANODE's model of images (1904.01681): 1x1, 3x3 and 1x1 convolutions, ``augment=0`` a NODE.
+    """Build ANODE's model of images (1904.01681): 1x1, 3x3 and 1x1 convolutions; ``augment=0`` is a NODE.
 
     Args:
         event_shape: (C, H, W).
         filters: channels of both hidden layers.
-        outputs: numbers predicted.
-        augment: p channels.
-        time_dependent: whether a plane of t enters every convolution; the published counts are without. By default with
-            ``adaptive_depth`` alone.
+        outputs: number of outputs.
+        augment: p, number of zero channels appended.
+        time_dependent: append t as a channel in every convolution, unlike the published counts; by default only with
+            ``adaptive_depth``.
         nonlinearity: ``"relu"`` or ``"softplus"`` as published.
-        options: of :class:`NeuralODE`.
+        options: keyword arguments of :class:`NeuralODE`.
 
     Raises:
         ConfigError: as :class:`NeuralODE`.

@@ -1,4 +1,4 @@
-"""The vector fields of neural ODEs that predict: plain stacks of time layers, with room for a control."""
+"""Vector fields of neural ODEs as predictors: stacks of time-dependent layers, optionally with data control."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["ODENet", "conv_maps", "mlp_maps"]
 
 
 class ODENet(nn.Module):
-    """f(t, x), or f(t, x, x₀) with ``control`` extra inputs that x₀ fills, behind x: a stack of time layers.
+    """Vector field f(t, x), or f(t, x, x₀) with x₀ concatenated after x: a stack of time-dependent layers.
 
     Args:
-        maps: the linear maps in order; the first takes x's entries and the control's, the last gives x's.
-        layers: how time enters each, a name of :data:`cnf.fields.LAYERS` or a factory of layers.
-        nonlinearity: between them (none after the last).
-        zero_init: start as f = 0.
+        maps: linear maps in order; the first takes the entries of x and of the control, the last returns those of x.
+        layers: time conditioning of each map: a name of :data:`cnf.fields.LAYERS`, or a layer factory.
+        nonlinearity: activation between the maps (none after the last).
+        zero_init: initialise to f = 0.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ODENet(nn.Module):
             cast(TimeLayer, self.layers[-1]).zero_()
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """dx/dt (N, \\*state) at x (N, \\*state) and t () or (N,); ``context`` is x₀ (N, \\*event) where there is a control."""
+        """Return dx/dt at x (N, \\*state) and t () or (N,); ``context`` is x₀ (N, \\*event) with data control."""
         h = x if context is None else torch.cat([x, context], 1)
         layers = [cast(TimeLayer, layer) for layer in self.layers]
         if not intact(self):
@@ -56,7 +56,7 @@ class ODENet(nn.Module):
 def mlp_maps(
     dim: int, hidden: Sequence[int], layer: str | LayerFactory, control: int = 0
 ) -> tuple[list[Linear | Conv], list[str | LayerFactory]]:
-    """Linear maps dim + control -> hidden -> dim, and their layers: a name in the first alone, a factory everywhere.
+    """Return linear maps dim + control -> hidden -> dim and their layers: a name for the first map only, or a factory.
 
     Raises:
         ConfigError: for sizes below one.
@@ -70,10 +70,10 @@ def mlp_maps(
 def conv_maps(
     channels: int, hidden: Sequence[int], layer: str | LayerFactory, strides: Sequence[int], control: int = 0
 ) -> tuple[list[Linear | Conv], list[str | LayerFactory]]:
-    """Convolutions channels + control -> hidden -> channels, and their layers.
+    """Return convolutions channels + control -> hidden -> channels, and their layers.
 
     Raises:
-        ConfigError: for sizes below one, or strides that do not lead back to the image's size.
+        ConfigError: for sizes below one, or strides of another number or that do not restore the image size.
     """
     sizes = _sizes(channels, control, hidden)
     if len(strides) != len(sizes) - 1:

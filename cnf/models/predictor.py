@@ -1,4 +1,4 @@
-"""What a model that predicts is, and what it returns."""
+"""Base class of predictors, and their result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEADS = ("linear", "state")
 
 
 class Prediction(NamedTuple):
-    """Outputs (N, outputs), the features that they were read from (N, \\*state), and what the solve cost."""
+    """Outputs (N, outputs), the features (N, \\*state) that they are computed from, and solver statistics."""
 
     outputs: Tensor
     features: Tensor
@@ -25,18 +25,18 @@ class Prediction(NamedTuple):
 
 
 class Predictor(nn.Module):
-    """Base of the models that predict: events in, ``outputs`` numbers (logits, or a regression's values) out.
+    """Base class of predictors, which map inputs (N, \\*event) to ``outputs`` numbers: logits or regression values.
 
     Args:
         event_shape: (D,) or (C, H, W).
-        outputs: numbers predicted.
-        state_shape: of the features.
-        head: ``"linear"``, a linear layer on the flattened features; ``"state"``, the first entries of the features
-            themselves, so that nothing but the features' own map can fit.
-        levels: grey levels of uint8 images, which become k/(levels − 1) in [0, 1]; None where all events are floats.
+        outputs: number of outputs.
+        state_shape: shape of the features.
+        head: ``"linear"``, a linear layer on the flattened features; ``"state"``, the first entries of the features, so
+            that only the map to the features is trained.
+        levels: grey levels of uint8 images, scaled to k/(levels − 1) in [0, 1]; None if all inputs are floats.
 
     Raises:
-        ConfigError: for sizes below one, an unknown head, or more outputs than the features have.
+        ConfigError: for sizes below one, an unknown head, or more outputs than the features have with head ``"state"``.
     """
 
     def __init__(
@@ -64,19 +64,20 @@ class Predictor(nn.Module):
 
     @property
     def dim(self) -> int:
-        """Number of dimensions of an event."""
+        """Number of dimensions of an input."""
         return math.prod(self.event_shape)
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the type and on the device that the model computes in."""
+        """Tensor with the dtype and device of the model's computations."""
         return next(self.parameters())
 
     def numbers(self, x: Tensor) -> Tensor:
-        """Events (N, \\*event) as numbers: uint8 images become k/(levels − 1).
+        """Convert inputs (N, \\*event) to floats; uint8 images become k/(levels − 1).
 
         Raises:
-            DataError: for another shape, integers without ``levels``, or floats of another precision than the weights'.
+            DataError: for another shape, no rows, integers without ``levels``, or floats of another precision than the
+                weights.
         """
         if x.ndim == 0 or tuple(x.shape[1:]) != self.event_shape or len(x) == 0:
             raise DataError(f"x has shape {tuple(x.shape)}; expected (N, {', '.join(map(str, self.event_shape))}), N at least 1")
@@ -90,20 +91,20 @@ class Predictor(nn.Module):
         return x.to(self.like.dtype) / (self.levels - 1)
 
     def read(self, features: Tensor) -> Tensor:
-        """The outputs (N, outputs) of features (N, \\*state)."""
+        """Compute the outputs (N, outputs) from features (N, \\*state)."""
         flat = features.flatten(1)
         out: Tensor = flat[:, : self.outputs] if self.head is None else self.head(flat)
         return out
 
     def predict(self, x: Tensor) -> Prediction:
-        """Outputs, features and cost at events (N, \\*event).
+        """Return outputs, features and solver statistics for inputs (N, \\*event).
 
         Raises:
-            DataError: for events of another shape or type.
-            SolverError: where an ODE could not be solved.
+            DataError: for inputs of another shape or dtype.
+            SolverError: if an ODE cannot be solved.
         """
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """The outputs (N, outputs) at events (N, \\*event)."""
+        """Return the outputs (N, outputs) for inputs (N, \\*event)."""
         return self.predict(x).outputs

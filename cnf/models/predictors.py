@@ -1,4 +1,4 @@
-"""Models that predict, from plain settings."""
+"""Predictors built from settings."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from cnf.models.solving import SolverConfig, eval_solver, train_solver
 
 __all__ = ["build_predictor"]
 
-# what each architecture reads of ModelConfig; anything else that was changed would do nothing
+# settings that each architecture uses; changes to any other would have no effect
 _COMMON = ("architecture", "field", "hidden", "head")
 _READ = {
     "node": (*_COMMON, "strides", "layer", "nonlinearity", "zero_init", "end_time", "learn_end_time", "augment", "input_layer",
              "data_control", "adaptive_depth", "depth", "depth_terms"),
     "resnet": (*_COMMON, "blocks", "layer", "nonlinearity", "zero_init"),
 }  # fmt: skip
-_ONE_TIME = ("blend", "hyper")  # layers that have one set of weights per time
+_ONE_TIME = ("blend", "hyper")  # layers with one set of weights per time
 
 
 def build_predictor(
     model: ModelConfig, solver: SolverConfig, event_shape: tuple[int, ...], *, outputs: int, levels: int | None = None
 ) -> Predictor:
-    """The model of these settings that predicts ``outputs`` numbers from events of one shape.
+    """Build the predictor of these settings, with ``outputs`` outputs for inputs of one shape.
 
     Args:
         model: architecture ``"node"`` or ``"resnet"``.
         solver: solvers.
         event_shape: (D,) for vectors, (C, H, W) for images.
-        outputs: numbers predicted: classes, or a regression's targets.
+        outputs: number of classes or of regression targets.
         levels: grey levels of images; None for vectors.
 
     Raises:
-        ConfigError: for settings that do not fit each other, or that would do nothing.
+        ConfigError: for inconsistent settings, or settings without effect.
 
     Example:
         >>> anode = ModelConfig("node", "conv", (64, 64), strides=(0, 1, 0), layer="ignore", nonlinearity="relu",
@@ -129,7 +129,7 @@ def _node(
 
 
 def _layer(model: ModelConfig) -> str | LayerFactory:
-    """A layer's name, or the factory of a basis over depth."""
+    """Return the layer type, or the layer factory of a depth basis."""
     if model.depth == "constant":
         if model.depth_terms != 1:
             raise ConfigError(f"depth_terms={model.depth_terms} counts the terms of a depth basis or the stacked pieces: set depth too")

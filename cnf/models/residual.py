@@ -1,4 +1,4 @@
-"""The residual net that neural ODEs are compared with."""
+"""Residual network, the baseline of neural ODEs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["ResidualNet", "residual_net"]
 
 
 class ResidualNet(Predictor):
-    r"""Residual blocks :math:`h_{k+1} = h_k + f_k(h_k)`, then a linear layer: the baseline of ANODE (1904.01681).
+    r"""Residual blocks :math:`h_{k+1} = h_k + f_k(h_k)` with a linear head: the baseline of ANODE (1904.01681).
 
-    Each f_k is a neural ODE's field without time, an MLP that ends in a linear layer. ANODE's released code ends it in a
-    relu, which can only increase h: such a net cannot represent the flip x -> -x either.
+    Each f_k is an autonomous field of a neural ODE, an MLP that ends in a linear layer. ANODE's released code ends it
+    in a relu, which can only increase h, so that this network cannot represent x -> -x either.
 
     Args:
         event_shape: (D,) or (C, H, W), flattened.
-        outputs: numbers predicted.
-        hidden: width of a block's hidden layer, or one for each of several.
+        outputs: number of outputs.
+        hidden: width of a block's hidden layer, or the widths of several.
         blocks: number of blocks.
-        nonlinearity: between a block's layers.
-        zero_init: start as the identity (f_k = 0).
+        nonlinearity: activation between the layers of a block.
+        zero_init: initialise to the identity (f_k = 0).
         head: see :class:`~cnf.models.predictor.Predictor`.
         levels: grey levels of uint8 images.
 
@@ -59,13 +59,13 @@ class ResidualNet(Predictor):
             raise ConfigError(f"hidden={hidden}, blocks={blocks}; expected at least one hidden layer and one block")
         dim = math.prod(event_shape)
         super().__init__(event_shape, outputs, (dim,), head, levels)
-        # other names than the blocks with a last relu had, whose weights would fit and mean something else
+        # a name unlike that of the former blocks with a final relu, whose weights would load with another meaning
         self.fields = nn.ModuleList(
             ODENet(*mlp_maps(dim, widths, "ignore"), nonlinearity, zero_init) for _ in range(blocks)
         )
 
     def predict(self, x: Tensor) -> Prediction:
-        """Outputs (N, outputs) and features (N, D); no ODE, hence no evaluations."""
+        """Return outputs (N, outputs), features (N, D) and empty solver statistics (no ODE)."""
         h = self.numbers(x).flatten(1)
         t = h.new_zeros(())
         for field in self.fields:
@@ -76,7 +76,7 @@ class ResidualNet(Predictor):
 def residual_net(
     dim: int, outputs: int = 1, hidden: int | Sequence[int] = 32, blocks: int = 3, **options: Any
 ) -> ResidualNet:
-    """The residual net of vectors (N, dim); ``options`` are those of :class:`ResidualNet`.
+    """Build a residual network on vectors (N, dim); ``options`` are keyword arguments of :class:`ResidualNet`.
 
     Raises:
         ConfigError: as :class:`ResidualNet`.

@@ -1,4 +1,4 @@
-"""How a flow's ODEs are solved, from plain settings."""
+"""Solvers and divergence built from settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cnf.solvers import Adaptive, FixedGrid, Reversible, Solver
 
 __all__ = ["LATER", "SolverConfig", "autocast", "divergence", "eval_solver", "slow_bf16", "train_solver"]
 
-LATER = {"optional": True}  # metadata of a setting that older run folders lack: they have its default
+LATER = {"optional": True}  # metadata of settings that older run folders lack; their default applies
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class SolverConfig:
 
 
 def train_solver(config: SolverConfig, grid_steps: int | None = None) -> Solver:
-    """The solver that training uses."""
+    """Return the training solver; ``grid_steps`` overrides that of the settings."""
     if config.adaptive:
         return Adaptive(config.method, config.rtol, config.atol, config.gradient)
     steps = grid_steps or config.grid_steps
@@ -70,7 +70,7 @@ def train_solver(config: SolverConfig, grid_steps: int | None = None) -> Solver:
 
 
 def eval_solver(config: SolverConfig, flow: Flow | None = None) -> Solver:
-    """The solver that every reported figure uses; of a flow's blocks, each with its share of the log-det's tolerance."""
+    """Return the evaluation solver; with a flow, each block gets an equal share of the log-det's tolerance."""
     share = None
     if flow is not None and config.eval_tolerance:
         share = config.eval_tolerance * (1.0 if flow.levels is None else math.log(2)) / len(flow.blocks)
@@ -78,17 +78,17 @@ def eval_solver(config: SolverConfig, flow: Flow | None = None) -> Solver:
 
 
 def divergence(config: SolverConfig) -> Divergence:
-    """The trace's estimator."""
+    """Return the divergence strategy."""
     if config.divergence == "exact":
         return Exact()
     return Hutchinson(config.probe, config.mode, config.probes)
 
 
 def autocast(config: SolverConfig) -> torch.dtype | None:
-    """The type that the fields compute in while training, where it is not the state's."""
+    """Return the autocast dtype of the fields in training, or None."""
     return torch.bfloat16 if config.precision == "bf16" else None
 
 
 def slow_bf16(device: str) -> bool:
-    """Whether bfloat16 is no faster than float32 on this device: a CPU with neither AMX nor avx512_bf16."""
+    """Return whether bfloat16 is no faster than float32 on this device: a CPU with neither AMX nor avx512_bf16."""
     return device == "cpu" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

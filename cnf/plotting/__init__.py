@@ -1,4 +1,4 @@
-"""Pictures: samples beside data, densities, vector fields, trajectories, learning curves, the flow in motion."""
+"""Plots: samples and data, densities, vector fields, trajectories, learning curves, animations."""
 
 from cnf.plotting.curves import learning_curves
 from cnf.plotting.features import decision_boundary, feature_evolution, learned_depth, paths_1d

@@ -1,4 +1,4 @@
-"""What every picture needs: a figure without a display, frames, tiles, files written whole."""
+"""Shared plotting helpers: figures without a display, frames, image tiles, atomic writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["array", "aspect_of", "frame", "new_figure", "subplots", "tiles", "wr
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> Path:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
 
     def whole(temporary: Path) -> None:
         save(temporary)
@@ -28,44 +28,44 @@ def write(path: Path, save: Callable[[Path], Any]) -> Path:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure that needs no display, in inches."""
+    """Return a figure of the given size in inches, without a display."""
     figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
     return figure
 
 
 def subplots(figure: Figure, *shape: int, **options: Any) -> Any:
-    """figure.subplots, untyped: it returns one axis or an array of them."""
+    """Return ``figure.subplots(...)``, untyped: one axis or an array of them."""
     return figure.subplots(*shape, **options)
 
 
 def array(x: Any) -> Any:
-    """A tensor from any device, or anything, as an array."""
+    """Convert a tensor on any device, or an array-like, to a NumPy array."""
     return np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x)
 
 
 def xy(points: Any) -> Any:
-    """Points (N, 2) as the two coordinate arrays."""
+    """Return the two coordinate arrays of points (N, 2)."""
     return array(points).T
 
 
 def frame(points: Tensor, margin: float = 0.05) -> tuple[float, float, float, float]:
-    """Left, right, bottom and top of a frame around points (N, 2)."""
+    """Return left, right, bottom and top of a frame around points (N, 2)."""
     low, high = array(points).min(0), array(points).max(0)
     room = margin * np.maximum(high - low, 1e-6)
     return float(low[0] - room[0]), float(high[0] + room[0]), float(low[1] - room[1]), float(high[1] + room[1])
 
 
 def aspect_of(box: tuple[float, float, float, float]) -> str:
-    """Equal units on both axes, unless they would make a strip of the picture (two columns of different units)."""
+    """Return the aspect: equal axes, or automatic ones for a side ratio of 3 or more (columns of different units)."""
     ratio = (box[1] - box[0]) / (box[3] - box[2])
     return "equal" if 1 / 3 < ratio < 3 else "auto"
 
 
 def tiles(images: Tensor, columns: int | None, levels: int) -> np.ndarray:
-    """(N, C, H, W) uint8 grey levels or floats in [0, 1] as one picture (rows, columns, 3) with thin borders."""
+    """Tile images (N, C, H, W), uint8 grey levels or floats in [0, 1], into one (rows, columns, 3) with borders."""
     x = images.detach().cpu()
-    if x.is_floating_point():  # shown as the grey levels that they stand for, like the data beside them
+    if x.is_floating_point():  # quantised to grey levels, like the data next to them
         x = (x * levels).floor().clamp(0, levels - 1)
     pixels = (x.float() * (255 / (levels - 1))).round().to(torch.uint8).numpy()
     if pixels.shape[1] not in (1, 3):  # neither grey nor RGB: the mean of the channels

@@ -13,16 +13,16 @@ __all__ = ["learning_curves"]
 
 
 def learning_curves(metrics: list[dict[str, Any]], path: Path, *, unit: str, name: str = "nll") -> Path:
-    """Plot the training and validation losses against the step, the evaluations of their solves below.
+    """Plot training and validation losses over the steps, and the evaluations of their solves below.
 
-    A ``loss`` that falls far has a log scale. Where nothing was solved there is no lower panel.
+    A ``loss`` that falls by more than a factor of 100 has a log scale. Without solves there is no lower panel.
 
     Args:
-        metrics: rows of metrics.jsonl: ``step``, and where they are due the loss, ``validation``, ``nfe``, ``nfe_backward`` and
-            ``validation_nfe``.
-        path: of the PNG.
-        unit: of the loss and of validation, such as ``"bits/dim"`` or ``"nats"``.
-        name: of the loss in the rows.
+        metrics: rows of metrics.jsonl: ``step`` and, where logged, the loss, ``validation``, ``nfe``, ``nfe_backward``
+            and ``validation_nfe``.
+        path: output PNG.
+        unit: unit of the losses, such as ``"bits/dim"`` or ``"nats"``.
+        name: key of the training loss in the rows.
     """
     averaged = {"lw": 1.4, "marker": "o", "ms": 3.5, "color": "black"}
     losses = ((name, "training batch", {"lw": 0.9, "alpha": 0.7}), ("validation", "validation (averaged weights)", averaged))
@@ -45,7 +45,7 @@ def learning_curves(metrics: list[dict[str, Any]], path: Path, *, unit: str, nam
     shown = [value for key, *_ in losses for _, value in rows[key]]
     if name == "loss" and shown and min(shown) > 0 and max(shown) > 100 * min(shown):  # it falls by orders of magnitude
         top.set_yscale("log")
-    elif shown:  # the first steps would squeeze the rest
+    elif shown:  # the first steps would compress the rest
         low, high = min(shown), float(np.quantile(shown, 0.97))
         room = max(0.05 * (high - low), 1e-6)
         top.set_ylim(low - room, high + room)

@@ -1,4 +1,4 @@
-"""Models that predict: how features move over depth, the paths of one dimension, the learned depth, the decision boundary."""
+"""Plots of predictors: evolution of the features, 1-D trajectories, learned depth, decision boundary."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from cnf.plotting.canvas import array, aspect_of, frame, new_figure, subplots, w
 
 __all__ = ["decision_boundary", "feature_evolution", "learned_depth", "paths_1d"]
 
-FITTED = 1000  # states that decide the principal axes: of images, all would take minutes
+FITTED = 1000  # states used for the principal axes: all those of images would take minutes
 
 
 def _colours(marks: Tensor, classes: Sequence[str]) -> tuple[Any, list[Line2D]]:
-    """A colour for each item, and the legend's entries."""
+    """Return a colour for each row, and the legend's entries."""
     values = array(marks)
     if classes:
         names, codes = list(classes), values.astype(int)
         palette = [f"C{i}" for i in range(len(names))]
     else:
         levels = np.unique(values)
-        if len(levels) > 6:  # a continuous target: shades, and no legend
+        if len(levels) > 6:  # a continuous target: shades without a legend
             return values, []
         names, codes = [f"target {v:g}" for v in levels], np.searchsorted(levels, values)
         palette = ["tab:blue", "tab:red", "tab:green", "tab:orange", "tab:purple", "tab:brown"]
@@ -37,7 +37,7 @@ def _colours(marks: Tensor, classes: Sequence[str]) -> tuple[Any, list[Line2D]]:
 
 
 def _plane(states: Any) -> tuple[Any, tuple[str, str]]:
-    """States (times, N, D) in two coordinates: their own if D = 2, else the principal axes of (some of) them together."""
+    """Project states (times, N, D) to two coordinates: unchanged if D = 2, else principal axes (fitted to a subset)."""
     if states.shape[2] == 2:
         return states, ("$x_1$", "$x_2$")
     flat = states.reshape(-1, states.shape[2]).astype(float)
@@ -50,7 +50,7 @@ def _plane(states: Any) -> tuple[Any, tuple[str, str]]:
 
 
 def _histograms(axis: Any, values: Any, marks: Any, edges: Any, handles: Sequence[Line2D]) -> None:
-    """Histograms of values (N,), one for each level of the marks; a single one for a continuous target."""
+    """Plot histograms of values (N,), one for each level of the marks; a single one for a continuous target."""
     for handle, level in zip(handles, np.unique(marks), strict=False):
         axis.hist(values[marks == level], bins=edges, alpha=0.6, color=handle.get_color())
     if not handles:
@@ -60,18 +60,18 @@ def _histograms(axis: Any, values: Any, marks: Any, edges: Any, handles: Sequenc
 def feature_evolution(
     model: NeuralODE, x: Tensor, marks: Tensor, path: Path, *, classes: Sequence[str] = (), times: int = 5
 ) -> Path:
-    """The states of points at several times: two dimensions as they are, more on their two principal axes.
+    """Plot the states of points at several times, in two dimensions or on their two principal axes.
 
-    All panels share a frame, unless the states spread (or shrink) more than fourfold. A state of one dimension is drawn as
-    a histogram at each time.
+    All panels share a frame, unless the spread of the states varies more than fourfold. States of one dimension are
+    drawn as histograms.
 
     Args:
         model: in evaluation mode.
-        x: events (N, \\*event).
-        marks: (N,) class numbers, or targets.
-        path: of the PNG.
-        classes: names of the classes; none of a regression.
-        times: panels, from 0 to T.
+        x: inputs (N, \\*event).
+        marks: (N,) class indices, or targets.
+        path: output PNG.
+        classes: names of the classes; empty for regression.
+        times: number of panels, from 0 to T.
 
     Raises:
         ConfigError: for fewer than two panels.
@@ -108,15 +108,15 @@ def feature_evolution(
 
 
 def paths_1d(model: NeuralODE, x: Tensor, marks: Tensor, path: Path) -> Path:
-    """The paths x(t) of points of one dimension; of an augmented state its first entry, which may cross others.
+    """Plot trajectories x(t) of one-dimensional points; of augmented states the first entry, whose paths may cross.
 
-    With adaptive depth each path ends at its own T(x), and t is the axis: the paths cross on a shared axis t / T alone.
+    With adaptive depth each path ends at its own T(x), and the axis is t: the paths cross only on a shared axis t / T.
 
     Args:
         model: in evaluation mode.
-        x: events (N, 1).
-        marks: (N,) class numbers or targets, which colour the paths.
-        path: of the PNG.
+        x: inputs (N, 1).
+        marks: (N,) class indices or targets, which colour the paths.
+        path: output PNG.
     """
     ticks = torch.linspace(0, 1, 60)
     x = x.to(model.like.device)
@@ -142,16 +142,17 @@ def paths_1d(model: NeuralODE, x: Tensor, marks: Tensor, path: Path) -> Path:
 def learned_depth(
     model: NeuralODE, x: Tensor, marks: Tensor, path: Path, *, classes: Sequence[str] = (), resolution: int = 160
 ) -> Path:
-    """Plot the end time T(x) of a model with adaptive depth, with points of the data.
+    """Plot the end time T(x) of a model with adaptive depth, together with the data.
 
-    A curve over one dimension, a map over two; for other events histograms of T at the data, one for each class or target.
+    Inputs of one dimension give a curve, of two a map; for others histograms of T over the data, one per class or
+    target.
 
     Args:
         model: in evaluation mode.
-        x: events (N, \\*event).
-        marks: (N,) class numbers, or targets.
-        path: of the PNG.
-        classes: names of the classes; none of a regression.
+        x: inputs (N, \\*event).
+        marks: (N,) class indices, or targets.
+        path: output PNG.
+        classes: names of the classes; empty for regression.
         resolution: cells along each axis of the map.
 
     Raises:
@@ -186,14 +187,14 @@ def learned_depth(
 
 
 def _line(model: Predictor, x: Tensor) -> Tensor:
-    """Points (400, 1) along the axis of events (N, 1), with room at both ends."""
+    """Return points (400, 1) along the axis of inputs (N, 1), with margins."""
     low, high = float(x.min()), float(x.max())
     room = 0.15 * (high - low)
     return torch.linspace(low - room, high + room, 400)[:, None].to(model.like)
 
 
 def _grid(model: Predictor, x: Tensor, resolution: int) -> tuple[tuple[float, float, float, float], Tensor]:
-    """A frame around events (N, 2), and the points (resolution**2, 2) of a grid on it."""
+    """Return a frame around inputs (N, 2), and the points (resolution**2, 2) of a grid on it."""
     box = frame(x, 0.1)
     ticks = [torch.linspace(low, high, resolution) for low, high in (box[:2], box[2:])]
     return box, torch.cartesian_prod(*ticks).to(model.like)
@@ -203,21 +204,21 @@ def _grid(model: Predictor, x: Tensor, resolution: int) -> tuple[tuple[float, fl
 def decision_boundary(
     model: Predictor, x: Tensor, marks: Tensor, path: Path, *, classes: Sequence[str] = (), resolution: int = 160
 ) -> Path:
-    """What the model says everywhere, with points of the data, for events of one or two dimensions.
+    """Plot the model's predictions over the input space, together with the data, in one or two dimensions.
 
-    Of a regression the first output, of a classification the most probable class, shaded by its probability; in one
-    dimension as curves.
+    Regression shows the first output, classification the most probable class shaded by its probability; in one
+    dimension, curves.
 
     Args:
         model: in evaluation mode.
-        x: events (N, 1) or (N, 2).
-        marks: (N,) class numbers, or targets.
-        path: of the PNG.
-        classes: names of the classes; none of a regression.
+        x: inputs (N, 1) or (N, 2).
+        marks: (N,) class indices, or targets.
+        path: output PNG.
+        classes: names of the classes; empty for regression.
         resolution: cells along each axis.
 
     Raises:
-        ConfigError: for events of another dimension.
+        ConfigError: for inputs of another dimension.
     """
     if model.event_shape not in ((1,), (2,)):
         raise ConfigError(f"a decision boundary is drawn in one or two dimensions, not for events {model.event_shape}")
@@ -234,7 +235,7 @@ def decision_boundary(
             from matplotlib.colors import to_rgb
 
             palette = np.array([to_rgb(f"C{i}") for i in range(len(classes))])
-            strength = 0.55 * array(probability)[:, None]  # white where nothing is likely
+            strength = 0.55 * array(probability)[:, None]  # white where no class is probable
             picture = 1 - strength * (1 - palette[array(chosen)])
             axis.imshow(picture.reshape(resolution, resolution, 3).swapaxes(0, 1), origin="lower", extent=box, aspect="auto")
         else:
@@ -253,7 +254,7 @@ def decision_boundary(
 
 
 def _curves(model: Predictor, x: Tensor, marks: Tensor, axis: Any, colours: Any, classes: Sequence[str]) -> None:
-    """Outputs against the one coordinate."""
+    """Plot the outputs over the one coordinate."""
     line = _line(model, x)
     out = model(line).double().cpu()
     if classes:

@@ -1,4 +1,4 @@
-"""The flow in motion, as a GIF."""
+"""Animated GIFs of a flow."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def flow_gif(
     temperature: float = 1.0,
     context: Tensor | None = None,
 ) -> Path:
-    """Noise flowing into data: 2,000 points in two dimensions, a grid of 64 images otherwise, if ``n`` is not given.
+    """Animate noise flowing to data: by default 2,000 points in the plane, or a grid of 64 images.
 
     Args:
-        flow: of points in the plane or of images; the scales of a multiscale flow move one after another.
-        path: of the GIF.
-        n: how many points or images.
-        frames: at least 2, evenly spaced in time; the last one stays for a while.
-        seed: of the noise.
-        temperature: factor of the base's standard deviation.
-        context: (n, C), a row for each.
+        flow: flow on points in the plane or on images; the scales of a multiscale flow move one after another.
+        path: output GIF.
+        n: number of points or images.
+        frames: number of frames, at least 2, evenly spaced in time; the last one is shown longer.
+        seed: seed of the noise.
+        temperature: factor on the base's standard deviation.
+        context: (n, C), one row per sample.
 
     Raises:
         ConfigError: for vectors of another dimension, or fewer than two frames.
@@ -63,9 +63,9 @@ def flow_gif(
         before = list(still)
         pictures = []
         for points in way:
-            for leaf in before:  # the frames have their squeezes undone
+            for leaf in before:  # squeezes are undone in the frames
                 points = leaf(points).value if isinstance(leaf, Squeeze) else points
-            for leaf in reversed(before):  # from the coordinates of the ODE to pixels
+            for leaf in reversed(before):  # from ODE coordinates to pixels
                 points = leaf.inverse(points).value
             pictures.append(Image.fromarray(tiles(points, None, 256)))
     else:
@@ -77,7 +77,7 @@ def flow_gif(
 
 
 def _scatters(way: Any) -> list[Image.Image]:
-    """Frames of points (frames, N, 2), from noise to data."""
+    """Draw frames of points (frames, N, 2), from noise to data."""
     limit = float(np.quantile(np.abs(way), 0.999)) * 1.1
     figure = new_figure(4.2, 4.4)
     axis = subplots(figure)

@@ -1,4 +1,4 @@
-"""Flows of the plane: density, vector field, trajectories."""
+"""Plots of 2-D flows: density, vector field, trajectories."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ __all__ = ["density_2d", "trajectories_2d", "vector_field_2d"]
 
 @torch.no_grad()
 def density_2d(flow: Flow, data: Tensor, path: Path, *, extent: float | None = None, resolution: int = 160) -> Path:
-    """Heat map of the density p(x) beside the data's histogram, both on one colour scale.
+    """Plot the density p(x) next to the data's histogram, both on one colour scale.
 
     Args:
-        flow: of points in the plane, without context.
+        flow: flow on points in the plane, without context.
         data: (N, 2).
-        path: of the PNG.
-        extent: the square [-extent, extent]² is drawn; a frame around the data if None.
+        path: output PNG.
+        extent: half-width of the square [-extent, extent]²; a frame around the data if None.
         resolution: cells along each axis.
     """
     box = frame(data, 0.1) if extent is None else (-extent, extent, -extent, extent)
     cells = [low + (torch.arange(resolution) + 0.5) * (high - low) / resolution for low, high in (box[:2], box[2:])]
     grid = torch.cartesian_prod(*cells).to(flow.like)
     p = array(torch.cat([flow.log_prob(part).exp() for part in grid.split(20_000)]).reshape(resolution, resolution))
-    bins = max(8, min(resolution // 2, int(len(data) ** 0.5)))  # of few points, few bins: else all is noise
+    bins = max(8, min(resolution // 2, int(len(data) ** 0.5)))  # few bins for few points, to suppress noise
     across, up = xy(data)
     counts, _, _ = np.histogram2d(across, up, bins=bins, range=[list(box[:2]), list(box[2:])])
-    share = counts * bins**2 / (len(data) * (box[1] - box[0]) * (box[3] - box[2]))  # per unit of area, as p is
-    # the peaks of either may be clipped, so that the rest can be seen
+    share = counts * bins**2 / (len(data) * (box[1] - box[0]) * (box[3] - box[2]))  # per unit area, like p
+    # the peaks of either may be clipped, to keep the rest visible
     top = max((float(np.quantile(v[v > 0.01 * v.max()], 0.99)) for v in (p, share) if v.max() > 0), default=1.0)
     figure = new_figure(10.5, 4.6)
     pair = subplots(figure, 1, 2)
@@ -47,15 +47,15 @@ def density_2d(flow: Flow, data: Tensor, path: Path, *, extent: float | None = N
 
 @torch.no_grad()
 def vector_field_2d(flow: Flow, path: Path, *, times: int = 5, extent: float = 3.0) -> Path:
-    """The blocks' vector fields over time, in the coordinates the ODE lives in (standardised data).
+    """Plot the blocks' vector fields over time, in the coordinates of the ODE (standardised data).
 
-    All panels share their scales: the colour is the speed, an arrow's length its root (slow regions would vanish otherwise).
+    All panels share their scales: colour is speed, arrow length its square root (slow regions would vanish otherwise).
 
     Args:
-        flow: of points in the plane, without context; the first four blocks are drawn.
-        path: of the PNG.
-        times: panels of a block, from t = 0 to T.
-        extent: the square [-extent, extent]² is drawn.
+        flow: flow on points in the plane, without context; the first four blocks are drawn.
+        path: output PNG.
+        times: panels per block, from t = 0 to T.
+        extent: half-width of the square [-extent, extent]².
     """
     blocks = flow.blocks[:4]
     ticks = torch.linspace(-extent, extent, 18)
@@ -86,7 +86,7 @@ def vector_field_2d(flow: Flow, path: Path, *, times: int = 5, extent: float = 3
 
 
 def trajectories_2d(flow: Flow, data: Tensor, path: Path, *, n: int = 200) -> Path:
-    """Paths of the first ``n`` points of data (N, 2) to the latent, in standardised coordinates; PNG."""
+    """Plot the paths of the first ``n`` points of data (N, 2) to the latent, in standardised coordinates, as PNG."""
     paths = array(flow.trajectory(data[:n].to(flow.like), torch.linspace(0, 1, 40)))
     figure = new_figure(6.4, 6.6)
     axis = subplots(figure)

@@ -1,4 +1,4 @@
-"""Samples beside data: grids of images, points in the plane, histograms of columns."""
+"""Plots of samples and data: image grids, scatter plots, histograms."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["image_grid", "samples_beside_data"]
 
 
 def image_grid(images: Tensor, path: Path, *, columns: int | None = None, levels: int = 256) -> Path:
-    """A grid of images (N, C, H, W), uint8 grey levels or floats in [0, 1]; PNG.
+    """Save a grid of images (N, C, H, W), uint8 grey levels or floats in [0, 1], as PNG.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = image_grid(torch.rand(16, 1, 8, 8), Path(folder) / "grid.png")
-        ...     Image.open(path).size  # 4 x 4 tiles, enlarged eight times, a line between them
+        ...     Image.open(path).size  # 4 x 4 tiles, enlarged eightfold, a line between them
         (261, 261)
     """
     picture = Image.fromarray(tiles(images, columns, levels))
@@ -30,12 +30,12 @@ def image_grid(images: Tensor, path: Path, *, columns: int | None = None, levels
 def samples_beside_data(
     samples: Tensor, data: Tensor | None, path: Path, *, levels: int | None = None, columns: tuple[str, ...] = ()
 ) -> Path:
-    """Images as two grids, points as two scatters, tables as overlaid marginal histograms of up to twelve columns.
+    """Plot samples next to data: image grids, scatter plots, or overlaid histograms of up to twelve table columns.
 
     Args:
         samples: (N, C, H, W) or (N, D).
-        data: of the same kind; None draws the samples alone.
-        path: of the PNG.
+        data: same kind as ``samples``; None plots the samples alone.
+        path: output PNG.
         levels: grey levels of images, 256 if None.
         columns: names of a table's columns.
     """

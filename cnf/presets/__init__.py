@@ -1,4 +1,4 @@
-"""The presets that the command line knows."""
+"""Presets of the command line."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PRESETS = DENSITY | EXACT | IMAGES | MATCHING | AFFJORD | NEURAL_ODE
 
 
 def preset(name: str) -> Preset:
-    """The preset of that name.
+    """Return a preset by name.
 
     Raises:
-        ConfigError: for an unknown one; the nearest is suggested.
+        ConfigError: for an unknown name; the message suggests the nearest.
     """
     if name not in PRESETS:
         near = get_close_matches(name, PRESETS, 1)

@@ -1,4 +1,4 @@
-"""Presets of our own: digits, points in the plane, tables."""
+"""Presets of densities for digits, points in the plane and tables."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ DENSITY = {
         RunConfig(
             "digits",
             DataConfig("digits"),
-            # two hidden layers: the trace has a closed form; a quarter of the pixels is nearly always black, which each
-            # pixel's own distribution takes off the field's hands
+            # two hidden layers: closed-form trace; a quarter of the pixels is nearly always black, which the marginals
+            # handle in place of the field
             ModelConfig(hidden=(270, 270), marginals="gaussianize", alpha=1e-4),
-            # one step is enough for most of the training, two at its end
+            # one solver step suffices for most of the training, two at its end
             SolverConfig(grid_steps=1, automatic_steps=True),
-            # 1,077 images: overfitting stands in the way, hence weight decay and kinetic energy; 0.0693 = 0.1 ln 2 is the weight
-            # that was tuned, when the penalty was divided by D alone
+            # 1,077 images overfit, hence weight decay and kinetic energy; 0.0693 = 0.1 ln 2 is the weight tuned when
+            # the penalty was divided by D alone
             TrainConfig(
                 steps=3000,
                 batch_size=256,
@@ -40,7 +40,7 @@ DENSITY = {
         RunConfig(
             "ffjord-toy",
             DataConfig("8gaussians"),
-            # FFJORD's toy network (three hidden layers, T = 0.5), with D = 2 exact tangents
+            # FFJORD's toy network (three hidden layers, T = 0.5); exact trace, since D = 2
             ModelConfig(hidden=(64, 64, 64), end_time=0.5, zero_init=False),
             SolverConfig(method="rk4", grid_steps=6),
             TrainConfig(steps=8000, batch_size=512, lr=3e-3, validate_every=500, watch_tolerance=0.005, threads=1),

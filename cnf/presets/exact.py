@@ -1,4 +1,4 @@
-"""Presets of the exact trace: two hidden layers, whose divergence is a closed form, in the place of three with an estimate."""
+"""Presets with the closed-form exact trace: two hidden layers in place of three with an estimate."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from cnf.published import RNODE
 
 __all__ = ["EXACT"]
 
-# a field that starts at zero is straight, and the kinetic energy keeps it so for long: one step of rk4 in each block at the
-# start, and as many as the measured error asks for later
+# a field initialised to zero is straight, and the kinetic energy keeps it so for long: one step of rk4 per block at the
+# start, later as many as the measured error requires
 _SOLVER = SolverConfig("rk4", grid_steps=1, automatic_steps=True, divergence="exact")
 _DIGITS, _MNIST, _TABLE = DENSITY["digits"], IMAGES["rnode-mnist"], DENSITY["tabular"]
 
@@ -22,18 +22,18 @@ EXACT = {
         RunConfig(
             "exact-digits",
             DataConfig("digits"),
-            # squeezed to 4x4, every pixel sees nearly all others through three layers. After 40 CPU seconds without the Jacobian's
-            # penalty such a block validated at 1.953 bits/dim, two of them at 1.979, RNODE's multiscale chain (48-48) at 1.983, a
-            # block on the 8x8 pixels at 2.035. "concat" leaves the last gate out, so that the trace's kernel serves a whole solve
-            # (the one block with concatsquash: 2.012). Marginals as in the preset digits
+            # squeezed to 4x4, every pixel sees nearly all others through three layers. Validation after 40 CPU seconds
+            # without the Jacobian penalty: this block 1.953 bits/dim (with concatsquash 2.012), two of them 1.979,
+            # RNODE's multiscale architecture (48-48) 1.983, a block on 8x8 pixels 2.035. "concat" has no gate after the
+            # last layer, so that one kernel of the trace serves a whole solve. Marginals as in the preset digits
             ModelConfig(
                 "stack", "conv", (64, 64), squeeze_first=True, layer="concat", marginals="gaussianize", alpha=1e-4
             ),
             _SOLVER,
-            # shared weights overfit less than the MLP's 109,876 and bear a higher rate and less decay (half its decay: 1.961). The
-            # Jacobian's penalty, one product a solve, keeps the field from stiffening: three steps of the grid suffice to the end,
-            # where without it twelve did after 1,100 updates; after 70 CPU seconds 1.923 (with 0.0693: 1.927). 0.0208 = 0.03 ln 2 is
-            # what was tuned, when the penalty was divided by D alone
+            # shared weights overfit less than the MLP's 109,876: higher lr, less decay (with half of digits' decay:
+            # 1.961). The Jacobian penalty, one product per solve, limits stiffness: three solver steps suffice to the
+            # end, instead of twelve after 1,100 updates; 1.923 after 70 CPU seconds (with 0.0693: 1.927). 0.0208 = 0.03
+            # ln 2, tuned when the penalty was divided by D alone
             replace(_DIGITS.config.train, batch_size=64, lr=1e-2, weight_decay=0.1, jacobian=0.0208),
         ),
         "real 8x8 digits, convolutions with the closed-form exact trace",
@@ -45,11 +45,11 @@ EXACT = {
         RunConfig(
             "exact-mnist",
             DataConfig("mnist"),
-            # the widest two hidden layers with no more than the published 800,636 parameters: 791,946
+            # the widest two hidden layers within the published 800,636 parameters: 791,946
             replace(RNODE, hidden=(89, 89), alpha=_MNIST.config.model.alpha),
-            # checkpoints: of a batch of 200 the direct gradient would keep 6.5 GiB for every step of the grid, this one 3.3 in all
+            # checkpoints: at batch size 200 the direct gradient stores 6.5 GiB per solver step, this one 3.3 GiB in all
             replace(_SOLVER, gradient="checkpoint"),
-            # RNODE's, its weights of the regularisers too
+            # RNODE's, including the weights of the regularisers
             _MNIST.config.train,
         ),
         "RNODE's multiscale model with two hidden layers and the closed-form exact trace, regularised",
@@ -61,8 +61,8 @@ EXACT = {
         RunConfig(
             "exact-tabular",
             DataConfig("power"),
-            # five blocks of FFJORD's form for six columns, 60-60-60 wide, have 43,325 parameters; the widest two layers with no
-            # more: 42,865
+            # five blocks of FFJORD's form for six columns, 60-60-60 wide, have 43,325 parameters; the widest two layers
+            # within that: 42,865
             ModelConfig(hidden=(83, 83), blocks=5),
             _SOLVER,
             _TABLE.config.train,

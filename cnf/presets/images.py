@@ -10,15 +10,14 @@ from cnf.published import FFJORD, RNODE
 
 __all__ = ["FFJORD_SOLVER", "IMAGES", "PUBLISHED_TRAIN"]
 
-# The published image models. Sources: FFJORD is 1810.01367, its README's command and its script's defaults; RNODE is
-# 2002.02798, its example scripts and their script's defaults. Where RNODE's paper and code differ the preset follows
-# the paper; the code's own way is --regularisers code, and for CIFAR-10 also --jacobian 0.01 --adaptive --method dopri5
-# --gradient adjoint.
+# Sources: FFJORD is 1810.01367, its README's command and its script's defaults; RNODE is 2002.02798, its example
+# scripts and their script's defaults. Where RNODE's paper and code differ the preset follows the paper; the code's
+# settings are --regularisers code, and for CIFAR-10 also --jacobian 0.01 --adaptive --method dopri5 --gradient adjoint.
 
-# both codes: Adam (betas and eps torch's), lr 1e-3 reached linearly in 1000 steps and held, batch 200, no weight decay,
-# no averaging, gradients as they are (clipped at 1e10 and at infinity), one pass over the test set. Both choose weights
-# by the test set; here a validation split does (of the large sets on some items, which is ours). Their epoch is 300
-# steps of MNIST, 250 of CIFAR-10
+# both codes: Adam (torch's betas and eps), lr 1e-3 after 1000 steps of linear warm-up, batch 200, no weight decay, no
+# averaging, effectively no clipping (at 1e10 and infinity), one pass over the test set. Both select weights on the test
+# set; here a validation split does (a subset for large data sets, our choice). Their epoch: 300 steps of MNIST, 250 of
+# CIFAR-10
 PUBLISHED_TRAIN = TrainConfig(
     batch_size=200,
     lr=1e-3,
@@ -29,10 +28,10 @@ PUBLISHED_TRAIN = TrainConfig(
     ema_decay=0.0,
     draws=1,
 )
-# dopri5 at 1e-5 (both scripts, for RNODE's tests too). Both codes pull eᵀJ back (--mode reverse); J e gives the same
-# trace and as unbiased a norm in less time (rnode-mnist, batch 4: 1.9 s a step instead of 2.2). Both let the log-det
-# drive the step size too, here the point alone does (Adaptive's quadratures_in_norm); RNODE gives a first step of 1/6,
-# which dopri5 chooses here
+# dopri5 at 1e-5 (both scripts, also for RNODE's tests). Both codes use the vjp eᵀJ (--mode reverse); J e gives the same
+# trace and an equally unbiased norm in less time (rnode-mnist, batch 4: 1.9 s a step instead of 2.2). In both the
+# log-det also controls the step size, here only the state does (Adaptive's quadratures_in_norm); RNODE sets a first
+# step of 1/6, here dopri5 chooses it
 _SOLVER = SolverConfig(
     "dopri5",
     adaptive=True,
@@ -48,12 +47,12 @@ _SOLVER = SolverConfig(
 )
 # FFJORD: one Rademacher probe (README: --rademacher True)
 FFJORD_SOLVER = replace(_SOLVER, probe="rademacher")
-# RNODE: one Gaussian probe; the scripts for ImageNet64 and CelebA-HQ name no solver, and the default is dopri5
+# RNODE: one Gaussian probe; the scripts for ImageNet64 and CelebA-HQ set no solver, and the default is dopri5
 _RNODE_ADAPTIVE = replace(_SOLVER, probe="gaussian")
-# rk4 (the 3/8 rule): MNIST's script, and the paper for CIFAR-10. Both take four steps; here as many as the measured error asks
-# for, from one on, which trained better in less than half of the time (benchmarks/README.md). --no-automatic-steps
-# --grid-steps 4 --max-grid-steps 4 is the published grid. The code's gradient is the adjoint on that grid; the grid's own, by
-# checkpoints, costs as little memory
+# rk4 (the 3/8 rule): MNIST's script, and the paper for CIFAR-10. Both take four steps; here from one on, as many as the
+# measured error requires, which trained better in less than half the time (benchmarks/README.md). Published grid:
+# --no-automatic-steps --grid-steps 4 --max-grid-steps 4. The code's gradient is the adjoint on that grid; checkpoints
+# give the grid's own gradient at as little memory
 _RNODE_SOLVER = replace(
     _RNODE_ADAPTIVE, method="rk4", adaptive=False, grid_steps=1, automatic_steps=True, gradient="checkpoint"
 )
@@ -77,7 +76,7 @@ def _published(
 
 
 IMAGES = (
-    # 1000 epochs (script's default)
+    # 1000 epochs (the script's default)
     _published("ffjord-mnist", FFJORD, FFJORD_SOLVER, replace(PUBLISHED_TRAIN, steps=300_000, validate_every=300), (1, 28, 28),
                cost="about 12 s a step of 16 images on two cores")
     | _published(
@@ -87,7 +86,7 @@ IMAGES = (
         replace(PUBLISHED_TRAIN, steps=250_000, validate_every=250),
         (3, 32, 32),
     )
-    # alpha: scripts; 100 epochs (paper; script's default)
+    # alpha: scripts; 100 epochs (paper; the script's default)
     | _published(
         "rnode-mnist",
         replace(RNODE, alpha=1e-5),
@@ -104,7 +103,7 @@ IMAGES = (
         replace(_RNODE_TRAIN, jacobian=0.03, steps=25_000, validate_every=250),
         (3, 32, 32),
     )
-    # script: 4 epochs of 1,281,149 pictures on 4 GPUs of batch 50
+    # script: 4 epochs of 1,281,149 images on 4 GPUs with batches of 50
     | _published(
         "rnode-imagenet64",
         RNODE,
@@ -112,7 +111,7 @@ IMAGES = (
         replace(_RNODE_TRAIN, steps=25_600, validate_every=1600, validation_items=1000),
         (3, 64, 64),
     )
-    # script: 5 bits, 16 epochs of 27,000 faces on 4 GPUs of batch 3
+    # script: 5 bits, 16 epochs of 27,000 images on 4 GPUs with batches of 3
     | _published(
         "rnode-celebahq256",
         RNODE,

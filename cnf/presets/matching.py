@@ -9,21 +9,22 @@ from cnf.presets.settings import DataConfig, Preset, RunConfig, TrainConfig
 
 __all__ = ["MATCHING"]
 
-# a denoiser on pixels between -1 and 1, whose dequantisation noise is the path's beginning; squeezed once, as every convolution
-# at full size costs four times as much
+# a denoiser on pixels in [-1, 1], whose path begins with the dequantisation noise; squeezed once, since convolutions at
+# full size cost four times as much
 _UNET = ModelConfig(
     "stack", "unet", (64, 96), squeeze_first=True, dequantize="truncated-normal", marginals="center", unet_depth=2
 )
-# the trace of a U-Net has no closed form. In fine-tuning (--objective both): as many steps as the measured error asks for; evaluations
-# recomputed, since those of a U-Net keep much. --compile halves its time (on two cores 0.15 s in place of 0.27 s for an evaluation of
-# 32 images, forward and backward), after a minute or two of compilation
+# a U-Net has no closed-form trace. Fine-tuning (--objective both): as many solver steps as the measured error requires,
+# with checkpoints, since evaluations of a U-Net store much. --compile halves the time (two cores: 0.15 s instead of
+# 0.27 s per evaluation of 32 images, forward and backward), after a minute or two of compilation
 _SOLVER = SolverConfig(
     "rk4", grid_steps=8, automatic_steps=True, gradient="checkpoint", divergence="hutchinson", precision="bf16",
-    # the trace along with the point: a trained path wants 63 nodes, which cost more than its 120 evaluations with a product, and are
-    # no nearer (off by 0.0006 in place of 0.0005 bits/dim on 16 MNIST images; at 1e-4 by 0.004)
+    # the trace at every stage: a trained path needs 63 quadrature nodes, which cost more than its 120 evaluations with
+    # a product and are no more accurate (16 MNIST images: error 0.0006 instead of 0.0005 bits/dim; at 1e-4 0.004)
     eval_tolerance=0.0,
 )  # fmt: skip
-# --objective both: batches of 32 to fine-tune, since a U-Net's solve keeps much even where it is recomputed, and at most 14 steps
+# --objective both: fine-tuning batches of 32 and at most 14 solver steps, since a U-Net's solve stores much even with
+# checkpoints
 _TRAIN = TrainConfig(
     objective="flow-matching", batch_size=128, tune_batch_size=32, lr=1.5e-3, warmup=200, max_grad_norm=1.0, ema_decay=0.9995, draws=1,
     max_grid_steps=14,
@@ -35,11 +36,11 @@ MATCHING = {
             "fm-digits",
             DataConfig("digits"),
             replace(_UNET, hidden=(32, 48), unet_depth=1, squeeze_first=False),
-            # at 1e-5 it errs by 0.0010, at these by 0.0003, for half as many evaluations again
+            # error 0.0010 at 1e-5, 0.0003 at these tolerances, for half as many evaluations again
             replace(_SOLVER, precision="fp32", eval_rtol=2e-6, eval_atol=2e-6),
-            # 1,077 images: a tenth of the digits preset's decay; with all of it and twice the rate validation came to 1.824, so to 1.791
-            # a constant rate and even times: 0.0154 +- 0.0023 bits/dim better on validation images than a cosine and importance (three seeds);
-            # validation is best after 2,250 to 2,500 steps
+            # 1,077 images: a tenth of digits' weight decay (all of it and twice the lr: validation 1.824, this: 1.791).
+            # Constant lr and even times: 0.0154 +- 0.0023 bits/dim better on validation images than cosine and
+            # importance (three seeds). Validation is best after 2,250 to 2,500 steps
             replace(
                 _TRAIN, steps=2500, lr=2e-3, schedule="constant", match_times="even", weight_decay=0.1, validate_every=250, draws=5,
                 threads=1, ema_decay=0.999,

@@ -1,4 +1,4 @@
-"""Presets of neural ODEs that predict: plain (NODE) and augmented (ANODE, 1904.01681)."""
+"""Presets of neural ODEs as predictors: plain (NODE) and augmented (ANODE, 1904.01681)."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from cnf.presets.settings import DataConfig, Preset, RunConfig, TrainConfig
 
 __all__ = ["NEURAL_ODE"]
 
-# Sources: the paper's appendix F and the released code's config files. Adam at 1e-3 throughout, no warm-up, decay, clipping
-# or averaging; relu; no time in the field (the published counts are those without, though the paper says it is there)
+# Sources: the paper's appendix F and the released code's config files. Adam at 1e-3, no warm-up, decay, clipping or
+# averaging; relu; no time in the field (as the published counts, although the paper mentions it)
 _TRAIN = TrainConfig(
     lr=1e-3, warmup=0, schedule="constant", max_grad_norm=0.0, ema_decay=0.0, draws=1, watch_tolerance=1.0, threads=1
 )
-# toys: batches of 64, 50 epochs of 3,000 points (46 whole batches each)
+# toys: batches of 64, 50 epochs of 3,000 points (46 full batches each)
 _TOY = replace(_TRAIN, objective="regression", batch_size=64, steps=2300, validate_every=46, watch_every=230)
 _IMAGES = replace(_TRAIN, objective="classification", batch_size=256)
-# dopri5 at 1e-3; toys are differentiated through the solver, images by the adjoint, as in the released runners
+# dopri5 at 1e-3; gradients through the solver for toys, by the adjoint for images, as in the released runners
 _SOLVER = SolverConfig("dopri5", adaptive=True, rtol=1e-3, atol=1e-3)
-# images are scored at the tolerance they are trained at, as published; result.json says what ten times less would change
+# images are evaluated at the training tolerance, as published; result.json has the change for a tenth of it
 _IMAGE_SOLVER = replace(_SOLVER, gradient="adjoint", eval_rtol=1e-3, eval_atol=1e-3)
 _DIGIT_SOLVER = replace(_IMAGE_SOLVER, gradient="direct")
 _MLP = ModelConfig("node", "mlp", (32, 32), layer="ignore", nonlinearity="relu", zero_init=False)
 _CONV = replace(_MLP, field="conv", strides=(0, 1, 0))
-_SPHERES = (3000, 900, 3000)  # a third of them inside
+_SPHERES = (3000, 900, 3000)  # training, validation, test; a third of the points is inside
 
 
 def _toy(name: str, data: str, dim: int, model: ModelConfig, summary: str, cost: str) -> dict[str, Preset]:
-    # the flip is for the flow itself: a linear head of negative weight would flip it for the flow
+    # the flow has to represent the flip: a linear head with negative weight would do it instead
     head: Literal["linear", "state"] = "state" if data == "flip" else "linear"
     config = RunConfig(name, DataConfig(data, toy_sizes=_SPHERES), replace(model, head=head), _SOLVER, _TOY)
     return {name: Preset(config, summary, cost, (dim,), outputs=1)}
@@ -45,9 +45,9 @@ def _images(
     return {name: Preset(config, summary, cost, shape, levels, 10)}
 
 
-# ours: nets and batches small enough for minutes on one core; 1,077 images are 16 whole batches of 64, 50 epochs
+# ours: nets and batches for minutes on one core; 1,077 images are 16 full batches of 64, 50 epochs
 _DIGITS = replace(_IMAGES, batch_size=64, steps=800, validate_every=16, watch_every=100)
-# 50,000 images: 195 whole batches of 256 an epoch, ten epochs
+# 50,000 images: 195 full batches of 256 an epoch, ten epochs
 _MNIST = replace(_IMAGES, steps=1950, validate_every=195, watch_every=390, threads=None)
 _THREE = replace(_TOY, objective="classification", batch_size=96, steps=500, validate_every=10, watch_every=100)
 
@@ -62,7 +62,7 @@ NEURAL_ODE = (
         "anode-three-spheres": Preset(
             RunConfig(
                 "anode-three-spheres",
-                # 1,024 points, as in the survey; 10 whole batches of 96 an epoch, 50 epochs. The survey has tanh, with which one
+                # 1,024 points, as in the survey; 10 full batches of 96 an epoch, 50 epochs. With the survey's tanh one
                 # seed of four ended at 92.8 % in benchmarks/anode.py; with ANODE's relu all ended at 100 %
                 DataConfig("three-spheres", toy_sizes=(1024, 300, 3000)),
                 replace(_MLP, hidden=(28, 28), augment=5),

@@ -1,4 +1,4 @@
-"""Every default, listed once: which data, which model, how it is trained."""
+"""Settings of a run with their defaults: data, model, solver, training."""
 
 from __future__ import annotations
 
@@ -138,12 +138,12 @@ class TrainConfig:
 
     @property
     def density(self) -> bool:
-        """Whether a density is trained, not something that predicts."""
+        """True if a density is trained, not a predictor."""
         return self.objective not in ("regression", "classification")
 
     @property
     def warmup_of_tuning(self) -> int:
-        """Steps of warm-up of the fine-tuning: a tenth of it at most."""
+        """Warm-up steps of the fine-tuning: ``warmup``, but at most a tenth of ``tune_steps``."""
         return min(self.warmup, self.tune_steps // 10)
 
 
@@ -160,11 +160,11 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Preset:
-    """A run's settings with a line about them and what they were measured to cost."""
+    """Settings of a run, with a summary and the measured cost."""
 
     config: RunConfig
     summary: str
     cost: str
-    shape: tuple[int, ...]  # of the events of its data, for the parameter count
+    shape: tuple[int, ...]  # event_shape of its data, for the parameter count
     levels: int | None = None
-    outputs: int = 0  # numbers predicted; 0 of a density
+    outputs: int = 0  # number of outputs of a predictor; 0 for a density

@@ -1,4 +1,4 @@
-"""The cable rule: Jacobians of a flow by forward sensitivity, its Magnus terms, and derivatives by parameters."""
+"""Forward sensitivities: Jacobians by the cable rule, the Magnus expansion, derivatives by parameters."""
 
 from cnf.sensitivity.cable import jacobian, log_det
 from cnf.sensitivity.magnus import MagnusSolution, magnus

@@ -1,4 +1,4 @@
-"""A block's state and its tangents along the path, with other parameters than its own and derivatives by them."""
+"""Joint integration of a block's state and tangents, with substituted parameters and derivatives by them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Values = Mapping[str, Tensor]
 
 
 class _Functional(nn.Module):
-    """A block's right-hand side as one module, so that functional_call can give it other parameters."""
+    """Augmented dynamics of a block as one module, for torch.func.functional_call."""
 
     def __init__(self, block: CNF):
         super().__init__()
         self.block = block
 
     def forward(self, share: Tensor | None, context: Tensor | None, *point: Tensor) -> State:
-        """d(x, a)/du at u, the share of the block's time that has passed; without one, the state that x starts from."""
+        """Return d(x, a)/du at the fraction u = ``share`` of the block's time; the initial state for ``share=None``."""
         x, a = point[0], point[1] if len(point) > 1 else None
         if share is None:
             a = self.block.start(x)
@@ -40,17 +40,21 @@ class _Functional(nn.Module):
 
 
 class Along:
-    """The state (x, [a]) of a block and K tangents of it, moved by parameters and their tangents (K, ...)."""
+    """Integrator of a block's state (x, [a]) and its K tangents, under parameters and their tangents (K, ...)."""
 
     def __init__(self, block: CNF, context: Tensor | None, solver: Solver | None, pieces: Sequence[Values] = ()):
         self.block, self.context, self.solver = block, context, solver
         given = [value for piece in pieces for value in piece.values()] + ([] if context is None else [context])
-        self.known = [*block.parameters(), *given]  # what a solver that recomputes or goes back must know of
+        self.known = [*block.parameters(), *given]  # for solvers that recompute or solve the adjoint
         self.whole = _Functional(block)
         self.own = dict(block.named_parameters())
 
     def check(self, values: Mapping[str, Tensor | None]) -> None:
-        """Refuse names that are no parameters of the block, and values of another shape."""
+        """Validate the names and shapes of parameters.
+
+        Raises:
+            ConfigError: for names that are not parameters of the block, or values of another shape.
+        """
         for name, value in values.items():
             if name not in self.own:
                 near = get_close_matches(name, self.own, 1)
@@ -62,7 +66,7 @@ class Along:
     def _jvp(
         self, share: Tensor | None, values: Values, unit: Values, point: State, tangents: State
     ) -> tuple[State, State]:
-        """The right-hand side, and its derivative A S + (∂f/∂θ) θ' in one product along every column."""
+        """Return the right-hand side, and its derivative A S + (∂f/∂θ) θ' by one vmapped jvp over the columns."""
         theta = {name: values.get(name, self.own[name]) for name in unit}
         rest = {f"block.{name}": value for name, value in values.items() if name not in unit}
 
@@ -84,12 +88,12 @@ class Along:
         return value, derivative
 
     def still(self, point: State, unit: Values) -> State:
-        """Zero tangents (K, ...) of a state, one for every column of ``unit``."""
+        """Return zero tangents (K, ...) of a state, one for every column of ``unit``."""
         count = next(iter(unit.values())).shape[0] if unit else 0
         return tuple(entry.new_zeros(count, *entry.shape) for entry in point) if count else ()
 
     def begin(self, x: Tensor, values: Values, unit: Values) -> tuple[State, State]:
-        """The state at t = 0, and its tangents: zero, but for a start that is learned."""
+        """Return the state at t = 0 and its tangents, which are zero except for a learned initial a."""
         if self.block.path is None:
             return (x,), self.still((x,), unit)
         return self._jvp(None, values, unit, (x,), self.still((x,), unit))
@@ -102,7 +106,7 @@ class Along:
         values: Callable[[Tensor], Values],
         unit: Callable[[Tensor], Values],
     ) -> tuple[State, State]:
-        """From one share of the block's time to another."""
+        """Integrate state and tangents between two fractions of the block's time."""
         first, last = shares
         count = len(point)
 

@@ -1,4 +1,4 @@
-"""The Jacobian of a flow by the forward variational ODE, and the log-det that it implies."""
+"""Jacobian of a flow by the forward variational ODE, and its log-determinant."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ def jacobian(
     solver: Solver | None = None,
     back: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    r"""z (N, \*event') and the Jacobian ∂z/∂x (N, D, D) of a transform, rows and columns in the events' flat order.
+    r"""Return z (N, \*event') and the Jacobian ∂z/∂x (N, D, D) of a transform, rows and columns in flattened order.
 
     In a block the columns obey the cable rule :math:`dY/dt = A(t)\, Y,\ Y(0) = I,\ A = \partial f/\partial x` along the
-    path (AFFJORD, 2306.02731, eq. 11), solved beside the point by pushing ``chunk`` unit tangents through the field; no
-    divergence is evaluated and no trace integrated, so its determinant is an independent check of ``log_det``. Chains
-    (:class:`~cnf.transforms.Sequential`, :class:`~cnf.multiscale.Multiscale`, :class:`~cnf.multiscale.Carried`) hand the
-    tangents on, and transforms without an ODE push them by ``torch.func.jvp``. On a fixed grid the result is the
-    derivative of the discretised map itself. It is recorded for gradients: call it under ``torch.no_grad()`` to save
+    path (AFFJORD, 2306.02731, eq. 11), integrated together with the state by jvps of ``chunk`` unit tangents. No
+    divergence or trace is integrated, so its determinant is an independent check of ``log_det``. Chains
+    (:class:`~cnf.transforms.Sequential`, :class:`~cnf.multiscale.Multiscale`, :class:`~cnf.multiscale.Carried`)
+    propagate the tangents, transforms without an ODE by ``torch.func.jvp``. On a fixed grid the result is the
+    derivative of the discretised map itself. The result is differentiable; call it under ``torch.no_grad()`` to save
     memory.
 
     Args:
         transform: a block, a chain, or any other transform.
         x: floats (N, \*event); with ``back`` the latent z.
         context: (N, C), (C,) or None.
-        chunk: unit tangents carried at once, each beside a path of its own; None chooses by memory.
-        solver: for every block; None for the one that the block would use itself in its present mode. A random end time
-            (``steer``) is not drawn: T is the block's own.
-        back: the Jacobian of the inverse, ∂x/∂z.
+        chunk: unit tangents integrated at once; every chunk solves the path again. None chooses by memory.
+        solver: solver of every block; None uses the block's own in its present mode. The end time is T, not sampled
+            (``steer``).
+        back: return the Jacobian ∂x/∂z of the inverse.
 
     Raises:
-        ConfigError: for a chunk below one, or blocks inside a transform that is no chain.
-        DataError: for x that is no batch of floats.
-        SolverError: from a solve that failed.
+        ConfigError: for a chunk below one, or blocks nested in a transform that is not a chain.
+        DataError: for x that is not a batch of floats.
+        SolverError: if a solve fails.
 
     Example:
         >>> from cnf.fields import MLP
@@ -81,7 +81,7 @@ def log_det(
     solver: Solver | None = None,
     back: bool = False,
 ) -> Tensor:
-    """log|det ∂z/∂x| (N,), nats, of :func:`jacobian`, whose arguments these are: no trace and no quadrature in it.
+    """Return log|det ∂z/∂x| (N,) in nats of :func:`jacobian` (same arguments), without trace or quadrature.
 
     Raises:
         ConfigError, DataError, SolverError: as :func:`jacobian`.
@@ -99,7 +99,7 @@ def log_det(
 
 
 class _Push:
-    """A point x (N, \\*event) and its tangents v (K, N, \\*event) through a transform."""
+    """Propagation of points x (N, \\*event) and tangents v (K, N, \\*event) through a transform."""
 
     def __init__(self, context: Tensor | None, solver: Solver | None, back: bool):
         self.context, self.solver, self.back = context, solver, back
@@ -123,17 +123,17 @@ class _Push:
         return self.plain(transform, x, v)
 
     def block(self, block: CNF, at: Carry) -> Carry:
-        """Through one block, from the learned time, if any, on the side where it is entered."""
+        """Propagate through one block, from the augmented time, if any, at the side of entry."""
         end = block.end_time(at.x)
         zero = torch.zeros_like(end)
         return carry(block, at, (end, zero) if self.back else (zero, end), self.context, self.solver)
 
     def end(self, block: CNF, a: Tensor | None, x: Tensor) -> Tensor | None:
-        """Where a block's learned time ends: a walk back has no other way to know it."""
+        """Return the augmented time at the end of a block, where the inverse starts."""
         return None if a is None else path_end(block, a, x, self.solver)
 
     def carried(self, chain: Carried, x: Tensor, v: Tensor) -> Pair:
-        """A chain with one learned time, which every block takes from the one before."""
+        """Propagate through a chain whose blocks share one augmented time."""
         parts = [cast(Transform, part) for part in chain.transforms]
         a = chain.start(x, self.back)
         ends = []
@@ -150,14 +150,14 @@ class _Push:
         return x, v
 
     def chain(self, chain: Sequential, x: Tensor, v: Tensor) -> Pair:
-        """First to last, or back."""
+        """Propagate through the transforms, first to last or (``back``) last to first."""
         parts = [cast(Transform, part) for part in chain.transforms]
         for part in reversed(parts) if self.back else parts:
             x, v = self(part, x, v)
         return x, v
 
     def scales(self, chain: Multiscale, x: Tensor, v: Tensor) -> Pair:
-        """Every scale, half of the channels leaving after all but the last."""
+        """Propagate through the scales, factoring out half of the channels after all but the last."""
         left, leaving = [], []
         for i, scale in enumerate(chain.scales):
             x, v = self(cast(Transform, scale), x, v)
@@ -170,7 +170,7 @@ class _Push:
         return torch.cat(left, 1), torch.cat(leaving, 2)
 
     def scales_back(self, chain: Multiscale, z: Tensor, v: Tensor) -> Pair:
-        """From z (N, D), scales last to first."""
+        """Propagate z (N, D) through the inverses of the scales, last to first."""
         sizes = [int(torch.Size(shape).numel()) for shape in chain.outputs]
         parts = [p.unflatten(1, shape) for p, shape in zip(z.split(sizes, 1), chain.outputs, strict=True)]
         tangents = [p.unflatten(2, shape) for p, shape in zip(v.split(sizes, 2), chain.outputs, strict=True)]
@@ -183,7 +183,7 @@ class _Push:
         return x, v
 
     def plain(self, transform: Transform, x: Tensor, v: Tensor) -> Pair:
-        """A transform without an ODE acts row by row, so all tangents go through it as rows of one batch."""
+        """Propagate through a transform without an ODE, all tangents as rows of one batch."""
         k, n = v.shape[:2]
         context = self.context
         if context is not None and context.ndim == 2:

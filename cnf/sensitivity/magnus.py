@@ -1,4 +1,4 @@
-"""The Magnus expansion of a block's Jacobian: exp of integrals of commutators."""
+"""Magnus expansion of a block's Jacobian."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["MagnusSolution", "magnus"]
 
 
 class MagnusSolution(NamedTuple):
-    """What the expansion gives.
+    """Result of the Magnus expansion.
 
     ``z`` (N, \\*event); ``jacobian`` (N, D, D), the product of the steps' exponentials; ``terms`` (order, steps, N, D,
-    D), Ω₁, Ω₂, … of every step; ``log_det`` (N,) = tr Ω₁ summed over the steps, nats: all later terms are sums of
+    D), Ω₁, Ω₂, … of every step; ``log_det`` (N,) = tr Ω₁ summed over the steps, in nats: all later terms are sums of
     commutators, whose trace is zero.
     """
 
@@ -42,32 +42,34 @@ def magnus(
     nodes: int = 4,
     solver: Solver | None = None,
 ) -> MagnusSolution:
-    r"""The Jacobian ∂x(T)/∂x(0) of a block as a product of exponentials, one a step (AFFJORD, 2306.02731, eq. 43-46).
+    r"""Compute the Jacobian ∂x(T)/∂x(0) of a block as a product of exponentials, one per step.
 
+    Each is a truncated Magnus expansion (AFFJORD, 2306.02731, eq. 43-46),
     :math:`Y = \exp(\Omega_1 + \Omega_2 + \Omega_3 + \dots)` with
 
     .. math::
         \Omega_1 = \int A, \quad \Omega_2 = \tfrac12 \iint [A_1, A_2], \quad
         \Omega_3 = \tfrac16 \iiint ([A_1, [A_2, A_3]] + [A_3, [A_2, A_1]]), \qquad t_1 > t_2 > t_3.
 
-    Cut after Ω₁ a step of length h errs by h³, after Ω₂ by h⁵, after Ω₃ still by h⁵ (Ω₄ is of that size) but mostly by
-    less. A is taken at the Gauss-Legendre ``nodes`` of a step and interpolated there, and the nested integrals of that
-    polynomial are exact. What the interpolation leaves is orthogonal to polynomials below degree ``nodes``, so that from
-    three nodes on the terms err by h⁷ or less. Matrices D x D of every node are held: this is for small D.
+    Truncated after Ω₁ a step of length h has error O(h³), after Ω₂ O(h⁵), after Ω₃ still O(h⁵) (the size of Ω₄), but
+    usually smaller. A is evaluated at the Gauss-Legendre ``nodes`` of a step and interpolated; the nested integrals of
+    the interpolant are exact. The interpolation error is orthogonal to polynomials of degree below ``nodes``, so that
+    with three nodes or more it contributes O(h⁷) or less. The D x D matrices of a step's nodes are stored: this is for
+    small D.
 
     Args:
         block: a CNF.
         x: floats (N, \*event).
         context: (N, C), (C,) or None.
-        order: how many terms, 1 to 3.
+        order: number of terms, 1 to 3.
         steps: equal steps over [0, T].
-        nodes: Gauss-Legendre nodes a step, at least 3.
-        solver: for the path from node to node; None for two steps of dopri5, which keep it better than h⁵.
+        nodes: Gauss-Legendre nodes per step, at least 3.
+        solver: solver of the path between nodes; None for two steps of dopri5, more accurate than h⁵.
 
     Raises:
-        ConfigError: for an order, steps or nodes that cannot be.
-        DataError: for x that is no batch of floats.
-        SolverError: from a solve that failed.
+        ConfigError: for order, steps or nodes out of range.
+        DataError: for x that is not a batch of floats.
+        SolverError: if a solve fails.
 
     Example:
         >>> from cnf.fields import MLP
@@ -114,7 +116,7 @@ def _reach(
 
 
 def _matrix(block: CNF, t: Tensor, at: Carry, context: Tensor | None) -> Tensor:
-    """A = ∂f/∂x (N, D, D)."""
+    """Return A = ∂f/∂x (N, D, D)."""
     bound, dim = Bound(block.field, context), at.x[0].numel()
     size = chunk_size(None, dim, at.x.numel())
     columns = [
@@ -129,13 +131,13 @@ def _bracket(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _terms(a: Tensor, weights: list[Tensor]) -> Tensor:
-    """Ω₁, Ω₂, Ω₃ (order, N, D, D) from h A at the nodes (m, N, D, D)."""
+    """Return Ω₁, Ω₂, Ω₃ (order, N, D, D) from h A at the nodes (m, N, D, D)."""
     out = [torch.einsum("i,inab->nab", weights[0], a)]
     if len(weights) > 1:
         inner = torch.einsum("ij,jnab->inab", weights[1], a)
         out.append(0.5 * _bracket(a, inner).sum(0))
     if len(weights) > 2:
-        # with c[i,j,k] the integral of L_i(t1) L_j(t2) L_k(t3): each bracket with its outermost matrix pulled out
+        # with c[i,j,k] the integral of L_i(t1) L_j(t2) L_k(t3): each bracket with its outermost matrix factored out
         pairs = _bracket(a[:, None], a[None])  # [A_j, A_k]
         late = torch.einsum("ijk,jknab->inab", weights[2], pairs)
         early = torch.einsum("ijk,jinab->knab", weights[2], pairs)
@@ -145,9 +147,12 @@ def _terms(a: Tensor, weights: list[Tensor]) -> Tensor:
 
 @cache
 def _tables(nodes: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Gauss-Legendre nodes on [0, 1], and integrals over 1 > t1 > t2 > t3 > 0 of products of their Lagrange polynomials."""
+    """Return Gauss-Legendre nodes on [0, 1], and the integrals of products of their Lagrange polynomials.
+
+    The integrals are over 1 > t1 > t2 > t3 > 0, of one, two and three polynomials.
+    """
     x = (np.polynomial.legendre.leggauss(nodes)[0] + 1) / 2
-    # nested Gauss-Legendre rules, exact for these degrees: coefficients in powers of t would lose all digits at ten nodes
+    # nested Gauss-Legendre rules, exact for these degrees: coefficients in powers of t lose all digits at ten nodes
     g, w = np.polynomial.legendre.leggauss(2 * nodes)
     g, w = (g + 1) / 2, w / 2
 

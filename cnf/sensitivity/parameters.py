@@ -1,4 +1,4 @@
-"""The continuous total derivative dz/dθ: parameters that are constant, piecewise constant, or functions of time."""
+"""Derivatives dz/dθ of a block by constant, piecewise constant and time-dependent parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cnf.solvers.base import State
 
 __all__ = ["parameter_jacobian", "piecewise_jacobian", "response"]
 
-END = "sqrt_end_time"  # of the whole block, not of a moment in it
+END = "sqrt_end_time"  # a parameter of the whole block, not of a point in time
 
 
 def parameter_jacobian(
@@ -29,26 +29,27 @@ def parameter_jacobian(
     chunk: int | None = None,
     solver: Solver | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    r"""z and ∂z/∂θ of a block's constant parameters, by forward sensitivity.
+    r"""Return z and ∂z/∂θ of a block's constant parameters, by forward sensitivity.
 
-    :math:`dS/dt = A\, S + \partial f/\partial\theta,\ S(0) = 0` beside the point (AFFJORD, 2306.02731, eq. 11), ``chunk``
-    columns at a time. All of the block's parameters have one: its field's, its learned path's, and a learned end time.
+    :math:`dS/dt = A\, S + \partial f/\partial\theta,\ S(0) = 0` is integrated together with the state (AFFJORD,
+    2306.02731, eq. 11), ``chunk`` columns at a time. All parameters of the block are covered: those of the field, of
+    the augmented time, and a learned end time.
 
     Args:
         block: a CNF.
         x: floats (N, \*event).
         context: (N, C), (C,) or None.
-        names: of the parameters, as ``block.named_parameters()`` has them; all that want a gradient if None.
-        chunk: columns at once; None chooses by memory.
-        solver: None for the one that the block would use itself in its present mode.
+        names: parameter names from ``block.named_parameters()``; None for all that require a gradient.
+        chunk: columns integrated at once; None chooses by memory.
+        solver: None uses the block's own solver in its present mode.
 
     Returns:
-        z (N, \*event), and by name ∂z/∂θ (N, \*event, \*θ's shape).
+        z (N, \*event), and by name ∂z/∂θ (N, \*event, \*θ.shape).
 
     Raises:
-        ConfigError: for names that are none of the block's parameters, or a chunk below one.
-        DataError: for x that is no batch of floats.
-        SolverError: from a solve that failed.
+        ConfigError: for names that are not parameters of the block, no names, or a chunk below one.
+        DataError: for x that is not a batch of floats.
+        SolverError: if a solve fails.
 
     Example:
         >>> from cnf.fields import MLP
@@ -73,29 +74,29 @@ def piecewise_jacobian(
     chunk: int | None = None,
     solver: Solver | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    r"""z and ∂z/∂θ_k of parameters that are constant on each of K equal pieces of [0, T] (AFFJORD, 2306.02731, app. C).
+    r"""Return z and ∂z/∂θ_k of parameters that are constant on each of K equal pieces of [0, T].
 
-    :math:`\partial z/\partial\theta_k = \int_{t_k}^{t_{k+1}} Y(T)\, Y(t)^{-1} (\partial f/\partial\theta)(t)\, dt`:
-    forward sensitivity within piece k, whose columns then follow the cable rule to T.
+    :math:`\partial z/\partial\theta_k = \int_{t_k}^{t_{k+1}} Y(T)\, Y(t)^{-1} (\partial f/\partial\theta)(t)\, dt`
+    (AFFJORD, 2306.02731, app. C): forward sensitivity within piece k, whose columns then follow the cable rule to T.
 
     Args:
         block: a CNF.
         x: floats (N, \*event).
-        pieces: for each piece the parameters by name (as in ``block.named_parameters()``); what a piece leaves out is
-            the block's own.
+        pieces: parameters of each piece by name (as in ``block.named_parameters()``); the block's own are used for
+            missing names.
         context: (N, C), (C,) or None.
-        names: the parameters to differentiate by; if None all that want a gradient, but for a learned end time.
-        chunk: columns at once; None chooses by memory.
-        solver: for each piece; None for the one that the block would use itself in its present mode.
+        names: parameters to differentiate by; None for all that require a gradient, except a learned end time.
+        chunk: columns integrated at once; None chooses by memory.
+        solver: solver of each piece; None uses the block's own in its present mode.
 
     Returns:
-        z (N, \*event), and by name (K, N, \*event, \*θ's shape).
+        z (N, \*event), and by name (K, N, \*event, \*θ.shape).
 
     Raises:
-        ConfigError: without pieces, for names that are none of the block's parameters or its end time, values of
+        ConfigError: without pieces or names, for the end time or a name that is not a parameter of the block, values of
             another shape, or a chunk below one.
-        DataError: for x that is no batch of floats.
-        SolverError: from a solve that failed.
+        DataError: for x that is not a batch of floats.
+        SolverError: if a solve fails.
 
     Example:
         >>> from cnf.fields import MLP
@@ -124,30 +125,31 @@ def response(
     parameters: Callable[[Tensor], Values] | None = None,
     solver: Solver | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""z and its first-order change when the parameters change by δθ(t), a function of time.
+    r"""Return z and its first-order response to a time-dependent parameter perturbation δθ(t).
 
-    :math:`\delta z = \int_0^T Y(T)\, Y(t)^{-1} (\partial f/\partial\theta)(t)\, \delta\theta(t)\, dt` (AFFJORD, 2306.02731,
-    eq. 13), had without any inverse from
-    :math:`d\,\delta x/dt = A\, \delta x + (\partial f/\partial\theta)\, \delta\theta(t)`. Where θ(t) is a sum of coefficients
-    times functions φ_j(t), the response to φ_j in one entry is the derivative by that coefficient. A learned start of a
-    learned path feels δθ(0). A gradient by what the two functions close over takes a solver whose gradient is
-    ``"direct"``.
+    :math:`\delta z = \int_0^T Y(T)\, Y(t)^{-1} (\partial f/\partial\theta)(t)\, \delta\theta(t)\, dt` (AFFJORD,
+    2306.02731, eq. 13), computed without the inverse from
+    :math:`d\,\delta x/dt = A\, \delta x + (\partial f/\partial\theta)\, \delta\theta(t)`. Where θ(t) is a sum of
+    coefficients times functions φ_j(t), the response to φ_j in one entry is the derivative by that coefficient. A
+    learned initial augmented time is perturbed by δθ(0). Gradients with respect to tensors captured by the two
+    functions need a solver with ``gradient="direct"``.
 
     Args:
         block: a CNF.
         x: floats (N, \*event).
-        perturbation: δθ by name (as in ``block.named_parameters()``) at t () in [0, T]; the same names at every t.
+        perturbation: returns δθ by name (as in ``block.named_parameters()``) at t () in [0, T]; the same names at every
+            t.
         context: (N, C), (C,) or None.
-        parameters: θ by name at t about which they change; None, or a name left out, is the block's own.
-        solver: None for the one that the block would use itself in its present mode.
+        parameters: returns θ by name at t, the point of linearisation; None, or a missing name, uses the block's own.
+        solver: None uses the block's own solver in its present mode.
 
     Returns:
         z and δz, (N, \*event) each.
 
     Raises:
-        ConfigError: for names that are none of the block's parameters or its end time, or values of another shape.
-        DataError: for x that is no batch of floats.
-        SolverError: from a solve that failed.
+        ConfigError: for the end time or a name that is not a parameter of the block, or values of another shape.
+        DataError: for x that is not a batch of floats.
+        SolverError: if a solve fails.
 
     Example:
         >>> from cnf.fields import MLP
@@ -182,7 +184,7 @@ def _pieces(
     chunk: int | None,
     solver: Solver | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The derivative by each piece's parameters, columns in chunks, each chunk beside a path of its own."""
+    """Return z and its derivatives by each piece's parameters, in chunks of columns that each solve the path again."""
     require_points(x)
     along = Along(block, context, solver, pieces)
     along.check(dict.fromkeys(names))

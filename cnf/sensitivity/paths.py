@@ -1,4 +1,4 @@
-"""A block's point, its learned time where it has one, and tangents beside them, carried over a stretch of time."""
+"""Joint integration of a block's state, augmented time and tangents over a time interval."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from cnf.solvers.base import State
 
 __all__ = ["Carry", "carry", "chunk_size", "clock", "path_end", "require_points", "solver_of", "units"]
 
-_CHUNK_NUMEL = 2**22  # entries of tangents carried at once: 32 MB in float64
+_CHUNK_NUMEL = 2**22  # tangent entries integrated at once: 32 MB in float64
 
 
 class Carry(NamedTuple):
-    """Point x (N, \\*event), K tangents v (K, N, \\*event), learned time a (1, k) or None."""
+    """Point x (N, \\*event), K tangents v (K, N, \\*event), augmented time a (1, k) or None."""
 
     x: Tensor
     v: Tensor
@@ -27,17 +27,17 @@ class Carry(NamedTuple):
 
 
 def clock(t: Tensor, a: Tensor | None) -> Tensor:
-    """What the field is given for its time: t () itself, or the learned a as a vector (k,)."""
+    """Return the field's time argument: t (), or the augmented time a as a vector (k,)."""
     return t if a is None else a[0]
 
 
 def solver_of(block: CNF, solver: Solver | None) -> Solver:
-    """The solver asked for, or the one that the block itself would use in its present mode."""
+    """Return ``solver``, or the block's own in its present mode if None."""
     return solver or (block.solver if block.training else block.eval_solver)
 
 
 def chunk_size(chunk: int | None, columns: int, numel: int) -> int:
-    """How many tangents of ``numel`` entries to carry at once.
+    """Return the number of tangents of ``numel`` entries to integrate at once.
 
     Raises:
         ConfigError: for a chunk below one.
@@ -48,10 +48,10 @@ def chunk_size(chunk: int | None, columns: int, numel: int) -> int:
 
 
 def require_points(x: Tensor) -> None:
-    """Refuse what has no derivative.
+    """Validate that x is a non-empty batch of floats (N, \\*event).
 
     Raises:
-        DataError: for x that is no batch of floats.
+        DataError: for any other x.
     """
     if x.ndim < 2 or len(x) == 0 or not x.is_floating_point():
         raise DataError(f"x is {tuple(x.shape)} of {x.dtype}; expected floats (N, *event): a Jacobian is a derivative")
@@ -64,9 +64,9 @@ def carry(
     context: Tensor | None = None,
     solver: Solver | None = None,
 ) -> Carry:
-    """x, a and V from ``times[0]`` to ``times[1]``: dx/dt = f, da/dt = g(a), dV/dt = A V with A = ∂f/∂x along the path.
+    """Integrate x, a and V from ``times[0]`` to ``times[1]``: dx/dt = f, da/dt = g(a), dV/dt = A V, A = ∂f/∂x.
 
-    No tangents at all (K = 0) leave the path alone. All entries drive an adaptive solver's step size.
+    Without tangents (K = 0) only the path is integrated. All entries enter an adaptive solver's step size control.
     """
     first, last = times
     span = last - first
@@ -85,7 +85,7 @@ def carry(
         return tuple(span * part for part in out)
 
     entries = [start.x] + ([] if start.a is None else [start.a]) + ([start.v] if moving else [])
-    # none that another is made of: a learned end time is in the two times, and would be counted twice beside them
+    # none derived from another: a learned end time is part of the two times, and would be counted twice
     modules = [block.field, *([] if path is None else [path])]
     parameters = [p for m in modules for p in m.parameters()] + [first, last, *([] if context is None else [context])]
     end = solver_of(block, solver).solve(rhs, tuple(entries), dynamic=len(entries), parameters=parameters).state
@@ -93,7 +93,7 @@ def carry(
 
 
 def path_end(block: CNF, a: Tensor, x: Tensor, solver: Solver | None = None) -> Tensor:
-    """a(T) from a(0): the learned time alone, which does not see x."""
+    """Return a(T) from a(0); the augmented time does not depend on x."""
     path = block.path
     assert path is not None
     end = block.end_time(x)
@@ -106,7 +106,7 @@ def path_end(block: CNF, a: Tensor, x: Tensor, solver: Solver | None = None) -> 
 
 
 def units(x: Tensor, first: int, count: int) -> Tensor:
-    """``count`` unit tangents from dimension ``first`` on, (count, N, \\*event), the same for every row."""
+    """Return ``count`` unit tangents from dimension ``first`` on, (count, N, \\*event), equal for every row."""
     unit = torch.zeros(count, x[0].numel(), dtype=x.dtype, device=x.device)
     unit[torch.arange(count), torch.arange(first, first + count)] = 1
     return unit.reshape(count, 1, *x.shape[1:]).expand(count, *x.shape)

@@ -1,4 +1,4 @@
-"""Invertible maps with their log|det|: the chain that leads from data to noise."""
+"""Invertible transforms with log-determinants."""
 
 from cnf.transforms.base import Sequential, Transform, Transformed, leaves
 from cnf.transforms.gaussianize import Gaussianize

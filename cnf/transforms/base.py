@@ -1,4 +1,4 @@
-"""What a transform is, and transforms one after another."""
+"""Base classes of transforms, and their composition."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 
 
 class Transformed(NamedTuple):
-    """A transform's result: value (N, \\*event'), log_det (N,) of the map just applied in nats, integrals, cost."""
+    """Result of a transform: value (N, \\*event'), log_det (N,) of the map in nats, integrals, solver statistics."""
 
     value: Tensor
     log_det: Tensor
@@ -26,10 +26,10 @@ class Transformed(NamedTuple):
 
 
 class Transform(nn.Module):
-    """Base: ``forward`` leads from data to noise, ``inverse`` back.
+    """Base class of invertible transforms: ``forward`` maps data to noise, ``inverse`` noise to data.
 
-    With ``log_det=False`` no divergence is evaluated and log_det means nothing; with ``integrals=False`` a CNF leaves its
-    regularisers out.
+    With ``log_det=False`` no divergence is evaluated and the returned log_det is undefined; with ``integrals=False`` a
+    CNF omits its regularisers.
     """
 
     def forward(
@@ -41,7 +41,7 @@ class Transform(nn.Module):
         log_det: bool = True,
         integrals: bool = True,
     ) -> Transformed:
-        """Data to noise."""
+        """Map data x to noise z; log_det is log|det dz/dx| (N,) in nats."""
         raise NotImplementedError
 
     def inverse(
@@ -53,16 +53,16 @@ class Transform(nn.Module):
         log_det: bool = True,
         integrals: bool = True,
     ) -> Transformed:
-        """Noise to data; log_det is that of x over z."""
+        """Map noise z to data x; log_det is log|det dx/dz| (N,) in nats."""
         raise NotImplementedError
 
     def latent_shape(self, shape: Shape) -> Shape:
-        """The shape of z for events of ``shape``."""
+        """Return the shape of z for x of event_shape ``shape``."""
         return shape
 
 
 class Plain(Transform):
-    """A transform without noise, context, integrals or cost: subclasses give two maps."""
+    """Base class of deterministic transforms without context; subclasses define ``_forward`` and ``_inverse``."""
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -79,7 +79,7 @@ class Plain(Transform):
         log_det: bool = True,
         integrals: bool = True,
     ) -> Transformed:
-        """Data to noise."""
+        """Map data to noise."""
         return Transformed(*self._forward(x), {}, Stats())
 
     def inverse(
@@ -91,12 +91,12 @@ class Plain(Transform):
         log_det: bool = True,
         integrals: bool = True,
     ) -> Transformed:
-        """Noise to data."""
+        """Map noise to data."""
         return Transformed(*self._inverse(z), {}, Stats())
 
 
 class Sequential(Transform):
-    """Transforms one after another; child i draws from ``noise.child(i)``, integrals of one name are summed.
+    """Composition of transforms; child i receives ``noise.child(i)``, integrals of the same name are summed.
 
     Example:
         >>> from cnf.transforms import CenterShift, Logit
@@ -119,7 +119,7 @@ class Sequential(Transform):
         numbered = list(enumerate(self.transforms))
         for i, module in reversed(numbered) if back else numbered:
             transform = cast(Transform, module)
-            step = transform.inverse if back else transform  # called as a module, so that its hooks act
+            step = transform.inverse if back else transform  # forward by __call__, so that module hooks run
             x, one, parts, cost = step(x, context, noise=child(noise, i), log_det=log_det, integrals=integrals)
             total = one if total is None else total + one
             stats = stats + cost
@@ -136,7 +136,7 @@ class Sequential(Transform):
         log_det: bool = True,
         integrals: bool = True,
     ) -> Transformed:
-        """Data to noise, first to last."""
+        """Apply the transforms, first to last."""
         return self._chain(x, context, noise, log_det, integrals, back=False)
 
     def inverse(
@@ -148,18 +148,18 @@ class Sequential(Transform):
         log_det: bool = True,
         integrals: bool = True,
     ) -> Transformed:
-        """Noise to data, last to first."""
+        """Apply the inverses, last to first."""
         return self._chain(z, context, noise, log_det, integrals, back=True)
 
     def latent_shape(self, shape: Shape) -> Shape:
-        """Through every child in turn."""
+        """Compose the ``latent_shape`` of all transforms."""
         for transform in self.transforms:
             shape = cast(Transform, transform).latent_shape(shape)
         return shape
 
 
 def leaves(transform: Transform) -> Iterator[Transform]:
-    """The transforms of a chain in order, chains inside it opened too.
+    """Iterate over the transforms of a chain in order, descending into nested chains.
 
     Example:
         >>> from cnf.transforms import CenterShift, Logit
@@ -171,7 +171,7 @@ def leaves(transform: Transform) -> Iterator[Transform]:
 
 
 def placed(transform: Transform, noise: Noise | None) -> Iterator[tuple[Transform, Noise | None]]:
-    """The leaves of a chain, each with the noise that the chain would hand to it."""
+    """Yield each leaf of a chain with the noise that the chain passes to it."""
     if not isinstance(transform, Sequential):
         yield transform, noise
         return
@@ -180,5 +180,5 @@ def placed(transform: Transform, noise: Noise | None) -> Iterator[tuple[Transfor
 
 
 def zeros(x: Tensor) -> Tensor:
-    """A log-det (N,) of zero for x (N, \\*event)."""
+    """Return a zero log-det (N,) for x (N, \\*event)."""
     return torch.zeros(x.shape[0], dtype=x.dtype if x.is_floating_point() else torch.get_default_dtype(), device=x.device)

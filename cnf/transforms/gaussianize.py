@@ -1,4 +1,4 @@
-"""Marginal Gaussianization: each pixel through its own cumulative distribution, then to a standard normal."""
+"""Marginal Gaussianization of images by per-pixel cumulative distribution functions."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ __all__ = ["Gaussianize"]
 
 
 class Gaussianize(Plain):
-    r"""z = Φ⁻¹(s), s = alpha + (1 − 2 alpha) F(x), with F each pixel's own distribution function on [0, 1] (the marginal layer
-    of Gaussianization flows, 2003.01941).
+    r"""Per-pixel marginal Gaussianization z = Φ⁻¹(alpha + (1 − 2 alpha) F(x)) (Gaussianization flows, 2003.01941).
 
-    Dequantised grey levels are uniform within their bin, so F is piecewise linear and its slope the bin's probability: of
-    pixels that do not depend on each other this transform alone gives the exact probability. Pixels that are nearly always
-    one level, which a logit leaves to the ODE as a narrow spike, cost nothing here. Beyond [0, 1] F goes on straight.
+    F is the pixel's cumulative distribution function on [0, 1]. Dequantised grey levels are uniform within their bin,
+    so F is piecewise linear, with a slope proportional to the bin's probability: images of independent pixels are
+    represented exactly, up to alpha and prior. Pixels that nearly always have one level, a narrow spike after a logit,
+    need no work from the ODE. F is extended linearly beyond [0, 1].
 
     Args:
         event_shape: shape of an image.
-        levels: grey levels, the bins of F.
-        alpha: margin in (0, 0.5), which keeps the borders finite.
-        prior: observations that are added to each pixel's counts, spread half as all pixels together are and half evenly,
-            so that no level has probability zero.
+        levels: number of grey levels, the bins of F.
+        alpha: margin in (0, 0.5) that keeps z finite at 0 and 1.
+        prior: pseudo-observations added to each pixel's counts, half distributed as the pooled pixels and half
+            uniformly, so that no level has probability zero.
 
     Raises:
         ConfigError: for alpha outside (0, 0.5), a prior that is not positive, or fewer than two levels.
-        DataError: for integers, or x outside [0, 1] by more than the margin.
+        DataError: for integers, another shape, or x outside :attr:`bounds`.
 
     Example:
         >>> transform = Gaussianize((1,), 2)
         >>> transform.fit(torch.tensor([[0.2], [0.6], [0.7], [0.9]]))
-        >>> [round(float(m), 3) for m in transform.mass[0]]  # 1 and 3 counts, and one more shared out
+        >>> [round(float(m), 3) for m in transform.mass[0]]  # counts 1 and 3, and one pseudo-observation
         [0.275, 0.725]
     """
 
@@ -56,20 +56,20 @@ class Gaussianize(Plain):
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """The ends of each pixel's domain, a little beyond [0, 1]: (*event_shape) each."""
+        """Domain bounds of each pixel, slightly beyond [0, 1], (*event_shape) each."""
         margin = self.alpha / (1 - 2 * self.alpha) / self.levels
         return -margin / self.mass[..., 0], 1 + margin / self.mass[..., -1]
 
     def fit(self, x: Tensor) -> None:
-        """Take the marginals of dequantised data (N, \\*event) in [0, 1]; see :meth:`fit_batches`."""
+        """Estimate the marginals of dequantised data (N, \\*event) in [0, 1]; see :meth:`fit_batches`."""
         self.fit_batches([x])
 
     @torch.no_grad()
     def fit_batches(self, batches: Iterable[Tensor]) -> None:
-        """Take the marginals of data (n, \\*event) that come batch by batch.
+        """Estimate the marginals of dequantised data in [0, 1] from batches (n, \\*event).
 
         Raises:
-            DataError: for another shape than the image's, or no rows.
+            DataError: for a shape other than the image's, integers, or no rows.
         """
         counts = torch.zeros(self.mass.shape, dtype=torch.float64, device=self.mass.device)
         for batch in batches:
@@ -93,19 +93,19 @@ class Gaussianize(Plain):
         return (x.detach() * self.levels).floor().clamp(0, self.levels - 1).long()
 
     def _pieces(self) -> tuple[Tensor, Tensor]:
-        """F at the right end of every bin, and the bins' probabilities; float64, because 1 − F matters too."""
+        """Return F at the right edge of every bin and the bin probabilities, in float64 for the precision of 1 − F."""
         mass = self.mass.double()
         mass = mass / mass.sum(-1, keepdim=True)
         return mass.cumsum(-1), mass
 
     @staticmethod
     def _piece(bins: Tensor, ends: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-        """F at the left end of each point's bin, and the bin's probability."""
+        """Return F at the left edge of each value's bin, and the bin's probability."""
         index = bins[..., None]
         return torch.take_along_dim((ends - mass)[None], index, -1)[..., 0], torch.take_along_dim(mass[None], index, -1)[..., 0]
 
     def _log_slope(self, z: Tensor, mass: Tensor) -> Tensor:
-        """ln dz/dx summed over the event, (N,)."""
+        """Return ln dz/dx summed over the event, (N,)."""
         # dz/ds = 1 / φ(z), ds/dx = (1 − 2 alpha) mass levels
         slope = (mass * (self.levels * (1 - 2 * self.alpha))).log()
         return (slope + 0.5 * z.square() + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)

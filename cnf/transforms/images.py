@@ -1,4 +1,4 @@
-"""Transforms of images: grey levels to numbers, numbers to the real line, pixels to channels."""
+"""Transforms of images: dequantisation, logit, centring, squeeze."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["CenterShift", "Dequantize", "Logit", "Squeeze"]
 
 
 class Dequantize(Transform):
-    """uint8 k becomes (k + u) / levels with u uniform on [0, 1): log_det = -D ln levels. Floats pass unchanged.
+    """Uniform dequantisation of uint8 grey levels: k -> (k + u) / levels, u ~ U[0, 1), log_det = -D ln levels.
 
-    So log_prob of uint8 images bounds the log probability of the pixels from below (in expectation over u), and log_prob
-    of floats in [0, 1] is the density there. Pixels become floats of the module's type (``flow.double()`` changes it).
+    Floats pass unchanged. log_prob of uint8 images is a lower bound, in expectation over u, of their log probability;
+    log_prob of floats in [0, 1] is the density. The result has the module's dtype (``flow.double()`` changes it).
 
     Args:
-        levels: number of grey levels of the data set, such as 256; never the largest value seen.
+        levels: number of grey levels of the data set, such as 256; not the largest value observed.
 
     Raises:
         ConfigError: for fewer than 2 or more than 256 levels.
-        DataError: at pixels of ``levels`` or more, or an integer type other than uint8.
+        DataError: for pixels of ``levels`` or more, or an integer type other than uint8.
 
     Example:
         >>> out = Dequantize(17)(torch.zeros(5, 1, 8, 8, dtype=torch.uint8), noise=Noise(0))
@@ -43,7 +43,7 @@ class Dequantize(Transform):
         if not 2 <= levels <= 256:
             raise ConfigError(f"levels={levels}; expected 2 to 256 grey levels")
         self.levels = levels
-        # follows .double() and .to(device), so that pixels get the type that the weights have; no part of the state
+        # sets the dtype of the pixels: follows .double() and .to(device), not part of the state dict
         self.register_buffer("_one", torch.ones(()), persistent=False)
 
     def forward(
@@ -55,13 +55,13 @@ class Dequantize(Transform):
         log_det: bool = True,
         integrals: bool = True,
     ) -> Transformed:
-        """uint8 to floats in [0, 1)."""
+        """Dequantise uint8 images to floats in [0, 1); floats pass unchanged."""
         if x.is_floating_point():
             return Transformed(x, zeros(x), {}, Stats())
         self.check(x)
         dtype = self._one.dtype
         u = draw(noise, "dequantize", "uniform", x.shape, dtype=dtype, device=x.device)
-        # k + u would be rounded up to k + 1 for the largest u, into the next grey level
+        # for the largest u, k + u would round up to k + 1, the next grey level
         u = u.clamp(max=1 - 2 * self.levels * torch.finfo(dtype).eps)
         total = -math.log(self.levels) * math.prod(x.shape[1:])
         return Transformed((x.to(dtype) + u) / self.levels, u.new_full(x.shape[:1], total), {}, Stats())
@@ -75,14 +75,14 @@ class Dequantize(Transform):
         log_det: bool = True,
         integrals: bool = True,
     ) -> Transformed:
-        """Floats stay floats; :meth:`quantize` gives the pixels."""
+        """Return z unchanged; :meth:`quantize` converts to grey levels."""
         return Transformed(z, zeros(z), {}, Stats())
 
     def check(self, x: Tensor) -> None:
-        """Refuse what are no grey levels.
+        """Validate grey levels; the range is not checked while value checks are deferred.
 
         Raises:
-            DataError: at an integer type other than uint8, or pixels of ``levels`` or more.
+            DataError: for an integer type other than uint8, or pixels of ``levels`` or more.
         """
         if x.dtype != torch.uint8:
             raise DataError(f"images of type {x.dtype}: expected uint8 grey levels, or floats in [0, 1]")
@@ -90,17 +90,17 @@ class Dequantize(Transform):
             raise DataError(f"a pixel is {int(x.max())}, but levels={self.levels}: expected 0 to {self.levels - 1}")
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Floats in [0, 1] to uint8 grey levels; what lies outside goes to the nearest one."""
-        # k / levels * levels may fall short of k by a rounding
+        """Quantise floats in [0, 1] to uint8 grey levels; values outside are clamped."""
+        # k / levels * levels can round to slightly below k
         k = (x * self.levels + self.levels * torch.finfo(x.dtype).eps).floor()
         return k.clamp(0, self.levels - 1).to(torch.uint8)
 
 
 class Logit(Plain):
-    r"""logit(s), s = alpha + (1 - 2 alpha) x (Real NVP, 1605.08803): from [0, 1] to the real line.
+    r"""Logit transform logit(alpha + (1 - 2 alpha) x) from [0, 1] to the real line (Real NVP, 1605.08803).
 
-    The map reaches the whole line from the slightly larger interval (-margin, 1 + margin), where
-    margin = alpha / (1 - 2 alpha): that is where the inverse lands, and where a density lives that is pulled back by it.
+    The domain is the slightly larger interval (-margin, 1 + margin), margin = alpha / (1 - 2 alpha): the image of the
+    inverse, and the support of a density on the real line that is pulled back.
 
     Args:
         alpha: margin in (0, 0.5), which keeps the borders finite.
@@ -123,12 +123,12 @@ class Logit(Plain):
 
     @property
     def margin(self) -> float:
-        """How far the domain reaches beyond [0, 1]."""
+        """Extension of the domain beyond [0, 1]."""
         return self.alpha / (1 - 2 * self.alpha)
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The ends of the domain."""
+        """Domain bounds."""
         return -self.margin, 1 + self.margin
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,13 +154,16 @@ class Logit(Plain):
 
 
 class CenterShift(Plain):
-    """(x - 1/2) times a factor: [0, 1] moved to the middle; with factor 1 what the published codes use in place of the logit where alpha <= 0.
+    """Centring map (x - 1/2) · factor of images in [0, 1].
+
+    With factor 1 the published codes use it in place of the logit where alpha <= 0.
 
     Args:
-        factor: positive; 2 leads to [-1, 1].
+        factor: positive; 2 maps [0, 1] to [-1, 1].
 
     Raises:
         ConfigError: for a factor that is not finite and positive.
+        DataError: for integers.
 
     Example:
         >>> CenterShift()(torch.tensor([[0.75]])).value
@@ -186,11 +189,13 @@ class CenterShift(Plain):
 
 
 class Squeeze(Plain):
-    """(C, H, W) to (4C, H/2, W/2): channel 4c + 2·(row offset) + (column offset) (Real NVP, 1605.08803).
+    """Squeeze of (C, H, W) to (4C, H/2, W/2) (Real NVP, 1605.08803).
+
+    The output channel is 4c + 2·(row offset) + (column offset).
 
     Raises:
-        DataError: for sizes that are not even (and, back, channels that are no multiple of 4).
-        ConfigError: from ``latent_shape`` for such a shape.
+        DataError: for an odd height or width (``inverse``: channels not divisible by 4).
+        ConfigError: from ``latent_shape``, for such a shape.
 
     Example:
         >>> Squeeze()(torch.arange(4.0).reshape(1, 1, 2, 2)).value.flatten()
@@ -208,7 +213,7 @@ class Squeeze(Plain):
         return F.pixel_shuffle(z, 2), zeros(z)
 
     def latent_shape(self, shape: Shape) -> Shape:
-        """Four times the channels, half the size."""
+        """Return (4C, H/2, W/2)."""
         if len(shape) != 3 or shape[1] % 2 or shape[2] % 2:
             raise ConfigError(f"squeeze takes images (C, H, W) of even height and width, not events of shape {shape}")
         return (4 * shape[0], shape[1] // 2, shape[2] // 2)

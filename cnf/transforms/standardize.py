@@ -14,14 +14,14 @@ __all__ = ["Standardize"]
 
 
 class Standardize(Plain):
-    """(x - mean) / std, per dimension; the statistics are buffers and travel with the weights.
+    """Standardisation (x - mean) / std per dimension; the statistics are buffers, saved with the weights.
 
     Args:
-        mean: of the event's shape, or one that broadcasts to it, such as (C, 1, 1) for channels.
+        mean: of event_shape, or broadcastable to it, such as (C, 1, 1) for statistics per channel.
         std: of mean's shape, positive.
 
     Raises:
-        ConfigError: for shapes that differ, a mean that is not finite, or a std that is not finite and positive.
+        ConfigError: for different shapes, a mean that is not finite, or a std that is not finite and positive.
 
     Example:
         >>> whiten = Standardize(torch.zeros(2), torch.ones(2))
@@ -45,15 +45,16 @@ class Standardize(Plain):
         self.register_buffer("std", std.clone())
 
     def fit(self, x: Tensor) -> None:
-        """Take mean and standard deviation of the data (N, \\*event); see :meth:`fit_batches`."""
+        """Compute mean and standard deviation of data (N, \\*event); see :meth:`fit_batches`."""
         self.fit_batches([x])
 
     @torch.no_grad()
     def fit_batches(self, batches: Iterable[Tensor]) -> None:
-        """Take mean and standard deviation (divided by N - 1) of data (n, \\*event) that come batch by batch.
+        """Compute mean and standard deviation (divisor N - 1) of data in batches (n, \\*event).
 
         Raises:
-            DataError: for fewer than two rows, values that are not finite, or a constant dimension, which has no density.
+            DataError: for another shape, fewer than two rows, non-finite values, or a constant dimension, which has no
+                density.
         """
         count, mean, square = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for batch in batches:
@@ -64,7 +65,7 @@ class Standardize(Plain):
                 continue
             total, own = count + len(part), part.mean(0)
             shift = own - mean.to(own)
-            # two batches' sums of squares about their own means, and what the distance of the means adds
+            # each batch's sum of squares about its own mean, plus the term for the distance of the means
             square = square.to(own) + (part - own).square().sum(0) + shift.square() * (count * len(part) / total)
             mean = mean.to(own) + shift * (len(part) / total)
             count = total
@@ -73,7 +74,7 @@ class Standardize(Plain):
         if (where := _first(~(mean.isfinite() & square.isfinite()))) is not None:
             raise DataError(f"the data hold a NaN or an infinity in dimension {where}: remove or replace those rows")
         std = (square / (count - 1)).sqrt()
-        # a constant column's mean is rounded, which leaves a std of about eps |mean|
+        # the mean of a constant column is rounded, which leaves a std of about eps |mean|
         floor = 4 * torch.finfo(torch.float64).eps * mean.abs()
         if (where := _first(~((std > floor) & (std.to(self.std) > 0)))) is not None:
             raise DataError(
@@ -83,7 +84,7 @@ class Standardize(Plain):
         self.std.copy_(std)
 
     def _factors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, std and the sum of ln std over an event, in x's type."""
+        """Return mean, std and the sum of ln std over the event, in x's dtype."""
         mean, std = self.mean.to(x), self.std.to(x)
         try:
             whole = std.expand(x.shape[1:])
@@ -103,6 +104,6 @@ class Standardize(Plain):
 
 
 def _first(bad: Tensor) -> list[int] | None:
-    """Index of the first True."""
+    """Return the index of the first True, or None."""
     found = bad.nonzero()
     return [int(i) for i in found[0]] if len(found) else None
