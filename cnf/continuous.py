@@ -42,7 +42,8 @@ class CNF(Transform):
         solver: for training; rk4 with 4 steps if None.
         eval_solver: for evaluation; if None :data:`EVALUATION`, dopri5 whose log-det is controlled row by row: on fields with
             kinks (ReLU, leaky ReLU, SELU) and smooth ones of a few dimensions every row's log-density was within 5e-3 nats of a
-            grid of 2,000 steps, whatever rows it was solved with (docs/results.md).
+            grid of 2,000 steps, whatever rows it was solved with (docs/results.md). Where a gradient is recorded, it solves a second
+            time: evaluate under ``torch.no_grad()``.
         quadratures: what else is integrated (see :mod:`cnf.quadratures`).
         end_time: T > 0.
         learn_end_time: learn T = τ², τ a parameter called ``sqrt_end_time``.

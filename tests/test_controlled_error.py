@@ -84,15 +84,15 @@ def test_the_default_is_within_its_error_in_every_row(kind, gain):
     field, x = Net(kind, gain=gain), points(200, 2, 0)
     flow = Flow(CNF(field), (2,)).eval()
     with torch.no_grad():
-        samples, log_prob = flow.sample_and_log_prob(200, noise=Noise(0))
-    whole = truth(field, torch.cat([x, samples]), 500)
+        samples, log_prob = flow.sample_and_log_prob(50, noise=Noise(0))
+    whole = truth(field, torch.cat([x, samples]), 300)
     expected = whole[:200]
     assert float((log_prob.double() - whole[200:]).abs().max()) < WORST
     assert worst(flow, x, expected) < WORST
-    assert worst(flow, x[:1], expected[:1]) < WORST  # a row's error does not depend on its company
     with torch.no_grad():
-        value = flow.log_prob(x[:20])
-    recorded = flow.log_prob(x[:20])
+        value = flow.log_prob(x[:1])
+    assert float((value.double() - expected[:1]).abs()) < WORST  # a row's error does not depend on its company
+    recorded = flow.log_prob(x[:1])
     assert recorded.requires_grad and torch.equal(recorded, value)
     if kind is nn.ELU:
         assert worst(copy.deepcopy(flow).double(), x.double(), expected) < WORST
@@ -191,12 +191,12 @@ def test_a_row_far_out_gets_its_density_and_the_others_keep_theirs(activation, s
     torch.manual_seed(0)
     flow = Flow(CNF(MLP(2, (8,), nonlinearity=activation), eval_solver=solver), (2,)).eval()
     wide = copy.deepcopy(flow).double()
-    x = torch.randn(30, 2)
+    x = torch.randn(10, 2)
     far = x.clone()
     with torch.no_grad():
         for value in (1e17, 1e30):
             far[7, 1] = value
-            found, others = flow.log_prob(far), torch.arange(30) != 7
+            found, others = flow.log_prob(far), torch.arange(10) != 7
             assert float((found - flow.log_prob(x))[others].abs().max()) < 1e-3
             truth = float(wide.log_prob(far[7:8].double()))
             assert float(found[7]) == pytest.approx(truth, rel=1e-4) if value < 1e18 else float(found[7]) == -math.inf
@@ -215,32 +215,32 @@ class Cliff(nn.Module):
 @pytest.mark.parametrize("solver", [None, Adaptive("dopri5", 1e-5, 1e-5), FixedGrid("rk4", 5)], ids=repr)
 def test_rows_that_cannot_be_solved_are_named_and_the_others_keep_theirs(solver):
     flow = Flow(CNF(Cliff(), eval_solver=solver), (2,)).eval()
-    x = torch.randn(40, 2)
+    x = torch.randn(16, 2)
     with torch.no_grad():
         whole = flow.log_prob(x).double()
-    x[[3, 29]] = 3e38
+    x[[3, 13]] = 3e38
     for call in (flow.log_prob, flow.encode, flow.decode):
-        with pytest.raises(SolverError, match=r"rows 3, 29 of 40 cannot be solved \(the other rows can.*3e\+38") as error, torch.no_grad():
+        with pytest.raises(SolverError, match=r"rows 3, 13 of 16 cannot be solved \(the other rows can.*3e\+38") as error, torch.no_grad():
             call(x)
-        assert error.value.rows == (3, 29)
+        assert error.value.rows == (3, 13)
     with pytest.raises(SolverError, match="row 0 of 1 cannot be solved"), torch.no_grad():
         flow.log_prob(x[3:4])
-    for size in (None, 7):
-        with pytest.warns(UserWarning, match=r"2 of 40 items cannot be solved and are left out of the mean \(items 3, 29\)"):
+    for size in (None, 5):
+        with pytest.warns(UserWarning, match=r"2 of 16 items cannot be solved and are left out of the mean \(items 3, 13\)"):
             found = evaluate(flow, x, batch_size=size)
-        solved = torch.tensor([i not in (3, 29) for i in range(40)])
-        assert found.unsolved == (3, 29) and bool(found.per_item[~solved].isnan().all())
+        solved = torch.tensor([i not in (3, 13) for i in range(16)])
+        assert found.unsolved == (3, 13) and bool(found.per_item[~solved].isnan().all())
         torch.testing.assert_close(found.log_prob[solved], whole[solved], rtol=0, atol=1e-4)
         assert found.mean == pytest.approx(-float(whole[solved].mean()), abs=1e-4) and math.isfinite(found.standard_error)
-    with pytest.raises(SolverError, match="items 3, 29"):
+    with pytest.raises(SolverError, match="items 3, 13"):
         found.require_solved()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ranking = rank(flow, x, [f"n{i}" for i in range(40)])
-        assert set(ranking.names[-2:]) == {"n3", "n29"} and "ranked last: n3, n29" in ranking.text(3)
-        assert check(flow, x).items == 38
+        ranking = rank(flow, x, [f"n{i}" for i in range(16)])
+        assert set(ranking.names[-2:]) == {"n3", "n13"} and "ranked last: n3, n13" in ranking.text(3)
+        assert check(flow, x).items == 14
         with pytest.raises(SolverError, match="none of 2 items can be solved"):
-            evaluate(flow, x[[3, 29]])
+            evaluate(flow, x[[3, 13]])
 
 
 def test_a_batch_that_fails_for_all_rows_is_given_up_soon():
