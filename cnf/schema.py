@@ -135,7 +135,10 @@ def to_lattice(column: TableColumn, values: NDArray[np.float64]) -> NDArray[np.f
     places = (values - column.origin) / column.step
     whole = np.floor(places) if column.dequantised else np.rint(places)
     digits = 9 - math.floor(math.log10(column.step))
-    return np.round(column.origin + column.step * whole, digits) if abs(digits) < 300 else column.origin + column.step * whole
+    found = column.origin + column.step * whole
+    if column.type == "int":  # a step that is no whole number: values that were rounded to one
+        return np.rint(found)
+    return np.round(found, digits) if abs(digits) < 300 else found
 
 
 def split_names(text: str | Sequence[str] | None, option: str) -> tuple[str, ...]:

@@ -23,8 +23,9 @@ import cnf
 from cnf import datasets
 from cnf.checkpoint import RunInfo, read_config, write_config, write_weights
 from cnf.cli import sample_main, train_main
+from cnf.datasets.cells import typed
 from cnf.datasets.dependence import dependent_columns
-from cnf.datasets.frames import read_frame, typed
+from cnf.datasets.frames import read_frame
 from cnf.datasets.text import read_csv
 from cnf.datasets.write import sampled_frame
 from cnf.errors import CheckpointError, ConfigError, DataError

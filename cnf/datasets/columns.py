@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cnf.datasets.cells import typed
 from cnf.datasets.checks import Table, column_name
-from cnf.datasets.frames import typed
 from cnf.datasets.identifiers import UNNAMED, identifies, is_index, is_text, is_whole
 from cnf.datasets.rows import Array
 from cnf.datasets.splits import Options

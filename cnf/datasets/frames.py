@@ -1,16 +1,16 @@
-"""Tables in files of every kind as pandas frames, and their cells as numbers, dates or text. Nothing read can run code."""
+"""Tables in files of every kind as pandas frames. Nothing read can run code."""
 
 from __future__ import annotations
 
 import importlib
-import re
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cnf.datasets.dialect import COMMA_NUMBER, DATE, is_number, unique_names
+from cnf.datasets.cells import typed
+from cnf.datasets.dialect import DATE, is_number, unique_names
 from cnf.datasets.rows import Array
 from cnf.datasets.text import read_text
 from cnf.errors import DataError
@@ -19,13 +19,10 @@ from cnf.strangers import BOMB_BYTES, BOMB_RATIO, memory, require_file, zip_memb
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["TABLES", "is_table", "numbers", "read_frame", "typed"]
+__all__ = ["TABLES", "is_table", "numbers", "read_frame"]
 
 TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".xlsx", ".xlsm")
-DATE_FORMATS = ("%d.%m.%Y", "%Y/%m/%d", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y", "%m-%d-%Y")
-TIMES = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f")
 MANY_CELLS, CELLS_RATIO = 2**22, 50  # of a sheet: more of both than it could hold
-NUMBERS_SHARE = 0.5  # of a column's cells, from which on the others are mistakes and not categories
 
 
 def is_table(path: Path) -> bool:
@@ -133,146 +130,3 @@ def numbers(frame: pd.DataFrame, name: str) -> Array:
             raise DataError(f"row {frame.index[0]}, column {label!r} of {name!r} is {cell!r}; expected a number")
         columns.append(column.to_numpy(dtype=np.float64, na_value=np.nan))
     return np.stack(columns, axis=1)
-
-
-def typed(column: pd.Series, name: str) -> tuple[pd.Series, list[str]]:
-    """A column as numbers, truth values, dates (without time zone) or stripped text, and what was done, a sentence each.
-
-    Raises:
-        DataError: for a cell that is no number in a column of numbers, values that are no scalars, or dates and decimals that
-            can be read in two ways.
-    """
-    import pandas as pd
-
-    label = column.name
-    where = f"column {label!r} of {name!r}"
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        column = column.astype(object)
-    kind = getattr(column.dtype, "kind", "O")
-    if kind in "fiu" or (kind == "b" and not column.isna().any()):
-        return column, []
-    if kind == "M":
-        return _naive(column), []
-    if kind in "cmV":
-        raise DataError(f"{where} has the type {column.dtype}; expected numbers, text or dates")
-    filled = column.dropna()
-    if not len(filled):
-        return column.astype(np.float64), []
-    kinds = set(map(type, filled))
-    if kinds <= {bool, np.bool_}:
-        return (column.astype(bool) if len(filled) == len(column) else column), []
-    if not any(issubclass(t, str | bytes | dict | list | tuple | np.ndarray | bool) for t in kinds):
-        return _of_objects(column, where)
-    if any(issubclass(t, bytes | dict | list | tuple | np.ndarray) for t in kinds):
-        raise DataError(f"{where} holds values of type {next(iter(kinds)).__name__}; expected numbers, text or dates")
-    present = column.notna().to_numpy()
-    text = filled.map(lambda v: str(v).strip()).astype(object)
-    blank = (text == "").to_numpy(dtype=bool)
-    text = text[~blank]
-    text.attrs = column.attrs
-    found, notices = _of_text(text, name, label)
-    if len(found) < len(column):
-        empty = {"f": np.nan, "M": np.datetime64("NaT")}.get(found.dtype.kind)
-        values = np.full(len(column), empty, dtype=found.dtype)
-        values[np.flatnonzero(present)[~blank]] = found.to_numpy()
-        found = pd.Series(values, index=column.index, name=label)
-    return found, notices
-
-
-def _naive(column: pd.Series) -> pd.Series:
-    return column.dt.tz_convert("UTC").dt.tz_localize(None) if column.dt.tz is not None else column
-
-
-def _of_objects(column: pd.Series, where: str) -> tuple[pd.Series, list[str]]:
-    """Python's numbers, or its dates."""
-    import pandas as pd
-
-    try:
-        return column.map(_as_float).astype(np.float64), []
-    except (TypeError, ValueError):
-        pass
-    try:
-        return _naive(pd.to_datetime(column)), []
-    except (TypeError, ValueError, OverflowError):
-        kinds = sorted({type(v).__name__ for v in column.dropna()})
-        raise DataError(f"{where} holds values of the types {', '.join(kinds)}; expected numbers, text or dates") from None
-
-
-def _as_float(value: Any) -> float:
-    try:
-        return np.nan if value is None else float(value)
-    except OverflowError:  # a whole number beyond any float
-        return np.inf if value > 0 else -np.inf
-
-
-def _of_text(text: pd.Series, name: str, label: Any) -> tuple[pd.Series, list[str]]:
-    import pandas as pd
-
-    where = f"column {label!r} of {name!r}"
-    if not len(text):
-        return text.astype(np.float64), []
-    plain = pd.to_numeric(text, errors="coerce")
-    good = (plain.notna() & ~text.str.contains("_", regex=False)).to_numpy(dtype=bool)
-    if good.all():
-        return plain.astype(np.float64), []
-    comma = text.str.fullmatch(COMMA_NUMBER.pattern).to_numpy(dtype=bool) & ~good
-    if (good | comma).all():
-        return _with_commas(text, comma, name, label)
-    if bool(text.str.fullmatch(DATE.pattern).all()):
-        return _dates(text, where), []
-    if good.mean() >= NUMBERS_SHARE:
-        place = int((~good).argmax())
-        cell = text.iloc[place]
-        advice = f"correct it, encode categories as integers, or leave the column out: --drop-columns {label}"
-        if comma[place]:
-            advice = "write all decimals with a point, or all with a comma"
-        elif is_number(re.sub(r"[,. ']", "", cell)):
-            advice = "write numbers without separators of thousands"
-        raise DataError(
-            f"row {text.index[place]}, column {label!r} of {name!r} is {cell!r}; expected a number ({advice}; if the first row is a header, "
-            "none of its names may be a number)"
-        )
-    return text, []
-
-
-def _with_commas(text: pd.Series, comma: Array, name: str, label: Any) -> tuple[pd.Series, list[str]]:
-    """Decimal commas; where a point is there too, or all commas may part thousands, nobody can tell."""
-    place = int(comma.argmax())
-    cell, where = text.iloc[place], f"row {text.index[place]}, column {label!r} of {name!r} is {text.iloc[place]!r}"
-    if bool(text[~comma].str.contains(".", regex=False).any()):
-        raise DataError(f"{where}, and other cells have a decimal point; expected decimals with a point, and thousands without a separator")
-    if not text.attrs.get("comma") and bool(text[comma].str.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}").all()):
-        raise DataError(
-            f"{where}, whose comma may be a decimal comma or part thousands; expected decimals with a point and thousands without a separator"
-        )
-    found = text.str.replace(",", ".", regex=False).astype(np.float64)
-    return found, [f"column {label!r} has decimal commas: {cell!r} is read as {found.iloc[place]:g}"]
-
-
-def _dates(text: pd.Series, where: str) -> pd.Series:
-    """Dates in one format, the same for all cells.
-
-    Raises:
-        DataError: where none fits, or two do and differ.
-    """
-    import pandas as pd
-
-    try:
-        return _naive(pd.to_datetime(text, format="ISO8601", utc=True))
-    except (ValueError, OverflowError):
-        pass
-    fits = []
-    plain = text.str.replace("T", " ", regex=False)
-    for date in DATE_FORMATS:
-        for time in TIMES:
-            try:
-                fits.append((date, pd.to_datetime(plain, format=date + time)))
-                break
-            except (ValueError, OverflowError):
-                continue
-    cell = text.iloc[0]
-    if not fits:
-        raise DataError(f"{where} holds dates such as {cell!r} in no known format; expected 2024-01-31, or 2024-01-31 12:30:00")
-    if any(not found.equals(fits[0][1]) for _, found in fits[1:]):
-        raise DataError(f"{where} holds dates such as {cell!r}, of which day and month cannot be told apart; expected 2024-01-31")
-    return fits[0][1]
