@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cnf.datasets.dialect import COMMA_NUMBER, DATE, is_number
+from cnf.datasets.dialect import COMMA_NUMBER, DATE, THOUSANDS, is_number
 from cnf.datasets.rows import Array
 from cnf.errors import DataError
 
@@ -38,9 +38,9 @@ def typed(column: pd.Series, name: str) -> tuple[pd.Series, list[str]]:
     if kind in "fiu" or (kind == "b" and not column.isna().any()):
         return column, []
     if kind == "M":
-        return _naive(column), []
+        return _naive(column), _zone(column)
     if kind in "cmV":
-        raise DataError(f"{where} has the type {column.dtype}; expected numbers, text or dates")
+        raise DataError(f"{where} has the type {column.dtype}; expected numbers, text or dates: convert it, or leave it out (--drop-columns {label})")
     filled = column.dropna()
     if not len(filled):
         return column.astype(np.float64), []
@@ -81,7 +81,9 @@ def _of_objects(column: pd.Series, where: str) -> tuple[pd.Series, list[str]]:
         return _naive(pd.to_datetime(column)), []
     except (TypeError, ValueError, OverflowError):
         kinds = sorted({type(v).__name__ for v in column.dropna()})
-        raise DataError(f"{where} holds values of the types {', '.join(kinds)}; expected numbers, text or dates") from None
+        raise DataError(
+            f"{where} holds values of type {', '.join(kinds)}; expected numbers, text or dates: convert them, or leave it out (--drop-columns {column.name})"
+        ) from None
 
 
 def _as_float(value: Any) -> float:
@@ -94,9 +96,9 @@ def _as_float(value: Any) -> float:
 def _of_text(text: pd.Series, name: str, label: Any) -> tuple[pd.Series, list[str]]:
     import pandas as pd
 
-    where = f"column {label!r} of {name!r}"
     if not len(text):
         return text.astype(np.float64), []
+    text = text.str.replace(r"^\u2212(?=[\d.,])", "-", regex=True)  # the minus sign of typesetting
     plain = pd.to_numeric(text, errors="coerce")
     good = (plain.notna() & ~text.str.contains("_", regex=False)).to_numpy(dtype=bool)
     if good.all():
@@ -104,8 +106,19 @@ def _of_text(text: pd.Series, name: str, label: Any) -> tuple[pd.Series, list[st
     comma = text.str.fullmatch(COMMA_NUMBER.pattern).to_numpy(dtype=bool) & ~good
     if (good | comma).all():
         return _with_commas(text, comma, name, label)
-    if bool(text.str.fullmatch(DATE.pattern).all()):
-        return _dates(text, where), []
+    dates = text.str.fullmatch(DATE.pattern).to_numpy(dtype=bool)
+    if dates.all():
+        return _dates(text, name)
+    if dates.mean() > NUMBERS_SHARE:
+        place = int((~dates).argmax())
+        raise DataError(
+            f"row {text.index[place]}, column {label!r} of {name!r} is {text.iloc[place]!r}; expected a date, as in the other rows (correct it, leave it "
+            f"empty for --missing drop, or leave the column out: --drop-columns {label})"
+        )
+    thousands = text.str.fullmatch(THOUSANDS.pattern).to_numpy(dtype=bool) & ~good
+    if thousands.any() and (good | comma | thousands).all():
+        place = int(thousands.argmax())
+        raise DataError(f"row {text.index[place]}, column {label!r} of {name!r} is {text.iloc[place]!r}; expected numbers without separators of thousands")
     if good.mean() >= NUMBERS_SHARE:
         place = int((~good).argmax())
         cell = text.iloc[place]
@@ -115,8 +128,8 @@ def _of_text(text: pd.Series, name: str, label: Any) -> tuple[pd.Series, list[st
         elif is_number(re.sub(r"[,. ']", "", cell)):
             advice = "write numbers without separators of thousands"
         raise DataError(
-            f"row {text.index[place]}, column {label!r} of {name!r} is {cell!r}; expected a number ({advice}; if the first row is a header, "
-            "none of its names may be a number)"
+            f"row {text.index[place]}, column {label!r} of {name!r} is {cell!r}; expected a number ({advice}; a header is the first row, with no "
+            "title above and no number in it)"
         )
     return text, []
 
@@ -135,16 +148,23 @@ def _with_commas(text: pd.Series, comma: Array, name: str, label: Any) -> tuple[
     return found, [f"column {label!r} has decimal commas: {cell!r} is read as {found.iloc[place]:g}"]
 
 
-def _dates(text: pd.Series, where: str) -> pd.Series:
-    """Dates in one format, the same for all cells.
+def _zone(column: pd.Series) -> list[str]:
+    return [] if column.dt.tz is None else [f"column {column.name!r} has the time zone {column.dt.tz}: converted to UTC"]
+
+
+def _dates(text: pd.Series, name: str) -> tuple[pd.Series, list[str]]:
+    """Dates in one format, the same for all cells, and what was done.
 
     Raises:
         DataError: where none fits, or two do and differ.
     """
     import pandas as pd
 
+    where = f"column {text.name!r} of {name!r}"
     try:
-        return _naive(pd.to_datetime(text, format="ISO8601", utc=True))
+        found = _naive(pd.to_datetime(text, format="ISO8601", utc=True))
+        zones = text.str.fullmatch(r".*(?:Z|:\d\d.*[+-]\d\d(?::?\d\d)?)").any()
+        return found, [f"column {text.name!r} has times with a time zone: converted to UTC"] if zones else []
     except (ValueError, OverflowError):
         pass
     fits = []
@@ -158,7 +178,11 @@ def _dates(text: pd.Series, where: str) -> pd.Series:
                 continue
     cell = text.iloc[0]
     if not fits:
+        formats = [date + time for date in ("%Y-%m-%d", *DATE_FORMATS) for time in TIMES]
+        bad = min((pd.to_datetime(plain, format=one, errors="coerce").isna().to_numpy() for one in formats), key=np.sum)
+        if not bad.all():
+            raise DataError(f"row {text.index[int(bad.argmax())]}, {where} is {text[bad].iloc[0]!r}; expected dates in one format, such as {text[~bad].iloc[0]!r}")
         raise DataError(f"{where} holds dates such as {cell!r} in no known format; expected 2024-01-31, or 2024-01-31 12:30:00")
     if any(not found.equals(fits[0][1]) for _, found in fits[1:]):
         raise DataError(f"{where} holds dates such as {cell!r}, of which day and month cannot be told apart; expected 2024-01-31")
-    return fits[0][1]
+    return fits[0][1], []

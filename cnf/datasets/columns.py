@@ -11,7 +11,7 @@ import numpy as np
 
 from cnf.datasets.cells import typed
 from cnf.datasets.checks import Table, column_name
-from cnf.datasets.identifiers import UNNAMED, identifies, is_index, is_text, is_whole
+from cnf.datasets.identifiers import UNNAMED, are_days, identifies, is_index, is_text, is_whole
 from cnf.datasets.rows import Array
 from cnf.datasets.splits import Options
 from cnf.errors import ConfigError, DataError
@@ -104,6 +104,8 @@ def understand(frame: pd.DataFrame, options: Options, name: str, *, label: bool 
             roles[column] = _data(column, series)
             if roles[column].kind == "date":
                 notices.append(f"column {column!r} holds dates: converted to days since {_day(roles[column].epoch)}")
+            elif are_days(series):
+                notices.append(f"column {column!r} holds numbers that read as dates ({series.iloc[0]:.0f}) and is taken for numbers: dates are written 2024-01-31")
     if refused:
         names = ",".join(column for column, _ in refused)
         raise DataError(
@@ -191,11 +193,17 @@ def _missing(frame: pd.DataFrame, values: dict[str, pd.Series], options: Options
         return rows[~bad], [f"{int(bad.sum()):,} of {len(bad):,} rows dropped, since they have missing values (missing='drop'): {listed}"]
     row = int(bad.argmax())
     column = next(c for c in counts if lacking[c][row])
-    where = f"line {frame.index[row]}" if frame.index.name == "row" else f"row {row}"
+    where = f"line {frame.index[row]}" if frame.index.name == "row" else f"row {frame.index[row]}"
+    empty = [c for c, n in counts.items() if n == len(frame)]
+    formulas = " (formulas without stored values read as empty: open the file in Excel and save it)" if empty and frame.index.name == "sheet row" else ""
+    advice = (
+        f"{', '.join(map(repr, empty))} without any value{formulas}: --drop-columns {','.join(empty)}"
+        if empty
+        else "drop those rows (--missing drop), leave the columns out (--drop-columns), or fill them in"
+    )
     raise DataError(
-        f"{name!r} has {sum(counts.values()):,} values that are NaN or infinite, the first in {where}, "
-        f"{column_name(tuple(frame.columns), list(frame.columns).index(column))}; missing by column: {listed}; drop those rows "
-        "(--missing drop), leave the columns out (--drop-columns), or fill them in"
+        f"{name!r} has {sum(counts.values()):,} values that are NaN or missing, the first in {where}, "
+        f"{column_name(tuple(frame.columns), list(frame.columns).index(column))}; missing by column: {listed}; {advice}"
     )
 
 
@@ -228,8 +236,8 @@ def _data(column: str, series: pd.Series) -> TableColumn:
 
 
 def _was_integer(series: pd.Series) -> bool:
-    """Whole numbers of a text file, which pandas makes floats where some are missing."""
-    return series.index.name == "row" and len(series) < int(series.attrs.get("rows", 0)) and is_whole(series)
+    """Return whether these are whole numbers of a text or Excel file, which pandas makes floats where some are missing."""
+    return len(series) < int(series.attrs.get("rows", 0)) and is_whole(series)
 
 
 def _condition(column: str, series: pd.Series, name: str, classes: bool) -> TableColumn:
@@ -271,6 +279,8 @@ def _numbers(series: pd.Series, column: TableColumn, name: str) -> Array:
         # microseconds: nanoseconds reach from 1677 to 2262 only
         days = (series.to_numpy().astype("datetime64[us]") - np.datetime64(column.epoch, "D")) / DAY
         return np.asarray(days, dtype=np.float64)
+    if series.dtype.kind == "O" and set(map(type, series.dropna())) <= {bool, np.bool_}:  # of which some are missing
+        series = series.map(lambda v: float(v) if v is True or v is False or isinstance(v, np.bool_) else np.nan)
     if series.dtype.kind not in "biuf":
         raise DataError(f"{where} holds {_few(series)}; expected numbers, as in training")
     return np.asarray(series, dtype=np.float64)

@@ -8,11 +8,19 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-__all__ = ["COMMA_NUMBER", "DATE", "Dialect", "find_dialect", "is_number", "unique_names"]
+from cnf.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["COMMA_NUMBER", "DATE", "THOUSANDS", "Dialect", "decimal_points", "find_dialect", "is_number", "is_numbered", "unique_names"]
 
 DELIMITERS = ";\t|,"
 COMMA_NUMBER = re.compile(r"[+-]?\d*,\d+(?:[eE][+-]?\d+)?")
+THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(?P<mark>[.,'\u2019 \u00a0\u202f\u2009])\d{3}(?:(?P=mark)\d{3})*(?:[.,]\d+)?")
+FEW_ROWS = 5  # from which on a first row of whole numbers can be told from data
 DATE = re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}(?:[T ]\d{1,2}:\d{2}.*)?")
 
 
@@ -63,6 +71,56 @@ def is_number(cell: str) -> bool:
     except ValueError:
         return COMMA_NUMBER.fullmatch(cell.strip()) is not None
     return "_" not in cell
+
+
+def is_numbered(first: Sequence[str], others: Sequence[Sequence[str]], name: str) -> bool:
+    """Return whether the first row is pandas' header of numbers above an index: nothing, 0, 1, 2, ...
+
+    Args:
+        first: cells of the first row.
+        others: cells of some rows below.
+        name: of the file, for messages.
+
+    Raises:
+        DataError: for a row of whole numbers that may be a header (0, 1, 2 or 2019, 2020) or data.
+    """
+    counted = [str(j) for j in range(len(first))]
+    if len(first) > 1 and first[0] == "" and list(first[1:]) == counted[:-1]:
+        return True
+    if len(first) < 2 or len(set(first)) < len(first) or not all(re.fullmatch(r"\d+", cell) for cell in first):
+        return False
+    columns = [[row[j] for row in others if j < len(row) and is_number(row[j])] for j in range(len(first))]
+    whole = [[re.fullmatch(r"[+-]?\d+", cell) is not None for cell in column] for column in columns]
+    odd = [not any(column) for column in whole if column and not all(column)]  # whether the first cell alone is a whole number
+    if (len(first) > 2 and list(first) == counted) or (len(others) >= FEW_ROWS and odd and all(odd)):
+        raise DataError(
+            f"the first row of {name!r} is {', '.join(first[:5])}{', ...' if len(first) > 5 else ''}: it may be a header or data; expected names with a letter in "
+            "them (x0, y2019), also above rows that begin with such numbers"
+        )
+    return False
+
+
+def decimal_points(frame: pd.DataFrame, head: Sequence[Sequence[str]]) -> tuple[bool, tuple[int, str] | None]:
+    """Return whether cells have decimal points, and in a file with decimal commas a column whose points may part thousands.
+
+    Args:
+        frame: as pandas parsed it, decimal commas as text.
+        head: cells of the first rows, as they are written.
+
+    Returns:
+        The second is the column's number and a cell, or None.
+    """
+    points, commas, mixed = False, False, None
+    for j in range(frame.shape[1]):
+        cells = [row[j] for row in head if j < len(row)]
+        if frame.iloc[:, j].dtype.kind == "f":
+            pointed = [cell for cell in cells if "." in cell and is_number(cell)]
+            points = points or bool(pointed)
+            if pointed and all(map(THOUSANDS.fullmatch, pointed)):
+                mixed = mixed or (j, pointed[0])
+        else:
+            commas = commas or any(COMMA_NUMBER.fullmatch(cell) and not THOUSANDS.fullmatch(cell) for cell in cells)
+    return points, mixed if commas else None
 
 
 def find_dialect(lines: Sequence[str]) -> Dialect:

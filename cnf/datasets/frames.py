@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cnf.datasets.cells import typed
-from cnf.datasets.dialect import DATE, is_number, unique_names
+from cnf.datasets.dialect import DATE, is_number, is_numbered, unique_names
 from cnf.datasets.rows import Array
-from cnf.datasets.text import read_text
+from cnf.datasets.text import HEAD_LINES, read_text
 from cnf.errors import DataError
 from cnf.strangers import BOMB_BYTES, BOMB_RATIO, memory, require_file, zip_members
 
@@ -69,7 +69,11 @@ def _read_parquet(path: Path) -> pd.DataFrame:
             if rows < 0 or claimed > memory() or (claimed > BOMB_BYTES and claimed > BOMB_RATIO * size):
                 raise ValueError(f"it claims {rows:,} rows of {width:,} columns, {claimed:,} bytes: a bomb?")
             # the metadata of pandas would hide an index, and name types that are to be built
-            frame: pd.DataFrame = file.read().to_pandas(ignore_metadata=True, date_as_object=False)
+            table = file.read()
+            frame: pd.DataFrame = table.to_pandas(ignore_metadata=True, date_as_object=False)
+            for j, column in enumerate(table.columns):
+                if column.null_count and str(column.type).startswith(("int", "uint")):  # pandas makes floats of them
+                    frame.isetitem(j, column.to_pandas(types_mapper=lambda _: pd.Int64Dtype()))
     except Exception as error:  # pyarrow raises many kinds for what is damaged; all mean the same here
         raise DataError(f"{str(path)!r} cannot be read as a Parquet file: {error or type(error).__name__}") from None
     frame.columns = pd.Index(unique_names([str(c).strip() for c in frame.columns], frame.shape[1]), dtype=object)
@@ -89,13 +93,13 @@ def _read_excel(path: Path) -> tuple[pd.DataFrame, list[str]]:
             book = openpyxl.load_workbook(raw, read_only=True, data_only=True, keep_links=False)
             if not book.worksheets:
                 raise ValueError("it has no sheet of cells")
-            rows, first, count = [], 0, 0
+            rows, places, count = [], [], 0
             for number, cells in enumerate(book.worksheets[0].iter_rows(values_only=True), 1):
                 count += 1 + len(cells)  # a file may claim cells that it does not hold
                 if count > MANY_CELLS and count > CELLS_RATIO * size:
                     raise ValueError(f"its first sheet claims more than {count:,} cells: a bomb?")
                 if any(cell is not None for cell in cells):
-                    first = first or number
+                    places.append(number)
                     rows.append(cells)
     except Exception as error:  # zipfile, the XML parser and openpyxl raise many kinds for what is damaged
         raise DataError(f"{str(path)!r} cannot be read as an Excel file: {error or type(error).__name__}") from None
@@ -105,13 +109,19 @@ def _read_excel(path: Path) -> tuple[pd.DataFrame, list[str]]:
     named = all(cell is None or (isinstance(cell, str) and not is_number(cell) and not DATE.fullmatch(cell)) for cell in head)
     width = max(map(len, rows))
     body = [[*cells, *[None] * (width - len(cells))] for cells in rows[named:]]
-    frame = pd.DataFrame(body, columns=range(width), dtype=object)
+    if not named and all(isinstance(cell, int | float | None) and not isinstance(cell, bool) for cell in head):
+        named = is_numbered(["" if cell is None else str(cell) for cell in head], [[str(c) for c in row] for row in body[1:HEAD_LINES]], str(path))
+        head, body = [cell if cell is None else str(cell) for cell in head], body[named:]
+    frame = pd.DataFrame(body, columns=range(width), dtype=object, index=pd.Index(places[named:], name="sheet row"))
     used = [j for j in range(width) if not frame[j].isna().all() or (named and j < len(head) and head[j])]
     names = [head[j] or "" if j < len(head) else "" for j in used] if named else None
     frame = frame[used].infer_objects()
     frame.columns = pd.Index(unique_names(names, len(used)), dtype=object)
-    others = [sheet.title for sheet in book.worksheets[1:]]
-    return frame, [f"the first sheet of {str(path)!r} is read, not {', '.join(map(repr, others))}"] if others else []
+    frame.attrs["rows"] = len(frame)
+    notices = [] if named else [f"{str(path)!r} has no header, since its first row holds a number: columns are numbered"]
+    if others := [sheet.title for sheet in book.worksheets[1:]]:
+        notices.append(f"the first sheet of {str(path)!r} is read, not {', '.join(map(repr, others))}")
+    return frame, notices
 
 
 def numbers(frame: pd.DataFrame, name: str) -> Array:

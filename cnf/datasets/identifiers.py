@@ -12,7 +12,7 @@ from cnf.datasets.splits import MINIMUM_ROWS
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["UNNAMED", "identifies", "is_index", "is_text", "is_whole"]
+__all__ = ["UNNAMED", "are_days", "identifies", "is_index", "is_text", "is_whole"]
 
 UNNAMED = re.compile(r"Unnamed: \d+|__index_level_\d+__")
 # no name of a row but a quantity, a date or a time: no letter, a number with a unit or words, or a month
@@ -39,6 +39,15 @@ def is_whole(series: pd.Series) -> bool:
 def is_index(series: pd.Series) -> bool:
     """Whether a column without a name numbers or names its rows."""
     return is_text(series) or is_whole(series.dropna())
+
+
+def are_days(series: pd.Series) -> bool:
+    """Return whether all values are whole numbers such as 20240131."""
+    import pandas as pd
+
+    if not len(series) or not is_whole(series) or not bool(series.between(18_000_101, 22_001_231).all()):
+        return False
+    return bool(pd.to_datetime(series.astype("int64").astype(str), format="%Y%m%d", errors="coerce").notna().all())
 
 
 def identifies(column: str, series: pd.Series) -> str:

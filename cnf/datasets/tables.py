@@ -207,7 +207,7 @@ def _report(schema: Sequence[TableColumn], table: Array, given: dict[str, Array]
         if len(schema) > MOST_LINES and column.kind == "continuous" and column.role == "data" and not note:
             quiet += 1
             continue
-        lines.append((column.name, column.kind, _range(column, numbers.get(column.name)), note))
+        lines.append((" ".join(column.name.split()), column.kind, _range(column, numbers.get(column.name)), note))
     widths = [max(len(line[i]) for line in lines) for i in range(3)]
     text = ["  ".join(f"{part:{w}}" for part, w in zip(line, [*widths, 0], strict=True)).rstrip() for line in lines]
     return "\n".join([*text, *([f"and {quiet} continuous columns"] if quiet else [])])

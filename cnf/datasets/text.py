@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, TextIO, cast
 
 import numpy as np
 
-from cnf.datasets.dialect import DATE, Dialect, find_dialect, is_number, unique_names
+from cnf.datasets.dialect import DATE, Dialect, decimal_points, find_dialect, is_number, is_numbered, unique_names
 from cnf.datasets.rows import Array
 from cnf.errors import DataError
 from cnf.strangers import BOMB_BYTES, BOMB_RATIO, memory, require_file
@@ -23,7 +23,7 @@ from cnf.strangers import BOMB_BYTES, BOMB_RATIO, memory, require_file
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["MISSING", "bounded_lines", "read_csv", "read_text"]
+__all__ = ["HEAD_LINES", "MISSING", "bounded_lines", "read_csv", "read_text"]
 
 LONGEST = 2**24  # characters of a line: a million columns
 HEAD_LINES, HEAD_CHARACTERS = 50, 2**20  # that the dialect is found from
@@ -125,12 +125,19 @@ class _Table:
         begun = [line for line in head if line.strip(" \r\n") and not line.startswith("#")]
         declared = re.fullmatch(r'"?sep=(.)"?\s*', begun[0], re.IGNORECASE) if begun else None
         self.dialect = Dialect(declared[1]) if declared else find_dialect(begun)
+        self.head = [cells for line in begun[declared is not None :] if (cells := self._split(line))]
         self.lines = self._numbered(chain(head, self.lines))
         self.names: list[str] | None = None
         self.notices: list[str] = []
         self.width, self.comments = 0, 0
         self.numbers = array("q")  # of the line on which each row begins
         self.text = self._records(declared is not None)
+
+    def _split(self, line: str) -> list[str]:
+        try:
+            return [cell.strip() for cell in self.dialect.cells([line])]
+        except csv.Error:  # a cell with a line end
+            return []
 
     def _checked(self, file: TextIO) -> Iterator[str]:
         limit, total = memory(), 0
@@ -175,7 +182,8 @@ class _Table:
                 header, self.width = False, count
                 if self._take_header([cell.strip() for cell in cells], comment):
                     continue
-            if count == self.width + 1 and self.names and not self.numbers and not line.endswith(f"{delimiter}\n"):
+            odd = len(self.names or ()) == 1 and re.search(r"[;\t|, ]", (self.names or [""])[0])  # a header in another dialect
+            if count == self.width + 1 and self.names and not odd and not self.numbers and not line.endswith(f"{delimiter}\n"):
                 self.names, self.width = ["", *self.names], count  # R gives its row names no name
                 self.notices.append(f"the header of {str(self.path)!r} has one name fewer than its rows have cells: the first column has no name")
             if count != self.width:
@@ -186,6 +194,9 @@ class _Table:
     def _take_header(self, cells: list[str], comment: str) -> bool:
         """Whether the first row is a header; NumPy writes one as a comment."""
         if not any(is_number(cell) or DATE.fullmatch(cell) for cell in cells):
+            self.names = cells
+            return True
+        if not comment and is_numbered(cells, self.head[1:], str(self.path)):
             self.names = cells
             return True
         if comment:
@@ -231,7 +242,13 @@ def _parse(path: Path, size: int, file: TextIO) -> tuple[pd.DataFrame, list[str]
     )  # fmt: skip
     frame.columns = pd.Index(unique_names(table.names, table.width), dtype=object)
     frame.index = pd.Index(np.frombuffer(table.numbers, dtype=np.int64), name="row")
-    frame.attrs["comma"] = table.dialect.delimiter != ","  # then commas in cells are decimal ones
+    points, mixed = decimal_points(frame, table.head)
+    if mixed is not None:
+        raise DataError(
+            f"{str(path)!r} has decimal commas, but column {frame.columns[mixed[0]]!r} holds {mixed[1]!r}, whose point may be a decimal point or part "
+            "thousands; expected one kind of decimals, and thousands without a separator"
+        )
+    frame.attrs["comma"] = table.dialect.delimiter != "," and not points  # then commas in cells are decimal ones
     frame.attrs["rows"] = len(frame)
     if table.names is None:
         table.notices.append(f"{str(path)!r} has no header, since its first row holds a number: columns are numbered")

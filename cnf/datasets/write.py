@@ -124,7 +124,7 @@ def given_values(texts: Mapping[str, str], table: Sequence[TableColumn]) -> tupl
             if column.kind == "date":
                 day = pd.to_datetime(text, format="ISO8601")
                 number = float((day.to_datetime64() - np.datetime64(column.epoch, "D")) / np.timedelta64(1, "D"))
-                values[column.name] = day
+                values[column.name] = day if day.tzinfo is None else day.tz_convert("UTC").tz_localize(None)
             else:
                 number = values[column.name] = float(text)
                 if column.type == "int" and number.is_integer():
