@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cnf.errors import ConfigError
 
-__all__ = ["MAXIMUM_CATEGORIES", "TableColumn", "conditions", "context_width", "data_columns", "encode", "on_lattice", "parse_given", "plain_table", "split_names", "to_lattice", "wanted"]  # fmt: skip
+__all__ = ["MAXIMUM_CATEGORIES", "TableColumn", "conditions", "context_width", "data_columns", "encode", "on_lattice", "parse_given", "plain_table", "snap", "split_names", "to_lattice", "wanted"]  # fmt: skip
 
 MAXIMUM_CATEGORIES = 1000
 OFF_LATTICE = 0.05  # of a step: values printed with few digits miss their lattice by this order
@@ -120,6 +120,18 @@ def on_lattice(column: TableColumn, values: NDArray[np.float64]) -> bool:
     """Whether all values lie on the column's lattice, to 5 % of a step."""
     places = (values - column.origin) / column.step
     return bool((np.abs(places - np.rint(places)) <= OFF_LATTICE).all())
+
+
+def snap(column: TableColumn, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Move whole numbers to the points of a lattice whose step is none, which rounding made them miss.
+
+    Example:
+        >>> snap(TableColumn("mm", kind="discrete", type="int", step=25.4, dequantised=True), np.array([0.0, 76.0])).round(1).tolist()
+        [0.0, 76.2]
+    """
+    if column.type != "int" or not column.step or column.step.is_integer():
+        return values
+    return column.origin + column.step * np.rint((values - column.origin) / column.step)
 
 
 def to_lattice(column: TableColumn, values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -751,7 +751,7 @@ def test_whole_numbers_stay_whole_where_some_are_missing(tmp_path: Path, ending:
         {"csv": rows.to_csv, "parquet": rows.to_parquet, "xlsx": rows.to_excel}[ending](tmp_path / f"{name}.{ending}", index=False)
     schema = datasets.load(tmp_path / f"full.{ending}").table
     assert schema[0].type == "bool" and len(everything(datasets.load(tmp_path / f"gaps.{ending}", missing="drop", table=schema))) == 39
-    with pytest.raises(DataError, match="'k' of .* has 1 values that are NaN"):
+    with pytest.raises(DataError, match=r"'k' of .* has 1 values that are NaN"):
         datasets.load(tmp_path / f"gaps.{ending}", table=schema)
 
 

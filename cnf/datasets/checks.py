@@ -14,7 +14,7 @@ from cnf.datasets.lattice import few_distinct, lattice_step
 from cnf.datasets.rows import Array
 from cnf.datasets.splits import Options
 from cnf.errors import DataError
-from cnf.schema import TableColumn
+from cnf.schema import TableColumn, snap
 
 __all__ = ["Table", "as_numbers", "column_name", "dequantize", "duplicate_rows", "find_lattices", "require_table", "require_usable"]
 
@@ -204,5 +204,5 @@ def dequantize(table: Table, columns: Sequence[TableColumn], seed: int) -> Table
     table = table.copy()
     for j, column in enumerate(columns):
         if column.dequantised:
-            table[:, j] += column.step * np.random.default_rng([seed, DEQUANTIZE_STREAM, j]).random(len(table))
+            table[:, j] = snap(column, table[:, j]) + column.step * np.random.default_rng([seed, DEQUANTIZE_STREAM, j]).random(len(table))
     return table

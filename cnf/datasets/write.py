@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cnf.datasets.rows import Array
 from cnf.errors import ConfigError
@@ -25,8 +26,12 @@ FIRST_DAY, LAST_DAY = -719_162, 2_932_896  # days since 1970 of the years 1 to 9
 
 def as_numbers_of(samples: Array, table: Sequence[TableColumn]) -> Array:
     """Samples (N, D) as numbers of the table: on its lattices, dates as days since 1970-01-01 (then in float64)."""
+    out = _exact(samples, table)
+    return out if any(c.kind == "date" for c in data_columns(table)) else out.astype(samples.dtype)
+
+
+def _exact(samples: Array, table: Sequence[TableColumn]) -> NDArray[np.float64]:
     columns = data_columns(table)
-    dates = any(c.kind == "date" for c in columns)
     out = samples.astype(np.float64)
     for j, column in enumerate(columns):
         out[:, j] = to_lattice(column, out[:, j])
@@ -34,7 +39,7 @@ def as_numbers_of(samples: Array, table: Sequence[TableColumn]) -> Array:
             out[:, j] += column.epoch
         if column.type == "bool":
             out[:, j] = np.clip(out[:, j], 0, 1)
-    return out if dates else out.astype(samples.dtype)
+    return out
 
 
 def sampled_frame(samples: Array, table: Sequence[TableColumn], given: Mapping[str, Any]) -> pd.DataFrame:
@@ -47,7 +52,7 @@ def sampled_frame(samples: Array, table: Sequence[TableColumn], given: Mapping[s
     """
     import pandas as pd
 
-    numbers = as_numbers_of(samples, table)
+    numbers = _exact(samples, table)
     places = {c.name: j for j, c in enumerate(data_columns(table))}
     found = {}
     for column in table:
@@ -64,7 +69,7 @@ def sampled_frame(samples: Array, table: Sequence[TableColumn], given: Mapping[s
         elif column.type in ("int", "bool") and np.abs(values).max(initial=0) < 2**62:
             found[column.name] = pd.Series(values.astype(np.int64 if column.type == "int" else bool))
         else:
-            found[column.name] = pd.Series(values)
+            found[column.name] = pd.Series(values if column.step else values.astype(samples.dtype))
     return pd.DataFrame(found)
 
 
