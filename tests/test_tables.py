@@ -772,6 +772,7 @@ def test_time_zones_and_days_in_digits_are_told(tmp_path: Path) -> None:
         ([1067, 2345, 10115], int),  # codes: no approximate step
         ([0, 100, 205], int),
         ([9.99, 19.99, 30.49], float),
+        ([1.5, 2.5, 9.0], float),
         ([int(np.rint(25.4 * k)) for k in range(9)], int),  # inches in whole millimetres
     ],
 )

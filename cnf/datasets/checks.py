@@ -85,7 +85,9 @@ def require_usable(table: Table, columns: tuple[str, ...], name: str) -> None:
         largest = np.abs(column).max()
         with np.errstate(over="ignore"):
             std = column.std()
-        if largest > np.finfo(np.float32).max or np.spacing(np.float32(largest)) > 1e-3 * std:
+        if largest > np.finfo(np.float32).max:
+            raise DataError(f"{column_name(columns, j)} of {name!r} has values up to {largest:g}, beyond float32 (3.4e+38); correct or rescale them in the file")
+        if np.spacing(np.float32(largest)) > 1e-3 * std:
             raise DataError(
                 f"{column_name(columns, j)} of {name!r} has values up to {largest:g} but spreads by {std:g} "
                 "only: float32 cannot resolve it; subtract its mean (or rescale it) in the file"

@@ -18,6 +18,7 @@ FRACTION_TOLERANCE = 0.005  # where the step is a fraction of the smallest gap a
 MAX_FRACTION = 12
 ROWS_PER_VALUE = 10
 FEW_CELLS = 100
+MANY_VALUES = 8
 MOST_CELLS = 10_000  # of a lattice of decimals: on a finer one the values are no quantities
 
 
@@ -115,7 +116,9 @@ def lattice_step(column: Values, epsilon: float) -> float | None:
     low, high = np.quantile(column, [0.05, 0.95])
     spacing = 4.0 * epsilon * float(np.abs(distinct).max())
     unit = _unit(distinct, epsilon)
-    step = find_step(distinct, spacing, error=max(0.55 * unit, spacing))
+    # a lattice with an error can be found for any few values
+    error = 0.55 * unit if k >= MANY_VALUES else 1e-6 * float(distinct[-1] - distinct[0])
+    step = find_step(distinct, spacing, error=max(error, spacing))
     if step is None or not _keeps_whole(distinct, step):
         step = _decimal_step(distinct, unit, spacing)
         if step is None or high - low > MOST_CELLS * step:

@@ -184,7 +184,7 @@ def _complete(
     numbers = [c for c in conditions(columns.schema) if not c.categories]
     relations = dependent_columns(table, [*columns.names, *(c.name for c in numbers)], [given[c.name] for c in numbers])
     if relations:
-        words = "; ".join(f"{', '.join(map(repr, involved))} ({relation})" for involved, relation in relations[:10])
+        words = "; ".join(f"{', '.join(map(repr, involved))} ({relation[:200]}{' ...' if len(relation) > 200 else ''})" for involved, relation in relations[:10])
         if options.dependent == "error":
             raise DataError(
                 f"columns of {name!r} depend on each other: {words}. Such a density is unbounded: leave one column of each relation out "
