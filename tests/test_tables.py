@@ -141,7 +141,7 @@ AMBIGUOUS = [
     ("a,b\n1,2,3,4\n", "row 2 .*has 4 cells; expected 2"),
     ("a,b\n1,2,\n", "row 2 .*has 3 cells; expected 2"),
     ("a,b\n1,2\n1,2,3\n", "row 3 .*has 3 cells; expected 2"),
-    ("day,b\n03/04/2020,1\n04/05/2020,2\n", "day and month cannot be told apart"),
+    ("day,b\n03/04/2020,1\n04/05/2020,2\n", "day and month are ambiguous"),
 ]
 
 
@@ -722,6 +722,11 @@ def test_numbered_headers_of_pandas(tmp_path: Path) -> None:
     assert len(read_csv(tmp_path / "counts.csv")[0]) == 6
     (tmp_path / "minus.csv").write_text("a;b\n" + "\n".join(f"{u:.4f};{v:.4f}" for u, v in X).replace("-", "\u2212"))
     assert np.allclose(read_csv(tmp_path / "minus.csv")[0], X.round(4))
+
+
+def test_leading_zeros_are_told(tmp_path: Path) -> None:
+    pd.DataFrame({"a": X[:, 0], "zip": [f"{k:05}" for k in np.random.default_rng(0).choice([1067, 2345, 10115], 40)]}).to_csv(tmp_path / "t.csv", index=False)
+    assert any("'zip' holds '0" in line and "leading zeros" in line for line in datasets.load(tmp_path / "t.csv").notices)
 
 
 def test_empty_columns_and_formulas_are_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Cells of a table as numbers, truth values, dates or text."""
+"""Cells of a table as numbers, booleans, dates or text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NUMBERS_SHARE = 0.5  # of a column's cells, from which on the others are mistake
 
 
 def typed(column: pd.Series, name: str) -> tuple[pd.Series, list[str]]:
-    """A column as numbers, truth values, dates (without time zone) or stripped text, and what was done, a sentence each.
+    """Convert a column to numbers, booleans, dates (UTC, without time zone) or stripped text; return it and notices.
 
     Raises:
         DataError: for a cell that is no number in a column of numbers, values that are no scalars, or dates and decimals that
@@ -70,7 +70,7 @@ def _naive(column: pd.Series) -> pd.Series:
 
 
 def _of_objects(column: pd.Series, where: str) -> tuple[pd.Series, list[str]]:
-    """Python's numbers, or its dates."""
+    """Convert Python's numbers or dates."""
     import pandas as pd
 
     try:
@@ -135,7 +135,7 @@ def _of_text(text: pd.Series, name: str, label: Any) -> tuple[pd.Series, list[st
 
 
 def _with_commas(text: pd.Series, comma: Array, name: str, label: Any) -> tuple[pd.Series, list[str]]:
-    """Decimal commas; where a point is there too, or all commas may part thousands, nobody can tell."""
+    """Convert decimal commas; refuse them next to points, or where all may be separators of thousands."""
     place = int(comma.argmax())
     cell, where = text.iloc[place], f"row {text.index[place]}, column {label!r} of {name!r} is {text.iloc[place]!r}"
     if bool(text[~comma].str.contains(".", regex=False).any()):
@@ -153,7 +153,7 @@ def _zone(column: pd.Series) -> list[str]:
 
 
 def _dates(text: pd.Series, name: str) -> tuple[pd.Series, list[str]]:
-    """Dates in one format, the same for all cells, and what was done.
+    """Convert dates, all in one format; return them and notices.
 
     Raises:
         DataError: where none fits, or two do and differ.
@@ -184,5 +184,5 @@ def _dates(text: pd.Series, name: str) -> tuple[pd.Series, list[str]]:
             raise DataError(f"row {text.index[int(bad.argmax())]}, {where} is {text[bad].iloc[0]!r}; expected dates in one format, such as {text[~bad].iloc[0]!r}")
         raise DataError(f"{where} holds dates such as {cell!r} in no known format; expected 2024-01-31, or 2024-01-31 12:30:00")
     if any(not found.equals(fits[0][1]) for _, found in fits[1:]):
-        raise DataError(f"{where} holds dates such as {cell!r}, of which day and month cannot be told apart; expected 2024-01-31")
+        raise DataError(f"{where} holds dates such as {cell!r}, whose day and month are ambiguous; expected 2024-01-31")
     return fits[0][1], []

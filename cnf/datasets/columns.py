@@ -1,4 +1,4 @@
-"""The columns of a table: which are modelled, given or left out, and their values as numbers."""
+"""Classify the columns of a table as modelled, condition or left out, and convert them to numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DAY = np.timedelta64(1, "D")
 
 @dataclass
 class Columns:
-    """A table's columns, understood.
+    """Classified columns of a table and their values.
 
     Attributes:
         schema: every column of the table, in its order.
@@ -50,7 +50,7 @@ class Columns:
 
 
 def own_names(columns: Sequence[str]) -> bool:
-    """Whether columns have names of their own, and are not merely numbered.
+    """Return whether columns are named, not merely numbered.
 
     Example:
         >>> own_names(["column 0", "column 1"]), own_names(["age", "height"])
@@ -60,7 +60,7 @@ def own_names(columns: Sequence[str]) -> bool:
 
 
 def understand(frame: pd.DataFrame, options: Options, name: str, *, label: bool = False) -> Columns:
-    """Select, convert and classify the columns of a table that is to be trained on.
+    """Select, convert and classify the columns of a training table.
 
     Args:
         frame: the table as it was read.
@@ -121,7 +121,7 @@ def understand(frame: pd.DataFrame, options: Options, name: str, *, label: bool 
 
 
 def by_schema(frame: pd.DataFrame, schema: Sequence[TableColumn], name: str) -> Columns:
-    """The columns of a later table, read exactly as training read its own; missing values stay NaN.
+    """Read a later table with the column types of training; missing values stay NaN.
 
     Raises:
         DataError: for columns that the model lacks or that are missing, a category that training did not see, or text where
@@ -162,7 +162,7 @@ def by_schema(frame: pd.DataFrame, schema: Sequence[TableColumn], name: str) -> 
 
 
 def _selection(names: list[str], options: Options, name: str, label: bool) -> tuple[list[str], tuple[str, ...], tuple[str, ...]]:
-    """The columns that are read, those that are conditions, and those that were asked for by name."""
+    """Return the columns that are read, the conditions, and the columns that were requested by name."""
     wanted, dropped = split_names(options.columns, "columns"), split_names(options.drop_columns, "drop_columns")
     given = ("label",) if label else () if options.condition in (None, "label", "target") else split_names(options.condition, "condition")
     for option, chosen in (("columns", wanted), ("drop_columns", dropped), ("condition", given)):
@@ -179,7 +179,7 @@ def _selection(names: list[str], options: Options, name: str, label: bool) -> tu
 
 
 def _missing(frame: pd.DataFrame, values: dict[str, pd.Series], options: Options, name: str) -> tuple[Array, list[str]]:
-    """The rows without missing values."""
+    """Return the rows without missing values, and notices."""
     lacking = {c: series.isna().to_numpy() for c, series in values.items()}
     counts = {c: int(bad.sum()) for c, bad in lacking.items() if bad.any()}
     rows = np.arange(len(frame))
@@ -258,7 +258,7 @@ def _few(series: pd.Series) -> str:
 
 
 def _numbers(series: pd.Series, column: TableColumn, name: str) -> Array:
-    """A column's values as numbers: themselves, days since its epoch, or numbers of categories.
+    """Convert a column to numbers: its values, days since its epoch, or category indices.
 
     Raises:
         DataError: for values of another kind than training had.

@@ -20,32 +20,32 @@ __all__ = ["COMMA_NUMBER", "DATE", "THOUSANDS", "Dialect", "decimal_points", "fi
 DELIMITERS = ";\t|,"
 COMMA_NUMBER = re.compile(r"[+-]?\d*,\d+(?:[eE][+-]?\d+)?")
 THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(?P<mark>[.,'\u2019 \u00a0\u202f\u2009])\d{3}(?:(?P=mark)\d{3})*(?:[.,]\d+)?")
-FEW_ROWS = 5  # from which on a first row of whole numbers can be told from data
+FEW_ROWS = 5  # needed to decide whether a first row of whole numbers is data
 DATE = re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}(?:[T ]\d{1,2}:\d{2}.*)?")
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How cells are parted and quoted."""
+    """Delimiter and quote character of a text table."""
 
     delimiter: str  # a space: any white space
     quote: str = '"'
 
     def cells(self, lines: Iterable[str]) -> list[str]:
-        """The cells of one row, which may run over several lines."""
+        """Parse one row, which may span several lines."""
         if self.delimiter == " ":
             lines = (" ".join(line.split()) for line in lines)
         return next(csv.reader(lines, delimiter=self.delimiter, quotechar=self.quote, skipinitialspace=True, strict=True), [])
 
     def write(self, cells: list[str]) -> str:
-        """A row as one line."""
+        """Return a row as one line."""
         out = io.StringIO()
         csv.writer(out, delimiter=self.delimiter, quotechar=self.quote, lineterminator="\n").writerow(cells)
         return out.getvalue()
 
 
 def unique_names(names: Sequence[str] | None, width: int) -> list[str]:
-    """Names of columns, all different; numbers where there is no header, and pandas' own words for an empty one.
+    """Return distinct column names: numbered without a header, ``Unnamed: j`` for an empty name.
 
     Example:
         >>> unique_names(["", "a", "a"], 3), unique_names(None, 1)
@@ -60,7 +60,7 @@ def unique_names(names: Sequence[str] | None, width: int) -> list[str]:
 
 
 def is_number(cell: str) -> bool:
-    """Whether a cell holds a number, with a decimal point or comma.
+    """Return whether a cell is a number, with a decimal point or comma.
 
     Example:
         >>> is_number("-1e3"), is_number("0,5"), is_number("1_0")
@@ -124,7 +124,7 @@ def decimal_points(frame: pd.DataFrame, head: Sequence[Sequence[str]]) -> tuple[
 
 
 def find_dialect(lines: Sequence[str]) -> Dialect:
-    """Delimiter and quote: those that give most rows the same number of cells, and most cells a number."""
+    """Choose the delimiter that gives most rows the same number of cells, then most cells that are numbers."""
     text = "".join(lines)
     single = '"' not in text and re.match(r"\s*'[^']*'\s*[;\t|,\r\n]", text) is not None
     quote = "'" if single else '"'

@@ -26,12 +26,12 @@ MANY_CELLS, CELLS_RATIO = 2**22, 50  # of a sheet: more of both than it could ho
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file's ending is that of a table that :func:`read_frame` reads."""
+    """Return whether :func:`read_frame` reads files with this ending."""
     return path.name.lower().endswith(TABLES)
 
 
 def read_frame(path: Path) -> tuple[pd.DataFrame, list[str]]:
-    """A table as it stands in a file, and what was done, a sentence each. Cells are converted by :func:`typed`.
+    """Read a table as it is stored; return it and notices. :func:`~cnf.datasets.cells.typed` converts its cells.
 
     Raises:
         DataError: for a file that cannot be read, or whose reader is not installed.
@@ -125,7 +125,7 @@ def _read_excel(path: Path) -> tuple[pd.DataFrame, list[str]]:
 
 
 def numbers(frame: pd.DataFrame, name: str) -> Array:
-    """All columns as numbers (N, D) in float64.
+    """Return all columns as numbers (N, D) in float64.
 
     Raises:
         DataError: for a column of text or dates.

@@ -1,4 +1,4 @@
-"""Columns that name the rows of a table and describe nothing: row numbers, indices, identifiers."""
+"""Detection of row numbers, indices and identifiers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _IDENTIFIER = re.compile(r"(?i:index|level_0|id|idx|row|rows?[ _]?(?:id|nr|no|nu
 
 
 def is_text(series: pd.Series) -> bool:
-    """Whether a column holds text, and no numbers or dates."""
+    """Return whether a column is neither numbers nor dates."""
     return series.dtype.kind not in "biufM"
 
 
 def is_whole(series: pd.Series) -> bool:
-    """Whether a column holds whole numbers."""
+    """Return whether a column holds whole numbers."""
     if series.dtype.kind in "iu":
         return True
     if series.dtype.kind != "f":
@@ -37,7 +37,7 @@ def is_whole(series: pd.Series) -> bool:
 
 
 def is_index(series: pd.Series) -> bool:
-    """Whether a column without a name numbers or names its rows."""
+    """Return whether an unnamed column is a row number or an index."""
     return is_text(series) or is_whole(series.dropna())
 
 
@@ -51,7 +51,7 @@ def are_days(series: pd.Series) -> bool:
 
 
 def identifies(column: str, series: pd.Series) -> str:
-    """Why a column names its rows and describes nothing, or nothing."""
+    """Return why a column is an identifier, as a clause of a message; empty if it is none."""
     if series.dtype.kind in "bM" or len(series) < MINIMUM_ROWS or series.nunique() < len(series):
         return ""
     if is_text(series):

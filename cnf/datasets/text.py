@@ -1,4 +1,4 @@
-"""Tables in text files: the dialect is found, the lines are bounded and counted, and pandas parses the cells."""
+"""Read text tables: detect the dialect, check every row, and parse the cells with pandas."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ __all__ = ["HEAD_LINES", "MISSING", "bounded_lines", "read_csv", "read_text"]
 
 LONGEST = 2**24  # characters of a line: a million columns
 HEAD_LINES, HEAD_CHARACTERS = 50, 2**20  # that the dialect is found from
-MISSING = ["?", "-"]  # beside pandas' own: "", NA, N/A, NaN, null, None, ...
+MISSING = ["?", "-"]  # in addition to pandas' own: "", NA, N/A, NaN, null, None, ...
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 
 def bounded_lines(file: TextIO) -> Iterator[str]:
-    """The lines of a file.
+    """Iterate over the lines of a file.
 
     Raises:
         DataError: for one of more than 16 million characters, which may have no end.
@@ -46,7 +46,7 @@ def bounded_lines(file: TextIO) -> Iterator[str]:
 
 
 def read_csv(path: Path) -> tuple[Array, tuple[str, ...]]:
-    """A table (N, D) of numbers in float64 and its column names; missing values are NaN.
+    """Read a table (N, D) of numbers in float64 and its column names; missing values are NaN.
 
     Raises:
         DataError: for an unreadable or empty file, rows of unequal length, or a cell that is no number.
@@ -58,7 +58,7 @@ def read_csv(path: Path) -> tuple[Array, tuple[str, ...]]:
 
 
 def read_text(path: Path) -> tuple[pd.DataFrame, list[str]]:
-    """A csv or tsv file, perhaps compressed by gzip, as a frame of numbers and text, and what was done, a sentence each.
+    """Read a csv or tsv file, optionally gzipped, as a frame of numbers and text; return it and notices.
 
     Delimiter (comma, semicolon, tab, bar or spaces), quotes, encoding (UTF-8, UTF-16, Windows-1252), Excel's ``sep=`` and
     comment lines are recognised. The first row is a header if none of its cells is a number or a date. The frame's index
@@ -104,7 +104,7 @@ def _encodings(path: Path) -> tuple[str, ...]:
 
 
 class _Table:
-    """The rows of a text file, each checked to have as many cells as the others, in a dialect that pandas is told.
+    """Rows of a text file, checked to have equal numbers of cells, and their dialect.
 
     Args:
         path: of the file.
@@ -155,7 +155,7 @@ class _Table:
             yield line
 
     def _records(self, declared: bool) -> Iterator[str]:
-        """Every row as a line; the header becomes ``names``."""
+        """Yield every row as a line; set ``names`` from the header."""
         comment, quote, delimiter = "", self.dialect.quote, self.dialect.delimiter
         header = True  # nothing but comments so far
         for line in self.lines:
@@ -192,7 +192,7 @@ class _Table:
             yield line
 
     def _take_header(self, cells: list[str], comment: str) -> bool:
-        """Whether the first row is a header; NumPy writes one as a comment."""
+        """Return whether the first row is a header; take NumPy's from the comment above."""
         if not any(is_number(cell) or DATE.fullmatch(cell) for cell in cells):
             self.names = cells
             return True
@@ -200,9 +200,9 @@ class _Table:
             self.names = cells
             return True
         if comment:
-            told = [cell.strip() for cell in self.dialect.cells([comment.lstrip("# ")])]
-            if len(told) == len(cells) and not any(map(is_number, told)):
-                self.names, self.comments = told, self.comments - 1
+            names = [cell.strip() for cell in self.dialect.cells([comment.lstrip("# ")])]
+            if len(names) == len(cells) and not any(map(is_number, names)):
+                self.names, self.comments = names, self.comments - 1
         return False
 
 
@@ -252,6 +252,10 @@ def _parse(path: Path, size: int, file: TextIO) -> tuple[pd.DataFrame, list[str]
     frame.attrs["rows"] = len(frame)
     if table.names is None:
         table.notices.append(f"{str(path)!r} has no header, since its first row holds a number: columns are numbered")
+    for j, name in enumerate(frame.columns):
+        codes = [cells[j] for cells in table.head if j < len(cells) and re.fullmatch(r"0\d+", cells[j])]
+        if codes and frame.iloc[:, j].dtype.kind in "if":
+            table.notices.append(f"column {name!r} holds {codes[0]!r}: leading zeros suggest codes, which are read as numbers and written without these zeros")
     if table.comments:
-        table.notices.append(f"{table.comments:,} comment lines of {str(path)!r}, which begin with #, are passed over")
+        table.notices.append(f"{table.comments:,} comment lines of {str(path)!r}, which begin with #, are skipped")
     return frame, table.notices

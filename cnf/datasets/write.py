@@ -1,4 +1,4 @@
-"""Samples of a table as a table: in its own columns, names and types."""
+"""Write samples with the columns, names and types of the training table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FIRST_DAY, LAST_DAY = -719_162, 2_932_896  # days since 1970 of the years 1 to 9
 
 
 def as_numbers_of(samples: Array, table: Sequence[TableColumn]) -> Array:
-    """Samples (N, D) as numbers of the table: on its lattices, dates as days since 1970-01-01 (then in float64)."""
+    """Return samples (N, D) on the lattices of the table, dates as days since 1970-01-01 (then in float64)."""
     out = _exact(samples, table)
     return out if any(c.kind == "date" for c in data_columns(table)) else out.astype(samples.dtype)
 
@@ -43,7 +43,7 @@ def _exact(samples: Array, table: Sequence[TableColumn]) -> NDArray[np.float64]:
 
 
 def sampled_frame(samples: Array, table: Sequence[TableColumn], given: Mapping[str, Any]) -> pd.DataFrame:
-    """Samples (N, D) as a table: modelled and given columns in the table's order, in their types.
+    """Return samples (N, D) as a table: modelled and given columns, in the table's order and types.
 
     Args:
         samples: of the model.
@@ -82,7 +82,7 @@ def write_frame(frame: pd.DataFrame, path: Path, ending: str) -> None:
 
 
 def require_writer(path: Path) -> None:
-    """Known before the samples are drawn.
+    """Check that the writer is installed, before the samples are drawn.
 
     Raises:
         ConfigError: for .parquet where pyarrow is not installed.
@@ -95,7 +95,7 @@ def require_writer(path: Path) -> None:
 
 
 def category_value(column: TableColumn, category: str) -> int | bool | str:
-    """A category in the column's own type.
+    """Return a category in the column's type.
 
     Example:
         >>> category_value(TableColumn("k", "condition", "categorical", "int", categories=("1", "2")), "2")
@@ -105,7 +105,7 @@ def category_value(column: TableColumn, category: str) -> int | bool | str:
 
 
 def given_values(texts: Mapping[str, str], table: Sequence[TableColumn]) -> tuple[dict[str, Array], dict[str, Any], list[str]]:
-    """The values of ``--given`` as numbers (1,) for :func:`cnf.schema.encode` and as the table has them, and what to say of them.
+    """Return the values of ``--given`` as numbers (1,) for :func:`cnf.schema.encode` and in the table's types, and notices.
 
     Raises:
         ConfigError: for a category that training did not see, or text that is no number or date.
