@@ -94,8 +94,8 @@ def is_numbered(first: Sequence[str], others: Sequence[Sequence[str]], name: str
     odd = [not any(column) for column in whole if column and not all(column)]  # whether the first cell alone is a whole number
     if (len(first) > 2 and list(first) == counted) or (len(others) >= FEW_ROWS and odd and all(odd)):
         raise DataError(
-            f"the first row of {name!r} is {', '.join(first[:5])}{', ...' if len(first) > 5 else ''}: it may be a header or data; expected names with a letter in "
-            "them (x0, y2019), also above rows that begin with such numbers"
+            f"the first row of {name!r} is {', '.join(first[:5])}{', ...' if len(first) > 5 else ''}: it may be a header or data; if it is data, write a row "
+            "of names above it; if it is a header, give each name a letter (x0, y2019)"
         )
     return False
 
