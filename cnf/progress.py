@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a line that is kept up to date in a terminal, elsewhere one every half minute."""
+"""Progress on stderr: an updating line in a terminal, else a line every 30 seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The columns of a table as training understood them: stored in the run folder, applied to every later file."""
+"""Column types of a table: inferred in training, stored in the run folder, applied to every later file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cnf.errors import ConfigError
 
-__all__ = ["MAXIMUM_CATEGORIES", "TableColumn", "conditions", "context_width", "data_columns", "encode", "on_lattice", "parse_given", "plain_table", "split_names", "to_lattice", "wanted"]  # fmt: skip
+__all__ = ["MAXIMUM_CATEGORIES", "TableColumn", "conditions", "context_width", "data_columns", "encode", "on_lattice", "parse_given", "plain_table", "snap", "split_names", "to_lattice", "wanted"]  # fmt: skip
 
 MAXIMUM_CATEGORIES = 1000
 OFF_LATTICE = 0.05  # of a step: values printed with few digits miss their lattice by this order
@@ -51,7 +51,7 @@ class TableColumn:
     std: float = 1.0
 
     def fault(self) -> str | None:
-        """What no table has, as a clause for a message; None for a column that can be.
+        """Return what is inconsistent, as a clause of a message, or None.
 
         Example:
             >>> TableColumn("k", step=-1.0).fault()
@@ -75,17 +75,17 @@ class TableColumn:
 
 
 def data_columns(table: Sequence[TableColumn]) -> tuple[TableColumn, ...]:
-    """The columns that are modelled, in the table's order."""
+    """Return the modelled columns, in the table's order."""
     return tuple(c for c in table if c.role == "data")
 
 
 def conditions(table: Sequence[TableColumn]) -> tuple[TableColumn, ...]:
-    """The columns that are given, in the table's order."""
+    """Return the conditions, in the table's order."""
     return tuple(c for c in table if c.role == "condition")
 
 
 def context_width(table: Sequence[TableColumn]) -> int:
-    """Number of context columns C.
+    """Return the number of context columns C.
 
     Example:
         >>> context_width([TableColumn("y"), TableColumn("x", "condition"), TableColumn("z", "condition", "categorical", "text", categories=("a", "b"))])
@@ -95,16 +95,16 @@ def context_width(table: Sequence[TableColumn]) -> int:
 
 
 def plain_table(columns: Sequence[str]) -> tuple[TableColumn, ...]:
-    """Columns of which nothing but the names is known: continuous ones."""
+    """Return continuous columns of these names."""
     return tuple(TableColumn(name) for name in columns)
 
 
 def encode(table: Sequence[TableColumn], values: Mapping[str, Values]) -> NDArray[np.float64]:
-    """Context (N, C): numbers standardised by the training rows, categories one-hot.
+    """Return the context (N, C): numbers standardised by the training rows, categories one-hot.
 
     Args:
         table: all columns.
-        values: of each condition, (N,) numbers, or numbers of categories.
+        values: of each condition, (N,) numbers, or category indices.
     """
     parts = []
     for column in conditions(table):
@@ -117,13 +117,25 @@ def encode(table: Sequence[TableColumn], values: Mapping[str, Values]) -> NDArra
 
 
 def on_lattice(column: TableColumn, values: NDArray[np.float64]) -> bool:
-    """Whether all values lie on the column's lattice, to 5 % of a step."""
+    """Return whether all values lie on the column's lattice, to 5 % of a step."""
     places = (values - column.origin) / column.step
     return bool((np.abs(places - np.rint(places)) <= OFF_LATTICE).all())
 
 
+def snap(column: TableColumn, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Move whole numbers to the points of a lattice whose step is none, which rounding made them miss.
+
+    Example:
+        >>> snap(TableColumn("mm", kind="discrete", type="int", step=25.4, dequantised=True), np.array([0.0, 76.0])).round(1).tolist()
+        [0.0, 76.2]
+    """
+    if column.type != "int" or not column.step or column.step.is_integer():
+        return values
+    return column.origin + column.step * np.rint((values - column.origin) / column.step)
+
+
 def to_lattice(column: TableColumn, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Values (N,) of a model, as the table had them: the lattice point below a dequantised value, else the nearest.
+    """Round values (N,) of a model to the column's lattice: down if the column is dequantised, else to the nearest point.
 
     Example:
         >>> k = TableColumn("k", kind="discrete", step=0.5, dequantised=True)
@@ -135,14 +147,17 @@ def to_lattice(column: TableColumn, values: NDArray[np.float64]) -> NDArray[np.f
     places = (values - column.origin) / column.step
     whole = np.floor(places) if column.dequantised else np.rint(places)
     digits = 9 - math.floor(math.log10(column.step))
-    return np.round(column.origin + column.step * whole, digits) if abs(digits) < 300 else column.origin + column.step * whole
+    found = column.origin + column.step * whole
+    if column.type == "int":  # a step that is no whole number: values that were rounded to one
+        return np.rint(found)
+    return np.round(found, digits) if abs(digits) < 300 else found
 
 
 def split_names(text: str | Sequence[str] | None, option: str) -> tuple[str, ...]:
-    """Names of columns, separated by commas; quotes enclose a name that holds one.
+    """Split names of columns at commas; quotes enclose a name that contains one.
 
     Raises:
-        ConfigError: for an empty list, or a name that is there twice.
+        ConfigError: for an empty list, or a repeated name.
 
     Example:
         >>> split_names('height, "mass, kg"', "columns")
@@ -164,7 +179,7 @@ def split_names(text: str | Sequence[str] | None, option: str) -> tuple[str, ...
 
 
 def wanted(table: Sequence[TableColumn]) -> str:
-    """The form of ``--given`` for a table.
+    """Return the form of ``--given`` for a table.
 
     Example:
         >>> wanted([TableColumn("x", "condition"), TableColumn("m, kg", "condition")])
@@ -174,10 +189,10 @@ def wanted(table: Sequence[TableColumn]) -> str:
 
 
 def parse_given(text: str, table: Sequence[TableColumn]) -> dict[str, str]:
-    """The values of ``"x=1.5,z=low"`` by column.
+    """Parse ``"x=1.5,z=low"`` into values by column.
 
     Raises:
-        ConfigError: for an entry without ``=``, a column that is no condition, or one that is missing or there twice.
+        ConfigError: for an entry without ``=``, a column that is no condition, is missing or is repeated.
 
     Example:
         >>> parse_given("x=1.5", [TableColumn("x", "condition")])

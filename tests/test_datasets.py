@@ -433,7 +433,7 @@ def spoiled(**changes: Any) -> np.ndarray:
 
 
 BAD_ARRAYS = [
-    (spoiled(cell=np.nan), "1 values that are NaN or infinite, the first in row 5, column 1"),
+    (spoiled(cell=np.nan), "1 values that are NaN or missing, the first in row 5, column 1"),
     (spoiled(cell=np.inf), "NaN or infinite"),
     (spoiled(column=2.5), "column 1 .*is constant"),
     (spoiled(column=1.7e9 + 3 * np.arange(200)), "float32 cannot resolve"),

@@ -23,8 +23,9 @@ import cnf
 from cnf import datasets
 from cnf.checkpoint import RunInfo, read_config, write_config, write_weights
 from cnf.cli import sample_main, train_main
+from cnf.datasets.cells import typed
 from cnf.datasets.dependence import dependent_columns
-from cnf.datasets.frames import read_frame, typed
+from cnf.datasets.frames import read_frame
 from cnf.datasets.text import read_csv
 from cnf.datasets.write import sampled_frame
 from cnf.errors import CheckpointError, ConfigError, DataError
@@ -123,6 +124,16 @@ def test_separators_in_the_header_of_case_9(tmp_path: Path, header: str) -> None
 
 
 AMBIGUOUS = [
+    ("a;b\n5,125;0.5\n4,250;0.25\n", "row 2, column 'a'.*'5,125', whose comma may be"),  # beside decimal points
+    ("a;b\n5.125;0,5\n4.250;0,25\n", "has decimal commas, but column 'a' holds '5.125', whose point may be"),
+    ("a;b\n1.007.808,72;1\n113.397,62;2\n", "row 2, column 'a'.*'1.007.808,72'; expected numbers without separators of thousands"),
+    ("a;b\n51 257;1\n4 250;2\n", "row 2, column 'a'.*'51 257'; expected numbers without separators"),
+    ('a,b\n"1,000.25",1\n"2,000.50",2\n', "row 2, column 'a'.*'1,000.25'; expected numbers without separators"),
+    ("0,1\n" + "0.5,1.5\n0.25,2.5\n" * 3, "the first row of .* is 0, 1: it may be a header or data"),  # pandas, without an index
+    ("2019;2020;2021\n" + "0.5;1.5;7\n0.25;2.5;8\n" * 3, "the first row of .* is 2019, 2020, 2021: it may be"),
+    ("a,b\n1;2\n2;3\n", "row 2 .*has 2 cells; expected 1"),
+    ("day,b\n01.02.2024,1\n02.02.2024,3\n31.02.2024,2\n", "row 4, column 'day'.* is '31.02.2024'; expected dates in one format, such as '01.02.2024'"),
+    ("day,b\n2024-01-02,1\nunknown,3\n2024-01-03,2\n2024-01-04,2\n", "row 3, column 'day'.* is 'unknown'; expected a date"),
     ("a;b\n1,5;2\n2.5;3\n", "row 2, column 'a'.*'1,5', and other cells have a decimal point"),
     ('a,b\n"1,234",2\n"5,678",3\n', "row 2, column 'a'.*'1,234', whose comma may be"),
     ('a,b\n"1,234.5",2\n7,3\n8,3\n', "row 2, column 'a'.*separators of thousands"),
@@ -130,7 +141,7 @@ AMBIGUOUS = [
     ("a,b\n1,2,3,4\n", "row 2 .*has 4 cells; expected 2"),
     ("a,b\n1,2,\n", "row 2 .*has 3 cells; expected 2"),
     ("a,b\n1,2\n1,2,3\n", "row 3 .*has 3 cells; expected 2"),
-    ("day,b\n03/04/2020,1\n04/05/2020,2\n", "day and month cannot be told apart"),
+    ("day,b\n03/04/2020,1\n04/05/2020,2\n", "day and month are ambiguous"),
 ]
 
 
@@ -299,7 +310,7 @@ def test_dates_of_any_century_and_format(tmp_path: Path, pattern: str, first: st
     assert sorted(back.dt.strftime(pattern)) == sorted(text)
 
 
-@pytest.mark.parametrize("form", ["${:,.2f}", "{:.2f} kg", "{:.1f}%", "{:.0f}:30:00", "{:,.2f}", "{:.2f} # a remark"])
+@pytest.mark.parametrize("form", ["${:,.2f}", "{:.2f} kg", "{:.1f}%", "{:.0f}:30:00", "{:.2f} # a remark"])
 def test_quantities_with_units_are_no_identifiers(tmp_path: Path, form: str) -> None:
     text = [form.format(v) for v in 1000 + 100.25 * np.arange(40)]
     pd.DataFrame({"a": X[:, 0], "b": X[:, 1], "q": text}).to_csv(tmp_path / "t.csv", index=False)
@@ -695,3 +706,85 @@ def test_a_run_folder_whose_columns_lie_is_refused(tmp_path: Path, change: dict[
     write_config(tmp_path, replace(good, table=(TableColumn("a"), replace(TableColumn("b"), **change))))
     with pytest.raises(CheckpointError, match=f"config.json.*{message}"):
         read_config(tmp_path)
+
+
+# --- written otherwise ----------------------------------------------------------------------------------------------------
+
+
+def test_numbered_headers_of_pandas(tmp_path: Path) -> None:
+    """The header of numbers above an index is no row of data; a trajectory that begins with whole numbers keeps its first row."""
+    pd.DataFrame(X).to_csv(tmp_path / "t.csv")
+    pd.DataFrame(X).to_excel(tmp_path / "t.xlsx")
+    for ending in ("csv", "xlsx"):
+        data = datasets.load(tmp_path / f"t.{ending}")
+        assert data.columns == ("0", "1") and np.allclose(np.sort(everything(data), 0), np.sort(X, 0), atol=1e-6)
+    (tmp_path / "counts.csv").write_text("3,1\n0,1\n2,5\n7,0\n1,1\n0,4\n")
+    assert len(read_csv(tmp_path / "counts.csv")[0]) == 6
+    (tmp_path / "minus.csv").write_text("a;b\n" + "\n".join(f"{u:.4f};{v:.4f}" for u, v in X).replace("-", "\u2212"))
+    assert np.allclose(read_csv(tmp_path / "minus.csv")[0], X.round(4))
+
+
+def test_leading_zeros_are_told(tmp_path: Path) -> None:
+    pd.DataFrame({"a": X[:, 0], "zip": [f"{k:05}" for k in np.random.default_rng(0).choice([1067, 2345, 10115], 40)]}).to_csv(tmp_path / "t.csv", index=False)
+    assert any("'zip' holds '0" in line and "leading zeros" in line for line in datasets.load(tmp_path / "t.csv").notices)
+
+
+def test_empty_columns_and_formulas_are_named(tmp_path: Path) -> None:
+    pd.DataFrame({"a": X[:, 0], "none": [None] * 40, "b": X[:, 1]}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(DataError, match=r"'none' without any value: --drop-columns none"):
+        datasets.load(tmp_path / "t.csv")
+    pd.DataFrame({"a": X[:, 0], "b": X[:, 1], "twice": [f"=2*A{i + 2}" for i in range(40)]}).to_excel(tmp_path / "t.xlsx", index=False)
+    with pytest.raises(DataError, match=r"row 2, column 2 \('twice'\).*formulas without stored values read as empty"):
+        datasets.load(tmp_path / "t.xlsx")
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet", "xlsx"])
+def test_whole_numbers_stay_whole_where_some_are_missing(tmp_path: Path, ending: str) -> None:
+    k = pd.array(np.random.default_rng(0).integers(0, 9, 40), dtype="Int64")
+    k[3] = pd.NA
+    table = pd.DataFrame({"k": k, "a": X[:, 0]})
+    {"csv": table.to_csv, "parquet": table.to_parquet, "xlsx": table.to_excel}[ending](tmp_path / f"t.{ending}", index=False)
+    data = datasets.load(tmp_path / f"t.{ending}", missing="drop")
+    assert kinds(data)["k"] == ("data", "discrete", "int") and len(everything(data)) == 39
+    again = datasets.load(tmp_path / f"t.{ending}", missing="drop", table=data.table)
+    assert np.array_equal(np.sort(everything(again)[:, 0]), np.sort(everything(data)[:, 0]))
+    # truth values of a later file, of which some are missing
+    full = pd.DataFrame({"k": np.arange(40) % 3 == 0, "a": X[:, 0]})
+    gaps = full.astype({"k": object})
+    gaps.loc[2, "k"] = None
+    for name, rows in (("full", full), ("gaps", gaps)):
+        {"csv": rows.to_csv, "parquet": rows.to_parquet, "xlsx": rows.to_excel}[ending](tmp_path / f"{name}.{ending}", index=False)
+    schema = datasets.load(tmp_path / f"full.{ending}").table
+    assert schema[0].type == "bool" and len(everything(datasets.load(tmp_path / f"gaps.{ending}", missing="drop", table=schema))) == 39
+    with pytest.raises(DataError, match=r"'k' of .* has 1 values that are NaN"):
+        datasets.load(tmp_path / f"gaps.{ending}", table=schema)
+
+
+def test_time_zones_and_days_in_digits_are_told(tmp_path: Path) -> None:
+    at = pd.Timestamp("2024-03-01", tz="Europe/Berlin") + pd.to_timedelta(np.random.default_rng(0).uniform(0, 1e6, 40).round(), unit="s")
+    days = [int((pd.Timestamp("2021-01-01") + timedelta(days=100 * i)).strftime("%Y%m%d")) for i in range(40)]
+    table = pd.DataFrame({"at": at, "a": X[:, 0], "day": days})
+    table.to_parquet(tmp_path / "t.parquet")
+    table.to_csv(tmp_path / "t.csv", index=False)
+    for ending in ("parquet", "csv"):
+        said = "\n".join(datasets.load(tmp_path / f"t.{ending}").notices)
+        assert "time zone" in said and "converted to UTC" in said and "'day' holds numbers that read as dates (20210101)" in said
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([1067, 2345, 10115], int),  # codes: no approximate step
+        ([0, 100, 205], int),
+        ([9.99, 19.99, 30.49], float),
+        ([1.5, 2.5, 9.0], float),
+        ([int(np.rint(25.4 * k)) for k in range(9)], int),  # inches in whole millimetres
+    ],
+)
+def test_discrete_values_come_back_as_they_were(tmp_path: Path, values: list[float], kind: type) -> None:
+    chosen = np.random.default_rng(0).choice(values, 300)
+    pd.DataFrame({"v": chosen.astype(kind), "a": np.random.default_rng(1).normal(size=300)}).to_csv(tmp_path / "t.csv", index=False)
+    data = datasets.load(tmp_path / "t.csv")
+    assert kinds(data)["v"] == ("data", "discrete", kind.__name__)
+    back = sampled_frame(everything(data), data.table, {})["v"]
+    assert sorted(back.tolist()) == pytest.approx(sorted(chosen.tolist()), abs=1e-9)

@@ -14,7 +14,7 @@ from cnf.datasets.lattice import few_distinct, lattice_step
 from cnf.datasets.rows import Array
 from cnf.datasets.splits import Options
 from cnf.errors import DataError
-from cnf.schema import TableColumn
+from cnf.schema import TableColumn, snap
 
 __all__ = ["Table", "as_numbers", "column_name", "dequantize", "duplicate_rows", "find_lattices", "require_table", "require_usable"]
 
@@ -85,7 +85,9 @@ def require_usable(table: Table, columns: tuple[str, ...], name: str) -> None:
         largest = np.abs(column).max()
         with np.errstate(over="ignore"):
             std = column.std()
-        if largest > np.finfo(np.float32).max or np.spacing(np.float32(largest)) > 1e-3 * std:
+        if largest > np.finfo(np.float32).max:
+            raise DataError(f"{column_name(columns, j)} of {name!r} has values up to {largest:g}, beyond float32 (3.4e+38); correct or rescale them in the file")
+        if np.spacing(np.float32(largest)) > 1e-3 * std:
             raise DataError(
                 f"{column_name(columns, j)} of {name!r} has values up to {largest:g} but spreads by {std:g} "
                 "only: float32 cannot resolve it; subtract its mean (or rescale it) in the file"
@@ -204,5 +206,5 @@ def dequantize(table: Table, columns: Sequence[TableColumn], seed: int) -> Table
     table = table.copy()
     for j, column in enumerate(columns):
         if column.dequantised:
-            table[:, j] += column.step * np.random.default_rng([seed, DEQUANTIZE_STREAM, j]).random(len(table))
+            table[:, j] = snap(column, table[:, j]) + column.step * np.random.default_rng([seed, DEQUANTIZE_STREAM, j]).random(len(table))
     return table

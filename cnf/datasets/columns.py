@@ -1,4 +1,4 @@
-"""The columns of a table: which are modelled, given or left out, and their values as numbers."""
+"""Classify the columns of a table as modelled, condition or left out, and convert them to numbers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cnf.datasets.cells import typed
 from cnf.datasets.checks import Table, column_name
-from cnf.datasets.frames import typed
-from cnf.datasets.identifiers import UNNAMED, identifies, is_index, is_text, is_whole
+from cnf.datasets.identifiers import UNNAMED, are_days, identifies, is_index, is_text, is_whole
 from cnf.datasets.rows import Array
 from cnf.datasets.splits import Options
 from cnf.errors import ConfigError, DataError
@@ -27,7 +27,7 @@ DAY = np.timedelta64(1, "D")
 
 @dataclass
 class Columns:
-    """A table's columns, understood.
+    """Classified columns of a table and their values.
 
     Attributes:
         schema: every column of the table, in its order.
@@ -50,7 +50,7 @@ class Columns:
 
 
 def own_names(columns: Sequence[str]) -> bool:
-    """Whether columns have names of their own, and are not merely numbered.
+    """Return whether columns are named, not merely numbered.
 
     Example:
         >>> own_names(["column 0", "column 1"]), own_names(["age", "height"])
@@ -60,7 +60,7 @@ def own_names(columns: Sequence[str]) -> bool:
 
 
 def understand(frame: pd.DataFrame, options: Options, name: str, *, label: bool = False) -> Columns:
-    """Select, convert and classify the columns of a table that is to be trained on.
+    """Select, convert and classify the columns of a training table.
 
     Args:
         frame: the table as it was read.
@@ -104,6 +104,8 @@ def understand(frame: pd.DataFrame, options: Options, name: str, *, label: bool 
             roles[column] = _data(column, series)
             if roles[column].kind == "date":
                 notices.append(f"column {column!r} holds dates: converted to days since {_day(roles[column].epoch)}")
+            elif are_days(series):
+                notices.append(f"column {column!r} holds numbers that read as dates ({series.iloc[0]:.0f}) and is taken for numbers: dates are written 2024-01-31")
     if refused:
         names = ",".join(column for column, _ in refused)
         raise DataError(
@@ -119,7 +121,7 @@ def understand(frame: pd.DataFrame, options: Options, name: str, *, label: bool 
 
 
 def by_schema(frame: pd.DataFrame, schema: Sequence[TableColumn], name: str) -> Columns:
-    """The columns of a later table, read exactly as training read its own; missing values stay NaN.
+    """Read a later table with the column types of training; missing values stay NaN.
 
     Raises:
         DataError: for columns that the model lacks or that are missing, a category that training did not see, or text where
@@ -160,7 +162,7 @@ def by_schema(frame: pd.DataFrame, schema: Sequence[TableColumn], name: str) -> 
 
 
 def _selection(names: list[str], options: Options, name: str, label: bool) -> tuple[list[str], tuple[str, ...], tuple[str, ...]]:
-    """The columns that are read, those that are conditions, and those that were asked for by name."""
+    """Return the columns that are read, the conditions, and the columns that were requested by name."""
     wanted, dropped = split_names(options.columns, "columns"), split_names(options.drop_columns, "drop_columns")
     given = ("label",) if label else () if options.condition in (None, "label", "target") else split_names(options.condition, "condition")
     for option, chosen in (("columns", wanted), ("drop_columns", dropped), ("condition", given)):
@@ -177,7 +179,7 @@ def _selection(names: list[str], options: Options, name: str, label: bool) -> tu
 
 
 def _missing(frame: pd.DataFrame, values: dict[str, pd.Series], options: Options, name: str) -> tuple[Array, list[str]]:
-    """The rows without missing values."""
+    """Return the rows without missing values, and notices."""
     lacking = {c: series.isna().to_numpy() for c, series in values.items()}
     counts = {c: int(bad.sum()) for c, bad in lacking.items() if bad.any()}
     rows = np.arange(len(frame))
@@ -191,11 +193,17 @@ def _missing(frame: pd.DataFrame, values: dict[str, pd.Series], options: Options
         return rows[~bad], [f"{int(bad.sum()):,} of {len(bad):,} rows dropped, since they have missing values (missing='drop'): {listed}"]
     row = int(bad.argmax())
     column = next(c for c in counts if lacking[c][row])
-    where = f"line {frame.index[row]}" if frame.index.name == "row" else f"row {row}"
+    where = f"line {frame.index[row]}" if frame.index.name == "row" else f"row {frame.index[row]}"
+    empty = [c for c, n in counts.items() if n == len(frame)]
+    formulas = " (formulas without stored values read as empty: open the file in Excel and save it)" if empty and frame.index.name == "sheet row" else ""
+    advice = (
+        f"{', '.join(map(repr, empty))} without any value{formulas}: --drop-columns {','.join(empty)}"
+        if empty
+        else "drop those rows (--missing drop), leave the columns out (--drop-columns), or fill them in"
+    )
     raise DataError(
-        f"{name!r} has {sum(counts.values()):,} values that are NaN or infinite, the first in {where}, "
-        f"{column_name(tuple(frame.columns), list(frame.columns).index(column))}; missing by column: {listed}; drop those rows "
-        "(--missing drop), leave the columns out (--drop-columns), or fill them in"
+        f"{name!r} has {sum(counts.values()):,} values that are NaN or missing, the first in {where}, "
+        f"{column_name(tuple(frame.columns), list(frame.columns).index(column))}; missing by column: {listed}; {advice}"
     )
 
 
@@ -228,8 +236,8 @@ def _data(column: str, series: pd.Series) -> TableColumn:
 
 
 def _was_integer(series: pd.Series) -> bool:
-    """Whole numbers of a text file, which pandas makes floats where some are missing."""
-    return series.index.name == "row" and len(series) < int(series.attrs.get("rows", 0)) and is_whole(series)
+    """Return whether these are whole numbers of a text or Excel file, which pandas makes floats where some are missing."""
+    return len(series) < int(series.attrs.get("rows", 0)) and is_whole(series)
 
 
 def _condition(column: str, series: pd.Series, name: str, classes: bool) -> TableColumn:
@@ -250,7 +258,7 @@ def _few(series: pd.Series) -> str:
 
 
 def _numbers(series: pd.Series, column: TableColumn, name: str) -> Array:
-    """A column's values as numbers: themselves, days since its epoch, or numbers of categories.
+    """Convert a column to numbers: its values, days since its epoch, or category indices.
 
     Raises:
         DataError: for values of another kind than training had.
@@ -271,6 +279,8 @@ def _numbers(series: pd.Series, column: TableColumn, name: str) -> Array:
         # microseconds: nanoseconds reach from 1677 to 2262 only
         days = (series.to_numpy().astype("datetime64[us]") - np.datetime64(column.epoch, "D")) / DAY
         return np.asarray(days, dtype=np.float64)
+    if series.dtype.kind == "O" and set(map(type, series.dropna())) <= {bool, np.bool_}:  # of which some are missing
+        series = series.map(lambda v: float(v) if v is True or v is False or isinstance(v, np.bool_) else np.nan)
     if series.dtype.kind not in "biuf":
         raise DataError(f"{where} holds {_few(series)}; expected numbers, as in training")
     return np.asarray(series, dtype=np.float64)

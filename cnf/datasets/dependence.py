@@ -1,4 +1,4 @@
-"""Columns that follow from others: a copy, a sum, shares that add up. The joint density of such columns is unbounded."""
+"""Detection of linearly dependent columns (copies, sums, shares of 100 %), whose joint density is unbounded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLOAT32 = 2.0**-23
 
 
 def rounding(column: Table) -> float:
-    """Spacing to which the values of a column were rounded, by decimals or by significant digits; float32's at least.
+    """Return the spacing to which a column was rounded, by decimals or significant digits; at least float32's.
 
     Example:
         >>> rounding(np.array([0.12, 3.5, 2.0])), rounding(np.array([1234.0, 5.678]))
@@ -48,7 +48,7 @@ def _whole(values: Table) -> bool:
 
 
 def dependent_columns(table: Table, names: Sequence[str], given: Sequence[Array] = ()) -> list[tuple[tuple[str, ...], str]]:
-    """Linear relations among the columns that hold to within the rounding of their values.
+    """Find the linear relations among columns that hold to within the rounding of their values.
 
     They are the directions of the smallest eigenvalues of the correlation matrix whose residuals are no larger than the
     rounding of the columns (or of float32, in which models are trained) explains. Correlation with noise of its own, however
@@ -95,7 +95,7 @@ def dependent_columns(table: Table, names: Sequence[str], given: Sequence[Array]
 def _relations(
     basis: Array, table: Table, std: Array, error: Array, modelled: int, names: Sequence[str]
 ) -> list[tuple[tuple[str, ...], str]]:
-    """The relations in reduced row echelon form, each with as few columns as it can have; modelled columns are expressed by others."""
+    """Return the relations in reduced row echelon form; a modelled column is expressed by others."""
     rows = basis.copy()
     order = [*range(modelled - 1, -1, -1), *range(modelled, table.shape[1])]  # a late column in terms of earlier ones
     pivots: list[int] = []

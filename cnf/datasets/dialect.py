@@ -8,36 +8,44 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-__all__ = ["COMMA_NUMBER", "DATE", "Dialect", "find_dialect", "is_number", "unique_names"]
+from cnf.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["COMMA_NUMBER", "DATE", "THOUSANDS", "Dialect", "decimal_points", "find_dialect", "is_number", "is_numbered", "unique_names"]
 
 DELIMITERS = ";\t|,"
 COMMA_NUMBER = re.compile(r"[+-]?\d*,\d+(?:[eE][+-]?\d+)?")
+THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(?P<mark>[.,'\u2019 \u00a0\u202f\u2009])\d{3}(?:(?P=mark)\d{3})*(?:[.,]\d+)?")
+FEW_ROWS = 5  # needed to decide whether a first row of whole numbers is data
 DATE = re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}(?:[T ]\d{1,2}:\d{2}.*)?")
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How cells are parted and quoted."""
+    """Delimiter and quote character of a text table."""
 
     delimiter: str  # a space: any white space
     quote: str = '"'
 
     def cells(self, lines: Iterable[str]) -> list[str]:
-        """The cells of one row, which may run over several lines."""
+        """Parse one row, which may span several lines."""
         if self.delimiter == " ":
             lines = (" ".join(line.split()) for line in lines)
         return next(csv.reader(lines, delimiter=self.delimiter, quotechar=self.quote, skipinitialspace=True, strict=True), [])
 
     def write(self, cells: list[str]) -> str:
-        """A row as one line."""
+        """Return a row as one line."""
         out = io.StringIO()
         csv.writer(out, delimiter=self.delimiter, quotechar=self.quote, lineterminator="\n").writerow(cells)
         return out.getvalue()
 
 
 def unique_names(names: Sequence[str] | None, width: int) -> list[str]:
-    """Names of columns, all different; numbers where there is no header, and pandas' own words for an empty one.
+    """Return distinct column names: numbered without a header, ``Unnamed: j`` for an empty name.
 
     Example:
         >>> unique_names(["", "a", "a"], 3), unique_names(None, 1)
@@ -52,7 +60,7 @@ def unique_names(names: Sequence[str] | None, width: int) -> list[str]:
 
 
 def is_number(cell: str) -> bool:
-    """Whether a cell holds a number, with a decimal point or comma.
+    """Return whether a cell is a number, with a decimal point or comma.
 
     Example:
         >>> is_number("-1e3"), is_number("0,5"), is_number("1_0")
@@ -65,8 +73,58 @@ def is_number(cell: str) -> bool:
     return "_" not in cell
 
 
+def is_numbered(first: Sequence[str], others: Sequence[Sequence[str]], name: str) -> bool:
+    """Return whether the first row is pandas' header of numbers above an index: nothing, 0, 1, 2, ...
+
+    Args:
+        first: cells of the first row.
+        others: cells of some rows below.
+        name: of the file, for messages.
+
+    Raises:
+        DataError: for a row of whole numbers that may be a header (0, 1, 2 or 2019, 2020) or data.
+    """
+    counted = [str(j) for j in range(len(first))]
+    if len(first) > 1 and first[0] == "" and list(first[1:]) == counted[:-1]:
+        return True
+    if len(first) < 2 or len(set(first)) < len(first) or not all(re.fullmatch(r"\d+", cell) for cell in first):
+        return False
+    columns = [[row[j] for row in others if j < len(row) and is_number(row[j])] for j in range(len(first))]
+    whole = [[re.fullmatch(r"[+-]?\d+", cell) is not None for cell in column] for column in columns]
+    odd = [not any(column) for column in whole if column and not all(column)]  # whether the first cell alone is a whole number
+    if (len(first) > 2 and list(first) == counted) or (len(others) >= FEW_ROWS and odd and all(odd)):
+        raise DataError(
+            f"the first row of {name!r} is {', '.join(first[:5])}{', ...' if len(first) > 5 else ''}: it may be a header or data; if it is data, write a row "
+            "of names above it; if it is a header, give each name a letter (x0, y2019)"
+        )
+    return False
+
+
+def decimal_points(frame: pd.DataFrame, head: Sequence[Sequence[str]]) -> tuple[bool, tuple[int, str] | None]:
+    """Return whether cells have decimal points, and in a file with decimal commas a column whose points may part thousands.
+
+    Args:
+        frame: as pandas parsed it, decimal commas as text.
+        head: cells of the first rows, as they are written.
+
+    Returns:
+        The second is the column's number and a cell, or None.
+    """
+    points, commas, mixed = False, False, None
+    for j in range(frame.shape[1]):
+        cells = [row[j] for row in head if j < len(row)]
+        if frame.iloc[:, j].dtype.kind == "f":
+            pointed = [cell for cell in cells if "." in cell and is_number(cell)]
+            points = points or bool(pointed)
+            if pointed and all(map(THOUSANDS.fullmatch, pointed)):
+                mixed = mixed or (j, pointed[0])
+        else:
+            commas = commas or any(COMMA_NUMBER.fullmatch(cell) and not THOUSANDS.fullmatch(cell) for cell in cells)
+    return points, mixed if commas else None
+
+
 def find_dialect(lines: Sequence[str]) -> Dialect:
-    """Delimiter and quote: those that give most rows the same number of cells, and most cells a number."""
+    """Choose the delimiter that gives most rows the same number of cells, then most cells that are numbers."""
     text = "".join(lines)
     single = '"' not in text and re.match(r"\s*'[^']*'\s*[;\t|,\r\n]", text) is not None
     quote = "'" if single else '"'

@@ -1,40 +1,37 @@
-"""Tables in files of every kind as pandas frames, and their cells as numbers, dates or text. Nothing read can run code."""
+"""Tables in files of every kind as pandas frames. Nothing read can run code."""
 
 from __future__ import annotations
 
 import importlib
-import re
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cnf.datasets.dialect import COMMA_NUMBER, DATE, is_number, unique_names
+from cnf.datasets.cells import typed
+from cnf.datasets.dialect import DATE, is_number, is_numbered, unique_names
 from cnf.datasets.rows import Array
-from cnf.datasets.text import read_text
+from cnf.datasets.text import HEAD_LINES, read_text
 from cnf.errors import DataError
 from cnf.strangers import BOMB_BYTES, BOMB_RATIO, memory, require_file, zip_members
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["TABLES", "is_table", "numbers", "read_frame", "typed"]
+__all__ = ["TABLES", "is_table", "numbers", "read_frame"]
 
 TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".xlsx", ".xlsm")
-DATE_FORMATS = ("%d.%m.%Y", "%Y/%m/%d", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y", "%m-%d-%Y")
-TIMES = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f")
 MANY_CELLS, CELLS_RATIO = 2**22, 50  # of a sheet: more of both than it could hold
-NUMBERS_SHARE = 0.5  # of a column's cells, from which on the others are mistakes and not categories
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file's ending is that of a table that :func:`read_frame` reads."""
+    """Return whether :func:`read_frame` reads files with this ending."""
     return path.name.lower().endswith(TABLES)
 
 
 def read_frame(path: Path) -> tuple[pd.DataFrame, list[str]]:
-    """A table as it stands in a file, and what was done, a sentence each. Cells are converted by :func:`typed`.
+    """Read a table as it is stored; return it and notices. :func:`~cnf.datasets.cells.typed` converts its cells.
 
     Raises:
         DataError: for a file that cannot be read, or whose reader is not installed.
@@ -72,7 +69,11 @@ def _read_parquet(path: Path) -> pd.DataFrame:
             if rows < 0 or claimed > memory() or (claimed > BOMB_BYTES and claimed > BOMB_RATIO * size):
                 raise ValueError(f"it claims {rows:,} rows of {width:,} columns, {claimed:,} bytes: a bomb?")
             # the metadata of pandas would hide an index, and name types that are to be built
-            frame: pd.DataFrame = file.read().to_pandas(ignore_metadata=True, date_as_object=False)
+            table = file.read()
+            frame: pd.DataFrame = table.to_pandas(ignore_metadata=True, date_as_object=False)
+            for j, column in enumerate(table.columns):
+                if column.null_count and str(column.type).startswith(("int", "uint")):  # pandas makes floats of them
+                    frame.isetitem(j, column.to_pandas(types_mapper=lambda _: pd.Int64Dtype()))
     except Exception as error:  # pyarrow raises many kinds for what is damaged; all mean the same here
         raise DataError(f"{str(path)!r} cannot be read as a Parquet file: {error or type(error).__name__}") from None
     frame.columns = pd.Index(unique_names([str(c).strip() for c in frame.columns], frame.shape[1]), dtype=object)
@@ -92,13 +93,13 @@ def _read_excel(path: Path) -> tuple[pd.DataFrame, list[str]]:
             book = openpyxl.load_workbook(raw, read_only=True, data_only=True, keep_links=False)
             if not book.worksheets:
                 raise ValueError("it has no sheet of cells")
-            rows, first, count = [], 0, 0
+            rows, places, count = [], [], 0
             for number, cells in enumerate(book.worksheets[0].iter_rows(values_only=True), 1):
                 count += 1 + len(cells)  # a file may claim cells that it does not hold
                 if count > MANY_CELLS and count > CELLS_RATIO * size:
                     raise ValueError(f"its first sheet claims more than {count:,} cells: a bomb?")
                 if any(cell is not None for cell in cells):
-                    first = first or number
+                    places.append(number)
                     rows.append(cells)
     except Exception as error:  # zipfile, the XML parser and openpyxl raise many kinds for what is damaged
         raise DataError(f"{str(path)!r} cannot be read as an Excel file: {error or type(error).__name__}") from None
@@ -108,17 +109,23 @@ def _read_excel(path: Path) -> tuple[pd.DataFrame, list[str]]:
     named = all(cell is None or (isinstance(cell, str) and not is_number(cell) and not DATE.fullmatch(cell)) for cell in head)
     width = max(map(len, rows))
     body = [[*cells, *[None] * (width - len(cells))] for cells in rows[named:]]
-    frame = pd.DataFrame(body, columns=range(width), dtype=object)
+    if not named and all(isinstance(cell, int | float | None) and not isinstance(cell, bool) for cell in head):
+        named = is_numbered(["" if cell is None else str(cell) for cell in head], [[str(c) for c in row] for row in body[1:HEAD_LINES]], str(path))
+        head, body = [cell if cell is None else str(cell) for cell in head], body[named:]
+    frame = pd.DataFrame(body, columns=range(width), dtype=object, index=pd.Index(places[named:], name="sheet row"))
     used = [j for j in range(width) if not frame[j].isna().all() or (named and j < len(head) and head[j])]
     names = [head[j] or "" if j < len(head) else "" for j in used] if named else None
     frame = frame[used].infer_objects()
     frame.columns = pd.Index(unique_names(names, len(used)), dtype=object)
-    others = [sheet.title for sheet in book.worksheets[1:]]
-    return frame, [f"the first sheet of {str(path)!r} is read, not {', '.join(map(repr, others))}"] if others else []
+    frame.attrs["rows"] = len(frame)
+    notices = [] if named else [f"{str(path)!r} has no header, since its first row holds a number: columns are numbered"]
+    if others := [sheet.title for sheet in book.worksheets[1:]]:
+        notices.append(f"the first sheet of {str(path)!r} is read, not {', '.join(map(repr, others))}")
+    return frame, notices
 
 
 def numbers(frame: pd.DataFrame, name: str) -> Array:
-    """All columns as numbers (N, D) in float64.
+    """Return all columns as numbers (N, D) in float64.
 
     Raises:
         DataError: for a column of text or dates.
@@ -133,146 +140,3 @@ def numbers(frame: pd.DataFrame, name: str) -> Array:
             raise DataError(f"row {frame.index[0]}, column {label!r} of {name!r} is {cell!r}; expected a number")
         columns.append(column.to_numpy(dtype=np.float64, na_value=np.nan))
     return np.stack(columns, axis=1)
-
-
-def typed(column: pd.Series, name: str) -> tuple[pd.Series, list[str]]:
-    """A column as numbers, truth values, dates (without time zone) or stripped text, and what was done, a sentence each.
-
-    Raises:
-        DataError: for a cell that is no number in a column of numbers, values that are no scalars, or dates and decimals that
-            can be read in two ways.
-    """
-    import pandas as pd
-
-    label = column.name
-    where = f"column {label!r} of {name!r}"
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        column = column.astype(object)
-    kind = getattr(column.dtype, "kind", "O")
-    if kind in "fiu" or (kind == "b" and not column.isna().any()):
-        return column, []
-    if kind == "M":
-        return _naive(column), []
-    if kind in "cmV":
-        raise DataError(f"{where} has the type {column.dtype}; expected numbers, text or dates")
-    filled = column.dropna()
-    if not len(filled):
-        return column.astype(np.float64), []
-    kinds = set(map(type, filled))
-    if kinds <= {bool, np.bool_}:
-        return (column.astype(bool) if len(filled) == len(column) else column), []
-    if not any(issubclass(t, str | bytes | dict | list | tuple | np.ndarray | bool) for t in kinds):
-        return _of_objects(column, where)
-    if any(issubclass(t, bytes | dict | list | tuple | np.ndarray) for t in kinds):
-        raise DataError(f"{where} holds values of type {next(iter(kinds)).__name__}; expected numbers, text or dates")
-    present = column.notna().to_numpy()
-    text = filled.map(lambda v: str(v).strip()).astype(object)
-    blank = (text == "").to_numpy(dtype=bool)
-    text = text[~blank]
-    text.attrs = column.attrs
-    found, notices = _of_text(text, name, label)
-    if len(found) < len(column):
-        empty = {"f": np.nan, "M": np.datetime64("NaT")}.get(found.dtype.kind)
-        values = np.full(len(column), empty, dtype=found.dtype)
-        values[np.flatnonzero(present)[~blank]] = found.to_numpy()
-        found = pd.Series(values, index=column.index, name=label)
-    return found, notices
-
-
-def _naive(column: pd.Series) -> pd.Series:
-    return column.dt.tz_convert("UTC").dt.tz_localize(None) if column.dt.tz is not None else column
-
-
-def _of_objects(column: pd.Series, where: str) -> tuple[pd.Series, list[str]]:
-    """Python's numbers, or its dates."""
-    import pandas as pd
-
-    try:
-        return column.map(_as_float).astype(np.float64), []
-    except (TypeError, ValueError):
-        pass
-    try:
-        return _naive(pd.to_datetime(column)), []
-    except (TypeError, ValueError, OverflowError):
-        kinds = sorted({type(v).__name__ for v in column.dropna()})
-        raise DataError(f"{where} holds values of the types {', '.join(kinds)}; expected numbers, text or dates") from None
-
-
-def _as_float(value: Any) -> float:
-    try:
-        return np.nan if value is None else float(value)
-    except OverflowError:  # a whole number beyond any float
-        return np.inf if value > 0 else -np.inf
-
-
-def _of_text(text: pd.Series, name: str, label: Any) -> tuple[pd.Series, list[str]]:
-    import pandas as pd
-
-    where = f"column {label!r} of {name!r}"
-    if not len(text):
-        return text.astype(np.float64), []
-    plain = pd.to_numeric(text, errors="coerce")
-    good = (plain.notna() & ~text.str.contains("_", regex=False)).to_numpy(dtype=bool)
-    if good.all():
-        return plain.astype(np.float64), []
-    comma = text.str.fullmatch(COMMA_NUMBER.pattern).to_numpy(dtype=bool) & ~good
-    if (good | comma).all():
-        return _with_commas(text, comma, name, label)
-    if bool(text.str.fullmatch(DATE.pattern).all()):
-        return _dates(text, where), []
-    if good.mean() >= NUMBERS_SHARE:
-        place = int((~good).argmax())
-        cell = text.iloc[place]
-        advice = f"correct it, encode categories as integers, or leave the column out: --drop-columns {label}"
-        if comma[place]:
-            advice = "write all decimals with a point, or all with a comma"
-        elif is_number(re.sub(r"[,. ']", "", cell)):
-            advice = "write numbers without separators of thousands"
-        raise DataError(
-            f"row {text.index[place]}, column {label!r} of {name!r} is {cell!r}; expected a number ({advice}; if the first row is a header, "
-            "none of its names may be a number)"
-        )
-    return text, []
-
-
-def _with_commas(text: pd.Series, comma: Array, name: str, label: Any) -> tuple[pd.Series, list[str]]:
-    """Decimal commas; where a point is there too, or all commas may part thousands, nobody can tell."""
-    place = int(comma.argmax())
-    cell, where = text.iloc[place], f"row {text.index[place]}, column {label!r} of {name!r} is {text.iloc[place]!r}"
-    if bool(text[~comma].str.contains(".", regex=False).any()):
-        raise DataError(f"{where}, and other cells have a decimal point; expected decimals with a point, and thousands without a separator")
-    if not text.attrs.get("comma") and bool(text[comma].str.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}").all()):
-        raise DataError(
-            f"{where}, whose comma may be a decimal comma or part thousands; expected decimals with a point and thousands without a separator"
-        )
-    found = text.str.replace(",", ".", regex=False).astype(np.float64)
-    return found, [f"column {label!r} has decimal commas: {cell!r} is read as {found.iloc[place]:g}"]
-
-
-def _dates(text: pd.Series, where: str) -> pd.Series:
-    """Dates in one format, the same for all cells.
-
-    Raises:
-        DataError: where none fits, or two do and differ.
-    """
-    import pandas as pd
-
-    try:
-        return _naive(pd.to_datetime(text, format="ISO8601", utc=True))
-    except (ValueError, OverflowError):
-        pass
-    fits = []
-    plain = text.str.replace("T", " ", regex=False)
-    for date in DATE_FORMATS:
-        for time in TIMES:
-            try:
-                fits.append((date, pd.to_datetime(plain, format=date + time)))
-                break
-            except (ValueError, OverflowError):
-                continue
-    cell = text.iloc[0]
-    if not fits:
-        raise DataError(f"{where} holds dates such as {cell!r} in no known format; expected 2024-01-31, or 2024-01-31 12:30:00")
-    if any(not found.equals(fits[0][1]) for _, found in fits[1:]):
-        raise DataError(f"{where} holds dates such as {cell!r}, of which day and month cannot be told apart; expected 2024-01-31")
-    return fits[0][1]

@@ -1,4 +1,4 @@
-"""Columns that name the rows of a table and describe nothing: row numbers, indices, identifiers."""
+"""Detection of row numbers, indices and identifiers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cnf.datasets.splits import MINIMUM_ROWS
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["UNNAMED", "identifies", "is_index", "is_text", "is_whole"]
+__all__ = ["UNNAMED", "are_days", "identifies", "is_index", "is_text", "is_whole"]
 
 UNNAMED = re.compile(r"Unnamed: \d+|__index_level_\d+__")
 # no name of a row but a quantity, a date or a time: no letter, a number with a unit or words, or a month
@@ -22,12 +22,12 @@ _IDENTIFIER = re.compile(r"(?i:index|level_0|id|idx|row|rows?[ _]?(?:id|nr|no|nu
 
 
 def is_text(series: pd.Series) -> bool:
-    """Whether a column holds text, and no numbers or dates."""
+    """Return whether a column is neither numbers nor dates."""
     return series.dtype.kind not in "biufM"
 
 
 def is_whole(series: pd.Series) -> bool:
-    """Whether a column holds whole numbers."""
+    """Return whether a column holds whole numbers."""
     if series.dtype.kind in "iu":
         return True
     if series.dtype.kind != "f":
@@ -37,12 +37,21 @@ def is_whole(series: pd.Series) -> bool:
 
 
 def is_index(series: pd.Series) -> bool:
-    """Whether a column without a name numbers or names its rows."""
+    """Return whether an unnamed column is a row number or an index."""
     return is_text(series) or is_whole(series.dropna())
 
 
+def are_days(series: pd.Series) -> bool:
+    """Return whether all values are whole numbers such as 20240131."""
+    import pandas as pd
+
+    if not len(series) or not is_whole(series) or not bool(series.between(18_000_101, 22_001_231).all()):
+        return False
+    return bool(pd.to_datetime(series.astype("int64").astype(str), format="%Y%m%d", errors="coerce").notna().all())
+
+
 def identifies(column: str, series: pd.Series) -> str:
-    """Why a column names its rows and describes nothing, or nothing."""
+    """Return why a column is an identifier, as a clause of a message; empty if it is none."""
     if series.dtype.kind in "bM" or len(series) < MINIMUM_ROWS or series.nunique() < len(series):
         return ""
     if is_text(series):

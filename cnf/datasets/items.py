@@ -20,7 +20,7 @@ from cnf.datasets.prepared import reduce_bits
 from cnf.datasets.splits import Array, Rows, encode_labels
 from cnf.datasets.tables import as_frame, off_lattice
 from cnf.errors import DataError
-from cnf.schema import TableColumn, conditions, data_columns, encode, plain_table
+from cnf.schema import TableColumn, conditions, data_columns, encode, plain_table, snap
 
 __all__ = ["Items", "own_names", "read_items"]
 
@@ -90,6 +90,9 @@ def read_items(
             found = _rows(rows, schema, path)
             x, said = _finite(found, schema, path), [*found.notices]
             odd_columns = off_lattice(data_columns(schema), found.table)
+            for j, column in enumerate(data_columns(schema)):
+                if column.dequantised and column.name not in odd_columns:
+                    x[:, j] = snap(column, found.table[:, j])
             step = np.array([c.step if c.dequantised and c.name not in odd_columns else 0.0 for c in data_columns(schema)])
             steps.append(np.broadcast_to(step, x.shape))
             said += [f"column {c!r} of {str(path)!r} has values between the steps of training: scored as they are, without noise" for c in odd_columns]

@@ -1,4 +1,4 @@
-"""From rows of one or more parts to training, validation and test sets: duplicates, splits, classes."""
+"""Duplicates, splits and classes of a custom data set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MANY = 0.1  # share of duplicate rows from which on they are hardly mistakes
 
 
 def drop_duplicates(repeated: Array, sizes: list[int], options: Options) -> tuple[Array, list[str]]:
-    """The rows to keep, and what to say. A split that was given stays as it is."""
+    """Return the rows to keep, and a notice. A given split is kept."""
     count, everything = int(repeated.sum()), np.arange(len(repeated))
     if not count:
         return everything, []
@@ -34,7 +34,7 @@ def drop_duplicates(repeated: Array, sizes: list[int], options: Options) -> tupl
 
 
 def split(sizes: list[int], kept: Array, options: Options) -> tuple[list[Array], str]:
-    """Row numbers of train, validation and test, and what was done.
+    """Return the row numbers of train, validation and test, and a notice.
 
     Args:
         sizes: of what was given: all in one, train and test, or the three parts.
@@ -64,7 +64,7 @@ def split(sizes: list[int], kept: Array, options: Options) -> tuple[list[Array],
 
 
 def classes_of(labels: Array | None, parts: list[Array]) -> dict[str, Any]:
-    """The labels of each part, and the names of the classes, as :func:`assemble` takes them."""
+    """Return the labels of each part and the class names, as arguments of :func:`assemble`."""
     if labels is None:
         return {}
     codes, classes = encode_labels(labels)

@@ -1,4 +1,4 @@
-"""The user's own tables: columns understood, checked, split, dequantised, and reported in one table."""
+"""Load a custom table: classify and check its columns, split, dequantise, and report them in one table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOST_LINES = 60  # of the report, from which on columns without anything to tell
 
 
 def as_frame(rows: Rows, name: str) -> pd.DataFrame:
-    """A table as a frame: itself, or an array with numbered columns.
+    """Return a table as a frame; the columns of an array are numbered.
 
     Raises:
         DataError: for an array that is no table of numbers.
@@ -43,7 +43,7 @@ def as_frame(rows: Rows, name: str) -> pd.DataFrame:
 
 
 def load_table(rows: Sequence[Rows], labels: Array | None, name: str, options: Options, notices: Sequence[str]) -> DataSplits:
-    """Understand the columns, drop duplicates, split, dequantise.
+    """Classify the columns, drop duplicates, split, dequantise.
 
     Args:
         rows: of all in one, or of train, validation and test.
@@ -107,7 +107,7 @@ def _is_label(column: TableColumn, options: Options) -> bool:
 
 
 def _joined(frames: list[pd.DataFrame], name: str) -> tuple[pd.DataFrame, Array]:
-    """All parts under each other, and the number of the part of each row."""
+    """Return the concatenated parts, and the part of each row."""
     import pandas as pd
 
     first = list(frames[0].columns)
@@ -123,13 +123,13 @@ def _joined(frames: list[pd.DataFrame], name: str) -> tuple[pd.DataFrame, Array]
 
 
 def _epsilon(rows: Sequence[Rows]) -> float:
-    """Relative rounding of the type that the values were stored in."""
+    """Return the machine epsilon of the type in which the values are stored."""
     kinds = [getattr(r.x, "dtype", np.dtype(np.float64)) for r in rows]
     return max(float(np.finfo(k if k in (np.float16, np.float32) else np.float64).eps) for k in kinds)
 
 
 def _without_missing(columns: Columns) -> Columns:
-    """The rows without missing values."""
+    """Drop the rows with missing values."""
     good = ~np.isnan(np.column_stack([columns.table, *columns.given.values()])).any(1)
     if good.all():
         return columns
@@ -152,12 +152,12 @@ def _finite(values: Array, column: str, name: str) -> None:
 
 
 def off_lattice(columns: Sequence[TableColumn], table: Array) -> list[str]:
-    """Names of dequantised columns with values that training could not have had."""
+    """Return the dequantised columns that have values off their lattice."""
     return [c.name for c, values in zip(columns, table.T, strict=True) if c.dequantised and not on_lattice(c, values)]
 
 
 def _as_in_training(table: Array, schema: tuple[TableColumn, ...], options: Options) -> tuple[tuple[TableColumn, ...], list[str]]:
-    """The columns of the model, dequantised where the values lie on its lattices."""
+    """Return the columns, dequantised where the values lie on the lattices of training, and notices."""
     kept = {c.name for c in schema if c.dequantised} if options.discrete == "keep" else set()
     odd = set(off_lattice(data_columns(schema), table)) - kept
     said = [f"column {c!r} has values between the steps of training: taken as they are, without noise" for c in sorted(odd)]
@@ -170,7 +170,7 @@ def _as_in_training(table: Array, schema: tuple[TableColumn, ...], options: Opti
 def _complete(
     table: Array, given: dict[str, Array], train: Array, columns: Columns, options: Options, epsilon: float, name: str
 ) -> tuple[tuple[TableColumn, ...], list[str]]:
-    """The columns with their steps and scales, and what is to be said of them."""
+    """Return the columns with their steps and scales, and notices."""
     modelled, said = find_lattices(table, data_columns(columns.schema), options, epsilon, name)
     found = {c.name: c for c in modelled}
     for column in conditions(columns.schema):
@@ -184,7 +184,7 @@ def _complete(
     numbers = [c for c in conditions(columns.schema) if not c.categories]
     relations = dependent_columns(table, [*columns.names, *(c.name for c in numbers)], [given[c.name] for c in numbers])
     if relations:
-        words = "; ".join(f"{', '.join(map(repr, involved))} ({relation})" for involved, relation in relations[:10])
+        words = "; ".join(f"{', '.join(map(repr, involved))} ({relation[:200]}{' ...' if len(relation) > 200 else ''})" for involved, relation in relations[:10])
         if options.dependent == "error":
             raise DataError(
                 f"columns of {name!r} depend on each other: {words}. Such a density is unbounded: leave one column of each relation out "
@@ -198,7 +198,7 @@ def _complete(
 
 
 def _report(schema: Sequence[TableColumn], table: Array, given: dict[str, Array]) -> str:
-    """All columns as lines: name, kind, values, and what happens to them."""
+    """Return one line for each column: name, kind, values, treatment."""
     numbers = dict(zip([c.name for c in data_columns(schema)], table.T, strict=True)) | given
     lines = [("column", "kind", "values", "")]
     quiet = 0
@@ -207,7 +207,7 @@ def _report(schema: Sequence[TableColumn], table: Array, given: dict[str, Array]
         if len(schema) > MOST_LINES and column.kind == "continuous" and column.role == "data" and not note:
             quiet += 1
             continue
-        lines.append((column.name, column.kind, _range(column, numbers.get(column.name)), note))
+        lines.append((" ".join(column.name.split()), column.kind, _range(column, numbers.get(column.name)), note))
     widths = [max(len(line[i]) for line in lines) for i in range(3)]
     text = ["  ".join(f"{part:{w}}" for part, w in zip(line, [*widths, 0], strict=True)).rstrip() for line in lines]
     return "\n".join([*text, *([f"and {quiet} continuous columns"] if quiet else [])])

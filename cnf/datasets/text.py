@@ -1,4 +1,4 @@
-"""Tables in text files: the dialect is found, the lines are bounded and counted, and pandas parses the cells."""
+"""Read text tables: detect the dialect, check every row, and parse the cells with pandas."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, TextIO, cast
 
 import numpy as np
 
-from cnf.datasets.dialect import DATE, Dialect, find_dialect, is_number, unique_names
+from cnf.datasets.dialect import DATE, Dialect, decimal_points, find_dialect, is_number, is_numbered, unique_names
 from cnf.datasets.rows import Array
 from cnf.errors import DataError
 from cnf.strangers import BOMB_BYTES, BOMB_RATIO, memory, require_file
@@ -23,16 +23,16 @@ from cnf.strangers import BOMB_BYTES, BOMB_RATIO, memory, require_file
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["MISSING", "bounded_lines", "read_csv", "read_text"]
+__all__ = ["HEAD_LINES", "MISSING", "bounded_lines", "read_csv", "read_text"]
 
 LONGEST = 2**24  # characters of a line: a million columns
 HEAD_LINES, HEAD_CHARACTERS = 50, 2**20  # that the dialect is found from
-MISSING = ["?", "-"]  # beside pandas' own: "", NA, N/A, NaN, null, None, ...
+MISSING = ["?", "-"]  # in addition to pandas' own: "", NA, N/A, NaN, null, None, ...
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 
 def bounded_lines(file: TextIO) -> Iterator[str]:
-    """The lines of a file.
+    """Iterate over the lines of a file.
 
     Raises:
         DataError: for one of more than 16 million characters, which may have no end.
@@ -46,7 +46,7 @@ def bounded_lines(file: TextIO) -> Iterator[str]:
 
 
 def read_csv(path: Path) -> tuple[Array, tuple[str, ...]]:
-    """A table (N, D) of numbers in float64 and its column names; missing values are NaN.
+    """Read a table (N, D) of numbers in float64 and its column names; missing values are NaN.
 
     Raises:
         DataError: for an unreadable or empty file, rows of unequal length, or a cell that is no number.
@@ -58,7 +58,7 @@ def read_csv(path: Path) -> tuple[Array, tuple[str, ...]]:
 
 
 def read_text(path: Path) -> tuple[pd.DataFrame, list[str]]:
-    """A csv or tsv file, perhaps compressed by gzip, as a frame of numbers and text, and what was done, a sentence each.
+    """Read a csv or tsv file, optionally gzipped, as a frame of numbers and text; return it and notices.
 
     Delimiter (comma, semicolon, tab, bar or spaces), quotes, encoding (UTF-8, UTF-16, Windows-1252), Excel's ``sep=`` and
     comment lines are recognised. The first row is a header if none of its cells is a number or a date. The frame's index
@@ -104,7 +104,7 @@ def _encodings(path: Path) -> tuple[str, ...]:
 
 
 class _Table:
-    """The rows of a text file, each checked to have as many cells as the others, in a dialect that pandas is told.
+    """Rows of a text file, checked to have equal numbers of cells, and their dialect.
 
     Args:
         path: of the file.
@@ -125,12 +125,19 @@ class _Table:
         begun = [line for line in head if line.strip(" \r\n") and not line.startswith("#")]
         declared = re.fullmatch(r'"?sep=(.)"?\s*', begun[0], re.IGNORECASE) if begun else None
         self.dialect = Dialect(declared[1]) if declared else find_dialect(begun)
+        self.head = [cells for line in begun[declared is not None :] if (cells := self._split(line))]
         self.lines = self._numbered(chain(head, self.lines))
         self.names: list[str] | None = None
         self.notices: list[str] = []
         self.width, self.comments = 0, 0
         self.numbers = array("q")  # of the line on which each row begins
         self.text = self._records(declared is not None)
+
+    def _split(self, line: str) -> list[str]:
+        try:
+            return [cell.strip() for cell in self.dialect.cells([line])]
+        except csv.Error:  # a cell with a line end
+            return []
 
     def _checked(self, file: TextIO) -> Iterator[str]:
         limit, total = memory(), 0
@@ -148,7 +155,7 @@ class _Table:
             yield line
 
     def _records(self, declared: bool) -> Iterator[str]:
-        """Every row as a line; the header becomes ``names``."""
+        """Yield every row as a line; set ``names`` from the header."""
         comment, quote, delimiter = "", self.dialect.quote, self.dialect.delimiter
         header = True  # nothing but comments so far
         for line in self.lines:
@@ -175,7 +182,8 @@ class _Table:
                 header, self.width = False, count
                 if self._take_header([cell.strip() for cell in cells], comment):
                     continue
-            if count == self.width + 1 and self.names and not self.numbers and not line.endswith(f"{delimiter}\n"):
+            odd = len(self.names or ()) == 1 and re.search(r"[;\t|, ]", (self.names or [""])[0])  # a header in another dialect
+            if count == self.width + 1 and self.names and not odd and not self.numbers and not line.endswith(f"{delimiter}\n"):
                 self.names, self.width = ["", *self.names], count  # R gives its row names no name
                 self.notices.append(f"the header of {str(self.path)!r} has one name fewer than its rows have cells: the first column has no name")
             if count != self.width:
@@ -184,14 +192,17 @@ class _Table:
             yield line
 
     def _take_header(self, cells: list[str], comment: str) -> bool:
-        """Whether the first row is a header; NumPy writes one as a comment."""
+        """Return whether the first row is a header; take NumPy's from the comment above."""
         if not any(is_number(cell) or DATE.fullmatch(cell) for cell in cells):
             self.names = cells
             return True
+        if not comment and is_numbered(cells, self.head[1:], str(self.path)):
+            self.names = cells
+            return True
         if comment:
-            told = [cell.strip() for cell in self.dialect.cells([comment.lstrip("# ")])]
-            if len(told) == len(cells) and not any(map(is_number, told)):
-                self.names, self.comments = told, self.comments - 1
+            names = [cell.strip() for cell in self.dialect.cells([comment.lstrip("# ")])]
+            if len(names) == len(cells) and not any(map(is_number, names)):
+                self.names, self.comments = names, self.comments - 1
         return False
 
 
@@ -231,10 +242,20 @@ def _parse(path: Path, size: int, file: TextIO) -> tuple[pd.DataFrame, list[str]
     )  # fmt: skip
     frame.columns = pd.Index(unique_names(table.names, table.width), dtype=object)
     frame.index = pd.Index(np.frombuffer(table.numbers, dtype=np.int64), name="row")
-    frame.attrs["comma"] = table.dialect.delimiter != ","  # then commas in cells are decimal ones
+    points, mixed = decimal_points(frame, table.head)
+    if mixed is not None:
+        raise DataError(
+            f"{str(path)!r} has decimal commas, but column {frame.columns[mixed[0]]!r} holds {mixed[1]!r}, whose point may be a decimal point or part "
+            "thousands; expected one kind of decimals, and thousands without a separator"
+        )
+    frame.attrs["comma"] = table.dialect.delimiter != "," and not points  # then commas in cells are decimal ones
     frame.attrs["rows"] = len(frame)
     if table.names is None:
         table.notices.append(f"{str(path)!r} has no header, since its first row holds a number: columns are numbered")
+    for j, name in enumerate(frame.columns):
+        codes = [cells[j] for cells in table.head if j < len(cells) and re.fullmatch(r"0\d+", cells[j])]
+        if codes and frame.iloc[:, j].dtype.kind in "if":
+            table.notices.append(f"column {name!r} holds {codes[0]!r}: leading zeros suggest codes, which are read as numbers and written without these zeros")
     if table.comments:
-        table.notices.append(f"{table.comments:,} comment lines of {str(path)!r}, which begin with #, are passed over")
+        table.notices.append(f"{table.comments:,} comment lines of {str(path)!r}, which begin with #, are skipped")
     return frame, table.notices

@@ -1,4 +1,4 @@
-"""Samples of a table as a table: in its own columns, names and types."""
+"""Write samples with the columns, names and types of the training table."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cnf.datasets.rows import Array
 from cnf.errors import ConfigError
@@ -24,9 +25,13 @@ FIRST_DAY, LAST_DAY = -719_162, 2_932_896  # days since 1970 of the years 1 to 9
 
 
 def as_numbers_of(samples: Array, table: Sequence[TableColumn]) -> Array:
-    """Samples (N, D) as numbers of the table: on its lattices, dates as days since 1970-01-01 (then in float64)."""
+    """Return samples (N, D) on the lattices of the table, dates as days since 1970-01-01 (then in float64)."""
+    out = _exact(samples, table)
+    return out if any(c.kind == "date" for c in data_columns(table)) else out.astype(samples.dtype)
+
+
+def _exact(samples: Array, table: Sequence[TableColumn]) -> NDArray[np.float64]:
     columns = data_columns(table)
-    dates = any(c.kind == "date" for c in columns)
     out = samples.astype(np.float64)
     for j, column in enumerate(columns):
         out[:, j] = to_lattice(column, out[:, j])
@@ -34,11 +39,11 @@ def as_numbers_of(samples: Array, table: Sequence[TableColumn]) -> Array:
             out[:, j] += column.epoch
         if column.type == "bool":
             out[:, j] = np.clip(out[:, j], 0, 1)
-    return out if dates else out.astype(samples.dtype)
+    return out
 
 
 def sampled_frame(samples: Array, table: Sequence[TableColumn], given: Mapping[str, Any]) -> pd.DataFrame:
-    """Samples (N, D) as a table: modelled and given columns in the table's order, in their types.
+    """Return samples (N, D) as a table: modelled and given columns, in the table's order and types.
 
     Args:
         samples: of the model.
@@ -47,7 +52,7 @@ def sampled_frame(samples: Array, table: Sequence[TableColumn], given: Mapping[s
     """
     import pandas as pd
 
-    numbers = as_numbers_of(samples, table)
+    numbers = _exact(samples, table)
     places = {c.name: j for j, c in enumerate(data_columns(table))}
     found = {}
     for column in table:
@@ -64,7 +69,7 @@ def sampled_frame(samples: Array, table: Sequence[TableColumn], given: Mapping[s
         elif column.type in ("int", "bool") and np.abs(values).max(initial=0) < 2**62:
             found[column.name] = pd.Series(values.astype(np.int64 if column.type == "int" else bool))
         else:
-            found[column.name] = pd.Series(values)
+            found[column.name] = pd.Series(values if column.step else values.astype(samples.dtype))
     return pd.DataFrame(found)
 
 
@@ -77,7 +82,7 @@ def write_frame(frame: pd.DataFrame, path: Path, ending: str) -> None:
 
 
 def require_writer(path: Path) -> None:
-    """Known before the samples are drawn.
+    """Check that the writer is installed, before the samples are drawn.
 
     Raises:
         ConfigError: for .parquet where pyarrow is not installed.
@@ -90,7 +95,7 @@ def require_writer(path: Path) -> None:
 
 
 def category_value(column: TableColumn, category: str) -> int | bool | str:
-    """A category in the column's own type.
+    """Return a category in the column's type.
 
     Example:
         >>> category_value(TableColumn("k", "condition", "categorical", "int", categories=("1", "2")), "2")
@@ -100,7 +105,7 @@ def category_value(column: TableColumn, category: str) -> int | bool | str:
 
 
 def given_values(texts: Mapping[str, str], table: Sequence[TableColumn]) -> tuple[dict[str, Array], dict[str, Any], list[str]]:
-    """The values of ``--given`` as numbers (1,) for :func:`cnf.schema.encode` and as the table has them, and what to say of them.
+    """Return the values of ``--given`` as numbers (1,) for :func:`cnf.schema.encode` and in the table's types, and notices.
 
     Raises:
         ConfigError: for a category that training did not see, or text that is no number or date.
@@ -124,7 +129,7 @@ def given_values(texts: Mapping[str, str], table: Sequence[TableColumn]) -> tupl
             if column.kind == "date":
                 day = pd.to_datetime(text, format="ISO8601")
                 number = float((day.to_datetime64() - np.datetime64(column.epoch, "D")) / np.timedelta64(1, "D"))
-                values[column.name] = day
+                values[column.name] = day if day.tzinfo is None else day.tz_convert("UTC").tz_localize(None)
             else:
                 number = values[column.name] = float(text)
                 if column.type == "int" and number.is_integer():

@@ -1,0 +1,188 @@
+"""Cells of a table as numbers, booleans, dates or text."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cnf.datasets.dialect import COMMA_NUMBER, DATE, THOUSANDS, is_number
+from cnf.datasets.rows import Array
+from cnf.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["typed"]
+
+DATE_FORMATS = ("%d.%m.%Y", "%Y/%m/%d", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y", "%m-%d-%Y")
+TIMES = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f")
+NUMBERS_SHARE = 0.5  # of a column's cells, from which on the others are mistakes and not categories
+
+
+def typed(column: pd.Series, name: str) -> tuple[pd.Series, list[str]]:
+    """Convert a column to numbers, booleans, dates (UTC, without time zone) or stripped text; return it and notices.
+
+    Raises:
+        DataError: for a cell that is no number in a column of numbers, values that are no scalars, or dates and decimals that
+            can be read in two ways.
+    """
+    import pandas as pd
+
+    label = column.name
+    where = f"column {label!r} of {name!r}"
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        column = column.astype(object)
+    kind = getattr(column.dtype, "kind", "O")
+    if kind in "fiu" or (kind == "b" and not column.isna().any()):
+        return column, []
+    if kind == "M":
+        return _naive(column), _zone(column)
+    if kind in "cmV":
+        raise DataError(f"{where} has the type {column.dtype}; expected numbers, text or dates: convert it, or leave it out (--drop-columns {label})")
+    filled = column.dropna()
+    if not len(filled):
+        return column.astype(np.float64), []
+    kinds = set(map(type, filled))
+    if kinds <= {bool, np.bool_}:
+        return (column.astype(bool) if len(filled) == len(column) else column), []
+    if not any(issubclass(t, str | bytes | dict | list | tuple | np.ndarray | bool) for t in kinds):
+        return _of_objects(column, where)
+    if any(issubclass(t, bytes | dict | list | tuple | np.ndarray) for t in kinds):
+        raise DataError(f"{where} holds values of type {next(iter(kinds)).__name__}; expected numbers, text or dates")
+    present = column.notna().to_numpy()
+    text = filled.map(lambda v: str(v).strip()).astype(object)
+    blank = (text == "").to_numpy(dtype=bool)
+    text = text[~blank]
+    text.attrs = column.attrs
+    found, notices = _of_text(text, name, label)
+    if len(found) < len(column):
+        empty = {"f": np.nan, "M": np.datetime64("NaT")}.get(found.dtype.kind)
+        values = np.full(len(column), empty, dtype=found.dtype)
+        values[np.flatnonzero(present)[~blank]] = found.to_numpy()
+        found = pd.Series(values, index=column.index, name=label)
+    return found, notices
+
+
+def _naive(column: pd.Series) -> pd.Series:
+    return column.dt.tz_convert("UTC").dt.tz_localize(None) if column.dt.tz is not None else column
+
+
+def _of_objects(column: pd.Series, where: str) -> tuple[pd.Series, list[str]]:
+    """Convert Python's numbers or dates."""
+    import pandas as pd
+
+    try:
+        return column.map(_as_float).astype(np.float64), []
+    except (TypeError, ValueError):
+        pass
+    try:
+        return _naive(pd.to_datetime(column)), []
+    except (TypeError, ValueError, OverflowError):
+        kinds = sorted({type(v).__name__ for v in column.dropna()})
+        raise DataError(
+            f"{where} holds values of type {', '.join(kinds)}; expected numbers, text or dates: convert them, or leave it out (--drop-columns {column.name})"
+        ) from None
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return np.nan if value is None else float(value)
+    except OverflowError:  # a whole number beyond any float
+        return np.inf if value > 0 else -np.inf
+
+
+def _of_text(text: pd.Series, name: str, label: Any) -> tuple[pd.Series, list[str]]:
+    import pandas as pd
+
+    if not len(text):
+        return text.astype(np.float64), []
+    text = text.str.replace(r"^\u2212(?=[\d.,])", "-", regex=True)  # the minus sign of typesetting
+    plain = pd.to_numeric(text, errors="coerce")
+    good = (plain.notna() & ~text.str.contains("_", regex=False)).to_numpy(dtype=bool)
+    if good.all():
+        return plain.astype(np.float64), []
+    comma = text.str.fullmatch(COMMA_NUMBER.pattern).to_numpy(dtype=bool) & ~good
+    if (good | comma).all():
+        return _with_commas(text, comma, name, label)
+    dates = text.str.fullmatch(DATE.pattern).to_numpy(dtype=bool)
+    if dates.all():
+        return _dates(text, name)
+    if dates.mean() > NUMBERS_SHARE:
+        place = int((~dates).argmax())
+        raise DataError(
+            f"row {text.index[place]}, column {label!r} of {name!r} is {text.iloc[place]!r}; expected a date, as in the other rows (correct it, leave it "
+            f"empty for --missing drop, or leave the column out: --drop-columns {label})"
+        )
+    thousands = text.str.fullmatch(THOUSANDS.pattern).to_numpy(dtype=bool) & ~good
+    if thousands.any() and (good | comma | thousands).all():
+        place = int(thousands.argmax())
+        raise DataError(f"row {text.index[place]}, column {label!r} of {name!r} is {text.iloc[place]!r}; expected numbers without separators of thousands")
+    if good.mean() >= NUMBERS_SHARE:
+        place = int((~good).argmax())
+        cell = text.iloc[place]
+        advice = f"correct it, encode categories as integers, or leave the column out: --drop-columns {label}"
+        if comma[place]:
+            advice = "write all decimals with a point, or all with a comma"
+        elif is_number(re.sub(r"[,. ']", "", cell)):
+            advice = "write numbers without separators of thousands"
+        raise DataError(
+            f"row {text.index[place]}, column {label!r} of {name!r} is {cell!r}; expected a number ({advice}; a header is the first row, with no "
+            "title above and no number in it)"
+        )
+    return text, []
+
+
+def _with_commas(text: pd.Series, comma: Array, name: str, label: Any) -> tuple[pd.Series, list[str]]:
+    """Convert decimal commas; refuse them next to points, or where all may be separators of thousands."""
+    place = int(comma.argmax())
+    cell, where = text.iloc[place], f"row {text.index[place]}, column {label!r} of {name!r} is {text.iloc[place]!r}"
+    if bool(text[~comma].str.contains(".", regex=False).any()):
+        raise DataError(f"{where}, and other cells have a decimal point; expected decimals with a point, and thousands without a separator")
+    if not text.attrs.get("comma") and bool(text[comma].str.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}").all()):
+        raise DataError(
+            f"{where}, whose comma may be a decimal comma or part thousands; expected decimals with a point and thousands without a separator"
+        )
+    found = text.str.replace(",", ".", regex=False).astype(np.float64)
+    return found, [f"column {label!r} has decimal commas: {cell!r} is read as {found.iloc[place]:g}"]
+
+
+def _zone(column: pd.Series) -> list[str]:
+    return [] if column.dt.tz is None else [f"column {column.name!r} has the time zone {column.dt.tz}: converted to UTC"]
+
+
+def _dates(text: pd.Series, name: str) -> tuple[pd.Series, list[str]]:
+    """Convert dates, all in one format; return them and notices.
+
+    Raises:
+        DataError: where none fits, or two do and differ.
+    """
+    import pandas as pd
+
+    where = f"column {text.name!r} of {name!r}"
+    try:
+        found = _naive(pd.to_datetime(text, format="ISO8601", utc=True))
+        zones = text.str.fullmatch(r".*(?:Z|:\d\d.*[+-]\d\d(?::?\d\d)?)").any()
+        return found, [f"column {text.name!r} has times with a time zone: converted to UTC"] if zones else []
+    except (ValueError, OverflowError):
+        pass
+    fits = []
+    plain = text.str.replace("T", " ", regex=False)
+    for date in DATE_FORMATS:
+        for time in TIMES:
+            try:
+                fits.append((date, pd.to_datetime(plain, format=date + time)))
+                break
+            except (ValueError, OverflowError):
+                continue
+    cell = text.iloc[0]
+    if not fits:
+        formats = [date + time for date in ("%Y-%m-%d", *DATE_FORMATS) for time in TIMES]
+        bad = min((pd.to_datetime(plain, format=one, errors="coerce").isna().to_numpy() for one in formats), key=np.sum)
+        if not bad.all():
+            raise DataError(f"row {text.index[int(bad.argmax())]}, {where} is {text[bad].iloc[0]!r}; expected dates in one format, such as {text[~bad].iloc[0]!r}")
+        raise DataError(f"{where} holds dates such as {cell!r} in no known format; expected 2024-01-31, or 2024-01-31 12:30:00")
+    if any(not found.equals(fits[0][1]) for _, found in fits[1:]):
+        raise DataError(f"{where} holds dates such as {cell!r}, whose day and month are ambiguous; expected 2024-01-31")
+    return fits[0][1], []
