@@ -110,7 +110,7 @@ def solve(
     """
     nodes = None
     if isinstance(solver, Adaptive) and (tolerance := solver.quadrature_tolerance) and products:
-        if vectorized():  # nodes are chosen by values, row by row, which torch.func hides
+        if vectorized() or not len(state[0]):  # nodes are chosen by values, row by row, which torch.func hides
             solver = solver.riding()
         else:
             with torch.no_grad():
@@ -145,7 +145,7 @@ def solve_at_nodes(
         SolverError: from a solve that failed, or integrals that cannot be settled.
     """
     like, slopes = state[0], _Slopes(solver, rhs, state, dynamic)
-    dim, kind, by_row = like[0].numel(), torch.finfo(like.dtype), solver.norm == "row"
+    dim, kind, by_row = like.shape[1:].numel(), torch.finfo(like.dtype), solver.norm == "row"
     measures = ((_worst, FASTEST[1]),) if by_row else ((_mean, FASTEST[0]), (lambda v: _worst(v) / WORST, FASTEST[1]))
     one = max(1.0, dim / MANY) if by_row else float(dim)
     fewest = GUARDED if by_row else min(GUARDED, slopes.steps / 2)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cnf.collocation import solve
-from cnf.deferral import vectorized
+from cnf.deferral import outside_inference_mode, vectorized
+from cnf.derivatives import check_derivative
 from cnf.divergence import Divergence, Exact, closed
 from cnf.errors import ConfigError, SolverError
 from cnf.fields.augmented import Handover, TimePath, check_drive
@@ -224,6 +225,7 @@ class CNF(Transform):
     def _solver(self) -> Solver:
         return self.solver if self.training else self.eval_solver
 
+    @outside_inference_mode
     def integrate(
         self,
         x: Tensor,
@@ -247,6 +249,8 @@ class CNF(Transform):
         quadratures = self.quadratures if log_det and integrals else ()
         need = frozenset({"div"} if log_det else ()).union(*(q.need for q in quadratures))
         field = prepared(self.field, x, context, noise, t=start if drive is None else drive[0])
+        if need:
+            check_derivative(field, self.divergence, start if drive is None else drive[0], x, context)
         # drawn once, before the solve and outside anything checkpointed: a probe held fixed makes one smooth ODE
         probe = self.divergence.probe(x, noise, need, field)
         rhs = RightHandSide(
@@ -268,8 +272,7 @@ class CNF(Transform):
             return rhs.part(index, lambda given: prepared(self.field, x[index], given, noise))
 
         # what draws random numbers, may see its rows together (in training mode) or closes over them is not evaluated for some rows alone
-        whole = getattr(field, "whole", False) or any(m.training for m in self.field.modules())
-        apart = None if whole else rows
+        apart = None if getattr(field, "whole", False) or any(m.training for m in self.field.modules()) else rows
         flat = x.new_zeros(x.shape[0])
         dynamic = (x,) if drive is None else (x, drive)
         entries = (*dynamic, *(flat for _ in range(bool(log_det) + len(quadratures))))
@@ -288,8 +291,7 @@ class CNF(Transform):
                     raise
                 solution = solve_in_halves(part, x, len(dynamic), error)
         except SolverError as error:
-            # inside torch.func times have no value to print
-            span_of = None if vectorized() else (float(start), float(stop))
+            span_of = None if vectorized() else (float(start), float(stop))  # inside torch.func times have no value to print
             raise error.inside(f"{self.label} on events {tuple(x.shape[1:])}", span_of) from None
         names = (["log_det"] if log_det else []) + [q.name for q in quadratures]
         values = dict(zip(names, solution.state[len(dynamic) :], strict=True))

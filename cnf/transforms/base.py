@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,14 @@ class Transform(nn.Module):
     """Base: ``forward`` leads from data to noise, ``inverse`` back.
 
     With ``log_det=False`` no divergence is evaluated and log_det means nothing; with ``integrals=False`` a CNF leaves its
-    regularisers out.
+    regularisers out. A subclass of another package gets copies of points and context, which it may overwrite.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.__module__.partition(".")[0] != "cnf":
+            for name in {"forward", "inverse"} & vars(cls).keys():
+                setattr(cls, name, _given_copies(vars(cls)[name]))
 
     def forward(
         self,
@@ -59,6 +66,17 @@ class Transform(nn.Module):
     def latent_shape(self, shape: Shape) -> Shape:
         """The shape of z for events of ``shape``."""
         return shape
+
+
+def _given_copies(method: Callable[..., Transformed]) -> Callable[..., Transformed]:
+    """The method of a custom transform, called with copies of the tensors that it is given."""
+
+    @wraps(method)
+    def call(self: Transform, *args: Any, **kwargs: Any) -> Transformed:
+        copies = [v.clone() if isinstance(v, Tensor) else v for v in args]
+        return method(self, *copies, **{k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()})
+
+    return call
 
 
 class Plain(Transform):
