@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_map
 
 __all__ = ["deferred", "deferred_checks", "outside_inference_mode", "sent", "tracing", "vectorized"]
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class _State(threading.local):

@@ -20,7 +20,9 @@ AGREE, WRONG = 0.05, 0.2  # of a difference quotient: how far that of half the s
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, set[tuple[bool, str]]] = weakref.WeakKeyDictionary()  # modes of module and product
 
 
-def check_derivative(field: Field, divergence: Divergence, t: Tensor, x: Tensor, context: Tensor | None) -> None:
+def check_derivative(
+    field: Field, divergence: Divergence, need: frozenset[str], t: Tensor, x: Tensor, context: Tensor | None
+) -> None:
     """Compare eᵀJe of a custom field at a few rows of x (N, \\*event) with difference quotients of its values.
 
     Gradients that a field cuts (``detach``, ``no_grad``, NumPy, rounding) would make a log-det that is wrong in silence. Rows at which
@@ -29,7 +31,7 @@ def check_derivative(field: Field, divergence: Divergence, t: Tensor, x: Tensor,
     Raises:
         ConfigError: for a derivative that is not that of the values.
     """
-    if not isinstance(field, CustomField) or tracing(x) or not len(x):
+    if not need or not isinstance(field, CustomField) or tracing(x) or not len(x):
         return
     mode = getattr(divergence, "mode", "forward")
     known = _CHECKED.setdefault(field.module, set())

@@ -1,6 +1,5 @@
 """Fields and transforms that hide their derivative, their randomness or their weights from torch, or write into what they are given."""
 
-import copy
 import random
 
 import numpy as np
@@ -248,4 +247,46 @@ def test_a_velocity_that_detaches_is_refused_for_its_likelihood_alone():
     assert flow.sample(3).shape == (3, 2)
     with pytest.raises(ConfigError, match="another derivative than its values"):
         flow.log_prob(POINTS)
-    copy.deepcopy(flow)
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mix", [lambda h: nn.functional.normalize(h, dim=0), lambda h: h + (h[[3]] if len(h) > 3 else 0)])
+def test_rows_that_see_each_other_in_other_ways_are_refused(mix):
+    class Mixed(Field):
+        def forward(self, t, x):
+            return mix(self.net(x))
+
+    with pytest.raises(ConfigError, match="field Mixed returns another value for a row"):
+        flow_of(Mixed()).log_prob(POINTS.repeat(2, 1))
+
+
+def test_rows_that_a_field_holds_by_their_places_are_not_evaluated_apart():
+    class Placed(Field):
+        def __init__(self):
+            nn.Module.__init__(self)
+            torch.manual_seed(0)
+            self.enter, self.leave, self.held = nn.Linear(2, 16), nn.Linear(16, 2), torch.randn(6, 16)
+
+        def forward(self, t, x):
+            return self.leave(torch.relu(3 * self.enter(x) + self.held[: len(x)] + t))
+
+    x, flow = torch.randn(6, 2, generator=torch.Generator().manual_seed(1)), Flow(CNF(Placed()), (2,)).eval()
+    with torch.no_grad():
+        found = flow.log_prob(x)
+        flow.transform.eval_solver = FixedGrid("rk4", 500)
+        assert float((found - flow.log_prob(x)).abs().max()) < 5e-3
+
+
+def test_a_path_is_that_of_one_solve_with_random_layers():
+    field = Field()
+    field.net.insert(1, nn.Dropout(0.5))
+    flow = Flow(Sequential([CNF(field, solver=FixedGrid("rk4", 16)), CNF(field, solver=FixedGrid("rk4", 16))]), (2,))
+    frames = flow.trajectory(POINTS, torch.linspace(0, 1, 9, dtype=F64), noise=Noise(3))
+    torch.testing.assert_close(frames[-1], flow.encode(POINTS, noise=Noise(3)), rtol=1e-6, atol=1e-6)
+    single = Flow(CNF(field, solver=FixedGrid("rk4", 16)), (2,))
+    state = torch.get_rng_state()
+    a, b = (single.trajectory(POINTS, torch.tensor(times)) for times in ([1.0], [0.25, 0.5, 1.0]))
+    torch.testing.assert_close(a[-1], b[-1], rtol=1e-6, atol=1e-6)
+    assert torch.equal(torch.get_rng_state(), state)

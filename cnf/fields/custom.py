@@ -20,14 +20,15 @@ from cnf.fields.randomness import SolveRandomness, draws_random_numbers
 from cnf.fields.signature import takes_context, wrapped
 from cnf.noise import Noise
 
-__all__ = ["CustomField", "Field", "can_compile", "context_size", "intact", "prepared", "protect", "structure"]
+__all__ = ["MIXING", "CustomField", "Field", "can_compile", "context_size", "intact", "prepared", "protect", "structure"]
 
 Field = Callable[..., Tensor]
 """``field(t, x, context) -> dx``: a module, or one bound for a solve; ``jvp`` and ``divergence`` where it has them."""
 
 Structure = dict[str, tuple[type, tuple[str, ...]]]
 
-_MIXING = 0.02  # of the field's size: how far a row may move with its neighbours (rounding, reduced precision)
+MIXING = 0.02  # of the field's size: how far a row may move with its neighbours (rounding, reduced precision)
+_ROWS = 6  # of a batch that are compared with two of them
 _CALLS = 5  # that must agree: a layer that is skipped at random is seen with probability 0.94
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, dict[bool, tuple[bool, bool]]] = weakref.WeakKeyDictionary()  # by mode: random, whole
@@ -210,12 +211,12 @@ class CustomField:
             return
         try:
             other = self.twin()
-            self.random, apart, again = other._compare_rows(t, x[:3], context)
+            self.random, apart, again = other._compare_rows(t, x[:_ROWS], context)
         except Exception:  # it closes over rows of its own, or cannot be copied: the solve itself will tell what is wrong
             self.whole = True
             known[mode] = (False, True)
             return
-        if again > _MIXING:
+        if again > MIXING:
             raise ConfigError(
                 f"field {self._name} returns another value for the same point when it is called again (they differ by {again:.1%} of its "
                 "size): draw random numbers from torch's global generator (torch.rand, nn.Dropout), not from Python's, NumPy's or one of the "
@@ -224,7 +225,7 @@ class CustomField:
         self.whole = self.random  # other numbers for other shapes
         if not self.random and apart is None:
             return
-        if not self.random and apart is not None and apart > _MIXING:
+        if not self.random and apart is not None and apart > MIXING:
             raise ConfigError(
                 f"field {self._name} returns another value for a row when other rows are next to it (they differ by {apart:.1%} of its "
                 "size), so that no row has a density of its own: use statistics of one row (LayerNorm, GroupNorm) in place of the batch's"
@@ -241,7 +242,7 @@ class CustomField:
         relative to its size."""
         values = []
         with draws_random_numbers(x.device) as drew:
-            for rows in range(max(1, len(x) - 1), len(x) + 1):
+            for rows in sorted({min(2, max(1, len(x) - 1)), len(x)}):
                 given = context if context is None or context.ndim == 1 else context[:rows]
                 values.append(self._checked(self.module(*self._copies(t, x[:rows], given)), x[:rows], "returned"))
             calls = torch.stack([self(t, x, context if context is None or context.ndim == 1 else context[: len(x)]) for _ in range(_CALLS)])
