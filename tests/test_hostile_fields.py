@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson, Noise, from_velocity
-from cnf.errors import ConfigError, DataError
+from cnf.errors import ConfigError, DataError, SolverError
 from cnf.fields import MLP, ConvField, Drive, TimePath
 from cnf.models import NeuralODE
 from cnf.multiscale import multiscale
@@ -290,3 +290,21 @@ def test_a_path_is_that_of_one_solve_with_random_layers():
     a, b = (single.trajectory(POINTS, torch.tensor(times)) for times in ([1.0], [0.25, 0.5, 1.0]))
     torch.testing.assert_close(a[-1], b[-1], rtol=1e-6, atol=1e-6)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_compiling_the_whole_log_prob_with_a_context():
+    torch.manual_seed(0)
+    flow, context = Flow(CNF(MLP(2, (8,), context_dim=3), Exact(), FixedGrid("rk4", 1)), (2,)).to(F64), torch.randn(4, 3, dtype=F64)
+    for call in (flow.log_prob, flow.decode):
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(POINTS, context), call(POINTS, context), rtol=1e-9, atol=1e-9)
+
+
+def test_a_row_at_which_a_custom_field_is_not_finite_is_named():
+    class Root(nn.Module):
+        def forward(self, t, x):
+            return 0.1 * x.sqrt()
+
+    flow = Flow(CNF(Root()), (2,)).eval()
+    with pytest.raises(SolverError, match="row 1 of 3 cannot be solved"), torch.no_grad():
+        flow.encode(torch.tensor([[1.0, 1.0], [2.0, -1.0], [3.0, 3.0]]))

@@ -20,14 +20,14 @@ from cnf.fields.randomness import SolveRandomness, draws_random_numbers
 from cnf.fields.signature import takes_context, wrapped
 from cnf.noise import Noise
 
-__all__ = ["MIXING", "CustomField", "Field", "can_compile", "context_size", "intact", "prepared", "protect", "structure"]
+__all__ = ["CustomField", "Field", "can_compile", "context_size", "intact", "prepared", "protect", "structure"]
 
 Field = Callable[..., Tensor]
 """``field(t, x, context) -> dx``: a module, or one bound for a solve; ``jvp`` and ``divergence`` where it has them."""
 
 Structure = dict[str, tuple[type, tuple[str, ...]]]
 
-MIXING = 0.02  # of the field's size: how far a row may move with its neighbours (rounding, reduced precision)
+_MIXING = 0.02  # of the field's size: how far a row may move with its neighbours (rounding, reduced precision)
 _ROWS = 6  # of a batch that are compared with two of them
 _CALLS = 5  # that must agree: a layer that is skipped at random is seen with probability 0.94
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
@@ -216,7 +216,7 @@ class CustomField:
             self.whole = True
             known[mode] = (False, True)
             return
-        if again > MIXING:
+        if again > _MIXING:
             raise ConfigError(
                 f"field {self._name} returns another value for the same point when it is called again (they differ by {again:.1%} of its "
                 "size): draw random numbers from torch's global generator (torch.rand, nn.Dropout), not from Python's, NumPy's or one of the "
@@ -225,7 +225,7 @@ class CustomField:
         self.whole = self.random  # other numbers for other shapes
         if not self.random and apart is None:
             return
-        if not self.random and apart is not None and apart > MIXING:
+        if not self.random and apart is not None and apart > _MIXING:
             raise ConfigError(
                 f"field {self._name} returns another value for a row when other rows are next to it (they differ by {apart:.1%} of its "
                 "size), so that no row has a density of its own: use statistics of one row (LayerNorm, GroupNorm) in place of the batch's"
@@ -263,7 +263,7 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 def _refuse_batch_statistics(module: nn.Module) -> None:
-    if any(is_lazy(p) for p in (*module.parameters(), *module.buffers())):
+    if not torch.compiler.is_compiling() and any(is_lazy(p) for p in (*module.parameters(), *module.buffers())):
         raise ConfigError(f"field {type(module).__name__} has lazy layers without weights: call it once, field(t, x), before it is solved")
     for name, m in module.named_modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None):
@@ -277,7 +277,8 @@ def context_size(field: nn.Module) -> int | None:
     """Return the size C of the field's context, 0 for none; None for a custom field that takes one and does not say."""
     field = wrapped(field)
     stated = [field] if not _ours(field) else list(field.modules())
-    sizes = [int(c) for m in stated if (c := getattr(m, "context_dim", None)) is not None]
+    found = [getattr(m, "context_dim", None) for m in stated]
+    sizes = [int(c) for c in found if c is not None]
     if sizes or _ours(field):
         return max(sizes, default=0)
     return None if takes_context(field) else 0
