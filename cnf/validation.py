@@ -1,4 +1,4 @@
-"""Checks of points, latents and contexts, before a solve turns a wrong one into a puzzle."""
+"""Validation of points, latents, contexts and sample shapes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_points(name: str, x: Any, shape: tuple[int, ...], like: Tensor, levels
 
     Args:
         name: of the argument, for messages.
-        x: what was given.
+        x: the value.
         shape: of one point.
         like: a tensor of the type and on the device that the flow computes in.
         levels: grey levels of integer images; None where only floats are points.
@@ -46,7 +46,7 @@ def check_context(context: Any, size: int | None, like: Tensor) -> None:
     """Validate a context (\\*lead, C).
 
     Args:
-        context: what was given.
+        context: the value.
         size: C, 0 for a flow without context, None where it is not known.
         like: a tensor of the type and on the device that the flow computes in.
 

@@ -233,7 +233,7 @@ class CustomField:
         known[mode] = (self.random, self.whole)
 
     def twin(self) -> CustomField:
-        """The same field with a copy of its module, so that a counter there goes on as if nothing had been called."""
+        """Return the field with a copy of its module, whose counters and buffers are separate."""
         return CustomField(_copy(self.module), self.randomness.noise, self.usable)
 
     @torch.no_grad()
