@@ -84,7 +84,7 @@ class FlowDistribution(Distribution):
             raise DataError(f"value is a {type(value).__name__}; expected a torch.Tensor")
         if not value.is_floating_point():
             raise DataError(f"value has type {value.dtype}; a density takes floats: flow.log_prob bounds that of pixels")
-        if self._validate_args:
+        if self._validate_args and value.numel():  # torch's own check fails for no values
             self._validate_sample(value)
         given = value.shape[: value.ndim - len(self.event_shape)]
         lead = torch.broadcast_shapes(given, self.batch_shape)
