@@ -10,7 +10,7 @@ less than a tolerance.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -89,7 +89,7 @@ def solve(
     dynamic: int,
     parameters: Sequence[Tensor] = (),
     products: bool,
-    rows: Rows | None = None,
+    rows: Callable[[], Rows | None] | None = None,
 ) -> Solution:
     """The state at s = 1, its integrals taken at nodes where the solver asks for that.
 
@@ -103,14 +103,14 @@ def solve(
         dynamic: how many are dynamic.
         parameters: all tensors that ``rhs`` closes over.
         products: whether ``rhs`` takes derivatives; without them there is nothing to save.
-        rows: the right-hand side of some rows alone; None where rows cannot be evaluated apart.
+        rows: returns the right-hand side of some rows alone, or None where rows cannot be evaluated apart.
 
     Raises:
         SolverError: from a solve that failed.
     """
     nodes = None
     if isinstance(solver, Adaptive) and (tolerance := solver.quadrature_tolerance) and products:
-        if vectorized():  # nodes are chosen by values, row by row, which torch.func hides
+        if vectorized() or not len(state[0]):  # nodes are chosen by values, row by row, which torch.func hides
             solver = solver.riding()
         else:
             with torch.no_grad():
@@ -127,7 +127,7 @@ def solve(
 
 
 def solve_at_nodes(
-    solver: Adaptive, rhs: RHS, state: State, *, dynamic: int, tolerance: float, rows: Rows | None = None
+    solver: Adaptive, rhs: RHS, state: State, *, dynamic: int, tolerance: float, rows: Callable[[], Rows | None] | None = None
 ) -> Solution:
     """The dynamic entries solved alone, then the integrals at as many nodes as they need.
 
@@ -145,7 +145,7 @@ def solve_at_nodes(
         SolverError: from a solve that failed, or integrals that cannot be settled.
     """
     like, slopes = state[0], _Slopes(solver, rhs, state, dynamic)
-    dim, kind, by_row = like[0].numel(), torch.finfo(like.dtype), solver.norm == "row"
+    dim, kind, by_row = like.shape[1:].numel(), torch.finfo(like.dtype), solver.norm == "row"
     measures = ((_worst, FASTEST[1]),) if by_row else ((_mean, FASTEST[0]), (lambda v: _worst(v) / WORST, FASTEST[1]))
     one = max(1.0, dim / MANY) if by_row else float(dim)
     fewest = GUARDED if by_row else min(GUARDED, slopes.steps / 2)
@@ -245,14 +245,14 @@ class _Slopes:
         foretold = torch.einsum("no,oir->nir", _interpolation(count).to(new[0]), torch.stack(old))
         return (torch.stack(new) - foretold).square().mean(0).sqrt()
 
-    def refined(self, values: Tensor, unsettled: Tensor, tolerance: Tensor, rows: Rows | None) -> Tensor:
+    def refined(self, values: Tensor, unsettled: Tensor, tolerance: Tensor, rows: Callable[[], Rows | None] | None) -> Tensor:
         """The integrals (integrals, N), those of the ``unsettled`` rows refined."""
         panels = panels_of(self.steps)
         times = torch.linspace(0, 1, panels + 1, dtype=self.times.dtype, device=self.times.device)
         path, stats = self.solver.path(self.rhs, self.start, times, dynamic=len(self.start))
         self.solves = self.solves + stats
         found, self.further = refine(
-            self.rhs, path, self.rest, unsettled.nonzero()[:, 0], tolerance, rows, most=NODES_A_STEP * self.solver.max_steps
+            self.rhs, path, self.rest, unsettled.nonzero()[:, 0], tolerance, rows and rows(), most=NODES_A_STEP * self.solver.max_steps
         )
         return values.masked_scatter(unsettled, found)
 

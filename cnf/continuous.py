@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from cnf.collocation import solve
-from cnf.deferral import vectorized
+from cnf.deferral import outside_inference_mode, vectorized
+from cnf.derivatives import check_derivative
 from cnf.divergence import Divergence, Exact, closed
 from cnf.errors import ConfigError, SolverError
 from cnf.fields.augmented import Handover, TimePath, check_drive
 from cnf.fields.custom import Field, can_compile, prepared, protect
 from cnf.fields.signature import check_signature
-from cnf.halving import solve_in_halves
+from cnf.halving import separable, solve_in_halves
 from cnf.noise import Noise, draw, number
 from cnf.quadratures import Quadrature, check_names
+from cnf.refinement import Rows
 from cnf.rhs import OneStage, RightHandSide
 from cnf.solvers import Adaptive, FixedGrid, Solution, Solver
 from cnf.transforms import Transform, Transformed
@@ -225,6 +227,7 @@ class CNF(Transform):
     def _solver(self) -> Solver:
         return self.solver if self.training else self.eval_solver
 
+    @outside_inference_mode
     def integrate(
         self,
         x: Tensor,
@@ -247,7 +250,8 @@ class CNF(Transform):
             drive = self.carry(path.start(x), start)
         quadratures = self.quadratures if log_det and integrals else ()
         need = frozenset({"div"} if log_det else ()).union(*(q.need for q in quadratures))
-        field = prepared(self.field, x, context, noise, t=start if drive is None else drive[0])
+        field = prepared(self.field, x, context, noise, t=(now := start if drive is None else drive[0]))
+        check_derivative(field, self.divergence, need, now, x, context)
         # drawn once, before the solve and outside anything checkpointed: a probe held fixed makes one smooth ODE
         probe = self.divergence.probe(x, noise, need, field)
         rhs = RightHandSide(
@@ -268,9 +272,9 @@ class CNF(Transform):
         def rows(index: Tensor) -> RightHandSide:
             return rhs.part(index, lambda given: prepared(self.field, x[index], given, noise))
 
-        # what draws random numbers, may see its rows together (in training mode) or closes over them is not evaluated for some rows alone
-        whole = getattr(field, "whole", False) or any(m.training for m in self.field.modules())
-        apart = None if whole else rows
+        def separate() -> Rows | None:
+            return rows if separable(field, self.field, now, x, context) else None
+
         flat = x.new_zeros(x.shape[0])
         dynamic = (x,) if drive is None else (x, drive)
         entries = (*dynamic, *(flat for _ in range(bool(log_det) + len(quadratures))))
@@ -279,20 +283,18 @@ class CNF(Transform):
 
         def part(index: Tensor) -> Solution:
             some = (x[index], *entries[1 : len(dynamic)], *(entry[index] for entry in entries[len(dynamic) :]))
-            return run(rows(index), some, rows=lambda inner: rows(index[inner]))
+            return run(rows(index), some, rows=lambda: lambda inner: rows(index[inner]))
 
         try:
             try:
-                solution = run(rhs, entries, rows=apart)
+                solution = run(rhs, entries, rows=separate)
             except SolverError as error:
-                if self.training or apart is None or vectorized():
+                if self.training or vectorized() or separate() is None:
                     raise
                 solution = solve_in_halves(part, x, len(dynamic), error)
         except SolverError as error:
-            # inside torch.func times have no value to print
-            span_of = None if vectorized() else (float(start), float(stop))
+            span_of = None if vectorized() else (float(start), float(stop))  # inside torch.func times have no value to print
             raise error.inside(f"{self.label} on events {tuple(x.shape[1:])}", span_of) from None
-        names = (["log_det"] if log_det else []) + [q.name for q in quadratures]
-        values = dict(zip(names, solution.state[len(dynamic) :], strict=True))
-        values.setdefault("log_det", flat)
+        names = (*(["log_det"] if log_det else []), *(q.name for q in quadratures))
+        values = {"log_det": flat, **dict(zip(names, solution.state[len(dynamic) :], strict=True))}
         return solution.state[0], values, solution

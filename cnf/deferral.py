@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map
 
-__all__ = ["deferred", "deferred_checks", "sent", "tracing", "vectorized"]
+__all__ = ["deferred", "deferred_checks", "outside_inference_mode", "sent", "tracing", "vectorized"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class _State(threading.local):
@@ -66,6 +72,27 @@ def deferred_checks() -> Iterator[None]:
         yield
     finally:
         _STATE.depth -= 1
+
+
+def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function that takes derivatives leave ``torch.inference_mode()``, in which reverse mode finds no dependence on x.
+
+    Example:
+        >>> square = outside_inference_mode(lambda x: torch.func.vjp(torch.square, x)[1](torch.ones(()))[0])
+        >>> with torch.inference_mode():
+        ...     square(torch.tensor(3.0))
+        tensor(6.)
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            given: Any = tree_map(lambda v: v.clone() if isinstance(v, Tensor) and v.is_inference() else v, (args, kwargs))
+            return function(*given[0], **given[1])
+
+    return run
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:

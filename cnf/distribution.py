@@ -70,16 +70,21 @@ class FlowDistribution(Distribution):
         context = None if self.context is None else self.context.expand(*shape, self.context.shape[-1])
         return FlowDistribution(self.flow, context, shape, validate_args=self._validate_args)
 
+    def __repr__(self) -> str:
+        return f"FlowDistribution(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
+
     def _rows(self, lead: torch.Size) -> Tensor | None:
         if self.context is None or self.context.ndim == 1:
             return self.context
-        return self.context.expand(*lead, self.context.shape[-1]).reshape(-1, self.context.shape[-1])
+        return self.context.expand(*lead, self.context.shape[-1]).reshape(lead.numel(), self.context.shape[-1])
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p of ``value`` (\\*sample, \\*batch, \\*event), nats; a missing batch is broadcast."""
+        if not isinstance(value, Tensor):
+            raise DataError(f"value is a {type(value).__name__}; expected a torch.Tensor")
         if not value.is_floating_point():
             raise DataError(f"value has type {value.dtype}; a density takes floats: flow.log_prob bounds that of pixels")
-        if self._validate_args:
+        if self._validate_args and value.numel():  # torch's own check fails for no values
             self._validate_sample(value)
         given = value.shape[: value.ndim - len(self.event_shape)]
         lead = torch.broadcast_shapes(given, self.batch_shape)
@@ -87,7 +92,7 @@ class FlowDistribution(Distribution):
             lead, out = given, lead
         else:
             value, out = value.expand(*lead, *self.event_shape), lead
-        found = self.flow.log_prob(value.reshape(-1, *self.event_shape), self._rows(lead))
+        found = self.flow.log_prob(value.reshape(lead.numel(), *self.event_shape), self._rows(lead))
         return found.reshape(lead).expand(out)
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch.distributions' own signature)

@@ -16,7 +16,7 @@ from cnf.fields.autodiff import NoForwardMode, autodiff_jvp
 from cnf.fields.custom import CustomField, Field, protect
 from cnf.noise import Kind, Noise, draw
 
-__all__ = ["Bound", "Divergence", "Driven", "Exact", "Field", "Hutchinson", "Linearization", "closed", "linearize"]
+__all__ = ["Bound", "Divergence", "Driven", "Exact", "Field", "Hutchinson", "Linearization", "closed", "jacobian_product", "linearize"]
 
 NEEDS = ("div", "jac_sq")
 _CHUNK_NUMEL = 2**22  # entries of tangents pushed at once by the exact trace: 16 MB in float32
@@ -187,7 +187,7 @@ class Exact:
             unit = pad(torch.eye(k, dtype=x.dtype, device=x.device), (first, dim - first - k))
             v = unit.reshape(k, 1, *x.shape[1:]).expand(k, *x.shape)
             v = v.contiguous() if torch.compiler.is_compiling() else v  # symbolic shapes have no forward-mode rule for strides of zero
-            dx, product = _product(field, t, y, v)
+            dx, product = jacobian_product(field, t, y, v)
             columns = product.flatten(2)
             diagonal = columns[:, :, first : first + k].diagonal(dim1=0, dim2=2)
             return dx, diagonal.sum(1), columns.square().sum((0, 2))
@@ -210,7 +210,7 @@ def closed(divergence: Divergence, field: Field) -> bool:
     return getattr(bound, "divergence", None) is not None and bool(getattr(bound, "closed_form", True))
 
 
-def _product(field: Bound, t: Tensor, x: Tensor, v: Tensor, mode: str = "forward") -> tuple[Tensor, Tensor]:
+def jacobian_product(field: Bound, t: Tensor, x: Tensor, v: Tensor, mode: str = "forward") -> tuple[Tensor, Tensor]:
     """f and the products with v (K, N, \\*event): J v, or vᵀJ in reverse mode and where an operation has no forward-mode derivative."""
     if torch.compiler.is_exporting() and (mode == "reverse" or getattr(field.field, "jvp", None) is None):
         raise ConfigError(
@@ -285,7 +285,7 @@ class Hutchinson:
         """One evaluation; see :func:`linearize`."""
         if probe is None:
             raise ConfigError("probe=None: Hutchinson's estimate needs one; pass what divergence.probe(...) gave")
-        dx, product = _product(Bound(field, context), t, x, probe, self.mode)
+        dx, product = jacobian_product(Bound(field, context), t, x, probe, self.mode)
         div = (product * probe).flatten(2).sum(2).mean(0) if "div" in need else None
         return Linearization(dx, div, _mean_square(product) if "jac_sq" in need else None, product)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf.continuous import CNF
+from cnf.deferral import outside_inference_mode
 from cnf.distribution import FlowDistribution
 from cnf.errors import ConfigError, DataError
 from cnf.fields.custom import context_size
@@ -19,7 +20,8 @@ from cnf.solvers import Stats
 from cnf.statistics import fit_statistics
 from cnf.trajectory import trajectory
 from cnf.transforms import Dequantize, Transform, Transformed
-from cnf.validation import as_rows, check_context, check_points
+from cnf.transforms.base import Shape
+from cnf.validation import as_rows, check_context, check_points, sample_shape
 
 __all__ = ["Flow", "FlowDistribution"]
 
@@ -126,9 +128,7 @@ class Flow(nn.Module):
         if context is not None:
             check_context(context, self.context_dim, like)
 
-    def _rows(
-        self, name: str, x: Tensor, shape: tuple[int, ...], context: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
+    def _rows(self, name: str, x: Tensor, shape: Shape, context: Tensor | None) -> tuple[Tensor, Tensor | None, Shape]:
         """Points and contexts validated, as rows; and the leading shape of the result."""
         self._check(name, x, shape, context)
         return as_rows(x, shape, context)
@@ -213,11 +213,11 @@ class Flow(nn.Module):
 
     def _latent(
         self, n: int | Sequence[int], context: Tensor | None, noise: Noise | None, temperature: float
-    ) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
+    ) -> tuple[Tensor, Tensor | None, Shape]:
         """z, the context row by row, and the sample's leading shape."""
-        lead = (n,) if isinstance(n, int) else tuple(n)
-        if any(k < 0 for k in lead) or not temperature > 0:
-            raise ConfigError(f"n={n}, temperature={temperature}: expected a count or a shape, and a positive temperature")
+        lead = sample_shape(n)
+        if not 0 < temperature < math.inf:
+            raise ConfigError(f"temperature={temperature}; expected a positive number")
         if context is not None:
             check_context(context, self.context_dim, self.like)
             if context.ndim > 1:
@@ -267,6 +267,7 @@ class Flow(nn.Module):
         log_prob = self.base_log_prob(z) - out.log_det
         return out.value.reshape(*lead, *self.event_shape), log_prob.reshape(lead)
 
+    @outside_inference_mode
     def score(self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> Tensor:
         """∇ log p(x), of the shape of x (\\*lead, \\*event), in nats per unit of x; x must be floats."""
         self._check("x", x, self.event_shape, context)

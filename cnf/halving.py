@@ -5,14 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnf.errors import SolverError
+from cnf.fields.custom import CustomField, Field
 from cnf.solvers import Solution
 
-__all__ = ["FAILING", "solve_in_halves"]
+__all__ = ["FAILING", "separable", "solve_in_halves"]
 
 FAILING = 16  # rows that are looked for; one where each failure takes all the steps that a solve may
+
+ROUNDING = 1e-3  # of a row's size: how far its value may differ in other company
+
+
+def separable(field: Field, module: nn.Module, t: Tensor, x: Tensor, context: Tensor | None) -> bool:
+    """Return whether some rows of x (N, \\*event) may be evaluated alone.
+
+    Not where the field draws random numbers, may see its rows together (in training mode), or closes over rows of its own by their
+    places: the last rows of a custom field are evaluated alone to know.
+    """
+    if getattr(field, "whole", False) or any(m.training for m in module.modules()):
+        return False
+    if not isinstance(field, CustomField):
+        return True
+    k = len(x) // 2
+    with torch.no_grad():
+        try:
+            apart = field(t, x[k:], context if context is None or context.ndim == 1 else context[k:])
+        except Exception:
+            return False
+        together = field(t, x, context)[k:]
+    finite = together.flatten(1).isfinite().all(1)
+    apart, together = apart.flatten(1)[finite], together.flatten(1)[finite]
+    return bool(((apart - together).abs() <= ROUNDING * together.abs().amax(1, keepdim=True)).all())
 
 
 def solve_in_halves(solve: Callable[[Tensor], Solution], x: Tensor, dynamic: int, error: SolverError) -> Solution:

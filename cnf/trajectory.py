@@ -82,7 +82,7 @@ class _Walk:
         if isinstance(transform, Sequential):
             return self.chain(transform, x, places, noise)
         if isinstance(transform, CNF):
-            return self.block(transform, x, places, transform.start(x))[0], places
+            return self.block(transform, x, places, transform.start(x), noise)[0], places
         if any(isinstance(m, CNF) for m in transform.modules()):
             raise ConfigError(
                 f"a trajectory needs blocks in Sequential, Carried or Multiscale, but this flow has a {type(transform).__name__} "
@@ -107,7 +107,7 @@ class _Walk:
         drive = None if carried is None else carried.start(x, back=False)
         for i, part in enumerate(cast(Iterable[Transform], chain.transforms)):
             if carried is not None and isinstance(part, CNF):
-                x, drive = self.block(part, x, places, drive)
+                x, drive = self.block(part, x, places, drive, child(noise, i))
             else:
                 x, places = self(part, x, places, child(noise, i))
                 drive = None if carried is None else carried.between(part, drive)
@@ -127,14 +127,19 @@ class _Walk:
         del self.left[first:]
         return torch.cat([part for part, _ in parts], 1), torch.cat([place for _, place in parts])
 
-    def block(self, block: CNF, x: Tensor, places: Tensor, drive: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def block(
+        self, block: CNF, x: Tensor, places: Tensor, drive: Tensor | None, noise: Noise | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Integrate one block, recording the frames in its part of [0, 1]; return x and the augmented time."""
         now, end = 0.0, block.end_time(x)
+        if noise is None:  # a random layer draws once for the whole path; torch's generator is left as it is
+            with torch.random.fork_rng(devices=()):
+                noise = Noise(int(torch.randint(2**31, ())))
 
         def move(until: float) -> None:
             nonlocal x, drive, now
             if until > now:
-                x, _, solution = block.integrate(x, (now * end, until * end), self.context, log_det=False, drive=drive)
+                x, _, solution = block.integrate(x, (now * end, until * end), self.context, noise=noise, log_det=False, drive=drive)
                 drive = None if drive is None else solution.state[1]
                 now = until
 

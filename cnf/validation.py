@@ -1,8 +1,10 @@
-"""Checks of points, latents and contexts, before a solve turns a wrong one into a puzzle."""
+"""Validation of points, latents, contexts and sample shapes."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from cnf.deferral import deferred
 from cnf.errors import ConfigError, DataError
 
-__all__ = ["as_rows", "check_context", "check_points"]
+__all__ = ["as_rows", "check_context", "check_points", "sample_shape"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -21,7 +23,7 @@ def check_points(name: str, x: Any, shape: tuple[int, ...], like: Tensor, levels
 
     Args:
         name: of the argument, for messages.
-        x: what was given.
+        x: the value.
         shape: of one point.
         like: a tensor of the type and on the device that the flow computes in.
         levels: grey levels of integer images; None where only floats are points.
@@ -44,7 +46,7 @@ def check_context(context: Any, size: int | None, like: Tensor) -> None:
     """Validate a context (\\*lead, C).
 
     Args:
-        context: what was given.
+        context: the value.
         size: C, 0 for a flow without context, None where it is not known.
         like: a tensor of the type and on the device that the flow computes in.
 
@@ -90,9 +92,30 @@ def as_rows(x: Tensor, shape: tuple[int, ...], context: Tensor | None) -> tuple[
     return x.expand(*lead, *shape).reshape(count, *shape), rows, lead
 
 
+def sample_shape(n: Any) -> tuple[int, ...]:
+    """Return a count or a shape of samples as a shape.
+
+    Raises:
+        ConfigError: for anything else, such as a negative or fractional count.
+
+    Example:
+        >>> sample_shape(5), sample_shape((3, 2)), sample_shape(())
+        ((5,), (3, 2), ())
+    """
+    try:
+        shape = tuple(index(k) for k in n) if isinstance(n, Sequence) else (index(n),)
+    except TypeError:
+        shape = (-1,)
+    if any(k < 0 for k in shape):
+        raise ConfigError(f"n={n}: expected a count of samples, or a shape such as (3, 2)")
+    return shape
+
+
 def _require_tensor(name: str, x: Any, like: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise DataError(f"{name} is a {type(x).__name__}; expected a torch.Tensor: torch.as_tensor({name}, dtype={like.dtype})")
+    if x.layout != torch.strided:
+        raise DataError(f"{name} has layout {x.layout}; expected a dense tensor: give {name}.to_dense()")
     if x.device != like.device and not (x.device.type == like.device.type and None in (x.device.index, like.device.index)):
         raise DataError(f"{name} is on {x.device}, but the flow is on {like.device}: give {name}.to({str(like.device)!r})")
 

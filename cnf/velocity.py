@@ -1,4 +1,4 @@
-"""The flow of a velocity field that was trained elsewhere."""
+"""Flows from velocity fields trained elsewhere."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def _kinetic(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor
 
 def _jacobian_norm2(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
     assert parts.jac_sq is not None
-    return parts.jac_sq / x[0].numel()
+    return parts.jac_sq / x.shape[1:].numel()
 
 
 def _directional(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
@@ -101,7 +101,7 @@ def _dl2(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
 
 
 def _frobenius(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
-    return _jacobian(t, x, field).square().sum((1, 2)).sqrt() / x[0].numel()
+    return _jacobian(t, x, field).square().sum((1, 2)).sqrt() / x.shape[1:].numel()
 
 
 def _diagonal(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:

@@ -15,7 +15,7 @@ from cnf.errors import ConfigError
 __all__ = ["NoForwardMode", "autodiff_jvp"]
 
 # what torch says of an operation that forward-mode differentiation, or its vectorisation, does not pass
-_NO_FORWARD = ("forward AD", "forward mode AD", "forward-mode", "jvp", "setup_context", "functorch", "batching rule", "vmap")
+_NO_FORWARD = ("forward AD", "forward mode AD", "forward-mode", "jvp", "setup_context", "functorch", "batching rule", "vmap", "have storage")
 
 
 class NoForwardMode(ConfigError):

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.parameter import is_lazy
 
 from cnf.compilation import CompilationWarning
 from cnf.deferral import tracing
 from cnf.errors import ConfigError
 from cnf.fields.randomness import SolveRandomness, draws_random_numbers
-from cnf.fields.signature import takes_context
+from cnf.fields.signature import takes_context, wrapped
 from cnf.noise import Noise
 
 __all__ = ["CustomField", "Field", "can_compile", "context_size", "intact", "prepared", "protect", "structure"]
@@ -27,8 +28,10 @@ Field = Callable[..., Tensor]
 Structure = dict[str, tuple[type, tuple[str, ...]]]
 
 _MIXING = 0.02  # of the field's size: how far a row may move with its neighbours (rounding, reduced precision)
+_ROWS = 6  # of a batch that are compared with two of them
+_CALLS = 5  # that must agree: a layer that is skipped at random is seen with probability 0.94
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
-_CHECKED: weakref.WeakKeyDictionary[nn.Module, dict[bool, tuple[bool, bool]]] = weakref.WeakKeyDictionary()  # by mode: random, whole
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[bool, bool]]] = weakref.WeakKeyDictionary()  # by layers and modes: random, whole
 
 
 # --- which capabilities may be used -----------------------------------------------------------------------------
@@ -146,7 +149,9 @@ class CustomField:
         self.jvp = self._jvp if usable and _consistent(kind, "jvp") else None
         self.divergence = self._divergence if usable and _consistent(kind, "divergence") else None
         self.closed_form = self.divergence is not None and bool(getattr(module, "closed_form", True))
-        self.reverse = False  # whether an operation turned out to have no forward-mode derivative
+        # whether an operation has no forward-mode derivative; torch.jit's code loses it in silence
+        self.reverse = any(isinstance(m, torch.jit.ScriptModule) for m in module.modules())
+        self.usable = usable
 
     def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """dx/dt (N, \\*event)."""
@@ -197,20 +202,26 @@ class CustomField:
         Raises:
             ConfigError: where the value of a row depends on the other rows of its batch.
         """
-        if _ours(self.module) or x.shape[0] == 0 or tracing(x):
+        if x.shape[0] == 0 or tracing(x):
             return
         known = _CHECKED.setdefault(self.module, {})
-        mode = self.module.training
+        mode = hash(tuple((type(m), m.training) for m in self.module.modules()))
         if mode in known:
             self.random, self.whole = known[mode]
             return
         try:
-            other = CustomField(_copy(self.module), None, usable=False)  # a counter in the module goes on as if nothing had been called
-            self.random, apart = other._compare_rows(t, x[:3], context)
+            other = self.twin()
+            self.random, apart, again = other._compare_rows(t, x[:_ROWS], context)
         except Exception:  # it closes over rows of its own, or cannot be copied: the solve itself will tell what is wrong
             self.whole = True
             known[mode] = (False, True)
             return
+        if again > _MIXING:
+            raise ConfigError(
+                f"field {self._name} returns another value for the same point when it is called again (they differ by {again:.1%} of its "
+                "size): draw random numbers from torch's global generator (torch.rand, nn.Dropout), not from Python's, NumPy's or one of the "
+                "field's own, and keep no state from call to call"
+            )
         self.whole = self.random  # other numbers for other shapes
         if not self.random and apart is None:
             return
@@ -221,18 +232,25 @@ class CustomField:
             )
         known[mode] = (self.random, self.whole)
 
+    def twin(self) -> CustomField:
+        """Return the field with a copy of its module, whose counters and buffers are separate."""
+        return CustomField(_copy(self.module), self.randomness.noise, self.usable)
+
     @torch.no_grad()
-    def _compare_rows(self, t: Tensor, x: Tensor, context: Tensor | None) -> tuple[bool, float | None]:
-        """Whether the field draws random numbers, and how much its first row moves with the last, relative to its size."""
+    def _compare_rows(self, t: Tensor, x: Tensor, context: Tensor | None) -> tuple[bool, float | None, float]:
+        """Whether the field draws random numbers; how much its first row moves with the last, and all rows from call to call,
+        relative to its size."""
         values = []
         with draws_random_numbers(x.device) as drew:
-            for rows in range(max(1, len(x) - 1), len(x) + 1):
+            for rows in sorted({min(2, max(1, len(x) - 1)), len(x)}):
                 given = context if context is None or context.ndim == 1 else context[:rows]
                 values.append(self._checked(self.module(*self._copies(t, x[:rows], given)), x[:rows], "returned"))
+            calls = torch.stack([self(t, x, context if context is None or context.ndim == 1 else context[: len(x)]) for _ in range(_CALLS)])
         size = float(values[-1].abs().max())
-        if len(x) < 2 or not 0 < size < float("inf"):  # one row, or zero at initialisation: to be looked at again
-            return drew[0], None
-        return drew[0], float((values[1][0] - values[0][0]).abs().max()) / size
+        if not 0 < size < float("inf"):  # zero at initialisation: to be looked at again
+            return drew[0], None, 0.0
+        again = float((calls - calls[0]).abs().max()) / size
+        return drew[0], None if len(x) < 2 else float((values[1][0] - values[0][0]).abs().max()) / size, again
 
 
 def _copy(module: nn.Module) -> nn.Module:
@@ -245,6 +263,8 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 def _refuse_batch_statistics(module: nn.Module) -> None:
+    if not torch.compiler.is_compiling() and any(is_lazy(p) for p in (*module.parameters(), *module.buffers())):
+        raise ConfigError(f"field {type(module).__name__} has lazy layers without weights: call it once, field(t, x), before it is solved")
     for name, m in module.named_modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None):
             raise ConfigError(
@@ -255,8 +275,10 @@ def _refuse_batch_statistics(module: nn.Module) -> None:
 
 def context_size(field: nn.Module) -> int | None:
     """Return the size C of the field's context, 0 for none; None for a custom field that takes one and does not say."""
+    field = wrapped(field)
     stated = [field] if not _ours(field) else list(field.modules())
-    sizes = [int(c) for m in stated if (c := getattr(m, "context_dim", None)) is not None]
+    found = [getattr(m, "context_dim", None) for m in stated]
+    sizes = [int(c) for c in found if c is not None]
     if sizes or _ours(field):
         return max(sizes, default=0)
     return None if takes_context(field) else 0

@@ -158,7 +158,7 @@ class MLP(Stack):
             self.zero_()
 
     def prepare(self, x: Tensor, context: Tensor | None = None) -> Prepared:
-        if x[0].numel() != self.dim:
+        if x.shape[1:].numel() != self.dim:
             raise ConfigError(f"x has shape {tuple(x.shape)}, but this {type(self).__name__} was built for dim={self.dim} per event")
         return super().prepare(x, context)
 

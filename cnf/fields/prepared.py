@@ -119,7 +119,7 @@ class Prepared:
         else:
             div = dense_trace(slopes, kernel, x.shape[0])
         if self.residual == "minus":
-            div = div - x[0].numel()
+            div = div - x.shape[1:].numel()
         elif self.linear is not None:
             div = div + self.linear.diagonal().sum()
         return skip(self.residual, self.linear, h, entered).reshape(x.shape), div

@@ -1,4 +1,4 @@
-"""Random layers inside a solve: they draw once, as a probe does, and again the same wherever an evaluation is repeated."""
+"""Random layers inside a solve: one draw per solve, replayed wherever an evaluation is repeated."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class SolveRandomness:
     """Random state in which every evaluation of one solve starts.
 
     Without ``noise`` it is that of torch's generators at the first evaluation, which leaves them as it moved them: a solve draws
-    once. With one it is a function of the noise, and torch's generators are left as they are.
+    once. With one it is a function of the noise, and torch's generators are left as they are. Without, the blocks of a chain draw
+    in the order in which they are solved, which ``decode`` reverses: give ``encode`` and ``decode`` the same ``Noise`` to invert a chain.
 
     Args:
         noise: as handed to the block.

@@ -5,14 +5,17 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from cnf.errors import ConfigError
 
-__all__ = ["check_signature", "takes_context"]
+__all__ = ["check_signature", "takes_context", "wrapped"]
 
 POINT = ("x", "z", "y", "xt", "x_t", "state", "states", "input", "inputs")
 TIME = ("t", "time", "times", "timestep", "timesteps", "s", "tau")
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
 def _positional(forward: Any) -> tuple[tuple[str, ...], bool] | None:
@@ -25,7 +28,20 @@ def _positional(forward: Any) -> tuple[tuple[str, ...], bool] | None:
     return names, any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
+def wrapped(module: nn.Module) -> nn.Module:
+    """Return the module inside torch.compile's, DataParallel's or AveragedModel's, whose calls it answers; else the module itself."""
+    while True:
+        inner = getattr(module, "module" if isinstance(module, _WRAPPERS) else "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
 def _signature(module: nn.Module) -> tuple[tuple[str, ...], bool] | None:
+    module = wrapped(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        schema: Any = module.forward
+        return tuple(argument.name for argument in schema.schema.arguments[1:]), False
     if "forward" in vars(module):  # replaced on the instance, bound already
         return _positional(vars(module)["forward"])
     found = _positional(type(module).forward)

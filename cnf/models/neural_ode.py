@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cnf.errors import ConfigError, SolverError
 from cnf.fields.custom import protect
+from cnf.fields.signature import check_signature
 from cnf.models.odenet import ODENet, conv_maps, mlp_maps
 from cnf.models.predictor import Prediction, Predictor
 from cnf.solvers import Adaptive, FixedGrid, Solver, Stats
@@ -88,9 +89,12 @@ class NeuralODE(Predictor):
             raise ConfigError("adaptive_depth=True learns an end time for each sample: leave learn_end_time=False")
         channels, *size = (math.prod(event_shape),) if flatten else event_shape or (0,)
         super().__init__(event_shape, outputs, (channels + augment, *size), head, levels)
-        self.fields = nn.ModuleList([fields] if isinstance(fields, nn.Module) else fields)
-        if not self.fields:
+        each = list(fields) if isinstance(fields, Sequence | nn.ModuleList) else [fields]
+        if not each:
             raise ConfigError("fields=() is empty; expected one vector field, or one for each piece of [0, T]")
+        for field in each:
+            check_signature(field)
+        self.fields = nn.ModuleList(each)
         self.augment, self.flatten, self.data_control, self.learn_end_time = augment, flatten, data_control, learn_end_time
         self.solver: Solver = solver or FixedGrid("rk4", 4)
         self.eval_solver: Solver = eval_solver or Adaptive("dopri5", 1e-5, 1e-5)

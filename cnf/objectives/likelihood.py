@@ -25,7 +25,7 @@ class _BlockMean:
         self.name, self.need = f"{quadrature.name}_mean", quadrature.need
 
     def __call__(self, t: Tensor, x: Tensor, linearization: Linearization, field: Bound) -> Tensor:
-        return self.quadrature(t, x, linearization, field) * (self.factor / x[0].numel())
+        return self.quadrature(t, x, linearization, field) * (self.factor / x.shape[1:].numel())
 
 
 class Likelihood(DensityObjective):

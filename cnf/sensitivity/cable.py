@@ -61,7 +61,7 @@ def jacobian(
         torch.Size([5, 2, 2])
     """
     require_points(x)
-    dim = x[0].numel()
+    dim = x.shape[1:].numel()
     size = chunk_size(chunk, dim, x.numel())
     push = _Push(context, solver, back)
     values, columns = [], []

@@ -117,7 +117,7 @@ def _reach(
 
 def _matrix(block: CNF, t: Tensor, at: Carry, context: Tensor | None) -> Tensor:
     """Return A = ∂f/∂x (N, D, D)."""
-    bound, dim = Bound(block.field, context), at.x[0].numel()
+    bound, dim = Bound(block.field, context), at.x.shape[1:].numel()
     size = chunk_size(None, dim, at.x.numel())
     columns = [
         bound.jvp(clock(t, at.a), at.x, units(at.x, first, min(size, dim - first)))[1].flatten(2)

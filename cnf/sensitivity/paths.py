@@ -107,6 +107,6 @@ def path_end(block: CNF, a: Tensor, x: Tensor, solver: Solver | None = None) -> 
 
 def units(x: Tensor, first: int, count: int) -> Tensor:
     """Return ``count`` unit tangents from dimension ``first`` on, (count, N, \\*event), equal for every row."""
-    unit = torch.zeros(count, x[0].numel(), dtype=x.dtype, device=x.device)
+    unit = torch.zeros(count, x.shape[1:].numel(), dtype=x.dtype, device=x.device)
     unit[torch.arange(count), torch.arange(first, first + count)] = 1
     return unit.reshape(count, 1, *x.shape[1:]).expand(count, *x.shape)

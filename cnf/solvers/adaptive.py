@@ -195,6 +195,9 @@ class Adaptive:
 
     def _size(self, entry: Tensor) -> Tensor:
         """Of an entry's errors; in float64, since squares of a row far out overflow float32 and stop the whole batch."""
+        if not entry.numel():
+            return entry.new_zeros((), dtype=torch.float64)
+        entry = entry.detach()  # steps are chosen by values: a norm has no second derivative at zero
         rows = entry.reshape(len(entry) if self.norm == "row" else 1, -1)
         size: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) / math.sqrt(rows.shape[1])
         return size.max().clamp(max=LARGEST)

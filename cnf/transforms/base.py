@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,14 @@ class Transform(nn.Module):
     """Base class of invertible transforms: ``forward`` maps data to noise, ``inverse`` noise to data.
 
     With ``log_det=False`` no divergence is evaluated and the returned log_det is undefined; with ``integrals=False`` a
-    CNF omits its regularisers.
+    CNF omits its regularisers. A subclass of another package gets copies of points and context, which it may overwrite.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.__module__.partition(".")[0] != "cnf":
+            for name in {"forward", "inverse", "_forward", "_inverse"} & vars(cls).keys():
+                setattr(cls, name, _given_copies(vars(cls)[name]))
 
     def forward(
         self,
@@ -59,6 +66,17 @@ class Transform(nn.Module):
     def latent_shape(self, shape: Shape) -> Shape:
         """Return the shape of z for x of event_shape ``shape``."""
         return shape
+
+
+def _given_copies(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method of a custom transform to call it with copies of its tensors."""
+
+    @wraps(method)
+    def call(self: Transform, *args: Any, **kwargs: Any) -> Any:
+        copies = [v.clone() if isinstance(v, Tensor) else v for v in args]
+        return method(self, *copies, **{k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()})
+
+    return call
 
 
 class Plain(Transform):

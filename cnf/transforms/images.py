@@ -205,12 +205,13 @@ class Squeeze(Plain):
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.ndim != 4 or x.shape[2] % 2 or x.shape[3] % 2:
             raise DataError(f"squeeze halves height and width, but x has shape {tuple(x.shape)}: give even sizes")
-        return F.pixel_unshuffle(x, 2), zeros(x)
+        # the shape by hand: of no images torch leaves it as it was
+        return F.pixel_unshuffle(x, 2).reshape(len(x), *self.latent_shape(tuple(x.shape[1:]))), zeros(x)
 
     def _inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         if z.ndim != 4 or z.shape[1] % 4:
             raise DataError(f"unsqueezing takes (N, 4C, H, W), but z has shape {tuple(z.shape)}")
-        return F.pixel_shuffle(z, 2), zeros(z)
+        return F.pixel_shuffle(z, 2).reshape(len(z), z.shape[1] // 4, 2 * z.shape[2], 2 * z.shape[3]), zeros(z)
 
     def latent_shape(self, shape: Shape) -> Shape:
         """Return (4C, H/2, W/2)."""

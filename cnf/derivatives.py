@@ -1,0 +1,79 @@
+"""Check that a custom field's derivative is that of its values, once for each field."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from cnf.deferral import tracing
+from cnf.divergence import Bound, Divergence, Field, jacobian_product
+from cnf.errors import ConfigError
+from cnf.fields.custom import CustomField
+from cnf.fields.randomness import draws_random_numbers
+
+__all__ = ["check_derivative"]
+
+ROWS = 8
+AGREE, WRONG = 0.05, 0.2  # of a difference quotient: how far that of half the step may be off, and how far a derivative is not
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, set[tuple[bool, str]]] = weakref.WeakKeyDictionary()  # modes of module and product
+
+
+def check_derivative(
+    field: Field, divergence: Divergence, need: frozenset[str], t: Tensor, x: Tensor, context: Tensor | None
+) -> None:
+    """Compare eᵀJe of a custom field at a few rows of x (N, \\*event) with difference quotients of its values.
+
+    Gradients that a field cuts (``detach``, ``no_grad``, NumPy, rounding) would make a log-det that is wrong in silence. Rows at which
+    two difference quotients do not agree with each other (kinks, rounding) do not count.
+
+    Raises:
+        ConfigError: for a derivative that is not that of the values.
+    """
+    if not need or not isinstance(field, CustomField) or tracing(x) or not len(x):
+        return
+    mode = getattr(divergence, "mode", "forward")
+    known = _CHECKED.setdefault(field.module, set())
+    if (key := (field.module.training, mode)) in known:
+        return
+    if not field.whole or field.random:
+        x = x[:ROWS]
+        context = context if context is None or context.ndim == 1 else context[: len(x)]
+    try:
+        with draws_random_numbers(x.device):
+            found, quotient, sure = _compare(Bound(field.twin(), context), mode, t.detach(), x.detach())
+    except Exception:  # the solve itself reports what is wrong
+        known.add(key)
+        return
+    wrong = sure & ((found - quotient).abs() > WRONG * quotient.abs())
+    if 2 * int(wrong.sum()) > int(sure.sum()):
+        row = int(wrong.nonzero()[0])
+        raise ConfigError(
+            f"field {type(field.module).__name__} has another derivative than its values: {float(found[row]):.3g} by autodiff and "
+            f"{float(quotient[row]):.3g} by differences, so that the log-det would be wrong. Take out what cuts or changes gradients "
+            "(detach, torch.no_grad, inference_mode, NumPy, rounding, backward hooks)"
+        )
+    known.add(key)
+
+
+@torch.no_grad()
+def _compare(field: Bound, mode: str, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """eᵀJe of each row by autodiff and by a difference quotient, and which of the latter are accurate."""
+    generator = torch.Generator().manual_seed(0)  # of its own: torch's are left as they are
+    e = (2 * torch.randint(0, 2, x.shape, generator=generator) - 1).to(x)
+    eps = torch.finfo(x.dtype).eps
+    step = eps ** (1 / 3) * x.abs().flatten(1).amax(1).clamp(min=1).reshape(-1, *(1,) * (x.ndim - 1))
+    x = x + step * torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x)  # off kinks, which zeros may be on
+
+    def along(values: Tensor) -> Tensor:
+        return (values * e).flatten(1).sum(1)
+
+    def quotient(h: Tensor) -> Tensor:
+        return along((field(t, x + h * e) - field(t, x - h * e)) / (2 * h))
+
+    value, given = jacobian_product(field, t, x, e[None], mode)
+    wide, narrow = quotient(step), quotient(step / 2)
+    rounding = 100 * eps * value.abs().flatten(1).sum(1) / step.flatten()
+    sure = ((wide - narrow).abs() <= AGREE * narrow.abs()) & (narrow.abs() > rounding) & narrow.isfinite()
+    return along(given[0]), narrow, sure

@@ -1,0 +1,326 @@
+"""Fields and transforms that hide their derivative, their randomness or their weights from torch, or write into what they are given."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson, Noise, from_velocity
+from cnf.errors import ConfigError, DataError, SolverError
+from cnf.fields import MLP, ConvField, Drive, TimePath
+from cnf.models import NeuralODE
+from cnf.multiscale import multiscale
+from cnf.solvers import Stats
+from cnf.transforms import Sequential, Transform, Transformed
+from cnf.transforms.base import Plain
+
+F64 = torch.float64
+GRID = FixedGrid("rk4", 4)
+POINTS = torch.randn(4, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+
+
+class Field(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)).to(F64)
+
+    def forward(self, t, x):
+        return self.net(x)
+
+
+def flow_of(field, divergence=None):
+    return Flow(CNF(field, divergence, GRID, GRID), (2,))
+
+
+# -- derivatives -------------------------------------------------------------------------------------------------------
+
+
+class Detached(Field):
+    def forward(self, t, x):
+        return self.net(x.detach())
+
+
+class Partly(Field):
+    def forward(self, t, x):
+        return self.net(x.detach()) + 0.1 * x
+
+
+class Inference(Field):
+    @torch.inference_mode()
+    def forward(self, t, x):
+        return self.net(x)
+
+
+class Unrecorded(Field):
+    @torch.no_grad()
+    def forward(self, t, x):
+        return self.net(x)
+
+
+class Numpy(Field):
+    def forward(self, t, x):
+        return torch.from_numpy(np.tanh(x.detach().numpy()))
+
+
+class WrongProduct(Field):
+    def jvp(self, t, x, v, context=None, *, t_dot=None):
+        return self(t, x), 0 * v
+
+
+@pytest.mark.parametrize("divergence", [Exact(), Hutchinson(), Hutchinson(mode="reverse")], ids=["exact", "forward", "reverse"])
+@pytest.mark.parametrize("kind", [Detached, Partly, Inference, Unrecorded, Numpy, WrongProduct])
+def test_a_derivative_that_is_not_that_of_the_values_is_refused(kind, divergence):
+    flow, truth = flow_of(kind(), divergence), flow_of(Field(), divergence)
+    if kind is not Partly and kind is not Numpy:
+        assert torch.equal(flow.encode(POINTS), truth.encode(POINTS))  # the map needs no derivative
+    right = (kind is Unrecorded and divergence.__class__.__name__ + getattr(divergence, "mode", "forward") != "Hutchinsonreverse") or (
+        kind is WrongProduct and getattr(divergence, "mode", "") == "reverse"
+    )
+    if right:
+        torch.testing.assert_close(flow.log_prob(POINTS, noise=Noise(0)), truth.log_prob(POINTS, noise=Noise(0)))
+        return
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=rf"field {kind.__name__} has another derivative than its values: .* (detach|torch)"):
+            flow.log_prob(POINTS, noise=Noise(0))
+
+
+@pytest.mark.parametrize("value", [lambda x: x.abs(), lambda x: nn.functional.relu(x), lambda x: torch.sin(1e4 * x), lambda x: 0 * x])
+def test_kinks_and_fast_fields_pass(value):
+    class Kinked(Field):
+        def forward(self, t, x):
+            return 0.1 * value(x)
+
+    flow = Flow(CNF(Kinked(), Exact(), GRID), (2,)).float()
+    for x in (torch.zeros(5, 2), torch.randn(5, 2), 1e17 * torch.ones(3, 2)):
+        flow.log_prob(x)
+
+
+def test_inference_mode_changes_no_number():
+    for field, divergence in ((Field(), Hutchinson(mode="reverse")), (MLP(2, (8,)).to(F64), Hutchinson(mode="reverse")), (Field(), Exact())):
+        flow = flow_of(field, divergence)
+        truth, score = flow.log_prob(POINTS, noise=Noise(0)), flow.score(POINTS, noise=Noise(0))
+        with torch.inference_mode():
+            x = POINTS.clone()
+            torch.testing.assert_close(flow.log_prob(x, noise=Noise(0)), truth.detach())
+            torch.testing.assert_close(flow.score(x, noise=Noise(0)), score)
+
+
+def test_torch_jit_and_wrappers_of_two_arguments():
+    truth = flow_of(Field()).log_prob(POINTS)
+    with pytest.warns():
+        made = [torch.jit.script(Field()), torch.jit.trace(Field(), (torch.zeros((), dtype=F64), POINTS))]
+    made += [torch.compile(Field(), backend="eager"), nn.DataParallel(Field()), torch.optim.swa_utils.AveragedModel(Field())]
+    for field in made:
+        flow = flow_of(field)
+        assert flow.context_dim == 0
+        found = flow(POINTS)
+        torch.testing.assert_close(found, truth)
+        found.sum().backward()
+        torch.testing.assert_close(flow_of(field, Hutchinson()).log_prob(POINTS, noise=Noise(0)), flow_of(Field(), Hutchinson()).log_prob(POINTS, noise=Noise(0)))
+
+
+def test_a_second_derivative_at_a_state_of_zero_is_finite():
+    flow = Flow(CNF(MLP(2, (8,), Drive("hyper", 3, 3)), solver=Adaptive(), path=TimePath(3, learn_start=True)), (2,)).to(F64)
+    x = POINTS.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(flow.log_prob(x).sum(), x, create_graph=True)
+    slope.square().sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in flow.parameters() if p.grad is not None)
+
+
+# -- randomness, weights, signatures -----------------------------------------------------------------------------------
+
+
+class PythonRandom(Field):
+    def forward(self, t, x):
+        return self.net(x) * (1.0 if random.random() < 0.5 else 0.1)
+
+
+class NumpyRandom(Field):
+    def forward(self, t, x):
+        return self.net(x) * float(np.random.default_rng().uniform(0.5, 1))
+
+
+class OwnGenerator(Field):
+    generator = torch.Generator().manual_seed(0)
+
+    def forward(self, t, x):
+        return self.net(x) * torch.rand(x.shape, generator=torch.Generator().manual_seed(random.getrandbits(30)), dtype=x.dtype)
+
+
+@pytest.mark.parametrize("kind", [PythonRandom, NumpyRandom, OwnGenerator])
+def test_randomness_that_is_not_torchs_is_refused(kind):
+    random.seed(0)
+    with pytest.raises(ConfigError, match=rf"field {kind.__name__} returns another value for the same point .* torch's global generator"):
+        flow_of(kind()).encode(POINTS)
+
+
+def test_lazy_layers_are_refused_until_they_have_weights():
+    class Lazy(Field):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, 2))
+
+    flow, x = Flow(CNF(Lazy(), solver=GRID), (2,)), POINTS.float()
+    with pytest.raises(ConfigError, match=r"Lazy has lazy layers without weights: call it once"):
+        flow.log_prob(x)
+    flow.transform.field(torch.zeros(()), x)
+    assert flow.log_prob(x).shape == (4,)
+
+
+def test_predictors_check_what_they_are_given():
+    class PointFirst(Field):
+        def forward(self, x, t):
+            return self.net(x)
+
+    for field, message in ((PointFirst(), "takes the point first"), (lambda t, x: -x, "field is a function"), ([Field(), 3], "field is a int")):
+        with pytest.raises(ConfigError, match=message):
+            NeuralODE(field, (2,), 1)
+
+
+# -- transforms that write ---------------------------------------------------------------------------------------------
+
+
+class Doubling(Transform):
+    def forward(self, x, context=None, *, noise=None, log_det=True, integrals=True):
+        if context is not None:
+            context.zero_()
+        return Transformed(x.mul_(2), x.new_full((len(x),), x[0].numel() * 0.6931471805599453), {}, Stats())
+
+    def inverse(self, z, context=None, **wanted):
+        return Transformed(z.div_(2), z.new_full((len(z),), -z[0].numel() * 0.6931471805599453), {}, Stats())
+
+
+class Halved(Plain):
+    def _forward(self, x):
+        return x.mul_(0.5), x.new_full((len(x),), -x[0].numel() * 0.6931471805599453)
+
+    def _inverse(self, z):
+        return z.mul_(2), z.new_full((len(z),), z[0].numel() * 0.6931471805599453)
+
+
+def test_a_transform_of_two_maps_cannot_change_what_it_is_handed():
+    x = POINTS.clone()
+    flow = Flow(Halved(), (2,))
+    torch.testing.assert_close(flow.decode(flow.encode(x)), POINTS)
+    assert torch.equal(x, POINTS)
+
+
+def test_a_transform_cannot_change_what_it_is_handed():
+    block = CNF(MLP(2, (8,), context_dim=2), Exact(), GRID).to(F64)
+    for transform in (Doubling(), Sequential([Doubling()]), Sequential([Doubling(), block])):
+        flow, x, context = Flow(transform, (2,)), POINTS.clone(), POINTS.clone() if block in transform.modules() else None
+        flow.register_buffer("kind", torch.zeros(1, dtype=F64))
+        z = flow.encode(x, context)
+        kept = z.clone()
+        torch.testing.assert_close(flow.decode(z, context), x)
+        flow.score(x, context)
+        assert torch.equal(x, POINTS) and torch.equal(z, kept) and (context is None or torch.equal(context, POINTS))
+        samples, log_prob = flow.sample_and_log_prob(3, None if context is None else context[0], noise=Noise(0))
+        torch.testing.assert_close(flow.log_prob(samples.detach(), None if context is None else context[0]), log_prob, rtol=1e-3, atol=1e-3)
+
+
+# -- nothing at all, and other types -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_empty_batches_of_blocks_distributions_and_paths(training):
+    empty = torch.zeros(0, 2)
+    for block in (CNF(MLP(2)), CNF(Field().float()), CNF(MLP(2, (8,), Drive("hyper", 3, 3)), path=TimePath(3)), CNF(MLP(2), Hutchinson())):
+        block.train(training)
+        for out in (block(empty), block.inverse(empty)):
+            assert out.value.shape == (0, 2) and out.log_det.shape == (0,)
+        flow = Flow(block, (2,)).train(training)
+        assert flow.trajectory(empty, torch.linspace(0, 1, 3)).shape == (3, 0, 2)
+        p = flow.distribution()
+        assert p.sample((0,)).shape == (0, 2) and p.log_prob(empty).shape == (0,) and p.log_prob(torch.zeros(3, 0, 2)).shape == (3, 0)
+    conditional = Flow(CNF(MLP(2, context_dim=3)), (2,)).train(training)
+    p = conditional(torch.zeros(0, 3))
+    assert p.sample((5,)).shape == (5, 0, 2) and p.log_prob(torch.zeros(5, 0, 2)).shape == (5, 0)
+    assert conditional(torch.zeros(4, 3)).sample((0,)).shape == (0, 4, 2)
+    images = Flow(multiscale((1, 8, 8), lambda shape: CNF(ConvField(shape[0], (4,)), Hutchinson())), (1, 8, 8)).train(training)
+    assert images.trajectory(torch.zeros(0, 1, 8, 8), torch.linspace(0, 1, 3)).shape == (3, 0, 1, 8, 8)
+
+
+def test_counts_and_types_of_samples_and_values():
+    flow = Flow(CNF(MLP(2), solver=GRID), (2,))
+    assert flow.sample(np.int64(3)).shape == (3, 2) and flow.sample(torch.tensor(3)).shape == (3, 2)
+    for n in (2.5, (2.5,), "three", None, np.array([1.5])):
+        with pytest.raises(ConfigError, match="expected a count of samples, or a shape"):
+            flow.sample(n)
+    with pytest.raises(DataError, match="value is a ndarray"):
+        flow().log_prob(np.zeros((3, 2)))
+    with pytest.raises(DataError, match=r"layout torch\.sparse_coo; expected a dense tensor"):
+        flow.log_prob(torch.eye(2).to_sparse())
+    assert repr(flow().expand((3,))) == "FlowDistribution(batch_shape=(3,), event_shape=(2,))"
+
+
+def test_a_velocity_that_detaches_is_refused_for_its_likelihood_alone():
+    net = Field()
+    flow = from_velocity(lambda t, x: net(t, x.detach()), (2,), "noise-to-data")
+    assert flow.sample(3).shape == (3, 2)
+    with pytest.raises(ConfigError, match="another derivative than its values"):
+        flow.log_prob(POINTS)
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mix", [lambda h: nn.functional.normalize(h, dim=0), lambda h: h + (h[[3]] if len(h) > 3 else 0)])
+def test_rows_that_see_each_other_in_other_ways_are_refused(mix):
+    class Mixed(Field):
+        def forward(self, t, x):
+            return mix(self.net(x))
+
+    with pytest.raises(ConfigError, match="field Mixed returns another value for a row"):
+        flow_of(Mixed()).log_prob(POINTS.repeat(2, 1))
+
+
+def test_rows_that_a_field_holds_by_their_places_are_not_evaluated_apart():
+    class Placed(Field):
+        def __init__(self):
+            nn.Module.__init__(self)
+            torch.manual_seed(0)
+            self.enter, self.leave, self.held = nn.Linear(2, 16), nn.Linear(16, 2), torch.randn(6, 16)
+
+        def forward(self, t, x):
+            return self.leave(torch.relu(3 * self.enter(x) + self.held[: len(x)] + t))
+
+    x, flow = torch.randn(6, 2, generator=torch.Generator().manual_seed(1)), Flow(CNF(Placed()), (2,)).eval()
+    with torch.no_grad():
+        found = flow.log_prob(x)
+        flow.transform.eval_solver = FixedGrid("rk4", 500)
+        assert float((found - flow.log_prob(x)).abs().max()) < 5e-3
+
+
+def test_a_path_is_that_of_one_solve_with_random_layers():
+    field = Field()
+    field.net.insert(1, nn.Dropout(0.5))
+    flow = Flow(Sequential([CNF(field, solver=FixedGrid("rk4", 16)), CNF(field, solver=FixedGrid("rk4", 16))]), (2,))
+    frames = flow.trajectory(POINTS, torch.linspace(0, 1, 9, dtype=F64), noise=Noise(3))
+    torch.testing.assert_close(frames[-1], flow.encode(POINTS, noise=Noise(3)), rtol=1e-6, atol=1e-6)
+    single = Flow(CNF(field, solver=FixedGrid("rk4", 16)), (2,))
+    state = torch.get_rng_state()
+    a, b = (single.trajectory(POINTS, torch.tensor(times)) for times in ([1.0], [0.25, 0.5, 1.0]))
+    torch.testing.assert_close(a[-1], b[-1], rtol=1e-6, atol=1e-6)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_compiling_the_whole_log_prob_with_a_context():
+    torch.manual_seed(0)
+    flow, context = Flow(CNF(MLP(2, (8,), context_dim=3), Exact(), FixedGrid("rk4", 1)), (2,)).to(F64), torch.randn(4, 3, dtype=F64)
+    for call in (flow.log_prob, flow.decode):
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(POINTS, context), call(POINTS, context), rtol=1e-9, atol=1e-9)
+
+
+def test_a_row_at_which_a_custom_field_is_not_finite_is_named():
+    class Root(nn.Module):
+        def forward(self, t, x):
+            return 0.1 * x.sqrt()
+
+    flow = Flow(CNF(Root()), (2,)).eval()
+    with pytest.raises(SolverError, match="row 1 of 3 cannot be solved"), torch.no_grad():
+        flow.encode(torch.tensor([[1.0, 1.0], [2.0, -1.0], [3.0, 3.0]]))
