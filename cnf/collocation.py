@@ -21,7 +21,7 @@ from cnf.refinement import Rows, panels_of, refine
 from cnf.solvers import Adaptive, Solution, Solver, Stats
 from cnf.solvers.base import RHS, State, require_finite
 
-__all__ = ["RULES", "patterson", "solve", "solve_at_nodes"]
+__all__ = ["RULES", "interpolation", "patterson", "solve", "solve_at_nodes"]
 
 RULES = (1, 3, 7, 15, 31, 63)  # nodes
 FINEST = RULES[-1]
@@ -242,7 +242,7 @@ class _Slopes:
         """How far (integrals, N) the rule's new nodes lie from the polynomial through the old ones, root mean square."""
         every = _every(count)
         old, new = ([self(i * every) for i in range(start, count + 1, 2)] for start in (2, 1))
-        foretold = torch.einsum("no,oir->nir", _interpolation(count).to(new[0]), torch.stack(old))
+        foretold = torch.einsum("no,oir->nir", interpolation(count).to(new[0]), torch.stack(old))
         return (torch.stack(new) - foretold).square().mean(0).sqrt()
 
     def refined(self, values: Tensor, unsettled: Tensor, tolerance: Tensor, rows: Callable[[], Rows | None] | None) -> Tensor:
@@ -267,8 +267,8 @@ def _every(count: int) -> int:
 
 
 @cache
-def _interpolation(count: int) -> Tensor:
-    """The matrix (new, old), float64, from values at the nodes of the rule before to those at the new nodes of this one."""
+def interpolation(count: int) -> Tensor:
+    """Return the matrix (new, old), float64, from values at the nodes of the rule before to those at the new nodes of this one."""
     nodes = patterson(count)[0]
     old, new = nodes[1::2], nodes[::2]
     apart = (old[:, None] - old[None]).fill_diagonal_(1).prod(1)  # barycentric weights, inverted

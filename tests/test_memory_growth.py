@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cnf.checkpoint import RunInfo
-from cnf.collocation import RULES, patterson
+from cnf.collocation import RULES, interpolation, patterson
 from cnf.datasets import DataSplits
 from cnf.likelihood import evaluate
 from cnf.models import ModelConfig, SolverConfig
@@ -53,8 +53,10 @@ def settle(run, steps, evaluations, samplings):
 
 
 def check(tmp_path, warmup, steps, others, solver):
-    for nodes in RULES:  # the one cache of tensors: the process keeps each rule from its first use, at whatever step that is
+    for nodes in RULES:  # the only caches of tensors: the process keeps each rule from its first use, at whatever step that is
         patterson(nodes)
+        if nodes > RULES[0]:
+            interpolation(nodes)
     train = TrainConfig(steps=10_000, batch_size=64, accumulate=2, validate_every=25, watch_every=20, kinetic=0.01)
     config = RunConfig("points", DataConfig(), ModelConfig(hidden=(16, 16), blocks=2), solver, train)
     run = Trainer(RunInfo(config, (2,), None, 0, (), ("a", "b")), DATA, tmp_path, quiet=True)
