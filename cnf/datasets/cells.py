@@ -14,7 +14,7 @@ from cnf.errors import DataError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["typed"]
+__all__ = ["numbers", "typed"]
 
 DATE_FORMATS = ("%d.%m.%Y", "%Y/%m/%d", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y", "%m-%d-%Y")
 TIMES = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f")
@@ -186,3 +186,21 @@ def _dates(text: pd.Series, name: str) -> tuple[pd.Series, list[str]]:
     if any(not found.equals(fits[0][1]) for _, found in fits[1:]):
         raise DataError(f"{where} holds dates such as {cell!r}, whose day and month are ambiguous; expected 2024-01-31")
     return fits[0][1], []
+
+
+def numbers(frame: pd.DataFrame, name: str) -> Array:
+    """Return all columns as numbers (N, D) in float64.
+
+    Raises:
+        DataError: for a column of text or dates.
+    """
+    if all(dtype.kind in "biuf" for dtype in set(frame.dtypes)):
+        return np.asarray(frame.to_numpy(dtype=np.float64))
+    columns = []
+    for label in frame.columns:
+        column, _ = typed(frame[label], name)
+        if column.dtype.kind not in "biuf":
+            cell = next(v for v in frame[label] if v is not None and v == v)
+            raise DataError(f"row {frame.index[0]}, column {label!r} of {name!r} is {cell!r}; expected a number")
+        columns.append(column.to_numpy(dtype=np.float64, na_value=np.nan))
+    return np.stack(columns, axis=1)

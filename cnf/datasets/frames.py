@@ -7,11 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from cnf.datasets.cells import typed
 from cnf.datasets.dialect import DATE, is_number, is_numbered, unique_names
-from cnf.datasets.rows import Array
 from cnf.datasets.text import HEAD_LINES, read_text
 from cnf.errors import DataError
 from cnf.strangers import BOMB_BYTES, BOMB_RATIO, memory, require_file, zip_members
@@ -19,7 +15,7 @@ from cnf.strangers import BOMB_BYTES, BOMB_RATIO, memory, require_file, zip_memb
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["TABLES", "is_table", "numbers", "read_frame"]
+__all__ = ["TABLES", "is_table", "read_frame"]
 
 TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".xlsx", ".xlsm")
 MANY_CELLS, CELLS_RATIO = 2**22, 50  # of a sheet: more of both than it could hold
@@ -122,21 +118,3 @@ def _read_excel(path: Path) -> tuple[pd.DataFrame, list[str]]:
     if others := [sheet.title for sheet in book.worksheets[1:]]:
         notices.append(f"the first sheet of {str(path)!r} is read, not {', '.join(map(repr, others))}")
     return frame, notices
-
-
-def numbers(frame: pd.DataFrame, name: str) -> Array:
-    """Return all columns as numbers (N, D) in float64.
-
-    Raises:
-        DataError: for a column of text or dates.
-    """
-    if all(dtype.kind in "biuf" for dtype in set(frame.dtypes)):
-        return np.asarray(frame.to_numpy(dtype=np.float64))
-    columns = []
-    for label in frame.columns:
-        column, _ = typed(frame[label], name)
-        if column.dtype.kind not in "biuf":
-            cell = next(v for v in frame[label] if v is not None and v == v)
-            raise DataError(f"row {frame.index[0]}, column {label!r} of {name!r} is {cell!r}; expected a number")
-        columns.append(column.to_numpy(dtype=np.float64, na_value=np.nan))
-    return np.stack(columns, axis=1)

@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, TextIO, cast
 
 import numpy as np
 
+from cnf.datasets.cells import numbers
 from cnf.datasets.dialect import DATE, Dialect, decimal_points, find_dialect, is_number, is_numbered, unique_names
 from cnf.datasets.rows import Array
 from cnf.errors import DataError
@@ -51,8 +52,6 @@ def read_csv(path: Path) -> tuple[Array, tuple[str, ...]]:
     Raises:
         DataError: for an unreadable or empty file, rows of unequal length, or a cell that is no number.
     """
-    from cnf.datasets.frames import numbers
-
     frame, _ = read_text(path)
     return numbers(frame, str(path)), tuple(frame.columns)
 
