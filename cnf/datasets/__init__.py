@@ -1,4 +1,4 @@
-"""Toy, tabular and image data and the user's own files, as training, validation and test sets."""
+"""Toy, tabular, image and custom data sets, split into training, validation and test sets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ALIASES = {
 
 
 def names() -> dict[str, str]:
-    """Every data set known by name, with a line about it (files and folders need no name)."""
+    """Return the named data sets with a one-line description each (files and folders are loaded by path)."""
     return images.NAMES | celeba.NAMES | large.NAMES | toy.NAMES | supervised.NAMES | tabular.NAMES
 
 
@@ -59,34 +59,34 @@ def load(
     """Load a data set by name or path.
 
     Args:
-        name_or_path: one of :func:`names`; an .npz or .npy file; a table (.csv, .tsv, .csv.gz, .parquet, .xlsx); a folder of PNG, JPEG,
-            WebP, BMP or TIFF images; a folder with parts called train... and test... (files or folders); or one picture, also as
-            ``picture:path``, whose darkness is a density in the plane.
-        root: where named data sets are looked for and downloaded to (data/README.md gives the layout).
-        seed: draws toy points, and the noise that spreads discrete columns.
-        split_seed: decides random splits and what ``limit`` keeps; apart from ``seed``, so that runs share their test
-            set.
-        condition: ``"label"`` for one-hot contexts, ``"target"`` for a regression's targets, or names of a table's columns,
-            separated by commas, that are given: p(other columns | these).
-        discrete: columns on a lattice: ``"dequantize"`` (one step of uniform noise), ``"keep"`` or ``"error"``.
-        duplicates: exact duplicate rows of the user's own data: ``"drop"`` before splitting, or ``"keep"``.
-        download: whether torchvision may download.
-        limit: use only so many training rows.
-        validation_fraction, test_fraction: shares of the user's own data.
-        nbits: bits kept of 8-bit images, 1 to 8: ``levels`` is then 2**nbits.
-        image_size: centre-crop and resize a folder's pictures, or CelebA's, to this size.
-        invert: of a picture's density: light is dense instead of dark.
-        flip: whether training images are flipped at random from left to right; None: as their published protocol says,
-            and not where there is none.
-        sizes: points of train, validation and test of a toy set.
-        columns, drop_columns: names of a table's columns to keep, or to leave out; text separated by commas, or a list.
-        missing: rows of a table with missing values: ``"error"`` or ``"drop"``.
-        dependent: columns of a table that follow from others: ``"error"`` or ``"keep"``.
-        table: the columns as a trained model knows them (``DataSplits.table``): the table is read as that model's was.
+        name_or_path: one of :func:`names`; an .npz or .npy file; a table (.csv, .tsv, .csv.gz, .parquet, .xlsx); a
+            folder of PNG, JPEG, WebP, BMP or TIFF images; a folder with parts called train... and test... (files or
+            folders); or one image, optionally as ``picture:path``, whose darkness defines a density in the plane.
+        root: folder of the named data sets, also the download target (data/README.md gives the layout).
+        seed: seed of toy samples and of the dequantisation noise of discrete columns.
+        split_seed: seed of random splits and of the rows that ``limit`` keeps; separate from ``seed``, so that runs
+            share their test set.
+        condition: ``"label"`` for one-hot contexts, ``"target"`` for regression targets, or comma-separated names of
+            table columns to condition on: p(other columns | these).
+        discrete: treatment of columns on a lattice: ``"dequantize"`` (one step of uniform noise), ``"keep"`` or
+            ``"error"``.
+        duplicates: treatment of exact duplicate rows of custom data: ``"drop"`` before splitting, or ``"keep"``.
+        download: allow torchvision to download.
+        limit: maximum number of training rows.
+        validation_fraction, test_fraction: fractions of custom data.
+        nbits: bits kept of 8-bit images, 1 to 8; ``levels`` becomes 2**nbits.
+        image_size: centre-crop and resize the images of a folder, or CelebA's, to this size.
+        invert: for the density of an image: make light dense instead of dark.
+        flip: flip training images horizontally at random; None follows the published protocol, without one no flips.
+        sizes: numbers of training, validation and test samples of a toy set.
+        columns, drop_columns: table columns to keep or to drop; comma-separated text, or a list.
+        missing: treatment of table rows with missing values: ``"error"`` or ``"drop"``.
+        dependent: treatment of linearly dependent table columns: ``"error"`` or ``"keep"``.
+        table: columns of a trained model (``DataSplits.table``); the table is read with the same column types.
 
     Raises:
-        DataError: for data that cannot be used, saying what is wrong and what to try.
-        ConfigError: for an option that cannot be, or that means nothing for this data set.
+        DataError: for unusable data; the message states the fault and a remedy.
+        ConfigError: for an invalid option, or one that does not apply to this data set.
 
     Example:
         >>> load("digits").event_shape
@@ -130,8 +130,8 @@ def load(
     raise DataError(f"data {name!r} is neither a known name nor a file or folder: {hint}")
 
 
-# which kinds of data an option is for (image, toy, tabular, own; celeba and picture are one set and one kind of toy
-# set), and how to say so
+# option -> kinds of data that it applies to (image, toy, tabular, own; celeba is one image set, picture one kind of
+# toy set), and their description in messages
 _MEANT_FOR = {
     "nbits": (("image", "own"), "images"),
     "flip": (("image", "own"), "images"),
@@ -150,7 +150,11 @@ _MEANT_FOR = {
 
 
 def _refuse_idle(options: Options, name: str, kind: str, special: str) -> None:
-    """An option that would do nothing is a mistake, so it is refused."""
+    """Reject options without effect on this kind of data.
+
+    Raises:
+        ConfigError: for the first such option, or an unknown ``condition``.
+    """
     if options.condition not in (None, "label", "target") and kind != "own":
         raise ConfigError(f"condition={options.condition!r} is not known; expected None, 'label' or 'target' (columns are for your own tables)")
     for option, (kinds, what) in _MEANT_FOR.items():

@@ -1,4 +1,4 @@
-"""NumPy files: reading them without running anything, which keys mean what, and images as uint8 channels."""
+"""Safe reading of NumPy files: arrays by key, and conversion of images to uint8 (N, C, H, W)."""
 
 from __future__ import annotations
 
@@ -15,29 +15,28 @@ from cnf.strangers import memory, require_file, zip_members
 
 __all__ = ["MAP_FROM", "PARTS", "as_images", "read_numpy", "rows_of_keys"]
 
-MAP_FROM = 2**31  # bytes from which an .npy file is mapped instead of read
-MANY_OF_NOTHING = 2**24  # rows or columns that a file without a number may claim
+MAP_FROM = 2**31  # bytes; an .npy file of this size or more is memory-mapped
+MANY_OF_NOTHING = 2**24  # largest dimension of an array with zero elements
 PARTS = ("train", "validation", "test")
 
 _SPELLINGS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
 _KEYS = ("images", "x", "data")
 _LABELS = ("labels", "y")
-_DARK = 32  # images whose highest grey level is below this are probably not on a scale of 0 to 255
+_DARK = 32  # a highest grey level below this suggests a scale other than 0 to 255
 _WHAT = (
     "expected exactly one of 'images', 'x', 'data' (or x_train, x_test and perhaps x_validation), optionally 'labels'"
 )
 
 
 def read_numpy(path: Path) -> dict[str, Array]:
-    """The arrays of an .npz file by key, or that of an .npy file under ``"x"``; pickles are refused.
+    """Read the arrays of an .npz file by key, or of an .npy file under ``"x"``; pickles are refused.
 
-    An .npy file of 2 GiB or more is mapped (private, copy on write: the file itself is never changed). Members of an
-    .npz file are read as arrays, and never unpacked to the disk. A file must have as many bytes as its header says, and
-    the members of an .npz file the checksums that it gives.
+    An .npy file of 2 GiB or more is memory-mapped (private, copy on write: the file is never changed). Members of an
+    .npz file are read as arrays and never unpacked to disk. The size of a file has to match its header, and the members
+    of an .npz file their checksums.
 
     Raises:
-        DataError: if the file is missing, damaged, larger than the memory, a decompression bomb, or holds Python
-            objects.
+        DataError: if the file is missing, damaged, larger than memory, a decompression bomb, or holds Python objects.
     """
     size = require_file(path, DataError)
     try:
@@ -55,7 +54,7 @@ def read_numpy(path: Path) -> dict[str, Array]:
         if mapped.offset + mapped.nbytes != size:
             raise ValueError("it has more bytes than its header says")
         return {"x": mapped}
-    except Exception as error:  # zipfile and numpy raise many kinds for what is damaged; all mean the same here
+    except Exception as error:  # zipfile and numpy raise many exception types for damaged files
         if "allow_pickle" in str(error) or "Python objects" in str(error):
             raise DataError(
                 f"{str(path)!r} holds pickled Python objects, which can run code when read and are refused; "
@@ -81,7 +80,7 @@ def _read_zip(file: IO[bytes], size: int) -> dict[str, Array]:
 
 def _read_array(file: IO[bytes]) -> Array:
     array: Array = np.lib.format.read_array(file, allow_pickle=False)
-    if file.read(1):  # of a zip file's member, this also has its checksum compared
+    if file.read(1):  # reading to the end also verifies the checksum of a zip member
         raise ValueError("it has more bytes than its header says")
     if array.nbytes == 0 and max(array.shape, default=0) > MANY_OF_NOTHING:
         raise ValueError(f"it claims the shape {array.shape} and holds nothing")
@@ -89,10 +88,10 @@ def _read_array(file: IO[bytes]) -> Array:
 
 
 def rows_of_keys(arrays: dict[str, Array], name: str) -> dict[str, Rows]:
-    """Rows from the keys of data/README.md: all under ``"all"``, or by part where the file brings its own split.
+    """Return rows by the keys of data/README.md: under ``"all"``, or by part if the file contains a split.
 
     Raises:
-        DataError: for keys that do not say what the data are, parts that do not fit each other, or unusable images.
+        DataError: for missing or ambiguous keys, parts of different shape or dtype, or unusable images.
     """
     whole = [k for k in _KEYS if k in arrays]
     split = {k: found for k in _KEYS if (found := _parts_of(arrays, k))}
@@ -137,7 +136,7 @@ def rows_of_keys(arrays: dict[str, Array], name: str) -> dict[str, Rows]:
 
 
 def _parts_of(arrays: dict[str, Array], stem: str) -> dict[str, str]:
-    """Keys like x_train or train_x, by part."""
+    """Return keys such as x_train or train_x, by part."""
     found = {}
     for part in PARTS:
         keys = [k for s in _SPELLINGS[part] for k in (f"{stem}_{s}", f"{s}_{stem}") if k in arrays]
@@ -147,19 +146,18 @@ def _parts_of(arrays: dict[str, Array], stem: str) -> dict[str, str]:
 
 
 def _usable(key: str, values: Array) -> bool:
-    """``y`` may be a quantity to be predicted: it counts as labels only where it holds few whole numbers, or words."""
+    """Return whether an array holds labels: ``y`` only if it has few distinct integers or strings, else a target."""
     return "labels" in key or (values.dtype.kind in "iubU" and len(np.unique(values)) <= MAXIMUM_CLASSES)
 
 
 def as_images(x: Array, name: str) -> tuple[Array, list[str]]:
-    """uint8 (N, C, H, W), and notices, from (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels.
+    """Convert images (N, H, W), (N, H, W, C) or (N, C, H, W), C 1 or 3, to uint8 (N, C, H, W); also return notices.
 
-    Whole numbers 0 to 255 of another type, and floats that are exact multiples of 1/255 in [0, 1] (what ``ToTensor``
-    makes), are the same pictures and are converted. Anything else would have to be rounded, which is for their owner to
-    decide.
+    Integers 0 to 255 of another dtype, and floats that are exact multiples of 1/255 in [0, 1] (the output of
+    ``ToTensor``), convert without loss. Other values would need rounding and are rejected.
 
     Raises:
-        DataError: for values that are no 8-bit grey levels, or a shape whose channels cannot be told.
+        DataError: for values that are not 8-bit grey levels, or a shape with an ambiguous channel axis.
 
     Example:
         >>> images, notices = as_images(np.full((5, 8, 8, 3), 51 / 255), "grey")
@@ -195,7 +193,11 @@ def as_images(x: Array, name: str) -> tuple[Array, list[str]]:
 
 
 def _grey_levels(x: Array, name: str) -> tuple[Array, list[str]]:
-    """uint8 where that loses nothing."""
+    """Convert to uint8 without loss; also return notices.
+
+    Raises:
+        DataError: for values that are not 8-bit grey levels.
+    """
     if x.dtype == np.uint8:
         return x, []
     if x.dtype.kind not in "iuf":

@@ -1,4 +1,4 @@
-"""CelebA's aligned faces, from the files that the user puts under the data root."""
+"""CelebA: aligned faces, read from the official files under the data root."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 __all__ = ["NAMES", "celeba_picture", "load_celeba"]
 
 NAMES = {"celeba": "CelebA, 202,599 aligned faces, resized and centre-cropped to 32x32 (image_size); root/celeba"}
-ALIGNED = (178, 218)  # width and height of the aligned pictures
+ALIGNED = (178, 218)  # width and height of the aligned images
 SIZE = 32
-MAX_MEMBER = 2**24  # bytes of a picture in the zip file; CelebA's have about ten thousand
+MAX_MEMBER = 2**24  # bytes of an image in the zip file; CelebA's have about ten thousand
 
 
 def celeba_picture(picture: Image.Image, size: int) -> Image.Image:
-    """A picture as AFFJORD's published code makes it (arXiv 2306.02731).
+    """Resize and crop an aligned image as AFFJORD's published code does (arXiv 2306.02731).
 
-    The aligned picture (178 x 218) is resized so that its shorter side is ``size`` (bilinear, antialiased), and its
-    centre cropped, which shows the whole width. Others crop 148 x 148 pixels first: their figures do not compare.
+    The shorter side of the aligned image (178 x 218) is resized to ``size`` (bilinear, antialiased), and the centre is
+    cropped, which keeps the whole width. Protocols that crop 148 x 148 pixels first are not comparable.
     """
     from PIL import Image
 
@@ -43,17 +43,17 @@ def celeba_picture(picture: Image.Image, size: int) -> Image.Image:
 
 
 def load_celeba(options: Options) -> DataSplits:
-    """CelebA in its official partition, decoded on first use into ``root/celeba/prepared``.
+    """Load CelebA in its official partition, decoded on first use into ``root/celeba/prepared``.
 
     Raises:
-        DataError: for files that are missing, damaged, or not the aligned pictures.
-        ConfigError: for an ``image_size`` above that of the pictures.
+        DataError: for files that are missing, damaged, or not the aligned images.
+        ConfigError: for an ``image_size`` above that of the aligned images.
     """
     size, folder = options.image_size or SIZE, Path(options.root).expanduser() / "celeba"
     if size > ALIGNED[0]:
         raise ConfigError(f"image_size={size} is larger than celeba's pictures, {ALIGNED[0]}x{ALIGNED[1]}")
     lists = [folder / f"list_eval_partition.{suffix}" for suffix in ("txt", "csv")]
-    inner = folder / "img_align_celeba"  # some archives hold this folder twice, one in the other
+    inner = folder / "img_align_celeba"  # some archives nest this folder in a folder of the same name
     sources = [inner / inner.name, inner, folder / "img_align_celeba.zip"]
     partition, source = (next((p for p in paths if p.exists()), None) for paths in (lists, sources))
     if partition is None or source is None:
@@ -78,7 +78,7 @@ def load_celeba(options: Options) -> DataSplits:
 
 
 def _partition(path: Path) -> list[list[str]]:
-    """File names of the three parts, from lines such as ``000001.jpg 0`` (or with a comma)."""
+    """Return the file names of the three parts, from lines such as ``000001.jpg 0`` (or with a comma)."""
     names: list[list[str]] = [[], [], []]
     require_file(path, DataError)
     try:
@@ -113,14 +113,14 @@ def _faces(source: Path, names: list[str], part: str, size: int) -> Blocks:
         if source.is_dir():
             yield from from_files(lambda name: None)
             return
-        with ExitStack() as stack:  # members are decoded where they lie, never unpacked to the disk
+        with ExitStack() as stack:  # members are decoded from the archive, never unpacked to disk
             try:
                 size_of_zip = require_file(source, DataError)
                 archive = stack.enter_context(zipfile.ZipFile(source))
                 members = {Path(m.filename).name: m for m in zip_members(archive, size_of_zip)}
             except DataError:
                 raise
-            except Exception as error:  # zipfile raises many kinds for what is damaged; all mean the same here
+            except Exception as error:  # zipfile raises many exception types for damaged files
                 raise DataError(f"{str(source)!r} cannot be read as a zip file: {error}") from None
             yield from from_files(lambda name: _member(archive, members.get(name), name))
 

@@ -1,4 +1,4 @@
-"""Cells of a table as numbers, booleans, dates or text."""
+"""Conversion of table cells to numbers, booleans, dates or text."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = ["numbers", "typed"]
 
 DATE_FORMATS = ("%d.%m.%Y", "%Y/%m/%d", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y", "%m-%d-%Y")
 TIMES = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f")
-NUMBERS_SHARE = 0.5  # of a column's cells, from which on the others are mistakes and not categories
+NUMBERS_SHARE = 0.5  # share of numbers in a column above which the other cells are errors, not categories
 
 
 def typed(column: pd.Series, name: str) -> tuple[pd.Series, list[str]]:
     """Convert a column to numbers, booleans, dates (UTC, without time zone) or stripped text; return it and notices.
 
     Raises:
-        DataError: for a cell that is no number in a column of numbers, values that are no scalars, or dates and decimals that
-            can be read in two ways.
+        DataError: for a non-numeric cell in a numeric column, values that are not scalars, or ambiguous dates or
+            decimals.
     """
     import pandas as pd
 
@@ -70,7 +70,7 @@ def _naive(column: pd.Series) -> pd.Series:
 
 
 def _of_objects(column: pd.Series, where: str) -> tuple[pd.Series, list[str]]:
-    """Convert Python's numbers or dates."""
+    """Convert a column of Python objects (numbers or dates)."""
     import pandas as pd
 
     try:
@@ -89,7 +89,7 @@ def _of_objects(column: pd.Series, where: str) -> tuple[pd.Series, list[str]]:
 def _as_float(value: Any) -> float:
     try:
         return np.nan if value is None else float(value)
-    except OverflowError:  # a whole number beyond any float
+    except OverflowError:  # an integer beyond the range of float64
         return np.inf if value > 0 else -np.inf
 
 
@@ -98,7 +98,7 @@ def _of_text(text: pd.Series, name: str, label: Any) -> tuple[pd.Series, list[st
 
     if not len(text):
         return text.astype(np.float64), []
-    text = text.str.replace(r"^\u2212(?=[\d.,])", "-", regex=True)  # the minus sign of typesetting
+    text = text.str.replace(r"^\u2212(?=[\d.,])", "-", regex=True)  # the typographic minus sign
     plain = pd.to_numeric(text, errors="coerce")
     good = (plain.notna() & ~text.str.contains("_", regex=False)).to_numpy(dtype=bool)
     if good.all():
@@ -135,7 +135,11 @@ def _of_text(text: pd.Series, name: str, label: Any) -> tuple[pd.Series, list[st
 
 
 def _with_commas(text: pd.Series, comma: Array, name: str, label: Any) -> tuple[pd.Series, list[str]]:
-    """Convert decimal commas; refuse them next to points, or where all may be separators of thousands."""
+    """Convert decimal commas; return the numbers and notices.
+
+    Raises:
+        DataError: for cells with decimal points next to commas, or commas that may all separate thousands.
+    """
     place = int(comma.argmax())
     cell, where = text.iloc[place], f"row {text.index[place]}, column {label!r} of {name!r} is {text.iloc[place]!r}"
     if bool(text[~comma].str.contains(".", regex=False).any()):
@@ -156,7 +160,7 @@ def _dates(text: pd.Series, name: str) -> tuple[pd.Series, list[str]]:
     """Convert dates, all in one format; return them and notices.
 
     Raises:
-        DataError: where none fits, or two do and differ.
+        DataError: if no format fits, or several fit with different dates.
     """
     import pandas as pd
 

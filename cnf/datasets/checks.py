@@ -1,4 +1,4 @@
-"""Checks of tables: what makes a density meaningless is refused, mended with a notice, or reported."""
+"""Table checks: constant, non-finite and discrete columns and duplicate rows are rejected, corrected or reported."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ __all__ = ["Table", "as_numbers", "column_name", "dequantize", "duplicate_rows",
 
 Table = NDArray[np.float64]
 
-DEQUANTIZE_STREAM = 1  # second word of the generator's seed, apart from those that draw toy points
+DEQUANTIZE_STREAM = 1  # second word of the generator's seed, distinct from the toy sets' streams
 ATOM_SHARE = 0.05
-DIGEST_BYTES = 256  # rows that are wider are compared by a digest, to save memory
+DIGEST_BYTES = 256  # wider rows are compared by digest, to save memory
 
 
 def column_name(columns: tuple[str, ...], j: int) -> str:
-    """How messages call column ``j``: by number, and by name where it has one of its own."""
+    """Return the description of column ``j`` for messages: its number, and its name if it has one."""
     return f"column {j}" if columns[j] == f"column {j}" else f"column {j} ({columns[j]!r})"
 
 
 def require_table(x: Array, name: str) -> None:
-    """Refuse an array that is no table of real numbers.
+    """Check that an array is a table (N, D) of real numbers.
 
     Raises:
-        DataError: for text, complex numbers or objects, or an array that is not two-dimensional.
+        DataError: for text, complex numbers or objects, an array that is not two-dimensional, or one without columns.
     """
     if x.ndim != 2:
         raise DataError(
@@ -48,7 +48,7 @@ def require_table(x: Array, name: str) -> None:
 
 
 def as_numbers(x: Array, name: str) -> Table:
-    """A table (N, D) in float64.
+    """Convert a table (N, D) to float64.
 
     Raises:
         DataError: as :func:`require_table`.
@@ -58,10 +58,10 @@ def as_numbers(x: Array, name: str) -> Table:
 
 
 def require_usable(table: Table, columns: tuple[str, ...], name: str) -> None:
-    """Refuse what no density can be fitted to.
+    """Check that a density can be fitted to a table (N, D).
 
     Raises:
-        DataError: for NaN or infinite values, a constant column, or a column that float32 cannot resolve.
+        DataError: for NaN or infinite values, no rows, a constant column, or a column that float32 cannot resolve.
     """
     bad = ~np.isfinite(table)
     if bad.any():
@@ -95,10 +95,10 @@ def require_usable(table: Table, columns: tuple[str, ...], name: str) -> None:
 
 
 def duplicate_rows(pieces: Sequence[Array], labels: Array | None = None) -> NDArray[np.bool_]:
-    """(N,) True for each row that repeats an earlier one exactly (label included).
+    """Return a mask (N,) of the rows that repeat an earlier one exactly (label included).
 
     Args:
-        pieces: arrays of rows, one after another; they may be memory maps, of which a row at a time is read.
+        pieces: consecutive arrays of rows; wide rows of a memory map are read one at a time.
         labels: (N,), or None.
 
     Example:
@@ -120,12 +120,12 @@ def duplicate_rows(pieces: Sequence[Array], labels: Array | None = None) -> NDAr
 def _plain_keys(x: Array) -> NDArray[np.uint8]:
     flat = x.reshape(len(x), -1)
     if flat.dtype.kind == "f":
-        flat = flat + 0.0  # -0.0 and 0.0 are one value
+        flat = flat + 0.0  # -0.0 equals 0.0
     return np.ascontiguousarray(flat).view(np.uint8).reshape(len(x), -1)
 
 
 def _digests(x: Array) -> NDArray[np.uint8]:
-    """16 bytes a row: among a billion rows, two different ones would share theirs with probability 1e-21."""
+    """Return a 16-byte digest of each row; among a billion rows the collision probability is about 1e-21."""
     floating = x.dtype.kind == "f"
     rows = b"".join(blake2b((row + 0.0 if floating else row).tobytes(), digest_size=16).digest() for row in x)
     return np.frombuffer(rows, dtype=np.uint8).reshape(len(x), 16)
@@ -134,20 +134,20 @@ def _digests(x: Array) -> NDArray[np.uint8]:
 def find_lattices(
     table: Table, columns: Sequence[TableColumn], options: Options, epsilon: float, name: str
 ) -> tuple[tuple[TableColumn, ...], list[str]]:
-    """Find the columns whose values lie on a lattice, and decide by ``options.discrete`` what happens to them.
+    """Detect columns whose values lie on a lattice, and mark them for the treatment in ``options.discrete``.
 
     Args:
         table: (N, D), distinct rows.
         columns: the D columns.
         options: ``discrete`` and ``seed``.
-        epsilon: relative rounding of the type that the values were stored in.
-        name: of the data set, for messages.
+        epsilon: machine epsilon of the dtype in which the values were stored.
+        name: name of the data set, for messages.
 
     Returns:
-        The columns, with their steps, and a notice for each column on a lattice or with repeated values off a lattice.
+        The columns with their steps, and a notice for each column on a lattice or with repeated values off a lattice.
 
     Raises:
-        DataError: if there is such a column and ``discrete="error"``.
+        DataError: if a column is discrete and ``discrete="error"``.
     """
     notices, found, out = [], [], []
     names = tuple(c.name for c in columns)
@@ -192,16 +192,16 @@ def find_lattices(
 
 
 def _snapped(step: float, whole: bool) -> float:
-    """The step without the rounding errors of its fit."""
+    """Round a fitted step to the nearest integer (``whole``) or to 9 digits, if within the error of the fit."""
     nearest = float(np.rint(step)) if whole else float(f"{step:.9g}")
     return nearest if nearest and abs(nearest - step) <= (1e-4 if whole else 1e-10) * step else step
 
 
 def dequantize(table: Table, columns: Sequence[TableColumn], seed: int) -> Table:
-    """Spread dequantised columns over one step of uniform noise, value v to [v, v + step).
+    """Dequantise columns with uniform noise: value v becomes uniform in [v, v + step).
 
-    The noise depends on the seed and the column's number only, and is drawn once: the table that is trained on, validated
-    and tested is one and the same.
+    The noise depends on the seed and the column index only and is drawn once, for training, validation and test rows
+    alike.
     """
     table = table.copy()
     for j, column in enumerate(columns):

@@ -1,4 +1,4 @@
-"""CIFAR-10's batches, which are pickles: read so that nothing in them can run, from their folder or their archive."""
+"""Safe reader of CIFAR-10's pickled batches, from their folder or archive; no code in them is executed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from cnf.strangers import require_file
 
 __all__ = ["parse_batch", "read_cifar10"]
 
-LARGEST = 2**26  # bytes of a batch; the published ones have 31 million
+LARGEST = 2**26  # bytes of a batch; the published batches have 31 million
 PIXELS = 3 * 32 * 32
 _ARRAYS = (("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"))
 
 
 class _Inert:
-    """What a pickle's constructors make here: it keeps what it is given, and does nothing."""
+    """Inert replacement of the classes in a pickle: stores its arguments and state."""
 
     def __init__(self, *given: Any):
         self.given, self.state = given, ()
@@ -37,14 +37,16 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ARRAYS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
-        return type(name, (_Inert,), {})  # anew each time: a pickle may set attributes on what it gets
+        return type(name, (_Inert,), {})  # a new class each time, since a pickle may set attributes on it
 
 
 def parse_batch(content: bytes) -> tuple[Array, list[int]]:
-    """Images (N, 3, 32, 32) in uint8 and labels of one batch, as Python 2 and NumPy pickled it. Nothing is executed.
+    """Parse one batch as pickled by Python 2 and NumPy; return uint8 images (N, 3, 32, 32) and labels.
+
+    No code in the pickle is executed.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for any other content.
     """
     try:
         batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
@@ -54,23 +56,23 @@ def parse_batch(content: bytes) -> tuple[Array, list[int]]:
         if not (fits and type(pixels) is bytes and len(labels) == shape[0] and all(type(n) is int for n in labels)):
             raise TypeError("it holds no uint8 images with a label for each")
         return np.frombuffer(pixels, dtype=np.uint8).reshape(-1, 3, 32, 32), labels
-    except Exception as error:  # pickle raises many kinds for what is damaged; all mean the same here
+    except Exception as error:  # pickle raises many exception types for damaged files
         raise ValueError(f"no CIFAR-10 batch: {error}") from None
 
 
 def read_cifar10(root: Path, train: bool, download: bool) -> SimpleNamespace:
-    """``data`` and ``targets`` of one part, from ``root/cifar-10-batches-py`` or ``root/cifar-10-python.tar.gz``.
+    """Read ``data`` and ``targets`` of one part, from ``root/cifar-10-batches-py`` or ``root/cifar-10-python.tar.gz``.
 
-    Each batch is compared with its published checksum. The archive is read where it lies, and nothing is unpacked.
+    The checksum of each batch is verified. The archive is read without unpacking it.
 
     Args:
-        root: of the data.
-        train: the five training batches, else the test batch.
-        download: let torchvision fetch the archive.
+        root: data folder.
+        train: read the five training batches instead of the test batch.
+        download: download the archive with torchvision.
 
     Raises:
-        RuntimeError: where the files are missing, or are not the published ones.
-        DataError: for a pipe or device in a file's place.
+        RuntimeError: if files are missing or differ from the published ones.
+        DataError: if a path is a pipe or device.
     """
     from torchvision.datasets import CIFAR10, utils  # type: ignore[import-untyped]
 
@@ -108,7 +110,7 @@ def _from_archive(path: Path, known: str, names: list[str]) -> list[bytes]:
         if hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() != known:
             raise RuntimeError(f"{path.name} is not the published file: its checksum differs")
     found: dict[str, bytes] = {}
-    with tarfile.open(path, "r|gz") as archive:  # from first to last
+    with tarfile.open(path, "r|gz") as archive:  # a stream: members are read in order
         for member in archive:
             if member.name not in names:
                 continue
