@@ -1,4 +1,4 @@
-"""Classify the columns of a table as modelled, condition or left out, and convert them to numbers."""
+"""Classification of table columns as modelled, condition or left out, and their conversion to numbers."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Columns:
     """Classified columns of a table and their values.
 
     Attributes:
-        schema: every column of the table, in its order.
-        table: (N, D) numbers of those that are modelled.
-        given: of each condition, (N,) numbers, or numbers of categories.
-        rows: (N,) which rows of the file these are: all, but for those dropped with missing values.
-        notices: what was done, a sentence each.
+        schema: every column of the table, in the table's order.
+        table: (N, D) values of the modelled columns.
+        given: (N,) numbers or category indices of each condition.
+        rows: (N,) row numbers in the file, without the rows dropped for missing values.
+        notices: one sentence for each change to the data.
     """
 
     schema: tuple[TableColumn, ...]
@@ -45,12 +45,12 @@ class Columns:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the columns that are modelled."""
+        """Names of the modelled columns."""
         return tuple(c.name for c in data_columns(self.schema))
 
 
 def own_names(columns: Sequence[str]) -> bool:
-    """Return whether columns are named, not merely numbered.
+    """Return whether any column has a name other than its default ``column j``.
 
     Example:
         >>> own_names(["column 0", "column 1"]), own_names(["age", "height"])
@@ -63,14 +63,14 @@ def understand(frame: pd.DataFrame, options: Options, name: str, *, label: bool 
     """Select, convert and classify the columns of a training table.
 
     Args:
-        frame: the table as it was read.
+        frame: table returned by :func:`~cnf.datasets.frames.read_frame`.
         options: ``columns``, ``drop_columns``, ``condition`` and ``missing``.
-        name: of the data set, for messages.
-        label: the condition is the column of that name, whose whole numbers are classes.
+        name: name of the data set, for messages.
+        label: condition on the column ``label``, whose integers are classes.
 
     Raises:
-        DataError: for missing values, text that is to be modelled, or unknown columns.
-        ConfigError: for options that contradict each other.
+        DataError: for missing values, text in a modelled column, unknown columns, or no column to model.
+        ConfigError: for contradictory options.
     """
     used, given, explicit = _selection(list(frame.columns), options, name, label)
     notices: list[str] = []
@@ -121,11 +121,10 @@ def understand(frame: pd.DataFrame, options: Options, name: str, *, label: bool 
 
 
 def by_schema(frame: pd.DataFrame, schema: Sequence[TableColumn], name: str) -> Columns:
-    """Read a later table with the column types of training; missing values stay NaN.
+    """Convert a table with the column types of training; missing values stay NaN.
 
     Raises:
-        DataError: for columns that the model lacks or that are missing, a category that training did not see, or text where
-            training had numbers.
+        DataError: for unknown or missing columns, a category absent from training, or values of another type.
     """
     used = [c for c in schema if c.role != "left out"]
     wanted, found = [c.name for c in used], list(frame.columns)
@@ -158,11 +157,11 @@ def by_schema(frame: pd.DataFrame, schema: Sequence[TableColumn], name: str) -> 
     return Columns(tuple(schema), table, {c.name: arrays[c.name] for c in conditions(schema)}, np.arange(len(frame)), notices)
 
 
-# --- which columns --------------------------------------------------------------------------------------------------------
+# --- selection --------------------------------------------------------------------------------------------------------
 
 
 def _selection(names: list[str], options: Options, name: str, label: bool) -> tuple[list[str], tuple[str, ...], tuple[str, ...]]:
-    """Return the columns that are read, the conditions, and the columns that were requested by name."""
+    """Return the columns to read, the conditions, and the columns requested by name."""
     wanted, dropped = split_names(options.columns, "columns"), split_names(options.drop_columns, "drop_columns")
     given = ("label",) if label else () if options.condition in (None, "label", "target") else split_names(options.condition, "condition")
     for option, chosen in (("columns", wanted), ("drop_columns", dropped), ("condition", given)):
@@ -174,12 +173,16 @@ def _selection(names: list[str], options: Options, name: str, label: bool) -> tu
             if option == "drop_columns" and column in wanted + given:
                 raise ConfigError(f"drop_columns names {column!r}, which {'columns' if column in wanted else 'condition'} asks for; expected one of them")
     used = [c for c in names if (not wanted or c in wanted or c in given) and c not in dropped]
-    # a condition that is named among the columns is given all the same
+    # a condition that is also listed in ``columns`` stays a condition
     return used, given, wanted
 
 
 def _missing(frame: pd.DataFrame, values: dict[str, pd.Series], options: Options, name: str) -> tuple[Array, list[str]]:
-    """Return the rows without missing values, and notices."""
+    """Return the row numbers without missing values, and notices.
+
+    Raises:
+        DataError: for missing values with ``missing="error"``, or in every row.
+    """
     lacking = {c: series.isna().to_numpy() for c, series in values.items()}
     counts = {c: int(bad.sum()) for c, bad in lacking.items() if bad.any()}
     rows = np.arange(len(frame))
@@ -207,7 +210,7 @@ def _missing(frame: pd.DataFrame, values: dict[str, pd.Series], options: Options
     )
 
 
-# --- what they hold -------------------------------------------------------------------------------------------------------
+# --- types and values -------------------------------------------------------------------------------------------------
 
 
 def _type(series: pd.Series) -> Any:
@@ -228,7 +231,7 @@ def _day(epoch: int) -> str:
 def _data(column: str, series: pd.Series) -> TableColumn:
     kind = _type(series)
     if kind in ("date", "datetime"):
-        # a date without a time stands for its day, whether days repeat or not
+        # a date without a time covers the whole day, so its step is 1, repeated or not
         return TableColumn(column, "data", "date", kind, step=1.0 if kind == "date" else 0.0, epoch=_epoch(series))
     if kind == "float" and series.dtype.itemsize == 8 and _was_integer(series):
         kind = "int"
@@ -236,7 +239,7 @@ def _data(column: str, series: pd.Series) -> TableColumn:
 
 
 def _was_integer(series: pd.Series) -> bool:
-    """Return whether these are whole numbers of a text or Excel file, which pandas makes floats where some are missing."""
+    """Return whether a float column of a text or Excel file held integers; pandas converts them if some are missing."""
     return len(series) < int(series.attrs.get("rows", 0)) and is_whole(series)
 
 
@@ -261,7 +264,7 @@ def _numbers(series: pd.Series, column: TableColumn, name: str) -> Array:
     """Convert a column to numbers: its values, days since its epoch, or category indices.
 
     Raises:
-        DataError: for values of another kind than training had.
+        DataError: for a category absent from training, or values of another type.
     """
     where = f"column {column.name!r} of {name!r}"
     if column.categories:
@@ -276,10 +279,10 @@ def _numbers(series: pd.Series, column: TableColumn, name: str) -> Array:
     if column.kind == "date":
         if series.dtype.kind != "M":
             raise DataError(f"{where} holds {_few(series)}; expected dates, as in training")
-        # microseconds: nanoseconds reach from 1677 to 2262 only
+        # microseconds, since nanoseconds are limited to the years 1677 to 2262
         days = (series.to_numpy().astype("datetime64[us]") - np.datetime64(column.epoch, "D")) / DAY
         return np.asarray(days, dtype=np.float64)
-    if series.dtype.kind == "O" and set(map(type, series.dropna())) <= {bool, np.bool_}:  # of which some are missing
+    if series.dtype.kind == "O" and set(map(type, series.dropna())) <= {bool, np.bool_}:  # booleans with missing values
         series = series.map(lambda v: float(v) if v is True or v is False or isinstance(v, np.bool_) else np.nan)
     if series.dtype.kind not in "biuf":
         raise DataError(f"{where} holds {_few(series)}; expected numbers, as in training")

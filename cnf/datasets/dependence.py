@@ -1,4 +1,4 @@
-"""Detection of linearly dependent columns (copies, sums, shares of 100 %), whose joint density is unbounded."""
+"""Detection of linearly dependent columns (copies, sums, percentages of 100 %), whose joint density is unbounded."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["dependent_columns", "rounding"]
 
 Table = NDArray[np.float64]
 
-CANDIDATE = 0.05  # eigenvalue of the correlation matrix from which on a relation has noise of its own
-COARSE = 0.25  # of a column's deviation: rounding above it is not taken for the cause of a residual
-NOISE = 1.25  # residuals of a relation up to so many times what rounding explains are rounding
+CANDIDATE = 0.05  # largest eigenvalue of the correlation matrix that may indicate a relation
+COARSE = 0.25  # in standard deviations of a column: coarser rounding does not explain residuals
+NOISE = 1.25  # residuals up to this multiple of the expected rounding error count as rounding
 MOST_ROWS, MOST_COLUMNS = 200_000, 1024
 DIGITS = 9
 FLOAT32 = 2.0**-23
 
 
 def rounding(column: Table) -> float:
-    """Return the spacing to which a column was rounded, by decimals or significant digits; at least float32's.
+    """Return the spacing of a rounded column, from its decimals or significant digits; at least float32's.
 
     Example:
         >>> rounding(np.array([0.12, 3.5, 2.0])), rounding(np.array([1234.0, 5.678]))
@@ -38,7 +38,7 @@ def rounding(column: Table) -> float:
     exponent = math.floor(math.log10(largest))
     decimals = next((d for d in range(DIGITS + 1) if _whole(sample * 10.0**d)), 99)
     digits = next((d for d in range(1, DIGITS + 1) if _whole(mantissas * 10.0 ** (d - 1))), 99)
-    # decimals, unless significant digits say it in at least two digits fewer
+    # decimals, unless significant digits need at least two digits fewer
     power = exponent - digits + 1 if digits + 1 < decimals + exponent + 1 else -decimals
     return max(FLOAT32 * largest, 10.0**power)
 
@@ -48,19 +48,19 @@ def _whole(values: Table) -> bool:
 
 
 def dependent_columns(table: Table, names: Sequence[str], given: Sequence[Array] = ()) -> list[tuple[tuple[str, ...], str]]:
-    """Find the linear relations among columns that hold to within the rounding of their values.
+    """Find linear relations among columns that hold up to rounding.
 
-    They are the directions of the smallest eigenvalues of the correlation matrix whose residuals are no larger than the
-    rounding of the columns (or of float32, in which models are trained) explains. Correlation with noise of its own, however
-    high, is none. Relations among conditions alone do not matter.
+    A relation is an eigenvector of the correlation matrix with a small eigenvalue whose residuals do not exceed the
+    rounding error of the columns (or of float32, in which models are trained). High correlation with noise is not a
+    relation. Relations among conditions only are ignored.
 
     Args:
-        table: (N, D) columns that are modelled.
-        names: of those, and then of the conditions.
-        given: (N,) conditions that are numbers.
+        table: (N, D) modelled columns.
+        names: names of the modelled columns, then of the conditions.
+        given: numeric conditions, (N,) each.
 
     Returns:
-        For each relation the columns in it, and the relation in words.
+        For each relation the names of its columns, and its equation as text.
 
     Example:
         >>> x = np.random.default_rng(0).normal(size=(100, 2))
@@ -75,7 +75,7 @@ def dependent_columns(table: Table, names: Sequence[str], given: Sequence[Array]
     if width < 2 or width > MOST_COLUMNS or n < 2 * width + 10 or not (std > 0).all():
         return []
     quanta = np.array([rounding(table[:, j]) for j in range(width)])
-    # whole numbers of small spread are exact: their residuals are steps, whatever the relation
+    # integers of small spread count as exact, since any relation leaves residuals of whole steps
     quanta = np.where(quanta > COARSE * std, FLOAT32 * np.abs(table).max(0), quanta)
     z = (table - table.mean(0)) / std
     values, vectors = np.linalg.eigh(z.T @ z / n)
@@ -95,9 +95,9 @@ def dependent_columns(table: Table, names: Sequence[str], given: Sequence[Array]
 def _relations(
     basis: Array, table: Table, std: Array, error: Array, modelled: int, names: Sequence[str]
 ) -> list[tuple[tuple[str, ...], str]]:
-    """Return the relations in reduced row echelon form; a modelled column is expressed by others."""
+    """Return the relations in reduced row echelon form, each solved for a modelled column."""
     rows = basis.copy()
-    order = [*range(modelled - 1, -1, -1), *range(modelled, table.shape[1])]  # a late column in terms of earlier ones
+    order = [*range(modelled - 1, -1, -1), *range(modelled, table.shape[1])]  # solve for the last columns first
     pivots: list[int] = []
     for j in order:
         free = rows[len(pivots) :, j]
@@ -112,7 +112,7 @@ def _relations(
         pivots.append(j)
     relations = []
     for pivot, row in zip(pivots, rows, strict=False):
-        least = min(1e-2, 5 * float(np.linalg.norm(row * error)))  # coefficients below what rounding blurs are none
+        least = min(1e-2, 5 * float(np.linalg.norm(row * error)))  # smaller coefficients are rounding errors
         used = [j for j in range(len(row)) if abs(row[j]) > least]
         if not any(j < modelled for j in used):
             continue

@@ -1,4 +1,4 @@
-"""The dialect of a text file with a table: delimiter, quotes, what is a number, and the names of columns."""
+"""Dialects of text tables: delimiter, quotes, number format and column names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["COMMA_NUMBER", "DATE", "THOUSANDS", "Dialect", "decimal_points", "fi
 DELIMITERS = ";\t|,"
 COMMA_NUMBER = re.compile(r"[+-]?\d*,\d+(?:[eE][+-]?\d+)?")
 THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(?P<mark>[.,'\u2019 \u00a0\u202f\u2009])\d{3}(?:(?P=mark)\d{3})*(?:[.,]\d+)?")
-FEW_ROWS = 5  # needed to decide whether a first row of whole numbers is data
+FEW_ROWS = 5  # rows needed to decide whether a first row of integers is data
 DATE = re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}(?:[T ]\d{1,2}:\d{2}.*)?")
 
 
@@ -28,7 +28,7 @@ DATE = re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}(?:[T ]\d{1,2}:\d{2}.*)?")
 class Dialect:
     """Delimiter and quote character of a text table."""
 
-    delimiter: str  # a space: any white space
+    delimiter: str  # a space stands for any white space
     quote: str = '"'
 
     def cells(self, lines: Iterable[str]) -> list[str]:
@@ -45,7 +45,7 @@ class Dialect:
 
 
 def unique_names(names: Sequence[str] | None, width: int) -> list[str]:
-    """Return distinct column names: numbered without a header, ``Unnamed: j`` for an empty name.
+    """Return distinct column names: ``column j`` without a header, ``Unnamed: j`` for an empty name.
 
     Example:
         >>> unique_names(["", "a", "a"], 3), unique_names(None, 1)
@@ -74,15 +74,15 @@ def is_number(cell: str) -> bool:
 
 
 def is_numbered(first: Sequence[str], others: Sequence[Sequence[str]], name: str) -> bool:
-    """Return whether the first row is pandas' header of numbers above an index: nothing, 0, 1, 2, ...
+    """Return whether the first row is pandas' numeric header above an index: an empty cell, then 0, 1, 2, ...
 
     Args:
         first: cells of the first row.
         others: cells of some rows below.
-        name: of the file, for messages.
+        name: file name, for messages.
 
     Raises:
-        DataError: for a row of whole numbers that may be a header (0, 1, 2 or 2019, 2020) or data.
+        DataError: for a row of integers that may be a header (0, 1, 2 or 2019, 2020) or data.
     """
     counted = [str(j) for j in range(len(first))]
     if len(first) > 1 and first[0] == "" and list(first[1:]) == counted[:-1]:
@@ -91,7 +91,7 @@ def is_numbered(first: Sequence[str], others: Sequence[Sequence[str]], name: str
         return False
     columns = [[row[j] for row in others if j < len(row) and is_number(row[j])] for j in range(len(first))]
     whole = [[re.fullmatch(r"[+-]?\d+", cell) is not None for cell in column] for column in columns]
-    odd = [not any(column) for column in whole if column and not all(column)]  # whether the first cell alone is a whole number
+    odd = [not any(column) for column in whole if column and not all(column)]  # columns of non-integers below it
     if (len(first) > 2 and list(first) == counted) or (len(others) >= FEW_ROWS and odd and all(odd)):
         raise DataError(
             f"the first row of {name!r} is {', '.join(first[:5])}{', ...' if len(first) > 5 else ''}: it may be a header or data; if it is data, write a row "
@@ -101,14 +101,15 @@ def is_numbered(first: Sequence[str], others: Sequence[Sequence[str]], name: str
 
 
 def decimal_points(frame: pd.DataFrame, head: Sequence[Sequence[str]]) -> tuple[bool, tuple[int, str] | None]:
-    """Return whether cells have decimal points, and in a file with decimal commas a column whose points may part thousands.
+    """Return whether cells have decimal points, and a column whose points may separate thousands.
 
     Args:
-        frame: as pandas parsed it, decimal commas as text.
-        head: cells of the first rows, as they are written.
+        frame: parsed by pandas, decimal commas as text.
+        head: unparsed cells of the first rows.
 
     Returns:
-        The second is the column's number and a cell, or None.
+        Whether the file has decimal points; and, in a file with decimal commas, the index and one cell of a column with
+        ambiguous points, else None.
     """
     points, commas, mixed = False, False, None
     for j in range(frame.shape[1]):
@@ -124,7 +125,7 @@ def decimal_points(frame: pd.DataFrame, head: Sequence[Sequence[str]]) -> tuple[
 
 
 def find_dialect(lines: Sequence[str]) -> Dialect:
-    """Choose the delimiter that gives most rows the same number of cells, then most cells that are numbers."""
+    """Return the delimiter with the most rows of equal length, then with the most numeric cells."""
     text = "".join(lines)
     single = '"' not in text and re.match(r"\s*'[^']*'\s*[;\t|,\r\n]", text) is not None
     quote = "'" if single else '"'
@@ -135,7 +136,7 @@ def find_dialect(lines: Sequence[str]) -> Dialect:
         for line in lines:
             try:
                 rows.append(dialect.cells([line]))
-            except csv.Error:  # a cell with a line end
+            except csv.Error:  # a cell that contains a line end
                 continue
         widths = Counter(len(row) for row in rows if len(row) > 1)
         if not widths:

@@ -1,4 +1,4 @@
-"""The user's own data: .npz, .npy, tables, a folder of pictures or of a split. Nothing read here can execute code."""
+"""Custom data: .npz and .npy files, tables, and folders of images or of a split; no file can execute code."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from cnf.errors import ConfigError, DataError
 
 __all__ = ["load_path"]
 
-Parts = dict[str, Rows]  # all of it under "all", or "train", "test" and perhaps "validation"
+Parts = dict[str, Rows]  # keys: "all", or "train", "test" and optionally "validation"
 
 
 def load_path(path: Path, options: Options) -> DataSplits:
-    """Read, check, split.
+    """Read, check and split a custom data set.
 
     Raises:
-        DataError: for anything that is not a usable data set, saying what is wrong.
-        ConfigError: for ``image_size`` or ``nbits`` where it means nothing.
+        DataError: for unusable data; the message states the fault.
+        ConfigError: for options that do not apply to this kind of data.
     """
     name = str(path)
     parts = _read_split(path, options) if path.is_dir() else None
@@ -45,7 +45,7 @@ def load_path(path: Path, options: Options) -> DataSplits:
     if labels is not None and options.condition is None:
         try:
             encode_labels(labels)
-        except DataError as error:  # nothing that is asked for needs them
+        except DataError as error:  # the labels are not needed
             labels = None
             notices.append(f"labels not used: {error}")
     if rows[0].kind == "table":
@@ -73,13 +73,16 @@ def _read_file(path: Path, options: Options) -> Parts:
 
 
 def _read_split(folder: Path, options: Options) -> Parts | None:
-    """The parts of a folder with files or sub-folders called train... and test...; None where it is no such folder.
+    """Read a folder with files or sub-folders called train... and test...; return None for any other folder.
 
-    Where there are other sub-folders beside, they all are classes (one of them may well be called "train").
+    If there are other sub-folders, all sub-folders are classes (one may be called "train").
+
+    Raises:
+        DataError: for no test part, several entries for one part, or a part that contains a split.
     """
     try:
         found = part_entries(folder)
-        if "train" not in found:  # a table beside folders of pictures may hold their labels
+        if "train" not in found:  # tables only then: next to folders of images a table may hold labels
             found = part_entries(folder, (*ARRAYS, *TABLES))
         ours = {entry for entries in found.values() for entry in entries}
         others = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".") and p not in ours]
@@ -110,7 +113,7 @@ def _read_split(folder: Path, options: Options) -> Parts | None:
     return parts
 
 
-# --- finishing --------------------------------------------------------------------------------------------------
+# --- assembly ---------------------------------------------------------------------------------------------------
 
 
 def _images(rows: list[Rows], labels: Array | None, name: str, options: Options, notices: list[str]) -> DataSplits:
@@ -123,7 +126,7 @@ def _images(rows: list[Rows], labels: Array | None, name: str, options: Options,
     parts, notice = split(sizes, kept, options)
     starts = np.cumsum([0, *sizes])
     images = []
-    for i in (1, 2):  # first, because keeping the training rows of a memory map overwrites the others
+    for i in (1, 2):  # before the training rows, since keep_rows overwrites the others of a memory map
         parts[i] = np.sort(parts[i])
         number = int(np.searchsorted(starts, parts[i][0], side="right")) - 1
         own = parts[i] - starts[number]

@@ -1,4 +1,4 @@
-"""Folders: pictures (sub-folders are the classes), and a split of one's own as train, validation and test inside."""
+"""Folders of images (sub-folders are classes) and of custom splits (train, validation, test)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PART = re.compile(r"(train|training|validation|valid|val|testing|test)(?![a-z])
 
 
 def part_entries(folder: Path, endings: tuple[str, ...] = ARRAYS) -> dict[str, list[Path]]:
-    """Arrays (or files of other ``endings``) and sub-folders whose names begin with train, val (valid, validation) or test, by part."""
+    """Return files with these ``endings`` and sub-folders called train..., val... or test..., by part."""
     parts: dict[str, list[Path]] = {}
     for entry in sorted(folder.iterdir(), key=_natural):
         found = _PART.match(entry.name.lower())
@@ -39,19 +39,19 @@ def part_entries(folder: Path, endings: tuple[str, ...] = ARRAYS) -> dict[str, l
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sorts batch_10 after batch_9."""
+    """Return a sort key that orders batch_10 after batch_9."""
     return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", path.name)]
 
 
 @dataclass
 class Listing:
-    """What lies in a folder.
+    """Contents of a folder.
 
     Attributes:
         pictures: image files (:data:`~cnf.datasets.pictures.SUFFIXES`), sorted by (sub-folder and) name.
-        labels: name of the sub-folder of each, or None where the pictures lie in the folder itself.
+        labels: sub-folder name of each image, or None if the images are in the folder itself.
         arrays: .npy and .npz files in the folder itself.
-        others: names of the files that are neither.
+        others: names of all other files.
     """
 
     pictures: list[Path]
@@ -64,7 +64,7 @@ def list_folder(folder: Path) -> Listing:
     """List a folder and its sub-folders (one level).
 
     Raises:
-        DataError: for pictures beside sub-folders with pictures, or a folder that cannot be read.
+        DataError: for images both in the folder and in sub-folders, or an unreadable folder.
     """
     try:
         files, subs = _entries(folder)
@@ -88,19 +88,19 @@ def list_folder(folder: Path) -> Listing:
 
 
 def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Files and folders in a folder, by name, without asking the disk about each of a million files."""
+    """Return the files and sub-folders of a folder, sorted by name, without a ``stat`` call for each."""
     with os.scandir(folder) as entries:
         found = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
     return [folder / n for n, is_folder in found if not is_folder], [folder / n for n, is_folder in found if is_folder]
 
 
 def rgb(picture: Image.Image) -> Array:
-    """uint8 (1, 3, H, W)."""
+    """Convert an image to RGB, uint8 (1, 3, H, W)."""
     return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)[None]
 
 
 def centre_square(picture: Image.Image, size: int) -> Image.Image:
-    """The central square, resized to ``size`` (bicubic, antialiased)."""
+    """Crop the central square and resize it to ``size`` (bicubic, antialiased)."""
     from PIL import Image
 
     side = min(picture.size)
@@ -109,14 +109,13 @@ def centre_square(picture: Image.Image, size: int) -> Image.Image:
 
 
 def read_folder(folder: Path, image_size: int | None = None) -> Rows:
-    """Read the PNG, JPEG, WebP, BMP and TIFF images of a folder, or of its sub-folders, whose names are then the labels.
+    """Read the PNG, JPEG, WebP, BMP and TIFF images of a folder, or of its sub-folders with their names as labels.
 
-    Pictures are decoded one by one into one uint8 array. They are grey only if all of them are; otherwise all become
-    RGB. With ``image_size`` each is cropped to its central square and resized (bicubic, antialiased); without, all must
-    have one size.
+    Images are decoded one by one into one uint8 array, grey if all of them are, otherwise RGB. With ``image_size`` each
+    is cropped to its central square and resized (bicubic, antialiased); without, all must have the same size.
 
     Raises:
-        DataError: for no pictures, pictures beside sub-folders, mixed sizes, or a picture that cannot be read.
+        DataError: for no images, images both in the folder and in sub-folders, mixed sizes, or an unreadable image.
     """
     found = list_folder(folder)
     if not found.pictures:
@@ -137,7 +136,11 @@ def read_folder(folder: Path, image_size: int | None = None) -> Rows:
 
 
 def stack_pictures(files: Sequence[Path], image_size: int | None, name: str) -> tuple[Array, list[str]]:
-    """Decode pictures one by one into uint8 (N, 1 or 3, H, W); see :func:`read_folder`."""
+    """Decode images one by one into uint8 (N, 1 or 3, H, W), as :func:`read_folder` does; also return notices.
+
+    Raises:
+        DataError: for mixed sizes, an unreadable image, or more images than fit into memory.
+    """
     images, size = np.empty((0, 1, 0, 0), dtype=np.uint8), (0, 0)
     mixed = transparent = 0
     for i, file in enumerate(progress(files, f"decoding {name}", len(files))):
@@ -164,7 +167,7 @@ def stack_pictures(files: Sequence[Path], image_size: int | None, name: str) -> 
                 "image_size=S crops the centre and resizes"
             )
         mixed += grey == (images.shape[1] == 3)
-        if not grey and images.shape[1] == 1:  # the first colour picture: those before it become RGB
+        if not grey and images.shape[1] == 1:  # the first colour image: earlier grey images become RGB
             images = np.repeat(images, 3, axis=1)
         pixels = np.asarray(picture)
         images[i] = pixels if grey else pixels.transpose(2, 0, 1)

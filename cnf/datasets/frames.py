@@ -1,4 +1,4 @@
-"""Tables in files of every kind as pandas frames. Nothing read can run code."""
+"""Table files as pandas frames: text, Parquet and Excel; no file can execute code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["TABLES", "is_table", "read_frame"]
 
 TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".xlsx", ".xlsm")
-MANY_CELLS, CELLS_RATIO = 2**22, 50  # of a sheet: more of both than it could hold
+MANY_CELLS, CELLS_RATIO = 2**22, 50  # a sheet that claims more cells, and more cells per byte, is a bomb
 
 
 def is_table(path: Path) -> bool:
@@ -27,10 +27,10 @@ def is_table(path: Path) -> bool:
 
 
 def read_frame(path: Path) -> tuple[pd.DataFrame, list[str]]:
-    """Read a table as it is stored; return it and notices. :func:`~cnf.datasets.cells.typed` converts its cells.
+    """Read a table without converting its cells (:func:`~cnf.datasets.cells.typed` does); return it and notices.
 
     Raises:
-        DataError: for a file that cannot be read, or whose reader is not installed.
+        DataError: for an unreadable or empty file, or a reader that is not installed.
     """
     name = path.name.lower()
     notices: list[str] = []
@@ -64,13 +64,13 @@ def _read_parquet(path: Path) -> pd.DataFrame:
             claimed = max(8 * rows * width, sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)))
             if rows < 0 or claimed > memory() or (claimed > BOMB_BYTES and claimed > BOMB_RATIO * size):
                 raise ValueError(f"it claims {rows:,} rows of {width:,} columns, {claimed:,} bytes: a bomb?")
-            # the metadata of pandas would hide an index, and name types that are to be built
+            # pandas metadata is ignored: it would hide an index, and name types to construct
             table = file.read()
             frame: pd.DataFrame = table.to_pandas(ignore_metadata=True, date_as_object=False)
             for j, column in enumerate(table.columns):
-                if column.null_count and str(column.type).startswith(("int", "uint")):  # pandas makes floats of them
+                if column.null_count and str(column.type).startswith(("int", "uint")):  # pandas would convert to float
                     frame.isetitem(j, column.to_pandas(types_mapper=lambda _: pd.Int64Dtype()))
-    except Exception as error:  # pyarrow raises many kinds for what is damaged; all mean the same here
+    except Exception as error:  # pyarrow raises many exception types for damaged files
         raise DataError(f"{str(path)!r} cannot be read as a Parquet file: {error or type(error).__name__}") from None
     frame.columns = pd.Index(unique_names([str(c).strip() for c in frame.columns], frame.shape[1]), dtype=object)
     return frame
@@ -91,13 +91,13 @@ def _read_excel(path: Path) -> tuple[pd.DataFrame, list[str]]:
                 raise ValueError("it has no sheet of cells")
             rows, places, count = [], [], 0
             for number, cells in enumerate(book.worksheets[0].iter_rows(values_only=True), 1):
-                count += 1 + len(cells)  # a file may claim cells that it does not hold
+                count += 1 + len(cells)  # a file may claim cells that it does not contain
                 if count > MANY_CELLS and count > CELLS_RATIO * size:
                     raise ValueError(f"its first sheet claims more than {count:,} cells: a bomb?")
                 if any(cell is not None for cell in cells):
                     places.append(number)
                     rows.append(cells)
-    except Exception as error:  # zipfile, the XML parser and openpyxl raise many kinds for what is damaged
+    except Exception as error:  # zipfile, the XML parser and openpyxl raise many exception types
         raise DataError(f"{str(path)!r} cannot be read as an Excel file: {error or type(error).__name__}") from None
     if not rows:
         raise DataError(f"{str(path)!r} has no rows of numbers")

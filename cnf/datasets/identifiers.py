@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 __all__ = ["UNNAMED", "are_days", "identifies", "is_index", "is_text", "is_whole"]
 
 UNNAMED = re.compile(r"Unnamed: \d+|__index_level_\d+__")
-# no name of a row but a quantity, a date or a time: no letter, a number with a unit or words, or a month
+# text that is a quantity, a date or a time, not a row name: no letter, a number with a unit or words, or a month
 _MONTH = r"\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\b"
 _QUANTITY = re.compile(rf"(?i)[\W\d_]*|\W*[\d.,' ]*\d(?:\s*[^\d\s]{{1,8}}|\s.*)|.*{_MONTH}.*\d.*|.*\d.*{_MONTH}.*")
 _IDENTIFIER = re.compile(r"(?i:index|level_0|id|idx|row|rows?[ _]?(?:id|nr|no|num|number|names?)|nr|key|uuid|guid|.*[ _]id)|.*[a-z]I[Dd]")
 
 
 def is_text(series: pd.Series) -> bool:
-    """Return whether a column is neither numbers nor dates."""
+    """Return whether a column holds neither numbers nor dates."""
     return series.dtype.kind not in "biufM"
 
 
 def is_whole(series: pd.Series) -> bool:
-    """Return whether a column holds whole numbers."""
+    """Return whether a column holds integers only."""
     if series.dtype.kind in "iu":
         return True
     if series.dtype.kind != "f":
@@ -42,7 +42,7 @@ def is_index(series: pd.Series) -> bool:
 
 
 def are_days(series: pd.Series) -> bool:
-    """Return whether all values are whole numbers such as 20240131."""
+    """Return whether all values are integers that encode a date, such as 20240131."""
     import pandas as pd
 
     if not len(series) or not is_whole(series) or not bool(series.between(18_000_101, 22_001_231).all()):
@@ -51,7 +51,7 @@ def are_days(series: pd.Series) -> bool:
 
 
 def identifies(column: str, series: pd.Series) -> str:
-    """Return why a column is an identifier, as a clause of a message; empty if it is none."""
+    """Return the reason why a column is an identifier, as a clause of a message; empty otherwise."""
     if series.dtype.kind in "bM" or len(series) < MINIMUM_ROWS or series.nunique() < len(series):
         return ""
     if is_text(series):

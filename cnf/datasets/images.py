@@ -1,4 +1,4 @@
-"""Small image sets by name: scikit-learn's digits, and MNIST, Fashion-MNIST, CIFAR-10 and SVHN through torchvision."""
+"""Small image sets: scikit-learn's digits, and MNIST, Fashion-MNIST, CIFAR-10 and SVHN through torchvision."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FOLDER = {"mnist": "MNIST/raw", "fashion-mnist": "FashionMNIST/raw", "cifar10":
 _SHAPE = {"mnist": (1, 28, 28), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32), "svhn": (3, 32, 32)}
 _VALIDATION = {"mnist": 10_000, "fashion-mnist": 10_000, "cifar10": 5_000, "svhn": 5_000}
 _TEN = tuple("0123456789")
-# what torchvision raises for files that are missing, truncated or damaged, and for networks
+# raised by torchvision for missing, truncated or damaged files, and for network errors
 _FAILURES = (
     RuntimeError, OSError, ValueError, TypeError, LookupError, AssertionError, EOFError, HTTPException, ArithmeticError,
     MemoryError, pickle.UnpicklingError,
@@ -43,14 +43,14 @@ def load_images(name: str, options: Options) -> DataSplits:
     """Load one of :data:`NAMES`.
 
     Raises:
-        DataError: if torchvision finds the files neither in ``root`` nor on the network.
+        DataError: if the files are damaged, or neither in ``root`` nor on the network.
         ConfigError: for ``nbits`` other than 8 with the digits, which have 17 levels.
     """
     return _digits(options) if name == "digits" else _torchvision(name, options)
 
 
 def _digits(options: Options) -> DataSplits:
-    """The digits in a fixed protocol: 540 test and 180 validation images, stratified, whatever the seeds."""
+    """Load the digits in a fixed protocol: 540 test and 180 validation images, stratified, independent of the seeds."""
     from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
 
@@ -77,7 +77,7 @@ def _digits(options: Options) -> DataSplits:
 
 
 def _torchvision(name: str, options: Options) -> DataSplits:
-    """A torchvision set: the official test set; validation images taken off the official training set by split_seed."""
+    """Load a torchvision set: the official test set, and validation images split off the training set by split_seed."""
     (images, labels), (test, test_labels) = _read(name, True, options), _read(name, False, options)
     held_out = _VALIDATION[name]
     if len(images) <= held_out:
@@ -97,17 +97,21 @@ def _torchvision(name: str, options: Options) -> DataSplits:
 
 
 def _read(name: str, train: bool, options: Options) -> tuple[Array, Array]:
-    """uint8 images (N, C, H, W) and int64 labels (N,) of one official part."""
+    """Read uint8 images (N, C, H, W) and int64 labels (N,) of one official part.
+
+    Raises:
+        DataError: for missing, damaged or unexpected files.
+    """
     from torchvision import datasets  # type: ignore[import-untyped]
 
     root = Path(options.root).expanduser()
-    # torchvision reads CIFAR-10 with pickle
+    # not torchvision's own CIFAR-10 reader, which executes pickles
     make: Any = read_cifar10 if name == "cifar10" else getattr(datasets, TORCHVISION[name])
     part: dict[str, Any] = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
     try:
         try:
             found = make(root, download=False, **part)
-        except RuntimeError as missing:  # not there, or packed: intact archives are unpacked without a network
+        except RuntimeError as missing:  # missing or still packed; intact archives are unpacked without a network
             archives = getattr(make, "resources", ())
             faulty = _faulty_archives(archives, root / _FOLDER[name])
             if not options.download and (faulty or not archives):
@@ -146,7 +150,7 @@ def _read(name: str, train: bool, options: Options) -> tuple[Array, Array]:
 
 
 def _faulty_archives(archives: Sequence[tuple[str, str]], folder: Path) -> list[str]:
-    """What is wrong with packed files, a phrase for each that is missing or not the published one."""
+    """Return a phrase for each archive that is missing or differs from the published file."""
     from torchvision.datasets.utils import check_integrity  # type: ignore[import-untyped]
 
     faulty = [file for file, md5 in archives if not check_integrity(str(folder / file), md5)]
@@ -154,7 +158,11 @@ def _faulty_archives(archives: Sequence[tuple[str, str]], folder: Path) -> list[
 
 
 def _refuse_links(name: str, root: Path, intact: Sequence[str] = ()) -> None:
-    """A download would be written to where a link points; ``intact`` files are not written."""
+    """Reject symbolic links, since a download would write to their targets; ``intact`` files are not written.
+
+    Raises:
+        DataError: for the first link.
+    """
     for path in (*(root / _FOLDER[name]).glob("*"), *root.glob("*.gz")):
         if path.is_symlink() and path.name not in intact and (path.suffix in (".gz", ".mat") or name != "svhn"):
             raise DataError(f"{str(path)!r} is a link, and {name} is to be downloaded over it: remove it, or mend its target")

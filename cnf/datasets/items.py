@@ -1,4 +1,4 @@
-"""Items to be scored as they are: nothing is split, dropped, or given noise."""
+"""Rows and images to score: nothing is split, dropped or dequantised."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ __all__ = ["Items", "own_names", "read_items"]
 
 @dataclass(frozen=True, eq=False)
 class Items:
-    """What a model is to score.
+    """Rows or images to score.
 
     Attributes:
         x: rows (N, D) in float32, or images (N, C, H, W) in uint8.
-        names: of each item.
-        labels: of each item, as the classes of a data set are called; None where an item has none.
-        notices: what was done to them, a sentence each.
-        context: (N, C) of a table whose columns are conditions; None elsewhere.
-        steps: (N, D) of a table: the step over which training spread each value by noise, 0 for none; None elsewhere.
+        names: name of each row or image.
+        labels: class name of each row or image; None without a label.
+        notices: one sentence for each change to the data.
+        context: (N, C) context of a table with conditions; None otherwise.
+        steps: (N, D) dequantisation steps of a table, 0 for columns without noise; None for images.
     """
 
     x: Tensor
@@ -55,21 +55,22 @@ def read_items(
     image_size: int | None = None,
     table: Sequence[TableColumn] = (),
 ) -> Items:
-    """Read .npz and .npy files, tables, pictures, and folders of pictures, in the order given, as a model takes them.
+    """Read .npz and .npy files, tables, images and folders of images, in order, in the input format of a model.
 
     Args:
         paths: files and folders.
-        event_shape: of the model's items: (D,) or (C, H, W).
-        levels: grey levels of the model's images; 8-bit values are cut to 2**n of them, as in training. None for rows.
-        columns: names of the model's columns: a table with a header is read by name.
-        image_size: centre-crop and resize pictures to this size first.
-        table: the model's columns, as training understood them, by which a table is read; ``columns`` alone if empty.
+        event_shape: event shape of the model: (D,) or (C, H, W).
+        levels: grey levels of the model's images; 8-bit values are reduced to 2**n levels, as in training. None for
+            rows.
+        columns: names of the model's columns; a table with a header is read by name.
+        image_size: centre-crop and resize image files to this size first.
+        table: columns of the trained model, whose types a table is read with; if empty, ``columns`` as numbers.
 
     Returns:
-        The items; a picture is called by its path, a row or an image of an array by its file and number.
+        The rows or images; an image file is named by its path, a row or image of an array by its file and index.
 
     Raises:
-        DataError: for what cannot be read, values that are not finite, or items not of the model's kind and shape.
+        DataError: for unreadable files, non-finite values, or rows or images of another kind or shape than the model's.
 
     Example:
         >>> read_items([Path("new.csv")], (3,)).names[:2]  # doctest: +SKIP
@@ -108,7 +109,7 @@ def read_items(
         parts.append(x)
         names += called or [f"{path}:{i}" for i in range(len(x))]
         labels += [None] * len(x) if rows.labels is None else _label_names(rows.labels)
-        # where the model's own scale is not 8-bit, dark is no wonder
+        # dark images are expected if the model's own scale is not 8-bit
         odd = levels is not None and not _is_power(levels)
         notices += [line for line in rows.notices if not (odd and line.startswith("the highest grey level"))]
         if levels and called and x.shape[1] > rows.x.shape[1]:
@@ -121,7 +122,7 @@ def read_items(
 
 
 def _read(path: Path, image_size: int | None) -> tuple[Rows, list[str]]:
-    """A path's items as they lie there; pictures with their names."""
+    """Read the rows or images of a path without conversion; also return the names of image files."""
     name, suffix = str(path), path.suffix.lower()
     if not path.exists():
         raise DataError(f"{name!r} does not exist")
@@ -148,10 +149,10 @@ def _read(path: Path, image_size: int | None) -> tuple[Rows, list[str]]:
 
 
 def _label_names(labels: Array) -> list[str | None]:
-    """Labels as data sets call their classes."""
+    """Return labels as class names of a data set."""
     try:
         codes, classes = encode_labels(labels)
-    except DataError:  # they may not be asked for; where they are, they are no known class
+    except DataError:  # not classes; a conditional model rejects them later
         return [str(v) for v in labels]
     return [classes[code] for code in codes]
 
@@ -161,7 +162,11 @@ def _is_power(levels: int) -> bool:
 
 
 def _image(x: Array, event_shape: tuple[int, ...], levels: int, path: Path, pictures: list[str]) -> Array:
-    """uint8 images on the model's grey levels."""
+    """Convert to uint8 images on the model's grey levels.
+
+    Raises:
+        DataError: for another shape, or grey levels that cannot be reduced to the model's.
+    """
     name, size = str(path), "x".join(map(str, event_shape[1:]))
     model = f"the model has {'colour' if event_shape[0] == 3 else 'grey'} images of {size}"
     if x.ndim != 4:
@@ -184,7 +189,7 @@ def _image(x: Array, event_shape: tuple[int, ...], levels: int, path: Path, pict
 
 
 def _rows(rows: Rows, schema: Sequence[TableColumn], path: Path) -> Columns:
-    """The model's columns of a table."""
+    """Return the columns of a table that the model uses."""
     name, width = str(path), len(data_columns(schema))
     if getattr(rows.x, "ndim", 2) == 4:
         raise DataError(f"{name!r} holds images, but the model has rows of {width} numbers")
@@ -196,10 +201,10 @@ def _rows(rows: Rows, schema: Sequence[TableColumn], path: Path) -> Columns:
 
 
 def _finite(found: Columns, schema: Sequence[TableColumn], path: Path) -> Array:
-    """float32 rows.
+    """Return the modelled columns in float32.
 
     Raises:
-        DataError: for values that are not finite, those of conditions included.
+        DataError: for values that are not finite in float32, including those of conditions.
     """
     name, labels = str(path), tuple(c.name for c in (*data_columns(schema), *conditions(schema)))
     table = np.column_stack([found.table, *found.given.values()]) if found.given else found.table

@@ -1,4 +1,4 @@
-"""Downsampled ImageNet and CelebA-HQ, from arrays or folders that the user puts under the data root."""
+"""Downsampled ImageNet and CelebA-HQ, read from arrays or folders under the data root."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ NAMES = {
 
 @dataclass(frozen=True)
 class _Set:
-    """A set of arrays or folders.
+    """Protocol of a large image set.
 
     Attributes:
-        size: of a picture's side.
-        held_out: training images set aside for validation, since what was published as validation is the test set here.
+        size: height and width of an image.
+        held_out: number of training images held out for validation, since the published validation set is the test set.
         flip: whether the published protocol flips training images.
-        published: known sizes of training and test set.
+        published: known sizes of the training and test set.
     """
 
     size: int
@@ -43,7 +43,7 @@ class _Set:
     published: tuple[tuple[int, int], ...]
 
 
-# two sets go by the same name, made by different ways of downsampling: that of 1707.08819, and PixelRNN's (1601.06759)
+# two downsampling methods share the name: arXiv 1707.08819, and PixelRNN (arXiv 1601.06759)
 _IMAGENET = ((1_281_167, 50_000), (1_281_149, 49_999))
 _SETS = {
     "imagenet32": _Set(32, 5_000, False, _IMAGENET),
@@ -56,12 +56,12 @@ def load_large(name: str, options: Options) -> DataSplits:
     """Load one of :data:`NAMES`, decoding it on first use into ``root/name/prepared``.
 
     Raises:
-        DataError: for files that are missing, damaged, or of another size or number of channels.
+        DataError: for missing or damaged files, or images of another size or number of channels.
     """
     spec, folder = _SETS[name], Path(options.root).expanduser() / name
     found = part_entries(folder) if folder.is_dir() else {}
     if "test" not in found and "validation" in found:
-        found["test"] = found.pop("validation")  # what was published as validation is what papers report on
+        found["test"] = found.pop("validation")  # papers report on the published validation set
     if "train" not in found or "test" not in found:
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) if folder.is_dir() else "no such folder"
         raise DataError(
@@ -100,11 +100,15 @@ def load_large(name: str, options: Options) -> DataSplits:
 def _read_part(
     name: str, part: str, entries: list[Path], folder: Path, size: int, nbits: int
 ) -> tuple[Array, list[str]]:
-    """One part's images, and what to say about them."""
+    """Read the images of one part, uint8 (N, 3, size, size), and notices.
+
+    Raises:
+        DataError: for both or neither of images and arrays, or images of another size.
+    """
     shape, mark = (3, size, size), stamp(entries, size)
     prepared, stem = folder / "prepared", f"{part}-{size}x{size}-{nbits}bit"
     images = find_prepared(prepared, stem, mark, shape)
-    if images is not None:  # without listing a million pictures
+    if images is not None:  # avoids listing a million files
         return images, [f"{part}: decoded by an earlier run"]
     pictures, arrays = [], []
     for entry in entries:
@@ -141,7 +145,11 @@ def _read_part(
 
 
 def _array(path: Path, size: int) -> Array:
-    """uint8 (N, 3, size, size) from a file's images, or from its rows of 3 size² values, channel by channel."""
+    """Read uint8 images (N, 3, size, size), stored as images or as rows of 3 size² values, channel by channel.
+
+    Raises:
+        DataError: for other keys, dtypes or shapes.
+    """
     arrays = read_numpy(path)
     keys = [k for k in ("images", "x", "data") if k in arrays]
     if len(keys) != 1:

@@ -1,4 +1,4 @@
-"""Columns whose values lie on a lattice: finding the step."""
+"""Lattice detection: the step of a column of discrete values."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ __all__ = ["few_distinct", "find_step", "lattice_step"]
 
 Values = NDArray[np.float64]
 
-TOLERANCE = 0.05  # of a step: values recorded to five digits miss their lattice by this order (100.025 -> 100.02)
-FRACTION_TOLERANCE = 0.005  # where the step is a fraction of the smallest gap a loose fit would prove nothing
+TOLERANCE = 0.05  # in steps: rounding to five digits moves values this far off (100.025 -> 100.02)
+FRACTION_TOLERANCE = 0.005  # tighter, since almost any values fit a small fraction of the smallest gap
 MAX_FRACTION = 12
 ROWS_PER_VALUE = 10
 FEW_CELLS = 100
 MANY_VALUES = 8
-MOST_CELLS = 10_000  # of a lattice of decimals: on a finer one the values are no quantities
+MOST_CELLS = 10_000  # a decimal lattice with more cells in the range is not evidence of discrete values
 
 
 def find_step(distinct: Values, spacing: float = 0.0, error: float = math.inf) -> float | None:
-    """Step of the coarsest lattice that holds all ``distinct`` values, or None.
+    """Return the step of the coarsest lattice that contains all ``distinct`` values, or None.
 
-    The lattice may have any origin. Gaps between neighbouring values must be whole multiples of the step, to 5 % of it
-    (0.5 % where the step is smaller than the smallest gap).
+    The lattice may have any origin. Values must lie within 5 % of a step of their lattice points (0.5 % if the step is
+    smaller than the smallest gap).
 
     Args:
-        distinct: sorted, without repetitions.
-        spacing: gaps up to this size are rounding noise of one and the same value.
-        error: largest distance of a value from its lattice point.
+        distinct: sorted values without repetitions.
+        spacing: gaps up to this size count as rounding noise of a single value.
+        error: maximum distance of a value from its lattice point.
     """
     gaps = np.diff(distinct)
     real = gaps > spacing
@@ -43,7 +43,7 @@ def find_step(distinct: Values, spacing: float = 0.0, error: float = math.inf) -
         tolerance = TOLERANCE if fraction == 1 else FRACTION_TOLERANCE
         step = _refine(gaps, float(gaps.min()) / fraction)
         index = np.concatenate([[0.0], np.cumsum(np.maximum(1.0, np.rint(gaps / step)))])
-        # Least squares over the indices: small errors of the step do not add up over a long column.
+        # least squares over the indices, so that errors of the step do not accumulate over a long column
         slope, origin = np.polyfit(index, positions, 1) if len(index) > 2 else (step, positions[0])
         worst = np.abs(positions - origin - slope * index).max()
         if worst <= min(tolerance * slope, error):
@@ -52,7 +52,8 @@ def find_step(distinct: Values, spacing: float = 0.0, error: float = math.inf) -
 
 
 def _refine(gaps: Values, step: float) -> float:
-    """Sharpen a step by ever longer gaps: each doubling knows it well enough to count the next gaps' multiples."""
+    """Refine a step by successively longer gaps; each estimate is accurate enough to count the steps in gaps twice as
+    long."""
     reach = 1.5
     while True:
         part = gaps[gaps <= reach * step] if reach * step < gaps.max() else gaps
@@ -64,7 +65,7 @@ def _refine(gaps: Values, step: float) -> float:
 
 
 def _unit(distinct: Values, epsilon: float) -> float:
-    """Spacing to which the values were rounded when they were written, float32's errors aside."""
+    """Return the spacing to which the values were rounded, ignoring float32 errors."""
     if epsilon < 1e-9:
         return rounding(distinct)
     digits = max(1, math.floor(-math.log10(epsilon)))
@@ -72,14 +73,14 @@ def _unit(distinct: Values, epsilon: float) -> float:
 
 
 def _keeps_whole(distinct: Values, step: float) -> bool:
-    """Whether whole numbers are those of the lattice, rounded."""
+    """Return whether integer values equal their lattice points after rounding; True for other values."""
     places = np.rint((distinct - distinct[0]) / step)
     whole = bool((distinct == np.rint(distinct)).all())
     return not whole or bool((np.rint(distinct[0] + step * places) == distinct).all())
 
 
 def _decimal_step(distinct: Values, unit: float, spacing: float) -> float | None:
-    """Greatest common divisor of the gaps between values that are whole multiples of ``unit``, or None."""
+    """Return the greatest common divisor of the gaps if they are multiples of ``unit``, else None."""
     units = (distinct - distinct[0]) / unit
     if np.abs(units - np.rint(units)).max() > max(1e-3, min(0.2, spacing / unit)) or units[-1] > 2**53:
         return None
@@ -88,22 +89,22 @@ def _decimal_step(distinct: Values, unit: float, spacing: float) -> float | None
 
 
 def few_distinct(rows: int, distinct: int) -> bool:
-    """Whether values repeat so much (ten rows each on average) that the column is discrete whatever its values."""
+    """Return whether a column is discrete by repetition alone: at least ten rows per distinct value on average."""
     return distinct * ROWS_PER_VALUE <= rows
 
 
 def lattice_step(column: Values, epsilon: float) -> float | None:
-    """The step by which a column should be dequantised, or None where it is not discrete.
+    """Return the dequantisation step of a column, or None if it is not discrete.
 
-    The rule: all values lie on one lattice (:func:`find_step`) **and** they repeat: either ten rows share a value on
-    average, or two do and the lattice is coarse (at most 100 steps between the 5 % and the 95 % quantile, as
-    integers and one-decimal readings in a small table). A continuous column rounded to float32, or printed with five
-    digits, lies on a lattice too, but on one so fine that its values hardly repeat. Values miss their lattice by no more than
-    the rounding with which they are written: 0, 100 and 205 have the step 5, and not 102.5.
+    A column is discrete if all values lie on one lattice (:func:`find_step`) **and** they repeat: ten rows per value on
+    average, or two and a coarse lattice (at most 100 steps between the 5 % and the 95 % quantile, such as integers and
+    one-decimal readings in a small table). A continuous column rounded to float32, or printed with five digits, also
+    lies on a lattice, but one so fine that its values hardly repeat. Values deviate from the lattice by at most the
+    rounding with which they are written: 0, 100 and 205 have the step 5, not 102.5.
 
     Args:
         column: (N,) values.
-        epsilon: relative rounding of the type that the values were stored in.
+        epsilon: machine epsilon of the dtype in which the values were stored.
 
     Example:
         >>> round(lattice_step(np.repeat([0.0, 0.5, 2.0], 20), 1e-16), 9)
@@ -116,7 +117,7 @@ def lattice_step(column: Values, epsilon: float) -> float | None:
     low, high = np.quantile(column, [0.05, 0.95])
     spacing = 4.0 * epsilon * float(np.abs(distinct).max())
     unit = _unit(distinct, epsilon)
-    # a lattice with an error can be found for any few values
+    # any few values fit a lattice within rounding, so fewer than 8 must fit to 1e-6 of their range
     error = 0.55 * unit if k >= MANY_VALUES else 1e-6 * float(distinct[-1] - distinct[0])
     step = find_step(distinct, spacing, error=max(error, spacing))
     if step is None or not _keeps_whole(distinct, step):

@@ -12,11 +12,11 @@ from cnf.errors import ConfigError, DataError
 
 __all__ = ["classes_of", "drop_duplicates", "split"]
 
-MANY = 0.1  # share of duplicate rows from which on they are hardly mistakes
+MANY = 0.1  # share of duplicate rows above which they are probably intended
 
 
 def drop_duplicates(repeated: Array, sizes: list[int], options: Options) -> tuple[Array, list[str]]:
-    """Return the rows to keep, and a notice. A given split is kept."""
+    """Return the row numbers to keep, and notices; a given split keeps all rows."""
     count, everything = int(repeated.sum()), np.arange(len(repeated))
     if not count:
         return everything, []
@@ -37,8 +37,12 @@ def split(sizes: list[int], kept: Array, options: Options) -> tuple[list[Array],
     """Return the row numbers of train, validation and test, and a notice.
 
     Args:
-        sizes: of what was given: all in one, train and test, or the three parts.
-        kept: rows that are no dropped duplicates.
+        sizes: number of rows of each given part: all in one, train and test, or train, validation and test.
+        kept: row numbers without dropped duplicates.
+
+    Raises:
+        DataError: for an empty part, or too few rows.
+        ConfigError: for split options that a given split overrides.
     """
     if len(sizes) == 1:
         chosen, notice = split_rows(len(kept), options)
@@ -64,7 +68,7 @@ def split(sizes: list[int], kept: Array, options: Options) -> tuple[list[Array],
 
 
 def classes_of(labels: Array | None, parts: list[Array]) -> dict[str, Any]:
-    """Return the labels of each part and the class names, as arguments of :func:`assemble`."""
+    """Return the class indices of each part and the class names, as arguments of :func:`assemble`."""
     if labels is None:
         return {}
     codes, classes = encode_labels(labels)

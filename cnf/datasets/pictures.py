@@ -1,4 +1,4 @@
-"""Images from files: safe decoding, and a grey image as a density in the plane."""
+"""Image files: safe decoding, and grey images as densities in the plane."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["FORMATS", "MAX_PIXELS", "SUFFIXES", "PictureDensity", "load_picture", "open_picture"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-FORMATS = "PNG, JPEG, WebP, BMP or TIFF"  # in words
-MAX_PIXELS = 50_000_000  # a picture that claims more is refused before it is unpacked
-MAX_SCANS = 200  # of a progressive JPEG, each of which is a way through all pixels; usual ones have about ten
+FORMATS = "PNG, JPEG, WebP, BMP or TIFF"  # for messages
+MAX_PIXELS = 50_000_000  # an image that claims more is rejected before decoding
+MAX_SCANS = 200  # of a progressive JPEG, each a pass over all pixels; typical files have about ten
 _BITS, _PHOTOMETRIC, _STRIP_OFFSETS, _PLANAR, _COLOR_MAP = 258, 262, 273, 284, 320  # TIFF tags
 _TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 322, 323, 324, 338, 339
 
@@ -29,15 +29,15 @@ _TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 322, 
 def open_picture(path: Path, file: IO[bytes] | None = None) -> Image.Image:
     """Decode a PNG, JPEG, WebP, BMP or TIFF image and apply its EXIF orientation.
 
-    Pillow reduces deeper images to 8 bits without notice, so the depth is taken from the file's header.
+    Pillow silently reduces deeper images to 8 bits, so the depth is read from the file's header.
 
     Args:
-        path: the file, or the name that messages give it.
-        file: read from this stream instead.
+        path: the file, or its name in messages if ``file`` is given.
+        file: stream to read instead of ``path``.
 
     Raises:
-        DataError: if the file is missing, unreadable, deeper than 8 bits, has several pages or frames, or claims more than
-            50 million pixels (a bomb).
+        DataError: if the file is missing, unreadable, deeper than 8 bits, has several pages or frames, or claims more
+            than 50 million pixels (a decompression bomb).
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -59,16 +59,16 @@ def open_picture(path: Path, file: IO[bytes] | None = None) -> Image.Image:
     except UnidentifiedImageError:
         why = "it is none of them, or damaged, or a JPEG of more than 8 bits a channel"
         raise DataError(f"picture {str(path)!r} cannot be read as {FORMATS}: {why}") from None
-    except Exception as error:  # Pillow raises many kinds for what is damaged; all mean the same here
+    except Exception as error:  # Pillow raises many exception types for damaged files
         raise DataError(f"picture {str(path)!r} cannot be read as {FORMATS}: {error}") from error
     try:
         return ImageOps.exif_transpose(picture)
-    except Exception:  # a damaged EXIF block raises many kinds; the pixels are whole, so they are taken as they lie
+    except Exception:  # a damaged EXIF block; the pixels are intact and kept as stored
         return picture
 
 
 class _Refused(Exception):
-    """An intact image of a kind that is not read; the text continues the file's name."""
+    """Intact image of an unsupported kind; the text continues the file's name."""
 
 
 def _decode(file: IO[bytes]) -> Image.Image:
@@ -79,17 +79,17 @@ def _decode(file: IO[bytes]) -> Image.Image:
         return Image.open(file, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF"))
 
     with warnings.catch_warnings():
-        # our own limit is lower than the one that Pillow warns at; a damaged EXIF block is no matter
+        # our limit is lower than Pillow's warning; a damaged EXIF block is harmless
         warnings.simplefilter("ignore")
         picture = opened()
         if picture.width * picture.height > MAX_PIXELS:
             raise Image.DecompressionBombError
-        if picture.format != "MPO" and getattr(picture, "is_animated", False):  # MPO: a camera's JPEG with its previews
+        if picture.format != "MPO" and getattr(picture, "is_animated", False):  # MPO: a camera's JPEG with previews
             raise _Refused("has several pages or frames; expected one image: save the one that is meant by itself")
         scans_allowed = MAX_SCANS
         if picture.format == "PNG":
             _refuse_deep(_png_depth(file))
-            opened().verify()  # the checksums of the pixels, which decoding leaves unread
+            opened().verify()  # pixel checksums, which decoding does not verify
         elif picture.format == "TIFF":
             _check_tiff(picture)
             scans_allowed *= max(1, *(len(picture.tag_v2.get(tag, ())) for tag in (_STRIP_OFFSETS, _TILE_OFFSETS)))
@@ -100,7 +100,7 @@ def _decode(file: IO[bytes]) -> Image.Image:
                 raise ValueError(f"it has {scans:,} scans, expected at most {scans_allowed:,}")
         picture = opened()
         picture.load()
-    # Pillow converts premultiplied grey to nothing but its plain form
+    # Pillow converts premultiplied grey (La) to LA only
     whole: Image.Image = picture.convert("LA") if picture.mode == "La" else picture
     return whole
 
@@ -111,7 +111,7 @@ def _refuse_deep(bits: int) -> None:
 
 
 def _png_depth(file: IO[bytes]) -> int:
-    """Bits per channel, from the header, which is the first chunk."""
+    """Return the bits per channel, from the header (the first chunk)."""
     file.seek(0)
     start = file.read(25)
     if start[12:16] != b"IHDR":
@@ -120,12 +120,12 @@ def _png_depth(file: IO[bytes]) -> int:
 
 
 def _check_tiff(picture: Any) -> None:
-    """Refuse what Pillow reduces, drops or misreads without notice, and tiles of unlimited size."""
+    """Reject TIFF files that Pillow silently reduces, drops or misreads, and tiles of unlimited size."""
     from PIL import Image
 
     tags = picture.tag_v2
     _refuse_deep(max(tags.get(_BITS, (1,))))
-    # a palette has 16 bits: 257 times the 8-bit value, by some writers 256 times
+    # palettes have 16 bits: 257 times the 8-bit value, or 256 times in some writers
     if tags.get(_PHOTOMETRIC) == 3 and any(value % 257 and value % 256 for value in tags.get(_COLOR_MAP, ())):
         raise _Refused("has more than 8 bits a channel (its palette has 16); convert it to 8 bits")
     if set(tags.get(_SAMPLE_FORMAT, (1,))) != {1}:
@@ -141,23 +141,23 @@ def _check_tiff(picture: Any) -> None:
 
 
 class PictureDensity:
-    """The density of a grey picture: points fall in proportion to darkness (FFJORD's ``train_img2d``).
+    """Density in the plane proportional to the darkness of a grey image (FFJORD's ``train_img2d``).
 
-    A pixel's mass is proportional to (lightest value − its value), so that the lightest grey is empty; with
-    ``invert=True`` to (its value − darkest value). Within a pixel the density is uniform. The longer side spans
+    A pixel's mass is proportional to (lightest value − its value), or to (its value − darkest value) with
+    ``invert=True``; the lightest (darkest) grey is empty. Within a pixel the density is uniform. The longer side spans
     [-4, 4], the aspect ratio is kept, y points up, the centre is the origin. Transparent pixels are empty.
 
     Args:
         path: PNG, JPEG, WebP, BMP or TIFF.
-        invert: light is dense instead of dark.
+        invert: make light dense instead of dark.
 
     Attributes:
         mass: (H, W) probabilities of the pixels, row 0 at the top.
-        side: length of a pixel's side in the plane.
+        side: side length of a pixel in the plane.
         entropy: exact differential entropy in nats.
 
     Raises:
-        DataError: if the picture cannot be opened or has one grey value only.
+        DataError: if the image cannot be opened or has a single grey value.
     """
 
     def __init__(self, path: str | Path, *, invert: bool = False) -> None:
@@ -178,7 +178,7 @@ class PictureDensity:
         self.entropy = float(-(filled * np.log(filled)).sum() + 2.0 * np.log(self.side))
 
     def sample(self, n: int, rng: np.random.Generator) -> NDArray[np.float32]:
-        """Draw ``n`` points, float32 (n, 2)."""
+        """Draw ``n`` samples, float32 (n, 2)."""
         height, width = self.mass.shape
         total = np.cumsum(self.mass.reshape(-1))
         pixel = np.searchsorted(total, rng.random(n) * total[-1], side="right")
@@ -189,7 +189,7 @@ class PictureDensity:
 
 
 def load_picture(path: Path, options: Options) -> DataSplits:
-    """The density of a grey picture as a data set, drawn once by ``options.seed``."""
+    """Load samples of the density of a grey image, drawn once with ``options.seed``."""
     density = PictureDensity(path, invert=options.invert)
     parts = [density.sample(n, np.random.default_rng([options.seed, 0, i])) for i, n in enumerate(options.sizes)]
     dense = "light is dense" if options.invert else "dark is dense"

@@ -1,4 +1,4 @@
-"""Large image sets, decoded once into one uint8 file that later runs map into memory."""
+"""Prepared image sets: decoded once into a uint8 file that later runs read or memory-map."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cnf.errors import DataError
 
 __all__ = ["find_prepared", "prepare", "reduce_bits", "stamp"]
 
-Blocks = Callable[[], Iterator[Array]]  # uint8 (n, C, H, W), n at a time, anew at each call
+Blocks = Callable[[], Iterator[Array]]  # each call returns a new iterator over uint8 blocks (n, C, H, W)
 
 
 def reduce_bits(images: Array, nbits: int) -> Array:
-    """The ``nbits`` most significant bits of uint8 images: x // 2**(8 − nbits), with 2**nbits levels.
+    """Return the ``nbits`` most significant bits of uint8 images: x // 2**(8 − nbits), with 2**nbits levels.
 
     Example:
         >>> reduce_bits(np.array([0, 7, 8, 255], dtype=np.uint8), 5).tolist()
@@ -32,11 +32,11 @@ def reduce_bits(images: Array, nbits: int) -> Array:
 
 
 def stamp(paths: Iterable[Path], *settings: Any) -> str:
-    """Twelve digits that change with the sources and the settings.
+    """Return a fingerprint of the sources and settings, twelve hexadecimal digits.
 
-    Files count by name, size and time; folders by the time of their last change (a file added, removed or renamed),
-    with that of their sub-folders, and the arrays in them as files. A picture that is overwritten in place is not
-    noticed: that would take a look at each of a million files at every start.
+    Files enter by name, size and modification time; folders by modification time (a file added, removed or renamed),
+    with their sub-folders and the array files in them. An image overwritten in place is not detected: that would need a
+    ``stat`` call for each of a million files at every start.
     """
     seen = []
     for path in paths:
@@ -51,7 +51,7 @@ def stamp(paths: Iterable[Path], *settings: Any) -> str:
 
 
 def find_prepared(folder: Path, stem: str, mark: str, shape: tuple[int, int, int]) -> Array | None:
-    """What :func:`prepare` wrote earlier for the same sources, or None.
+    """Return the images that :func:`prepare` wrote for the same sources, or None.
 
     Raises:
         DataError: for a damaged file.
@@ -68,21 +68,21 @@ def find_prepared(folder: Path, stem: str, mark: str, shape: tuple[int, int, int
 def prepare(
     folder: Path, stem: str, mark: str, blocks: Blocks, shape: tuple[int, int, int], nbits: int
 ) -> tuple[Array, list[str]]:
-    """The images as uint8 (N, C, H, W), from ``folder/stem-mark.npy`` if it is there, else decoded and written there.
+    """Return images, uint8 (N, C, H, W), and notices; read ``folder/stem-mark.npy``, or decode and write it first.
 
-    The file is written under a temporary name and renamed when whole; it can be deleted at any time. Where it cannot be
-    written, the images are kept in memory, with a notice.
+    The file is written under a temporary name and renamed when complete; it can be deleted at any time. If it cannot be
+    written, the images stay in memory, with a notice.
 
     Args:
-        folder: of prepared files; made if need be.
+        folder: folder of prepared files, created if missing.
         stem: part, size and bits.
-        mark: of the source, see :func:`stamp`.
-        blocks: the source.
-        shape: of one image.
+        mark: fingerprint of the source, see :func:`stamp`.
+        blocks: source of the images.
+        shape: shape of one image.
         nbits: bits kept of each value.
 
     Raises:
-        DataError: for blocks of another shape, no images, or a prepared file that is damaged.
+        DataError: for blocks of another shape or dtype, no images, or a damaged prepared file.
     """
     path = folder / f"{stem}-{mark}.npy"
     images = find_prepared(folder, stem, mark, shape)
@@ -115,11 +115,10 @@ def _checked(blocks: Blocks, shape: tuple[int, int, int], nbits: int) -> Iterato
 
 
 def _write(path: Path, blocks: Iterator[Array], shape: tuple[int, int, int]) -> None:
-    """An .npy file, block by block. Written, not mapped: a full disk is then an error and not a crash."""
+    """Write an .npy file block by block; not memory-mapped, so that a full disk raises instead of crashing."""
     header = {"descr": "|u1", "fortran_order": False}
     with path.open("wb") as file:
-        # numpy leaves room in the header for the first size to grow, so it can be written again when the number is
-        # known
+        # numpy pads the header for a growing first dimension, so it can be rewritten once the number is known
         np.lib.format.write_array_header_1_0(file, {**header, "shape": (0, *shape)})
         start, count = file.tell(), 0
         for block in blocks:

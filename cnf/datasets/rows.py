@@ -1,4 +1,4 @@
-"""Choosing rows of arrays, also of those that are memory maps of files."""
+"""Row selection in arrays and memory maps."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ Array = NDArray[Any]
 
 
 def is_mapped(x: Array) -> bool:
-    """Whether an array is (a view of) a memory map of a file."""
+    """Return whether an array is (a view of) a memory map of a file."""
     return isinstance(x, np.memmap) and x.filename is not None
 
 
 def keep_rows(x: Array, rows: Array) -> tuple[Array, Array]:
-    """The chosen rows of an array, and their numbers in the order in which they come.
+    """Select rows of an array; return them and their row numbers in the order of the result.
 
-    Rows of an ordinary array are copied, in the order of ``rows``. A memory map (private, as mode ``"c"`` makes it)
-    stays one: its first len(rows) places become the result, and those that hold other rows are overwritten, in memory
-    and never in the file, by the chosen ones from further down. So read the other rows first.
+    Rows of an ordinary array are copied, in the order of ``rows``. A memory map (private, mode ``"c"``) is modified in
+    place: the result is a view of its first len(rows) rows, where unselected rows are overwritten, in memory and never
+    in the file, by selected rows from further down. Read the other rows first.
 
     Args:
         x: (N, ...).
-        rows: different row numbers.
+        rows: distinct row numbers.
     """
     if not is_mapped(x):
         return x[rows], rows
@@ -43,7 +43,7 @@ def keep_rows(x: Array, rows: Array) -> tuple[Array, Array]:
 
 
 def hold_out(n: int, count: int, split_seed: int) -> tuple[Array, Array]:
-    """Row numbers of the rest, and of ``count`` rows held out of n at random by ``split_seed``.
+    """Hold out ``count`` of n rows at random by ``split_seed``; return the row numbers of the rest and of those.
 
     Example:
         >>> rest, held_out = hold_out(10, 3, split_seed=0)

@@ -1,4 +1,4 @@
-"""What a loaded data set is, and how rows become training, validation and test sets."""
+"""Loaded data sets, their options, and the split of rows into training, validation and test sets."""
 
 from __future__ import annotations
 
@@ -33,24 +33,23 @@ MAXIMUM_CLASSES = 1000
 
 @dataclass(frozen=True, eq=False)
 class DataSplits:
-    """A data set, split, with what was done to it.
+    """Data set split into training, validation and test rows, with metadata.
 
     Attributes:
-        name: the name or path it was loaded by.
+        name: name or path of the data set.
         kind: ``"toy"`` (points in the plane), ``"image"`` or ``"table"``.
         train, validation, test: uint8 (N, C, H, W) for images, float32 (N, D) otherwise. ``train`` of a set of 2 GiB or
-            more may be a memory map of its file: an ordinary tensor, of which only the rows that are read come into
-                memory.
-        train_context, validation_context, test_context: what is given with each item, float32: one-hot labels
-            (N, len(classes)), a regression's targets (N, targets), or the columns that a table is conditioned on; or None.
-        classes: names of the labels in the order of the one-hot columns; filled whenever the data set has labels.
-        columns: names of a table's columns.
+            more may be a memory map of its file: an ordinary tensor that loads only the rows that are read.
+        train_context, validation_context, test_context: context of each row, float32: one-hot labels
+            (N, len(classes)), regression targets (N, targets) or encoded conditions of a table (N, C); or None.
+        classes: label names in the order of the one-hot columns; set whenever the data set has labels.
+        columns: column names of a table.
         levels: number of grey levels of an image channel; None for vectors.
-        entropy: the true differential entropy in nats where it is known.
-        notices: what was done and should be reported, a sentence each.
-        flip: whether horizontal flips of training images are part of the published protocol.
-        table: the columns of the user's own table, as they were understood.
-        report: those columns as lines of text.
+        entropy: exact differential entropy in nats if known, else None.
+        notices: one sentence for each change to the data that should be reported.
+        flip: whether training images are flipped horizontally at random.
+        table: classified columns of a custom table.
+        report: description of these columns, one line each.
 
     Example:
         >>> from cnf import datasets
@@ -78,18 +77,18 @@ class DataSplits:
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """Shape of one item."""
+        """Shape of one row or image."""
         return tuple(self.train.shape[1:])
 
     @property
     def context_dim(self) -> int:
-        """Number of context columns: classes, targets or conditions; 0 without."""
+        """Number of context columns C (classes, targets or encoded conditions); 0 without context."""
         return 0 if self.train_context is None else int(self.train_context.shape[1])
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of :func:`cnf.datasets.load`, checked."""
+    """Validated options of :func:`cnf.datasets.load`."""
 
     root: str = "data"
     seed: int = 0
@@ -143,13 +142,13 @@ def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
 
 @dataclass
 class Rows:
-    """Rows as read from somewhere, before they are checked and split.
+    """Rows of a reader, before checks and split.
 
     Attributes:
-        x: (N, D) numbers, a pandas frame of a table as it was read, or uint8 images (N, C, H, W).
+        x: (N, D) numbers, a pandas frame with unconverted cells, or uint8 images (N, C, H, W).
         labels: (N,) integers or strings, or None.
-        columns: names of the columns of a table.
-        notices: what the reader did.
+        columns: column names of a table.
+        notices: one sentence for each change made by the reader.
     """
 
     x: Any  # an array, or a pandas frame
@@ -159,15 +158,15 @@ class Rows:
 
     @property
     def kind(self) -> Kind:
-        """A table or images: toy sets are not read."""
+        """``"image"`` for arrays of four dimensions, else ``"table"``."""
         return "image" if self.x.ndim == 4 else "table"
 
 
 def split_rows(n: int, options: Options) -> tuple[list[Array], str]:
-    """Row numbers of train, validation and test at random by ``split_seed``, and the notice that says so.
+    """Return the row numbers of a random train, validation and test split by ``split_seed``, and a notice.
 
     Raises:
-        DataError: with fewer than ten rows.
+        DataError: for fewer than ten rows.
     """
     if n < MINIMUM_ROWS:
         raise DataError(f"the data set has {n} rows (duplicates dropped, unless duplicates='keep'); expected at least {MINIMUM_ROWS} to split")
@@ -181,10 +180,10 @@ def split_rows(n: int, options: Options) -> tuple[list[Array], str]:
 
 
 def encode_labels(labels: Array) -> tuple[Array, tuple[str, ...]]:
-    """Class numbers (N,) and class names: sorted, numerically for numbers.
+    """Return class indices (N,) and class names, sorted (numerically for integers).
 
     Raises:
-        DataError: if the labels are neither integers nor strings, or are too many different ones.
+        DataError: for labels that are neither integers nor strings, or too many classes.
     """
     if labels.dtype.kind == "f" and np.array_equal(labels, np.rint(labels)):
         labels = labels.astype(np.int64)
@@ -219,10 +218,10 @@ def assemble(
 ) -> DataSplits:
     """Build the :class:`DataSplits`: apply ``limit`` and ``condition``, convert to tensors, report the sizes.
 
-    ``given`` are the contexts of the parts where a table is conditioned on columns; ``report`` describes its columns.
+    ``given`` holds the encoded conditions of each part of a table; ``report`` describes the columns.
 
     Raises:
-        DataError: if ``condition`` asks for labels (targets) and there are none, or a part is empty.
+        DataError: if ``condition`` requests labels (targets) and there are none, or a part is empty.
     """
     train, validation, test = parts
     for which, part in (("training", train), ("validation", validation), ("test", test)):
@@ -274,8 +273,7 @@ def assemble(
 
 
 def _tensor(x: Array) -> Tensor:
-    """uint8 stays, everything else becomes float32. A memory map stays one; all else is copied, so that nobody shares
-    memory with a reader."""
+    """Convert to a tensor, uint8 or float32; everything except a uint8 memory map is copied."""
     if is_mapped(x) and x.dtype == np.uint8:
         return torch.from_numpy(x)
     return torch.from_numpy(np.array(x, dtype=np.uint8 if x.dtype == np.uint8 else np.float32, order="C"))
