@@ -1,4 +1,4 @@
-"""Progress on stderr: an updating line in a terminal, else a line every 30 seconds."""
+"""Progress reports on stderr: an updating line in a terminal, else a line every 30 seconds."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from typing import TypeVar
 __all__ = ["LINE_SECONDS", "Progress", "duration_text", "progress"]
 
 T = TypeVar("T")
-LINE_SECONDS = 30.0  # between lines, and before the first one: short work is silent
-TERMINAL_SECONDS = 1.0  # the same in a terminal
+LINE_SECONDS = 30.0  # between lines and before the first, so that short work prints nothing
+TERMINAL_SECONDS = 1.0  # between updates in a terminal
 
 
 class Progress:
-    """Report how much of some work is done, while it is done; a context manager.
+    """Context manager that reports the progress of long work.
 
-    A thread reports, since one unit of work may take minutes.
+    Reports come from a thread, since one unit of work may take minutes.
 
     Args:
         what: name of the work.
-        unit: name of its units, in the plural.
-        quiet: report nothing.
+        unit: plural name of its units.
+        quiet: disable reports.
 
     Example:
         >>> with Progress("evaluation", "solves") as work:
@@ -52,18 +52,18 @@ class Progress:
             self._reporter.join()
 
     def update(self, done: int, total: int) -> None:
-        """Set the number of finished units and of all units."""
+        """Set the numbers of finished and total units."""
         self.done, self.total = done, total
 
     def text(self) -> str:
-        """Return what is done, in how much time, and how much time is left at that rate."""
+        """Return the progress, elapsed time and estimated remaining time as text."""
         spent = time.monotonic() - self._started
         left = f", about {duration_text(spent / self.done * (self.total - self.done))} left" if self.done else ""
         return f"{self.what}: {self.done:,} of {self.total:,} {self.unit} in {duration_text(spent)}{left}"
 
     def _report(self) -> None:
         terminal, shown = sys.stderr.isatty(), False
-        with suppress(OSError, ValueError):  # nobody reads stderr any longer
+        with suppress(OSError, ValueError):  # stderr is closed
             while not self._ended.wait(TERMINAL_SECONDS if terminal else LINE_SECONDS):
                 shown = terminal
                 text = self.text()[: shutil.get_terminal_size().columns - 1] if terminal else self.text()
@@ -75,7 +75,7 @@ class Progress:
 
 
 def progress(items: Iterable[T], what: str, total: int, unit: str = "images") -> Iterator[T]:
-    """Iterate over ``items`` and report how many are done."""
+    """Iterate over ``items`` and report progress."""
     with Progress(what, unit) as work:
         for done, item in enumerate(items):
             work.update(done, total)
@@ -83,7 +83,7 @@ def progress(items: Iterable[T], what: str, total: int, unit: str = "images") ->
 
 
 def duration_text(seconds: float) -> str:
-    """Seconds in words.
+    """Return a duration in seconds as text.
 
     Example:
         >>> duration_text(42), duration_text(600), duration_text(9000)

@@ -16,26 +16,26 @@ from cnf.errors import ConfigError
 __all__ = ["MAXIMUM_CATEGORIES", "TableColumn", "conditions", "context_width", "data_columns", "encode", "on_lattice", "parse_given", "plain_table", "snap", "split_names", "to_lattice", "wanted"]  # fmt: skip
 
 MAXIMUM_CATEGORIES = 1000
-OFF_LATTICE = 0.05  # of a step: values printed with few digits miss their lattice by this order
+OFF_LATTICE = 0.05  # in steps: values printed with few digits deviate from their lattice by this much
 
 Values = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class TableColumn:
-    """One column of a table.
+    """Column of a table.
 
     Attributes:
-        name: its name in the table.
-        role: ``"data"`` is modelled, ``"condition"`` is given, ``"left out"`` is ignored.
-        kind: what the values are.
-        type: the type in which samples are written.
-        step: spacing of the lattice that the values lie on; 0 for none.
+        name: name in the table.
+        role: ``"data"`` (modelled), ``"condition"`` or ``"left out"`` (ignored).
+        kind: kind of the values.
+        type: type in which samples are written.
+        step: spacing of the values' lattice; 0 for none.
         origin: a point of that lattice.
-        dequantised: whether value v stands for the interval [v, v + step), which training fills with uniform noise.
-        epoch: of a date, the day from which days are counted, in days since 1970-01-01.
-        categories: of a categorical condition, in the order of the one-hot columns.
-        mean, std: of a condition that is a number, over the training rows; it enters standardised.
+        dequantised: whether value v represents the interval [v, v + step), filled with uniform noise in training.
+        epoch: reference day of a date, in days since 1970-01-01.
+        categories: categories of a categorical condition, in the order of the one-hot columns.
+        mean, std: mean and standard deviation of a numeric condition over the training rows, which standardise it.
     """
 
     name: str
@@ -51,7 +51,7 @@ class TableColumn:
     std: float = 1.0
 
     def fault(self) -> str | None:
-        """Return what is inconsistent, as a clause of a message, or None.
+        """Return the first inconsistency, as a clause of a message, or None.
 
         Example:
             >>> TableColumn("k", step=-1.0).fault()
@@ -95,16 +95,16 @@ def context_width(table: Sequence[TableColumn]) -> int:
 
 
 def plain_table(columns: Sequence[str]) -> tuple[TableColumn, ...]:
-    """Return continuous columns of these names."""
+    """Return continuous columns with these names."""
     return tuple(TableColumn(name) for name in columns)
 
 
 def encode(table: Sequence[TableColumn], values: Mapping[str, Values]) -> NDArray[np.float64]:
-    """Return the context (N, C): numbers standardised by the training rows, categories one-hot.
+    """Encode conditions as the context (N, C): numbers standardised by the training rows, categories one-hot.
 
     Args:
         table: all columns.
-        values: of each condition, (N,) numbers, or category indices.
+        values: (N,) numbers or category indices of each condition.
     """
     parts = []
     for column in conditions(table):
@@ -117,13 +117,13 @@ def encode(table: Sequence[TableColumn], values: Mapping[str, Values]) -> NDArra
 
 
 def on_lattice(column: TableColumn, values: NDArray[np.float64]) -> bool:
-    """Return whether all values lie on the column's lattice, to 5 % of a step."""
+    """Return whether all values lie on the column's lattice, to within 5 % of a step."""
     places = (values - column.origin) / column.step
     return bool((np.abs(places - np.rint(places)) <= OFF_LATTICE).all())
 
 
 def snap(column: TableColumn, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Move whole numbers to the points of a lattice whose step is none, which rounding made them miss.
+    """Move integers to the lattice points that they were rounded from, if the lattice step is not an integer.
 
     Example:
         >>> snap(TableColumn("mm", kind="discrete", type="int", step=25.4, dequantised=True), np.array([0.0, 76.0])).round(1).tolist()
@@ -135,7 +135,7 @@ def snap(column: TableColumn, values: NDArray[np.float64]) -> NDArray[np.float64
 
 
 def to_lattice(column: TableColumn, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Round values (N,) of a model to the column's lattice: down if the column is dequantised, else to the nearest point.
+    """Round samples (N,) to the column's lattice: down if the column is dequantised, else to the nearest point.
 
     Example:
         >>> k = TableColumn("k", kind="discrete", step=0.5, dequantised=True)
@@ -148,13 +148,13 @@ def to_lattice(column: TableColumn, values: NDArray[np.float64]) -> NDArray[np.f
     whole = np.floor(places) if column.dequantised else np.rint(places)
     digits = 9 - math.floor(math.log10(column.step))
     found = column.origin + column.step * whole
-    if column.type == "int":  # a step that is no whole number: values that were rounded to one
+    if column.type == "int":  # a non-integer step: the values were rounded to integers
         return np.rint(found)
     return np.round(found, digits) if abs(digits) < 300 else found
 
 
 def split_names(text: str | Sequence[str] | None, option: str) -> tuple[str, ...]:
-    """Split names of columns at commas; quotes enclose a name that contains one.
+    """Split comma-separated column names; quotes enclose a name that contains a comma.
 
     Raises:
         ConfigError: for an empty list, or a repeated name.
@@ -179,7 +179,7 @@ def split_names(text: str | Sequence[str] | None, option: str) -> tuple[str, ...
 
 
 def wanted(table: Sequence[TableColumn]) -> str:
-    """Return the form of ``--given`` for a table.
+    """Return the expected form of ``--given`` for a table.
 
     Example:
         >>> wanted([TableColumn("x", "condition"), TableColumn("m, kg", "condition")])
@@ -192,7 +192,7 @@ def parse_given(text: str, table: Sequence[TableColumn]) -> dict[str, str]:
     """Parse ``"x=1.5,z=low"`` into values by column.
 
     Raises:
-        ConfigError: for an entry without ``=``, a column that is no condition, is missing or is repeated.
+        ConfigError: for an entry without ``=``, or a column that is not a condition, missing or repeated.
 
     Example:
         >>> parse_given("x=1.5", [TableColumn("x", "condition")])
@@ -202,7 +202,7 @@ def parse_given(text: str, table: Sequence[TableColumn]) -> dict[str, str]:
     expected = f"expected {wanted(table)}"
     found: dict[str, str] = {}
     for entry in split_names(text, "--given"):
-        # a name may hold an equals sign itself
+        # a name may contain an equals sign
         name = max((n for n in known if entry.startswith(f"{n}=")), key=len, default=entry.partition("=")[0].strip())
         value = entry[len(name) :].lstrip().removeprefix("=").strip()
         if not entry[len(name) :].lstrip().startswith("="):

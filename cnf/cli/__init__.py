@@ -1,4 +1,4 @@
-"""The command line: train_density.py, train_classifier.py and sample.py."""
+"""Command line programs: train_density.py, train_classifier.py and sample.py."""
 
 from cnf.cli.sample import sample_main
 from cnf.cli.train import classify_main, train_main

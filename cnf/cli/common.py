@@ -1,4 +1,4 @@
-"""What both programs share: exit codes, run folders, devices, data."""
+"""Shared functions of the programs: exit codes, run folders, devices and data."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from cnf.training.memory import exhausted
 
 __all__ = ["guard", "load_splits", "read_run", "usable_device"]
 
-HUNG_UP = 141  # what a shell calls the end by SIGPIPE
+HUNG_UP = 141  # a shell's exit code for SIGPIPE
 
 
 def guard(run: Callable[[], int], *, room: str = "--device cpu, or a machine with more memory") -> int:
-    """The programs' exit codes: 0 done, 1 failed, 2 wrong usage, 130 (SIGTERM: 143) interrupted but saved.
+    """Run a program and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 (SIGTERM: 143) interrupted but saved.
 
-    Where nobody reads what they say any longer (``| head``), they end quietly with 141. Of several processes rank 0 speaks.
-    ``room`` is what to try where memory runs out.
+    Errors are printed as one line, by rank 0 only. A closed output pipe (``| head``) ends the program silently with
+    exit code 141. ``room`` is the advice printed when memory runs out.
     """
     def quietly() -> int:
         with muted():
@@ -38,7 +38,7 @@ def guard(run: Callable[[], int], *, room: str = "--device cpu, or a machine wit
 
     try:
         code = _outcome(quietly, room)
-        sys.stdout.flush()  # here, and not when the interpreter exits, where a closed pipe leaves a traceback
+        sys.stdout.flush()  # at interpreter exit a closed pipe would print a traceback
         return code
     except BrokenPipeError:
         _hang_up()
@@ -46,13 +46,13 @@ def guard(run: Callable[[], int], *, room: str = "--device cpu, or a machine wit
 
 
 def _hang_up() -> None:
-    """Whatever is still to be said to a closed pipe goes nowhere."""
+    """Redirect output streams with a closed pipe to the null device."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except BrokenPipeError:
-            with contextlib.suppress(OSError, ValueError):  # a stream that is no file
+            with contextlib.suppress(OSError, ValueError):  # a stream without a file descriptor
                 os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
@@ -78,21 +78,21 @@ def _outcome(run: Callable[[], int], room: str) -> int:
         return _say(said, 128 + stop.number)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
-    except SystemExit as stop:  # the parsers': help, or wrong usage that they have explained
+    except SystemExit as stop:  # from the parsers: help, or wrong usage, already explained
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
 
 
 def _say(line: str, code: int) -> int:
-    if speaks():  # other ranks have said what rank 0 does not know when they left their group
+    if speaks():  # other ranks have reported their own errors when leaving the group
         print(line, file=sys.stderr)
     return code
 
 
 def read_run(folder: Path) -> RunInfo:
-    """What a run folder, or pretrained:NAME, says about itself.
+    """Read the description of a run from its folder, or of pretrained:NAME.
 
     Raises:
-        ConfigError: if it is none.
+        ConfigError: if the folder is not a run folder.
         CheckpointError: if its config.json is damaged.
     """
     folder = located(folder)
@@ -104,17 +104,17 @@ def read_run(folder: Path) -> RunInfo:
 
 
 def usable_device(name: str) -> str:
-    """The device's name, once it is known to work.
+    """Check that a device works and return its name; on CUDA, disable TF32 convolutions.
 
     Raises:
-        ConfigError: if it does not.
+        ConfigError: if the device cannot be used.
     """
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("expected cpu, cuda or cuda:1")
         torch.zeros(1, device=device)
-        if device.type == "cuda":  # torch lets convolutions round to TF32; no reported figure comes from that
+        if device.type == "cuda":  # torch's default TF32 convolutions are less accurate
             torch.backends.cudnn.allow_tf32 = False
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
@@ -122,9 +122,9 @@ def usable_device(name: str) -> str:
 
 
 def load_splits(config: RunConfig, *, run: RunInfo | None = None, download: bool = True, group: Group = ALONE) -> DataSplits:
-    """The data of a run; where it predicts, with what it predicts as context. Of several processes rank 0 downloads first.
+    """Load the data of a run, with labels or targets as context if it predicts; rank 0 downloads first.
 
-    With a trained ``run``, a table is read as that run's was.
+    With a trained ``run``, tables are read with that run's column types.
     """
     return group.in_turn(lambda: _load(config, run, download))
 
@@ -132,7 +132,7 @@ def load_splits(config: RunConfig, *, run: RunInfo | None = None, download: bool
 def _load(config: RunConfig, run: RunInfo | None, download: bool) -> DataSplits:
     d = config.data
     if run is not None and not run.table and run.columns and d.data.lower().replace("_", "-") not in data_names():
-        # of a run from before columns were told apart: all of them are modelled, whatever they hold
+        # runs saved before column types were stored model all columns
         d = dataclasses.replace(d, dependent="keep")
         wanted: str | tuple[str, ...] | None = run.columns
     else:

@@ -1,4 +1,4 @@
-"""train_density.py --evaluate: a trained run scored again, on a split or on the user's own items."""
+"""train_density.py --evaluate: evaluation of a trained run on a split or on custom data."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ["evaluate_run", "score_items"]
 
 
 def _flow(folder: Path, info: RunInfo) -> Flow:
-    """The run's flow with the solver and the trace that were asked for."""
+    """Load the run's flow with the requested evaluation solver and divergence."""
     config = info.config
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -48,10 +48,10 @@ def _flow(folder: Path, info: RunInfo) -> Flow:
 
 
 def _dequantisation(command: Command, info: RunInfo) -> str | None:
-    """What ``score`` and ``rank`` call it; None is the flow's own.
+    """Return the ``dequantisation`` argument of ``score`` and ``rank``; None selects the flow's own.
 
     Raises:
-        ConfigError: for options that are for images, where the run models vectors.
+        ConfigError: for image options if the run models vectors.
     """
     if info.levels is None and (command.mid_bin or command.importance > 1):
         option = "--mid-bin" if command.mid_bin else "--importance"
@@ -60,10 +60,10 @@ def _dequantisation(command: Command, info: RunInfo) -> str | None:
 
 
 def _require_writable(command: Command, folder: Path) -> None:
-    """Known before hours of work, not after them.
+    """Check the output paths before hours of work.
 
     Raises:
-        ConfigError: where --per-item, or for a split the run folder, cannot be written.
+        ConfigError: if --per-item, or (for a split) the run folder, cannot be written.
     """
     path = command.per_item
     if path is not None:
@@ -80,19 +80,19 @@ def _require_writable(command: Command, folder: Path) -> None:
             raise ConfigError(f"--per-item {path}: {why}; expected a file that can be made")
     if command.score:
         return
-    if folder != located(folder):  # a model of the package's, whose evaluations are kept apart
-        with suppress(OSError):  # which the next line explains
+    if folder != located(folder):  # a pretrained model, whose evaluations are stored in a separate folder
+        with suppress(OSError):  # reported by the access check below
             outputs(folder).mkdir(parents=True, exist_ok=True)
     if not os.access(outputs(folder), os.W_OK):
         raise ConfigError(f"--evaluate {folder}: {outputs(folder)} cannot be written, and the evaluation is kept there")
 
 
 def evaluate_run(command: Command, info: RunInfo, data: DataSplits, group: Group = ALONE) -> int:
-    """Score a split; the result goes into evaluation-N.json beside result.json.
+    """Evaluate a run on a split and write evaluation-N.json next to result.json; return the exit code.
 
     Raises:
-        ConfigError: for options that the run has no use for, or files that cannot be written.
-        DataError: for data that the run does not model.
+        ConfigError: for options that do not apply to the run, or files that cannot be written.
+        DataError: for data that do not match the run.
     """
     folder, config = command.evaluate, info.config
     assert folder is not None
@@ -114,7 +114,7 @@ def evaluate_run(command: Command, info: RunInfo, data: DataSplits, group: Group
     if not group.main:
         return 0
     result |= {"notices": list(data.notices), "config": dataclasses.asdict(config)}
-    kept = _keep(outputs(folder), result)  # before a word is said: who reads it may have gone
+    kept = _keep(outputs(folder), result)  # before printing, which fails if the output pipe is closed
     if command.per_item is not None:
         write(command.per_item)
     print(summary(result), flush=True)
@@ -126,7 +126,7 @@ def evaluate_run(command: Command, info: RunInfo, data: DataSplits, group: Group
 
 
 def _keep(folder: Path, result: dict[str, Any]) -> Path:
-    """The result as the first evaluation-N.json that is free, which is taken at once: another process may evaluate too."""
+    """Write the result to the first free evaluation-N.json, reserved atomically against concurrent evaluations."""
     number = 1
     while True:
         path = folder / f"evaluation-{number}.json"
@@ -135,7 +135,7 @@ def _keep(folder: Path, result: dict[str, Any]) -> Path:
             break
         except FileExistsError:
             number += 1
-        except OSError:  # which the next line explains
+        except OSError:  # reported by write_json
             break
     try:
         write_json(path, result)
@@ -147,7 +147,11 @@ def _keep(folder: Path, result: dict[str, Any]) -> Path:
 
 
 def _predict(command: Command, info: RunInfo, data: DataSplits, group: Group) -> tuple[dict[str, Any], Callable[[Path], None]]:
-    """The result of a run that predicts, and what writes its predictions."""
+    """Evaluate a run that predicts; return the result and a function that writes the predictions.
+
+    Raises:
+        ConfigError: for options that apply to densities or ODEs only.
+    """
     folder, config = command.evaluate, info.config
     assert folder is not None
     if command.mid_bin or command.importance > 1:
@@ -166,7 +170,11 @@ def _predict(command: Command, info: RunInfo, data: DataSplits, group: Group) ->
 
 
 def _require_model(folder: Path, info: RunInfo, data: DataSplits) -> None:
-    """Data of the shape, levels, classes and columns that the run models."""
+    """Check that the data have the shape, levels, classes and columns of the run.
+
+    Raises:
+        DataError: if they differ.
+    """
 
     def words(shape: tuple[int, ...], levels: int | None, classes: int) -> str:
         grey = "" if levels is None else f" of {levels} levels"
@@ -185,11 +193,11 @@ def _require_model(folder: Path, info: RunInfo, data: DataSplits) -> None:
 
 
 def score_items(command: Command, info: RunInfo, group: Group = ALONE) -> int:
-    """Rank the user's items, beside the test items where their scores are comparable.
+    """Rank custom rows or images by likelihood, with the run's test scores as reference if comparable.
 
     Raises:
-        ConfigError: for options that the run has no use for, or files that cannot be written.
-        DataError: for items that the run does not model, or without the classes that it wants.
+        ConfigError: for options that do not apply to the run, or files that cannot be written.
+        DataError: for rows or images that do not match the run, or lack a known class.
     """
     folder, config = command.evaluate, info.config
     assert folder is not None and command.score is not None
@@ -225,7 +233,11 @@ def score_items(command: Command, info: RunInfo, group: Group = ALONE) -> int:
 
 
 def _context(folder: Path, info: RunInfo, items: Items) -> Tensor | None:
-    """One-hot rows (N, C), or None for a run without classes."""
+    """Return the context (N, C): encoded conditions of a table or one-hot classes; None for an unconditional run.
+
+    Raises:
+        DataError: for a missing or unknown class.
+    """
     if not info.context_dim or items.context is not None:
         return items.context
     codes = {name: code for code, name in enumerate(info.classes)}
@@ -240,7 +252,11 @@ def _context(folder: Path, info: RunInfo, items: Items) -> Tensor | None:
 
 
 def _reference(command: Command, info: RunInfo) -> Tensor | None:
-    """The scores of the run's test items, where the items are scored with the same noise; None elsewhere."""
+    """Return the run's test scores (nll) if the custom data are scored with the same noise settings, else None.
+
+    Raises:
+        DataError: for a damaged file of scores.
+    """
     folder = command.evaluate
     assert folder is not None
     path, trained, now = folder / TEST_SCORES, read_run(folder).config, info.config
@@ -253,17 +269,17 @@ def _reference(command: Command, info: RunInfo) -> Tensor | None:
     found = arrays["nll"]
     if found.ndim != 1 or found.dtype.kind != "f" or np.isinf(found).any():
         raise DataError(f"{path}: 'nll' is no list of finite numbers: remove the file, and the items are ranked without it")
-    return torch.from_numpy(found[~np.isnan(found)])  # NaN: test items that could not be solved
+    return torch.from_numpy(found[~np.isnan(found)])  # NaN: failed solves
 
 
 def _preparations(folder: Path, info: RunInfo) -> Iterator[str]:
-    """What training did to its own table before the model saw it, and nobody did to the items."""
+    """Yield notices of training-time preprocessing that the rows to score lack."""
     name = info.config.data.data
     if name.lower() in tabular.NAMES:
         yield f"{name} is prepared before training (data/README.md), and the items are not: prepare them alike"
-    if info.table:  # whose items are treated as training treated its own
+    if info.table:  # read_items applies the same preprocessing
         return
-    notices = read_json(folder / "result.json").get("notices")  # none of an unfinished run, whose items are scored all the same
+    notices = read_json(folder / "result.json").get("notices")  # missing for an unfinished run
     for line in notices if isinstance(notices, list) else []:
         if isinstance(line, str) and ": dequantised by" in line:
             yield f"in training, {line}; the items are scored as they are: add such noise, or they stand at an edge"

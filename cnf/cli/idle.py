@@ -1,4 +1,4 @@
-"""Options that were changed and would do nothing, refused: part by part, and why."""
+"""Rejection of changed options that have no effect."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cnf.presets import RunConfig
 
 __all__ = ["refuse_idle", "refuse_idle_noise"]
 
-Idle = Iterator[tuple[str, tuple[str, ...], str]]  # part by part, the options that do nothing, and why
+Idle = Iterator[tuple[str, tuple[str, ...], str]]  # (part of the configuration, options without effect, reason)
 
 
 def _idle_noise(config: RunConfig, levels: int | None, mid_bin: bool, spreads: bool) -> Idle:
@@ -44,7 +44,7 @@ def _idle_objective(config: RunConfig) -> Idle:
         yield "train", ("tune_steps", "tune_batch_size", "tune_lr"), "is for --objective both"
     if objective == "flow-matching":
         why = "says how training solves an ODE, and --objective flow-matching solves none"
-        if config.model.drive == "none":  # an augmented time is solved all the same
+        if config.model.drive == "none":  # an augmented time is solved by these settings even so
             yield "solver", ("method", "grid_steps", "adaptive", "gradient", "rtol", "atol"), why
         yield "solver", ("automatic_steps",), why
         weights = tuple(name for name in ("kinetic", "jacobian", "step_error") if getattr(config.train, name))  # a preset's may be turned off
@@ -72,7 +72,7 @@ def _idle(config: RunConfig, data: DataSplits) -> Idle:
         yield "data", ("discrete", "columns", "drop_columns", "missing", "dependent"), "is for tables"
     if config.solver.adaptive:
         yield "solver", ("grid_steps",), "is for fixed grids, not for --adaptive"
-        if config.solver.automatic_steps:  # a preset's may be turned off, which --adaptive does by itself
+        if config.solver.automatic_steps:  # --adaptive turns off a preset's automatic steps itself
             yield "solver", ("automatic_steps",), "is for fixed grids, not for --adaptive"
         yield "train", ("max_grid_steps", "step_error"), "is for fixed grids, not for --adaptive"
     else:
@@ -80,21 +80,21 @@ def _idle(config: RunConfig, data: DataSplits) -> Idle:
 
 
 def refuse_idle(default: RunConfig, config: RunConfig, data: DataSplits) -> None:
-    """Options that were changed and would do nothing with these data, but for those of the noise.
+    """Reject changed options without effect on these data, except noise options (:func:`refuse_idle_noise`).
 
     Raises:
-        ConfigError: naming the first.
+        ConfigError: for the first such option.
     """
     _refuse(default, config, _idle(config, data))
 
 
 def refuse_idle_noise(default: RunConfig, config: RunConfig, levels: int | None, *, mid_bin: bool, spreads: bool = False) -> None:
-    """Options of noise (draws, probes) that were changed and would do nothing, since none enters.
+    """Reject changed noise options (draws, probes) without effect because the likelihood involves no noise.
 
-    ``spreads``: discrete columns of a table get noise at every draw, as they do where items are scored.
+    ``spreads``: discrete columns are dequantised anew in each draw, as when custom rows are scored.
 
     Raises:
-        ConfigError: naming the first.
+        ConfigError: for the first such option.
     """
     _refuse(default, config, _idle_noise(config, levels, mid_bin, spreads))
 

@@ -1,4 +1,4 @@
-"""train_density.py's options: parsed, checked, and refused where they would do nothing."""
+"""Command line options of training and evaluation: parsing, default presets and checks."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from cnf.presets import PRESETS, RunConfig, preset
 __all__ = ["CLASSIFIER", "DEFAULT", "Command", "check", "fitting", "option", "parse", "refuse_changes", "suited"]
 
 DEFAULT = "fm-digits"
-CLASSIFIER = "anode-digits"  # train_classifier.py's
-# where no preset is named: by the name of --data, before it is loaded, and by its kind
+CLASSIFIER = "anode-digits"  # default preset of train_classifier.py
+# default presets by the name of --data, before loading, and by kind of data, after loading
 _REGRESSIONS = {"flip": "anode-flip", "spheres1": "anode-spheres", "spheres2": "anode-spheres"}
 SUITED = _REGRESSIONS | {"mnist": "fm-mnist", "cifar10": "fm-cifar10"}
 SUITED_CLASSIFIER = _REGRESSIONS | {
@@ -30,26 +30,26 @@ SUITED_CLASSIFIER = _REGRESSIONS | {
 }  # fmt: skip
 FITTING = {"table": "tabular", "toy": "ffjord-toy"}
 FITTING_CLASSIFIER = {"table": "anode-three-spheres"}
-LARGE = 16  # pixels: images that fm-mnist is for, not fm-digits
+LARGE = 16  # pixels: smallest image side for fm-mnist; smaller images use fm-digits
 PRESET_HINT = (
     f"(default: {DEFAULT}, of train_classifier.py {CLASSIFIER}; with --data tabular for tables, ffjord-toy for toy sets, "
     "fm-digits, fm-mnist or digits for images, by their size)"
 )
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 
-# what --resume may change: how long, where, and where the data are (that they are the same, their fingerprint tells)
+# settings that --resume may change: duration, device and location of the data (a fingerprint verifies the data)
 RESUME = {"data": ("data", "data_root", "download"), "train": ("steps", "patience", "max_time", "device", "threads", "accumulate"),
           "solver": ("compile",)}  # fmt: skip
-# what --evaluate may change: what is scored and how
+# settings that --evaluate may change: the data to evaluate, solver and noise
 EVALUATE = {
     "data": ("data", "data_root", "download"),
     "solver": ("eval_method", "eval_rtol", "eval_atol", "eval_tolerance", "divergence", "probe", "mode", "probes"),
     "train": ("draws", "test_items", "device", "threads"),
 }
-# the same where it is the user's own items that are scored, without the run's data
+# settings that --evaluate --score may change (custom data, without the run's data set)
 SCORE = {"solver": EVALUATE["solver"], "train": ("draws", "device", "threads")}
 
-EVALUATIONS = ("split", "importance", "mid_bin", "check", "per_item", "score")  # options that only --evaluate has
+EVALUATIONS = ("split", "importance", "mid_bin", "check", "per_item", "score")  # options of --evaluate only
 
 POSITIVE = ("steps", "batch_size", "tune_steps", "tune_batch_size", "tune_lr", "accumulate", "lr", "validate_every", "validation_items", "test_items", "draws", "watch_every", "watch_tolerance",
             "max_grid_steps", "max_time", "threads")  # fmt: skip
@@ -59,7 +59,7 @@ LARGEST = {"seed": LARGEST_SEED, "split_seed": LARGEST_SEED, "data_seed": LARGES
            "max_grid_steps": 100_000}  # fmt: skip
 
 
-SCORE_HELP = (  # in one piece: a docstring's line ends would be kept
+SCORE_HELP = (  # a string, since tyro keeps the line ends of a docstring
     "--evaluate: rank your own items instead of a split, least likely first: .npz, .npy, tables, pictures, folders. " + CAUTION
 )
 
@@ -100,12 +100,12 @@ class Command:
 
 
 def suited(default: str, data: str) -> str | None:
-    """The preset for data of that name, where none is named, and another is the program's default."""
+    """Return the default preset for a data set by name, or None for the program's default."""
     return (SUITED_CLASSIFIER if default == CLASSIFIER else SUITED).get(data)
 
 
 def fitting(default: str, kind: str, shape: tuple[int, ...]) -> str | None:
-    """The preset for data of that kind and events of that shape, where none is named, and another is the program's default.
+    """Return the default preset for data of this kind and event shape, or None for the program's default.
 
     Example:
         >>> fitting("fm-digits", "table", (5,)), fitting("fm-digits", "image", (3, 32, 32)), fitting("fm-digits", "image", (1, 7, 7))
@@ -115,7 +115,7 @@ def fitting(default: str, kind: str, shape: tuple[int, ...]) -> str | None:
         return FITTING_CLASSIFIER.get(kind)
     if kind != "image":
         return FITTING.get(kind)
-    # a U-Net halves its images: from 16 pixels on twice, as it squeezes them first
+    # the U-Net halves its images, twice from 16 pixels on, where it squeezes them first
     if min(shape[1:]) >= LARGE and not any(n % 4 for n in shape[1:]):
         return "fm-mnist"
     return "digits" if any(n % 2 for n in shape[1:]) else None
@@ -128,17 +128,17 @@ def _tyro(default: Command, arguments: Sequence[str], fallback: str) -> Command:
 
 
 def parse(arguments: Sequence[str], fallback: str = DEFAULT) -> tuple[Command, RunConfig, RunInfo | None]:
-    """The command, the settings it started from, and the run it continues or scores.
+    """Parse a command line; return the command, its default settings, and the run that it resumes or evaluates, if any.
 
     Args:
-        arguments: the words of the command line.
-        fallback: the preset where none is named.
+        arguments: command line arguments.
+        fallback: default preset.
 
     Raises:
-        ConfigError: for an unknown preset, or options that exclude each other.
-        SystemExit: from the parser: wrong usage (2) or help (0).
+        ConfigError: for an unknown preset, mutually exclusive options, or a folder that is not a run.
+        SystemExit: from the parser, for wrong usage (2) or help (0).
     """
-    # once to learn which defaults hold (PRESET may stand anywhere), and once with them
+    # parse once to find the preset (at any position), and again with its defaults
     bare = [word for word in arguments if word not in ("-h", "--help")]
     first = _tyro(Command(preset(DEFAULT).config), bare, fallback)
     _exclude(first)
@@ -156,10 +156,10 @@ def parse(arguments: Sequence[str], fallback: str = DEFAULT) -> tuple[Command, R
 
 
 def _timed(default: RunConfig, given: RunConfig) -> RunConfig:
-    """Return the preset's settings with time in the field where ``given`` asks for adaptive depth.
+    """Return the preset's settings, with a time-dependent field if ``given`` requests adaptive depth.
 
-    A scalar field without time has one direction at each point, so that with T(x) > 0 no point can pass another: the flip
-    stays at a squared error of 1. A sign of T(x) would suffice in theory, but in three of three runs it did not learn.
+    A scalar field without time has one direction at each point, so that with T(x) > 0 no point can pass another: flip
+    stays at a squared error of 1. Signed T(x) would suffice in theory, but training failed in three of three runs.
     """
     if not given.model.adaptive_depth or given.model.depth in BASES or default.model.layer != "ignore":
         return default
@@ -189,7 +189,7 @@ def _exclude(command: Command) -> None:
 
 
 def option(field: str) -> str:
-    """A setting's name on the command line."""
+    """Return the command line option of a setting."""
     return "--" + field.replace("_", "-")
 
 
@@ -202,13 +202,13 @@ def _changed(old: RunConfig, new: RunConfig, allowed: dict[str, tuple[str, ...]]
 
 
 def refuse_changes(old: RunConfig, new: RunConfig, command: Command) -> None:
-    """Options that --resume cannot change, or that --evaluate (--score) does not use.
+    """Reject changed options that --resume cannot change, or that --evaluate (--score) does not use.
 
     Raises:
-        ConfigError: naming them.
+        ConfigError: for any such options.
     """
     allowed = RESUME if command.resume else SCORE if command.score else EVALUATE
-    if allowed is EVALUATE and old.data.data != new.data.data:  # other data are read in a way of their own
+    if allowed is EVALUATE and old.data.data != new.data.data:  # other data have their own data options
         fixed = {"columns", "drop_columns"} | ({"condition"} if old.data.condition not in ("none", "label") else set())
         allowed = {**EVALUATE, "data": tuple(name for name in dataclasses.asdict(new.data) if name not in fixed)}
     if changed := _changed(old, new, allowed):
@@ -218,10 +218,10 @@ def refuse_changes(old: RunConfig, new: RunConfig, command: Command) -> None:
 
 
 def check(config: RunConfig, *, trains: bool = True) -> None:
-    """Numbers that cannot be; where it ``trains``, also what its device cannot do.
+    """Check the settings' values and combinations; if ``trains``, also the precision on the device.
 
     Raises:
-        ConfigError: naming the option, the value and what was expected.
+        ConfigError: for the first invalid option; the message states the value and what is expected.
     """
     values = {k: v for part in (config.data, config.model, config.solver, config.train) for k, v in dataclasses.asdict(part).items()}
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""sample.py: draw from a run folder."""
+"""sample.py: samples, likelihoods and trajectories of a trained run."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from cnf.solvers import TABLEAUS, FixedGrid
 __all__ = ["sample_main"]
 
 SUFFIXES = (".png", ".npz", ".gif", *ENDINGS)
-IMAGES, VECTORS = 64, 1000  # samples where -n is not given
-BATCH_NUMBERS = 2**20  # numbers solved together, at most 8192 samples
-FRAMES = 21  # of --trajectory
+IMAGES, VECTORS = 64, 1000  # default numbers of samples
+BATCH_NUMBERS = 2**20  # numbers per solve, at most 8192 samples
+FRAMES = 21  # time points of --trajectory
 MOST_STEPS = 100_000
 
 
 def sample_main(arguments: Sequence[str] | None = None) -> int:
-    """sample.py: returns the exit code."""
+    """Run sample.py and return the exit code."""
     return guard(lambda: _sample(_parser().parse_args(arguments)), room="fewer samples (-n), --device cpu, or a machine with more memory")
 
 
@@ -155,7 +155,7 @@ def _joined(options: Any, info: RunInfo, group: Group) -> int:
 
 @contextmanager
 def drawing(flow: Flow, method: str, steps: int | None) -> Iterator[None]:
-    """Inside, the blocks of a flow in evaluation are solved on a grid of so many steps; by their own solvers for None."""
+    """Evaluate the blocks of a flow on a fixed grid of ``steps`` solver steps; None keeps their own solvers."""
     kept = [block.eval_solver for block in flow.blocks]
     try:
         if steps is not None:
@@ -168,7 +168,7 @@ def drawing(flow: Flow, method: str, steps: int | None) -> Iterator[None]:
 
 
 def _explain(info: RunInfo, out: Path) -> None:
-    """What was done to the samples of a table."""
+    """Print how the samples of a table were rounded."""
     lattice = [c.name for c in data_columns(info.table) if c.step]
     rounded = [c.name for c in data_columns(info.table) if not c.step and c.type == "int"]
     extra = "; log_prob is the density of the value before" if out.suffix == ".npz" else ""
@@ -181,7 +181,11 @@ def _explain(info: RunInfo, out: Path) -> None:
 
 
 def _context(info: RunInfo, options: Any, n: int, like: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
-    """Context rows (n, C) of the type and on the device of ``like``, or None; and the values of the conditions, by column."""
+    """Return context rows (n, C) with dtype and device of ``like``, or None; and the conditions' values by column.
+
+    Raises:
+        ConfigError: for a missing, superfluous or unknown --given or --class.
+    """
     label, columns = options.label, conditions(info.table)
     if not columns and options.given is not None:
         raise ConfigError(f"--given {options.given}: this run was trained without --condition COLUMNS")
@@ -202,13 +206,17 @@ def _context(info: RunInfo, options: Any, n: int, like: Tensor) -> tuple[Tensor 
 
 
 def _class_context(info: RunInfo, label: str | None, n: int, like: Tensor) -> Tensor | None:
-    """One-hot rows (n, C), or None for a run without classes."""
+    """Return one-hot rows (n, C), or None for a run without classes; without a label, cycle through the classes.
+
+    Raises:
+        ConfigError: for an unknown class, or a class for a run without classes.
+    """
     if not info.context_dim:
         if label is not None:
             raise ConfigError(f"--class {label}: this run was trained without classes (--condition label)")
         return None
     eye = torch.eye(info.context_dim).to(like)
-    if label is None:  # every class in turn
+    if label is None:  # cycle through the classes
         return eye[torch.arange(n, device=like.device) % info.context_dim]
     if label not in info.classes:
         raise ConfigError(f"--class {label} is unknown: this run has {', '.join(info.classes)}")
@@ -216,9 +224,10 @@ def _class_context(info: RunInfo, label: str | None, n: int, like: Tensor) -> Te
 
 
 def _draw(flow: Flow, n: int, context: Tensor | None, options: Any, *, full: bool, group: Group) -> tuple[Tensor, dict[str, Any]]:
-    """Samples (n, \\*event), solved in batches; ``full``: also the arrays of the .npz file.
+    """Draw samples (n, \\*event) in batches; with ``full``, also return the arrays of the .npz file.
 
-    Several processes share the batches out, each drawing its rows of the joint noise; rank 0 gets them all, the others nothing.
+    Several processes divide the batches, each drawing its rows of the joint noise; rank 0 returns all samples, the
+    others none.
     """
     size = max(1, min(8192, BATCH_NUMBERS // flow.dim))
     times = torch.linspace(0, 1, FRAMES)

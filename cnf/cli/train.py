@@ -1,4 +1,4 @@
-"""train_density.py and train_classifier.py: train, resume, dry run, list; evaluation is next door."""
+"""train_density.py and train_classifier.py: training, resumption, dry run and list of presets."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ __all__ = ["classify_main", "train_main"]
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
-    """train_density.py: returns the exit code."""
+    """Run train_density.py and return the exit code."""
     return _guarded(arguments, DEFAULT)
 
 
 def classify_main(arguments: Sequence[str] | None = None) -> int:
-    """train_classifier.py: the same, with presets that predict where none is named; returns the exit code."""
+    """Run train_classifier.py (train_density.py with predictive default presets) and return the exit code."""
     return _guarded(arguments, CLASSIFIER)
 
 
@@ -87,10 +87,10 @@ def _joined(given: list[str], program: str, command: Command, default: RunConfig
     out = command.out
     if old is None and out is not None:
         group.first(lambda: _refuse_occupied(out))
-    # --resume finds the columns anew, so that data that have changed are noticed
+    # --resume classifies the columns again, so that changed data are detected
     data = load_splits(config, run=old if command.evaluate or (old and not old.table) else None, group=group)
     if old is None and command.preset is None and program in (DEFAULT, CLASSIFIER) and (name := fitting(program, data.kind, data.event_shape)):
-        # digits' settings would be a poor start; presets differ in the data's name alone, so the data stay what they are
+        # the default preset suits digits only; of the data settings, presets change the name alone, so the data stay valid
         command, default, _ = parse(given, name)
         config = command.config
         check(config)
@@ -117,7 +117,7 @@ def _joined(given: list[str], program: str, command: Command, default: RunConfig
 
 
 def _described(data: DataSplits) -> str:
-    """In words, by what decides the preset."""
+    """Return a description of the data for the message about the default preset."""
     return f"a set of {data.event_shape[1]}x{data.event_shape[2]} images" if data.kind == "image" else f"a {data.kind} set"
 
 
@@ -132,7 +132,7 @@ def _train(command: Command, info: RunInfo, data: DataSplits, folder: Path, grou
         trainer = Trainer(info, data, folder, resume=command.resume, group=group)
         if command.resume:
             done = trainer.stop_reason()
-            # a result of fewer steps is that of a shorter run, trained on since
+            # a result of fewer steps belongs to a shorter run that was continued since
             if done and group.first(lambda: read_json(folder / "result.json").get("steps") == trainer.step):
                 print(f"{folder} has finished already ({done}, step {trainer.step:,}): more --steps train on, --evaluate scores it again")
                 return 0
@@ -150,7 +150,7 @@ def _run(trainer: Trainer) -> int:
     trainer.run()
     try:
         result = finish(trainer)
-    except KeyboardInterrupt:  # the training is saved, and --resume goes straight to the test
+    except KeyboardInterrupt:  # training is saved, so --resume only repeats the test
         raise Interrupted(signal.SIGINT, trainer.step) from None
     if not group.main:
         return 0
@@ -170,7 +170,7 @@ def _make(folder: Path) -> None:
 
 
 def _begin(folder: Path, info: RunInfo, resume: bool) -> None:
-    if not resume:  # another run may have begun there while the data were read
+    if not resume:  # another run may have started there while the data were loaded
         _refuse_occupied(folder)
     write_config(folder, info)
 
@@ -180,7 +180,7 @@ def _refuse_occupied(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise ConfigError(f"--out {folder} is a file: expected a folder")
-    killed = {folder / LOCK, *leftovers(folder)}  # of a run that ended before it had begun
+    killed = {folder / LOCK, *leftovers(folder)}  # left by a run that was killed before it started
     if set(folder.iterdir()) - killed:
         hint = f"--resume --out {folder} continues the run there" if (folder / "config.json").is_file() else "choose another"
         raise ConfigError(f"--out {folder} is not empty: expected a new or an empty folder; {hint}")

@@ -52,8 +52,7 @@ def find_step(distinct: Values, spacing: float = 0.0, error: float = math.inf) -
 
 
 def _refine(gaps: Values, step: float) -> float:
-    """Refine a step by successively longer gaps; each estimate is accurate enough to count the steps in gaps twice as
-    long."""
+    """Refine a step by ever longer gaps; each estimate is accurate enough to count steps in gaps twice as long."""
     reach = 1.5
     while True:
         part = gaps[gaps <= reach * step] if reach * step < gaps.max() else gaps

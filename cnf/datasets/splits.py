@@ -166,7 +166,7 @@ def split_rows(n: int, options: Options) -> tuple[list[Array], str]:
     """Return the row numbers of a random train, validation and test split by ``split_seed``, and a notice.
 
     Raises:
-        DataError: for fewer than ten rows.
+        DataError: for fewer than ten rows, or fewer than two training rows.
     """
     if n < MINIMUM_ROWS:
         raise DataError(f"the data set has {n} rows (duplicates dropped, unless duplicates='keep'); expected at least {MINIMUM_ROWS} to split")

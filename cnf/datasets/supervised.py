@@ -1,4 +1,4 @@
-"""Points with targets: the flip and the concentric spheres of ANODE (arXiv 1904.01681), and two sets of three spheres."""
+"""Supervised toy sets: flip and concentric spheres of ANODE (arXiv 1904.01681), and two sets of three spheres."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NAMES = {
     "disjoint-spheres": "2-D, three classes: two disjoint discs inside a ring",
 }
 CLASSES = {"three-spheres": ("inner", "middle", "outer"), "disjoint-spheres": ("left", "right", "outer")}
-FLIP_NOISE = 0.1  # standard deviation around -1 and 1: without any, the set would be two points
-RADII = (0.5, 1.0, 1.5)  # of the spheres' disc and of their ring
+FLIP_NOISE = 0.1  # standard deviation around -1 and 1; without noise the set is two points
+RADII = (0.5, 1.0, 1.5)  # outer radius of the ball, inner and outer radius of the shell
 
 
 def shell(n: int, dim: int, inner: float, outer: float, rng: np.random.Generator) -> Array:
-    """``n`` points uniform in the ball (inner = 0) or the shell inner <= |x| <= outer, (n, dim).
+    """Draw ``n`` samples uniformly in the ball (inner = 0) or the shell inner <= |x| <= outer, (n, dim).
 
-    The volume within r grows as r**dim, so it is r**dim that is uniform; the released code is uniform for inner = 0 alone.
+    The volume within r grows as r**dim, so r**dim is drawn uniformly; the released code is uniform for inner = 0 only.
 
     Example:
         >>> x = shell(1000, 3, 1.0, 1.5, np.random.default_rng(0))
@@ -81,17 +81,18 @@ _DRAWS: dict[str, Callable[[int, np.random.Generator], tuple[Array, Array]]] = {
 
 
 def sample_supervised(name: str, n: int, seed: int | np.random.Generator = 0) -> tuple[Array, Array]:
-    """``n`` points, float32 (n, D), with their targets: float32 (n, 1), or class numbers (n,) of the sets in :data:`CLASSES`.
+    """Draw ``n`` samples, float32 (n, D), and targets, float32 (n, 1), or class indices (n,) for :data:`CLASSES`.
 
     * ``flip``: half at 1, half at -1, with Gaussian noise of 0.1; the targets are -1 and 1.
-    * ``spheres1``, ``spheres2``: a third uniform in |x| <= 1/2 with target -1, the rest uniform in 1 <= |x| <= 3/2 with +1.
-    * ``three-spheres``: a third each, uniform in k <= |x| <= k + 1/2 for k = 0, 1, 2, the class.
-    * ``disjoint-spheres``: a third each, uniform in the discs of radius 1/2 around (-1, 0) and (1, 0), classes 0 and 1, and in
-      2 <= |x| <= 5/2, class 2.
+    * ``spheres1``, ``spheres2``: a third uniform in |x| <= 1/2 with target -1, the rest uniform in 1 <= |x| <= 3/2
+      with target 1.
+    * ``three-spheres``: a third each, uniform in k <= |x| <= k + 1/2 for the classes k = 0, 1, 2.
+    * ``disjoint-spheres``: a third each, uniform in the discs of radius 1/2 around (-1, 0) and (1, 0), classes 0 and 1,
+      and in 2 <= |x| <= 5/2, class 2.
 
     Raises:
         DataError: for an unknown name.
-        ConfigError: for fewer than three points.
+        ConfigError: for fewer than three samples.
 
     Example:
         >>> x, y = sample_supervised("spheres2", 3000)
@@ -107,10 +108,10 @@ def sample_supervised(name: str, n: int, seed: int | np.random.Generator = 0) ->
 
 
 def load_supervised(name: str, options: Options) -> DataSplits:
-    """A set of :data:`NAMES`, drawn once by ``options.seed``; each split from a generator of its own.
+    """Load a set of :data:`NAMES`, drawn once with ``options.seed``; each split has its own generator.
 
     Raises:
-        ConfigError: for a set of targets that are asked for as classes, or not at all.
+        ConfigError: for a ``condition`` other than ``"target"`` for a set with targets.
     """
     classes = CLASSES.get(name, ())
     if not classes and options.condition != "target":

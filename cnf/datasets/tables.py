@@ -1,4 +1,4 @@
-"""Load a custom table: classify and check its columns, split, dequantise, and report them in one table."""
+"""Custom tables: classification, checks, split, dequantisation and report of the columns."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 __all__ = ["as_frame", "load_table", "off_lattice"]
 
-# a column is bounded where the outer 2 % of its range hold 1 % of its values, and 5 of them
+# a column is bounded if the outer 2 % of its range hold 1 % of its values, at least 5
 EDGE, EDGE_SHARE, EDGE_COUNT = 0.02, 0.01, 5
-HEAVY = 7.0  # 99 % range over 50 % range: 3.8 of a normal, 6.6 of a Laplace distribution
-MOST_LINES = 60  # of the report, from which on columns without anything to tell are left out
+HEAVY = 7.0  # 99 % range over 50 % range: 3.8 for a normal, 6.6 for a Laplace distribution
+MOST_LINES = 60  # lines of the report above which unremarkable columns are omitted
 
 
 def as_frame(rows: Rows, name: str) -> pd.DataFrame:
-    """Return a table as a frame; the columns of an array are numbered.
+    """Return a table as a frame; the columns of an array without names are numbered.
 
     Raises:
-        DataError: for an array that is no table of numbers.
+        DataError: for an array that is not a table of numbers.
     """
     import pandas as pd
 
@@ -46,15 +46,15 @@ def load_table(rows: Sequence[Rows], labels: Array | None, name: str, options: O
     """Classify the columns, drop duplicates, split, dequantise.
 
     Args:
-        rows: of all in one, or of train, validation and test.
-        labels: of all rows, or None.
-        name: of the data set.
+        rows: a single part, or the parts of a given split.
+        labels: labels of all rows, or None.
+        name: name of the data set.
         options: see :func:`cnf.datasets.load`.
-        notices: what the readers did.
+        notices: notices of the readers.
 
     Raises:
-        DataError: for a table that no density can be fitted to, saying why.
-        ConfigError: for options that are for images.
+        DataError: for a table that no density can be fitted to; the message states the fault.
+        ConfigError: for options that apply to images only.
     """
     if options.nbits != 8 or options.flip is not None:
         raise ConfigError(f"nbits and flip mean nothing for {name!r}, which is a table")
@@ -75,7 +75,7 @@ def load_table(rows: Sequence[Rows], labels: Array | None, name: str, options: O
     keys = np.column_stack([table, *given.values()]) if given else table
     kept, dropped = drop_duplicates(duplicate_rows([keys], labels), sizes, options)
     parts, how = split(sizes, kept, options)
-    # lattices are looked for, and noise is drawn, among the rows that are used
+    # lattices are detected, and noise is drawn, on the kept rows only
     place = np.empty(1 + int(kept.max()), dtype=np.int64)
     place[kept] = np.arange(len(kept))
     parts = [place[i] for i in parts]
@@ -107,7 +107,11 @@ def _is_label(column: TableColumn, options: Options) -> bool:
 
 
 def _joined(frames: list[pd.DataFrame], name: str) -> tuple[pd.DataFrame, Array]:
-    """Return the concatenated parts, and the part of each row."""
+    """Return the concatenated parts, and the part index of each row.
+
+    Raises:
+        DataError: for parts with different columns.
+    """
     import pandas as pd
 
     first = list(frames[0].columns)
@@ -123,7 +127,7 @@ def _joined(frames: list[pd.DataFrame], name: str) -> tuple[pd.DataFrame, Array]
 
 
 def _epsilon(rows: Sequence[Rows]) -> float:
-    """Return the machine epsilon of the type in which the values are stored."""
+    """Return the largest machine epsilon of the dtypes in which the values are stored."""
     kinds = [getattr(r.x, "dtype", np.dtype(np.float64)) for r in rows]
     return max(float(np.finfo(k if k in (np.float16, np.float32) else np.float64).eps) for k in kinds)
 
@@ -152,12 +156,12 @@ def _finite(values: Array, column: str, name: str) -> None:
 
 
 def off_lattice(columns: Sequence[TableColumn], table: Array) -> list[str]:
-    """Return the dequantised columns that have values off their lattice."""
+    """Return the names of the dequantised columns with values off their lattice."""
     return [c.name for c, values in zip(columns, table.T, strict=True) if c.dequantised and not on_lattice(c, values)]
 
 
 def _as_in_training(table: Array, schema: tuple[TableColumn, ...], options: Options) -> tuple[tuple[TableColumn, ...], list[str]]:
-    """Return the columns, dequantised where the values lie on the lattices of training, and notices."""
+    """Return the columns, dequantised if their values lie on the lattices of training, and notices."""
     kept = {c.name for c in schema if c.dequantised} if options.discrete == "keep" else set()
     odd = set(off_lattice(data_columns(schema), table)) - kept
     said = [f"column {c!r} has values between the steps of training: taken as they are, without noise" for c in sorted(odd)]
@@ -170,7 +174,11 @@ def _as_in_training(table: Array, schema: tuple[TableColumn, ...], options: Opti
 def _complete(
     table: Array, given: dict[str, Array], train: Array, columns: Columns, options: Options, epsilon: float, name: str
 ) -> tuple[tuple[TableColumn, ...], list[str]]:
-    """Return the columns with their steps and scales, and notices."""
+    """Return the columns with their lattice steps and the scales of numeric conditions, and notices.
+
+    Raises:
+        DataError: for linearly dependent columns with ``dependent="error"``, or an unusable condition.
+    """
     modelled, said = find_lattices(table, data_columns(columns.schema), options, epsilon, name)
     found = {c.name: c for c in modelled}
     for column in conditions(columns.schema):
@@ -198,7 +206,7 @@ def _complete(
 
 
 def _report(schema: Sequence[TableColumn], table: Array, given: dict[str, Array]) -> str:
-    """Return one line for each column: name, kind, values, treatment."""
+    """Return a text table with a line for each column: name, kind, values, treatment."""
     numbers = dict(zip([c.name for c in data_columns(schema)], table.T, strict=True)) | given
     lines = [("column", "kind", "values", "")]
     quiet = 0

@@ -38,15 +38,15 @@ _CONVERT_GAS = (
 
 
 def load_tabular(name: str, options: Options) -> DataSplits:
-    """Load one of :data:`NAMES`, standardised by the training rows (BSDS300 comes as it is).
+    """Load one of :data:`NAMES`, standardised by the training rows (BSDS300 as published).
 
-    One thing is mended: the published preprocessing standardises GAS by all rows and POWER and MINIBOONE by training
-    and validation rows together. Rows, columns and their order are the published ones; nothing else is dropped or
-    dequantised.
+    One difference from the published preprocessing, which standardises GAS by all rows and POWER and MINIBOONE by
+    training and validation rows together. Rows, columns and their order are the published ones; nothing else is dropped
+    or dequantised.
 
     Raises:
         DataError: for a missing or malformed file.
-        ConfigError: for ``discrete`` or ``duplicates`` other than the default, which the published protocol fixes.
+        ConfigError: for non-default ``discrete`` or ``duplicates``, which the published protocol fixes.
     """
     if options.discrete != "dequantize" or options.duplicates != "drop":
         raise ConfigError(
@@ -71,7 +71,11 @@ def load_tabular(name: str, options: Options) -> DataSplits:
 
 
 def _find(name: str, folders: tuple[Path, ...], files: tuple[str, ...], advice: str = "") -> Path:
-    """The first of the files that is there."""
+    """Return the first of the files that exists.
+
+    Raises:
+        DataError: if none exists.
+    """
     for folder in folders:
         for file in files:
             if (folder / file).is_file():
@@ -84,7 +88,7 @@ def _find(name: str, folders: tuple[Path, ...], files: tuple[str, ...], advice: 
 
 
 def _tenths(table: Table, notices: list[str]) -> Parts:
-    """The last tenth is the test set, the last tenth of the rest validation."""
+    """Split off the last tenth for testing and the last tenth of the rest for validation."""
     rest, test = np.split(table, [len(table) - len(table) // 10])
     train, validation = np.split(rest, [len(rest) - len(rest) // 10])
     notices.append("the last tenth is the test set, the last tenth of the rest validation (published split)")
@@ -124,7 +128,7 @@ def _gas(root: Path) -> tuple[Parts, list[str]]:
         table = values[:, [j for j, c in enumerate(columns) if c not in ("Time", "Meth", "Eth")]]
     else:
         table = _array(path)
-    if table.shape[1] == 19:  # the UCI file: time and two concentrations first
+    if table.shape[1] == 19:  # the UCI file, with time and two concentrations first
         table = table[:, 3:]
     if table.shape[1] != 16:
         raise DataError(
@@ -132,7 +136,7 @@ def _gas(root: Path) -> tuple[Parts, list[str]]:
         )
     if len(table) < 3:
         raise DataError(f"{str(path)!r} has {len(table)} rows; expected the published 4 million")
-    while True:  # of columns that correlate above 0.98 the first goes, until none do
+    while True:  # drop the first column that correlates above 0.98 with another, until none does
         crowded = (np.atleast_2d(np.corrcoef(table, rowvar=False)) > 0.98).sum(1) > 1
         if not crowded.any():
             break
@@ -146,7 +150,7 @@ def _hepmass(root: Path) -> tuple[Parts, list[str]]:
     for part in ("train", "test"):
         path = _find("hepmass", (root / "hepmass",), (f"1000_{part}.csv",))
         try:
-            # Label and 27 features; what follows (a mass, a stray delimiter) differs between the two files.
+            # label and 27 features; the trailing columns (a mass, a stray delimiter) differ between the two files
             with path.open(encoding="utf-8") as file:
                 table = np.loadtxt(
                     bounded_lines(file), delimiter=",", skiprows=1, usecols=range(1 + _HEPMASS_FEATURES), ndmin=2
@@ -160,7 +164,7 @@ def _hepmass(root: Path) -> tuple[Parts, list[str]]:
         tables.append(table[table[:, 0] == 1.0, 1:])
     if min(map(len, tables)) == 0:
         raise DataError("hepmass has no rows of class 1; expected the published files")
-    # A feature whose smallest value repeats more than five times is not continuous.
+    # a feature whose smallest value occurs more than five times is not continuous
     keep = [j for j, column in enumerate(tables[0].T) if int((column == column.min()).sum()) <= 5]
     if not keep:
         raise DataError("hepmass has no continuous feature; expected the published files")

@@ -1,4 +1,4 @@
-"""Read text tables: detect the dialect, check every row, and parse the cells with pandas."""
+"""Text tables (csv, tsv): dialect detection, row checks, and parsing with pandas."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["HEAD_LINES", "MISSING", "bounded_lines", "read_csv", "read_text"]
 
-LONGEST = 2**24  # characters of a line: a million columns
-HEAD_LINES, HEAD_CHARACTERS = 50, 2**20  # that the dialect is found from
+LONGEST = 2**24  # characters of a line, enough for a million columns
+HEAD_LINES, HEAD_CHARACTERS = 50, 2**20  # start of the file from which the dialect is detected
 MISSING = ["?", "-"]  # in addition to pandas' own: "", NA, N/A, NaN, null, None, ...
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
@@ -36,7 +36,7 @@ def bounded_lines(file: TextIO) -> Iterator[str]:
     """Iterate over the lines of a file.
 
     Raises:
-        DataError: for one of more than 16 million characters, which may have no end.
+        DataError: for a line of more than 16 million characters, which may not end.
     """
     number = 0
     while line := file.readline(LONGEST):
@@ -50,7 +50,7 @@ def read_csv(path: Path) -> tuple[Array, tuple[str, ...]]:
     """Read a table (N, D) of numbers in float64 and its column names; missing values are NaN.
 
     Raises:
-        DataError: for an unreadable or empty file, rows of unequal length, or a cell that is no number.
+        DataError: for an unreadable or empty file, rows of unequal length, or a non-numeric cell.
     """
     frame, _ = read_text(path)
     return numbers(frame, str(path)), tuple(frame.columns)
@@ -59,12 +59,13 @@ def read_csv(path: Path) -> tuple[Array, tuple[str, ...]]:
 def read_text(path: Path) -> tuple[pd.DataFrame, list[str]]:
     """Read a csv or tsv file, optionally gzipped, as a frame of numbers and text; return it and notices.
 
-    Delimiter (comma, semicolon, tab, bar or spaces), quotes, encoding (UTF-8, UTF-16, Windows-1252), Excel's ``sep=`` and
-    comment lines are recognised. The first row is a header if none of its cells is a number or a date. The frame's index
-    holds line numbers.
+    Delimiter (comma, semicolon, tab, bar or spaces), quotes, encoding (UTF-8, UTF-16, Windows-1252), Excel's ``sep=``
+    and comment lines are detected. The first row is a header if none of its cells is a number or a date. The frame's
+    index holds line numbers.
 
     Raises:
-        DataError: for an unreadable or empty file, a line without end, or rows of unequal length.
+        DataError: for an unreadable or empty file, an endless line, rows of unequal length, an ambiguous header or
+            ambiguous decimal points.
     """
     size = require_file(path, DataError)
     problem: Exception = ValueError("it is empty")
@@ -80,7 +81,7 @@ def read_text(path: Path) -> tuple[pd.DataFrame, list[str]]:
                 problem = error
     except DataError:
         raise
-    except (OSError, EOFError, zlib.error, csv.Error, ValueError, RuntimeError) as error:  # pandas' errors are ValueErrors
+    except (OSError, EOFError, zlib.error, csv.Error, ValueError, RuntimeError) as error:  # pandas raises subclasses of ValueError
         problem = error
     raise DataError(f"{str(path)!r} cannot be read as a csv file: {problem}") from None
 
@@ -103,12 +104,12 @@ def _encodings(path: Path) -> tuple[str, ...]:
 
 
 class _Table:
-    """Rows of a text file, checked to have equal numbers of cells, and their dialect.
+    """Rows of a text file, checked for equal numbers of cells, and their dialect.
 
     Args:
-        path: of the file.
-        size: its bytes.
-        file: open as text.
+        path: path of the file.
+        size: file size in bytes.
+        file: the file, opened as text.
     """
 
     def __init__(self, path: Path, size: int, file: TextIO):
@@ -129,13 +130,13 @@ class _Table:
         self.names: list[str] | None = None
         self.notices: list[str] = []
         self.width, self.comments = 0, 0
-        self.numbers = array("q")  # of the line on which each row begins
+        self.numbers = array("q")  # first line number of each row
         self.text = self._records(declared is not None)
 
     def _split(self, line: str) -> list[str]:
         try:
             return [cell.strip() for cell in self.dialect.cells([line])]
-        except csv.Error:  # a cell with a line end
+        except csv.Error:  # a cell that contains a line end
             return []
 
     def _checked(self, file: TextIO) -> Iterator[str]:
@@ -156,7 +157,7 @@ class _Table:
     def _records(self, declared: bool) -> Iterator[str]:
         """Yield every row as a line; set ``names`` from the header."""
         comment, quote, delimiter = "", self.dialect.quote, self.dialect.delimiter
-        header = True  # nothing but comments so far
+        header = True  # until the first row that is not a comment
         for line in self.lines:
             number = self.number
             if line.startswith("#"):
@@ -183,7 +184,7 @@ class _Table:
                     continue
             odd = len(self.names or ()) == 1 and re.search(r"[;\t|, ]", (self.names or [""])[0])  # a header in another dialect
             if count == self.width + 1 and self.names and not odd and not self.numbers and not line.endswith(f"{delimiter}\n"):
-                self.names, self.width = ["", *self.names], count  # R gives its row names no name
+                self.names, self.width = ["", *self.names], count  # R writes row names without a header cell
                 self.notices.append(f"the header of {str(self.path)!r} has one name fewer than its rows have cells: the first column has no name")
             if count != self.width:
                 raise DataError(f"row {number} of {str(self.path)!r} has {count} cells; expected {self.width}")
@@ -191,7 +192,7 @@ class _Table:
             yield line
 
     def _take_header(self, cells: list[str], comment: str) -> bool:
-        """Return whether the first row is a header; take NumPy's from the comment above."""
+        """Return whether the first row is a header; set ``names`` from it, or from NumPy's comment line above."""
         if not any(is_number(cell) or DATE.fullmatch(cell) for cell in cells):
             self.names = cells
             return True
@@ -206,7 +207,7 @@ class _Table:
 
 
 class _Stream(io.TextIOBase):
-    """Lines as a file, for pandas."""
+    """File-like view of an iterator of lines, for pandas."""
 
     def __init__(self, lines: Iterator[str]):
         self.source = lines
@@ -231,7 +232,7 @@ def _parse(path: Path, size: int, file: TextIO) -> tuple[pd.DataFrame, list[str]
     start = next(table.text, None)
     if start is None:
         raise DataError(f"{str(path)!r} has no rows of numbers")
-    # from 3.1 on pandas always reads the number that was written
+    # pandas 3.1 and later always parse to the nearest float
     version = tuple(int(part) for part in pd.__version__.split(".")[:2] if part.isdigit())
     exact = {} if version >= (3, 1) else {"float_precision": "round_trip"}
     frame: pd.DataFrame = pd.read_csv(
@@ -247,7 +248,7 @@ def _parse(path: Path, size: int, file: TextIO) -> tuple[pd.DataFrame, list[str]
             f"{str(path)!r} has decimal commas, but column {frame.columns[mixed[0]]!r} holds {mixed[1]!r}, whose point may be a decimal point or part "
             "thousands; expected one kind of decimals, and thousands without a separator"
         )
-    frame.attrs["comma"] = table.dialect.delimiter != "," and not points  # then commas in cells are decimal ones
+    frame.attrs["comma"] = table.dialect.delimiter != "," and not points  # then commas in cells are decimal commas
     frame.attrs["rows"] = len(frame)
     if table.names is None:
         table.notices.append(f"{str(path)!r} has no header, since its first row holds a number: columns are numbered")

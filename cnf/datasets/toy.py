@@ -1,4 +1,4 @@
-"""Two-dimensional toy densities at FFJORD's scales (arXiv 1810.01367), AFFJORD's hash (arXiv 2306.02731), and letters."""
+"""Two-dimensional toy densities: FFJORD's (arXiv 1810.01367), AFFJORD's hash (arXiv 2306.02731), and letters."""
 
 from __future__ import annotations
 
@@ -146,9 +146,9 @@ NAMES = {
 
 _WAVE = float(np.log(5.0) + 0.5 * np.log(2 * np.pi * np.e * 0.1**2))
 
-# Differential entropies in nats. The first three are exact; the others come from quadrature of -p ln p on fine grids, p
-# being the exact density (a finite mixture, or a curve convolved with its noise), and are good to the last digit. The
-# pinwheel's density has no simple form.
+# Differential entropies in nats. The first three are exact; the others are quadratures of -p ln p on fine grids, with p
+# the exact density (a finite mixture, or a curve convolved with its noise), accurate to the last digit. The pinwheel's
+# density has no simple form.
 ENTROPY = {
     "checkerboard": float(np.log(32.0)),
     "line": _WAVE,
@@ -165,16 +165,16 @@ ENTROPY = {
 
 
 def sample(name: str, n: int, seed: int | np.random.Generator = 0) -> NDArray[np.float32]:
-    """Exactly ``n`` points of a toy set, float32 (n, 2).
+    """Draw exactly ``n`` samples of a toy set, float32 (n, 2).
 
-    Scales are FFJORD's. Two things differ from its released code: the rings' angles are random instead of evenly
-    spaced, and ``line`` and ``cos`` carry Gaussian noise of 0.1 in y, because a curve without width has no density. The
-    nine components of ``hash-gaussian`` have equal mass.
+    Scales are FFJORD's. Two differences from its released code: the rings' angles are random instead of evenly spaced,
+    and ``line`` and ``cos`` have Gaussian noise of 0.1 in y, because a curve without width has no density. The nine
+    components of ``hash-gaussian`` have equal mass.
 
     Args:
         name: a key of :data:`TOYS`.
-        n: number of points.
-        seed: a seed, or the generator to draw from.
+        n: number of samples.
+        seed: seed or NumPy generator.
 
     Raises:
         DataError: for an unknown name.
@@ -193,7 +193,7 @@ def sample(name: str, n: int, seed: int | np.random.Generator = 0) -> NDArray[np
 
 
 def load_toy(name: str, options: Options) -> DataSplits:
-    """A toy set, drawn once by ``options.seed``; each split from a generator of its own."""
+    """Load a toy set, drawn once with ``options.seed``; each split has its own generator."""
     parts = [sample(name, n, np.random.default_rng([options.seed, 0, i])) for i, n in enumerate(options.sizes)]
     notice = f"drawn once by seed {options.seed}"
     return assemble(name, "toy", parts, options, columns=("x", "y"), entropy=ENTROPY.get(name), notices=[notice])

@@ -1,4 +1,4 @@
-"""Write samples with the columns, names and types of the training table."""
+"""Output of samples as tables with the columns, names and types of the training table."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["ENDINGS", "as_numbers_of", "category_value", "given_values", "requir
 
 ENDINGS = (".csv", ".parquet")
 SECONDS = 86_400
-FIRST_DAY, LAST_DAY = -719_162, 2_932_896  # days since 1970 of the years 1 to 9999
+FIRST_DAY, LAST_DAY = -719_162, 2_932_896  # days since 1970-01-01 of the years 1 and 9999
 
 
 def as_numbers_of(samples: Array, table: Sequence[TableColumn]) -> Array:
-    """Return samples (N, D) on the lattices of the table, dates as days since 1970-01-01 (then in float64)."""
+    """Round samples (N, D) to the table's lattices; dates become days since 1970-01-01, and the result float64."""
     out = _exact(samples, table)
     return out if any(c.kind == "date" for c in data_columns(table)) else out.astype(samples.dtype)
 
@@ -43,12 +43,12 @@ def _exact(samples: Array, table: Sequence[TableColumn]) -> NDArray[np.float64]:
 
 
 def sampled_frame(samples: Array, table: Sequence[TableColumn], given: Mapping[str, Any]) -> pd.DataFrame:
-    """Return samples (N, D) as a table: modelled and given columns, in the table's order and types.
+    """Return samples (N, D) as a frame of modelled columns and conditions, in the table's order and types.
 
     Args:
-        samples: of the model.
+        samples: samples of the model.
         table: all columns.
-        given: (N,) values of each condition, or one for all rows.
+        given: (N,) values of each condition, or one value for all rows.
     """
     import pandas as pd
 
@@ -74,7 +74,7 @@ def sampled_frame(samples: Array, table: Sequence[TableColumn], given: Mapping[s
 
 
 def write_frame(frame: pd.DataFrame, path: Path, ending: str) -> None:
-    """Write a table as ``".csv"`` or ``".parquet"``."""
+    """Write a frame as csv or Parquet, by ``ending`` (``".csv"`` or ``".parquet"``)."""
     if ending == ".csv":
         frame.to_csv(path, index=False)
     else:
@@ -82,10 +82,10 @@ def write_frame(frame: pd.DataFrame, path: Path, ending: str) -> None:
 
 
 def require_writer(path: Path) -> None:
-    """Check that the writer is installed, before the samples are drawn.
+    """Check that the writer for ``path`` is installed, before samples are drawn.
 
     Raises:
-        ConfigError: for .parquet where pyarrow is not installed.
+        ConfigError: for .parquet without pyarrow.
     """
     if path.suffix == ".parquet":
         try:
@@ -105,10 +105,13 @@ def category_value(column: TableColumn, category: str) -> int | bool | str:
 
 
 def given_values(texts: Mapping[str, str], table: Sequence[TableColumn]) -> tuple[dict[str, Array], dict[str, Any], list[str]]:
-    """Return the values of ``--given`` as numbers (1,) for :func:`cnf.schema.encode` and in the table's types, and notices.
+    """Convert the values of ``--given``.
+
+    Returns:
+        Numbers (1,) for :func:`cnf.schema.encode`, values in the table's types, and notices.
 
     Raises:
-        ConfigError: for a category that training did not see, or text that is no number or date.
+        ConfigError: for a category absent from training, or text that is not a number or date.
     """
     import pandas as pd
 
