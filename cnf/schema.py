@@ -28,8 +28,8 @@ class TableColumn:
     Attributes:
         name: name in the table.
         role: ``"data"`` (modelled), ``"condition"`` or ``"left out"`` (ignored).
-        kind: kind of the values.
-        type: type in which samples are written.
+        kind: ``"continuous"``, ``"discrete"``, ``"categorical"``, ``"date"``, ``"identifier"`` or ``"unused"``.
+        type: data type in which samples are written.
         step: spacing of the values' lattice; 0 for none.
         origin: a point of that lattice.
         dequantised: whether value v represents the interval [v, v + step), filled with uniform noise in training.
@@ -88,7 +88,8 @@ def context_width(table: Sequence[TableColumn]) -> int:
     """Return the number of context columns C.
 
     Example:
-        >>> context_width([TableColumn("y"), TableColumn("x", "condition"), TableColumn("z", "condition", "categorical", "text", categories=("a", "b"))])
+        >>> z = TableColumn("z", "condition", "categorical", "text", categories=("a", "b"))
+        >>> context_width([TableColumn("y"), TableColumn("x", "condition"), z])
         3
     """
     return sum(len(c.categories) or 1 for c in conditions(table))
@@ -126,7 +127,8 @@ def snap(column: TableColumn, values: NDArray[np.float64]) -> NDArray[np.float64
     """Move integers to the lattice points that they were rounded from, if the lattice step is not an integer.
 
     Example:
-        >>> snap(TableColumn("mm", kind="discrete", type="int", step=25.4, dequantised=True), np.array([0.0, 76.0])).round(1).tolist()
+        >>> mm = TableColumn("mm", kind="discrete", type="int", step=25.4, dequantised=True)
+        >>> snap(mm, np.array([0.0, 76.0])).round(1).tolist()
         [0.0, 76.2]
     """
     if column.type != "int" or not column.step or column.step.is_integer():

@@ -27,10 +27,11 @@ HUNG_UP = 141  # a shell's exit code for SIGPIPE
 
 
 def guard(run: Callable[[], int], *, room: str = "--device cpu, or a machine with more memory") -> int:
-    """Run a program and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 (SIGTERM: 143) interrupted but saved.
+    """Run a program and return its exit code.
 
-    Errors are printed as one line, by rank 0 only. A closed output pipe (``| head``) ends the program silently with
-    exit code 141. ``room`` is the advice printed when memory runs out.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 (SIGTERM: 143) interrupted but saved. Expected errors are printed
+    without a traceback, by rank 0 only. A closed output pipe (``| head``) ends the program silently with exit code 141.
+    ``room`` is the advice printed when memory runs out.
     """
     def quietly() -> int:
         with muted():
@@ -114,7 +115,7 @@ def usable_device(name: str) -> str:
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("expected cpu, cuda or cuda:1")
         torch.zeros(1, device=device)
-        if device.type == "cuda":  # torch's default TF32 convolutions are less accurate
+        if device.type == "cuda":  # no reported figure uses TF32 convolutions, torch's default
             torch.backends.cudnn.allow_tf32 = False
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None

@@ -47,7 +47,8 @@ def _idle_objective(config: RunConfig) -> Idle:
         if config.model.drive == "none":  # an augmented time is solved by these settings even so
             yield "solver", ("method", "grid_steps", "adaptive", "gradient", "rtol", "atol"), why
         yield "solver", ("automatic_steps",), why
-        weights = tuple(name for name in ("kinetic", "jacobian", "step_error") if getattr(config.train, name))  # a preset's may be turned off
+        # a preset's weights may be set to zero, so only positive ones are rejected
+        weights = tuple(name for name in ("kinetic", "jacobian", "step_error") if getattr(config.train, name))
         yield "train", (*weights, "regularisers", "watch_tolerance", "max_grid_steps"), why
         if config.train.match_times == "even":
             yield "train", ("watch_every",), "is for --match-times importance"

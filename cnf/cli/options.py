@@ -108,8 +108,10 @@ def fitting(default: str, kind: str, shape: tuple[int, ...]) -> str | None:
     """Return the default preset for data of this kind and event shape, or None for the program's default.
 
     Example:
-        >>> fitting("fm-digits", "table", (5,)), fitting("fm-digits", "image", (3, 32, 32)), fitting("fm-digits", "image", (1, 7, 7))
-        ('tabular', 'fm-mnist', 'digits')
+        >>> fitting("fm-digits", "table", (5,)), fitting("fm-digits", "image", (3, 32, 32))
+        ('tabular', 'fm-mnist')
+        >>> fitting("fm-digits", "image", (1, 7, 7))
+        'digits'
     """
     if default == CLASSIFIER:
         return FITTING_CLASSIFIER.get(kind)

@@ -155,7 +155,7 @@ def _joined(options: Any, info: RunInfo, group: Group) -> int:
 
 @contextmanager
 def drawing(flow: Flow, method: str, steps: int | None) -> Iterator[None]:
-    """Evaluate the blocks of a flow on a fixed grid of ``steps`` solver steps; None keeps their own solvers."""
+    """Context manager that evaluates a flow on a grid of ``steps`` solver steps; None keeps its own solvers."""
     kept = [block.eval_solver for block in flow.blocks]
     try:
         if steps is not None:

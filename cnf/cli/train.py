@@ -90,7 +90,8 @@ def _joined(given: list[str], program: str, command: Command, default: RunConfig
     # --resume classifies the columns again, so that changed data are detected
     data = load_splits(config, run=old if command.evaluate or (old and not old.table) else None, group=group)
     if old is None and command.preset is None and program in (DEFAULT, CLASSIFIER) and (name := fitting(program, data.kind, data.event_shape)):
-        # the default preset suits digits only; of the data settings, presets change the name alone, so the data stay valid
+        # the settings for digits suit other data poorly; of the data settings presets change the name alone, so the
+        # loaded data stay valid
         command, default, _ = parse(given, name)
         config = command.config
         check(config)

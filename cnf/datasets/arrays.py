@@ -91,7 +91,8 @@ def rows_of_keys(arrays: dict[str, Array], name: str) -> dict[str, Rows]:
     """Return rows by the keys of data/README.md: under ``"all"``, or by part if the file contains a split.
 
     Raises:
-        DataError: for missing or ambiguous keys, parts of different shape or dtype, or unusable images.
+        DataError: for missing or ambiguous keys, parts of different shape or dtype, labels that do not match, or
+            unusable images.
     """
     whole = [k for k in _KEYS if k in arrays]
     split = {k: found for k in _KEYS if (found := _parts_of(arrays, k))}
@@ -146,7 +147,7 @@ def _parts_of(arrays: dict[str, Array], stem: str) -> dict[str, str]:
 
 
 def _usable(key: str, values: Array) -> bool:
-    """Return whether an array holds labels: ``y`` only if it has few distinct integers or strings, else a target."""
+    """Return whether an array holds labels; ``y``, possibly a target, must have few distinct integers or strings."""
     return "labels" in key or (values.dtype.kind in "iubU" and len(np.unique(values)) <= MAXIMUM_CLASSES)
 
 

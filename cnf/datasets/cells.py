@@ -18,7 +18,7 @@ __all__ = ["numbers", "typed"]
 
 DATE_FORMATS = ("%d.%m.%Y", "%Y/%m/%d", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y", "%m-%d-%Y")
 TIMES = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f")
-NUMBERS_SHARE = 0.5  # share of numbers in a column above which the other cells are errors, not categories
+NUMBERS_SHARE = 0.5  # share of numbers or dates in a column from which other cells are errors, not categories
 
 
 def typed(column: pd.Series, name: str) -> tuple[pd.Series, list[str]]:

@@ -91,7 +91,7 @@ def is_numbered(first: Sequence[str], others: Sequence[Sequence[str]], name: str
         return False
     columns = [[row[j] for row in others if j < len(row) and is_number(row[j])] for j in range(len(first))]
     whole = [[re.fullmatch(r"[+-]?\d+", cell) is not None for cell in column] for column in columns]
-    odd = [not any(column) for column in whole if column and not all(column)]  # columns of non-integers below it
+    odd = [not any(column) for column in whole if column and not all(column)]  # only non-integers below the row
     if (len(first) > 2 and list(first) == counted) or (len(others) >= FEW_ROWS and odd and all(odd)):
         raise DataError(
             f"the first row of {name!r} is {', '.join(first[:5])}{', ...' if len(first) > 5 else ''}: it may be a header or data; if it is data, write a row "

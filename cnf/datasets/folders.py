@@ -27,7 +27,10 @@ _PART = re.compile(r"(train|training|validation|valid|val|testing|test)(?![a-z])
 
 
 def part_entries(folder: Path, endings: tuple[str, ...] = ARRAYS) -> dict[str, list[Path]]:
-    """Return files with these ``endings`` and sub-folders called train..., val... or test..., by part."""
+    """Return files with these ``endings`` and sub-folders by part, from their names.
+
+    Names begin with train (training), val (valid, validation) or test (testing).
+    """
     parts: dict[str, list[Path]] = {}
     for entry in sorted(folder.iterdir(), key=_natural):
         found = _PART.match(entry.name.lower())

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = ["as_frame", "load_table", "off_lattice"]
 
-# a column is bounded if the outer 2 % of its range hold 1 % of its values, at least 5
+# a column is bounded at an end if the outer 2 % of its range there contain 1 % of its values, at least 5
 EDGE, EDGE_SHARE, EDGE_COUNT = 0.02, 0.01, 5
 HEAVY = 7.0  # 99 % range over 50 % range: 3.8 for a normal, 6.6 for a Laplace distribution
-MOST_LINES = 60  # lines of the report above which unremarkable columns are omitted
+MOST_LINES = 60  # columns above which the report omits unremarkable continuous columns
 
 
 def as_frame(rows: Rows, name: str) -> pd.DataFrame:
-    """Return a table as a frame; the columns of an array without names are numbered.
+    """Return a table as a frame; the columns of an array are numbered.
 
     Raises:
         DataError: for an array that is not a table of numbers.
@@ -43,7 +43,7 @@ def as_frame(rows: Rows, name: str) -> pd.DataFrame:
 
 
 def load_table(rows: Sequence[Rows], labels: Array | None, name: str, options: Options, notices: Sequence[str]) -> DataSplits:
-    """Classify the columns, drop duplicates, split, dequantise.
+    """Build the data set of a custom table: classify the columns, drop duplicates, split, dequantise.
 
     Args:
         rows: a single part, or the parts of a given split.
@@ -202,7 +202,7 @@ def _complete(
     return tuple(found.get(c.name, c) for c in columns.schema), said
 
 
-# --- the report -----------------------------------------------------------------------------------------------------------
+# --- report -----------------------------------------------------------------------------------------------------------
 
 
 def _report(schema: Sequence[TableColumn], table: Array, given: dict[str, Array]) -> str:

@@ -81,7 +81,7 @@ def read_text(path: Path) -> tuple[pd.DataFrame, list[str]]:
                 problem = error
     except DataError:
         raise
-    except (OSError, EOFError, zlib.error, csv.Error, ValueError, RuntimeError) as error:  # pandas raises subclasses of ValueError
+    except (OSError, EOFError, zlib.error, csv.Error, ValueError, RuntimeError) as error:  # ValueError: also pandas'
         problem = error
     raise DataError(f"{str(path)!r} cannot be read as a csv file: {problem}") from None
 
@@ -182,7 +182,8 @@ class _Table:
                 header, self.width = False, count
                 if self._take_header([cell.strip() for cell in cells], comment):
                     continue
-            odd = len(self.names or ()) == 1 and re.search(r"[;\t|, ]", (self.names or [""])[0])  # a header in another dialect
+            # a single name that contains a delimiter: a header in another dialect
+            odd = len(self.names or ()) == 1 and re.search(r"[;\t|, ]", (self.names or [""])[0])
             if count == self.width + 1 and self.names and not odd and not self.numbers and not line.endswith(f"{delimiter}\n"):
                 self.names, self.width = ["", *self.names], count  # R writes row names without a header cell
                 self.notices.append(f"the header of {str(self.path)!r} has one name fewer than its rows have cells: the first column has no name")
