@@ -84,7 +84,7 @@ def _outcome(run: Callable[[], int], room: str) -> int:
 
 
 def _say(line: str, code: int) -> int:
-    if speaks():  # other ranks have reported their own errors when leaving the group
+    if speaks():  # other ranks report what rank 0 does not know when leaving the group
         print(line, file=sys.stderr)
     return code
 

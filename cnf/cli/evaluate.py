@@ -147,11 +147,7 @@ def _keep(folder: Path, result: dict[str, Any]) -> Path:
 
 
 def _predict(command: Command, info: RunInfo, data: DataSplits, group: Group) -> tuple[dict[str, Any], Callable[[Path], None]]:
-    """Evaluate a run that predicts; return the result and a function that writes the predictions.
-
-    Raises:
-        ConfigError: for options that apply to densities or ODEs only.
-    """
+    """Evaluate a run that predicts; return the result and a function that writes the predictions."""
     folder, config = command.evaluate, info.config
     assert folder is not None
     if command.mid_bin or command.importance > 1:
@@ -170,11 +166,7 @@ def _predict(command: Command, info: RunInfo, data: DataSplits, group: Group) ->
 
 
 def _require_model(folder: Path, info: RunInfo, data: DataSplits) -> None:
-    """Check that the data have the shape, levels, classes and columns of the run.
-
-    Raises:
-        DataError: if they differ.
-    """
+    """Check that the data have the shape, levels, classes and columns of the run."""
 
     def words(shape: tuple[int, ...], levels: int | None, classes: int) -> str:
         grey = "" if levels is None else f" of {levels} levels"
@@ -233,11 +225,7 @@ def score_items(command: Command, info: RunInfo, group: Group = ALONE) -> int:
 
 
 def _context(folder: Path, info: RunInfo, items: Items) -> Tensor | None:
-    """Return the context (N, C): encoded conditions of a table or one-hot classes; None for an unconditional run.
-
-    Raises:
-        DataError: for a missing or unknown class.
-    """
+    """Return the context (N, C): encoded conditions of a table or one-hot classes; None for an unconditional run."""
     if not info.context_dim or items.context is not None:
         return items.context
     codes = {name: code for code, name in enumerate(info.classes)}
@@ -252,11 +240,7 @@ def _context(folder: Path, info: RunInfo, items: Items) -> Tensor | None:
 
 
 def _reference(command: Command, info: RunInfo) -> Tensor | None:
-    """Return the run's test scores (nll) if the custom data are scored with the same noise settings, else None.
-
-    Raises:
-        DataError: for a damaged file of scores.
-    """
+    """Return the run's test scores (nll) if the custom data are scored with the same noise settings, else None."""
     folder = command.evaluate
     assert folder is not None
     path, trained, now = folder / TEST_SCORES, read_run(folder).config, info.config

@@ -92,7 +92,7 @@ def refuse_idle(default: RunConfig, config: RunConfig, data: DataSplits) -> None
 def refuse_idle_noise(default: RunConfig, config: RunConfig, levels: int | None, *, mid_bin: bool, spreads: bool = False) -> None:
     """Reject changed noise options (draws, probes) without effect because the likelihood involves no noise.
 
-    ``spreads``: discrete columns are dequantised anew in each draw, as when custom rows are scored.
+    ``spreads``: discrete columns are dequantised in each draw, as when custom rows are scored.
 
     Raises:
         ConfigError: for the first such option.

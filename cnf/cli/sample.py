@@ -181,11 +181,7 @@ def _explain(info: RunInfo, out: Path) -> None:
 
 
 def _context(info: RunInfo, options: Any, n: int, like: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
-    """Return context rows (n, C) with dtype and device of ``like``, or None; and the conditions' values by column.
-
-    Raises:
-        ConfigError: for a missing, superfluous or unknown --given or --class.
-    """
+    """Return context rows (n, C) with dtype and device of ``like``, or None; and the conditions' values by column."""
     label, columns = options.label, conditions(info.table)
     if not columns and options.given is not None:
         raise ConfigError(f"--given {options.given}: this run was trained without --condition COLUMNS")
@@ -206,11 +202,7 @@ def _context(info: RunInfo, options: Any, n: int, like: Tensor) -> tuple[Tensor 
 
 
 def _class_context(info: RunInfo, label: str | None, n: int, like: Tensor) -> Tensor | None:
-    """Return one-hot rows (n, C), or None for a run without classes; without a label, cycle through the classes.
-
-    Raises:
-        ConfigError: for an unknown class, or a class for a run without classes.
-    """
+    """Return one-hot rows (n, C), or None for a run without classes; without a label, cycle through the classes."""
     if not info.context_dim:
         if label is not None:
             raise ConfigError(f"--class {label}: this run was trained without classes (--condition label)")

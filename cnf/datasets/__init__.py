@@ -150,11 +150,7 @@ _MEANT_FOR = {
 
 
 def _refuse_idle(options: Options, name: str, kind: str, special: str) -> None:
-    """Reject options without effect on this kind of data.
-
-    Raises:
-        ConfigError: for the first such option, or an unknown ``condition``.
-    """
+    """Reject options without effect on this kind of data."""
     if options.condition not in (None, "label", "target") and kind != "own":
         raise ConfigError(f"condition={options.condition!r} is not known; expected None, 'label' or 'target' (columns are for your own tables)")
     for option, (kinds, what) in _MEANT_FOR.items():

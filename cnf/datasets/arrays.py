@@ -194,11 +194,7 @@ def as_images(x: Array, name: str) -> tuple[Array, list[str]]:
 
 
 def _grey_levels(x: Array, name: str) -> tuple[Array, list[str]]:
-    """Convert to uint8 without loss; also return notices.
-
-    Raises:
-        DataError: for values that are not 8-bit grey levels.
-    """
+    """Convert to uint8 without loss; also return notices."""
     if x.dtype == np.uint8:
         return x, []
     if x.dtype.kind not in "iuf":

@@ -135,11 +135,7 @@ def _of_text(text: pd.Series, name: str, label: Any) -> tuple[pd.Series, list[st
 
 
 def _with_commas(text: pd.Series, comma: Array, name: str, label: Any) -> tuple[pd.Series, list[str]]:
-    """Convert decimal commas; return the numbers and notices.
-
-    Raises:
-        DataError: for cells with decimal points next to commas, or commas that may all separate thousands.
-    """
+    """Convert decimal commas; return the numbers and notices."""
     place = int(comma.argmax())
     cell, where = text.iloc[place], f"row {text.index[place]}, column {label!r} of {name!r} is {text.iloc[place]!r}"
     if bool(text[~comma].str.contains(".", regex=False).any()):

@@ -178,11 +178,7 @@ def _selection(names: list[str], options: Options, name: str, label: bool) -> tu
 
 
 def _missing(frame: pd.DataFrame, values: dict[str, pd.Series], options: Options, name: str) -> tuple[Array, list[str]]:
-    """Return the row numbers without missing values, and notices.
-
-    Raises:
-        DataError: for missing values with ``missing="error"``, or in every row.
-    """
+    """Return the row numbers without missing values, and notices."""
     lacking = {c: series.isna().to_numpy() for c, series in values.items()}
     counts = {c: int(bad.sum()) for c, bad in lacking.items() if bad.any()}
     rows = np.arange(len(frame))

@@ -76,9 +76,6 @@ def _read_split(folder: Path, options: Options) -> Parts | None:
     """Read a folder with files or sub-folders called train... and test...; return None for any other folder.
 
     If there are other sub-folders, all sub-folders are classes (one may be called "train").
-
-    Raises:
-        DataError: for no test part, several entries for one part, or a part that contains a split.
     """
     try:
         found = part_entries(folder)

@@ -97,11 +97,7 @@ def _torchvision(name: str, options: Options) -> DataSplits:
 
 
 def _read(name: str, train: bool, options: Options) -> tuple[Array, Array]:
-    """Read uint8 images (N, C, H, W) and int64 labels (N,) of one official part.
-
-    Raises:
-        DataError: for missing, damaged or unexpected files.
-    """
+    """Read uint8 images (N, C, H, W) and int64 labels (N,) of one official part."""
     from torchvision import datasets  # type: ignore[import-untyped]
 
     root = Path(options.root).expanduser()
@@ -158,11 +154,7 @@ def _faulty_archives(archives: Sequence[tuple[str, str]], folder: Path) -> list[
 
 
 def _refuse_links(name: str, root: Path, intact: Sequence[str] = ()) -> None:
-    """Reject symbolic links, since a download would write to their targets; ``intact`` files are not written.
-
-    Raises:
-        DataError: for the first link.
-    """
+    """Reject symbolic links, since a download would write to their targets; ``intact`` files are not written."""
     for path in (*(root / _FOLDER[name]).glob("*"), *root.glob("*.gz")):
         if path.is_symlink() and path.name not in intact and (path.suffix in (".gz", ".mat") or name != "svhn"):
             raise DataError(f"{str(path)!r} is a link, and {name} is to be downloaded over it: remove it, or mend its target")

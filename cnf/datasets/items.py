@@ -162,11 +162,7 @@ def _is_power(levels: int) -> bool:
 
 
 def _image(x: Array, event_shape: tuple[int, ...], levels: int, path: Path, pictures: list[str]) -> Array:
-    """Convert to uint8 images on the model's grey levels.
-
-    Raises:
-        DataError: for another shape, or grey levels that cannot be reduced to the model's.
-    """
+    """Convert to uint8 images on the model's grey levels."""
     name, size = str(path), "x".join(map(str, event_shape[1:]))
     model = f"the model has {'colour' if event_shape[0] == 3 else 'grey'} images of {size}"
     if x.ndim != 4:

@@ -100,11 +100,7 @@ def load_large(name: str, options: Options) -> DataSplits:
 def _read_part(
     name: str, part: str, entries: list[Path], folder: Path, size: int, nbits: int
 ) -> tuple[Array, list[str]]:
-    """Read the images of one part, uint8 (N, 3, size, size), and notices.
-
-    Raises:
-        DataError: for both or neither of images and arrays, or images of another size.
-    """
+    """Read the images of one part, uint8 (N, 3, size, size), and notices."""
     shape, mark = (3, size, size), stamp(entries, size)
     prepared, stem = folder / "prepared", f"{part}-{size}x{size}-{nbits}bit"
     images = find_prepared(prepared, stem, mark, shape)
@@ -145,11 +141,7 @@ def _read_part(
 
 
 def _array(path: Path, size: int) -> Array:
-    """Read uint8 images (N, 3, size, size), stored as images or as rows of 3 size² values, channel by channel.
-
-    Raises:
-        DataError: for other keys, dtypes or shapes.
-    """
+    """Read uint8 images (N, 3, size, size), stored as images or as rows of 3 size² values, channel by channel."""
     arrays = read_numpy(path)
     keys = [k for k in ("images", "x", "data") if k in arrays]
     if len(keys) != 1:

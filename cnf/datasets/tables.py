@@ -107,11 +107,7 @@ def _is_label(column: TableColumn, options: Options) -> bool:
 
 
 def _joined(frames: list[pd.DataFrame], name: str) -> tuple[pd.DataFrame, Array]:
-    """Return the concatenated parts, and the part index of each row.
-
-    Raises:
-        DataError: for parts with different columns.
-    """
+    """Return the concatenated parts, and the part index of each row."""
     import pandas as pd
 
     first = list(frames[0].columns)
@@ -174,11 +170,7 @@ def _as_in_training(table: Array, schema: tuple[TableColumn, ...], options: Opti
 def _complete(
     table: Array, given: dict[str, Array], train: Array, columns: Columns, options: Options, epsilon: float, name: str
 ) -> tuple[tuple[TableColumn, ...], list[str]]:
-    """Return the columns with their lattice steps and the scales of numeric conditions, and notices.
-
-    Raises:
-        DataError: for linearly dependent columns with ``dependent="error"``, or an unusable condition.
-    """
+    """Return the columns with their lattice steps and the scales of numeric conditions, and notices."""
     modelled, said = find_lattices(table, data_columns(columns.schema), options, epsilon, name)
     found = {c.name: c for c in modelled}
     for column in conditions(columns.schema):

@@ -71,11 +71,7 @@ def load_tabular(name: str, options: Options) -> DataSplits:
 
 
 def _find(name: str, folders: tuple[Path, ...], files: tuple[str, ...], advice: str = "") -> Path:
-    """Return the first of the files that exists.
-
-    Raises:
-        DataError: if none exists.
-    """
+    """Return the first of the files that exists."""
     for folder in folders:
         for file in files:
             if (folder / file).is_file():
