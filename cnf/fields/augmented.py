@@ -81,9 +81,9 @@ class Drive:
     """Conditioning of all layers of a field on the augmented time a; pass it as the field's ``layer``.
 
     Args:
-        kind: ``"concat"``: W [a; x] + b, with a as k constant features or channels, zero-padded like x;
-            ``"hyper"``: weight and bias are linear in the first ``m`` entries of a; ``"both"``: the paper's field f([x, a], θ(a)), with
-            W(a) [a; x] + b(a) in the first layer and "hyper" in the others.
+        kind: ``"concat"``: W [a; x] + b, with a as k constant features or channels, zero-padded like x; ``"hyper"``:
+            weight and bias are linear in the first ``m`` entries of a; ``"both"``: the paper's field f([x, a], θ(a)),
+            with W(a) [a; x] + b(a) in the first layer and "hyper" in the others.
         k: size of a.
         m: number of entries of a that generate weights, 10 in the released code (``"hyper"`` and ``"both"``).
         rank: 0 for a full generator, with (m + 1) times the parameters; r > 0 for W₀ + U diag(S a) V with factors of

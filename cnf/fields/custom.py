@@ -130,8 +130,9 @@ class _BuiltIn:
 class CustomField:
     """Custom field, isolated for one solve.
 
-    The field receives copies of t, x and context, which it may overwrite. Its random layers draw the same numbers
-    at every call. Its value must be a floating-point tensor of x's shape and is copied, since a later call may overwrite it.
+    The field receives copies of t, x and context, which it may overwrite. Its random layers draw the same numbers at
+    every call. Its value must be a floating-point tensor of x's shape and is copied, since a later call may overwrite
+    it.
 
     Args:
         module: the field.
