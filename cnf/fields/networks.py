@@ -57,7 +57,7 @@ class Stack(nn.Module):
         return [cast(TimeLayer, layer) for layer in self.layers]
 
     def zero_(self) -> None:
-        """Set the last layer's output, and so f without a residual term, to zero for all t and x (RNODE, 2002.02798)."""
+        """Set the last layer's output, and so f without a residual term, to zero (RNODE, 2002.02798)."""
         self.time_layers[-1].zero_()
 
     def prepare(self, x: Tensor, context: Tensor | None = None) -> Prepared:

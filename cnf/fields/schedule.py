@@ -25,12 +25,13 @@ class Coefficients(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    r"""Interpolant :math:`x_t = a(t)\, x_0 + b(t)\, z` between data (t = 0) and noise z ~ N(0, I) (t = 1), a straight line.
+    r"""Interpolant :math:`x_t = a(t)\, x_0 + b(t)\, z` between data (t = 0) and noise z ~ N(0, I) (t = 1).
 
-    Without data noise a = 1 - t and b = t, the optimal-transport path of flow matching (2210.02747). With data noise
-    :math:`\sigma` the path starts at :math:`x_0 + \sigma z`, as truncated-normal dequantisation gives it (2305.03935),
-    and follows the same line to z, uniformly in ln b: :math:`b = \sigma^{1-t}`, :math:`a = (1 - b)/(1 - \sigma)`.
-    Scales from :math:`\sigma` to 1 determine the likelihood, and each gets the same share of time.
+    It is a straight line. Without data noise a = 1 - t and b = t, the optimal-transport path of flow matching
+    (2210.02747). With data noise :math:`\sigma` the path starts at :math:`x_0 + \sigma z`, as truncated-normal
+    dequantisation gives it (2305.03935), and follows the same line to z, uniformly in ln b: :math:`b = \sigma^{1-t}`,
+    :math:`a = (1 - b)/(1 - \sigma)`. Scales from :math:`\sigma` to 1 determine the likelihood, and each gets the same
+    share of time.
 
     Args:
         noise: σ in [0, 1), in units of z.

@@ -29,7 +29,7 @@ def _positional(forward: Any) -> tuple[tuple[str, ...], bool] | None:
 
 
 def wrapped(module: nn.Module) -> nn.Module:
-    """Return the module inside torch.compile, (Distributed)DataParallel or AveragedModel wrappers, or the module itself."""
+    """Return the module inside torch.compile, (Distributed)DataParallel or AveragedModel wrappers, or the module."""
     while True:
         inner = getattr(module, "module" if isinstance(module, _WRAPPERS) else "_orig_mod", None)
         if not isinstance(inner, nn.Module):
