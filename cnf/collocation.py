@@ -25,8 +25,8 @@ __all__ = ["RULES", "interpolation", "patterson", "solve", "solve_at_nodes"]
 
 RULES = (1, 3, 7, 15, 31, 63)  # numbers of nodes
 FINEST = RULES[-1]
-GUARDED = 15  # minimum number of nodes for a path of many steps: half its steps, at most this
-KEPT = 31  # nodes at which the path is stored first: all of them take twice the memory and are seldom needed
+GUARDED = 15  # minimum number of nodes; with the norm "batch" at most half the number of solver steps
+KEPT = 31  # nodes at which the path is stored first; all 63 take twice the memory and are seldom needed
 # Each doubling changes the integrals by less than the previous one, at least in proportion. To predict the next change,
 # the last counts as at least this share of the previous: for the mean over rows, and for the worst row, the only rough
 # one perhaps, where two rules may agree by chance

@@ -16,8 +16,8 @@ from cnf.fields.randomness import draws_random_numbers
 __all__ = ["check_derivative"]
 
 ROWS = 8
-AGREE, WRONG = 0.05, 0.2  # of a difference quotient: how far that of half the step may be off, and how far a derivative is not
-_CHECKED: weakref.WeakKeyDictionary[nn.Module, set[tuple[bool, str]]] = weakref.WeakKeyDictionary()  # modes of module and product
+AGREE, WRONG = 0.05, 0.2  # relative errors: accepted for a difference quotient, rejected for a derivative
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, set[tuple[bool, str]]] = weakref.WeakKeyDictionary()  # (training, mode)
 
 
 def check_derivative(

@@ -1,4 +1,4 @@
-"""Exact and Hutchinson estimates of div f and ‖J‖²_F, with f, in one evaluation."""
+"""f, div f and ‖J‖²_F in one evaluation: exact trace and Hutchinson's estimate."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Bound:
         return self.field(t, x, self.context).to(x.dtype)
 
     def jvp(self, t: Tensor, x: Tensor, v: Tensor, *, t_dot: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return f and J v + t_dot ∂f/∂t for K stacked tangents v (K, N, \\*event), always in forward mode."""
+        """Return f and J v + t_dot ∂f/∂t for K stacked tangents v (K, N, \\*event); never vᵀJ."""
         own: Any = getattr(self.field, "jvp", None)
         if own is None:
             return autodiff_jvp(self, t, x, v, t_dot)
@@ -189,7 +189,7 @@ class Exact:
             # built on the device: an index from the CPU would synchronise with the GPU
             unit = pad(torch.eye(k, dtype=x.dtype, device=x.device), (first, dim - first - k))
             v = unit.reshape(k, 1, *x.shape[1:]).expand(k, *x.shape)
-            v = v.contiguous() if torch.compiler.is_compiling() else v  # no forward mode for strides of 0 with symbolic shapes
+            v = v.contiguous() if torch.compiler.is_compiling() else v  # jvp: symbolic shapes exclude strides of 0
             dx, product = jacobian_product(field, t, y, v)
             columns = product.flatten(2)
             diagonal = columns[:, :, first : first + k].diagonal(dim1=0, dim2=2)

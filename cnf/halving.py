@@ -21,8 +21,9 @@ ROUNDING = 1e-3  # relative change of a row's value allowed when it is evaluated
 def separable(field: Field, module: nn.Module, t: Tensor, x: Tensor, context: Tensor | None) -> bool:
     """Return whether rows of x (N, \\*event) can be evaluated separately.
 
-    False if the field draws random numbers, is in training mode, or gives other values for a part of the batch (for
-    example a closure over per-row tensors), checked by evaluating the second half of the rows of a custom field alone.
+    False if the field draws random numbers or could not be checked, is in training mode, or gives other values for a
+    part of the batch (for example a closure over per-row tensors), checked by evaluating the second half of the rows of
+    a custom field alone.
     """
     if getattr(field, "whole", False) or any(m.training for m in module.modules()):
         return False

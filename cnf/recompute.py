@@ -161,7 +161,7 @@ def _refused(gradient: str) -> ConfigError:
 
 
 class _Final(torch.autograd.Function):
-    """Identity on gradients without a derivative, which autograd would otherwise treat as constants."""
+    """Identity on gradients that raises if they are differentiated; autograd would treat them as constants."""
 
     @staticmethod
     def forward(ctx: Any, gradient: str, anchor: Tensor, *tensors: Tensor) -> State:

@@ -188,7 +188,7 @@ class DriveHyper(_Driven):
     def __init__(self, map: Linear | Conv, drive: Drive, context_dim: int = 0):
         super().__init__(map, drive, context_dim)
         m, r = drive.m, drive.rank
-        weight, self.bias = (nn.Parameter(p.detach()) for p in map.module().parameters())  # θ(0), as a plain layer's
+        weight, self.bias = (nn.Parameter(p.detach()) for p in map.module().parameters())  # θ(0), like a plain layer
         if self.takes_a:
             # a's weights start at zero, so that f starts like hyper's. Drawn for k + D inputs, x's are a third as large
             # (k = 20, D = 2): 600 steps on the checkerboard reached 3.87 nats instead of 3.63 (one seed)

@@ -31,7 +31,7 @@ _MIXING = 0.02  # relative change of a row's value allowed when its neighbours c
 _ROWS = 6  # rows of the batch in the comparison
 _CALLS = 5  # repeated calls that must agree: a layer skipped at random is detected with probability 0.94
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
-_CHECKED: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[bool, bool]]] = weakref.WeakKeyDictionary()  # by layers and modes: random, whole
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[bool, bool]]] = weakref.WeakKeyDictionary()  # by mode: (random, whole)
 
 
 # --- optional methods -------------------------------------------------------------------------------------------

@@ -40,8 +40,6 @@ class Denoiser(UNet):
 
     Raises:
         ConfigError: for a schedule without noise, or sizes out of range.
-    Raises:
-        ConfigError: for a schedule without noise, or a size that cannot be.
 
     Example:
         >>> field = Denoiser(1, Schedule(0.01), level=4 / 256, hidden=(8,), depth=1)
@@ -119,7 +117,7 @@ class Denoiser(UNet):
     def _waves(self, x: Tensor, a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return for each period the phase of x, its derivative with respect to x, and the damping by the noise."""
         found = []
-        a = a.clamp(min=0.5)  # below 0.5 the damping is negligibly small
+        a = a.clamp(min=0.5)  # for a < 0.5 the noise damps the waves to nearly zero
         for period in self.periods:
             turn = 2 * math.pi / (period * self.level * a)
             found.append((x * turn, turn, torch.exp(-0.5 * (turn * b).square())))

@@ -87,7 +87,7 @@ class TimeLayer(nn.Module):
         return y if self.context_shift is None else y + self._spread(self.context_shift(_given(context)))
 
     def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
-        """Return the value at time ``t`` (() or (N,)) without the context's shift, by calling modules."""
+        """Return the value at time ``t`` (() or (N,)) without the context's shift; overridden to call modules."""
         weight, gate, shift = self.moving(t, self.constants(tuple(x.shape[2:])), logits)
         y = self.map.apply(weight, x)
         y = y if gate is None else y * gate

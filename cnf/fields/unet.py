@@ -27,7 +27,6 @@ class TimeEmbedding(nn.Module):
     Args:
         size: size of the embedding.
         context_dim: size of the context, 0 for none.
-        context_dim: size of the context, 0 for none.
     """
 
     rates: Tensor

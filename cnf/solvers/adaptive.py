@@ -54,9 +54,8 @@ class Adaptive:
     """torchdiffeq's adaptive methods, with the last step ending at s = 1 and quadratures excluded from the error norm.
 
     ``norm="batch"`` is the root mean square over all entries of a batch, to which one stiff row among 200 contributes a
-    fourteenth of its error: cheap where a mean over rows is of interest. ``norm="row"`` is the largest root mean square
-        of a
-    row, so that no row's error depends on the other rows.
+    fourteenth of its error: cheap if a mean over rows is of interest. ``norm="row"`` is the largest root mean
+    square of a row, so that no row's error depends on the other rows.
 
     Args:
         method: an adaptive method of torchdiffeq: ``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"adaptive_heun"``, ``"fehlberg2"``.

@@ -35,16 +35,17 @@ class Reversible(FixedGrid):
     is that of the method. The right-hand side does not depend on quadratures, which need no second copy: they are
     summed along z, by the increments that advance y.
 
-    The difference :math:`d = y - z`, of the size of the method's error, is stored instead of y: :math:`d_{n+1} =
-    \lambda d_n + \Psi_h + \Psi_{-h}`. Sums are float64 for any state; the right-hand side sees the state's dtype. The
-    points are then reconstructed to the last bit of float32, with rare exceptions. A failed reconstruction (a flow that
-    contracts by many orders of magnitude on too coarse a grid) gives a nonzero :math:`d_0` and raises an error.
+    The difference :math:`d = y - z`, of the size of the method's error, is stored instead of y:
+    :math:`d_{n+1} = \lambda d_n + \Psi_h + \Psi_{-h}`. Sums are float64 for any state; the right-hand side gets the
+    state's dtype. The points are then reconstructed to the last bit of float32, with rare exceptions. A failed
+    reconstruction (a flow that contracts by many orders of magnitude on too coarse a grid) gives a nonzero :math:`d_0`
+    and raises an error.
 
     A step evaluates the point's slope twice as often as a plain grid, and the reverse solve as often again; quadratures
     are evaluated as often as on a plain grid if the right-hand side can omit them (see
     :class:`~cnf.solvers.base.Solver`). The second half of the last step is not needed. A training step of a small
-    convolutional flow took twice the time of the direct gradient (a checkpoint: 1.3 to 1.7 times, temporarily storing a
-    quarter of the states).
+    convolutional flow took twice the time of the direct gradient (a checkpoint: 1.3 to 1.7 times, with a quarter of the
+    states stored temporarily).
 
     Args:
         method: as in :class:`FixedGrid`.
