@@ -55,8 +55,8 @@ def from_velocity(
     silently gives a wrong density; ``time`` therefore has no default. torchcfm and flow_matching have noise at t = 0
     (``"noise-to-data"``); this package's own blocks have data there (``"data-to-noise"``).
 
-    ``v`` is called as ``v(t, x)``, or ``v(t, x, context)`` if a context is given, with t a scalar tensor and x (N,
-    \*event). Adapters for other conventions:
+    ``v`` is called as ``v(t, x)``, or ``v(t, x, context)`` if a context is given, with t a scalar tensor and
+    x (N, \*event). Adapters for other conventions:
 
     ========================================================  ==========================================================
     ``v(x, t)``, flow_matching's models                       ``lambda t, x: v(x, t.expand(len(x)))``

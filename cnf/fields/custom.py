@@ -31,7 +31,8 @@ _MIXING = 0.02  # relative change of a row's value allowed when its neighbours c
 _ROWS = 6  # rows of the batch in the comparison
 _CALLS = 5  # repeated calls that must agree: a layer skipped at random is detected with probability 0.94
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
-_CHECKED: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[bool, bool]]] = weakref.WeakKeyDictionary()  # by mode: (random, whole)
+# (random, whole) of each module by mode
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[bool, bool]]] = weakref.WeakKeyDictionary()
 
 
 # --- optional methods -------------------------------------------------------------------------------------------
@@ -239,8 +240,9 @@ class CustomField:
 
     @torch.no_grad()
     def _compare_rows(self, t: Tensor, x: Tensor, context: Tensor | None) -> tuple[bool, float | None, float]:
-        """Return whether the field draws random numbers, and two changes relative to its size: of the first row when
-        the number of rows changes (None if unknown), and of all rows from call to call."""
+        """Return whether the field draws random numbers, and two changes relative to its size.
+
+        The changes are that of the first row with the number of rows (None if unknown) and that from call to call."""
         values = []
         with draws_random_numbers(x.device) as drew:
             for rows in sorted({min(2, max(1, len(x) - 1)), len(x)}):

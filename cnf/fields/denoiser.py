@@ -18,11 +18,11 @@ PERIODS = (1.0, 4.0, 16.0, 64.0)  # periods of the waves in grey levels; period 
 
 
 class Denoiser(UNet):
-    r"""Vector field of a denoiser D on the path x = a x₀ + b z of :class:`~cnf.fields.Schedule`:
-    :math:`f = \dot a D + \dot b (x - a D)/b`, with D = E[x₀ | x].
+    r"""Vector field of a denoiser D = E[x₀ | x] on the path x = a x₀ + b z of :class:`~cnf.fields.Schedule`.
 
-    The network F predicts a target of unit size at every scale (2206.00364). With s the root mean square of the data, a
-    buffer set by :meth:`fit_batches`, and r² = a²s² + b²: :math:`D = (a s^2/r^2)\, x + (b s/r)\, F(x/r)`, so that
+    The field is :math:`f = \dot a D + \dot b (x - a D)/b`. The network F predicts a target of unit size at every scale
+    (2206.00364). With s the root mean square of the data, a buffer set by :meth:`fit_batches`, and r² = a²s² + b²:
+    :math:`D = (a s^2/r^2)\, x + (b s/r)\, F(x/r)`, so that
 
     .. math:: f = \frac{L b}{r} \left( \Big(b - \frac{a s^2}{1 - \sigma}\Big) \frac{x}{r} - \frac{s}{1 - \sigma} F \right),
               \quad L = \ln 1/\sigma,

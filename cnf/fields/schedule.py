@@ -67,9 +67,10 @@ class Schedule:
         return Coefficients(-torch.expm1(self.length * (t - 1)) / left, b, -db / left, db)
 
     def likelihood_weight(self, t: Tensor) -> Tensor:
-        r"""Return the weight of :math:`\|f - \dot x_t\|^2` that makes the loss, up to constants, a bound on
-        :math:`-\ln p` in nats (2107.00630, eq. 17): :math:`a / (b\,(a \dot b - b \dot a))`, infinite at t = 0 without
-        noise.
+        r"""Return the loss weight :math:`a / (b\,(a \dot b - b \dot a))`; without noise it is infinite at t = 0.
+
+        With it the loss :math:`\|f - \dot x_t\|^2` is, up to constants, the diffusion bound on :math:`-\ln p` in nats
+        (2107.00630, eq. 17).
         """
         a, b, da, db = self(t)
         return a / (b * (a * db - b * da))
