@@ -1,10 +1,10 @@
-r"""Integrals along a path at few nodes: the point is solved alone, and derivatives are taken at the nodes only.
+r"""Nested Gauss-Patterson quadrature of the log-determinant and other integrals along a solved path.
 
-The log-det is :math:`\int_0^1 \mathrm{div} f \, ds` along the path of x, which does not depend on it. An adaptive solve that
-carries it along takes a derivative in every stage of every step, rejected ones too. Here x is solved first, without any;
-its path is then read at the nodes of Gauss-Legendre rules as Patterson extends them, each of which holds the nodes of the
-one before, so that nothing is taken twice, and their number is doubled until another doubling would move the integrals by
-less than a tolerance.
+The log-det is :math:`\int_0^1 \mathrm{div} f \, ds` along the path of x, and x does not depend on it. An adaptive solve
+of both computes a derivative at every stage of every step, including rejected ones. Here x is solved first, without
+derivatives, and its path is evaluated at the nodes of Gauss-Legendre rules in Patterson's extension. Every rule
+contains the nodes of the previous one, so that no evaluation is repeated; the number of nodes is doubled until another
+doubling would change the integrals by less than a tolerance.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from cnf.solvers.base import RHS, State, require_finite
 
 __all__ = ["RULES", "interpolation", "patterson", "solve", "solve_at_nodes"]
 
-RULES = (1, 3, 7, 15, 31, 63)  # nodes
+RULES = (1, 3, 7, 15, 31, 63)  # numbers of nodes
 FINEST = RULES[-1]
-GUARDED = 15  # a path of many steps is not trusted to fewer nodes than half its steps, up to here
-KEPT = 31  # nodes at which the path is kept at first: all take twice the memory, and are seldom needed
-# Each doubling moves the integrals by less than the one before, at least in proportion. Where the next one's move is foretold
-# from the last two, the last is taken for no less than this share of the one before: in the mean over rows, and in the worst
-# row, which may be alone in being rough and agree with itself by chance
+GUARDED = 15  # minimum number of nodes; with the norm "batch" at most half the number of solver steps
+KEPT = 31  # nodes at which the path is stored first; all 63 take twice the memory and are seldom needed
+# Each doubling changes the integrals by less than the previous one, at least in proportion. To predict the next change,
+# the last counts as at least this share of the previous: for the mean over rows, and for the worst row, the only rough
+# one perhaps, where two rules may agree by chance
 FASTEST = (0.03, 0.1)
-WORST = 10.0  # times the tolerance that a single row may move
-MANY = 100  # dimensions from which a tolerance of each row grows with their number
-ROUNDING = 8.0  # machine epsilons of an integral that are no movement
-# of the deviation at the rule before: above the first, it is not trusted to fall (for each row; for a mean, where smooth
-# presets take half the nodes so); above the second, the slope jumps
+WORST = 10.0  # factor of the tolerance for a single row
+MANY = 100  # number of dimensions from which the tolerance per row grows with it
+ROUNDING = 8.0  # rounding error of an integral in machine epsilons
+# ratio to the deviation at the previous rule: above FAST, it is not assumed to fall (0.1 by row; 0.25 for a mean, with
+# which smooth presets take half the nodes); above JUMP, the slope jumps
 FAST, JUMP = (0.1, 0.25), 0.3
-NODES_A_STEP = 2  # evaluations of a refinement for each of a solver's max_steps
+NODES_A_STEP = 2  # maximum evaluations of a refinement for each of a solver's max_steps
 
-# positive nodes on [-1, 1], rule by rule what it adds: the zeros of the polynomial that is orthogonal, with the nodes so far for
-# a weight, to all of lower degree (T. N. L. Patterson, Math. Comp. 22, 1968)
+# positive nodes on [-1, 1] added by each rule: zeros of the polynomial that is orthogonal, with the previous nodes'
+# polynomial as weight, to all of lower degree (T. N. L. Patterson, Math. Comp. 22, 1968)
 _ADDED = (
     (0.77459666924148337704,),
     (0.434243749346802558, 0.96049126870802028342),
@@ -60,10 +60,10 @@ _ADDED = (
 
 @cache
 def patterson(n: int) -> tuple[Tensor, Tensor]:
-    """Nodes, rising, and weights (n,) on [0, 1], float64, of the rule with n of :data:`RULES`.
+    """Return increasing nodes and weights (n,) on [0, 1] in float64, for the rule with n of :data:`RULES` nodes.
 
-    It is exact for polynomials of degree (3 n + 1)/2 (n = 1: of degree 1), and its nodes are the second, fourth, ... of the
-    next rule's.
+    The rule is exact for polynomials of degree (3 n + 1)/2 (degree 1 for n = 1). Its nodes are the second, fourth, ...
+    of the next rule.
 
     Example:
         >>> nodes, weights = patterson(7)
@@ -75,7 +75,7 @@ def patterson(n: int) -> tuple[Tensor, Tensor]:
     legendre = [torch.ones_like(x), x]
     for k in range(1, n - 1):
         legendre.append(((2 * k + 1) * x * legendre[-1] - k * legendre[-2]) / (k + 1))
-    # all Legendre polynomials but the first have no integral
+    # all Legendre polynomials but the first integrate to zero
     first = torch.zeros_like(x)
     first[0] = 1
     return (1 + x) / 2, torch.linalg.solve(torch.stack(legendre[:n]), first)
@@ -91,26 +91,26 @@ def solve(
     products: bool,
     rows: Callable[[], Rows | None] | None = None,
 ) -> Solution:
-    """The state at s = 1, its integrals taken at nodes where the solver asks for that.
+    """Return the state at s = 1, with the integrals by quadrature if the solver has a ``quadrature_tolerance``.
 
-    Where a gradient is recorded, it is that of the solver's own solve with the integrals carried along; their values are
-    those of the nodes, so that a log-det is the same number with a gradient and without.
+    If a gradient is recorded, it is that of the solver's own solve of point and integrals; the integrals' values are
+    those of the quadrature, so that a log-det is the same number with and without gradient.
 
     Args:
-        solver: any; :class:`~cnf.solvers.Adaptive` with a ``quadrature_tolerance`` asks for it.
-        rhs: slopes of the state; of its dynamic entries alone, without any derivative of the field, where it is given no others.
-        state: dynamic entries first, the point foremost; then integrals (N,), the log-det foremost.
-        dynamic: how many are dynamic.
+        solver: any solver; :class:`~cnf.solvers.Adaptive` with a ``quadrature_tolerance`` uses the quadrature.
+        rhs: slopes of the state; called with the dynamic entries alone, it returns their slopes without derivatives.
+        state: dynamic entries first, starting with the point; then integrals (N,), starting with the log-det.
+        dynamic: number of dynamic entries.
         parameters: all tensors that ``rhs`` closes over.
-        products: whether ``rhs`` takes derivatives; without them there is nothing to save.
-        rows: returns the right-hand side of some rows alone, or None where rows cannot be evaluated apart.
+        products: whether ``rhs`` computes derivatives; without them the quadrature saves nothing.
+        rows: returns the right-hand side of selected rows, or None if rows must be evaluated together.
 
     Raises:
-        SolverError: from a solve that failed.
+        SolverError: from a failed solve.
     """
     nodes = None
     if isinstance(solver, Adaptive) and (tolerance := solver.quadrature_tolerance) and products:
-        if vectorized() or not len(state[0]):  # nodes are chosen by values, row by row, which torch.func hides
+        if vectorized() or not len(state[0]):  # nodes are chosen by each row's values, which torch.func hides
             solver = solver.riding()
         else:
             with torch.no_grad():
@@ -129,20 +129,20 @@ def solve(
 def solve_at_nodes(
     solver: Adaptive, rhs: RHS, state: State, *, dynamic: int, tolerance: float, rows: Callable[[], Rows | None] | None = None
 ) -> Solution:
-    """The dynamic entries solved alone, then the integrals at as many nodes as they need.
+    """Solve the dynamic entries alone, then compute the integrals with as many nodes as the tolerance requires.
 
-    Their number is doubled until that moves the log-det by less than the tolerance, or would do so the next time; other
-    integrals as well, large ones relative to their size. What is left is then the error of the finer rule, which is far smaller
-    where paths are smooth. With the norm ``"batch"`` the tolerance is in nats per dimension and holds for the mean over rows (any
-    single row: ten times that); with ``"row"`` it is in nats and holds for every row.
+    The number of nodes is doubled until that changes the log-det by less than the tolerance, or is predicted to do so
+    next; likewise for other integrals, relative to their size if large. The remaining error is that of the finer rule,
+    far smaller for smooth paths. With the norm ``"batch"`` the tolerance is in nats per dimension for the mean over
+    rows (ten times that for any single row); with ``"row"`` it is in nats for every row.
 
-    Two rules may agree by chance where the slope of the log-det jumps (a field with ReLU). So the values at the new nodes
-    are held against the polynomial through the old ones: a row whose deviation does not fall fast is not trusted to the
-    rules' agreement but to the deviation itself. Rows that are not settled at 31 nodes, or at 63 where they are smooth, are
-    refined each for itself (:func:`cnf.refinement.refine`); with the norm ``"row"`` all are, where one has jumps.
+    Two rules may agree by chance where the slope of the log-det jumps (a field with ReLU). The values at the new nodes
+    are therefore compared with the polynomial through the old ones: for a row whose deviation does not fall fast, the
+    deviation itself serves as the error estimate. Rows not converged at 31 nodes, or at 63 if smooth, are refined
+    individually (:func:`cnf.refinement.refine`); with the norm ``"row"`` all rows are if one has jumps.
 
     Raises:
-        SolverError: from a solve that failed, or integrals that cannot be settled.
+        SolverError: from a failed solve, or integrals that do not converge.
     """
     like, slopes = state[0], _Slopes(solver, rhs, state, dynamic)
     dim, kind, by_row = like.shape[1:].numel(), torch.finfo(like.dtype), solver.norm == "row"
@@ -157,12 +157,12 @@ def solve_at_nodes(
         unit[0] = one
         rounding = (ROUNDING * kind.eps * size / unit).clamp(min=kind.tiny)
         moved, deviation = (values - before).abs() / unit, slopes.deviation(count) / unit
-        # where the deviation falls slowly or is not known to fall: about the error that a jump of its size leaves
+        # where the deviation falls slowly, or there is no previous one: about the error caused by a jump of its size
         ratio = deviation / (rounding if rough is None else rough.maximum(rounding))
         error = torch.where(ratio > FAST[not by_row], deviation / math.sqrt(count), 0.0)
 
         def left(moved: Tensor, earlier: Tensor | None, error: Tensor, least: float, rounding: Tensor = rounding) -> Tensor:
-            """What this rule is off by: its move, or the next one's, which the last two foretell; and what jumps leave."""
+            """Return the rule's error: its change or the predicted next one, and at least that of jumps."""
             if earlier is not None:
                 coming = moved.maximum(least * earlier).square() / earlier.maximum(rounding)
                 moved = moved.minimum(coming)
@@ -176,7 +176,7 @@ def solve_at_nodes(
             break
         unsettled = (left(moved, earlier, error, FASTEST[1]) > tolerance + rounding).any(0)
         jumps = count >= KEPT and bool((ratio[:, unsettled] > JUMP).any())
-        if jumps and by_row:  # two jumps between the same two nodes leave no trace: all rows get closer ones
+        if jumps and by_row:  # two jumps between the same two nodes are not detected: refine all rows
             unsettled = torch.ones_like(unsettled)
         if jumps or count == FINEST:
             values = slopes.refined(values, unsettled, tolerance * unit / (2 if by_row else 1), rows)
@@ -198,7 +198,7 @@ def _worst(values: Tensor) -> Tensor:
 
 
 class _Slopes:
-    """The slopes of the integrals at the nodes of the finest rule, each taken once, when it is asked for."""
+    """Integrands at the nodes of the finest rule, each evaluated once, on demand."""
 
     def __init__(self, solver: Adaptive, rhs: RHS, state: State, dynamic: int):
         self.solver, self.rhs, self.start, self.rest = solver, rhs, state[:dynamic], state[dynamic:]
@@ -210,7 +210,7 @@ class _Slopes:
         self._keep(KEPT)
 
     def _keep(self, count: int) -> None:
-        """Solve the dynamic entries, and keep them at the ends and at the nodes of the rule of ``count``."""
+        """Solve the dynamic entries and store them at the ends and at the nodes of the rule with ``count`` nodes."""
         self.every = _every(count)
         self.path, stats = self.solver.path(self.rhs, self.start, self.times[:: self.every], dynamic=len(self.start))
         self.steps = stats.accepted
@@ -222,7 +222,7 @@ class _Slopes:
         return tuple(entry[-1] for entry in self.path)
 
     def __call__(self, i: int) -> Tensor:
-        """The slopes (integrals, N) at node i of the finest rule, the first being 1."""
+        """Return the integrands (integrals, N) at node i of the finest rule, counted from 1."""
         if i not in self.taken:
             if i % self.every:
                 self._keep(FINEST)
@@ -231,7 +231,7 @@ class _Slopes:
         return self.taken[i]
 
     def integrals(self, count: int) -> Tensor:
-        """The integrals (integrals, N) by the rule of ``count``."""
+        """Return the integrals (integrals, N) by the rule with ``count`` nodes."""
         every = _every(count)
         total = torch.zeros_like(self(every))
         for i, weight in enumerate(patterson(count)[1].tolist(), 1):
@@ -239,14 +239,14 @@ class _Slopes:
         return total
 
     def deviation(self, count: int) -> Tensor:
-        """How far (integrals, N) the rule's new nodes lie from the polynomial through the old ones, root mean square."""
+        """Return the RMS deviation (integrals, N) at the rule's new nodes from the polynomial through the old ones."""
         every = _every(count)
         old, new = ([self(i * every) for i in range(start, count + 1, 2)] for start in (2, 1))
         foretold = torch.einsum("no,oir->nir", interpolation(count).to(new[0]), torch.stack(old))
         return (torch.stack(new) - foretold).square().mean(0).sqrt()
 
     def refined(self, values: Tensor, unsettled: Tensor, tolerance: Tensor, rows: Callable[[], Rows | None] | None) -> Tensor:
-        """The integrals (integrals, N), those of the ``unsettled`` rows refined."""
+        """Return the integrals (integrals, N) with those of the ``unsettled`` rows refined."""
         panels = panels_of(self.steps)
         times = torch.linspace(0, 1, panels + 1, dtype=self.times.dtype, device=self.times.device)
         path, stats = self.solver.path(self.rhs, self.start, times, dynamic=len(self.start))
@@ -257,20 +257,20 @@ class _Slopes:
         return values.masked_scatter(unsettled, found)
 
     def cost(self) -> Stats:
-        """Of the solves and the nodes, as one solve's."""
+        """Return the cost of solves and nodes, as that of one solve."""
         return self.solves.joined(products=len(self.taken) + self.further)
 
 
 def _every(count: int) -> int:
-    """Which of the finest rule's nodes a rule has: every second, every fourth, ..."""
+    """Return the stride of a rule's nodes among those of the finest rule."""
     return (FINEST + 1) // (count + 1)
 
 
 @cache
 def interpolation(count: int) -> Tensor:
-    """Return the matrix (new, old), float64, from values at the nodes of the rule before to those at the new nodes of this one."""
+    """Return the float64 matrix (new, old) that interpolates from the previous rule's nodes to the new ones."""
     nodes = patterson(count)[0]
     old, new = nodes[1::2], nodes[::2]
-    apart = (old[:, None] - old[None]).fill_diagonal_(1).prod(1)  # barycentric weights, inverted
+    apart = (old[:, None] - old[None]).fill_diagonal_(1).prod(1)  # inverse barycentric weights
     terms = 1 / (apart * (new[:, None] - old))
     return terms / terms.sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""CNF: the transform that an ordinary differential equation defines."""
+"""CNF: the transform defined by an ordinary differential equation."""
 
 from __future__ import annotations
 
@@ -28,39 +28,37 @@ from cnf.transforms import Transform, Transformed
 
 __all__ = ["CNF", "EVALUATION"]
 
-# every row: its point within a local error of 1e-6, its log-det within 1e-3 nats
+# for every row: local error 1e-6 of the point, 1e-3 nats of the log-det
 EVALUATION = Adaptive("dopri5", 1e-6, 1e-6, max_steps=10_000, quadrature_tolerance=1e-3, norm="row")
 
 
 class CNF(Transform):
-    r"""x(T) from dx/dt = f(t, x), with log|det ∂x(T)/∂x(0)| = ∫ tr ∂f/∂x dt (NODE, 1806.07366; FFJORD, 1810.01367).
+    r"""x(T) of dx/dt = f(t, x), with log|det ∂x(T)/∂x(0)| = ∫ tr ∂f/∂x dt (NODE, 1806.07366; FFJORD, 1810.01367).
 
-    ``module.train()`` selects ``solver``, ``module.eval()`` ``eval_solver``: the only mode switch (but for ``steer``, which
-    acts in training alone).
+    ``module.train()`` selects ``solver``, ``module.eval()`` selects ``eval_solver``.
 
     Args:
         field: vector field, ``field(t, x, context) -> dx``.
-        divergence: :class:`~cnf.divergence.Exact` or :class:`~cnf.divergence.Hutchinson`.
-        solver: for training; rk4 with 4 steps if None.
-        eval_solver: for evaluation; if None :data:`EVALUATION`, dopri5 whose log-det is controlled row by row: on fields with
-            kinks (ReLU, leaky ReLU, SELU) and smooth ones of a few dimensions every row's log-density was within 5e-3 nats of a
-            grid of 2,000 steps, whatever rows it was solved with (docs/results.md). Where a gradient is recorded, it solves a second
-            time: evaluate under ``torch.no_grad()``.
-        quadratures: what else is integrated (see :mod:`cnf.quadratures`).
+        divergence: :class:`~cnf.divergence.Exact` or :class:`~cnf.divergence.Hutchinson`; Exact if None.
+        solver: solver for training; rk4 with 4 steps if None.
+        eval_solver: solver for evaluation; if None :data:`EVALUATION`, dopri5 with an error control of every row's
+            log-det: for fields with kinks (ReLU, leaky ReLU, SELU) and smooth ones of a few dimensions, every row's
+            log-density was within 5e-3 nats of a grid of 2,000 steps, for any batch (docs/results.md). If a gradient is
+            recorded, it solves a second time: evaluate under ``torch.no_grad()``.
+        quadratures: further integrals along the path (see :mod:`cnf.quadratures`).
         end_time: T > 0.
-        learn_end_time: learn T = τ², τ a parameter called ``sqrt_end_time``.
-        steer: half-width b of a random end time T' in [T - b, T + b], one a batch, in training (STEER, 2006.10711).
-        path: the learned time a(t) of AFFJORD (2306.02731), :class:`~cnf.fields.TimePath`: a (1, k) is integrated with
-            batch 1 beside x, in both directions, and the field is called with a (k,) in place of t. Since a never sees
-            x, the map is injective in x and the log-det stays the integral of the field's own divergence.
-        autocast: type that the field computes in while training, ``torch.bfloat16`` say; state, log-det and time stay in x's,
-            and so does everything in evaluation.
-        compile: compile the right-hand side (``torch.compile``) while training, once for each shape. Where that fails, a
-            warning, and it runs as it is.
+        learn_end_time: learn T = τ²; the parameter τ is ``sqrt_end_time``.
+        steer: half-width b of the random end time in [T - b, T + b], one per batch, in training (STEER, 2006.10711).
+        path: learned augmented time a(t) of AFFJORD (2306.02731), :class:`~cnf.fields.TimePath`: a (1, k) is integrated
+            with batch size 1 along with x, in both directions, and the field takes a (k,) in place of t. The map is
+            injective in x and the log-det is the integral of the field's divergence, since a does not depend on x.
+        autocast: dtype of the field in training, e.g. ``torch.bfloat16``; state, log-det and time keep x's dtype.
+        compile: compile the right-hand side (``torch.compile``) in training, once per shape. If compilation fails, a
+            warning is given and it runs uncompiled.
 
     Raises:
-        ConfigError: for a T or a b that cannot be, or a field and a path that do not belong together.
-        SolverError: from a solve that failed; in evaluation its ``rows`` are those that cannot be solved, the others can.
+        ConfigError: for end_time or steer out of range, or a field and a path that do not fit together.
+        SolverError: from a failed solve; in evaluation ``rows`` lists the rows that cannot be solved.
 
     Example:
         >>> from cnf.fields import MLP
@@ -102,7 +100,7 @@ class CNF(Transform):
         self.eval_solver: Solver = eval_solver or copy.copy(EVALUATION)
         self.quadratures = tuple(quadratures)
         self.steer = steer
-        self.label = "block"  # in messages; a flow numbers its blocks
+        self.label = "block"  # for messages; a flow numbers its blocks
         self.learn_end_time = learn_end_time
         root = torch.tensor(math.sqrt(end_time))
         if learn_end_time:
@@ -111,15 +109,15 @@ class CNF(Transform):
             self.fixed_end_time = float(end_time)
 
     def extra_repr(self) -> str:
-        """Divergence, solvers and end time, for ``repr``."""
+        """Return divergence, solvers and end time for ``repr``."""
         end = f"{float(self.sqrt_end_time.detach()) ** 2:.4g} (learned)" if self.learn_end_time else f"{self.fixed_end_time:g}"
         return f"divergence={self.divergence!r}, solver={self.solver!r}, eval_solver={self.eval_solver!r}, end_time={end}"
 
     def end_time(self, x: Tensor) -> Tensor:
-        """T as a scalar tensor in x's dtype and device."""
+        """Return T as a scalar tensor with the dtype and device of x."""
         if self.learn_end_time:
             return self.sqrt_end_time.to(x).square()
-        return x.new_full((), self.fixed_end_time)  # filled on its device, not copied to it
+        return x.new_full((), self.fixed_end_time)  # filled on the device, without a copy from the host
 
     def forward(
         self,
@@ -131,7 +129,7 @@ class CNF(Transform):
         integrals: bool = True,
         handover: Handover | None = None,
     ) -> Transformed:
-        """Data to noise: t from 0 to T, or on from where ``handover`` is."""
+        """Transform data to noise: t from 0 to T, or to the end time of ``handover`` from its augmented time."""
         if handover is None:
             return self._solve(x, context, noise, log_det, integrals, back=False)
         out, handover.drive = self.through(
@@ -148,7 +146,7 @@ class CNF(Transform):
         log_det: bool = True,
         integrals: bool = True,
     ) -> Transformed:
-        """Noise to data: t from T to 0."""
+        """Transform noise to data: t from T to 0."""
         return self._solve(z, context, noise, log_det, integrals, back=True)
 
     def _solve(
@@ -156,12 +154,12 @@ class CNF(Transform):
     ) -> Transformed:
         end = self.drawn_end(x, noise)
         drive = self.start(x)
-        if back and drive is not None:  # g runs forward first, then a walks back beside x
+        if back and drive is not None:  # integrate g forward first, then a backward along with x
             drive = self.carry(drive, end)
         return self.through(x, end, drive, context, noise=noise, log_det=log_det, integrals=integrals, back=back)[0]
 
     def drawn_end(self, x: Tensor, noise: Noise | None = None) -> Tensor:
-        """The end time of one solve: T, or with ``steer`` a random one in training."""
+        """Return the end time of one solve: T, or a random one in training with ``steer``."""
         end = self.end_time(x)
         if self.steer and self.training:
             u = draw(noise, "end_time", "uniform", (), dtype=x.dtype, device=x.device, batch_dim=None)
@@ -169,11 +167,11 @@ class CNF(Transform):
         return end
 
     def start(self, x: Tensor) -> Tensor | None:
-        """a(0) of the augmented time; None without a path."""
+        """Return a(0) of the augmented time; None without a path."""
         return None if self.path is None else self.path.start(x)
 
     def carry(self, drive: Tensor, span: Tensor) -> Tensor:
-        """The augmented time after ``span``, integrated alone (batch 1), by the solver that x takes."""
+        """Return the augmented time after ``span``, integrated alone (batch size 1) by the solver of x."""
         path = self.path
         assert path is not None
         named = (*path.parameters(), drive, span)
@@ -195,7 +193,7 @@ class CNF(Transform):
         integrals: bool = True,
         back: bool = False,
     ) -> tuple[Transformed, Tensor | None]:
-        """From t = 0 to ``end`` (or back), from the augmented time ``drive`` on that side; with it on the other side."""
+        """Integrate t from 0 to ``end``, or back, from augmented time ``drive``; return its final value too."""
         zero = torch.zeros_like(end)
         state, values, solution = self.integrate(
             x,
@@ -210,15 +208,16 @@ class CNF(Transform):
         return Transformed(state, values.pop("log_det"), values, solution.stats), left
 
     def velocity(self, t: Tensor, x: Tensor, context: Tensor | None = None, *, drive: Tensor | None = None) -> Tensor:
-        """f at time t () and points x (N, \\*event), its augmented time integrated up to there where there is one.
+        """Return f at time t () and points x (N, \\*event); with a path the augmented time is integrated up to t.
 
-        ``drive`` is the augmented time at t = 0, for a block that takes it from another; None is the block's own start.
+        ``drive`` is the augmented time at t = 0, for a block that continues another's; None starts from the path's
+        a(0).
         """
         time = t if self.path is None else self.carry(self.path.start(x) if drive is None else drive, t)[0]
         return protect(self.field)(time, x, context)
 
     def _one_stage(self, field: Field, need: frozenset[str], noise: Noise | None) -> OneStage | None:
-        """In training on a grid a closed-form trace leaves ‖J‖² a product of its own, which one stage at random then takes."""
+        """Return a random stage for ‖J‖², an extra product with a closed-form trace; training on a grid only."""
         solver = self.solver
         if not (self.training and "jac_sq" in need and type(solver) is FixedGrid and closed(self.divergence, field)):
             return None
@@ -239,11 +238,11 @@ class CNF(Transform):
         integrals: bool = True,
         drive: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], Solution]:
-        """The point carried from ``times[0]`` to ``times[1]``, with every integral by name (N,) and the solution.
+        """Integrate x from ``times[0]`` to ``times[1]``; return point, integrals by name (N,) and solution.
 
-        ``drive`` is the augmented time at ``times[0]``, where there is a path; None integrates it up to there.
+        ``drive`` is the augmented time at ``times[0]`` if there is a path; None integrates it up to there.
         """
-        start, stop = (time.view_as(time) for time in times)  # neither made of the other: see ``parameters`` below
+        start, stop = (time.view_as(time) for time in times)  # distinct tensors for ``parameters`` below
         span = stop - start
         path = self.path
         if path is not None and drive is None:
@@ -252,7 +251,7 @@ class CNF(Transform):
         need = frozenset({"div"} if log_det else ()).union(*(q.need for q in quadratures))
         field = prepared(self.field, x, context, noise, t=(now := start if drive is None else drive[0]))
         check_derivative(field, self.divergence, need, now, x, context)
-        # drawn once, before the solve and outside anything checkpointed: a probe held fixed makes one smooth ODE
+        # drawn once, before the solve and outside any checkpoint: a fixed probe defines one smooth ODE
         probe = self.divergence.probe(x, noise, need, field)
         rhs = RightHandSide(
             field,
@@ -293,7 +292,7 @@ class CNF(Transform):
                     raise
                 solution = solve_in_halves(part, x, len(dynamic), error)
         except SolverError as error:
-            span_of = None if vectorized() else (float(start), float(stop))  # inside torch.func times have no value to print
+            span_of = None if vectorized() else (float(start), float(stop))  # torch.func hides the times' values
             raise error.inside(f"{self.label} on events {tuple(x.shape[1:])}", span_of) from None
         names = (*(["log_det"] if log_det else []), *(q.name for q in quadratures))
         values = {"log_det": flat, **dict(zip(names, solution.state[len(dynamic) :], strict=True))}

@@ -1,4 +1,4 @@
-"""Check that a custom field's derivative is that of its values, once for each field."""
+"""Check of a custom field's derivative against finite differences, once per field."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from cnf.fields.randomness import draws_random_numbers
 __all__ = ["check_derivative"]
 
 ROWS = 8
-AGREE, WRONG = 0.05, 0.2  # of a difference quotient: how far that of half the step may be off, and how far a derivative is not
-_CHECKED: weakref.WeakKeyDictionary[nn.Module, set[tuple[bool, str]]] = weakref.WeakKeyDictionary()  # modes of module and product
+AGREE, WRONG = 0.05, 0.2  # relative errors: accepted for a difference quotient, rejected for a derivative
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, set[tuple[bool, str]]] = weakref.WeakKeyDictionary()  # (training, mode)
 
 
 def check_derivative(
     field: Field, divergence: Divergence, need: frozenset[str], t: Tensor, x: Tensor, context: Tensor | None
 ) -> None:
-    """Compare eᵀJe of a custom field at a few rows of x (N, \\*event) with difference quotients of its values.
+    """Compare eᵀJe of a custom field at a few rows of x (N, \\*event) with finite differences.
 
-    Gradients that a field cuts (``detach``, ``no_grad``, NumPy, rounding) would make a log-det that is wrong in silence. Rows at which
-    two difference quotients do not agree with each other (kinks, rounding) do not count.
+    Gradients cut by a field (``detach``, ``no_grad``, NumPy, rounding) would silently give a wrong log-det. Rows whose
+    two difference quotients disagree (kinks, rounding) are ignored.
 
     Raises:
-        ConfigError: for a derivative that is not that of the values.
+        ConfigError: if the derivative is wrong at more than half of the remaining rows.
     """
     if not need or not isinstance(field, CustomField) or tracing(x) or not len(x):
         return
@@ -59,12 +59,12 @@ def check_derivative(
 
 @torch.no_grad()
 def _compare(field: Bound, mode: str, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """eᵀJe of each row by autodiff and by a difference quotient, and which of the latter are accurate."""
-    generator = torch.Generator().manual_seed(0)  # of its own: torch's are left as they are
+    """Return eᵀJe of each row by autodiff and by a difference quotient, and whether the quotient is accurate."""
+    generator = torch.Generator().manual_seed(0)  # a separate generator: torch's global ones are not advanced
     e = (2 * torch.randint(0, 2, x.shape, generator=generator) - 1).to(x)
     eps = torch.finfo(x.dtype).eps
     step = eps ** (1 / 3) * x.abs().flatten(1).amax(1).clamp(min=1).reshape(-1, *(1,) * (x.ndim - 1))
-    x = x + step * torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x)  # off kinks, which zeros may be on
+    x = x + step * torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x)  # away from kinks, often at zero
 
     def along(values: Tensor) -> Tensor:
         return (values * e).flatten(1).sum(1)

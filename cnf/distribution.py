@@ -1,4 +1,4 @@
-"""A flow as a torch.distributions.Distribution."""
+"""Flow as a torch.distributions.Distribution."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __all__ = ["FlowDistribution"]
 
 
 class FlowDistribution(Distribution):
-    """A flow inside torch.distributions: Independent, TransformedDistribution and ``expand`` take it.
+    """Flow as a torch distribution, usable in Independent, TransformedDistribution and ``expand``.
 
-    It is the density of floats (images: on [0, 1] and the logit's small margin around it), in nats, and draws from
-    torch's global generator. Samples are not clamped, so that log_prob is theirs.
+    The density, in nats, is that of floats (images: on [0, 1] and the small margin of the logit around it). Samples
+    come from torch's global generator and are not clamped, so that log_prob is their density.
 
     Args:
         flow: the density.
         context: (C,) for one distribution, (\\*batch, C) for a batch of them; None for a flow without context.
-        batch_shape: of a flow without context, as ``expand`` makes it.
-        validate_args: check values against the support; torch's default where None.
+        batch_shape: batch shape for a flow without context, as set by ``expand``.
+        validate_args: check values against the support; torch's default if None.
 
     Raises:
-        ValueError: from ``log_prob``, for values outside the support, where arguments are validated.
-        DataError: from ``log_prob``, for integers: of pixels there is only a bound, ``flow.log_prob``.
+        ValueError: from ``log_prob``, for values outside the support if arguments are validated.
+        DataError: from ``log_prob``, for integers; ``flow.log_prob`` bounds the log-probability of pixels.
 
     Example:
         >>> from cnf.fields import MLP
@@ -59,13 +59,13 @@ class FlowDistribution(Distribution):
 
     @property
     def support(self) -> Any:
-        """The reals, one per dimension of an event; for images the interval that the logit or Gaussianize takes."""
+        """The reals for each dimension of an event; for images the interval of the logit or Gaussianize."""
         first = next((leaf for leaf in leaves(self.flow.transform) if not isinstance(leaf, Dequantize)), None)
         one = constraints.interval(*first.bounds) if isinstance(first, Logit | Gaussianize) else constraints.real
         return constraints.independent(cast(Any, one), len(self.event_shape))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:
-        """The same flow for a larger batch."""
+        """Return the same distribution with a larger batch shape."""
         shape = tuple(batch_shape)
         context = None if self.context is None else self.context.expand(*shape, self.context.shape[-1])
         return FlowDistribution(self.flow, context, shape, validate_args=self._validate_args)
@@ -79,16 +79,16 @@ class FlowDistribution(Distribution):
         return self.context.expand(*lead, self.context.shape[-1]).reshape(lead.numel(), self.context.shape[-1])
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p of ``value`` (\\*sample, \\*batch, \\*event), nats; a missing batch is broadcast."""
+        """Return log p in nats of ``value`` (\\*sample, \\*batch, \\*event); a missing batch is broadcast."""
         if not isinstance(value, Tensor):
             raise DataError(f"value is a {type(value).__name__}; expected a torch.Tensor")
         if not value.is_floating_point():
             raise DataError(f"value has type {value.dtype}; a density takes floats: flow.log_prob bounds that of pixels")
-        if self._validate_args and value.numel():  # torch's own check fails for no values
+        if self._validate_args and value.numel():  # torch's check fails for empty values
             self._validate_sample(value)
         given = value.shape[: value.ndim - len(self.event_shape)]
         lead = torch.broadcast_shapes(given, self.batch_shape)
-        if self.context is None or self.context.ndim == 1:  # all alike: what was given is solved once
+        if self.context is None or self.context.ndim == 1:  # identical distributions: each given value is solved once
             lead, out = given, lead
         else:
             value, out = value.expand(*lead, *self.event_shape), lead
@@ -96,7 +96,7 @@ class FlowDistribution(Distribution):
         return found.reshape(lead).expand(out)
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch.distributions' own signature)
-        """Samples (\\*sample, \\*batch, \\*event) with gradient."""
+        """Draw differentiable samples (\\*sample, \\*batch, \\*event)."""
         lead = torch.Size(sample_shape) + self.batch_shape
         like = self.flow.like
         z = torch.randn((lead.numel(), *self.flow.latent_shape), dtype=like.dtype, device=like.device)

@@ -1,4 +1,4 @@
-"""f, div f and ‖J‖²_F from one derivative product: the exact trace, and Hutchinson's estimate of it."""
+"""f, div f and ‖J‖²_F in one evaluation: exact trace and Hutchinson's estimate."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from cnf.noise import Kind, Noise, draw
 __all__ = ["Bound", "Divergence", "Driven", "Exact", "Field", "Hutchinson", "Linearization", "closed", "jacobian_product", "linearize"]
 
 NEEDS = ("div", "jac_sq")
-_CHUNK_NUMEL = 2**22  # entries of tangents pushed at once by the exact trace: 16 MB in float32
+_CHUNK_NUMEL = 2**22  # entries of tangents per chunk of the exact trace: 16 MB in float32
 
 
 class Linearization(NamedTuple):
-    """What one evaluation gives; a part that was not needed is None.
+    """Result of one evaluation; parts that were not requested are None.
 
-    ``dx`` (N, \\*event); ``div`` (N,); ``jac_sq`` (N,) the squared Frobenius norm of J = ∂f/∂x; ``product`` the
-    derivative product itself (P, N, \\*event): eᵀJ in reverse mode, J e in forward mode.
+    ``dx`` (N, \\*event); ``div`` (N,); ``jac_sq`` (N,), the squared Frobenius norm of J = ∂f/∂x; ``product``
+    (P, N, \\*event), the Jacobian product: eᵀJ in reverse mode, J e in forward mode.
     """
 
     dx: Tensor
@@ -36,15 +36,15 @@ class Linearization(NamedTuple):
 
 
 class Divergence(Protocol):
-    """How the divergence is had: :class:`Exact` or :class:`Hutchinson`."""
+    """Divergence strategy: :class:`Exact` or :class:`Hutchinson`."""
 
     def probe(self, x: Tensor, noise: Noise | None, need: frozenset[str], field: Field) -> Tensor | None:
-        """The probe of one solve (P, N, \\*event), drawn once and held fixed; None where none is needed."""
+        """Draw the probe of one solve (P, N, \\*event), fixed during the solve; None if none is needed."""
 
     def linearize(
         self, field: Field, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
     ) -> Linearization:
-        """One evaluation; see :func:`linearize`."""
+        """Evaluate the field once; see :func:`linearize`."""
 
 
 def linearize(
@@ -56,19 +56,19 @@ def linearize(
     need: Iterable[str],
     divergence: Divergence,
 ) -> Linearization:
-    """f, div f and ‖J‖²_F at one point, computing only what ``need`` names.
+    """Return f, div f and ‖J‖²_F at one point, computing only what ``need`` lists.
 
     Args:
         field: vector field, called as ``field(t, x, context)``.
         t: time ().
         x: point (N, \\*event).
-        probe: what ``divergence.probe`` gave.
+        probe: result of ``divergence.probe``.
         context: (N, C), (C,) or None.
         need: any of ``"div"``, ``"jac_sq"``.
         divergence: :class:`Exact` or :class:`Hutchinson`.
 
     Raises:
-        ConfigError: for an unknown need.
+        ConfigError: for an unknown name in ``need``.
 
     Example:
         >>> from cnf.fields import MLP
@@ -85,17 +85,17 @@ def linearize(
 
 
 class Bound:
-    """A field with its context filled in, as quadratures see it: ``f(t, x)`` and ``f.jvp(t, x, v)``."""
+    """Field with a fixed context, as passed to quadratures: ``f(t, x)`` and ``f.jvp(t, x, v)``."""
 
     def __init__(self, field: Field, context: Tensor | None = None):
         self.field, self.context = protect(field), context
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        """f(t, x), (N, \\*event)."""
+        """Return f(t, x) (N, \\*event)."""
         return self.field(t, x, self.context).to(x.dtype)
 
     def jvp(self, t: Tensor, x: Tensor, v: Tensor, *, t_dot: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """f and J v + t_dot ∂f/∂t for K stacked tangents v (K, N, \\*event): a true Jacobian-vector product."""
+        """Return f and J v + t_dot ∂f/∂t for K stacked tangents v (K, N, \\*event); never vᵀJ."""
         own: Any = getattr(self.field, "jvp", None)
         if own is None:
             return autodiff_jvp(self, t, x, v, t_dot)
@@ -104,13 +104,13 @@ class Bound:
 
 
 class Driven(Bound):
-    """A field driven by an augmented time, as quadratures see it: whatever t they name, a (k,) at the present one.
+    """Field conditioned on an augmented time, as passed to quadratures: evaluated at the current a (k,) for any t.
 
     Args:
-        field: called with a in place of t.
+        field: field that takes a in place of t.
         context: (N, C), (C,) or None.
         time: a (k,).
-        drift: da/dt (k,), so that a derivative in t follows a.
+        drift: da/dt (k,), so that derivatives in t follow a.
     """
 
     def __init__(self, field: Field, context: Tensor | None, time: Tensor, drift: Tensor):
@@ -118,26 +118,29 @@ class Driven(Bound):
         self.time, self.drift = time, drift
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        """f(a, x), (N, \\*event)."""
+        """Return f(a, x) (N, \\*event)."""
         return super().__call__(self.time, x)
 
     def jvp(self, t: Tensor, x: Tensor, v: Tensor, *, t_dot: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """f and J v + t_dot ∂f/∂a · da/dt for K stacked tangents v (K, N, \\*event)."""
+        """Return f and J v + t_dot ∂f/∂a · da/dt for K stacked tangents v (K, N, \\*event)."""
         return super().jvp(self.time, x, v, t_dot=None if t_dot is None else t_dot * self.drift)
 
 
 class Exact:
-    r"""The exact trace of the Jacobian.
+    r"""Exact trace of the Jacobian.
 
-    Where the field has a closed form (``field.divergence``) it costs about one evaluation. Elsewhere the D unit tangents
-    are pushed through the field in chunks, vectorised; while gradients are recorded each chunk but the first is
-    checkpointed, so that memory stays bounded. ``jac_sq`` has no closed form: beside a closed-form trace it takes one
-    Rademacher product, :math:`\|Je\|^2`, unbiased (a CNF that trains on a grid takes it at one stage of the solve, at
-    random); with the D tangents it is exact.
+    With a closed form (``field.divergence``) it costs about one evaluation. Otherwise the D unit tangents are pushed
+    through the field in vectorised chunks; while gradients are recorded every chunk but the first is checkpointed,
+    which bounds the memory. ``jac_sq`` has no closed form: with a closed-form trace it is estimated by one Rademacher
+    product, :math:`\|Je\|^2`, unbiased (a CNF in training on a fixed grid takes it at one random stage of the solve);
+    with the D tangents it is exact.
 
     Args:
-        chunk: tangents at once; None chooses by memory.
-        closed_form: set to False to insist on the D tangents.
+        chunk: number of tangents per chunk; None chooses by memory.
+        closed_form: whether to use a closed form; False always uses the D tangents.
+
+    Raises:
+        ConfigError: for a chunk below 1.
 
     Example:
         >>> from cnf.fields import MLP
@@ -156,7 +159,7 @@ class Exact:
         return "Exact()" if self.closed_form else "Exact(closed_form=False)"
 
     def probe(self, x: Tensor, noise: Noise | None, need: frozenset[str], field: Field) -> Tensor | None:
-        """A Rademacher probe for ‖J‖²_F beside a closed-form trace; None otherwise."""
+        """Draw a Rademacher probe for ‖J‖²_F with a closed-form trace; None otherwise."""
         if "jac_sq" not in need or not closed(self, field):
             return None
         return draw(noise, "probe", "rademacher", (1, *x.shape), dtype=x.dtype, device=x.device, batch_dim=1)
@@ -164,7 +167,7 @@ class Exact:
     def linearize(
         self, field: Field, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
     ) -> Linearization:
-        """One evaluation; see :func:`linearize`."""
+        """Evaluate the field once; see :func:`linearize`."""
         if closed(self, field):
             owner: Any = field
             dx, div = (part.to(x.dtype) for part in owner.divergence(t, x, context))
@@ -178,15 +181,15 @@ class Exact:
 
     def _tangents(self, field: Bound, t: Tensor, x: Tensor) -> Linearization:
         dim = x.flatten(1).shape[1]
-        # a graph for any batch size has no chunks that depend on it
+        # a graph for any batch size cannot have chunks that depend on it
         size = self.chunk or (dim if torch.compiler.is_compiling() else max(1, min(dim, _CHUNK_NUMEL // max(1, x.numel()))))
 
         def part(first: int, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             k = min(size, dim - first)
-            # no index that is made on the CPU: a GPU would have to wait for it
+            # built on the device: an index from the CPU would synchronise with the GPU
             unit = pad(torch.eye(k, dtype=x.dtype, device=x.device), (first, dim - first - k))
             v = unit.reshape(k, 1, *x.shape[1:]).expand(k, *x.shape)
-            v = v.contiguous() if torch.compiler.is_compiling() else v  # symbolic shapes have no forward-mode rule for strides of zero
+            v = v.contiguous() if torch.compiler.is_compiling() else v  # jvp: symbolic shapes exclude strides of 0
             dx, product = jacobian_product(field, t, y, v)
             columns = product.flatten(2)
             diagonal = columns[:, :, first : first + k].diagonal(dim1=0, dim2=2)
@@ -203,7 +206,7 @@ class Exact:
 
 
 def closed(divergence: Divergence, field: Field) -> bool:
-    """Return whether the trace of this field is taken in closed form."""
+    """Return whether the trace of this field is computed in closed form."""
     if not (isinstance(divergence, Exact) and divergence.closed_form):
         return False
     bound = protect(field)
@@ -211,7 +214,7 @@ def closed(divergence: Divergence, field: Field) -> bool:
 
 
 def jacobian_product(field: Bound, t: Tensor, x: Tensor, v: Tensor, mode: str = "forward") -> tuple[Tensor, Tensor]:
-    """f and the products with v (K, N, \\*event): J v, or vᵀJ in reverse mode and where an operation has no forward-mode derivative."""
+    """Return f and J v for v (K, N, \\*event), or vᵀJ in reverse mode and where an operation has no forward mode."""
     if torch.compiler.is_exporting() and (mode == "reverse" or getattr(field.field, "jvp", None) is None):
         raise ConfigError(
             "torch.export records no derivative by autodiff: for log_prob give the field a jvp(t, x, v, context, *, t_dot=None), or take one "
@@ -228,12 +231,12 @@ def jacobian_product(field: Bound, t: Tensor, x: Tensor, v: Tensor, mode: str = 
 
 
 def _pull(field: Bound, t: Tensor, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
-    """f and eᵀJ for every probe. Plain autograd: torch.func.vjp cannot run inside a checkpoint."""
+    """Return f and eᵀJ for every probe, by plain autograd: torch.func.vjp does not run inside a checkpoint."""
     recording = torch.is_grad_enabled()
     with torch.enable_grad():
         point = x if recording and x.requires_grad else x.detach().requires_grad_()
         dx = field(t, point)
-        if dx.requires_grad:  # a field may leave x out (a drift, say): its derivative is then zero, not missing
+        if dx.requires_grad:  # a field may not depend on x (a drift, for example): its derivative is then zero
             pull: dict[str, bool] = {"create_graph": recording, "retain_graph": True, "materialize_grads": True}
             product = torch.stack([torch.autograd.grad(dx, point, e, **pull)[0] for e in probe])
         else:
@@ -242,14 +245,16 @@ def _pull(field: Bound, t: Tensor, x: Tensor, probe: Tensor) -> tuple[Tensor, Te
 
 
 class Hutchinson:
-    r"""Hutchinson's estimate: with a probe e, :math:`\mathrm{tr} J \approx e^\top J e`, and
-    :math:`\|J\|_F^2 \approx \|e^\top J\|^2` from the same product (FFJORD, 1810.01367; RNODE, 2002.02798, eq. 16).
+    r"""Hutchinson's estimate of the trace and the norm of the Jacobian (FFJORD, 1810.01367; RNODE, 2002.02798, eq. 16).
+
+    With a probe e, :math:`\mathrm{tr} J \approx e^\top J e` and, from the same product,
+    :math:`\|J\|_F^2 \approx \|e^\top J\|^2` (reverse mode) or :math:`\|J e\|^2` (forward mode).
 
     Args:
-        noise: ``"rademacher"`` (less variance where the diagonal dominates) or ``"gaussian"``.
-        mode: ``"forward"`` pushes J e beside the point, one pass; ``"reverse"`` pulls eᵀJ back, as the published codes do.
-            Both estimates are unbiased for the trace and for the norm; for a given probe they give the same trace.
-        probes: how many probes are averaged.
+        noise: ``"rademacher"`` (lower variance for a dominant diagonal) or ``"gaussian"``.
+        mode: ``"forward"`` computes J e together with f in one pass; ``"reverse"`` computes eᵀJ, as the published codes
+            do. Trace and norm are unbiased in both; for the same probe both give the same trace.
+        probes: number of probes to average.
 
     Raises:
         ConfigError: for an unknown noise or mode, or fewer than one probe.
@@ -273,7 +278,7 @@ class Hutchinson:
         return f"Hutchinson(noise={self.noise!r}, mode={self.mode!r}, probes={self.probes})"
 
     def probe(self, x: Tensor, noise: Noise | None, need: frozenset[str], field: Field) -> Tensor | None:
-        """The probe (P, N, \\*event) of one solve."""
+        """Draw the probe (P, N, \\*event) of one solve; None if nothing is requested."""
         if not need:
             return None
         kind: Kind = "normal" if self.noise == "gaussian" else "rademacher"
@@ -282,7 +287,7 @@ class Hutchinson:
     def linearize(
         self, field: Field, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
     ) -> Linearization:
-        """One evaluation; see :func:`linearize`."""
+        """Evaluate the field once; see :func:`linearize`."""
         if probe is None:
             raise ConfigError("probe=None: Hutchinson's estimate needs one; pass what divergence.probe(...) gave")
         dx, product = jacobian_product(Bound(field, context), t, x, probe, self.mode)
@@ -291,5 +296,5 @@ class Hutchinson:
 
 
 def _mean_square(product: Tensor) -> Tensor:
-    """(P, N, *event) to (N,): the squared norm, averaged over probes."""
+    """Return the squared norm (N,) of (P, N, \\*event), averaged over probes."""
     return product.flatten(2).square().sum(2).mean(0)

@@ -1,4 +1,4 @@
-"""Flow = transform + base: log-likelihood, samples, bits/dim."""
+"""Flow: a density defined by a transform and a Gaussian base."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ __all__ = ["Flow", "FlowDistribution"]
 
 
 class Flow(nn.Module):
-    """A density: ``transform`` carries data to z ~ N(0, base_std² I).
+    """Density defined by ``transform`` from data to z ~ N(0, base_std² I).
 
-    Points are of the weights' floating type; the method names are those of torch.distributions. ``context`` is (N, C), one
-    row for each row of x, or (C,) for all.
+    Points have the dtype of the weights; method names follow torch.distributions. ``context`` is (N, C), one row per
+    row of x, or (C,) for all rows.
 
     Args:
-        transform: data to noise.
+        transform: transform from data to noise.
         event_shape: shape of one data point, (D,) or (C, H, W).
         base_std: standard deviation of the base.
 
     Raises:
-        ConfigError: for a base_std or an event_shape that cannot be, or one that the transform does not take.
-        DataError: from every method, for a shape, type or value of its point or context that does not fit.
-        SolverError: from every method, where an ODE could not be solved.
+        ConfigError: for an invalid base_std or event_shape, or one that the transform does not accept.
+        DataError: from every method, for a point or context of the wrong shape, dtype, device or value.
+        SolverError: from every method, if an ODE cannot be solved.
 
     Example:
         >>> from cnf.fields import MLP
@@ -69,41 +69,41 @@ class Flow(nn.Module):
 
     @property
     def levels(self) -> int | None:
-        """Grey levels of images; None for vectors."""
+        """Number of grey levels for images; None for vectors."""
         return next((m.levels for m in self.modules() if isinstance(m, Dequantize)), None)
 
     @property
     def blocks(self) -> list[CNF]:
-        """The CNF blocks, data to noise."""
+        """The CNF blocks, from data to noise."""
         return [m for m in self.modules() if isinstance(m, CNF)]
 
     @property
     def context_dim(self) -> int | None:
-        """Size C of the context, 0 for none; None where a custom field takes one and does not say (``field.context_dim``)."""
+        """Size C of the context, 0 for none; None if a custom field does not declare it (``field.context_dim``)."""
         sizes = [context_size(block.field) for block in self.blocks]
         return None if None in sizes else max(map(int, filter(None, sizes)), default=0)
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the type and on the device that the flow computes in; without weights torch's default."""
+        """A tensor with the flow's floating-point dtype and device; torch's default without weights."""
         return next(self._weights(), torch.zeros(()))
 
     def _weights(self) -> Iterator[Tensor]:
         return (v for v in chain(self.parameters(), self.buffers()) if v.is_floating_point())
 
     def fit_statistics(self, x: Tensor, *, batch_size: int = 8192) -> None:
-        """Fit what is fitted to data before the first block, from x (N, \\*event); see :func:`cnf.statistics.fit_statistics`."""
+        """Fit the data statistics of the flow to x (N, \\*event); see :func:`cnf.statistics.fit_statistics`."""
         fit_statistics(self.transform, x, batch_size)
 
     def forward(
         self, x: Tensor | None = None, context: Tensor | None = None, *, noise: Noise | None = None
     ) -> Tensor | FlowDistribution:
-        """Call the flow as a module: ``flow(x)`` and ``flow(x, context)`` are log_prob, ``flow()`` and ``flow(context)`` the distribution.
+        """Return log_prob for ``flow(x)`` and ``flow(x, context)``, distribution for ``flow()`` and ``flow(context)``.
 
-        A single argument is the context of a conditional flow, and points of any other.
+        A single argument is the context of a conditional flow, and the points of any other flow.
 
         Raises:
-            ConfigError: for a single argument where a custom field does not say whether it takes a context (``field.context_dim``).
+            ConfigError: for a single argument if a custom field does not declare ``context_dim``.
         """
         if x is None:
             return self.distribution(context)
@@ -117,19 +117,19 @@ class Flow(nn.Module):
         return self.log_prob(x, context, noise=noise)
 
     def extra_repr(self) -> str:
-        """Event shape, blocks and base, for ``repr``."""
+        """Return event shape, blocks and base for ``repr``."""
         return f"event_shape={self.event_shape}, latent_shape={self.latent_shape}, blocks={len(self.blocks)}, base_std={self.base_std:g}"
 
     def _check(self, name: str, x: Tensor, shape: tuple[int, ...], context: Tensor | None) -> None:
         """Validate points (\\*lead, \\*shape) and their context."""
-        # without weights the points say what is computed in
+        # without weights, compute in the points' dtype
         like = next(self._weights(), x if isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float64) else torch.zeros(()))
         check_points(name, x, shape, like, self.levels if name == "x" else None)
         if context is not None:
             check_context(context, self.context_dim, like)
 
     def _rows(self, name: str, x: Tensor, shape: Shape, context: Tensor | None) -> tuple[Tensor, Tensor | None, Shape]:
-        """Points and contexts validated, as rows; and the leading shape of the result."""
+        """Validate points and context; return them as rows, with the leading shape of the result."""
         self._check(name, x, shape, context)
         return as_rows(x, shape, context)
 
@@ -142,37 +142,37 @@ class Flow(nn.Module):
         log_det: bool = True,
         integrals: bool = True,
     ) -> Transformed:
-        """Data (N, \\*event) to latent with everything that comes along: log_det (N,), integrals by name (N,), cost."""
+        """Transform data (N, \\*event) to latents; return value, log_det (N,), integrals by name (N,) and cost."""
         x, context, _ = self._rows("x", x, self.event_shape, context)
         if x.shape[0] == 0:
             return self._empty(x, self.latent_shape)
         return cast(Transformed, self.transform(x, context, noise=noise, log_det=log_det, integrals=integrals))
 
     def _empty(self, x: Tensor, shape: tuple[int, ...]) -> Transformed:
-        """The result for no rows, with a gradient to x."""
+        """Return the result for zero rows, with a gradient to x."""
         zero = x.sum() if x.is_floating_point() else 0
         return Transformed(self.like.new_zeros(0, *shape) + zero, self.like.new_zeros(0) + zero, {}, Stats())
 
     def base_log_prob(self, z: Tensor) -> Tensor:
-        """log q(z), (N,) nats."""
+        """Return log q(z) (N,) in nats."""
         constant = math.prod(z.shape[1:]) * (0.5 * math.log(2 * math.pi) + math.log(self.base_std))
         return -0.5 * (z / self.base_std).square().flatten(1).sum(1) - constant
 
     def log_prob(self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> Tensor:
-        """log p(x) in nats, (N,) for x (N, \\*event), and (\\*lead) for any leading shape.
+        """Return log p(x) in nats, (N,) for x (N, \\*event) or (\\*lead) for any leading shape.
 
-        Of uint8 images it is a bound on the pixels' log probability, of floats the density there. Leading shapes of x and context are
-        broadcast.
+        For uint8 images it is a lower bound on the log-probability of the pixels, for floats the log-density there.
+        Leading shapes of x and context are broadcast.
         """
         x, context, lead = self._rows("x", x, self.event_shape, context)
         out = self.evaluate(x, context, noise=noise, integrals=False)
         return (self.base_log_prob(out.value) + out.log_det).reshape(lead)
 
     def bits_per_dim(self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> Tensor:
-        """Bits per dimension, (\\*lead) for x (\\*lead, \\*event); floats in [0, 1] count with the data set's levels.
+        """Return bits/dim, (\\*lead) for x (\\*lead, \\*event); floats in [0, 1] are scaled to the grey levels.
 
         Raises:
-            DataError: for a flow that is not one of images, or floats outside [0, 1].
+            DataError: for a flow without Dequantize, or floats outside [0, 1].
         """
         if self.levels is None:
             raise DataError("bits_per_dim is for images (a flow with Dequantize): vectors have log_prob, in nats")
@@ -182,27 +182,27 @@ class Flow(nn.Module):
 
     @staticmethod
     def require_unit_interval(x: Tensor) -> None:
-        """Refuse float images that no grey levels can have given.
+        """Check that float images lie in [0, 1].
 
         Raises:
-            DataError: for floats outside [0, 1], where bits/dim mean nothing (the density itself reaches a little further).
+            DataError: for floats outside [0, 1], where bits/dim are undefined (the density extends slightly further).
         """
         if x.is_floating_point() and x.numel() and not bool(((x >= 0) & (x <= 1)).all()):
             low, high = (float(v) for v in x.detach().aminmax())
             raise DataError(f"x spans [{low:g}, {high:g}]; expected floats in [0, 1], or uint8 grey levels")
 
     def to_bits(self, log_prob: Tensor, floats: bool) -> Tensor:
-        """Nats to bits/dim: −log p / (D ln 2), plus log2(levels) for a density on [0, 1]."""
+        """Convert nats to bits/dim: −log p / (D ln 2), plus log2(levels) for a density on [0, 1]."""
         shift = math.log2(self.levels) if floats and self.levels else 0.0
         return -log_prob / (self.dim * math.log(2)) + shift
 
     def encode(self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> Tensor:
-        """x (\\*lead, \\*event) to z (\\*lead, \\*latent), without any divergence."""
+        """Map x (\\*lead, \\*event) to z (\\*lead, \\*latent), without computing the divergence."""
         x, context, lead = self._rows("x", x, self.event_shape, context)
         return self.evaluate(x, context, noise=noise, log_det=False).value.reshape(*lead, *self.latent_shape)
 
     def decode(self, z: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> Tensor:
-        """z (\\*lead, \\*latent) to x (\\*lead, \\*event), without any divergence."""
+        """Map z (\\*lead, \\*latent) to x (\\*lead, \\*event), without computing the divergence."""
         z, context, lead = self._rows("z", z, self.latent_shape, context)
         return self._invert(z, context, noise, log_det=False).value.reshape(*lead, *self.event_shape)
 
@@ -214,7 +214,7 @@ class Flow(nn.Module):
     def _latent(
         self, n: int | Sequence[int], context: Tensor | None, noise: Noise | None, temperature: float
     ) -> tuple[Tensor, Tensor | None, Shape]:
-        """z, the context row by row, and the sample's leading shape."""
+        """Return z, the context as rows, and the leading shape of the samples."""
         lead = sample_shape(n)
         if not 0 < temperature < math.inf:
             raise ConfigError(f"temperature={temperature}; expected a positive number")
@@ -230,7 +230,7 @@ class Flow(nn.Module):
     def rsample(
         self, n: int | Sequence[int] = (), context: Tensor | None = None, *, noise: Noise | None = None, temperature: float = 1.0
     ) -> Tensor:
-        """Draw samples with gradient; see :meth:`sample`. Images are not clamped to [0, 1]."""
+        """Draw differentiable samples; see :meth:`sample`. Images are not clamped to [0, 1]."""
         z, rows, lead = self._latent(n, context, noise, temperature)
         return self.decode(z, rows, noise=noise).reshape(*lead, *self.event_shape)
 
@@ -247,11 +247,11 @@ class Flow(nn.Module):
         """Draw samples (n, \\*event), or (n, M, \\*event) with context (M, C); images in [0, 1].
 
         Args:
-            n: how many, or a sample shape as in torch.distributions (() for a single one), of each row of ``context``.
-            context: (C,), or (\\*batch, C), whose batch shape follows that of the samples.
-            noise: where z is drawn from.
+            n: number of samples per row of ``context``, or a sample shape as in torch.distributions.
+            context: (C,), or (\\*batch, C); its batch shape follows the sample shape.
+            noise: randomness of z; torch's global generator if None.
             temperature: factor of the base's standard deviation.
-            quantize: uint8 pixels in place of floats.
+            quantize: return uint8 pixels instead of floats.
         """
         if quantize and self.levels is None:
             raise ConfigError("quantize=True is for images: this flow has no Dequantize")
@@ -261,7 +261,7 @@ class Flow(nn.Module):
     def sample_and_log_prob(
         self, n: int | Sequence[int] = (), context: Tensor | None = None, *, noise: Noise | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Samples, not clamped, and their log-density in one solve: (n, \\*event) and (n,), or (n, M, ...), with gradient."""
+        """Draw differentiable, unclamped samples (n, \\*event) with log-density (n,), or (n, M, ...), in one solve."""
         z, rows, lead = self._latent(n, context, noise, 1.0)
         out = self._invert(z, rows, noise, log_det=True)
         log_prob = self.base_log_prob(z) - out.log_det
@@ -269,7 +269,7 @@ class Flow(nn.Module):
 
     @outside_inference_mode
     def score(self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> Tensor:
-        """∇ log p(x), of the shape of x (\\*lead, \\*event), in nats per unit of x; x must be floats."""
+        """Return the score ∇ log p(x) in nats per unit of x, (\\*lead, \\*event) as x; x must be floating-point."""
         self._check("x", x, self.event_shape, context)
         if not x.is_floating_point():
             raise DataError(f"x has type {x.dtype}; the score is a derivative and takes floats")
@@ -281,18 +281,18 @@ class Flow(nn.Module):
     def trajectory(
         self, x: Tensor, times: Tensor, context: Tensor | None = None, *, noise: Noise | None = None
     ) -> Tensor:
-        """Return where x is at each of ``times`` in [0, 1] (0 = data, 1 = latent), (len(times), N, \\*event), in the coordinates
-        of the blocks (after Standardize or Logit); the frames of a multiscale flow are whole images. See
-        :func:`cnf.trajectory.trajectory`.
+        """Return x at ``times`` in [0, 1] (0 = data, 1 = latent), (len(times), N, \\*event); see :mod:`cnf.trajectory`.
+
+        Frames are in the blocks' coordinates (after Standardize or Logit), whole images for a multiscale flow.
 
         Raises:
-            ConfigError: for times outside [0, 1] or decreasing, or a flow that has no such path.
+            ConfigError: for times outside [0, 1] or decreasing, or a flow without such a path.
         """
         x, context, _ = self._rows("x", x, self.event_shape, context)
         return trajectory(self.transform, x, times, context, noise=noise)
 
     def distribution(self, context: Tensor | None = None) -> FlowDistribution:
-        """This flow as a ``torch.distributions.Distribution``; a context (M, C) becomes the batch shape (M,)."""
+        """Return this flow as a ``torch.distributions.Distribution``; a context (M, C) gives the batch shape (M,)."""
         if context is not None:
             check_context(context, self.context_dim, self.like)
         elif self.context_dim:

@@ -1,4 +1,4 @@
-"""A batch whose solve fails, solved in halves until the rows that cannot be solved are known."""
+"""Bisection of a failed batch to find the rows that cannot be solved."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from cnf.solvers import Solution
 
 __all__ = ["FAILING", "separable", "solve_in_halves"]
 
-FAILING = 16  # rows that are looked for; one where each failure takes all the steps that a solve may
+FAILING = 16  # maximum number of failing rows to report; one if each failure exhausts max_steps
 
-ROUNDING = 1e-3  # of a row's size: how far its value may differ in other company
+ROUNDING = 1e-3  # relative change of a row's value allowed when it is evaluated without the other rows
 
 
 def separable(field: Field, module: nn.Module, t: Tensor, x: Tensor, context: Tensor | None) -> bool:
-    """Return whether some rows of x (N, \\*event) may be evaluated alone.
+    """Return whether rows of x (N, \\*event) can be evaluated separately.
 
-    Not where the field draws random numbers, may see its rows together (in training mode), or closes over rows of its own by their
-    places: the last rows of a custom field are evaluated alone to know.
+    False if the field draws random numbers or could not be checked, is in training mode, or gives other values for a
+    part of the batch (for example a closure over per-row tensors), checked by evaluating the second half of the rows of
+    a custom field alone.
     """
     if getattr(field, "whole", False) or any(m.training for m in module.modules()):
         return False
@@ -41,21 +42,21 @@ def separable(field: Field, module: nn.Module, t: Tensor, x: Tensor, context: Te
 
 
 def solve_in_halves(solve: Callable[[Tensor], Solution], x: Tensor, dynamic: int, error: SolverError) -> Solution:
-    """The solution of all rows of x (N, \\*event), by parts; whatever does not belong to rows is the first part's.
+    """Return the solution for all rows of x (N, \\*event) from parts; the first part gives entries without rows.
 
     Args:
-        solve: the solution of the rows of an index.
-        x: the point, whose rows are named.
-        dynamic: entries of the state that are dynamic, the point foremost; the rest are integrals (N,).
-        error: of the whole batch.
+        solve: returns the solution of the rows of an index.
+        x: the point.
+        dynamic: number of dynamic entries of the state, the point first; the others are integrals (N,).
+        error: the error of the whole batch.
 
     Raises:
-        SolverError: naming the rows that cannot be solved alone, :data:`FAILING` of them at most.
+        SolverError: listing the rows that cannot be solved alone, at most :data:`FAILING`.
     """
     parts: list[tuple[Tensor, Solution]] = []
     rows: list[int] = []
     reason, left = error, [torch.arange(len(x), device=x.device)]
-    failed = True  # the batch itself is not solved again
+    failed = True  # the whole batch has failed already
     while left:
         index = left.pop()
         if not failed:

@@ -1,4 +1,4 @@
-"""Checkpointing a function that may itself differentiate: only its inputs are kept, the backward pass repeats it."""
+"""Activation checkpointing of functions that may themselves differentiate."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from cnf.errors import ConfigError
 __all__ = ["Recompute", "differentiable_once", "final", "present_autocast"]
 
 State = tuple[Tensor, ...]
-KEPT = 4  # states of a chain that are kept for the backward pass; RNODE's four steps are then repeated only once
+KEPT = 4  # states of a chain stored for the backward pass; RNODE's four steps are then recomputed only once
 
 
 class Recompute:
-    """Calls functions of a state and forgets what they made on the way; the backward pass calls them again.
+    """Activation checkpointing of functions of a state, recomputed in the backward pass.
 
-    torch.utils.checkpoint cannot serve here. Where the function takes a derivative of its own, as Hutchinson's
-    estimate does in reverse mode, that inner backward pass meets the checkpoint's hooks in the forward pass already:
-    the function is repeated there and then, once a stage, and what the repetitions made is kept (measured: 56
-    evaluations instead of 16 in the forward pass of 4 rk4 steps, and more memory than without a checkpoint). The
-    price: every tensor that the functions close over and that wants a gradient has to be named.
+    torch.utils.checkpoint is unsuitable for functions that take a derivative themselves, as Hutchinson's estimate in
+    reverse mode: the inner backward pass triggers the checkpoint's hooks in the forward pass, so that the function is
+    recomputed at every stage and the recomputed graph is stored (measured: 56 evaluations instead of 16 in the forward
+    pass of 4 rk4 steps, and more memory than without a checkpoint). In exchange, every tensor that the functions close
+    over and that requires a gradient must be listed.
 
     Args:
-        parameters: those tensors; where one is missing the backward pass says so.
-        gradient: what a solver calls this way of having its gradient, for that message.
+        parameters: those tensors; the backward pass raises an error if one is missing.
+        gradient: the solver's name for this gradient method, for error messages.
 
     Example:
         >>> w, x = torch.tensor(2.0, requires_grad=True), torch.tensor(3.0)
@@ -44,19 +44,19 @@ class Recompute:
         self.checked = False
 
     def __call__(self, function: Callable[..., State], state: State) -> State:
-        """function(*state), which must be deterministic; the values can be differentiated once.
+        """Return function(*state); the function must be deterministic and its values can be differentiated once.
 
         Raises:
-            ConfigError: from the backward pass, for a tensor that wants a gradient and is not among the parameters.
+            ConfigError: from the backward pass, for a tensor that requires a gradient and is not among the parameters.
         """
         result: State = _Repeated.apply(self, function, len(state), *state, *self.parameters)
         return result
 
     def chain(self, functions: Sequence[Callable[..., State]], state: State) -> State:
-        """One function after another, in memory that does not grow with their number.
+        """Apply functions one after another in memory independent of their number.
 
-        At most :data:`KEPT` states are kept. Where there are more functions the backward pass first repeats a whole
-        stretch of them, keeping its states, and then each one again: another forward pass in time.
+        At most :data:`KEPT` states are stored. With more functions the backward pass first recomputes a whole segment,
+        storing its states, and then each function again: one more forward pass in time.
         """
         each, count = Recompute(self.parameters), min(KEPT, len(functions))
         for i in range(count):
@@ -65,7 +65,7 @@ class Recompute:
         return state
 
     def strangers(self, outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> list[weakref.ref[Tensor]]:
-        """Leaves that outputs depend on and nobody named; looked for once, since every call closes over the same."""
+        """Return unlisted leaves that outputs depend on; first call only, as all calls share their closure."""
         if self.checked:
             return []
         self.checked = True
@@ -93,17 +93,17 @@ class Recompute:
         needed: Sequence[bool],
         autocast: torch.autocast,
     ) -> tuple[State, list[Tensor | None]]:
-        """function(*state) once more: its values, and what ``gradients`` of them are in the state and the parameters.
+        """Recompute function(*state); return its values and the vector-Jacobian products for state and parameters.
 
         Args:
             function: as in :meth:`__call__`.
-            state: the entries, of which only the values count.
-            gradients: one for each value; None where nothing depends on it.
-            needed: which gradients are wanted, those of the entries first, then those of the parameters.
-            autocast: what the function was under the first time; its derivatives are under none.
+            state: the entries, of which only the values are used.
+            gradients: gradient of each value; None if nothing depends on it.
+            needed: whether each gradient is needed, those of the entries first, then those of the parameters.
+            autocast: autocast state of the forward pass; derivatives run outside of it.
 
         Raises:
-            ConfigError: for a tensor that wants a gradient and is not among the parameters.
+            ConfigError: for a tensor that requires a gradient and is not among the parameters.
         """
         with torch.enable_grad(), autocast:
             entries = [t.detach().requires_grad_(n) for t, n in zip(state, needed, strict=False)]
@@ -115,14 +115,14 @@ class Recompute:
         strangers = self.strangers((o for o, _ in used), entries)
         wanted = [t for t, n in zip((*entries, *self.parameters), needed, strict=True) if n]
         ends, given = zip(*used, strict=True)
-        # retain_graph: what was computed once before the solve and is closed over is met again by the next step
+        # retain_graph: the next step uses the graph of what was computed before the solve again
         found = iter(torch.autograd.grad(ends, wanted, given, retain_graph=True, allow_unused=True))
         del outputs, used, ends
         self.refuse(strangers)
         return values, [next(found) if n else None for n in needed]
 
     def unnamed(self, function: Callable[..., State], state: Sequence[Tensor]) -> list[Tensor]:
-        """Evaluate function(*state) once, and return the leaves that want a gradient and are not among the parameters."""
+        """Evaluate function(*state) once and return the leaves that require a gradient but are not parameters."""
         with torch.enable_grad():
             entries = [t.detach().requires_grad_() for t in state]
             outputs = function(*entries)
@@ -131,7 +131,7 @@ class Recompute:
         return [leaf for reference in strangers if (leaf := reference()) is not None]
 
     def refuse(self, strangers: Iterable[weakref.ref[Tensor]]) -> None:
-        """Refuse those that outlive the function's graph: leaves that it made on the way are gone with it."""
+        """Raise a ConfigError for leaves that outlive the function's graph; temporary leaves are freed with it."""
         for reference in strangers:
             leaf = reference()
             if leaf is not None:
@@ -143,7 +143,7 @@ class Recompute:
 
 
 def _run(functions: Sequence[Callable[..., State]], each: Recompute, *state: Tensor) -> State:
-    """A stretch of a chain: plain where nothing is recorded, or where there is nothing to gain."""
+    """Run a segment of a chain; with gradients and several functions each is checkpointed again."""
     nested = torch.is_grad_enabled() and len(functions) > 1
     for function in functions:
         state = each(function, state) if nested else function(*state)
@@ -151,7 +151,7 @@ def _run(functions: Sequence[Callable[..., State]], each: Recompute, *state: Ten
 
 
 def present_autocast(like: Tensor) -> torch.autocast:
-    """The autocast that is in force now on the device of ``like``, to be entered again in a backward pass."""
+    """Return the autocast state of the device of ``like``, to be entered again in the backward pass."""
     device = like.device.type
     return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
@@ -161,7 +161,7 @@ def _refused(gradient: str) -> ConfigError:
 
 
 class _Final(torch.autograd.Function):
-    """The identity on gradients that have no derivative of their own; without it they would count as constants."""
+    """Identity on gradients that raises if they are differentiated; autograd would treat them as constants."""
 
     @staticmethod
     def forward(ctx: Any, gradient: str, anchor: Tensor, *tensors: Tensor) -> State:
@@ -174,7 +174,7 @@ class _Final(torch.autograd.Function):
 
 
 def final(gradient: str, found: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Return the gradients of a backward pass; where it is recorded, differentiating them raises a ConfigError."""
+    """Return the gradients of a backward pass; differentiating them raises a ConfigError if they are recorded."""
     if not torch.is_grad_enabled():
         return list(found)
     anchor = torch.zeros((), requires_grad=True)
@@ -183,7 +183,7 @@ def final(gradient: str, found: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 class _Once(torch.autograd.Function):
-    """The identity, whose backward pass may not be recorded."""
+    """Identity whose backward pass cannot be recorded."""
 
     @staticmethod
     def forward(ctx: Any, gradient: str, *tensors: Tensor) -> State:
@@ -199,13 +199,13 @@ class _Once(torch.autograd.Function):
 
 
 def differentiable_once(gradient: str, state: State) -> State:
-    """Return the state, whose backward pass refuses to be recorded: for gradients that cannot be marked by :func:`final`."""
+    """Return the state with a backward pass that cannot be recorded, for gradients that :func:`final` cannot mark."""
     found: State = _Once.apply(gradient, *state)
     return found
 
 
 class _Repeated(torch.autograd.Function):
-    """The function's values without its graph."""
+    """Values of a function without its graph."""
 
     @staticmethod
     def forward(ctx: Any, owner: Recompute, function: Callable[..., State], count: int, *tensors: Tensor) -> State:

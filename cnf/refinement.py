@@ -1,9 +1,10 @@
-r"""Integrals along a path whose slope jumps: each row's own panels are halved until its error is small.
+r"""Adaptive refinement of integrals along a path whose integrand jumps, with separate panels for each row.
 
-The divergence of a field with ReLU jumps wherever the path crosses a kink, at a time of each row's own, and no rule of high order
-sees where. Here [0, 1] is cut into equal panels, and Simpson's rule is held against the trapezium: their difference is
-:math:`\frac{2h}{3} |2 g_m - g_a - g_b|`, at least the error that a jump anywhere in the panel leaves, and never zero by chance
-for a single jump. Panels where it is large are halved for the rows where it is, down to the width that their tolerance takes.
+The divergence of a field with ReLU jumps where the path crosses a kink, at different times for each row, which no
+high-order rule detects. [0, 1] is divided into equal panels, on which Simpson's rule is compared with the trapezium:
+their difference :math:`\frac{2h}{3} |2 g_m - g_a - g_b|` is at least the error caused by a jump anywhere in the panel,
+and is never zero by chance for a single jump. Panels with a large difference are halved, for the rows concerned, until
+the rows' tolerances are met.
 """
 
 from __future__ import annotations
@@ -20,40 +21,40 @@ from cnf.solvers.base import RHS, State
 __all__ = ["Rows", "panels_of", "refine"]
 
 Rows = Callable[[Tensor], RHS]
-"""The right-hand side of the rows of an index (R,)."""
+"""Returns the right-hand side of the rows of an index (R,)."""
 
-FEWEST, MOST = 128, 1024  # panels: two jumps that undo each other within one are not seen
-A_STEP = 2  # panels for each step of the solver: the path is a cubic between their ends
-SPREAD = 2.5  # a panel is refined until its difference lies between half its share and all; a jump then errs by 1/2.7 of that
-NARROWEST = 2.0**-18  # of a panel's width, whose jumps are rounding
+FEWEST, MOST = 128, 1024  # panels: two opposite jumps within one panel are not detected
+A_STEP = 2  # panels per solver step: the path is a cubic between their ends
+SPREAD = 2.5  # refinement stops with a difference of half to all of a panel's share; a jump's error is 1/2.7 of it
+NARROWEST = 2.0**-18  # relative to a panel's width; jumps below it are rounding
 
 
 def panels_of(steps: int) -> int:
-    """How many panels a path of so many solver steps is cut into: a power of two."""
+    """Return the number of panels for a path of ``steps`` solver steps: a power of two."""
     return 1 << math.ceil(math.log2(min(max(FEWEST, A_STEP * steps), MOST)))
 
 
 def refine(
     rhs: RHS, path: State, rest: State, index: Tensor, tolerance: Tensor, rows: Rows | None, *, most: int
 ) -> tuple[Tensor, int]:
-    """The integrals (integrals, R) of the rows ``index`` (R,), and how many evaluations they took.
+    """Return the integrals (integrals, R) of the rows ``index`` (R,) and the number of evaluations.
 
     Args:
-        rhs: slopes of the whole state, all rows together.
-        path: the dynamic entries at the panels' ends (panels + 1, ...), the point foremost.
-        rest: the integrals' entries of the state, whose values do not matter.
+        rhs: slopes of the whole state for all rows.
+        path: the dynamic entries at the panels' ends (panels + 1, ...), the point first.
+        rest: the state's integral entries, whose values are not used.
         index: rows to integrate.
-        tolerance: standard deviation (integrals, 1) of a row's error. The k rough panels of a row err independently, so each
-            is refined to a share :math:`1/\\sqrt{k}`.
-        rows: the right-hand side of some rows alone; None evaluates all rows everywhere.
-        most: evaluations after which the refinement is given up.
+        tolerance: standard deviation (integrals, 1) of a row's error. The errors of a row's k rough panels are
+            independent, so each panel is refined to a share :math:`1/\\sqrt{k}`.
+        rows: returns the right-hand side of selected rows; None evaluates all rows together.
+        most: maximum number of evaluations.
 
     Raises:
-        SolverError: after ``most`` evaluations.
+        SolverError: if ``most`` evaluations do not suffice.
     """
     field = _Field(rhs, path, rest, index, rows, most)
     panels = len(path[0]) - 1
-    width = 2 / panels  # of a pair
+    width = 2 / panels  # of a pair of panels
     for k in range(panels + 1):
         field.end(k)
     values = torch.stack(field.values)  # (panels + 1, integrals, R)
@@ -82,12 +83,12 @@ def refine(
 
 
 def _apart(a: Tensor, m: Tensor, b: Tensor, width: float) -> Tensor:
-    """Simpson's rule less the trapezium over a panel, from the values at its ends and middle."""
+    """Return the difference of Simpson's rule and the trapezium on a panel, from values at its ends and middle."""
     return width / 3 * (2 * m - a - b).abs()
 
 
 class _Field:
-    """The integrands of some rows anywhere on their paths."""
+    """Integrands of selected rows at any point of their paths."""
 
     def __init__(self, rhs: RHS, path: State, rest: State, index: Tensor, rows: Rows | None, most: int):
         self.rhs, self.path, self.rest, self.index, self.rows, self.most = rhs, path, rest, index, rows, most
@@ -96,12 +97,12 @@ class _Field:
         self.values: list[Tensor] = []
 
     def choose(self, rough: Tensor) -> Tensor:
-        """Which rows, of those that ``rough`` (integrals, R) speaks of, go on: all of them where they cannot be parted."""
+        """Return the rows to refine given ``rough`` (integrals, R): all of them if rows must be evaluated together."""
         some = rough.any(0)
         return (some if self.rows is not None else some.any().expand_as(some)).nonzero()[:, 0]
 
     def end(self, k: int) -> None:
-        """Evaluate the end k of the panels."""
+        """Evaluate the field at panel end k."""
         point, *others = (entry[k] for entry in self.path)
         every = torch.arange(len(self.index), device=self.index.device)
         slopes = self._evaluate(k / self.panels, point[self.index], others, every)
@@ -109,7 +110,7 @@ class _Field:
         self.values.append(torch.stack(slopes[len(self.path) :]))
 
     def __call__(self, s: float, some: Tensor) -> Tensor:
-        """The integrands (integrals, len(some)) at s, for rows among those of the index: at Hermite's cubic between two ends."""
+        """Return the integrands (integrals, len(some)) at s for rows ``some``, on the cubic Hermite interpolant."""
         k = min(int(s * self.panels), self.panels - 1)
         u, h = s * self.panels - k, 1 / self.panels
         weights = ((1 + 2 * u) * (1 - u) ** 2, u * u * (3 - 2 * u), h * u * (1 - u) ** 2, h * u * u * (u - 1))
@@ -123,7 +124,7 @@ class _Field:
         return torch.stack(self._evaluate(s, entries[0], entries[1:], some)[len(self.path) :])
 
     def _evaluate(self, s: float, point: Tensor, others: Sequence[Tensor], some: Tensor) -> State:
-        """All slopes at s and at a point (len(some), ...), of the rows ``some`` among the index's."""
+        """Return all slopes at s and a point (len(some), ...) of the rows ``some`` of the index."""
         self.count += 1
         if self.count > self.most:
             raise SolverError(

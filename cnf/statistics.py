@@ -1,4 +1,4 @@
-"""Statistics of the training data that transforms, and a denoiser's field, are fitted to."""
+"""Fitting of transforms and denoisers to statistics of the training data."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["fit_statistics"]
 
 @torch.no_grad()
 def fit_statistics(transform: Transform, x: Tensor, batch_size: int = 8192) -> None:
-    """Fit every Standardize and Gaussianize before the first block to what reaches it, and that block's field if it can be (a denoiser).
+    """Fit every Standardize and Gaussianize before the first block to its input, and the block's field if a denoiser.
 
     Args:
-        transform: of a flow.
+        transform: transform of a flow.
         x: training data (N, \\*event); images are dequantised with fixed noise.
-        batch_size: rows held as floats at once.
+        batch_size: number of rows per batch, converted to floats at once.
 
     Raises:
-        DataError: for fewer than two rows, values that are not finite, or a constant dimension.
+        DataError: for fewer than two rows, non-finite values, or a constant dimension.
     """
 
     def arriving(at: int) -> Iterator[Tensor]:

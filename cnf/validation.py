@@ -22,14 +22,14 @@ def check_points(name: str, x: Any, shape: tuple[int, ...], like: Tensor, levels
     """Validate points (\\*lead, \\*shape): type, shape, device and finite values.
 
     Args:
-        name: of the argument, for messages.
+        name: name of the argument, for messages.
         x: the value.
-        shape: of one point.
-        like: a tensor of the type and on the device that the flow computes in.
-        levels: grey levels of integer images; None where only floats are points.
+        shape: shape of one point.
+        like: a tensor with the flow's dtype and device.
+        levels: grey levels of integer images; None if only floats are valid.
 
     Raises:
-        DataError: naming what is wrong and what was expected.
+        DataError: stating the error and the expected value.
     """
     _require_tensor(name, x, like)
     lead = x.ndim - len(shape)
@@ -47,12 +47,12 @@ def check_context(context: Any, size: int | None, like: Tensor) -> None:
 
     Args:
         context: the value.
-        size: C, 0 for a flow without context, None where it is not known.
-        like: a tensor of the type and on the device that the flow computes in.
+        size: C, 0 for a flow without context, None if unknown.
+        like: a tensor with the flow's dtype and device.
 
     Raises:
-        ConfigError: for a context of a flow that takes none.
-        DataError: naming what is wrong and what was expected.
+        ConfigError: for a context given to a flow without context.
+        DataError: stating the error and the expected value.
     """
     _require_tensor("context", context, like)
     if size == 0:
@@ -69,7 +69,7 @@ def check_context(context: Any, size: int | None, like: Tensor) -> None:
 def as_rows(x: Tensor, shape: tuple[int, ...], context: Tensor | None) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
     """Return points as (N, \\*shape), a context as (N, C), (C,) or None, and the leading shape of the result.
 
-    Leading shapes of points and context are broadcast, as torch.distributions does.
+    Leading shapes of points and context are broadcast as in torch.distributions.
 
     Raises:
         DataError: for leading shapes that cannot be broadcast.
@@ -93,7 +93,7 @@ def as_rows(x: Tensor, shape: tuple[int, ...], context: Tensor | None) -> tuple[
 
 
 def sample_shape(n: Any) -> tuple[int, ...]:
-    """Return a count or a shape of samples as a shape.
+    """Convert a count or a shape of samples to a shape.
 
     Raises:
         ConfigError: for anything else, such as a negative or fractional count.

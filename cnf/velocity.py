@@ -1,4 +1,4 @@
-"""Flows from velocity fields trained elsewhere."""
+"""Flows from pretrained velocity fields."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ TIMES = {"t", "time", "times", "timestep", "timesteps", "tau"}
 
 
 class _Velocity(nn.Module):
-    """A velocity v(t, x[, context]) as a field whose time runs from data to noise."""
+    """Velocity v(t, x[, context]) as a field with time from data to noise."""
 
-    custom = True  # what it calls is not this package's
+    custom = True  # the wrapped function is not part of this package
 
     def __init__(self, v: Callable[..., Tensor], reverse: bool, takes_context: bool):
         super().__init__()
@@ -35,7 +35,7 @@ class _Velocity(nn.Module):
             self.context_dim = 0
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """dx/dt at t () of the flow, 0 at the data."""
+        """Return dx/dt (N, \\*event) at the flow's time t (), 0 at the data."""
         given = () if context is None else (context,)
         return -self.v(1 - t, x, *given) if self.reverse else self.v(t, x, *given)
 
@@ -51,12 +51,12 @@ def from_velocity(
 ) -> Flow:
     r"""Wrap a trained velocity field as a flow with samples and likelihood, in evaluation mode.
 
-    Points move as dx/dt = v(t, x) for t from 0 to 1. Packages differ in where the noise is, and a wrong direction still gives
-    a density, the wrong one; so ``time`` has no default. torchcfm and flow_matching have noise at t = 0 (``"noise-to-data"``),
-    this package's own blocks have data there (``"data-to-noise"``).
+    Points move as dx/dt = v(t, x) for t from 0 to 1. Packages differ in which end is the noise, and the wrong direction
+    silently gives a wrong density; ``time`` therefore has no default. torchcfm and flow_matching have noise at t = 0
+    (``"noise-to-data"``); this package's own blocks have data there (``"data-to-noise"``).
 
-    ``v`` is called as ``v(t, x)``, or ``v(t, x, context)`` where a context is given, with t a scalar tensor and x (N, \*event).
-    Other conventions take one line:
+    ``v`` is called as ``v(t, x)``, or ``v(t, x, context)`` if a context is given, with t a scalar tensor and
+    x (N, \*event). Adapters for other conventions:
 
     ========================================================  ==========================================================
     ``v(x, t)``, flow_matching's models                       ``lambda t, x: v(x, t.expand(len(x)))``
@@ -64,15 +64,15 @@ def from_velocity(
     torchcfm's ``torch_wrapper`` and ``UNetModel``            ``v`` itself
     ========================================================  ==========================================================
 
-    The networks that such a function refers to become part of the flow: ``flow.to(device)`` moves them.
+    Networks that the function refers to become part of the flow: ``flow.to(device)`` moves them.
 
     Args:
         v: velocity, a module or a function.
         event_shape: shape of one point.
-        time: ``"noise-to-data"`` or ``"data-to-noise"``.
+        time: direction, ``"noise-to-data"`` or ``"data-to-noise"``.
         base_std: standard deviation of the noise.
-        divergence: the exact trace if None.
-        eval_solver: that of :class:`~cnf.CNF` if None.
+        divergence: divergence strategy; :class:`~cnf.divergence.Exact` if None.
+        eval_solver: solver; that of :class:`~cnf.CNF` if None.
 
     Raises:
         ConfigError: for a missing or unknown ``time``, or a ``v`` that does not take (t, x).
@@ -97,10 +97,10 @@ def from_velocity(
 
 
 def _takes_context(v: Callable[..., Tensor]) -> bool:
-    """Whether v takes a context after (t, x).
+    """Return whether v takes a context after (t, x).
 
     Raises:
-        ConfigError: where it does not take (t, x).
+        ConfigError: if v cannot be called as v(t, x).
     """
     if not callable(v):
         raise ConfigError(f"v is a {type(v).__name__}; expected a module or a function v(t, x)")
@@ -122,7 +122,7 @@ def _takes_context(v: Callable[..., Tensor]) -> bool:
 
 
 def _modules(v: Any) -> Iterator[nn.Module]:
-    """The networks that a function refers to: by closure, as a global, bound, or held by functools.partial."""
+    """Yield the networks that a function refers to: by closure, as a global, bound, or held by functools.partial."""
     code = getattr(v, "__code__", None)
     cells = [cell.cell_contents for cell in getattr(v, "__closure__", None) or () if cell != type(cell)()]
     named = [v.__globals__.get(name) for name in code.co_names] if code is not None and hasattr(v, "__globals__") else []

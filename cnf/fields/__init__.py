@@ -1,4 +1,4 @@
-"""Vector fields f(t, x): time layers and the networks made of them."""
+"""Vector fields f(t, x) and their time layers."""
 
 from cnf.fields.augmented import DRIVES, Drive, TimePath
 from cnf.fields.denoiser import PERIODS, Denoiser

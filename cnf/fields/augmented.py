@@ -1,8 +1,7 @@
-"""AFFJORD: a learned, augmented time a(t), and the layers that it drives in place of t (2306.02731).
+"""AFFJORD: a learned augmented time a(t) and the layers conditioned on it in place of t (2306.02731).
 
-A driven layer is a :class:`~cnf.fields.TimeLayer` whose "time" is the vector a (k,): W, gate and shift are functions of
-a, computed once per evaluation, and everything that is built on layers (fused tangents, closed-form traces, context)
-holds for it unchanged.
+A conditioned layer is a :class:`~cnf.fields.TimeLayer` whose time is the vector a (k,). W, gate and shift are functions
+of a, computed once per evaluation; fused tangents, closed-form traces and context work unchanged.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ PATH_NONLINEARITIES: dict[str, type[nn.Module]] = {
 
 
 class TimePath(nn.Module):
-    """The learned time a(t) (1, k): da/dt = g(a), with g a small net that never sees x (AFFJORD, 2306.02731, eq. 17).
+    """Learned augmented time a(t) (1, k): da/dt = g(a), g a small net independent of x (AFFJORD, 2306.02731, eq. 17).
 
     Args:
         k: size of a.
-        hidden: width of g's hidden layer; k if None.
-        learn_start: learn a(0), which is zero otherwise.
-        nonlinearity: of g's hidden layer: tanh, softplus, elu, swish or relu.
+        hidden: width of the hidden layer of g; k if None.
+        learn_start: learn a(0); otherwise a(0) = 0.
+        nonlinearity: activation of the hidden layer of g: tanh, softplus, elu, swish or relu.
 
     Raises:
-        ConfigError: for sizes below one, or an unknown nonlinearity.
+        ConfigError: for sizes below 1 or an unknown nonlinearity.
 
     Example:
         >>> path = TimePath(20)
@@ -56,21 +55,21 @@ class TimePath(nn.Module):
         self.initial = nn.Parameter(torch.zeros(k)) if learn_start else None
 
     def start(self, x: Tensor) -> Tensor:
-        """a(0) (1, k), in x's type and on its device."""
+        """Return a(0) (1, k) with the dtype and device of x."""
         return x.new_zeros(1, self.k) if self.initial is None else self.initial.to(x)[None]
 
     def forward(self, a: Tensor) -> Tensor:
-        """da/dt = g(a), (1, k)."""
+        """Return da/dt = g(a) (1, k)."""
         value: Tensor = self.net(a)
         return value
 
 
 class Handover:
-    """Augmented time passed from block to block of a scale: a block starts from it and leaves its own end value.
+    """Augmented time passed between the blocks of one scale: a block starts from it and stores its own end value in it.
 
     Args:
-        end: the block's end time ().
-        drive: the augmented time (1, k).
+        end: end time () of the block.
+        drive: augmented time (1, k), or None.
     """
 
     def __init__(self, end: Tensor, drive: Tensor | None):
@@ -79,19 +78,19 @@ class Handover:
 
 @dataclass(frozen=True)
 class Drive:
-    """How a drives every layer of a field; give it as the field's ``layer``.
+    """Conditioning of all layers of a field on the augmented time a; pass it as the field's ``layer``.
 
     Args:
-        kind: ``"concat"``: W [a; x] + b, a as k constant features, or channels that zero padding meets as it meets x;
-            ``"hyper"``: weight and bias are linear in the first ``m`` entries of a; ``"both"``: the paper's field
-            f([x, a], θ(a)), W(a) [a; x] + b(a) in the first layer and "hyper" in the layers after it.
+        kind: ``"concat"``: W [a; x] + b, with a as k constant features or channels, zero-padded like x; ``"hyper"``:
+            weight and bias are linear in the first ``m`` entries of a; ``"both"``: the paper's field f([x, a], θ(a)),
+            with W(a) [a; x] + b(a) in the first layer and "hyper" in the others.
         k: size of a.
-        m: entries of a that generate weights; the released code has 10 (``"hyper"`` and ``"both"``).
-        rank: 0 for a full generator, (m + 1) times the parameters; r for W₀ + U diag(S a) V with factors of rank r, a
-            few more than a plain layer has (``"hyper"`` and ``"both"``).
+        m: number of entries of a that generate weights, 10 in the released code (``"hyper"`` and ``"both"``).
+        rank: 0 for a full generator, with (m + 1) times the parameters; r > 0 for W₀ + U diag(S a) V with factors of
+            rank r, with few parameters more than a plain layer (``"hyper"`` and ``"both"``).
 
     Raises:
-        ConfigError: for an unknown kind, or sizes that cannot be.
+        ConfigError: for an unknown kind or sizes out of range.
 
     Example:
         >>> from cnf.fields import MLP
@@ -121,19 +120,19 @@ class Drive:
 
     @property
     def after_first(self) -> Drive:
-        """The drive of a field's other layers: with "both" a is an input of the field, so of its first layer."""
+        """Conditioning of the layers after the first: "both" becomes "hyper": a is an input of the first layer."""
         return replace(self, kind="hyper") if self.kind == "both" else self
 
     def __call__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True) -> TimeLayer:
-        """The driven layer around a linear map; what a field's ``layer`` is asked for."""
+        """Return the conditioned layer around a linear map (see :class:`~cnf.fields.LayerFactory`)."""
         return DRIVES[self.kind](map, self, context_dim)
 
 
 def check_time(a: Tensor, drive: Drive, rows: bool) -> None:
-    """Refuse what is not an augmented time (k,), nor with ``rows`` one a row (N, k).
+    """Check that ``a`` is an augmented time (k,), or with ``rows`` one per row (N, k).
 
     Raises:
-        ConfigError: with the shape found and the shape expected.
+        ConfigError: with the actual and the expected shape.
     """
     if a.shape[-1:] == (drive.k,) and a.ndim == 2 and not rows:
         raise ConfigError(
@@ -148,7 +147,7 @@ def check_time(a: Tensor, drive: Drive, rows: bool) -> None:
 
 
 class _Driven(TimeLayer):
-    """Base: a layer that takes a in place of t."""
+    """Base class of layers conditioned on a in place of t."""
 
     def __init__(self, map: Linear | Conv, drive: Drive, context_dim: int = 0):
         super().__init__(map, context_dim)
@@ -156,16 +155,16 @@ class _Driven(TimeLayer):
 
 
 class DriveConcat(_Driven):
-    """W [a; x] + b, a first."""
+    """W [a; x] + b, with a first."""
 
     def __init__(self, map: Linear | Conv, drive: Drive, context_dim: int = 0):
         super().__init__(map, drive, context_dim)
         self.core = map.module(extra=drive.k)
 
     def constants(self, size: tuple[int, ...]) -> Constants:
-        weight, bias = weight_of(self.core), bias_of(self.core)  # also where functional_call has put tensors in
+        weight, bias = weight_of(self.core), bias_of(self.core)  # respects functional_call
         driven, rest = self.map.split(weight, self.drive.k)
-        # constant planes enter linearly: one small map of k planes of ones for all times, (k, out, *size)
+        # constant planes enter linearly: map k planes of ones once for all times, (k, out, *size)
         one = torch.eye(self.drive.k, dtype=weight.dtype, device=weight.device)
         planes = self.map.apply(driven, one.reshape(*one.shape, *(1,) * len(size)).expand(-1, -1, *size))
         return rest, planes, self._spread(bias)
@@ -184,15 +183,15 @@ class DriveHyper(_Driven):
     """Weight and bias linear in a[:m], with a full generator or low-rank factors."""
 
     time_weights = True
-    takes_a = False  # a is an input of the layer too
+    takes_a = False  # whether a is also an input of the layer
 
     def __init__(self, map: Linear | Conv, drive: Drive, context_dim: int = 0):
         super().__init__(map, drive, context_dim)
         m, r = drive.m, drive.rank
-        weight, self.bias = (nn.Parameter(p.detach()) for p in map.module().parameters())  # θ(0), as a plain layer's
+        weight, self.bias = (nn.Parameter(p.detach()) for p in map.module().parameters())  # θ(0), like a plain layer
         if self.takes_a:
-            # a's weights start at zero, so that f starts as hyper's. With all drawn for k + D inputs, x's would be a third as large
-            # (k = 20, D = 2): 600 steps on the checkerboard then came to 3.87 nats instead of 3.63 (one seed)
+            # a's weights start at zero, so that f starts like hyper's. Drawn for k + D inputs, x's are a third as large
+            # (k = 20, D = 2): 600 steps on the checkerboard reached 3.87 nats instead of 3.63 (one seed)
             shape = list(weight.shape)
             shape[map.input_axis] = drive.k
             weight = nn.Parameter(torch.cat([torch.zeros(shape), weight.detach()], map.input_axis))
@@ -202,7 +201,7 @@ class DriveHyper(_Driven):
             self.move = nn.Parameter(torch.zeros(*self.weight.shape, m))
             return
         rows, columns = self.weight.shape[0], self.weight[0].numel()
-        # one factor is zero: the weights start as a plain layer's, and the other factors move from the second step on
+        # one factor is zero: the layer starts as a plain one; the other factors get gradients from the second step on
         self.left = nn.Parameter(torch.zeros(rows, r))
         self.scales = nn.Parameter(torch.randn(r, m))
         self.right = nn.Parameter(torch.randn(r, columns) / columns**0.5)
@@ -210,7 +209,7 @@ class DriveHyper(_Driven):
     def zero_(self) -> None:
         scales = {"scales", "right"}
         for name, p in self.named_parameters():
-            if name not in scales:  # with all factors zero nothing would ever move them
+            if name not in scales:  # with all factors zero their gradients would stay zero
                 nn.init.zeros_(p)
 
     def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
@@ -218,7 +217,7 @@ class DriveHyper(_Driven):
         return Affine(weight, None, self._spread(bias))
 
     def _generate(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias at the augmented time ``t``."""
+        """Return weight and bias at the augmented time ``t``."""
         check_time(t, self.drive, rows=False)
         v = t[: self.drive.m]
         if self.drive.rank == 0:
@@ -229,7 +228,7 @@ class DriveHyper(_Driven):
 
 
 class DriveBoth(DriveHyper):
-    """W(a) [a; x] + b(a), a first: generated weights that see a as features, or as channels in front of x."""
+    """W(a) [a; x] + b(a), with a first: generated weights, and a as input features or channels."""
 
     takes_a = True
 
@@ -239,7 +238,7 @@ class DriveBoth(DriveHyper):
     def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         weight, bias = self._generate(t)
         driven, rest = self.map.split(weight, self.drive.k)
-        # k constant planes are one plane of ones through the kernels summed with a's entries: a map of one channel, not k
+        # a's k constant planes equal one plane of ones under the kernels weighted by a: a map of one channel, not k
         axis = self.map.input_axis
         plane = self.map.apply((driven.movedim(axis, -1) @ t).unsqueeze(axis), constants[0])[0]
         return Affine(rest, None, plane + self._spread(bias))
@@ -249,10 +248,10 @@ DRIVES: dict[str, type[DriveConcat] | type[DriveHyper]] = {"concat": DriveConcat
 
 
 def check_drive(field: nn.Module, path: TimePath | None) -> None:
-    """Refuse a field and an augmented time that do not belong together (a field of one's own is left alone).
+    """Check that a field and an augmented time fit together; fields without time layers are not checked.
 
     Raises:
-        ConfigError: for driven layers without a path, a path beside layers that take t, or two sizes of a.
+        ConfigError: for conditioned layers without a path, a path with layers that take t, or two sizes of a.
     """
     for layer in field.modules():
         if not isinstance(layer, TimeLayer):

@@ -1,4 +1,4 @@
-"""Jacobian-vector products of fields by forward-mode autodiff."""
+"""Jacobian-vector products by forward-mode automatic differentiation."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from cnf.errors import ConfigError
 
 __all__ = ["NoForwardMode", "autodiff_jvp"]
 
-# what torch says of an operation that forward-mode differentiation, or its vectorisation, does not pass
+# substrings of torch's errors for operations without forward-mode derivative or batching rule
 _NO_FORWARD = ("forward AD", "forward mode AD", "forward-mode", "jvp", "setup_context", "functorch", "batching rule", "vmap", "have storage")
 
 
 class NoForwardMode(ConfigError):
-    """An operation of a field has no forward-mode derivative; the divergence is then taken in reverse mode."""
+    """An operation of a field has no forward-mode derivative; the divergence falls back to reverse mode."""
 
 
 def autodiff_jvp(
@@ -28,7 +28,7 @@ def autodiff_jvp(
     """Return f(t, x) and J v + t_dot ∂f/∂t for K stacked tangents v (K, N, \\*event), by forward-mode autodiff.
 
     Raises:
-        NoForwardMode: where an operation has no such derivative.
+        NoForwardMode: if an operation has no forward-mode derivative.
     """
     dt = torch.zeros_like(t) if t_dot is None else t_dot.to(t).expand_as(t)
 
@@ -59,7 +59,7 @@ def autodiff_jvp(
 
 @contextmanager
 def _differentiable_attention() -> Iterator[None]:
-    """Fused attention kernels have no forward-mode derivative; the plain one has."""
+    """Select the math attention kernel: fused kernels have no forward-mode derivative."""
     if torch.compiler.is_compiling():
         yield
         return

@@ -1,4 +1,4 @@
-"""Vector fields of any origin: validation, protection, and which of their capabilities may be used."""
+"""Validation and isolation of custom vector fields, and selection of their optional methods."""
 
 from __future__ import annotations
 
@@ -23,29 +23,30 @@ from cnf.noise import Noise
 __all__ = ["CustomField", "Field", "can_compile", "context_size", "intact", "prepared", "protect", "structure"]
 
 Field = Callable[..., Tensor]
-"""``field(t, x, context) -> dx``: a module, or one bound for a solve; ``jvp`` and ``divergence`` where it has them."""
+"""``field(t, x, context) -> dx``: a module or a field bound for one solve; ``jvp`` and ``divergence`` are optional."""
 
 Structure = dict[str, tuple[type, tuple[str, ...]]]
 
-_MIXING = 0.02  # of the field's size: how far a row may move with its neighbours (rounding, reduced precision)
-_ROWS = 6  # of a batch that are compared with two of them
-_CALLS = 5  # that must agree: a layer that is skipped at random is seen with probability 0.94
+_MIXING = 0.02  # relative change of a row's value allowed when its neighbours change (rounding, reduced precision)
+_ROWS = 6  # rows of the batch in the comparison
+_CALLS = 5  # repeated calls that must agree: a layer skipped at random is detected with probability 0.94
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
-_CHECKED: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[bool, bool]]] = weakref.WeakKeyDictionary()  # by layers and modes: random, whole
+# (random, whole) of each module by mode
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[bool, bool]]] = weakref.WeakKeyDictionary()
 
 
-# --- which capabilities may be used -----------------------------------------------------------------------------
+# --- optional methods -------------------------------------------------------------------------------------------
 
 
 def structure(module: nn.Module) -> Structure:
-    """Return type and own parameters of every submodule, which a later replacement changes."""
+    """Return class and own parameter names of every submodule, to detect later replacements."""
     return {name: (type(m), tuple(k for k, p in m._parameters.items() if p is not None)) for name, m in module.named_modules() if name}
 
 
 def intact(field: nn.Module) -> bool:
-    """Return whether the field's weights alone determine its call: no hook, parametrisation or replaced layer.
+    """Return whether the field has no hook, parametrisation or replaced layer, so that its weights determine its value.
 
-    A fused or closed form reads weights, so it is used only where this holds.
+    Fused and closed forms read the weights directly and are used only if this holds.
     """
     if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
         return False
@@ -62,7 +63,7 @@ def intact(field: nn.Module) -> bool:
 
 
 def _consistent(kind: type, name: str) -> bool:
-    """Whether a class defines ``name`` no higher in its hierarchy than the methods that it has to agree with."""
+    """Return whether a class defines ``name`` no higher in its MRO than the methods it must agree with."""
 
     def depth(method: str) -> int | None:
         return next((i for i, base in enumerate(kind.__mro__) if method in vars(base)), None)
@@ -77,14 +78,14 @@ def _ours(field: nn.Module) -> bool:
 
 
 def protect(field: nn.Module | Field, noise: Noise | None = None) -> Field:
-    """Return the field as a solver may call it: built-in ones as they are, any other validated and protected.
+    """Return the field in callable form for a solver: built-in fields unchanged, custom ones validated and isolated.
 
     Args:
-        field: an ``nn.Module`` with ``forward(t, x, context=None)`` or ``forward(t, x)``; anything else is returned as it is.
-        noise: what a random layer draws from, once for all calls of the returned field; torch's generator if None.
+        field: an ``nn.Module`` with ``forward(t, x, context=None)`` or ``forward(t, x)``; other callables pass through.
+        noise: randomness of random layers, drawn once for all calls; torch's global generator if None.
 
     Raises:
-        ConfigError: from a call of the field, for a value that is no vector field's.
+        ConfigError: from a call of the field, if its value is not a floating-point tensor of x's shape.
     """
     if not isinstance(field, nn.Module):
         return field
@@ -95,13 +96,13 @@ def protect(field: nn.Module | Field, noise: Noise | None = None) -> Field:
 def prepared(
     field: nn.Module | Field, x: Tensor, context: Tensor | None, noise: Noise | None = None, *, t: Tensor | None = None
 ) -> Field:
-    """Return the field for one solve of points like x (N, \\*event), with all that is free of t computed once.
+    """Return the field for one solve at points like x (N, \\*event), with everything independent of t precomputed.
 
-    That is ``field.prepare(x, context)`` where its class has one that agrees with its ``forward`` and nothing stands in the way
-    (see :func:`intact`), else what :func:`protect` returns. ``t`` is a time at which a custom field may be checked.
+    Returns ``field.prepare(x, context)`` if its class has a ``prepare`` that agrees with its ``forward`` and the field
+    is :func:`intact`, else :func:`protect`'s result. ``t`` is the time at which a custom field is checked, 0.5 if None.
 
     Raises:
-        ConfigError: for a field whose value for a row depends on the other rows, such as one with batch statistics.
+        ConfigError: for a field whose value of a row depends on the other rows, such as one with batch statistics.
     """
     if isinstance(field, nn.Module) and _consistent(type(field), "prepare") and intact(field):
         return field.prepare(x, context)  # type: ignore[no-any-return, operator]
@@ -113,7 +114,7 @@ def prepared(
 
 
 class _BuiltIn:
-    """A field of this package, called as it is."""
+    """Built-in field, called without protection."""
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -128,33 +129,34 @@ class _BuiltIn:
 
 
 class CustomField:
-    """A field whose code is not ours, for one solve.
+    """Custom field, isolated for one solve.
 
-    It gets copies of t, x and context, which it may overwrite; its random layers draw the same numbers at every call; what it
-    returns must be a floating-point tensor of x's shape, and is copied, since it may be a buffer that the next call fills again.
+    The field receives copies of t, x and context, which it may overwrite. Its random layers draw the same numbers at
+    every call. Its value must be a floating-point tensor of x's shape and is copied, since a later call may overwrite
+    it.
 
     Args:
         module: the field.
-        noise: of random layers; torch's generator if None, which one call then moves.
+        noise: randomness of random layers; torch's global generator if None, advanced once per solve.
         usable: whether ``jvp`` and ``divergence`` of the module may be used.
     """
 
     def __init__(self, module: nn.Module, noise: Noise | None = None, usable: bool = True):
         self.module, self.randomness = module, SolveRandomness(noise)
         self.takes_context = takes_context(module)
-        self.random = False  # whether it draws random numbers
-        self.whole = False  # whether rows cannot be evaluated apart
+        self.random = False  # whether the field draws random numbers
+        self.whole = False  # whether rows must be evaluated together
         kind = type(module)
-        # None where autodiff has to serve
+        # None: use autodiff
         self.jvp = self._jvp if usable and _consistent(kind, "jvp") else None
         self.divergence = self._divergence if usable and _consistent(kind, "divergence") else None
         self.closed_form = self.divergence is not None and bool(getattr(module, "closed_form", True))
-        # whether an operation has no forward-mode derivative; torch.jit's code loses it in silence
+        # whether to use reverse mode; torch.jit silently loses forward-mode derivatives
         self.reverse = any(isinstance(m, torch.jit.ScriptModule) for m in module.modules())
         self.usable = usable
 
     def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """dx/dt (N, \\*event)."""
+        """Return dx/dt (N, \\*event)."""
         with self.randomness.at(x.device):
             out = self.module(*self._copies(t, x, context))
         return self._checked(out, x, "returned")
@@ -197,10 +199,10 @@ class CustomField:
         return self._checked(dx, x, "returned from divergence"), self._checked(div, x.flatten(1)[:, 0], "returned a divergence of")
 
     def check(self, t: Tensor, x: Tensor, context: Tensor | None) -> None:
-        """Require that rows do not influence each other, once for each mode of the module; and find out whether it draws.
+        """Check, once per mode of the module, that rows are independent, and detect random numbers.
 
         Raises:
-            ConfigError: where the value of a row depends on the other rows of its batch.
+            ConfigError: if the value of a row depends on the other rows of its batch, or changes from call to call.
         """
         if x.shape[0] == 0 or tracing(x):
             return
@@ -212,7 +214,7 @@ class CustomField:
         try:
             other = self.twin()
             self.random, apart, again = other._compare_rows(t, x[:_ROWS], context)
-        except Exception:  # it closes over rows of its own, or cannot be copied: the solve itself will tell what is wrong
+        except Exception:  # not copyable, or bound to its own rows: the solve reports the error
             self.whole = True
             known[mode] = (False, True)
             return
@@ -222,7 +224,7 @@ class CustomField:
                 "size): draw random numbers from torch's global generator (torch.rand, nn.Dropout), not from Python's, NumPy's or one of the "
                 "field's own, and keep no state from call to call"
             )
-        self.whole = self.random  # other numbers for other shapes
+        self.whole = self.random  # other shapes draw other numbers
         if not self.random and apart is None:
             return
         if not self.random and apart is not None and apart > _MIXING:
@@ -233,13 +235,14 @@ class CustomField:
         known[mode] = (self.random, self.whole)
 
     def twin(self) -> CustomField:
-        """Return the field with a copy of its module, whose counters and buffers are separate."""
+        """Return the field with a copy of its module, including counters and buffers."""
         return CustomField(_copy(self.module), self.randomness.noise, self.usable)
 
     @torch.no_grad()
     def _compare_rows(self, t: Tensor, x: Tensor, context: Tensor | None) -> tuple[bool, float | None, float]:
-        """Whether the field draws random numbers; how much its first row moves with the last, and all rows from call to call,
-        relative to its size."""
+        """Return whether the field draws random numbers, and two changes relative to its size.
+
+        The changes are that of the first row with the number of rows (None if unknown) and that from call to call."""
         values = []
         with draws_random_numbers(x.device) as drew:
             for rows in sorted({min(2, max(1, len(x) - 1)), len(x)}):
@@ -247,14 +250,14 @@ class CustomField:
                 values.append(self._checked(self.module(*self._copies(t, x[:rows], given)), x[:rows], "returned"))
             calls = torch.stack([self(t, x, context if context is None or context.ndim == 1 else context[: len(x)]) for _ in range(_CALLS)])
         size = float(values[-1].abs().max())
-        if not 0 < size < float("inf"):  # zero at initialisation: to be looked at again
+        if not 0 < size < float("inf"):  # zero at initialisation: checked again later
             return drew[0], None, 0.0
         again = float((calls - calls[0]).abs().max()) / size
         return drew[0], None if len(x) < 2 else float((values[1][0] - values[0][0]).abs().max()) / size, again
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """A copy without hooks."""
+    """Return a copy without hooks."""
     twin = copy.deepcopy(module)
     for m in twin.modules():
         for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks):
@@ -274,7 +277,7 @@ def _refuse_batch_statistics(module: nn.Module) -> None:
 
 
 def context_size(field: nn.Module) -> int | None:
-    """Return the size C of the field's context, 0 for none; None for a custom field that takes one and does not say."""
+    """Return the size C of the field's context, 0 for none; None for a custom field with an undeclared context size."""
     field = wrapped(field)
     stated = [field] if not _ours(field) else list(field.modules())
     found = [getattr(m, "context_dim", None) for m in stated]
@@ -285,9 +288,9 @@ def context_size(field: nn.Module) -> int | None:
 
 
 def can_compile(field: Field, label: str) -> bool:
-    """Return whether evaluations may be compiled; a warning names the block whose custom field draws random numbers.
+    """Return whether evaluations may be compiled; warn if the custom field of block ``label`` draws random numbers.
 
-    Its evaluations start from one random state, which compiled code does not set.
+    Such a field starts every evaluation from the same random state, which compiled code cannot set.
     """
     if not getattr(field, "random", False):
         return True

@@ -1,4 +1,4 @@
-"""Layers whose weights move with depth: W(t) = Σ_n b_n(t) W_n in a Chebyshev or Fourier basis (2002.08071, section 3)."""
+"""Layers with depth-varying weights W(t) = Σ_n b_n(t) W_n in a Chebyshev or Fourier basis (2002.08071, section 3)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["BASES", "Galerkin", "basis", "galerkin"]
 
 
 def _chebyshev(u: Tensor, terms: int) -> Tensor:
-    r""":math:`T_n(2u - 1)`, by :math:`T_{n+1}(y) = 2y T_n(y) - T_{n-1}(y)`."""
+    r"""Return :math:`T_n(2u - 1)`, by :math:`T_{n+1}(y) = 2y T_n(y) - T_{n-1}(y)`."""
     y = 2 * u - 1
     values = [torch.ones_like(y), y]
     for _ in range(2, terms):
@@ -25,7 +25,7 @@ def _chebyshev(u: Tensor, terms: int) -> Tensor:
 
 
 def _fourier(u: Tensor, terms: int) -> Tensor:
-    """1, cos 2πu, sin 2πu, cos 4πu, sin 4πu, ..."""
+    """Return 1, cos 2πu, sin 2πu, cos 4πu, sin 4πu, ..."""
     values = [torch.ones_like(u)]
     for n in range(1, terms):
         angle = 2 * math.pi * ((n + 1) // 2) * u
@@ -44,12 +44,12 @@ def _known(name: str, terms: int) -> None:
 
 
 def basis(name: str, u: Tensor, terms: int) -> Tensor:
-    r"""The first ``terms`` functions of a basis on [0, 1], at u (): (terms,).
+    r"""Return the first ``terms`` functions of a basis on [0, 1] at u (): (terms,).
 
     ``"chebyshev"``: :math:`T_n(2u - 1)`; ``"fourier"``: 1, cos 2πu, sin 2πu, cos 4πu, sin 4πu, ...
 
     Raises:
-        ConfigError: for an unknown basis or fewer than one term.
+        ConfigError: for an unknown basis or fewer than 1 term.
 
     Example:
         >>> basis("chebyshev", torch.tensor(0.75), 3)
@@ -60,20 +60,20 @@ def basis(name: str, u: Tensor, terms: int) -> Tensor:
 
 
 class Galerkin(TimeLayer):
-    r"""W(t) x + b(t) with :math:`W(t) = \sum_n b_n(t/T) W_n` and b(t) likewise (2002.08071).
+    r"""Layer W(t) x + b(t) with :math:`W(t) = \sum_n b_n(t/T) W_n`, and b(t) likewise (2002.08071).
 
-    At the start the layer is constant in t: :math:`W_0` and its bias are as a plain layer's, the others zero.
+    At initialisation it is constant in t: :math:`W_0` and its bias start like a plain layer, the others at zero.
 
     Args:
         map: the linear map, :class:`Linear` or :class:`Conv`.
         context_dim: size C of the context; 0 for none.
-        context_gate: without meaning here, since the layer has no gate.
+        context_gate: ignored, since the layer has no gate.
         name: the basis, see :func:`basis`.
-        terms: how many functions.
+        terms: number of basis functions.
         end_time: T.
 
     Raises:
-        ConfigError: for an unknown basis or fewer than one term; from the layer, for times that differ by row.
+        ConfigError: for an unknown basis or fewer than 1 term; from a call, for times that differ by row.
     """
 
     time_weights = True
@@ -111,7 +111,7 @@ class Galerkin(TimeLayer):
 
 
 class _Factory:
-    """Makes layers in one basis."""
+    """Layer factory for one basis."""
 
     def __init__(self, name: str, terms: int, end_time: float):
         self.name, self.terms, self.end_time = name, terms, end_time
@@ -123,10 +123,10 @@ class _Factory:
 
 
 def galerkin(name: str, terms: int, end_time: float = 1.0) -> _Factory:
-    """Layers in a basis over depth, to be given to a field in place of a layer's name.
+    """Return a factory of layers in a basis over depth; pass it as a field's ``layer``.
 
     Raises:
-        ConfigError: for an unknown basis or fewer than one term.
+        ConfigError: for an unknown basis or fewer than 1 term.
 
     Example:
         >>> from cnf.fields import MLP

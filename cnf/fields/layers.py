@@ -1,4 +1,4 @@
-"""Time layers by name: the ways in which time enters a linear map."""
+"""Time layers by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["LAYERS", "Hyper", "LayerFactory", "time_layer"]
 
 
 class Ignore(TimeLayer):
-    """W x + b: no time."""
+    """W x + b, independent of t."""
 
     def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
         super().__init__(map, context_dim, context_gate=context_gate)
@@ -30,7 +30,7 @@ class Ignore(TimeLayer):
 
 
 class Concat(TimeLayer):
-    """W [t; x] + b, time first; a convolution sees time as plane 0, zero padding included (FFJORD, 1810.01367)."""
+    """W [t; x] + b with time first; in a convolution t is plane 0, zero-padded like x (FFJORD, 1810.01367)."""
 
     def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
         super().__init__(map, context_dim, context_gate=context_gate)
@@ -38,7 +38,7 @@ class Concat(TimeLayer):
 
     def constants(self, size: tuple[int, ...]) -> Constants:
         time, weight = self.map.split(weight_of(self.core), 1)
-        # the map of a constant plane t is t times that of ones: one small map for all times, not one per sample
+        # the map of a constant plane t is t times that of ones: one small map for all times, not one per row
         return weight, self.map.apply(time, time.new_ones(1, 1, *size))[0], self._spread(bias_of(self.core))
 
     def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
@@ -49,7 +49,7 @@ class Concat(TimeLayer):
 
 
 class ConcatCoord(TimeLayer):
-    """Convolution of [x; t; row; column], the indices plain integers; for vectors the same as concat."""
+    """Convolution of [x; t; row; column] with integer pixel indices; for vectors the same as concat."""
 
     def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
         super().__init__(map, context_dim, context_gate=context_gate)
@@ -102,7 +102,7 @@ class Squash(TimeLayer):
 
 
 class ConcatSquash(Squash):
-    """(W x + b) sigmoid(a t + c) + u t, FFJORD's layer for vectors (1810.01367)."""
+    """(W x + b) sigmoid(a t + c) + u t: FFJORD's layer for vectors (1810.01367)."""
 
     def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
         super().__init__(map, context_dim, context_gate=context_gate)
@@ -118,7 +118,7 @@ class ConcatSquash(Squash):
 
 
 class Blend(TimeLayer):
-    """y0 + (y1 - y0) t: two layers, blended over t in [0, 1]."""
+    """y0 + (y1 - y0) t: linear interpolation between two layers over t in [0, 1]."""
 
     time_weights = True
 
@@ -138,10 +138,10 @@ class Blend(TimeLayer):
 
 
 class Hyper(TimeLayer):
-    """Weights generated from t: by a small tanh net (vectors) or linearly in t (convolutions), as in FFJORD.
+    """Weights generated from t: by a small tanh net for vectors, linearly in t for convolutions (FFJORD, 1810.01367).
 
-    Weight and bias have slices of their own; the released convolution reads its bias from the start of the weight and
-    never uses the last entries (reference checkpoints are converted by ``cnf.compat``).
+    Weight and bias use separate slices of the output; the released convolution reads its bias from the start of the
+    weight and never uses the last entries (``cnf.compat`` converts reference checkpoints).
     """
 
     time_weights = True
@@ -158,12 +158,12 @@ class Hyper(TimeLayer):
         else:
             last = nn.Linear(self.hidden, total)
             self.generator = nn.Sequential(nn.Linear(1, self.hidden), nn.Tanh(), last)
-        self._last = (last,)  # in a tuple, so that it is not registered twice
+        self._last = (last,)  # in a tuple: not registered twice
         nn.init.zeros_(last.weight)
         nn.init.normal_(last.bias, 0.0, 0.01)
 
     def zero_(self) -> None:
-        # the generator's first layer keeps its values, or nothing would ever move the weights away from constants
+        # the generator's first layer keeps its values: with all zero, its gradients would stay zero
         for p in (*self._last[0].parameters(), *(self.context_shift.parameters() if self.context_shift else ())):
             nn.init.zeros_(p)
 
@@ -172,7 +172,7 @@ class Hyper(TimeLayer):
         flat = self.generator(t.reshape(1))
         if self.map.spatial:
             weight, bias = flat[: self.numel], flat[self.numel :]
-        else:  # the published order for vectors: bias first
+        else:  # published order for vectors: bias first
             bias, weight = flat[: self.map.outputs], flat[self.map.outputs :]
         return Affine(weight.reshape(self.map.weight_shape()), None, self._spread(bias))
 
@@ -189,19 +189,19 @@ LAYERS: dict[str, type[TimeLayer]] = {
 
 
 class LayerFactory(Protocol):
-    """Makes a layer around a linear map: what a field takes in place of a layer's name."""
+    """Factory of layers around a linear map; a field takes one in place of a layer's name."""
 
     def __call__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True) -> TimeLayer:
-        """The layer."""
+        """Return the layer."""
 
 
 def time_layer(
     kind: str | LayerFactory, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True
 ) -> TimeLayer:
-    """The layer of that kind around a linear map; a factory, such as :class:`~cnf.fields.Drive`, makes its own.
+    """Return the layer of that kind around a linear map; a factory, such as :class:`~cnf.fields.Drive`, is called.
 
     Raises:
-        ConfigError: for an unknown kind; the nearest is suggested.
+        ConfigError: for an unknown kind; the message suggests the nearest one.
 
     Example:
         >>> layer = time_layer("concatsquash", Linear(2, 64))
@@ -218,5 +218,5 @@ def time_layer(
 
 
 def _moving_plane(t: Tensor, weight: Tensor, plane: Tensor, rest: Tensor) -> Affine:
-    """A shift that grows with t."""
+    """Return a layer without gate whose shift is t * plane + rest."""
     return Affine(weight, None, t.reshape(*t.shape, *(1,) * plane.ndim) * plane + rest)

@@ -1,4 +1,4 @@
-"""The linear maps inside a layer: fully connected, convolution, transposed convolution."""
+"""Linear maps of the layers: fully connected, convolution, transposed convolution."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ __all__ = ["Conv", "Linear"]
 
 @dataclass(frozen=True)
 class Linear:
-    """The map of a fully connected layer; weights are (out, in)."""
+    """Fully connected map with weights (out, in)."""
 
     inputs: int
     outputs: int
     spatial = 0
-    input_axis = 1  # of the weights
+    input_axis = 1  # input axis of the weight
 
     def module(self, extra: int = 0) -> nn.Module:
-        """The torch layer with ``extra`` more inputs."""
+        """Return the torch layer with ``extra`` more inputs."""
         return nn.Linear(self.inputs + extra, self.outputs)
 
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
+        """Return the shape of the weight."""
         return (self.outputs, self.inputs)
 
     def size(self, size: tuple[int, ...]) -> tuple[int, ...]:
-        """Spatial size of the output: () as that of the input."""
+        """Return the spatial size of the output: that of the input, ()."""
         return size
 
     def apply(self, weight: Tensor, x: Tensor) -> Tensor:
-        """W x, no bias."""
+        """Return W x, without bias."""
         return F.linear(x, weight)
 
     def split(self, weight: Tensor, at: int) -> tuple[Tensor, Tensor]:
-        """Weights of the first ``at`` inputs and of the others."""
+        """Split the weight into that of the first ``at`` inputs and that of the others."""
         return weight[:, :at], weight[:, at:]
 
 
 @dataclass(frozen=True)
 class Conv:
-    """The map of a convolution (or its transpose); weights are (out, in, k, k), transposed (in, out, k, k)."""
+    """Convolution or transposed convolution with weights (out, in, k, k), transposed (in, out, k, k)."""
 
     inputs: int
     outputs: int
@@ -56,12 +56,12 @@ class Conv:
 
     @property
     def input_axis(self) -> int:
-        """The weights' axis of the input channels."""
+        """Axis of the weight's input channels."""
         return 0 if self.transposed else 1
 
     @staticmethod
     def of_stride(inputs: int, outputs: int, stride: int) -> Conv:
-        """The published codes' names: 1 = 3x3, 0 = 1x1, 2 = 4x4 with stride 2, -2 = its transpose.
+        """Return the convolution for a published stride: 1 = 3x3, 0 = 1x1, 2 = 4x4 with stride 2, -2 = its transpose.
 
         Raises:
             ConfigError: for any other stride.
@@ -72,31 +72,31 @@ class Conv:
         return Conv(inputs, outputs, *known[stride])
 
     def module(self, extra: int = 0) -> nn.Module:
-        """The torch layer with ``extra`` more input channels."""
+        """Return the torch layer with ``extra`` more input channels."""
         kind = nn.ConvTranspose2d if self.transposed else nn.Conv2d
         return kind(self.inputs + extra, self.outputs, self.kernel, self.stride, self.padding)
 
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
+        """Return the shape of the weight."""
         first = (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
         return (*first, self.kernel, self.kernel)
 
     def size(self, size: tuple[int, ...]) -> tuple[int, ...]:
-        """Spatial size of the output for an input of spatial ``size``."""
+        """Return the spatial size of the output for an input of spatial ``size``."""
         if self.transposed:
             return tuple((n - 1) * self.stride - 2 * self.padding + self.kernel for n in size)
         return tuple((n + 2 * self.padding - self.kernel) // self.stride + 1 for n in size)
 
     def apply(self, weight: Tensor, x: Tensor) -> Tensor:
-        """W x, no bias."""
+        """Return W x, without bias."""
         op = F.conv_transpose2d if self.transposed else F.conv2d
         if x.device.type == "cpu" and not self.transposed and weight.shape[1] == 1:
-            # a second channel, zero: torch does not see that one channel is channels-last, and takes three times as long
+            # add a zero channel: torch does not recognise one channel as channels-last and is three times slower
             x, weight = (F.pad(v, (0, 0, 0, 0, 0, 1)).movedim(1, -1).contiguous().movedim(-1, 1) for v in (x, weight))
         return op(x, weight, stride=self.stride, padding=self.padding)
 
     def split(self, weight: Tensor, at: int) -> tuple[Tensor, Tensor]:
-        """Weights of the first ``at`` input channels and of the others."""
+        """Split the weight into that of the first ``at`` input channels and that of the others."""
         if self.transposed:
             return weight[:at], weight[at:]
         return weight[:, :at], weight[:, at:]

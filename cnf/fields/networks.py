@@ -1,4 +1,4 @@
-"""MLP and convolutional vector fields f(t, x): stacks of time layers, with fused tangents and closed-form traces."""
+"""MLP and convolutional vector fields f(t, x) of time layers, with fused tangents and closed-form traces."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ __all__ = ["MLP", "ConvField", "Stack"]
 
 
 class Stack(nn.Module):
-    r"""A vector field :math:`f(t, x) = L_n(\sigma(L_{n-1}(\dots)))` of time layers.
+    r"""Vector field :math:`f(t, x) = L_n(\sigma(L_{n-1}(\dots)))` of time layers.
 
     Args:
         layers: the time layers in order.
-        nonlinearity: name of the activation between them (none after the last).
-        residual: ``"none"``; ``"minus"`` for f - x (FFJORD's ``residual``); ``"linear"`` adds A x with a learned A, which
-            starts at zero (vectors only).
+        nonlinearity: name of the activation between layers (none after the last).
+        residual: ``"none"``; ``"minus"`` for f - x (FFJORD's ``residual``); ``"linear"`` for f + A x with a learned A,
+            zero at initialisation (vectors only).
+
+    Raises:
+        ConfigError: for an unknown nonlinearity or residual, or ``"linear"`` with convolutions.
     """
 
     def __init__(self, layers: Sequence[TimeLayer], nonlinearity: str, residual: str = "none"):
@@ -45,26 +48,25 @@ class Stack(nn.Module):
 
     @property
     def time_rows(self) -> bool:
-        """Whether t may be (N,), one time a row: where no layer's weights depend on it."""
+        """Whether t may be (N,), one time per row: true if no layer's weights depend on t."""
         return not any(layer.time_weights for layer in self.time_layers)
 
     @property
     def time_layers(self) -> list[TimeLayer]:
-        """The layers, typed."""
+        """The time layers in order."""
         return [cast(TimeLayer, layer) for layer in self.layers]
 
     def zero_(self) -> None:
-        """Zero initialisation: the last layer's output is zero for every t and x (RNODE, 2002.02798), and so is f but
-        for a residual term."""
+        """Set the last layer's output, and so f without a residual term, to zero (RNODE, 2002.02798)."""
         self.time_layers[-1].zero_()
 
     def prepare(self, x: Tensor, context: Tensor | None = None) -> Prepared:
-        """This field for points of x's size (N, \\*event) and one context, what is free of t computed once: for one solve."""
+        """Return this field for one solve at points like x (N, \\*event), with t-independent parts precomputed."""
         size = tuple(x.shape[2:]) if self.time_layers[0].map.spatial else ()
         return Prepared(self.time_layers, self.activation, size, context, self.residual, self.linear)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """dx/dt (N, \\*event) at x (N, \\*event) and t () (or (N,), one time a row)."""
+        """Return dx/dt (N, \\*event) at x (N, \\*event) and t (), or t (N,) with one time per row."""
         if intact(self):
             return self.prepare(x, context)(t, x)
         spatial = bool(self.time_layers[0].map.spatial)
@@ -75,15 +77,15 @@ class Stack(nn.Module):
     def jvp(
         self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """f and its derivative along K stacked tangents, the primal computed once.
+        """Return f and its derivative along K stacked tangents; f is computed once.
 
         Args:
             t: time ().
             x: point (N, \\*event).
             v: tangents (K, N, \\*event).
             context: (N, C), (C,) or None.
-            t_dot: derivative of t along every tangent, for the total derivative J v + t_dot df/dt: a scalar tensor, or
-                (k,) where an augmented time a (k,) stands in t's place.
+            t_dot: derivative of t along every tangent, for the total derivative J v + t_dot ∂f/∂t: a scalar tensor, or
+                (k,) for an augmented time a (k,) in place of t.
 
         Returns:
             dx (N, \\*event) and J v (K, N, \\*event).
@@ -94,15 +96,15 @@ class Stack(nn.Module):
 
     @property
     def closed_form(self) -> bool:
-        """Whether :meth:`divergence` is offered: at most two hidden layers, convolutions of stride 1, a last gate free of context, and no
-        hook, parametrisation or replaced layer."""
+        """Whether :meth:`divergence` is available: at most two hidden layers, convolutions of stride 1, a last
+        gate without context, and no hook, parametrisation or replaced layer."""
         return closed_form(self.time_layers) and intact(self)
 
     def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """f (N, \\*event) and its exact divergence (N,), with no probe and no derivative pass (see :mod:`cnf.fields.trace`).
+        """Return f (N, \\*event) and its exact divergence (N,) in closed form (see :mod:`cnf.fields.trace`).
 
         Raises:
-            ConfigError: where there is no such form.
+            ConfigError: if no closed form exists.
         """
         if not intact(self):
             raise ConfigError("divergence has no closed form for a field with hooks, parametrised or replaced layers: use Exact(), by autodiff")
@@ -110,24 +112,24 @@ class Stack(nn.Module):
 
 
 class MLP(Stack):
-    r"""A fully connected vector field of any event shape (flattened inside), with a closed-form exact trace.
+    r"""Fully connected vector field for any event shape (flattened internally), with a closed-form exact trace.
 
-    With one or two hidden layers :meth:`divergence` is exact at the price of one H x H product:
+    With one or two hidden layers :meth:`divergence` is exact and costs one H x H product:
     :math:`\mathrm{tr} J = s_2^\top (W_2 \circ (W_1 G_3 W_3)^\top) s_1`, with s the activations' derivatives times their
-    gates. The context enters every shift and every hidden gate; the last gate stays free of it, so that conditional
-    fields keep their closed form.
+    gates. The context enters every shift and every hidden gate, but not the last gate, so that conditional fields keep
+    their closed form.
 
     Args:
-        dim: number of dimensions D of an event.
+        dim: number of dimensions D of a row.
         hidden: widths of the hidden layers.
-        layer: how time enters: a name in :data:`cnf.fields.time.LAYERS`, or a factory such as :class:`~cnf.fields.Drive`.
+        layer: time conditioning: a name in :data:`cnf.fields.LAYERS`, or a factory such as :class:`~cnf.fields.Drive`.
         nonlinearity: tanh, softplus, elu, swish or relu.
         context_dim: size of the context, 0 for none.
         residual: ``"none"``, ``"minus"`` or ``"linear"`` (see :class:`Stack`).
-        zero_init: start as f = 0.
+        zero_init: initialise with f = 0.
 
     Raises:
-        ConfigError: for sizes below one or unknown names.
+        ConfigError: for sizes below 1 or unknown names.
 
     Example:
         >>> field = MLP(2, hidden=(64, 64))
@@ -164,22 +166,22 @@ class MLP(Stack):
 
 
 class ConvField(Stack):
-    """A convolutional vector field on images (N, C, H, W): FFJORD's and RNODE's.
+    """Convolutional vector field on images (N, C, H, W), as in FFJORD (1810.01367) and RNODE (2002.02798).
 
-    With one or two hidden layers of stride 1, :meth:`divergence` is exact at about the price of one more H to H convolution.
+    With one or two hidden layers of stride 1, :meth:`divergence` is exact and costs about one more H to H convolution.
 
     Args:
         channels: channels of the image.
         hidden: channels of the hidden layers.
-        layer: how time enters: a name in :data:`cnf.fields.time.LAYERS`, or a factory such as :class:`~cnf.fields.Drive`.
+        layer: time conditioning: a name in :data:`cnf.fields.LAYERS`, or a factory such as :class:`~cnf.fields.Drive`.
         nonlinearity: tanh, softplus, elu, swish or relu.
-        strides: one entry a layer (len(hidden) + 1): 1 = 3x3, 0 = 1x1, 2 = down, -2 = up; all 1 if None.
+        strides: one entry per layer (len(hidden) + 1): 1 = 3x3, 0 = 1x1, 2 = down, -2 = up; all 1 if None.
         context_dim: size of the context, 0 for none.
         residual: ``"none"`` or ``"minus"``.
-        zero_init: start as f = 0.
+        zero_init: initialise with f = 0.
 
     Raises:
-        ConfigError: for sizes below one, unknown names, or strides that do not lead back to the image's size.
+        ConfigError: for sizes below 1, unknown names, or strides whose output size differs from the input size.
 
     Example:
         >>> field = ConvField(1, hidden=(8, 8))
@@ -214,7 +216,7 @@ class ConvField(Stack):
 
 
 def _kind(layer: str | LayerFactory, i: int) -> str | LayerFactory:
-    """What makes layer i: a drive may take another form after the first layer."""
+    """Return the kind of layer i; a factory may change after the first layer (``after_first``)."""
     return cast("str | LayerFactory", getattr(layer, "after_first", layer)) if i else layer
 
 

@@ -1,4 +1,4 @@
-"""A convolutional vector field that looks at an image at several squeeze levels at once."""
+"""Convolutional vector field that sums nets at several squeeze levels."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["SqueezeSum"]
 class SqueezeSum(nn.Module):
     """f(t, x) = Σ_s unsqueeze_s(f_s(t, squeeze_s(x))): a sum of nets, net s on the image squeezed s times.
 
-    It is the field of FFJORD's multiscale-parallel model (1810.01367's code): net s sees 4^s C channels of an image 2^s
-    times smaller, so the nets' receptive fields double from one to the next.
+    The field of FFJORD's multiscale-parallel model (code of 1810.01367): net s takes 4^s C channels of an image 2^s
+    times smaller, so that the receptive field doubles from one net to the next.
 
     Args:
-        nets: net s takes and gives (N, 4^s C, H/2^s, W/2^s).
+        nets: the nets; net s maps (N, 4^s C, H/2^s, W/2^s) to the same shape.
 
     Raises:
-        ConfigError: without nets, or for an image that cannot be squeezed so often.
+        ConfigError: without nets, or for an image whose sides are not multiples of 2^(len(nets) - 1).
 
     Example:
         >>> import torch
@@ -46,16 +46,16 @@ class SqueezeSum(nn.Module):
 
     @property
     def time_rows(self) -> bool:
-        """Whether t may be (N,), one time a row."""
+        """Whether t may be (N,), one time per row."""
         return all(cast(ConvField, net).time_rows for net in self.nets)
 
     def zero_(self) -> None:
-        """Zero initialisation of every net."""
+        """Set the output of every net to zero."""
         for net in self.nets:
             cast(ConvField, net).zero_()
 
     def prepare(self, x: Tensor, context: Tensor | None = None) -> _Sum:
-        """This field for points like x and one context, what is free of t computed once: for one solve."""
+        """Return this field for one solve at points like x with one context, t-independent parts precomputed."""
         unit = 2 ** (len(self.nets) - 1)
         if x.shape[2] % unit or x.shape[3] % unit:
             raise ConfigError(
@@ -65,7 +65,7 @@ class SqueezeSum(nn.Module):
         return _Sum([cast(ConvField, net).prepare(_squeeze(x, s), context) for s, net in enumerate(self.nets)])
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """dx/dt (N, C, H, W)."""
+        """Return dx/dt (N, C, H, W)."""
         if intact(self):
             return self.prepare(x, context)(t, x)
         return sum((_unsqueeze(net(t, _squeeze(x, s), context), s) for s, net in enumerate(self.nets)), torch.zeros_like(x))
@@ -73,14 +73,14 @@ class SqueezeSum(nn.Module):
     def jvp(
         self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """f and J v + t_dot ∂f/∂t for K stacked tangents v (K, N, C, H, W); see :meth:`cnf.fields.Stack.jvp`."""
+        """Return f and J v + t_dot ∂f/∂t for K stacked tangents v (K, N, C, H, W); see :meth:`cnf.fields.Stack.jvp`."""
         if not intact(self):
             return autodiff_jvp(lambda s, y: self(s, y, context), t, x, v, t_dot)
         return self.prepare(x, context).jvp(t, x, v, t_dot=t_dot)
 
 
 class _Sum:
-    """The sum over prepared nets."""
+    """Sum of prepared nets."""
 
     def __init__(self, nets: Sequence[Prepared]):
         self.nets = tuple(nets)
@@ -103,7 +103,7 @@ class _Sum:
         return dx, product
 
 
-# step by step: one squeeze by 2^s would order the channels otherwise than the published nets see them
+# repeated squeezes by 2: one squeeze by 2^s orders the channels differently from the published nets
 def _squeeze(x: Tensor, times: int) -> Tensor:
     for _ in range(times):
         x = F.pixel_unshuffle(x, 2)

@@ -1,4 +1,4 @@
-"""A stack of layers with all that is free of t computed once: what one solve evaluates again and again."""
+"""Stack of time layers with t-independent parts precomputed for one solve."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Prepared", "call_layers", "closed_form", "skip"]
 
 
 def closed_form(layers: Sequence[TimeLayer]) -> bool:
-    """Whether :meth:`Prepared.divergence` serves: at most two hidden layers, convolutions of stride 1, a last gate free of context."""
+    """Return whether a closed form exists: at most two hidden layers, stride 1, last gate without context."""
     maps = [layer.map for layer in layers]
     square = {(3, 1), (1, 0)}  # kernel and padding
     plain = all(isinstance(m, Linear) or (m.stride == 1 and (m.kernel, m.padding) in square) for m in maps)
@@ -26,19 +26,19 @@ def closed_form(layers: Sequence[TimeLayer]) -> bool:
 
 
 class Prepared:
-    """f, its tangents and its divergence for points of one size and one context, called as the field itself is.
+    """f, its tangents and its divergence for points of one size and one context, with the call signature of a field.
 
-    The maps of time planes, what the context adds, and the trace's kernel where no gate or weight moves with t are computed
-    when they are first needed and then kept, with their graph, for as long as this object lives. Convolutions run
-    channels-last, which takes CPUs less than half the time.
+    The maps of time planes and the context's terms are computed once, the trace's kernel on first use if it does not
+    depend on t; all are kept with their graph for the object's lifetime. Convolutions run channels-last, which takes
+    less than half the time on CPUs.
 
     Args:
         layers: the time layers in order.
-        activation: between them.
+        activation: activation between layers.
         size: spatial size of the points, () for vectors.
         context: (N, C), (C,) or None.
         residual: ``"none"``, ``"minus"`` or ``"linear"`` (see :class:`~cnf.fields.Stack`).
-        linear: A (D, D) of ``"linear"``.
+        linear: A (D, D) for ``"linear"``.
     """
 
     def __init__(
@@ -58,17 +58,17 @@ class Prepared:
             self.fixed.append(Fixed(tuple(map(self._placed, constants)), shift, logits))
             size = layer.map.size(size)
         self.closed_form = closed_form(self.layers)
-        # one with its graph and one without: a solver that recomputes evaluates without gradients first, and with them later
+        # one kernel with graph, one without: a checkpointing solver evaluates without gradients first, then with them
         self.kernels: dict[bool, Tensor | ConvKernel] = {}
         self.keeps_kernel = not any(layer.time_weights for layer in self.layers)
 
     def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """dx/dt (N, \\*event) at x (N, \\*event) and t () (or (N,), one time a row); the context is the prepared one."""
+        """Return dx/dt (N, \\*event) at x (N, \\*event) and t (), or t (N,); ``context`` is ignored."""
         entered = self._enter(x)
         return skip(self.residual, self.linear, self.value(t, entered), entered).reshape(x.shape)
 
     def value(self, t: Tensor, h: Tensor) -> Tensor:
-        """The last layer's output (N, out) for inputs (N, in) of the first, images channels-last: no residual term."""
+        """Return the last layer's output (N, out) for inputs (N, in), channels-last, without the residual term."""
         for i in range(len(self.layers)):
             h = self._layer(i, t, h)[0]
             if i + 1 < len(self.layers):
@@ -78,12 +78,12 @@ class Prepared:
     def jvp(
         self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """f (N, \\*event) and J v + t_dot ∂f/∂t (K, N, \\*event); see :meth:`cnf.fields.Stack.jvp`."""
+        """Return f (N, \\*event) and J v + t_dot ∂f/∂t (K, N, \\*event); see :meth:`cnf.fields.Stack.jvp`."""
         k, n = v.shape[0], x.shape[0]
         h = entered = torch.cat([self._enter(x), self._enter(v.reshape(k * n, *x.shape[1:]))])
         for i, layer in enumerate(self.layers):
             weight, gate, shift = layer.at(t, self.fixed[i])
-            # point and tangents go through the map as one batch of (1 + K) N; the shift is the point's alone
+            # point and tangents share one batch of (1 + K) N; the shift applies to the point only
             point, tangent = self._placed(layer.map.apply(weight, h)).split((n, k * n))
             tangent = tangent.unflatten(0, (k, n))
             pre, dpre = (point, tangent) if gate is None else (point * gate, tangent * gate)
@@ -99,7 +99,7 @@ class Prepared:
         return h[:n].reshape(x.shape), h[n:].reshape(v.shape)
 
     def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """f (N, \\*event) and its exact divergence (N,); see :meth:`cnf.fields.Stack.divergence`."""
+        """Return f (N, \\*event) and its exact divergence (N,); see :meth:`cnf.fields.Stack.divergence`."""
         if not self.closed_form:
             raise ConfigError(
                 f"divergence has a closed form for at most two hidden layers (here {len(self.layers) - 1}), convolutions of "
@@ -125,30 +125,30 @@ class Prepared:
         return skip(self.residual, self.linear, h, entered).reshape(x.shape), div
 
     def keep_kernel(self, t: Tensor) -> None:
-        """Make the trace's kernel now, if it is one that serves all times."""
+        """Compute the trace's kernel now if it does not depend on t."""
         if self.closed_form and self.keeps_kernel:
             self._kernel([layer.at(t, fixed)[:2] for layer, fixed in zip(self.layers, self.fixed, strict=True)])
 
     def _kernel(self, parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | ConvKernel:
-        """The trace's kernel from each layer's weight and gate, kept where it serves all times."""
+        """Return the trace's kernel from each layer's weight and gate, cached if it does not depend on t."""
         recording = torch.is_grad_enabled()
-        for graph in (True,) if recording else (True, False):  # one with its graph serves without gradients too
+        for graph in (True,) if recording else (True, False):  # a kernel with graph serves without gradients too
             if (kept := self.kernels.get(graph)) is not None:
                 return kept
         kernel: Tensor | ConvKernel = conv_kernel(parts) if self.spatial else dense_kernel(parts)
-        if self.keeps_kernel and parts[-1][1] is None:  # a gate moves with t
+        if self.keeps_kernel and parts[-1][1] is None:  # a gate depends on t
             self.kernels[recording] = kernel
         return kernel
 
     def _layer(self, i: int, t: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Layer i's value, weight and gate."""
+        """Return layer i's value, weight and gate."""
         weight, gate, shift = self.layers[i].at(t, self.fixed[i])
         h = self._placed(self.layers[i].map.apply(weight, h))
         h = h if gate is None else h * gate
         return h if shift is None else h + shift, weight, gate
 
     def _time_derivative(self, i: int, t: Tensor, t_dot: Tensor, h: Tensor, point: Tensor, gate: Tensor | None) -> Tensor:
-        """Derivative of layer i's gate (W h) + shift along t_dot at fixed h; ``point`` is W h."""
+        """Return the derivative of gate * (W h) + shift of layer i along t_dot at fixed h; ``point`` is W h."""
         layer = self.layers[i]
 
         def parts(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,21 +168,21 @@ class Prepared:
         return self._placed(x) if self.spatial else x.flatten(1)
 
     def _placed(self, h: Tensor) -> Tensor:
-        """Channels-last, where it is images, a plane for all of them, or a convolution's weight."""
+        """Return images, planes and convolution weights channels-last, and other tensors unchanged."""
         if not self.spatial or h.ndim < 3:
             return h
-        return h.movedim(-3, -1).contiguous().movedim(-1, -3)  # vmap has no memory_format
+        return h.movedim(-3, -1).contiguous().movedim(-1, -3)  # torch.func.vmap does not support memory_format
 
 
 def skip(residual: str, linear: Tensor | None, h: Tensor, x: Tensor) -> Tensor:
-    """Add the residual term of a stack (see :class:`~cnf.fields.Stack`) to its output h at the input x."""
+    """Add a stack's residual term (see :class:`~cnf.fields.Stack`) to its output h at the input x."""
     if residual == "minus":
         return h - x
     return h if linear is None else h + x @ linear.T
 
 
 def call_layers(layers: Iterable[nn.Module], activation: Activation, t: Tensor, h: Tensor, context: Tensor | None = None) -> Tensor:
-    """Call layers one after another as modules, so that hooks and replaced modules act; nothing is fused."""
+    """Call layers as modules, one after another, so that hooks and replaced modules apply; nothing is fused."""
     for i, layer in enumerate(layers):
         h = layer(t, activation.value(h) if i else h, context)
     return h

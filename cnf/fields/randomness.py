@@ -1,4 +1,4 @@
-"""Random layers inside a solve: one draw per solve, replayed wherever an evaluation is repeated."""
+"""Random layers inside a solve: one draw per solve, replayed at every evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["SolveRandomness", "draws_random_numbers"]
 
 
 def _get(device: torch.device) -> list[Tensor]:
-    """States of the generators that an evaluation on this device may draw from."""
+    """Return the states of the generators that an evaluation on this device may use."""
     states = [torch.get_rng_state()]
     if device.type not in ("cpu", "meta"):
         states.append(torch.get_device_module(device).get_rng_state(device))
@@ -28,14 +28,15 @@ def _set(states: list[Tensor], device: torch.device) -> None:
 
 
 class SolveRandomness:
-    """Random state in which every evaluation of one solve starts.
+    """Random state from which every evaluation of one solve starts.
 
-    Without ``noise`` it is that of torch's generators at the first evaluation, which leaves them as it moved them: a solve draws
-    once. With one it is a function of the noise, and torch's generators are left as they are. Without, the blocks of a chain draw
-    in the order in which they are solved, which ``decode`` reverses: give ``encode`` and ``decode`` the same ``Noise`` to invert a chain.
+    Without ``noise`` it is the state of torch's global generators at the first evaluation, which advances them once.
+    With ``noise`` it is a function of the noise, and torch's generators are restored. Without ``noise``, the blocks of
+    a chain draw in the order of their solves, which ``decode`` reverses: pass the same ``Noise`` to ``encode`` and
+    ``decode`` to invert a chain.
 
     Args:
-        noise: as handed to the block.
+        noise: the noise passed to the block, or None.
     """
 
     def __init__(self, noise: Noise | None = None):
@@ -44,8 +45,8 @@ class SolveRandomness:
 
     @contextmanager
     def at(self, device: torch.device) -> Iterator[None]:
-        """Run one evaluation."""
-        if torch.compiler.is_compiling():  # a field that draws is not compiled
+        """Run one evaluation from the solve's random state."""
+        if torch.compiler.is_compiling():  # fields that draw random numbers are not compiled
             yield
             return
         before = _get(device)
@@ -66,7 +67,7 @@ class SolveRandomness:
 
 @contextmanager
 def draws_random_numbers(device: torch.device) -> Iterator[list[bool]]:
-    """Run something and leave the generators as they were; the yielded list then holds whether they were moved."""
+    """Restore the generators after the block; on exit the yielded list holds whether they were advanced."""
     before, moved = _get(device), [False]
     try:
         yield moved

@@ -1,7 +1,7 @@
-"""Parts of a U-Net that carry a point together with its tangents: convolutions, norms, residual blocks, attention.
+"""Layers of a U-Net on dual numbers (a point with its tangents): convolutions, norms, residual blocks, attention.
 
-Each maps a :class:`Pair`. Linear parts take point and tangents as one batch; the others have their derivative written out,
-so that a derivative product costs one forward pass on a batch of 1 + K and is itself differentiable.
+Each maps a :class:`Pair`. Linear parts process point and tangents as one batch; the others have hand-written
+derivatives, so that a Jacobian product costs one forward pass on a batch of 1 + K and is itself differentiable.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ __all__ = ["Attention", "GroupNorm", "Pair", "ResidualBlock", "convolve", "joine
 
 
 class Pair(NamedTuple):
-    """A point (N, C, H, W) and K tangents, stacked (K N, C, H, W), or none."""
+    """Point (N, C, H, W) with K stacked tangents (K N, C, H, W), or without tangents."""
 
     value: Tensor
     tangent: Tensor | None = None
 
     def map(self, linear: Callable[[Tensor], Tensor]) -> Pair:
-        """Through a linear part without bias."""
+        """Apply a linear function without bias to point and tangents."""
         return Pair(linear(self.value), None if self.tangent is None else linear(self.tangent))
 
     def __add__(self, other: Pair) -> Pair:  # type: ignore[override]
@@ -35,7 +35,7 @@ class Pair(NamedTuple):
 
 
 def joined(first: Pair, second: Pair) -> Pair:
-    """Channels of both."""
+    """Concatenate the channels of both."""
     value = torch.cat([first.value, second.value], 1)
     if first.tangent is None or second.tangent is None:
         return Pair(value)
@@ -43,7 +43,7 @@ def joined(first: Pair, second: Pair) -> Pair:
 
 
 def convolve(layer: nn.Conv2d, h: Pair) -> Pair:
-    """A convolution; its bias is the point's alone."""
+    """Apply a convolution; the bias applies to the point only."""
     if h.tangent is None:
         return Pair(layer(h.value))
     n = len(h.value)
@@ -53,7 +53,7 @@ def convolve(layer: nn.Conv2d, h: Pair) -> Pair:
 
 
 def silu(h: Pair) -> Pair:
-    """x σ(x)."""
+    """Apply x σ(x)."""
     if h.tangent is None:
         return Pair(F.silu(h.value))
     s = torch.sigmoid(h.value)
@@ -62,16 +62,16 @@ def silu(h: Pair) -> Pair:
 
 
 def _stacked(tangent: Tensor, value: Tensor) -> Tensor:
-    """(K N, ...) as (K, N, ...)."""
+    """Reshape (K N, ...) to (K, N, ...)."""
     return cast(Tensor, tangent.unflatten(0, (-1, len(value))))
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (1803.08494), then gain and shift, which a modulation (B, 2 C) of time and context changes; B is N or 1.
+    """Group normalisation (1803.08494) with gain and shift, modulated by (B, 2 C) from time and context, B = N or 1.
 
     Args:
         channels: C.
-        groups: of channels, each normalised over its channels and all positions; their greatest common divisor with C is taken.
+        groups: number of groups, replaced by gcd(C, groups); each is normalised over its channels and all positions.
     """
 
     def __init__(self, channels: int, groups: int = 8):
@@ -103,21 +103,23 @@ class GroupNorm(nn.Module):
         return Pair(self._images(torch.addcmul(shift, x, gain), h.value), self._images((v * gain).flatten(0, 1), h.value))
 
     def _grouped(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) as (N, H W, groups, C/groups), in float32 or better; no copy of what is channels-last."""
+        """Reshape (N, C, H, W) to (N, H W, groups, C/groups) in float32 or better, without a copy if channels-last."""
         x = cast(Tensor, x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (self.groups, -1)))
         return x.float() if x.dtype == torch.bfloat16 else x
 
     def _images(self, x: Tensor, like: Tensor) -> Tensor:
-        """Back to (N, C, H, W), channels-last, in the type of ``like``."""
+        """Reshape back to (N, C, H, W), channels-last, in the dtype of ``like``."""
         return cast(Tensor, x.flatten(2).unflatten(1, like.shape[2:]).permute(0, 3, 1, 2).to(like.dtype))
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), the second norm modulated by time and context; the last convolution starts at zero.
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with the second norm modulated by time and context.
+
+    The last convolution is zero at initialisation; where inputs and outputs differ, a 1x1 convolution maps x.
 
     Args:
         inputs, outputs: channels.
-        embedding: size of what time and context are embedded in.
+        embedding: size of the embedding of time and context.
     """
 
     def __init__(self, inputs: int, outputs: int, embedding: int):
@@ -137,14 +139,14 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + projected self-attention over all positions (1706.03762), the projection zero at the start.
+    """x + projected self-attention over all positions (1706.03762), with the projection zero at initialisation.
 
     Args:
         channels: C.
-        heads: that share the channels.
+        heads: number of attention heads.
 
     Raises:
-        ConfigError: for heads that do not divide the channels.
+        ConfigError: if ``channels`` is not a multiple of ``heads``.
     """
 
     def __init__(self, channels: int, heads: int = 4):
@@ -171,11 +173,11 @@ class Attention(nn.Module):
         return h + convolve(self.project, Pair(self._images(out, h.value), moved))
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(N, 3 C, H, W) as three of (N, heads, H W, C/heads)."""
+        """Split (N, 3 C, H, W) into q, k and v (N, heads, H W, C/heads)."""
         return tuple(x.flatten(2).unflatten(1, (3, self.heads, -1)).transpose(3, 4).unbind(1))
 
     @staticmethod
     def _images(x: Tensor, like: Tensor) -> Tensor:
-        """(N, heads, H W, C/heads) as (N, C, H, W)."""
+        """Reshape (N, heads, H W, C/heads) to (N, C, H, W)."""
         x = x.transpose(2, 3).flatten(1, 2).unflatten(2, like.shape[2:])
         return x.contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The straight path from data to noise, x = a(t) x₀ + b(t) z, and the noise that the data have from the start."""
+"""Straight path from data to noise, x = a(t) x₀ + b(t) z."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Coefficients", "Schedule"]
 
 
 class Coefficients(NamedTuple):
-    """a, b and their derivatives in t, of t's shape."""
+    """a, b and their derivatives in t, each of t's shape."""
 
     a: Tensor
     b: Tensor
@@ -25,19 +25,19 @@ class Coefficients(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    r"""The points :math:`x_t = a(t)\, x_0 + b(t)\, z` between data (t = 0) and noise z ~ N(0, I) (t = 1), on straight lines.
+    r"""Interpolant :math:`x_t = a(t)\, x_0 + b(t)\, z` between data (t = 0) and noise z ~ N(0, I) (t = 1).
 
-    Without noise of its own a = 1 - t and b = t, flow matching's optimal-transport path (2210.02747). With noise
-    :math:`\sigma` the data enter as :math:`x_0 + \sigma z`, as truncated-normal dequantisation makes them (2305.03935): the line
-    is the same, from there to z, and is run through in equal steps of ln b, since what decides the bits happens on scales
-    from :math:`\sigma` to one, each of which then gets as much time as any other: :math:`b = \sigma^{1-t}`,
-    :math:`a = (1 - b)/(1 - \sigma)`.
+    It is a straight line. Without data noise a = 1 - t and b = t, the optimal-transport path of flow matching
+    (2210.02747). With data noise :math:`\sigma` the path starts at :math:`x_0 + \sigma z`, as truncated-normal
+    dequantisation gives it (2305.03935), and follows the same line to z, uniformly in ln b: :math:`b = \sigma^{1-t}`,
+    :math:`a = (1 - b)/(1 - \sigma)`. Scales from :math:`\sigma` to 1 determine the likelihood, and each gets the same
+    share of time.
 
     Args:
-        noise: sigma in [0, 1), in units of z.
+        noise: σ in [0, 1), in units of z.
 
     Raises:
-        ConfigError: for a sigma outside [0, 1).
+        ConfigError: for σ outside [0, 1).
 
     Example:
         >>> a, b, da, db = Schedule(0.01)(torch.tensor(0.5))
@@ -53,11 +53,11 @@ class Schedule:
 
     @property
     def length(self) -> float:
-        """ln 1/sigma, the scales that the path runs through; 1 without noise."""
+        """ln 1/σ, the number of e-folds of b along the path; 1 without noise."""
         return -math.log(self.noise) if self.noise else 1.0
 
     def __call__(self, t: Tensor) -> Coefficients:
-        """The coefficients at times t in [0, 1]."""
+        """Return the coefficients at times t in [0, 1]."""
         if not self.noise:
             one = torch.ones_like(t)
             return Coefficients(1 - t, t, -one, one)
@@ -67,8 +67,10 @@ class Schedule:
         return Coefficients(-torch.expm1(self.length * (t - 1)) / left, b, -db / left, db)
 
     def likelihood_weight(self, t: Tensor) -> Tensor:
-        r"""The weight of :math:`\|f - \dot x_t\|^2` with which the loss is, but for constants, the diffusion's bound on
-        :math:`-\ln p` in nats (2107.00630, eq. 17): :math:`a / (b\,(a \dot b - b \dot a))`. Without noise it is infinite at t = 0.
+        r"""Return the loss weight :math:`a / (b\,(a \dot b - b \dot a))`; without noise it is infinite at t = 0.
+
+        With it the loss :math:`\|f - \dot x_t\|^2` is, up to constants, the diffusion bound on :math:`-\ln p` in nats
+        (2107.00630, eq. 17).
         """
         a, b, da, db = self(t)
         return a / (b * (a * db - b * da))

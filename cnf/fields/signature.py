@@ -1,4 +1,4 @@
-"""Signatures of vector fields."""
+"""Inspection and validation of the signatures of vector fields."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
 
 
 def _positional(forward: Any) -> tuple[tuple[str, ...], bool] | None:
-    """Names of the positional parameters of ``forward``, self left out, and whether it takes any number; None where unknown."""
+    """Return the names of ``forward``'s positional parameters and whether it takes \\*args; None if unknown."""
     try:
         parameters = list(inspect.signature(forward).parameters.values())
     except (TypeError, ValueError):
@@ -29,7 +29,7 @@ def _positional(forward: Any) -> tuple[tuple[str, ...], bool] | None:
 
 
 def wrapped(module: nn.Module) -> nn.Module:
-    """Return the module inside torch.compile's, DataParallel's or AveragedModel's, whose calls it answers; else the module itself."""
+    """Return the module inside torch.compile, (Distributed)DataParallel or AveragedModel wrappers, or the module."""
     while True:
         inner = getattr(module, "module" if isinstance(module, _WRAPPERS) else "_orig_mod", None)
         if not isinstance(inner, nn.Module):
@@ -42,23 +42,23 @@ def _signature(module: nn.Module) -> tuple[tuple[str, ...], bool] | None:
     if isinstance(module, torch.jit.ScriptModule):
         schema: Any = module.forward
         return tuple(argument.name for argument in schema.schema.arguments[1:]), False
-    if "forward" in vars(module):  # replaced on the instance, bound already
+    if "forward" in vars(module):  # replaced on the instance, already bound
         return _positional(vars(module)["forward"])
     found = _positional(type(module).forward)
     return None if found is None else (found[0][1:], found[1])
 
 
 def takes_context(module: nn.Module) -> bool:
-    """Return whether the field's ``forward`` has a place for a context after (t, x)."""
+    """Return whether the field's ``forward`` accepts a context after (t, x)."""
     found = _signature(module)
     return found is None or found[1] or len(found[0]) > 2
 
 
 def check_signature(field: nn.Module) -> None:
-    """Refuse what cannot be called as ``field(t, x)``.
+    """Check that a field can be called as ``field(t, x)``.
 
     Raises:
-        ConfigError: for anything but an ``nn.Module``, a ``forward`` with fewer than two arguments, or one that takes x first.
+        ConfigError: if it is not an ``nn.Module``, or its ``forward`` has fewer than two arguments or takes x first.
     """
     if not isinstance(field, nn.Module):
         raise ConfigError(

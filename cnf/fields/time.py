@@ -1,6 +1,6 @@
-"""Base of the time layers: every layer is affine in x, y = gate * (W x) + shift, with W, gate and shift functions of t.
+"""Base class of the time layers y = gate * (W x) + shift, affine in x, with W, gate and shift functions of t.
 
-That one form gives the value, the tangent (gate * (W v)) and the closed-form trace of every layer type alike.
+This form gives the value, the tangent gate * (W v) and the closed-form trace of every layer type.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Constants = tuple[Tensor, ...]
 
 
 class Affine(NamedTuple):
-    """y = gate * (W x) + shift at one time; ``None`` stands for a gate of one or a shift of zero."""
+    """y = gate * (W x) + shift at one time; ``None`` means a gate of 1 or a shift of 0."""
 
     weight: Tensor
     gate: Tensor | None
@@ -27,21 +27,22 @@ class Affine(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """What of a layer is the same at all times, so that a solve computes it once."""
+    """Parts of a layer that do not depend on t, computed once per solve."""
 
     constants: Constants
-    shift: Tensor | None  # what the context adds to the shift
-    logits: Tensor | None  # what it adds to the gate's logits
+    shift: Tensor | None  # the context's term in the shift
+    logits: Tensor | None  # the context's term in the gate's logits
 
 
 class TimeLayer(nn.Module):
-    """Base of the layers: subclasses say in :meth:`moving` what W, gate and shift are at time t, and in :meth:`constants`
-    what they take for it that is the same at all times.
+    """Base class of the time layers.
+
+    Subclasses implement :meth:`moving` (W, gate and shift at time t) and :meth:`constants` (its t-independent inputs).
 
     Args:
         map: the linear map, :class:`Linear` or :class:`Conv`.
-        context_dim: size C of the context; 0 for none. The context adds V c to the shift and, where ``context_gate``
-            and the layer has a gate, to the gate's logits.
+        context_dim: size C of the context; 0 for none. The context adds V c to the shift and, if ``context_gate`` is
+            true and the layer has a gate, to the gate's logits.
         context_gate: whether the context may enter the gate.
     """
 
@@ -57,48 +58,48 @@ class TimeLayer(nn.Module):
         self.context_gate = nn.Linear(context_dim, map.outputs, bias=False) if gated else None
 
     def constants(self, size: tuple[int, ...]) -> Constants:
-        """What :meth:`moving` takes that depends on neither t nor context, for inputs of spatial ``size`` (() for vectors)."""
+        """Return the inputs of :meth:`moving` that depend on neither t nor context, for ``size`` (() for vectors)."""
         return ()
 
     def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
-        """W, gate and shift at time ``t`` (() or (N,)), the context's shift apart; ``logits`` is what it adds to a gate's."""
+        """Return W, gate and shift at ``t`` (() or (N,)) without the context's shift; ``logits``: its gate term."""
         raise NotImplementedError
 
     def fixed(self, size: tuple[int, ...], context: Tensor | None = None) -> Fixed:
-        """What is the same at all times, for inputs of spatial ``size``."""
+        """Return the parts that do not depend on t, for inputs of spatial ``size`` (() for vectors)."""
         shift = None if self.context_shift is None else self._spread(self.context_shift(_given(context)))
         return Fixed(self.constants(size), shift, None if self.context_gate is None else self.context_gate(_given(context)))
 
     def at(self, t: Tensor, fixed: Fixed) -> Affine:
-        """W, gate and shift at time ``t`` (() or (N,)), from what :meth:`fixed` gave."""
+        """Return W, gate and shift at time ``t`` (() or (N,)) from the result of :meth:`fixed`."""
         weight, gate, shift = self.moving(t, fixed.constants, fixed.logits)
         if fixed.shift is not None:
             shift = fixed.shift if shift is None else shift + fixed.shift
         return Affine(weight, gate, shift)
 
     def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
-        """W, gate and shift at time ``t`` (() or (N,)) for inputs of spatial ``size`` (() for vectors)."""
+        """Return W, gate and shift at time ``t`` (() or (N,)) for inputs of spatial ``size`` (() for vectors)."""
         return self.at(t, self.fixed(size, context))
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The layer's value at x (N, in) or (N, in, h, w), by calling its modules: hooks and replaced modules act."""
+        """Return the layer's value at x (N, in) or (N, in, h, w) by calling its modules, so that hooks apply."""
         y = self.called(t, x, None if self.context_gate is None else self.context_gate(_given(context)))
         return y if self.context_shift is None else y + self._spread(self.context_shift(_given(context)))
 
     def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
-        """Value at time ``t`` (() or (N,)) without the context's shift; layers that own their weights have nothing to call."""
+        """Return the value at time ``t`` (() or (N,)) without the context's shift; overridden to call modules."""
         weight, gate, shift = self.moving(t, self.constants(tuple(x.shape[2:])), logits)
         y = self.map.apply(weight, x)
         y = y if gate is None else y * gate
         return y if shift is None else y + shift
 
     def zero_(self) -> None:
-        """Make the layer's output zero for every t and x ("zero initialisation")."""
+        """Set the layer's output to zero for every t and x."""
         for p in self.parameters():
             nn.init.zeros_(p)
 
     def _spread(self, v: Tensor) -> Tensor:
-        """(..., out) as a factor for the layer's output."""
+        """Reshape (..., out) to broadcast with the layer's output."""
         return v[..., None, None] if self.map.spatial else v
 
     def _gate(self, gate: nn.Linear, t: Tensor, logits: Tensor | None) -> Tensor:
@@ -113,10 +114,10 @@ def _given(context: Tensor | None) -> Tensor:
 
 
 def require_one_time(t: Tensor, name: str) -> None:
-    """Refuse times that differ by row.
+    """Check that t is a single time.
 
     Raises:
-        ConfigError: naming the layer.
+        ConfigError: for times that differ by row; the message names the layer.
     """
     if t.ndim:
         raise ConfigError(
@@ -125,16 +126,16 @@ def require_one_time(t: Tensor, name: str) -> None:
 
 
 def planes(features: Tensor, x: Tensor) -> Tensor:
-    """Features (k,) or (N, k) as channels for x (N, C, ...)."""
+    """Expand features (k,) or (N, k) to channels for x (N, C, ...)."""
     shape = (*features.shape, *(1,) * (x.ndim - 2))
     return features.reshape(shape).expand(len(x), features.shape[-1], *x.shape[2:])
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The module's weight, typed."""
+    """Return the module's weight."""
     return cast(Tensor, module.weight)
 
 
 def bias_of(module: nn.Module) -> Tensor:
-    """The module's bias, typed."""
+    """Return the module's bias."""
     return cast(Tensor, module.bias)

@@ -1,8 +1,8 @@
-"""Closed-form traces: tr ∂f/∂x of a net with at most two hidden layers, from its weights and the activations' slopes.
+"""Closed-form traces tr ∂f/∂x of nets with at most two hidden layers, from weights and activation derivatives.
 
 With s the activations' derivatives times the layers' gates and g the last gate, the trace of
-:math:`f = g \\circ W_3 \\sigma(W_2 \\sigma(W_1 x))` is bilinear in s₁ and s₂ with a kernel that is free of x: it is built once
-for each set of weights and gates (:func:`dense_kernel`, :func:`conv_kernel`), and serves every point.
+:math:`f = g \\circ W_3 \\sigma(W_2 \\sigma(W_1 x))` is bilinear in s₁ and s₂. Its kernel does not depend on x: it is
+computed once per set of weights and gates (:func:`dense_kernel`, :func:`conv_kernel`) and shared by all points.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Parts = Sequence[tuple[Tensor, Tensor | None]]  # weight and gate of each layer
 
 
 def dense_kernel(parts: Parts) -> Tensor:
-    r"""What the trace of fully connected layers takes: :math:`M = W_2 \circ (W_1 G_3 W_3)^\top` (H₂, H₁) for two hidden layers,
-    the diagonal of :math:`W_1 G_2 W_2` (H,) for one, the trace itself () for none.
+    r"""Return the kernel of the trace of fully connected layers.
 
-    Where the last gate differs by row (N, D), so does the kernel, with N in front.
+    Two hidden layers: :math:`M = W_2 \circ (W_1 G_3 W_3)^\top` (H₂, H₁); one: the diagonal of :math:`W_1 G_2 W_2` (H,);
+    none: the trace itself (). If the last gate differs by row (N, D), so does the kernel, with a leading dimension N.
 
     Args:
-        parts: weight (out, in) and gate of each layer, the last gate (D,) or (N, D).
+        parts: weight (out, in) and gate of each layer, the last gate (D,), (N, D) or None.
     """
     first, (last, gate) = parts[0][0], parts[-1]
     if len(parts) == 1:
@@ -43,11 +43,11 @@ def dense_kernel(parts: Parts) -> Tensor:
 
 
 def dense_trace(slopes: Sequence[Tensor], kernel: Tensor, n: int) -> Tensor:
-    r"""tr J (N,) of fully connected layers: :math:`s_2^\top M s_1`.
+    r"""Return tr J (N,) of fully connected layers: :math:`s_2^\top M s_1`.
 
     Args:
-        slopes: of each hidden layer, (N, H).
-        kernel: what :func:`dense_kernel` gave.
+        slopes: derivative of each hidden layer's activation times its gate, (N, H).
+        kernel: result of :func:`dense_kernel`.
         n: number of rows.
 
     Example:
@@ -66,36 +66,36 @@ def dense_trace(slopes: Sequence[Tensor], kernel: Tensor, n: int) -> Tensor:
 
 
 class ConvKernel(NamedTuple):
-    """What the trace of convolutions takes, from two hidden layers on the parts for the border beside the whole.
+    """Kernel of the trace of convolutions: one for all pixels and, for two hidden layers, border corrections.
 
-    Pixel q of the last hidden layer is reached from, and reaches, output pixel q + τ, |τ| ≤ 1; what would lie outside the
-    image is missing, so the kernel differs at the border. One convolution serves all pixels,
+    Pixel q of the last hidden layer depends on, and contributes to, output pixel q + τ, |τ| ≤ 1. Terms outside the
+    image are missing, so the kernel differs at the border. One convolution covers all pixels,
 
     .. math:: M[i,j,\\delta] = W_2[i,j,\\delta] \\sum_\\tau \\sum_c W_1[j,c,\\tau-\\delta]\\, g_3[c]\\, W_3[c,i,-\\tau],
 
-    and the border lines are given back what the τ add that leave the image there, the corners what was taken twice. On the
-    first row a τ that points up goes with δ of the row itself alone (above it there is nothing, and |τ - δ| > 1 below it), so
-    that a line takes a convolution along itself, and a corner no more than a matrix.
+    then the terms of τ that leave the image are subtracted on the border lines, and terms subtracted twice are added
+    back at the corners. On the first row a τ that points up combines only with δ along the row (nothing lies above it,
+    and |τ - δ| > 1 below it), so that a line needs one 1-D convolution and a corner one matrix.
     """
 
     whole: Tensor
     """(H₂, H₁, 3, 3) for two hidden layers, (H, 3, 3) over τ for one, () for none."""
     rows: Tensor | None = None
-    """(2 H₂, H₁, 1, 3): what leaves the image above the first and below the last row."""
+    """(2 H₂, H₁, 1, 3): terms that leave the image above the first and below the last row."""
     columns: Tensor | None = None
-    """(2 H₂, H₁, 3, 1): to the left and to the right."""
+    """(2 H₂, H₁, 3, 1): terms that leave it to the left and to the right."""
     corners: Tensor | None = None
     """(4, H₁, H₂): first row and column, first row and last column, last row and first column, last row and column."""
 
 
 def conv_kernel(parts: Parts) -> ConvKernel:
-    """The kernel of 3x3 (or 1x1) convolutions with zero padding.
+    """Return the kernel of 3x3 (or 1x1) convolutions with zero padding.
 
     Args:
         parts: weight (out, in, k, k) and gate of each layer, the last gate (C, 1, 1) or None.
 
     Raises:
-        ConfigError: for gates that differ by row, which have no kernel in common.
+        ConfigError: for gates that differ by row, which have no common kernel.
     """
     weights = [F.pad(w, (1, 1, 1, 1)) if w.shape[-1] == 1 else w for w, _ in parts]
     gate = parts[-1][1]
@@ -104,14 +104,14 @@ def conv_kernel(parts: Parts) -> ConvKernel:
     last = weights[-1] if gate is None else weights[-1] * gate[:, None]
     if len(parts) == 1:
         return ConvKernel(last.diagonal()[1, 1].sum())
-    back = last.flip(2, 3)  # W3[c, i, -τ], τ counted from the upper left
+    back = last.flip(2, 3)  # W3[c, i, -τ], with τ counted from the upper left
     if len(parts) == 2:
         return ConvKernel(torch.einsum("icyx,ciyx->iyx", weights[0], back))
     first, middle = weights[0].flip(2, 3), weights[1]
-    # W1[j, c, τ - δ], zero where |τ - δ| > 1: flipped, the kernel's middle moves with τ
+    # W1[j, c, τ - δ], zero for |τ - δ| > 1: after the flip the kernel's centre moves with τ
     reach = F.pad(first, (2, 2, 2, 2)).unfold(2, 3, 1).unfold(3, 3, 1).flip(2, 3)[:, :, 1:4, 1:4]  # j, c, τ, δ
     moved = torch.einsum("jcyxab,ciyx->yxijab", reach, back) * middle
-    pair = (0, 2)  # τ that points up (left), down (right)
+    pair = (0, 2)  # τ pointing up (left), down (right)
     rows = torch.cat([moved[y].sum(0)[:, :, 1:2] for y in pair])
     columns = torch.cat([moved[:, x].sum(0)[..., 1:2] for x in pair])
     corners = torch.stack([moved[y, x, :, :, 1, 1].T for y in pair for x in pair])
@@ -119,13 +119,14 @@ def conv_kernel(parts: Parts) -> ConvKernel:
 
 
 def conv_trace(slopes: Sequence[Tensor], kernel: ConvKernel, x: Tensor) -> Tensor:
-    r"""tr J (N,) of 3x3 (or 1x1) convolutions with zero padding: :math:`\sum_{p,i} s_2[i,p] (M \star s_1)[i,p]`, corrected
-    at the border.
+    r"""Return tr J (N,) of 3x3 (or 1x1) convolutions with zero padding.
+
+    :math:`\sum_{p,i} s_2[i,p] (M \star s_1)[i,p]`, corrected at the border.
 
     Args:
-        slopes: of each hidden layer, (N, H, h, w).
-        kernel: what :func:`conv_kernel` gave.
-        x: the point (N, C, h, w), for its shape.
+        slopes: derivative of each hidden layer's activation times its gate, (N, H, h, w).
+        kernel: result of :func:`conv_kernel`.
+        x: the point (N, C, h, w), used for its shape.
     """
     height, width = x.shape[2:]
     if not slopes:
@@ -145,12 +146,12 @@ def conv_trace(slopes: Sequence[Tensor], kernel: ConvKernel, x: Tensor) -> Tenso
 
 
 def _sum(v: Tensor) -> Tensor:
-    """Over all but the rows."""
+    """Sum over all dimensions but the rows."""
     return v.sum((1, 2, 3))
 
 
 def _inside(seen: Tensor, height: int, width: int) -> Tensor:
-    """(..., 3, 3) over τ to the sum over those τ that stay inside, for every pixel: (..., h, w)."""
+    """Sum (..., 3, 3) over those τ that stay inside the image, for every pixel: (..., h, w)."""
 
     def stays(size: int) -> Tensor:
         at = torch.arange(size, device=seen.device)[None] + torch.arange(-1, 2, device=seen.device)[:, None]

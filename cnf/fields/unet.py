@@ -1,4 +1,4 @@
-"""A small U-Net as a vector field: residual blocks at several sizes, with a fused tangent."""
+"""Small U-Net vector field with fused tangents."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from cnf.fields.residual import Attention, GroupNorm, Pair, ResidualBlock, convo
 __all__ = ["TimeEmbedding", "UNet"]
 
 FREQUENCIES = 16
-FASTEST = 64.0  # radians over t in [0, 1]: a field that few solver steps resolve in time
+FASTEST = 64.0  # fastest rate in radians over t in [0, 1]: few solver steps resolve the field in time
 
 
 class TimeEmbedding(nn.Module):
-    """Time, as cosines and sines of up to ``FASTEST`` radians, and context, embedded by a net with one hidden layer.
+    """Embedding of time, as cosines and sines of rates up to ``FASTEST``, and context, by a net with one hidden layer.
 
     Args:
-        size: of the embedding.
+        size: size of the embedding.
         context_dim: size of the context, 0 for none.
     """
 
@@ -39,7 +39,7 @@ class TimeEmbedding(nn.Module):
         self.context = nn.Linear(context_dim, size, bias=False) if context_dim else None
 
     def forward(self, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """(1, size), or (N, size) where t is (N,) or the context (N, C)."""
+        """Return the embedding (1, size), or (N, size) if t is (N,) or the context (N, C)."""
         angles = t.reshape(-1, 1) * self.rates.to(t)
         h = self.first(torch.cat([angles.cos(), angles.sin()], 1))
         if self.context is not None:
@@ -51,22 +51,22 @@ class TimeEmbedding(nn.Module):
 
 
 class UNet(nn.Module):
-    r"""A vector field on images: residual blocks at sizes that halve, and back with skip connections (1505.04597, 2006.11239).
+    r"""U-Net vector field on images, with residual blocks and skip connections (1505.04597, 2006.11239).
 
-    Blocks are two 3x3 convolutions with group normalisation, which time and context modulate. The tangents of :meth:`jvp` go
-    through every layer together with the point.
+    Blocks are two 3x3 convolutions with group normalisation, modulated by time and context. The tangents of :meth:`jvp`
+    share every layer's batch with the point.
 
     Args:
-        channels: of the image.
-        hidden: channels at each size, the full one first; each further entry halves height and width.
+        channels: channels of the image.
+        hidden: channels at each size, full size first; each further entry halves height and width.
         depth: residual blocks at each size, on the way down and again on the way up.
         attention: self-attention at the smallest size.
         context_dim: size of the context, 0 for none.
-        zero_init: start as f = 0.
-        inputs: channels that come in, where they are not the image's alone.
+        zero_init: initialise with f = 0.
+        inputs: number of input channels; ``channels`` if None.
 
     Raises:
-        ConfigError: for sizes below one, or images that cannot be halved so often.
+        ConfigError: for sizes below 1, or images whose sides are not multiples of 2^(len(hidden) - 1).
 
     Example:
         >>> field = UNet(1, hidden=(8, 16), depth=1)
@@ -76,7 +76,7 @@ class UNet(nn.Module):
         (torch.Size([2, 1, 8, 8]), torch.Size([3, 2, 1, 8, 8]))
     """
 
-    time_rows = True  # t may be (N,), one time a row
+    time_rows = True  # t may be (N,), one time per row
 
     def __init__(
         self,
@@ -111,18 +111,18 @@ class UNet(nn.Module):
             self.zero_()
 
     def zero_(self) -> None:
-        """Zero initialisation: f = 0 for all t and x."""
+        """Set f to zero for all t and x."""
         for p in self.leave.parameters():
             nn.init.zeros_(p)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """dx/dt (N, C, H, W) at x and t () (or (N,), one time a row)."""
+        """Return dx/dt (N, C, H, W) at x and t (), or t (N,) with one time per row."""
         return self._run(Pair(self._placed(x)), self.embedding(t, context)).value
 
     def jvp(
         self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """f (N, C, H, W) and J v + t_dot ∂f/∂t (K, N, C, H, W) for K stacked tangents v, the point computed once."""
+        """Return f (N, C, H, W) and J v + t_dot ∂f/∂t (K, N, C, H, W) for K stacked tangents v; f is computed once."""
         if not intact(self):
             return autodiff_jvp(lambda s, y: UNet.forward(self, s, y, context), t, x, v, t_dot)
         out = self._run(Pair(self._placed(x), self._placed(v.flatten(0, 1))), self.embedding(t, context))
@@ -132,7 +132,7 @@ class UNet(nn.Module):
         return out.value, product
 
     def _drift(self, t: Tensor, x: Tensor, context: Tensor | None, t_dot: Tensor) -> Tensor:
-        """t_dot ∂f/∂t."""
+        """Return t_dot ∂f/∂t."""
         jvp: Any = torch.func.jvp
         moved: Tensor = jvp(lambda s: self(s, x, context), (t,), (t_dot.to(t).expand_as(t),))[1]
         return moved
@@ -165,10 +165,10 @@ class UNet(nn.Module):
 
     @staticmethod
     def _placed(x: Tensor) -> Tensor:
-        """Channels-last."""
+        """Return x channels-last."""
         return x.movedim(-3, -1).contiguous().movedim(-1, -3)
 
 
 def _twice(x: Tensor) -> Tensor:
-    """Every pixel as two by two."""
+    """Repeat every pixel two by two."""
     return F.interpolate(x, scale_factor=2, mode="nearest")

@@ -1,4 +1,4 @@
-"""Fixed grids and adaptive solving, both over s in [0, 1], with direct, checkpointed, reversible and adjoint gradients."""
+"""Fixed-grid and adaptive ODE solvers over s in [0, 1] with direct, checkpointed, reversible and adjoint gradients."""
 
 from cnf.solvers.adaptive import Adaptive
 from cnf.solvers.base import Solution, Solver, Stats

@@ -1,4 +1,4 @@
-"""torchdiffeq's adaptive methods, with direct and adjoint gradients."""
+"""Adaptive solver on top of torchdiffeq, with direct and adjoint gradients."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from cnf.solvers.embedded import embedded
 
 __all__ = ["Adaptive"]
 
-LARGEST = 1e40  # error ratio: the first step is about its inverse, and must not be zero
+LARGEST = 1e40  # cap of the error ratio: the first step is about its inverse and must not be zero
 
 
 class _Function:
-    """The right-hand side as torchdiffeq wants it, counting evaluations and steps."""
+    """Right-hand side in torchdiffeq's calling convention, counting evaluations and steps."""
 
     def __init__(self, rhs: RHS, dtype: torch.dtype, max_steps: int):
         self.rhs, self.dtype, self.max_steps, self.counter = rhs, dtype, max_steps, Counter()
@@ -36,7 +36,7 @@ class _Function:
 
     def callback_step(self, s: Tensor, y: State, h: Tensor) -> None:
         taken = self.counter.accepted + self.counter.rejected
-        # torchdiffeq counts afresh from every output time
+        # torchdiffeq restarts its own count at every output time
         assert taken < self.max_steps, f"max_num_steps exceeded ({taken}>={self.max_steps})"
         self.attempt = s, y, h
 
@@ -51,30 +51,31 @@ class _Function:
 
 
 class Adaptive:
-    """torchdiffeq's adaptive methods, landing on the end time, quadratures out of the error norm.
+    """torchdiffeq's adaptive methods, with the last step ending at s = 1 and quadratures excluded from the error norm.
 
-    The two norms differ in what they let pass. ``"batch"`` is the root mean square over all entries of a batch, which one hard
-    row among 200 moves by a fourteenth of its error: cheap where a mean over rows is wanted. ``"row"`` is the largest root mean
-    square of a row, so that no row's error depends on its company.
+    ``norm="batch"`` is the root mean square over all entries of a batch, to which one stiff row among 200 contributes a
+    fourteenth of its error: cheap if a mean over rows is of interest. ``norm="row"`` is the largest root mean
+    square of a row, so that no row's error depends on the other rows.
 
     Args:
         method: an adaptive method of torchdiffeq: ``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"adaptive_heun"``, ``"fehlberg2"``.
         rtol: relative tolerance.
         atol: absolute tolerance.
-        gradient: ``"direct"`` (back-propagation through the steps taken) or ``"adjoint"`` (the continuous adjoint with the
-            seminorm of 2009.09457).
-        max_steps: steps after which the solve is given up.
-        quadratures_in_norm: let log-det and the other integrals drive the step size too.
-        quadrature_tolerance: the point is solved alone, and log-det and the other integrals are taken at few nodes of its
-            path, as many as keep their error small (see :mod:`cnf.collocation`): with ``norm="batch"`` below so many nats per
-            dimension of the block in the mean over rows, and ten times that in any one row; with ``norm="row"`` below so many
-            nats in every row (from 100 dimensions on, times a hundredth of their number). None integrates them along with the point, their error
-            unknown unless they are in the norm. Where a gradient is recorded, it is that of integrals taken along.
-        norm: ``"batch"`` or ``"row"``; ``"row"`` takes tolerances below four machine epsilons for these.
+        gradient: ``"direct"`` (backpropagation through the solver steps) or ``"adjoint"`` (the continuous adjoint with
+            the seminorm of 2009.09457).
+        max_steps: maximum number of solver steps.
+        quadratures_in_norm: include log-det and the other integrals in the error norm.
+        quadrature_tolerance: solve the point alone and evaluate log-det and the other integrals at as few quadrature
+            nodes of its path as the tolerance permits (see :mod:`cnf.collocation`). With ``norm="batch"`` it is in nats
+            per dimension of the block for the mean over rows, and ten times that for any one row; with ``norm="row"``
+            it is in nats for every row (from 100 dimensions on, times a hundredth of their number). None integrates
+            them along with the point, with uncontrolled error unless they are in the norm. If a gradient is recorded,
+            it is that of the integrals along with the point.
+        norm: ``"batch"`` or ``"row"``; ``"row"`` raises tolerances to at least four machine epsilons.
 
     Raises:
-        ConfigError: for an unknown method or gradient, or tolerances that are not positive and finite, or that exclude each
-            other.
+        ConfigError: for an unknown method, gradient or norm, or tolerances that are not positive and finite, or
+            mutually exclusive.
     """
 
     METHODS = ("dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2")
@@ -114,7 +115,7 @@ class Adaptive:
         return f"Adaptive({self.method!r}, rtol={self.rtol:g}, atol={self.atol:g}, gradient={self.gradient!r})"
 
     def refined(self) -> Adaptive:
-        """The same method, ten times tighter."""
+        """Return the same method with ten times tighter tolerances."""
         finer = copy.copy(self)
         finer.rtol, finer.atol, finer.max_steps = self.rtol / 10, self.atol / 10, 4 * self.max_steps
         if self.quadrature_tolerance is not None:
@@ -122,10 +123,10 @@ class Adaptive:
         return finer
 
     def solve(self, rhs: RHS, state: State, *, dynamic: int = 1, parameters: Sequence[Tensor] = ()) -> Solution:
-        """The state at s = 1; ``parameters`` are all tensors that ``rhs`` closes over (the adjoint needs them).
+        """Return the state at s = 1; ``parameters`` lists all tensors that ``rhs`` closes over, for the adjoint.
 
         Raises:
-            SolverError: too many steps, an underflowing step, or a state that is not finite.
+            SolverError: for too many steps, an underflowing step, or a non-finite state.
         """
         if vectorized():
             return self._embedded(rhs, state, dynamic)
@@ -136,12 +137,13 @@ class Adaptive:
     def path(
         self, rhs: RHS, state: State, times: Tensor, *, dynamic: int = 1, parameters: Sequence[Tensor] = ()
     ) -> Solution:
-        """The state at each of ``times`` (T,), which rise from 0 to 1: entries (T, ...), interpolated between the steps.
+        """Return the state at ``times`` (T,), increasing from 0 to 1, with entries (T, ...) by interpolation.
 
-        The steps are those of :meth:`solve`: further times cost no evaluation, and their error is the steps' own.
+        The steps are those of :meth:`solve`: further times cost no evaluations and have the same error.
 
         Raises:
-            SolverError: too many steps, an underflowing step, or a final state that is not finite.
+            ConfigError: under torch.export or on the meta device.
+            SolverError: for too many steps, an underflowing step, or a non-finite final state.
         """
         if state[0].is_meta or torch.compiler.is_exporting():
             raise ConfigError(f"{self!r} chooses its steps by values, which torch.export and the meta device do not have: use FixedGrid(...)")
@@ -150,14 +152,14 @@ class Adaptive:
         norm = self._norm(state, dynamic)
 
         def options(end: float) -> dict[str, Any]:
-            # step_t makes the last step land on the end, where torchdiffeq would step past it and interpolate
+            # step_t ends the last step at the end time; by default torchdiffeq steps past it and interpolates
             return {"step_t": like.new_tensor([end], dtype=torch.float64), "max_num_steps": self.max_steps}
 
         rtol, atol = self._tolerances(like)
         common: dict[str, Any] = {"rtol": rtol, "atol": atol, "method": self.method}
         try:
             if self.gradient == "adjoint" and torch.is_grad_enabled():
-                if getattr(rhs, "custom", True):  # a custom field may close over an encoder's output, say
+                if getattr(rhs, "custom", True):  # a custom field may close over an encoder's output, for example
                     parameters = (*parameters, *Recompute(parameters).unnamed(lambda *y: function(times[0], y), state))
                 path = torchdiffeq.odeint_adjoint(
                     function,
@@ -179,13 +181,13 @@ class Adaptive:
         return Solution(tuple(path), Stats([function.counter]))
 
     def riding(self) -> Adaptive:
-        """The same tolerances, with every integral along with the point and in the error norm."""
+        """Return the same solver with every integral solved along with the point and in the error norm."""
         other = copy.copy(self)
         other.quadratures_in_norm, other.quadrature_tolerance = True, None
         return other
 
     def _norm(self, state: State, dynamic: int) -> Callable[[State], Tensor]:
-        """The norm of a state's errors, in which integrals stand where they are to drive the steps."""
+        """Return the error norm of a state, over the dynamic entries or, with ``quadratures_in_norm``, over all."""
         used = len(state) if self.quadratures_in_norm else dynamic
         return lambda y: torch.stack([self._size(e) for e in y[:used]]).max()
 
@@ -194,16 +196,16 @@ class Adaptive:
         return max(self.rtol, least), max(self.atol, least)
 
     def _size(self, entry: Tensor) -> Tensor:
-        """Of an entry's errors; in float64, since squares of a row far out overflow float32 and stop the whole batch."""
+        """Return the norm of an entry's errors, in float64, since squares of outliers overflow float32."""
         if not entry.numel():
             return entry.new_zeros((), dtype=torch.float64)
-        entry = entry.detach()  # steps are chosen by values: a norm has no second derivative at zero
+        entry = entry.detach()  # steps depend on values only: a norm has no second derivative at zero
         rows = entry.reshape(len(entry) if self.norm == "row" else 1, -1)
         size: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) / math.sqrt(rows.shape[1])
         return size.max().clamp(max=LARGEST)
 
     def _embedded(self, rhs: RHS, state: State, dynamic: int) -> Solution:
-        """The same steps inside a transform of torch.func; the gradient is that of the steps taken, whatever ``gradient`` is."""
+        """Solve with the same steps inside a transform of torch.func; the gradient is always the direct one."""
         counter = Counter()
         rtol, atol = self._tolerances(state[0])
         y = embedded(

@@ -1,4 +1,4 @@
-"""What a solver is, what it returns, and what it cost."""
+"""Solver protocol, its result, and its cost in evaluations."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ RHS = Callable[[Tensor, State], State]
 
 
 class Counter:
-    """Evaluations of one solve; those made after the forward solve ended belong to the backward pass."""
+    """Evaluation counts of one solve; evaluations after the forward solve count as backward."""
 
     def __init__(self) -> None:
         self.nfe = self.nfe_backward = self.accepted = self.rejected = 0
-        self.products = 0  # forward evaluations that took a derivative, which whoever owns the right-hand side knows
+        self.products = 0  # forward evaluations with a derivative, set by the owner of the right-hand side
         self.backward = False
         self.attempt: tuple[Tensor, Tensor] | None = None  # s and step size of the adjoint's latest step
 
     def count(self) -> None:
-        """One more evaluation."""
+        """Count one evaluation."""
         if self.backward:
             self.nfe_backward += 1
         else:
@@ -34,7 +34,7 @@ class Counter:
 
 
 class Stats:
-    """Evaluations of the field in one or several solves; sums follow the backward pass when it comes."""
+    """Evaluation counts of one or several solves; they include later backward passes."""
 
     def __init__(self, counters: Sequence[Counter] = ()):
         self._counters = tuple(counters)
@@ -47,36 +47,36 @@ class Stats:
 
     @property
     def nfe(self) -> int:
-        """Evaluations in the forward solves."""
+        """Number of evaluations (NFE) in the forward solves."""
         return self._sum("nfe")
 
     @property
     def nfe_backward(self) -> int:
-        """Evaluations made for the gradient: the adjoint's own, or those that a checkpoint or a walk back repeats."""
+        """Number of evaluations for the gradient, by the adjoint, a checkpoint or a reversible solve."""
         return self._sum("nfe_backward")
 
     @property
     def accepted(self) -> int:
-        """Accepted steps."""
+        """Number of accepted solver steps."""
         return self._sum("accepted")
 
     @property
     def rejected(self) -> int:
-        """Rejected steps (adaptive solvers)."""
+        """Number of rejected solver steps (adaptive solvers)."""
         return self._sum("rejected")
 
     @property
     def products(self) -> int:
-        """Evaluations in the forward solves that took a derivative of the field (a product, or the closed form of the trace)."""
+        """Number of forward evaluations with a derivative of the field (Jacobian product or closed-form trace)."""
         return self._sum("products")
 
     def all_products(self) -> None:
-        """Every evaluation so far in the forward solves took a derivative."""
+        """Mark every forward evaluation so far as one with a derivative."""
         for counter in self._counters:
             counter.products = counter.nfe
 
     def joined(self, products: int = 0) -> Stats:
-        """All of it as one solve's, with as many further evaluations, all of which took a derivative."""
+        """Return the totals as those of one solve, plus ``products`` further evaluations with a derivative."""
         one = Counter()
         for name in ("nfe", "nfe_backward", "accepted", "rejected", "products"):
             setattr(one, name, self._sum(name))
@@ -84,14 +84,14 @@ class Stats:
         return Stats([one])
 
     def costliest(self) -> str:
-        """The block that took most evaluations, in words; "" where there is one only."""
+        """Describe the block with most evaluations; "" for a single block."""
         if len(self._counters) < 2:
             return ""
         number, counter = max(enumerate(self._counters, 1), key=lambda pair: pair[1].nfe)
         return f" in block {number} of {len(self._counters)} ({counter.nfe:,} evaluations)"
 
     def stalled(self) -> str:
-        """Where an adjoint's backward solve stopped, in words: the blocks are solved last to first."""
+        """Describe where an adjoint's backward solve stopped, "" if unknown; blocks are solved last to first."""
         for number, counter in enumerate(self._counters, 1):
             if counter.attempt is not None:
                 s, h = (abs(float(v.detach())) for v in counter.attempt)
@@ -105,41 +105,41 @@ class Stats:
 
 
 class Solution(NamedTuple):
-    """The state at s = 1 and what it cost."""
+    """State at s = 1 and evaluation counts."""
 
     state: State
     stats: Stats
 
 
 class Solver(Protocol):
-    """Solves d state / ds = rhs(s, state) over s in [0, 1].
+    """Solver of d state / ds = rhs(s, state) over s in [0, 1].
 
-    Quadratures do not enter the right-hand side. A solver may so hand it the dynamic entries alone, and then looks at their
-    slopes only: a right-hand side may leave the others out.
+    The right-hand side does not depend on the quadratures. A solver may therefore call it with the dynamic entries
+    alone and read only their slopes; the right-hand side may then omit the others.
     """
 
     def solve(self, rhs: RHS, state: State, *, dynamic: int = 1, parameters: Sequence[Tensor] = ()) -> Solution:
-        """The state at s = 1; the first ``dynamic`` entries are the point, the rest quadratures."""
+        """Return the state at s = 1; first ``dynamic`` dynamic entries (the point first), then quadratures."""
 
     def refined(self) -> Solver:
-        """The same solver, finer: what this one's error is measured against."""
+        """Return a finer version of this solver, the reference for error estimates."""
 
 
 def largest(y: State) -> float:
-    """The largest entry of a state, in absolute value."""
+    """Return the largest absolute value in a state."""
     return max(float(e.detach().abs().max()) for e in y)
 
 
 def finite(y: State) -> bool:
-    """Whether every entry of a state is finite."""
+    """Return whether every entry of a state is finite."""
     return all(bool(torch.isfinite(e).all()) for e in y)
 
 
 def require_finite(values: Tensor, what: str) -> None:
-    """Refuse values that are not finite.
+    """Check that values are finite.
 
     Raises:
-        SolverError: saying what is not finite.
+        SolverError: if they are not; ``what`` names them.
     """
     if not finite((values,)):
         raise SolverError(f"{what} is not finite")

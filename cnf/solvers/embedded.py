@@ -1,4 +1,4 @@
-"""Adaptive Runge-Kutta steps of plain tensor operations, for the transforms of torch.func, which torchdiffeq's steps do not pass."""
+"""Adaptive Runge-Kutta solver for torch.func transforms, which torchdiffeq does not support."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def embedded(
     norm: Callable[[State], Tensor],
     max_steps: int,
 ) -> State:
-    """Return the state at s = 1 by torchdiffeq's method, tableau and step control; steps are taken from values alone.
+    """Return the state at s = 1 with torchdiffeq's tableau and step control; steps depend on values only.
 
     Args:
         method: an adaptive Runge-Kutta method of torchdiffeq.
         rhs: slopes of the state.
-        state: at s = 0.
+        state: state at s = 0.
         counter: counts evaluations and steps.
         rtol, atol: tolerances.
-        norm: of errors relative to the tolerances, entry by entry.
-        max_steps: after which the solve is given up.
+        norm: norm of the errors relative to the tolerances.
+        max_steps: maximum number of solver steps.
 
     Raises:
-        SolverError: under ``vmap``, for too many steps, an underflowing step, or a state that is not finite.
+        SolverError: under ``vmap``, for too many steps, an underflowing step, or a non-finite state.
     """
     kind: Any = SOLVERS[method]
     tableau, order = kind.tableau, float(kind.order)
@@ -56,7 +56,7 @@ def embedded(
         return rhs(y[0].new_full((), s), y)
 
     def ratio(e: State, y: State, z: State) -> float:
-        # steps are chosen by values: no derivative passes through them
+        # steps depend on values only: no derivative passes through them
         scaled = tuple(d.detach() / (atol + rtol * torch.maximum(a.detach().abs(), b.detach().abs())) for d, a, b in zip(e, y, z, strict=True))
         return _number(norm(scaled))
 
@@ -84,7 +84,7 @@ def embedded(
 
 
 def _moved(y: State, h: float, coefficients: list[float], slopes: list[State]) -> State:
-    """y + h Σ c_i k_i, entry by entry."""
+    """Return y + h Σ c_i k_i, entry by entry."""
     out = []
     for j, entry in enumerate(y):
         for c, k in zip(coefficients, slopes, strict=False):
@@ -94,7 +94,7 @@ def _moved(y: State, h: float, coefficients: list[float], slopes: list[State]) -
 
 
 def _first_step(slopes: Callable[[float, State], State], y: State, f: State, order: float, ratio: Callable[..., float]) -> float:
-    """Hairer, Nørsett and Wanner's choice (Solving Ordinary Differential Equations I, II.4)."""
+    """Return the first step size (Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, II.4)."""
     d0, d1 = ratio(y, y, y), ratio(f, y, y)
     h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
     ahead = slopes(h0, _moved(y, h0, [1.0], [f]))

@@ -22,7 +22,7 @@ __all__ = ["FixedGrid"]
 
 
 def weighted(j: int, coefficients: Sequence[float], slopes: Sequence[State]) -> Tensor | None:
-    """Σ c_i k_i for entry j of a state; None where every c_i is zero."""
+    """Return Σ c_i k_i for entry j of a state; None if every c_i is zero."""
     total = None
     for c, k in zip(coefficients, slopes, strict=False):
         if c:
@@ -31,7 +31,7 @@ def weighted(j: int, coefficients: Sequence[float], slopes: Sequence[State]) -> 
 
 
 def _axpy(y: State, h: Tensor, coefficients: Sequence[float], slopes: Sequence[State]) -> State:
-    """y + h Σ c_i k_i, entry by entry."""
+    """Return y + h Σ c_i k_i, entry by entry."""
     sums = [weighted(j, coefficients, slopes) for j in range(len(y))]
     return tuple(entry if total is None else entry + h * total for entry, total in zip(y, sums, strict=True))
 
@@ -39,8 +39,9 @@ def _axpy(y: State, h: Tensor, coefficients: Sequence[float], slopes: Sequence[S
 def stages(
     tableau: Tableau, rhs: RHS, s: Tensor, h: Tensor, y: State, counter: Counter, number: int | None = None
 ) -> list[State]:
-    """The slopes k_i of one step of size h from y at s; a right-hand side with a method ``at`` is told which they are, if the
-    step has a number."""
+    """Return the slopes k_i of one step of size h from y at s.
+
+    With ``number``, a right-hand side with a method ``at`` is called as ``rhs.at(number, i, s, y)`` for stage i."""
     slopes: list[State] = []
     placed = None if number is None else getattr(rhs, "at", None)
     for i, (c, a) in enumerate(zip(tableau.c, tableau.a, strict=True)):
@@ -51,18 +52,18 @@ def stages(
 
 
 class FixedGrid:
-    r"""A Runge-Kutta method on a fixed grid; its gradient is the discretisation's own.
+    r"""Runge-Kutta method on a fixed grid, differentiated as a discretisation.
 
-    A right-hand side may ask for the steps' errors by an attribute ``step_error``: the place in the state to which
-    :math:`|h| \|E\|` of every step is added (see :class:`cnf.quadratures.StepError`).
+    A right-hand side may request the steps' error estimates by an attribute ``step_error``: the index of the state
+    entry to which :math:`|h| \|E\|` of every step is added (see :class:`cnf.quadratures.StepError`).
 
     Args:
         method: ``"euler"``, ``"midpoint"``, ``"heun"``, ``"rk4"`` (the 3/8 rule), ``"rk4-classic"`` or ``"dopri5"``.
-        steps: number of equal steps over [0, 1].
-        gradient: ``"direct"`` keeps every stage for the backward pass; ``"checkpoint"`` keeps four states and repeats the
-            steps between them (once up to four steps, twice beyond): the same gradient, in memory that does not grow with
-            the steps. It can be differentiated once, and ``parameters`` of :meth:`solve` must name every tensor that
-            ``rhs`` closes over and that wants a gradient.
+        steps: number of equal solver steps over [0, 1].
+        gradient: ``"direct"`` stores every stage for the backward pass; ``"checkpoint"`` stores four states and
+            recomputes the steps between them (once up to four steps, twice beyond): the same gradient, in memory
+            independent of the number of steps. It can be differentiated once, and ``parameters`` of :meth:`solve` must
+            list every tensor that ``rhs`` closes over and that requires a gradient.
 
     Raises:
         ConfigError: for an unknown method or gradient, or fewer than one step.
@@ -93,15 +94,15 @@ class FixedGrid:
         return f"FixedGrid({self.method!r}, steps={self.steps}, gradient={self.gradient!r})"
 
     def with_steps(self, steps: int) -> FixedGrid:
-        """The same method with so many steps."""
+        """Return the same method with ``steps`` steps."""
         return FixedGrid(self.method, steps, self.gradient)
 
     def refined(self) -> FixedGrid:
-        """The same method with twice the steps."""
+        """Return the same method with twice the steps."""
         return self.with_steps(2 * self.steps)
 
     def stage(self, u: float) -> tuple[int, int, float]:
-        """Step, stage and probability of the stage that u, uniform on [0, 1), draws: by the sizes of their weights.
+        """Sample a step and stage by weight from u, uniform on [0, 1); return step, stage and probability.
 
         Example:
             >>> FixedGrid("midpoint", steps=2).stage(0.7)
@@ -112,11 +113,11 @@ class FixedGrid:
         return *divmod(at, len(self.tableau.b)), sizes[at] / sum(sizes)
 
     def solve(self, rhs: RHS, state: State, *, dynamic: int = 1, parameters: Sequence[Tensor] = ()) -> Solution:
-        """The state at s = 1.
+        """Return the state at s = 1.
 
         Raises:
-            SolverError: if it is not finite; the solve is then repeated with a check at every step to say where. Inside
-                :func:`~cnf.deferral.deferred_checks` there is none, and the state is as it is.
+            SolverError: for a non-finite state; the solve is repeated with a check after every step to locate it.
+                Inside :func:`~cnf.deferral.deferred_checks` the state is not checked.
         """
         counter = Counter()
         like = state[0]
@@ -139,7 +140,7 @@ class FixedGrid:
         parameters: Sequence[Tensor],
         check: bool = False,
     ) -> State:
-        """The state at s = 1; with ``check`` (and no gradient) every step's state has to be finite."""
+        """Return the state at s = 1; with ``check`` (without gradient) the state is checked after every step."""
 
         place = getattr(rhs, "step_error", None) if self.tableau.error else None
 
@@ -164,7 +165,7 @@ class FixedGrid:
         return y
 
     def _require_finite(self, i: int, before: State, y: State, nodes: Tensor, counter: Counter) -> None:
-        """SolverError where step i led from one state to another that is not finite."""
+        """Check that the state after step i is finite; otherwise raise a SolverError with the step, s and cost."""
         if not finite(y):
             raise SolverError(
                 f"the state is not finite after step {i + 1} of {self.steps} ({self.method}) at s={nodes[i + 1]:.4g} "

@@ -1,4 +1,4 @@
-"""Algebraically reversible Runge-Kutta grids: the backward pass walks the solve back instead of keeping it."""
+"""Algebraically reversible Runge-Kutta methods: the backward pass reconstructs the solve instead of storing it."""
 
 from __future__ import annotations
 
@@ -18,48 +18,49 @@ from cnf.solvers.tableaus import Tableau
 
 __all__ = ["Reversible"]
 
-WIDE = torch.float64  # of sums over steps: what is added can then be taken off again
-WHOLE_COUPLING = 1e-3  # λ^steps by default: the walk back amplifies rounding by its inverse, 1e3 of float64's 1e-16
-LEAST_COUPLING = 1e-6  # λ^steps below which a coupling is refused
+WIDE = torch.float64  # dtype of sums over steps, so that what is added can be subtracted again
+WHOLE_COUPLING = 1e-3  # default of λ^steps: the reverse solve amplifies rounding (1e-16 in float64) by its inverse, 1e3
+LEAST_COUPLING = 1e-6  # smallest λ^steps accepted
 
 
 class Reversible(FixedGrid):
-    r"""A Runge-Kutta method on a fixed grid, made reversible (2410.11648): the discretisation's own gradient in memory that is
-    the same for any number of steps.
+    r"""Reversible Runge-Kutta method (2410.11648): exact gradient of the discretisation in constant memory.
 
     Two copies of the point advance together, each by the method's increment :math:`\Psi` at the other:
 
     .. math::
         y_{n+1} = \lambda y_n + (1 - \lambda) z_n + \Psi_h(s_n, z_n), \qquad z_{n+1} = z_n - \Psi_{-h}(s_{n+1}, y_{n+1}),
 
-    from :math:`y_0 = z_0`, and can be had back from :math:`(y_{n+1}, z_{n+1})` without solving an equation. The backward pass
-    does so step by step. The order is the method's. Quadratures do not enter the right-hand side and need no second copy: they
-    are summed along z, by the increments that carry y.
+    from :math:`y_0 = z_0`. The step is explicitly invertible, and the backward pass inverts it step by step. The order
+    is that of the method. The right-hand side does not depend on quadratures, which need no second copy: they are
+    summed along z, by the increments that advance y.
 
-    What is kept is the difference of the copies, :math:`d = y - z`, which is of the size of the method's error:
-    :math:`d_{n+1} = \lambda d_n + \Psi_h + \Psi_{-h}`. Sums are float64 whatever the state is, the right-hand side sees the
-    state's own type: the points are then met again to the last bit of float32 but for rare ones. A state that is not met
-    again (a flow that contracts by many orders of magnitude on too coarse a grid) shows itself in :math:`d_0`, which is zero,
-    and is an error.
+    The difference :math:`d = y - z`, of the size of the method's error, is stored instead of y:
+    :math:`d_{n+1} = \lambda d_n + \Psi_h + \Psi_{-h}`. Sums are float64 for any state; the right-hand side gets the
+    state's dtype. The points are then reconstructed to the last bit of float32, with rare exceptions. A failed
+    reconstruction (a flow that contracts by many orders of magnitude on too coarse a grid) gives a nonzero :math:`d_0`
+    and raises an error.
 
-    A step costs two evaluations of the point's slope for one of a plain grid's, and the walk back as many again; the quadratures
-    are evaluated as often as on a plain grid, where the right-hand side knows to leave them out (see
-    :class:`~cnf.solvers.base.Solver`). The last step's second half is never needed. A small convolutional flow's training step
-    took twice the time of the direct gradient's (a checkpoint's: 1.3 to 1.7 times, holding a quarter of the states for a while).
+    A step evaluates the point's slope twice as often as a plain grid, and the reverse solve as often again; quadratures
+    are evaluated as often as on a plain grid if the right-hand side can omit them (see
+    :class:`~cnf.solvers.base.Solver`). The second half of the last step is not needed. A training step of a small
+    convolutional flow took twice the time of the direct gradient (a checkpoint: 1.3 to 1.7 times, with a quarter of the
+    states stored temporarily).
 
     Args:
         method: as in :class:`FixedGrid`.
-        steps: number of equal steps over [0, 1].
-        coupling: λ in (0, 1]; None for :math:`10^{-3/\text{steps}}`. Errors of d are damped by λ a step and, walking back,
-            amplified by 1/λ. Small is stable: where the flow contracts by e⁻⁵, 16 steps of rk4 are a hundred times more
-            accurate with the default than with 0.99.
-        gradient: ``"reversible"``, or ``"direct"`` for the same numbers with every stage kept. The former can be differentiated
-            once, and ``parameters`` of :meth:`solve` must name every tensor that ``rhs`` closes over and that wants a gradient.
+        steps: number of equal solver steps over [0, 1].
+        coupling: λ in (0, 1]; None for :math:`10^{-3/\text{steps}}`. Each step damps errors of d by λ, and the reverse
+            step amplifies them by 1/λ. Small values are stable: where the flow contracts by e⁻⁵, 16 steps of rk4 are a
+            hundred times more accurate with the default than with 0.99.
+        gradient: ``"reversible"``, or ``"direct"`` for the same values with every stage stored. ``"reversible"`` can be
+            differentiated once, and ``parameters`` of :meth:`solve` must list every tensor that ``rhs`` closes over and
+            that requires a gradient.
 
     Raises:
-        ConfigError: for an unknown method or gradient, fewer than one step, or a coupling that is none or too small for so
-            many steps.
-        SolverError: from the backward pass, for a solve that cannot be walked back.
+        ConfigError: for an unknown method or gradient, fewer than one step, or a coupling outside (0, 1] or too small
+            for the number of steps.
+        SolverError: from the backward pass, if the solve cannot be reversed.
 
     Example:
         >>> w = torch.tensor(-1.0, requires_grad=True)
@@ -92,7 +93,7 @@ class Reversible(FixedGrid):
         )
 
     def with_steps(self, steps: int) -> Reversible:
-        """The same method with so many steps, its copies coupled as closely over the whole."""
+        """Return the same method with ``steps`` steps and the same total coupling λ^steps."""
         coupling = None if self.given is None else self.given ** (self.steps / steps)
         return Reversible(self.method, steps, coupling, self.gradient)
 
@@ -115,7 +116,7 @@ class Reversible(FixedGrid):
 
 
 class _Walk:
-    """The recursion of one solve, forth, and back with its gradients; z and d are lists of the dynamic entries."""
+    """Forward and reverse recursion of one solve; z and d are lists of the dynamic entries."""
 
     def __init__(
         self,
@@ -129,18 +130,18 @@ class _Walk:
     ):
         self.solver, self.rhs, self.nodes, self.counter = solver, rhs, nodes, counter
         self.dynamic, self.types = dynamic, [e.dtype for e in state]
-        self.idle = tuple(e.detach() for e in state[dynamic:])  # the right-hand side does not look at them
-        # one for each half of a step: what the second closes over may be less
+        self.idle = tuple(e.detach() for e in state[dynamic:])  # the right-hand side does not read them
+        # one for each half step: the second may close over fewer tensors
         self.whole, self.motion = (Recompute(parameters, solver.gradient) for _ in range(2))
         self.deferred = deferred()
 
     def ahead(self, i: int, *z: Tensor) -> State:
-        """Ψ_h of all entries from node i."""
+        """Return Ψ_h of all entries from node i."""
         h = self.nodes[i + 1] - self.nodes[i]
         return self._increment(lambda s, y: self.rhs(s, (*y, *self.idle)), self.nodes[i], h, z, len(self.types))
 
     def behind(self, i: int, *y: Tensor) -> State:
-        """Ψ_{-h} of the dynamic entries from node i + 1."""
+        """Return Ψ_{-h} of the dynamic entries from node i + 1."""
         h = self.nodes[i] - self.nodes[i + 1]
         return self._increment(self.rhs, self.nodes[i + 1], h, y, self.dynamic)
 
@@ -153,7 +154,7 @@ class _Walk:
     def forth(
         self, state: State, require: Callable[[int, State, State], None] | None = None
     ) -> tuple[State, list[Tensor], list[Tensor]]:
-        """The state at s = 1, and z and d before the last step."""
+        """Return the state at s = 1, and z and d before the last step."""
         k, coupling, steps = self.dynamic, self.solver.coupling, self.solver.steps
         z, sums = [e.to(WIDE) for e in state[:k]], [e.to(WIDE) for e in state[k:]]
         d = [torch.zeros_like(e) for e in z]
@@ -180,14 +181,14 @@ class _Walk:
         named: Sequence[bool],
         autocast: torch.autocast,
     ) -> list[Tensor | None]:
-        """The gradients of the first state, then those of the parameters (of the ``named`` ones), from the last state's.
+        """Return the gradients of the initial state and of the ``named`` parameters, from those of the final state.
 
         Raises:
-            SolverError: where the first state is not met again; if checks are deferred the gradients are then not finite.
+            SolverError: if the initial state is not reconstructed; with deferred checks the gradients are NaN instead.
         """
         k, coupling = self.dynamic, self.solver.coupling
         wanted = [True] * k + list(named)
-        # a quadrature is a sum over the steps: its gradient is the same for all of them
+        # a quadrature is a sum over the steps: all steps share its gradient
         gq = [None if g is None else g.to(WIDE) for g in given[k:]]
         gy = [torch.zeros_like(p) if g is None else g.to(WIDE) for g, p in zip(given, z, strict=False)]
         gz, gd = [torch.zeros_like(p) for p in z], [torch.zeros_like(p) for p in z]
@@ -216,7 +217,7 @@ class _Walk:
         if self.deferred:
             factor = torch.where(missed <= 1, 1.0, torch.nan)
             return [g if g is None else g * factor.to(g.dtype) for g in gradients]
-        if not missed <= 1:  # nan is no pass
+        if not missed <= 1:  # nan fails too
             raise SolverError(
                 f"{self.solver!r} could not be walked back for its gradient: it missed the state that it started from by "
                 f"{float(missed):.3g} times what is tolerated: more steps, a kinetic penalty, or gradient='checkpoint' of a "
@@ -225,7 +226,7 @@ class _Walk:
         return gradients
 
     def missed(self, z: Sequence[Tensor], d: Sequence[Tensor]) -> Tensor:
-        """How far the walk back missed the first state, where both copies are one, in units of what is tolerated."""
+        """Return the error of the reconstructed initial state, where y = z, relative to the tolerance."""
         shares = []
         for entry, difference, kind in zip(z, d, self.types, strict=False):
             allowed = torch.finfo(kind).eps ** (1 / 3) * entry.abs().max().clamp(min=1)
@@ -234,12 +235,12 @@ class _Walk:
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """a + b, where either may be missing."""
+    """Return a + b; either may be None."""
     return b if a is None else a if b is None else a + b
 
 
 class _Walked(torch.autograd.Function):
-    """The state at s = 1, of which z and d before the last step are kept."""
+    """State at s = 1; stores z and d before the last step for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, walk: _Walk, *tensors: Tensor) -> State:

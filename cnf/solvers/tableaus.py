@@ -1,4 +1,4 @@
-"""Butcher tableaus: a fixed-grid method is data."""
+"""Butcher tableaus of the fixed-grid methods."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ __all__ = ["TABLEAUS", "Tableau"]
 
 @dataclass(frozen=True)
 class Tableau:
-    """A Butcher tableau: nodes c, rows a (strictly lower triangular), weights b, and the order of the method.
+    """Butcher tableau: nodes c, rows a (strictly lower triangular), weights b, and the order of the method.
 
-    ``error`` are b less the weights of a method of lower order with the same stages; () where none is known.
+    ``error`` is b minus the weights of a lower-order method with the same stages; () if there is none.
     """
 
     c: tuple[float, ...]
@@ -23,24 +23,24 @@ class Tableau:
 
 TABLEAUS = {
     "euler": Tableau((0.0,), ((),), (1.0,), 1),
-    "midpoint": Tableau((0.0, 0.5), ((), (0.5,)), (0.0, 1.0), 2, (-1.0, 1.0)),  # less Euler's
+    "midpoint": Tableau((0.0, 0.5), ((), (0.5,)), (0.0, 1.0), 2, (-1.0, 1.0)),  # minus Euler's weights
     "heun": Tableau((0.0, 1.0), ((), (1.0,)), (0.5, 0.5), 2, (-0.5, 0.5)),
-    # the 3/8 rule, which torchdiffeq and so the published codes call rk4
+    # the 3/8 rule, called rk4 by torchdiffeq and the published codes
     "rk4": Tableau(
         (0.0, 1 / 3, 2 / 3, 1.0),
         ((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)),
         (1 / 8, 3 / 8, 3 / 8, 1 / 8),
         4,
-        (1 / 8, -1 / 8, -1 / 8, 1 / 8),  # less (0, 1/2, 1/2, 0), of order 2
+        (1 / 8, -1 / 8, -1 / 8, 1 / 8),  # minus (0, 1/2, 1/2, 0), of order 2
     ),
     "rk4-classic": Tableau(
         (0.0, 0.5, 0.5, 1.0),
         ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)),
         (1 / 6, 1 / 3, 1 / 3, 1 / 6),
         4,
-        (1 / 6, -1 / 6, -1 / 6, 1 / 6),  # less (0, 1/2, 1/2, 0), of order 2
+        (1 / 6, -1 / 6, -1 / 6, 1 / 6),  # minus (0, 1/2, 1/2, 0), of order 2
     ),
-    # Dormand-Prince of order 5: the seventh stage serves only the error estimate, which a fixed grid has no use for
+    # Dormand-Prince of order 5 without its seventh stage, which only estimates the error
     "dopri5": Tableau(
         (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0),
         (
