@@ -6,6 +6,7 @@ import resource
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from cnf.checkpoint import RunInfo
 from cnf.collocation import RULES, interpolation, patterson
@@ -30,9 +31,11 @@ def resident():
 
 
 def live():
-    """Tensors that are held, and their bytes."""
+    """Tensors that are held, and their bytes; not the fake and wrapped ones of graphs traced by torch.compile, which hold no memory."""
     gc.collect()
-    found = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    found = [o for o in gc.get_objects() if issubclass(type(o), kinds) and not isinstance(o, FakeTensor) and not wrapped(o)]
     return len(found), sum(t.untyped_storage().nbytes() for t in found)
 
 
