@@ -36,6 +36,13 @@ def _colours(marks: Tensor, classes: Sequence[str]) -> tuple[Any, list[Line2D]]:
     return np.array(palette)[codes], handles
 
 
+def _written(figure: Any, handles: Sequence[Any], path: Path) -> Path:
+    """Write a figure as PNG, with a legend below it if there are handles; return the path."""
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
+    return write(path, lambda p: figure.savefig(p, format="png"))
+
+
 def _plane(states: Any) -> tuple[Any, tuple[str, str]]:
     """Project states (times, N, D) to two coordinates: unchanged if D = 2, else principal axes (fitted to a subset)."""
     if states.shape[2] == 2:
@@ -133,9 +140,7 @@ def paths_1d(model: NeuralODE, x: Tensor, marks: Tensor, path: Path) -> Path:
             axis.plot(times[-1, i], states[-1, i], ".", color=colour, ms=4)
     axis.set(xlabel="t / T" if model.depth is None else "$t$, from 0 to $T(x)$", ylabel="$x(t)$" if model.augment == 0 else "first entry of the state", title="trajectories")
     axis.grid(alpha=0.3)
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
-    return write(path, lambda p: figure.savefig(p, format="png"))
+    return _written(figure, handles, path)
 
 
 @torch.no_grad()
@@ -248,9 +253,7 @@ def decision_boundary(
         axis.scatter(*array(x).T, 9, c=colours, edgecolors="black", linewidths=0.25)
         axis.set(xlabel="$x_1$", ylabel="$x_2$", aspect=aspect_of(box))
     axis.set_title("decision boundary" if classes else "prediction")
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
-    return write(path, lambda p: figure.savefig(p, format="png"))
+    return _written(figure, handles, path)
 
 
 def _curves(model: Predictor, x: Tensor, marks: Tensor, axis: Any, colours: Any, classes: Sequence[str]) -> None:
