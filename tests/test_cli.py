@@ -99,7 +99,7 @@ def test_interrupted_run_resumes_to_the_same_weights(tmp_path, monkeypatch, caps
     real = Trainer.update
 
     def update(self):
-        if self.step == 3:
+        if self.state.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return real(self)
 
@@ -202,7 +202,7 @@ def test_who_runs_out_of_memory_is_told_of_options_that_there_are(monkeypatch, c
 
 
 def test_dry_run_leaves_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("cnf.training.measure.ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr("cnf.training.cost.CostMeter.enough_seconds", 0.0)
     monkeypatch.chdir(tmp_path)
     assert train_main(["digits", *TINY, "--dry-run"]) == 0
     said = capsys.readouterr().out
@@ -213,7 +213,7 @@ def test_dry_run_leaves_nothing(tmp_path, monkeypatch, capsys):
 
 
 def test_a_dry_run_of_both_objectives_measures_both(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("cnf.training.measure.ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr("cnf.training.cost.CostMeter.enough_seconds", 0.0)
     monkeypatch.chdir(tmp_path)
     both = ["--objective", "both", "--tune-steps", "2", "--tune-batch-size", "10"]
     assert train_main(["digits", *TINY, *both, "--dry-run"]) == 0
@@ -237,7 +237,7 @@ def test_run_folders_are_named_by_preset_data_and_seed(tmp_path, monkeypatch, ta
 
 
 def test_preset_may_stand_anywhere(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("cnf.training.measure.ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr("cnf.training.cost.CostMeter.enough_seconds", 0.0)
     small = ["--batch-size", "8", "--limit", "50"]
     for arguments in (["ffjord-toy", *small, "--dry-run"], [*small, "--dry-run", "ffjord-toy"], ["--dry-run", *small, "ffjord-toy", "--lr", "1"]):
         assert train_main(arguments) == 0
@@ -246,7 +246,7 @@ def test_preset_may_stand_anywhere(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("name", "size"), [("tabular", 0), ("ffjord-toy", 0), ("digits", 5), ("fm-digits", 6), ("fm-digits", 18), ("fm-mnist", 16)])
 def test_preset_fits_the_data_where_none_is_named(tmp_path, monkeypatch, capsys, table, name, size):
-    monkeypatch.setattr("cnf.training.measure.ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr("cnf.training.cost.CostMeter.enough_seconds", 0.0)
     np.savez(tmp_path / "x.npz", images=np.random.default_rng(0).integers(256, size=(40, size, size), dtype=np.uint8))
     data = {"tabular": table, "ffjord-toy": "moons"}.get(name, tmp_path / "x.npz")
     words = ["--data", str(data), "--limit", "30", "--dry-run"]

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from cnf.training.automatic import AutomaticSteps
 from torch import nn
 
 from cnf import ModelConfig, SolverConfig, build, compilation
@@ -19,7 +20,6 @@ from cnf.noise import Noise
 from cnf.objectives import Likelihood
 from cnf.quadratures import JacobianFrobenius, Kinetic, StepError
 from cnf.solvers import FixedGrid, Reversible
-from cnf.training.automatic import AutomaticSteps
 
 LAYERS = ("ignore", "concat", "concatsquash", "concatcoord", "blend", "hyper")
 

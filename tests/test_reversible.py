@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from cnf.training.watch import Watch
 from conftest import ROOT
 
 from cnf.continuous import CNF
@@ -21,7 +22,6 @@ from cnf.noise import Noise
 from cnf.objectives import Likelihood
 from cnf.quadratures import JacobianFrobenius, Kinetic, RunningCost
 from cnf.solvers import TABLEAUS, Adaptive, FixedGrid, Reversible
-from cnf.training.watch import Watch
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

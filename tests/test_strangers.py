@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from cnf.training.journal import Journal
 from PIL import Image
 from test_datasets_images import cifar10, colour, python2_batch
 
@@ -44,7 +45,6 @@ from cnf.errors import CheckpointError, DataError
 from cnf.models import ModelConfig, SolverConfig
 from cnf.presets import DataConfig, RunConfig, TrainConfig
 from cnf.training import read_json
-from cnf.training.journal import Journal
 
 CONFIG = RunConfig("own", DataConfig("x.npy"), ModelConfig(hidden=(5,)), SolverConfig(), TrainConfig())
 INFO = RunInfo(CONFIG, (2,), None, 3, ("a", "b", "c"), ("x", "y"))

@@ -19,7 +19,7 @@ from cnf.distributed import SINGLE_PROCESS, Group, muted, speaks
 from cnf.errors import CNFError, ConfigError, DataError
 from cnf.presets import RunConfig
 from cnf.training import Interrupted
-from cnf.training.memory import exhausted
+from cnf.training.memory import is_oom
 
 __all__ = ["guard", "load_splits", "read_run", "usable_device"]
 
@@ -68,7 +68,7 @@ def _outcome(run: Callable[[], int], room: str) -> int:
     except CNFError as error:
         return _say(f"failed: {error}", 1)
     except (MemoryError, RuntimeError) as error:
-        if not exhausted(error):
+        if not is_oom(error):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return _say(f"failed: out of memory ({reason}): try {room}", 1)

@@ -2,238 +2,366 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import sys
 import time
-from contextlib import nullcontext, suppress
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from tqdm import tqdm
 
-from cnf.checkpoint import RunInfo, has_trainer
-from cnf.datasets import DataSplits
 from cnf.deferral import deferred_checks
 from cnf.distributed import SINGLE_PROCESS, Group
-from cnf.errors import CheckpointError, SolverError
+from cnf.errors import DataError, SolverError
 from cnf.objectives import Objective
-from cnf.training.batches import Batches, shared_settings, validation_rows
-from cnf.training.importance import TimesWatch
-from cnf.training.journal import Journal, Mute
-from cnf.training.memory import fitting
-from cnf.training.settle import Ledger, advance, settle, told
+from cnf.training.batches import Batches
+from cnf.training.callbacks import Callback, WeightAverage
+from cnf.training.memory import micro_batch_advice, oom_advice
+from cnf.training.metrics import MetricBuffer, StepResult
+from cnf.training.phases import Phase
+from cnf.training.schedule import masked_step
 from cnf.training.signals import Abandoned, Interrupted, Signals
-from cnf.training.stages import enter, fresh, rate, stages, undo_gaming
-from cnf.training.state import NUMBERS, export, owning, rescue, restore, write
-from cnf.training.step import gradient, tensor_cores
-from cnf.training.watch import Watch
+from cnf.training.state import Pending, TrainState
+from cnf.training.step import culprit, gradient, micro_batches, tensor_cores
 
-__all__ = ["NUMBERS", "Trainer"]
+__all__ = ["VALIDATION_SEED", "Trainer", "Validation"]
 
+C = TypeVar("C", bound=Callback)
 VALIDATION_SEED = 20_000  # fixed validation noise, so that validations compare within and between runs
-LOG_EVERY = 10  # steps between lines of metrics.jsonl; the steps since the last one are read from the device then
-SAVE_SECONDS = 300.0  # longest interval between checkpoints, however rare validations are
-RETRY_SECONDS = 30.0  # until the next attempt after a failed checkpoint
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Validation rows x (N, \\*event), their context, and their indices in the split, which select their noise."""
+
+    x: Tensor
+    context: Tensor | None
+    index: Tensor
 
 
 class Trainer:
-    """Trainer of a flow or predictor in a run folder; the constructor writes only when it resumes.
+    """Training of a model: optimiser steps, validations, and the callbacks that act next to them.
 
     Args:
-        info: settings and shape of the data.
-        data: the splits; the test split is never used here.
-        folder: the run folder, with its config.json.
-        resume: continue from the folder's checkpoint.
-        quiet: show neither progress bar nor messages.
-        group: processes that train this run together, all with the same arguments: one optimiser step for each joint
-            batch, the same weights on all ranks, files written by rank 0. A run resumes on any number of processes.
-
-    Raises:
-        CheckpointError: on resume, for a checkpoint that is damaged, of another model or of other data.
-        ConfigError: for incompatible settings.
+        model: trained in place.
+        phases: at least one.
+        steps: total number of steps.
+        validation: validation rows; the best weights are those of the last step without them.
+        callbacks: in the order in which they act, one of each class.
+        validate_every: steps between validations.
+        log_every: steps between rows of metrics.jsonl; the steps since the last one are read from the device then.
+        accumulate: micro-batches of a step.
+        max_grad_norm: gradients are clipped to this norm; 0 leaves them as they are.
+        tf32: compute float32 products with TF32 in training, on a GPU.
+        group: processes that train together, all with the same arguments: one optimiser step for each joint batch, the
+            same weights on all ranks, files written by rank 0. A run resumes on any number of processes.
+        quiet: show neither messages nor progress.
+        dashes: prefix of settings in advice: ``"--"`` in a program.
     """
 
+    log_every = 10
+
     def __init__(
-        self, info: RunInfo, data: DataSplits, folder: Path, *, resume: bool = False, quiet: bool = False, group: Group = SINGLE_PROCESS
+        self,
+        model: nn.Module,
+        phases: Sequence[Phase],
+        *,
+        steps: int,
+        validation: Validation | None = None,
+        callbacks: Iterable[Callback] = (),
+        validate_every: int = 250,
+        log_every: int | None = None,
+        accumulate: int = 1,
+        max_grad_norm: float = 0.0,
+        tf32: bool = False,
+        group: Group = SINGLE_PROCESS,
+        quiet: bool = False,
+        dashes: str = "",
     ):
-        self.info, self.data, self.folder, self.group = info, data, folder, group
-        self.config = info.config.train
-        if self.config.threads:
-            torch.set_num_threads(self.config.threads)
-        self.device = torch.device(self.config.device)
-        torch.manual_seed(self.config.seed)  # the initial weights
-        self.flow = info.build().to(self.device)
-        self.weights = list(self.flow.parameters())  # cached: walking all modules is slow
-        self.journal = (Journal if group.main else Mute)(folder, self.config.steps, quiet=quiet)
-        batches = Batches(data, self.config.batch_size, self.config.seed, self.device, group, self.flow.like.dtype)
-        self.stages = stages(self.flow, self.config, info.config.solver, batches, self.say)
-        self.stages[0].objective.prepare(batches.x)
-        group.check_same(shared_settings(info.config, data))
-        group.broadcast(self.flow.state_dict().values())  # equal already, up to rounding that differs between machines
-        self.stage = 0  # index of the current phase, and its first step (``since``)
-        self.since = 0
-        self.optimizer, self.ema, self.recovery = fresh(self)
-        self.validation = validation_rows(data, self.config.validation_items, VALIDATION_SEED, self.device)
-        self.step = self.skipped = self.skips_in_row = self.worse = 0
-        self.best, self.best_step, self.validated, self.seconds = math.inf, 0, -1, 0.0
-        self.best_weights: dict[str, Tensor] = {}
-        self.signals = Signals(shared=group.size > 1, quiet=not group.main)
-        self.ledger = Ledger(self.flow)
-        self.pending: dict[str, Any] = {}  # metrics of the latest step until :meth:`_after` has completed
-        self.export_due = False  # the best weights are not exported yet
-        self.signal, self._saved, self._saved_at = 0, -1, time.monotonic()
-        with owning(folder, group) if resume else nullcontext():
-            if resume and group.on_rank0(lambda: has_trainer(folder)):
-                restore(self)
-            elif resume:  # stopped before its first checkpoint: start from step 0
-                self.journal.cut(0)
+        self.model, self.phases, self.steps, self.validation, self.group = model, list(phases), steps, validation, group
+        self.validate_every, self.accumulate, self.max_grad_norm, self.tf32 = validate_every, accumulate, max_grad_norm, tf32
+        self.log_every = self.log_every if log_every is None else log_every
+        self.quiet, self.dashes = quiet or not group.main, dashes
+        self.weights = list(model.parameters())  # cached: walking all modules is slow
+        self.callbacks = list(callbacks)
+        self.history: list[dict[str, Any]] = []
+        self.figures: dict[str, Any] = {}
+        self.limits, self.rate_factor, self.elapsed = (math.inf, math.inf), 1.0, 0.0
+        self.signal = 0
+        self.clock = time.monotonic
+        self.state = TrainState(model, phases[0].optimizer(model), MetricBuffer(model))
+        self._init_schedule()
+        for callback in self.callbacks:
+            callback.setup(self)
+            name = type(callback).__name__
+            same = sum(known.partition(" ")[0] == name for known in self.state.callbacks)
+            self.state.callbacks[f"{name} {same + 1}" if same else name] = callback
+
+    @property
+    def phase(self) -> Phase:
+        """The current phase."""
+        return self.phases[self.state.phase]
 
     @property
     def objective(self) -> Objective:
         """The objective of the current phase."""
-        return self.stages[self.stage].objective
+        return self.phase.objective
 
     @property
     def batches(self) -> Batches:
         """The batches of the current phase."""
-        return self.stages[self.stage].batches
+        return self.phase.batches
 
     @property
-    def last_stage(self) -> bool:
+    def last_phase(self) -> bool:
         """Whether the current phase is the last one."""
-        return self.stage + 1 == len(self.stages)
+        return self.state.phase + 1 == len(self.phases)
 
     @property
-    def stage_end(self) -> int:
+    def phase_end(self) -> int:
         """The step at which the current phase ends."""
-        return self.config.steps - (0 if self.last_stage else self.config.tune_steps)
-
-    @property
-    def watch(self) -> Watch | TimesWatch:
-        """The monitor of the current phase."""
-        return self.stages[self.stage].watch
-
-    @property
-    def unit(self) -> str:
-        """Unit of the objective: bits/dim, nats or squared error."""
-        return self.objective.unit
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl."""
-        return self.journal.rows
+        return self.steps - sum(phase.steps or 0 for phase in self.phases[self.state.phase + 1 :])
 
     def say(self, line: str) -> None:
-        """Print a message."""
-        self.journal.say(line)
+        """Print a message, above the progress bar."""
+        if not self.quiet:
+            tqdm.write(line, file=sys.stderr)
+
+    def callback(self, kind: type[C]) -> C | None:
+        """Return the callback of a class; None if there is none."""
+        return next((callback for callback in self.callbacks if isinstance(callback, kind)), None)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write the whole resume state.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state of :class:`TrainState`."""
+        self.state.load_numbers(state)
+        self._init_optimizer()
+        self.state.load_state_dict(state)
 
-        Raises:
-            CheckpointError: if it cannot be written; the previous checkpoint is intact.
-        """
-        if self.group.main:
-            write(self)
-        self._saved, self._saved_at = self.step, time.monotonic()
+    def snapshot(self) -> dict[str, Any]:
+        """Return the state_dicts that :meth:`restore` puts back: weights, their average, the optimiser."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
 
-    def _try_save(self) -> None:
-        try:
-            self.save()
-        except CheckpointError as error:
-            self._saved_at = time.monotonic() - SAVE_SECONDS + RETRY_SECONDS
-            self.say(f"step {self.step}: no checkpoint: {error}; training goes on, and the next save tries again")
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Put weights, their average and the optimiser back; the learning rates stay."""
+        rates = [group["lr"] for group in self.state.optimizer.param_groups]
+        for name, part in self._parts().items():
+            part.load_state_dict(snapshot[name])
+        for group, rate in zip(self.state.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
-    def best_flow(self) -> Any:
-        """Return a model with the averaged weights of the best validation, in evaluation mode."""
-        flow = self.info.build().to(self.device)
-        flow.load_state_dict(self.best_weights)
-        return flow.eval()
+    def _parts(self) -> dict[str, Any]:
+        average = self.callback(WeightAverage)
+        averages = {} if average is None else {"average": average.average}
+        return {"model": self.model, **averages, "optimizer": self.state.optimizer}
+
+    def averaged(self) -> nn.Module:
+        """Return the model that is validated: with averaged weights, or the model itself."""
+        average = self.callback(WeightAverage)
+        return self.model if average is None else average.average.module
+
+    def best_model(self) -> Any:
+        """Return a copy of the model with the weights of the best validation, in evaluation mode."""
+        model = copy.deepcopy(self.averaged())
+        model.load_state_dict(self.state.best_weights)
+        return model.eval()
 
     # -- one step ------------------------------------------------------------------------------------------------
 
     def update(self) -> None:
         """Take one optimiser step, masked on the device where loss or gradient is not finite.
 
-        Runs without host synchronisation (:meth:`settle` reads the metrics later), except with adaptive solvers, whose
-        steps depend on values, and with several processes, which synchronise.
+        Runs without host synchronisation (the metrics are read later), except with adaptive solvers, whose steps depend
+        on values, and with several processes, which synchronise.
 
         Raises:
             TrainingError: for a batch that does not fit into memory.
         """
-        enter(self)
-        config, lr = self.config, rate(self)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        x, context, noise = self.batches(self.step)
-        self.flow.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        limits = {"limit": self.recovery.limit(), "limit_backward": self.recovery.limit("nfe_backward")}
-        adjoint = self.info.config.solver.gradient == "adjoint"
-        tf32 = tensor_cores(self.info.config.solver.precision == "tf32")
-        with self.signals.abandoning(), fitting(self, x, context, noise), deferred_checks(), tf32:
-            found = gradient(self.objective, x, context, noise, count=config.accumulate, adjoint=adjoint, **limits)
+        if not self.last_phase and self.state.step >= self.phase_end:
+            self.start_phase()
+        state, objective = self.state, self.objective
+        rate = self._set_rates()
+        x, context, noise = self.batches(state.step)
+        self.model.train()
+        state.optimizer.zero_grad(set_to_none=True)
+        solvers = objective.solvers if objective.solves else []
+        guard = oom_advice(
+            state.step,
+            lambda: micro_batch_advice(objective, x, context, noise, self.accumulate, solvers, self.dashes),
+            lambda: state.optimizer.zero_grad(set_to_none=True),
+        )
+        adjoint = any(getattr(solver, "gradient", "") == "adjoint" for solver in solvers)
+        with self.abandoning(), guard, deferred_checks(), tensor_cores(self.tf32):
+            result = gradient(
+                objective, x, context, noise, count=self.accumulate, limit=self.limits[0], limit_backward=self.limits[1], adjoint=adjoint
+            )
         # from here on, gradient and metrics are the joint batch's, so that all processes do the same
-        figures, failure = self.group.all_reduce_gradients(self.weights, len(x) / self.batches.size, found.figures, found.failure)
+        share = len(x) / self.batches.size
+        figures, failure = self.group.all_reduce_gradients(self.weights, share, result.figures, result.failure)
         if failure:
-            self.ledger.fail(self.step, failure)
+            state.metrics.fail(state.step, failure)
         else:
-            advance(self, lr, found.names, figures)
+            self._optimizer_step(rate, result.names, figures)
 
-    def settle(self) -> dict[str, float] | None:
-        """Read and process the pending metrics; return the latest step's, None if its batch was skipped.
+    def _optimizer_step(self, rate: float, names: tuple[str, ...], figures: Tensor) -> None:
+        """Clip the gradients and update the weights, masked where not finite, without synchronisation.
+
+        Where loss or gradient is not finite, weights, moments, average and counters stay unchanged. The buffer receives
+        the norm before clipping, the number (from 1) of the first parameter whose gradient is not finite (0 for none),
+        and the figures (k,).
+        """
+        state = self.state
+        norms = torch.stack(torch._foreach_norm([p.grad for p in self.weights if p.grad is not None]))
+        norm = torch.linalg.vector_norm(norms)
+        clip_grads_with_norm_(self.weights, self.max_grad_norm or math.inf, norm)
+        wrong = ~norms.isfinite()
+        place = (wrong.long().argmax() + 1) * wrong.any()
+        row = torch.cat([torch.stack([norm.double(), place.double()]), figures])
+        taken = row.isfinite().all()
+        masked_step(state.optimizer, taken)
+        for callback in self.callbacks:
+            callback.on_update(self, taken)
+        state.metrics.add(state.step, rate, names, row)
+
+    def start_phase(self) -> None:
+        """Start the next phase, from the averaged weights."""
+        state = self.state
+        self.read_metrics()
+        self.model.load_state_dict(self.averaged().state_dict())
+        state.phase, state.since, state.worse = state.phase + 1, state.step, 0
+        self._init_optimizer()
+        state.metrics.last = None  # no metrics of the earlier phase are shown from here on
+        if self.phase.message:
+            self.say(f"step {state.step}: {self.phase.message}")
+        for callback in self.callbacks:
+            callback.on_phase(self)
+
+    def _init_optimizer(self) -> None:
+        self.state.optimizer = self.phase.optimizer(self.model)
+        self._init_schedule()
+
+    def _init_schedule(self) -> None:
+        state, schedule = self.state, self.phase.schedule
+        state.scheduler = schedule if isinstance(schedule, LRScheduler) else None
+        for group in state.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self._peaks = [group["initial_lr"] for group in state.optimizer.param_groups]
+
+    def _set_rates(self) -> float:
+        """Set the learning rates of this step and return the first one: schedule times rollback factor."""
+        state, schedule = self.state, self.phase.schedule
+        if isinstance(schedule, LRScheduler):
+            rates = [float(rate) for rate in schedule.get_last_lr()]
+        else:
+            factor = schedule(state.step - state.since, self.phase_end - state.since)
+            rates = [factor * peak for peak in self._peaks]
+        for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * self.rate_factor
+        return float(rates[0] * self.rate_factor)
+
+    def _step_scheduler(self) -> None:
+        scheduler = self.state.scheduler
+        if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
+            for group, rate in zip(self.state.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate  # without the rollback factor
+            scheduler.step()
+
+    def read_metrics(self) -> dict[str, float] | None:
+        """Process all buffered metrics and return the latest step's; None if it was skipped or void.
 
         Raises:
-            TrainingError: if too many consecutive batches are unusable after all rollbacks.
+            TrainingError: by the non-finite policy, if all rollbacks have been used.
+            Abandoned: on a signal; unprocessed results are processed later.
         """
-        return settle(self)
+        values, results = None, self.state.metrics.read()
+        while results:
+            result, values, discard = results[0], None, False
+            if not result.void:
+                discard = any([callback.on_metrics(self, result) for callback in self.callbacks])
+                values = result.values if result.taken else None
+            self.state.skipped += not result.taken
+            del results[0]
+            for later in results if discard else ():
+                later.void = True
+        self.state.metrics.failed = False
+        return values
+
+    def explain(self, result: StepResult) -> str:
+        """Return why a step was skipped, if need be by evaluating its batch again with all value checks."""
+        if result.failure:
+            return result.failure
+        figures = {name: value for name, value in result.values.items() if name not in ("grad_norm", "lr")}
+        if not all(map(math.isfinite, figures.values())) and (failure := self._evaluate_again(result.step)):
+            return failure
+        return culprit(self.model, figures, result.values["grad_norm"], result.place)
+
+    def _evaluate_again(self, step: int) -> str:
+        """Evaluate a step's batch with all value checks and return its failure, "" if there is none."""
+        failure = ""
+        self.objective.train()
+        try:
+            with torch.no_grad(), self.abandoning():
+                for part in micro_batches(*self.batches(step), self.accumulate):
+                    self.objective.evaluate(*part)
+        except (SolverError, DataError) as error:
+            failure = str(error)
+        return failure if self.group.size == 1 else self.group.reasons(failure)
 
     # -- validation ----------------------------------------------------------------------------------------------
 
     def validate(self) -> dict[str, Any]:
         """Validate the averaged weights with the evaluation solver and keep the best ones."""
-        model = self.ema.module.eval()
-        x, context, index = self.validation
-        found: dict[str, float] = {}
-        try:
-            with self.signals.abandoning(), tensor_cores(False):
-                found = self.objective.validate(model, x, context, index=index, seed=VALIDATION_SEED, group=self.group)
-        except SolverError as error:
-            self.say(f"step {self.step}: validation failed: {error}")
-        value = found.get("validation", math.inf)
+        state, model, figures = self.state, self.averaged().eval(), {}
+        if self.validation is not None:
+            x, context, index = self.validation.x, self.validation.context, self.validation.index
+            try:
+                with self.abandoning(), tensor_cores(False):
+                    figures = self.objective.validate(model, x, context, index=index, seed=VALIDATION_SEED, group=self.group)
+            except SolverError as error:
+                self.say(f"step {state.step}: validation failed: {error}")
+        value = figures.get("validation", math.inf)
         if math.isnan(value):  # compares as neither better nor worse
             value = math.inf
-        self.validated, self.worse = self.step, self.worse + 1
-        if value < self.best or not self.best_weights:
-            self.best, self.best_step, self.worse = value, self.step, 0
-            self.best_weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
-            if self.group.main:
-                export(self)
-        # worse validations in fine-tuning may mean that it exploits the grid's error since the last measurement
-        if math.isfinite(value) and (self.stage == 0 or self.worse == 0):
-            self.recovery.keep(self.step)
-        return {**found, "validation": value, "best": self.best, "best_step": self.best_step}
+        state.validated, state.worse = state.step, state.worse + 1
+        better = value < state.best or not state.best_weights or self.validation is None
+        if better:
+            state.best, state.best_step, state.worse = value, state.step, 0
+            state.best_weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        if isinstance(state.scheduler, ReduceLROnPlateau):
+            state.scheduler.step(value)
+        self.figures = {**self.figures, **figures, "validation": value, "best": state.best, "best_step": state.best_step}
+        for callback in self.callbacks:
+            callback.on_validation(self, better)
+        return self.figures
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
-    def stop_reason(self, elapsed: float = 0.0) -> str | None:
-        """Return why training ends, ``"steps"``, ``"patience"`` or ``"max_time"``; None while it continues."""
-        if self.step >= self.config.steps:
-            return "steps"
-        if self.config.patience and self.worse >= self.config.patience and self.last_stage:
-            return "patience"
-        if self.config.max_time is not None and elapsed >= self.config.max_time:
-            return "max_time"
-        return None
+    def abandoning(self) -> AbstractContextManager[None]:
+        """Return a context manager in which a signal aborts the computation, which is repeated on resume."""
+        signals = self.callback(Signals)
+        return nullcontext() if signals is None else signals.abandoning()
 
-    def _stop(self, started: float) -> str | None:
+    def stop_reason(self) -> str | None:
+        """Return why training ends, such as ``"steps"``, ``"patience"`` or ``"max_time"``; None while it continues."""
+        if self.state.step >= self.steps:
+            return "steps"
+        return next((reason for callback in self.callbacks if (reason := callback.stop_reason(self))), None)
+
+    def _stop(self) -> str | None:
         """Return the stop reason, the same on all processes: by rank 0's clock, and a signal to any rank stops all."""
-        elapsed = time.monotonic() - started if self.group.main else 0.0
-        number, elapsed = self.group.all_max([self.signals.number, elapsed])
+        signals = self.callback(Signals)
+        elapsed = self.clock() - self._started if self.group.main else 0.0
+        number, self.elapsed = self.group.all_max([0 if signals is None else signals.number, elapsed])
         self.signal = int(number)
-        return self.stop_reason(elapsed)
+        return self.stop_reason()
 
     def run(self) -> str:
         """Train from the current step to the end and return the stop reason (see :meth:`stop_reason`).
@@ -243,65 +371,70 @@ class Trainer:
             TrainingError: if too many consecutive batches are unusable after all rollbacks.
             CheckpointError: if the final state cannot be saved in the run folder; names the one that holds it.
         """
-        started, before, first = time.monotonic(), self.seconds, self.step
-        self._saved_at = started
-        with owning(self.folder, self.group), self.signals, self.journal.opened(self.step):
-            while ((reason := self._stop(started)) is None or self.pending) and not self.signal:
+        self._started, state = self.clock(), self.state
+        before = state.seconds
+        with ExitStack() as stack:
+            for callback in self.callbacks:
+                stack.callback(callback.on_end, self)
+                callback.on_start(self)
+            while ((reason := self._stop()) is None or state.pending) and not self.signal:
                 with suppress(Abandoned):  # a signal: the interrupted work is repeated on resume
-                    if not self.pending:
+                    if state.pending is None:
                         self.update()
-                        self.step += 1
-                        self.pending = {"values": None, "extra": {}}
-                    if self.ledger.failed or (self._due and len(self.ledger)):
-                        self.pending["values"] = self.settle()
-                    self.seconds = before + time.monotonic() - started
-                    self._after(**self.pending, rate=(self.step - first) / max(1e-9, self.seconds - before))
-            last = reason is not None and not self.signal and self.validated != self.step
-            if last or self._saved != self.step:
-                try:
-                    self.save()
-                except CheckpointError as error:
-                    raise rescue(self, error) from None
+                        state.step += 1
+                        self._step_scheduler()
+                        state.pending = Pending()
+                    state.seconds = before + self.clock() - self._started
+                    self._after_step(state.pending)
+            last = reason is not None and not self.signal and state.validated != state.step
+            for callback in self.callbacks:
+                callback.on_finish(self)
             # after a stop by time, validate the last weights for the test and the export only, not for the saved state:
             # a resumed run then selects the same weights as an uninterrupted one
             if last:
                 with suppress(Abandoned):
-                    self.settle()
-                    self.journal.record({"step": self.step, **self.validate(), "seconds": round(self.seconds, 3)})
-            self._stop(started)  # catch a signal during the last validation; all ranks wait until everything is saved
+                    self.read_metrics()
+                    self.figures = {}
+                    self._log({**self.validate()})
+            self._stop()  # catch a signal during the last validation; all ranks wait until everything is saved
         if self.signal:
-            raise Interrupted(self.signal, self.step)
+            raise Interrupted(self.signal, state.step)
         assert reason is not None
         if reason != "steps":
-            self.say(f"step {self.step}: " + ("time is up" if reason == "max_time" else f"no better validation in {self.worse}"))
+            text = {"max_time": "time is up", "patience": f"no better validation in {state.worse}"}
+            self.say(f"step {state.step}: {text.get(reason, reason)}")
         return reason
 
     @property
-    def _watches(self) -> bool:
-        return self.watch.due(self.step)
+    def validates(self) -> bool:
+        """Whether to validate now: on schedule, at the end, and at the end of a phase, as the baseline of the next."""
+        return self.state.step % self.validate_every == 0 or self.state.step in (self.phase_end, self.steps)
 
     @property
-    def _validates(self) -> bool:
-        """Whether to validate now: on schedule, at the end, and after flow matching, as the baseline of fine-tuning."""
-        return self.step % self.config.validate_every == 0 or self.step in (self.stage_end, self.config.steps)
-
-    @property
-    def _due(self) -> bool:
+    def due(self) -> bool:
         """Whether this step gets a row in metrics.jsonl, which requires reading the metrics of all steps before it."""
-        return self._watches or self._validates or self.step % LOG_EVERY == 0
+        return self.validates or self.state.step % self.log_every == 0 or any(c.due(self) for c in self.callbacks)
 
-    def _after(self, values: dict[str, float] | None, extra: dict[str, Any], rate: float) -> None:
-        """Measure, validate, log and save where due; ``extra`` holds the results of an interrupted earlier call."""
-        if self._watches and not extra:
-            extra |= self.watch.measure(self.step, *self.batches(self.step), self.group)
-            undo_gaming(self, extra)
-        due = self._validates
-        if due:
-            extra |= self.validate()
-        if self._due:
-            row = {"step": self.step, **(values or {}), "skipped": self.skipped, **self.recovery.told, **extra, "seconds": round(self.seconds, 3)}
-            self.journal.record(row)
-        self.journal.progress(self.step, lambda: told(self, rate, extra), line=due)
-        self.pending = {}
-        if due or time.monotonic() - self._saved_at > SAVE_SECONDS:
-            self._try_save()
+    def _after_step(self, pending: Pending) -> None:
+        """Measure, validate and log where due; ``pending`` holds the results of an interrupted earlier call."""
+        state, due = self.state, self.due
+        self.figures = pending.figures
+        if state.metrics.failed or (due and len(state.metrics)):
+            pending.values = self.read_metrics()
+        if not pending.measured:
+            for callback in self.callbacks:
+                self.figures.update(callback.on_step(self) or {})
+            pending.measured = True
+        if self.validates:
+            self.validate()
+        if due or self.figures:
+            self._log({**(pending.values or {}), "skipped": state.skipped, **self.figures})
+        state.pending = None
+        for callback in self.callbacks:
+            callback.on_step_end(self)
+
+    def _log(self, figures: dict[str, Any]) -> None:
+        row = {"step": self.state.step, **figures, "seconds": round(self.state.seconds, 3)}
+        self.history.append(row)
+        for callback in self.callbacks:
+            callback.on_row(self, row)
