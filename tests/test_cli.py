@@ -8,11 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, contents
 from PIL import Image
 
 import cnf
@@ -23,7 +23,6 @@ from cnf.noise import Noise
 from cnf.presets import PRESETS, RunConfig
 from cnf.training import Trainer
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--hidden", "8", "--limit", "60", "--steps", "6", "--batch-size", "20", "--warmup", "2", "--validate-every", "3",
         "--validation-items", "12", "--test-items", "16", "--draws", "2", "--ema-decay", "0.5"]  # fmt: skip
 
@@ -52,10 +51,6 @@ def rows(tmp_path_factory, table):
     tiny = [word for i, word in enumerate(TINY) if "--draws" not in TINY[max(0, i - 1) : i + 1]]
     assert train_main(["tabular", *tiny, "--data", str(table), "--out", str(folder)]) == 0
     return folder
-
-
-def contents(folder):
-    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def metrics(folder):
@@ -144,7 +139,7 @@ def test_a_training_that_fails(tmp_path, monkeypatch, capsys, error, code, messa
 
 
 def test_interrupted_final_test_is_repeated_by_resume(tmp_path, monkeypatch, capsys):
-    def interrupted(trainer):
+    def interrupted(*args):
         raise KeyboardInterrupt
 
     folder = tmp_path / "run"
@@ -178,7 +173,7 @@ def test_a_longer_run_that_was_killed_in_its_test_is_tested_on_resume(tmp_path, 
     monkeypatch.setattr("cnf.training.report.pictures", lambda *args: None)
     folder = shutil.copytree(rows, tmp_path / "longer")
     with monkeypatch.context() as patch:
-        patch.setattr("cnf.cli.train.finish", lambda trainer: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("cnf.cli.train.finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         assert train_main(["--resume", "--out", str(folder), "--steps", "9"]) == 130
     assert json.loads((folder / "result.json").read_text())["steps"] == 6  # of the shorter run
     assert train_main(["--resume", "--out", str(folder)]) == 0
@@ -224,7 +219,7 @@ def test_a_dry_run_of_both_objectives_measures_both(tmp_path, monkeypatch, capsy
 
 
 def test_run_folders_are_named_by_preset_data_and_seed(tmp_path, monkeypatch, table):
-    monkeypatch.setattr("cnf.cli.train.finish", lambda trainer: {})
+    monkeypatch.setattr("cnf.cli.train.finish", lambda *args: {})
     monkeypatch.setattr("cnf.cli.train.summary", lambda result: "")
     monkeypatch.chdir(tmp_path)
     quick = ["--hidden", "4", "--steps", "1", "--validation-items", "4"]
@@ -567,7 +562,7 @@ def classes(tmp_path_factory):
     np.savez(data, x=x, labels=np.array(["low", "high"])[labels])
     options = f"--data {data} --condition label --hidden 16 --blocks 1 --steps 60 --lr 0.03 --warmup 5 --batch-size 100 --ema-decay 0 --out {folder}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cnf.cli.train.finish", lambda trainer: {})  # the test is not what this is about
+        patch.setattr("cnf.cli.train.finish", lambda *args: {})  # the test is not what this is about
         patch.setattr("cnf.cli.train.summary", lambda result: "")
         assert train_main(["tabular", *options.split()]) == 0
     return folder

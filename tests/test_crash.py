@@ -91,12 +91,12 @@ def train(folder, fault, started):
 
     def watched(self):
         if self.state.step == at and moment == "backward":
-            self.flow.blocks[0].field.register_full_backward_hook(lambda *_: die())
-            next(self.flow.parameters()).register_hook(lambda _: die())
+            self.model.blocks[0].field.register_full_backward_hook(lambda *_: die())
+            next(self.model.parameters()).register_hook(lambda _: die())
         if self.state.step == at and moment == "optimizer":  # between two of its tensors
-            self.optimizer.register_step_pre_hook(lambda *_: die())
+            self.state.optimizer.register_step_pre_hook(lambda *_: die())
         if self.state.step == at and moment == "average":
-            self.optimizer.register_step_post_hook(lambda *_: die())
+            self.state.optimizer.register_step_post_hook(lambda *_: die())
         values = update(self)
         started.touch()
         return values
@@ -116,7 +116,7 @@ class Lab:
 
     def __init__(self, root):
         self.root, self.injected, self.lost, self.begun = Path(root), 0, [], time.monotonic()
-        self.state.seconds = 0.0
+        self.seconds = 0.0
         CONTEXT.set_forkserver_preload(["test_crash"])
         before = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (*map(str, (HERE, HERE.parent)), before)))  # where the server imports from
@@ -138,7 +138,7 @@ class Lab:
             time.sleep(delay)
             process.kill()
         process.join(120)
-        self.state.seconds = self.state.seconds or time.monotonic() - begun  # of the first child, which nothing disturbs
+        self.seconds = self.seconds or time.monotonic() - begun  # of the first child, which nothing disturbs
         assert process.exitcode is not None, "a child hangs"
         if process.exitcode == -signal.SIGKILL:
             self.injected += 1

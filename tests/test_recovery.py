@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import math
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import trainers
+from conftest import logged_rows
 from trainers import average, monitor, policy, training
 
 from cnf.checkpoint import (
@@ -67,18 +67,13 @@ def trainer(folder, *, resume=False, quiet=True, **options):
     return training(info, DATA, folder, resume=resume, quiet=quiet)
 
 
-def rows(folder):
-    """metrics.jsonl without the wall clock."""
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def same(one, other):
     """Everything that training has changed, and its record, is the same to the last bit."""
     for a, b in ((one.model, other.model), (average(one), average(other))):
         assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
     for i, state in one.state.optimizer.state_dict()["state"].items():
         assert all(torch.equal(v, other.state.optimizer.state_dict()["state"][i][k]) for k, v in state.items())
-    assert rows(one.folder) == rows(other.folder)
+    assert logged_rows(one.folder) == logged_rows(other.folder)
     assert (policy(one).rollbacks, one.state.skipped, one.state.best) == (policy(other).rollbacks, other.state.skipped, other.state.best)
 
 
@@ -221,7 +216,7 @@ def test_a_folder_that_vanishes_is_made_anew_with_everything(tmp_path, monkeypat
     same(whole, run)
     assert read_config(run.folder) == run.info and load(run.folder) is not None
     assert not (run.folder / LOCK).exists() and list((run.folder / "tensorboard").iterdir())
-    assert training(run.info, DATA, run.folder, resume=True, quiet=True).step == 12
+    assert training(run.info, DATA, run.folder, resume=True, quiet=True).state.step == 12
 
 
 def test_a_folder_that_another_run_has_taken_is_left_alone(tmp_path, monkeypatch):
@@ -257,7 +252,7 @@ def test_tensorboard_on_a_full_disk_does_not_stop_the_run(tmp_path, monkeypatch,
     assert trainer(tmp_path / "run", quiet=False).run() == "steps"
     said = capsys.readouterr().err
     assert said.count("TensorBoard's files in") == 1 and "Traceback" not in said
-    assert len(rows(tmp_path / "run")) == 12
+    assert len(logged_rows(tmp_path / "run")) == 12
 
 
 # -- two processes -----------------------------------------------------------------------------------------------
@@ -432,9 +427,9 @@ def test_a_fault_is_skipped_then_goes_back_then_stops_with_a_diagnosis(tmp_path,
 
     def watched(self):
         before = self.state.step
-        weights[before] = [p.detach().clone() for p in self.flow.parameters()]
+        weights[before] = [p.detach().clone() for p in self.model.parameters()]
         update(self)
-        rates[before] = self.optimizer.param_groups[0]["lr"]
+        rates[before] = self.state.optimizer.param_groups[0]["lr"]
 
     monkeypatch.setattr(Trainer, "update", watched)
     run = trainer(tmp_path / "run", steps=60, schedule="constant")
@@ -451,7 +446,7 @@ def test_a_fault_is_skipped_then_goes_back_then_stops_with_a_diagnosis(tmp_path,
     assert equal(5, 6) and not equal(4, 5)  # skipped: nothing changed
     assert equal(12, 8) and not equal(12, 9)  # back to those of the last validation
     assert (rates[8], rates[12], rates[17]) == (0.01, 0.005, 0.0025)
-    assert [r.get("rollbacks", 0) for r in rows(run.folder)][11:13] == [1, 1]
+    assert [r.get("rollbacks", 0) for r in logged_rows(run.folder)][11:13] == [1, 1]
 
 
 def test_an_adjoint_that_fails_backwards_names_its_block(tmp_path, monkeypatch):
@@ -597,9 +592,9 @@ def test_training_in_micro_batches_logs_the_same(tmp_path, monkeypatch):
     solver = SolverConfig(grid_steps=2, divergence="hutchinson")
     for count in (1, 3, 100):  # more than rows: one by one
         trainer(tmp_path / str(count), accumulate=count, steps=5, solver=solver).run()
-    first = rows(tmp_path / "1")
+    first = logged_rows(tmp_path / "1")
     for count in (3, 100):
-        for a, b in zip(first, rows(tmp_path / str(count)), strict=True):
+        for a, b in zip(first, logged_rows(tmp_path / str(count)), strict=True):
             assert a == pytest.approx(b, rel=1e-4)
 
 

@@ -33,6 +33,8 @@ class RunLogger(Callback):
 
     def __init__(self, folder: Path):
         self.path = folder / "metrics.jsonl"
+        self.rows: list[dict[str, Any]] = []
+        self.say: Callable[[str], object] = lambda line: None
         self._log: IO[str] | None = None
         self._training = False
 
@@ -154,11 +156,10 @@ class TensorBoardLogger(Callback):
 
     def recreate(self, rows: Iterable[dict[str, Any]]) -> None:
         """Write the event files of a removed folder again."""
-        if self._writer is not None:
-            self._try(lambda writer: writer.close())
-            self._begin(-1)
-            for row in rows:
-                self._add(row)
+        self._try(lambda writer: writer.close())
+        self._begin(-1)
+        for row in rows:
+            self._add(row)
 
     def _begin(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

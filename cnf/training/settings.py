@@ -44,6 +44,7 @@ def from_settings(
     group: Group = SINGLE_PROCESS,
     callbacks: Iterable[Callback | type[Callback]] = (),
     log_every: int = 10,
+    kind: type[Trainer] = Trainer,
 ) -> Trainer:
     """Return the training of a flow or predictor in a run folder; writes only when it resumes.
 
@@ -56,6 +57,7 @@ def from_settings(
         group: processes that train this run together.
         callbacks: take the place of the default ones (see :func:`~cnf.training.callbacks.replaced`).
         log_every: steps between rows of metrics.jsonl.
+        kind: class of the result, a subclass of :class:`~cnf.training.Trainer`.
 
     Raises:
         CheckpointError: on resume, for a checkpoint that is damaged, of another model or of other data.
@@ -67,7 +69,7 @@ def from_settings(
     if group.main:
         defaults += [RunLogger(folder), TensorBoardLogger(folder), ProgressBar()]
     defaults.insert(0, Checkpointer(folder, partial(write_config, info=info), fingerprint(data)))
-    trainer = Trainer(
+    trainer = kind(
         model,
         stages,
         steps=config.steps,
