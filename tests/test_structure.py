@@ -46,4 +46,4 @@ def test_what_is_measured(structure, tmp_path):
     assert structure.circles(structure.rooms(graph)) == [["cnf.room", "cnf.top"]]
     assert structure.changes_state(tmp_path) == ["cnf.top.g"] and structure.walkers(tmp_path) == ["cnf.top.Walk"]
     assert structure.callers(tmp_path, "base_log_prob") == ["cnf.top.g"]
-    assert structure.lines(tmp_path)["cnf.top"] == 12
+    assert structure.lines(tmp_path)["cnf.top"] == 13
