@@ -33,7 +33,7 @@ from cnf.distributed import join
 from cnf.models import build
 from cnf.presets import preset
 from cnf.published import PUBLISHED
-from cnf.training import Trainer, from_settings
+from cnf.training import from_settings
 
 COLUMNS = {
     "scaling": "{mode}",

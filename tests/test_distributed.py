@@ -138,7 +138,7 @@ def failing(monkeyed, step, fail):
     real = monkeyed.objective.evaluate
 
     def evaluate(*given):
-        if monkeyed.step == step:
+        if monkeyed.state.step == step:
             fail()
         return real(*given)
 
