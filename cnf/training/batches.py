@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import zlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,9 +17,18 @@ from cnf.errors import ConfigError, DataError
 from cnf.noise import Noise
 from cnf.presets import RunConfig
 
-__all__ = ["Batches", "choose_rows", "fingerprint", "require_values", "shared_settings", "validation_rows"]
+__all__ = ["Batches", "Validation", "choose_rows", "fingerprint", "require_values", "shared_settings", "validation_rows"]
 
 LOCAL = ("data_root", "download", "device", "threads")  # options that may differ between machines
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Validation rows x (N, \\*event), their context, and their indices in the split, which select their noise."""
+
+    x: Tensor
+    context: Tensor | None
+    index: Tensor
 
 
 class Batches:

@@ -17,11 +17,11 @@ from cnf.models import Predictor, SolverConfig
 from cnf.objectives import FlowMatching, Likelihood, Objective, Supervised
 from cnf.presets import TrainConfig
 from cnf.training.auto_steps import AutoSteps
-from cnf.training.batches import Batches, fingerprint, shared_settings, validation_rows
+from cnf.training.batches import Batches, Validation, fingerprint, shared_settings, validation_rows
 from cnf.training.callbacks import Callback, EarlyStopping, TimeLimit, WeightAverage, replaced
 from cnf.training.checkpointer import Checkpointer
 from cnf.training.loggers import ProgressBar, RunLogger, TensorBoardLogger
-from cnf.training.loop import VALIDATION_SEED, Trainer, Validation
+from cnf.training.loop import VALIDATION_SEED, Trainer
 from cnf.training.non_finite import NonFinitePolicy
 from cnf.training.phases import Phase
 from cnf.training.schedule import adamw, learning_rate
