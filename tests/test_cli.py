@@ -18,9 +18,9 @@ from PIL import Image
 import cnf
 from cnf.checkpoint import read_config, write_config
 from cnf.cli import classify_main, sample_main, train_main
+from cnf.config import PRESETS, RunConfig
 from cnf.errors import TrainingError
 from cnf.noise import Noise
-from cnf.presets import PRESETS, RunConfig
 from cnf.training import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,6 +21,7 @@ import torch
 from cnf import distributed
 from cnf.checkpoint import RunInfo, write_config
 from cnf.cli import sample_main
+from cnf.config import DataConfig, RunConfig, TrainConfig
 from cnf.continuous import CNF
 from cnf.datasets import DataSplits
 from cnf.distributed import ALONE, Group, join
@@ -34,7 +35,6 @@ from cnf.likelihood import rank as ranking
 from cnf.models import ModelConfig, SolverConfig, anode_mlp
 from cnf.noise import Noise
 from cnf.objectives import Likelihood, Supervised, assess
-from cnf.presets import DataConfig, RunConfig, TrainConfig
 from cnf.solvers import Adaptive, FixedGrid
 from cnf.training import Interrupted, Trainer
 from cnf.training.batches import Batches

@@ -7,11 +7,11 @@ import torch
 
 import cnf
 from cnf import CNF, Adaptive, FixedGrid
+from cnf.config import preset
 from cnf.errors import ConfigError
 from cnf.fields import Drive, HyperMLP, TimePath
 from cnf.models import ModelConfig, SolverConfig, build
 from cnf.objectives import Likelihood
-from cnf.presets import preset
 
 F64 = torch.float64
 K = 3

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cnf.checkpoint import RunInfo
+from cnf.config import RunConfig
 from cnf.continuous import CNF
 from cnf.datasets import DataSplits
 from cnf.divergence import Exact, Hutchinson
@@ -31,7 +32,6 @@ from cnf.likelihood import (
     spacing_entropy,
 )
 from cnf.models import ModelConfig, SolverConfig, build
-from cnf.presets import RunConfig
 from cnf.solvers import Adaptive, FixedGrid, Stats
 from cnf.training import comparability, score, summary, write_json, write_scores
 from cnf.training.report import columns_text

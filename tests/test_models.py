@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from cnf.cli.options import parse
+from cnf.config import FFJORD, PRESETS, PUBLISHED, RNODE, preset
 from cnf.continuous import CNF
 from cnf.divergence import Hutchinson
 from cnf.errors import ConfigError, DataError
 from cnf.fields import ConvField, SqueezeSum
-from cnf.models import ModelConfig, SolverConfig, build
+from cnf.models import ModelConfig, SolverConfig, build, count_parameters
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
-from cnf.presets import PRESETS, preset
-from cnf.published import FFJORD, PUBLISHED, RNODE, count
 from cnf.quadratures import JacobianFrobenius, Kinetic
 from cnf.solvers import Adaptive, FixedGrid
 
@@ -25,7 +24,7 @@ F64 = torch.float64
 
 @pytest.mark.parametrize("model", PUBLISHED, ids=lambda m: m.name)
 def test_published_counts(model):
-    own = count(model.model, model.shape)
+    own = count_parameters(model.model, model.shape)
     if model.name.startswith("AFFJORD"):  # the difference, term by term
         terms = [int(term.split()[0].replace(",", "")) for term in model.reason.split("; ")]
         assert own == model.parameters + sum(terms)
@@ -65,9 +64,9 @@ def test_counting_makes_the_same_as_building():
         (dataclasses.replace(RNODE, squeeze_first=True), (3, 32, 32)),
     ):
         built = build(model, SolverConfig(), shape, levels=256)
-        assert sum(p.numel() for p in built.parameters()) == count(model, shape)
+        assert sum(p.numel() for p in built.parameters()) == count_parameters(model, shape)
     # one more for every block whose end time is learned
-    assert count(FFJORD, (1, 28, 28)) - count(dataclasses.replace(FFJORD, learn_end_time=False), (1, 28, 28)) == 10
+    assert count_parameters(FFJORD, (1, 28, 28)) - count_parameters(dataclasses.replace(FFJORD, learn_end_time=False), (1, 28, 28)) == 10
     with torch.device("meta"):
         assert len(build(RNODE, SolverConfig(), (3, 256, 256), levels=32).blocks) == 26
 

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from cnf.checkpoint.files import write_atomic, write_text
+from cnf.config import LATER, RunConfig
 from cnf.errors import CheckpointError
 from cnf.flow import Flow
 from cnf.models import Predictor, build, build_predictor
-from cnf.models.solving import LATER
-from cnf.presets import RunConfig
 from cnf.schema import TableColumn, context_width, data_columns
 from cnf.strangers import require_file
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from cnf.checkpoint import RunInfo, located, pretrained, read_config
+from cnf.config import RunConfig
 from cnf.datasets import DataSplits
 from cnf.datasets import load as load_data
 from cnf.datasets import names as data_names
 from cnf.distributed import ALONE, Group, muted, speaks
 from cnf.errors import CNFError, ConfigError, DataError
-from cnf.presets import RunConfig
 from cnf.training import Interrupted
 from cnf.training.memory import exhausted
 

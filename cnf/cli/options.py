@@ -12,11 +12,11 @@ import tyro
 
 from cnf.checkpoint import PREFIX, RunInfo
 from cnf.cli.common import read_run
+from cnf.config import PRESETS, RunConfig, preset
 from cnf.errors import ConfigError
 from cnf.fields.depth import BASES
 from cnf.likelihood import CAUTION
-from cnf.models.flows import PREDICTIVE
-from cnf.presets import PRESETS, RunConfig, preset
+from cnf.config import PREDICTIVE
 
 __all__ = ["CLASSIFIER", "DEFAULT", "Command", "check", "fitting", "option", "parse", "refuse_changes", "suited"]
 

@@ -24,14 +24,12 @@ from cnf.cli.options import (
     refuse_changes,
     suited,
 )
+from cnf.config import PRESETS, PUBLISHED, RunConfig
 from cnf.datasets import DataSplits
 from cnf.distributed import Group, join
 from cnf.errors import ConfigError, DataError
 from cnf.models import slow_bf16
-from cnf.presets import PRESETS, RunConfig
 from cnf.progress import duration_text
-from cnf.published import PUBLISHED
-from cnf.published import count as parameters
 from cnf.training import Interrupted, Trainer, finish, read_json, summary
 from cnf.training.measure import measure
 from cnf.training.predictions import PREDICTIONS
