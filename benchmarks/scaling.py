@@ -98,7 +98,7 @@ def steps(batch: int, repeats: int, device: str) -> dict[str, float]:
             cpus.append(time.process_time() - cpu)
             group.barrier()
             wall = time.perf_counter()
-            group.joint(trainer.flow.parameters(), 1 / group.size, torch.zeros(4, dtype=torch.float64))
+            group.all_reduce_gradients(trainer.flow.parameters(), 1 / group.size, torch.zeros(4, dtype=torch.float64))
             reduces.append(time.perf_counter() - wall)
             trainer.step = turn + 1
     found = {"step": walls, "cpu": cpus, "reduce": reduces}

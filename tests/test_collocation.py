@@ -12,7 +12,7 @@ from torch import nn
 
 from cnf import CNF, Flow, ModelConfig, SolverConfig, build
 from cnf.collocation import FINEST, RULES, patterson, solve_at_nodes
-from cnf.distributed import ALONE, Group
+from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError, DataError, SolverError
 from cnf.fields import MLP, ConvField, Drive, TimePath
@@ -393,7 +393,7 @@ def varied():
 def test_batches_are_cut_in_the_order_of_hardness(monkeypatch):
     flow, x = varied()
     alone = torch.tensor([flow.evaluate(row[None], log_det=False).stats.nfe for row in x]).double()
-    order = sorted_rows(flow, x, None, size=8, group=ALONE)
+    order = sorted_rows(flow, x, None, size=8, group=SINGLE_PROCESS)
     assert sorted(order.tolist()) == list(range(40))
     nfe = alone[order].reshape(5, 8).mean(1)
     assert nfe.tolist() == sorted(nfe.tolist()) and nfe[-1] > 1.5 * nfe[0]
@@ -402,10 +402,10 @@ def test_batches_are_cut_in_the_order_of_hardness(monkeypatch):
     mixed = evaluate(flow, x, batch_size=8)
     assert own.nfe < 0.9 * mixed.nfe and torch.equal(own.index, mixed.index)
     torch.testing.assert_close(own.log_prob, mixed.log_prob, rtol=0, atol=1e-5)
-    assert sorted_rows(flow, x, None, size=40, group=ALONE).tolist() == list(range(40))
+    assert sorted_rows(flow, x, None, size=40, group=SINGLE_PROCESS).tolist() == list(range(40))
     for b in flow.blocks:
         b.eval_solver = FixedGrid("rk4", 64)
-    assert sorted_rows(flow, x, None, size=8, group=ALONE).tolist() == list(range(40))
+    assert sorted_rows(flow, x, None, size=8, group=SINGLE_PROCESS).tolist() == list(range(40))
 
 
 def test_sorting_puts_results_back_with_their_context_and_noise():
@@ -419,7 +419,7 @@ def test_sorting_puts_results_back_with_their_context_and_noise():
     parts = evaluate(flow, x, context, batch_size=7)
     torch.testing.assert_close(parts.log_prob, whole.log_prob, rtol=0, atol=1e-6)
     assert torch.equal(parts.index, torch.arange(30)) and float(whole.log_prob.std()) > 1
-    order = sorted_rows(flow, x, context, size=7, group=ALONE)
+    order = sorted_rows(flow, x, context, size=7, group=SINGLE_PROCESS)
     assert order.tolist() != list(range(30))
     pixels = torch.randint(0, 4, (9, 1, 2, 2), dtype=torch.uint8)
     of_images = build(ModelConfig(hidden=(6,), zero_init=False), SolverConfig(), (1, 2, 2), levels=4).eval()
@@ -454,7 +454,7 @@ class Rank(Group):
         self.gate.wait()
         return total
 
-    def largest(self, values):
+    def all_max(self, values):
         return self.sum(torch.tensor(values)).tolist()
 
 
@@ -488,7 +488,7 @@ def test_hardness_reaches_the_first_block_of_every_architecture():
         flow = build(ModelConfig(hidden=(4,), zero_init=False, **more), SolverConfig(), (1, 4, 4), levels=5, context_dim=0).eval()
         values = hardness(flow, x)
         assert values.shape == (7,) and values.dtype == F64 and bool((values > 0).all())
-        assert sorted(sorted_rows(flow, x, None, size=2, group=ALONE).tolist()) == list(range(7))
+        assert sorted(sorted_rows(flow, x, None, size=2, group=SINGLE_PROCESS).tolist()) == list(range(7))
 
 
 def test_the_benchmark_holds_both_sides_to_the_error(monkeypatch):

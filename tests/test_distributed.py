@@ -24,7 +24,7 @@ from cnf.cli import sample_main
 from cnf.config import DataConfig, RunConfig, TrainConfig
 from cnf.continuous import CNF
 from cnf.datasets import DataSplits
-from cnf.distributed import ALONE, Group, join
+from cnf.distributed import SINGLE_PROCESS, Group, join
 from cnf.distributed import group as group_module
 from cnf.divergence import Hutchinson
 from cnf.errors import CheckpointError, CNFError, ConfigError, SolverError, TrainingError
@@ -89,7 +89,7 @@ def gradients(kind, group):
     terms, _ = objective.evaluate(x, None, Noise(0, step=2, start=rows.start, total=ROWS))
     terms["loss"].mean().backward()
     figures = torch.stack([t.detach().mean() for t in terms.values()])
-    figures, failure = group.joint(flow.parameters(), len(x) / ROWS, figures)
+    figures, failure = group.all_reduce_gradients(flow.parameters(), len(x) / ROWS, figures)
     assert failure == "" and flow.idle.grad is None
     return {"figures": figures, **{n: p.grad for n, p in flow.named_parameters() if p.grad is not None}}
 
@@ -203,9 +203,9 @@ def scene_equal(rank, folder):
         except SolverError as error:
             found["together"] = str(error)
         for name, call in (
-            ("first", lambda: group.first(lambda: (_ for _ in ()).throw(ConfigError("no folder")))),
-            ("agree", lambda: group.agree({"a": 1, "the data": f"version {rank}"})),
-            ("turn", lambda: group.in_turn(lambda: (folder / "turns").open("a").write(str(rank)))),
+            ("first", lambda: group.on_rank0(lambda: (_ for _ in ()).throw(ConfigError("no folder")))),
+            ("agree", lambda: group.check_same({"a": 1, "the data": f"version {rank}"})),
+            ("turn", lambda: group.rank0_first(lambda: (folder / "turns").open("a").write(str(rank)))),
         ):
             try:
                 call()
@@ -361,7 +361,7 @@ def close(one, other, tolerance=1e-6):
 
 @pytest.mark.parametrize("kind", SOLVERS)
 def test_gradient_of_two_ranks_is_that_of_the_joint_batch(found, kind, double):
-    whole = gradients(kind, ALONE)
+    whole = gradients(kind, SINGLE_PROCESS)
     assert len(whole) > 4
     for one in found[1]:
         close(one["gradients"][kind], whole, 1e-6 if kind == "adjoint" else 1e-12)
@@ -370,7 +370,7 @@ def test_gradient_of_two_ranks_is_that_of_the_joint_batch(found, kind, double):
 
 def test_gradient_is_weighed_by_rows(double):
     """The plain mean of the ranks' gradients, three rows against four, is another."""
-    whole = gradients("direct", ALONE)
+    whole = gradients("direct", SINGLE_PROCESS)
     halves = [gradients("direct", _Half(rank, 2)) for rank in range(2)]
     name = "transform.sqrt_end_time"
     assert 3 / 7 * halves[0][name] + 4 / 7 * halves[1][name] == pytest.approx(float(whole[name]), rel=1e-12)
@@ -380,12 +380,12 @@ def test_gradient_is_weighed_by_rows(double):
 class _Half(Group):
     """One rank that nobody answers."""
 
-    def joint(self, parameters, share, figures, failure=""):
+    def all_reduce_gradients(self, parameters, share, figures, failure=""):
         return figures, failure
 
 
 def test_evaluation_of_two_ranks_is_that_of_one_to_the_last_bit(found, double):
-    alone = scores(ALONE)
+    alone = scores(SINGLE_PROCESS)
     for one in found[1]:
         for name in alone.keys() - {"watch"}:
             same = torch.equal(one["scores"][name], alone[name]) if name in ("log_prob", "outputs") else one["scores"][name] == alone[name]
@@ -395,7 +395,7 @@ def test_evaluation_of_two_ranks_is_that_of_one_to_the_last_bit(found, double):
 
 def test_training_of_two_ranks_is_that_of_one(found, tmp_path, double):
     folder, both = found
-    run = trainer(tmp_path / "alone", ALONE)
+    run = trainer(tmp_path / "alone", SINGLE_PROCESS)
     run.run()
     alone = outcome(run)
     assert alone["numbers"]["refinements"] > 0
@@ -421,7 +421,7 @@ def test_one_writes(found):
 def test_a_signal_to_one_stops_all_and_one_process_goes_on(found, tmp_path, double):
     folder, both = found
     assert [one["interrupted"] for one in both] == [[signal.SIGTERM, 6]] * 2
-    resumed = trainer(folder / "stopped", ALONE, resume=True)
+    resumed = trainer(folder / "stopped", SINGLE_PROCESS, resume=True)
     assert resumed.step == 6
     resumed.run()
     for one in both:
@@ -625,7 +625,7 @@ def test_who_does_not_come_is_not_waited_for_for_hours(monkeypatch, rank):
 
 def test_too_many_figures_are_refused():
     with pytest.raises(ConfigError, match="40 terms"):
-        Group(0, 2).joint([torch.ones(1)], 0.5, torch.zeros(40))
+        Group(0, 2).all_reduce_gradients([torch.ones(1)], 0.5, torch.zeros(40))
     assert group_module.FIGURES < 40
 
 

@@ -16,7 +16,7 @@ from cnf.config import RunConfig
 from cnf.datasets import DataSplits
 from cnf.datasets import load as load_data
 from cnf.datasets import names as data_names
-from cnf.distributed import ALONE, Group, muted, speaks
+from cnf.distributed import SINGLE_PROCESS, Group, muted, speaks
 from cnf.errors import CNFError, ConfigError, DataError
 from cnf.training import Interrupted
 from cnf.training.memory import exhausted
@@ -122,12 +122,12 @@ def usable_device(name: str) -> str:
     return name
 
 
-def load_splits(config: RunConfig, *, run: RunInfo | None = None, download: bool = True, group: Group = ALONE) -> DataSplits:
+def load_splits(config: RunConfig, *, run: RunInfo | None = None, download: bool = True, group: Group = SINGLE_PROCESS) -> DataSplits:
     """Load the data of a run, with labels or targets as context if it predicts; rank 0 downloads first.
 
     With a trained ``run``, tables are read with that run's column types.
     """
-    return group.in_turn(lambda: _load(config, run, download))
+    return group.rank0_first(lambda: _load(config, run, download))
 
 
 def _load(config: RunConfig, run: RunInfo | None, download: bool) -> DataSplits:

@@ -21,7 +21,7 @@ from cnf.datasets import DataSplits, tabular
 from cnf.datasets.arrays import read_numpy
 from cnf.datasets.columns import own_names
 from cnf.datasets.items import Items, read_items
-from cnf.distributed import ALONE, Group
+from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
 from cnf.likelihood import rank
@@ -87,7 +87,7 @@ def _require_writable(command: Command, folder: Path) -> None:
         raise ConfigError(f"--evaluate {folder}: {outputs(folder)} cannot be written, and the evaluation is kept there")
 
 
-def evaluate_run(command: Command, info: RunInfo, data: DataSplits, group: Group = ALONE) -> int:
+def evaluate_run(command: Command, info: RunInfo, data: DataSplits, group: Group = SINGLE_PROCESS) -> int:
     """Evaluate a run on a split and write evaluation-N.json next to result.json; return the exit code.
 
     Raises:
@@ -184,7 +184,7 @@ def _require_model(folder: Path, info: RunInfo, data: DataSplits) -> None:
             raise DataError(f"{folder} models the {what} {', '.join(known)}, but {data.name} has {', '.join(given)}")
 
 
-def score_items(command: Command, info: RunInfo, group: Group = ALONE) -> int:
+def score_items(command: Command, info: RunInfo, group: Group = SINGLE_PROCESS) -> int:
     """Rank custom rows or images by likelihood, with the run's test scores as reference if comparable.
 
     Raises:

@@ -242,7 +242,7 @@ def _draw(flow: Flow, n: int, context: Tensor | None, options: Any, *, full: boo
             if full and options.trajectory:
                 part["trajectory"] = flow.trajectory(x, times, rows).flip(0)
             parts[number] = {name: value.cpu() for name, value in part.items()}
-    gathered = {number: part for some in group.collect(parts) for number, part in some.items()}
+    gathered = {number: part for some in group.gather(parts) for number, part in some.items()}
     if not gathered:
         return torch.empty(0), {}
     joined = {

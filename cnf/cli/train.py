@@ -84,7 +84,7 @@ def _joined(given: list[str], program: str, command: Command, default: RunConfig
         return score_items(command, dataclasses.replace(old, config=config), group)
     out = command.out
     if old is None and out is not None:
-        group.first(lambda: _refuse_occupied(out))
+        group.on_rank0(lambda: _refuse_occupied(out))
     # --resume classifies the columns again, so that changed data are detected
     data = load_splits(config, run=old if command.evaluate or (old and not old.table) else None, group=group)
     if old is None and command.preset is None and program in (DEFAULT, CLASSIFIER) and (name := fitting(program, data.kind, data.event_shape)):
@@ -94,7 +94,7 @@ def _joined(given: list[str], program: str, command: Command, default: RunConfig
         config = command.config
         check(config)
         print(f"preset {default.name}, since {data.name} is {_described(data)} (name one to choose another)")
-    folder = command.evaluate or out or group.first(lambda: _free_folder(config))
+    folder = command.evaluate or out or group.on_rank0(lambda: _free_folder(config))
     refuse_idle(default, config, data)
     refuse_idle_noise(default, config, data.levels, mid_bin=command.mid_bin)
     if data.report and not command.evaluate:
@@ -132,13 +132,13 @@ def _train(command: Command, info: RunInfo, data: DataSplits, folder: Path, grou
         if command.resume:
             done = trainer.stop_reason()
             # a result of fewer steps belongs to a shorter run that was continued since
-            if done and group.first(lambda: read_json(folder / "result.json").get("steps") == trainer.step):
+            if done and group.on_rank0(lambda: read_json(folder / "result.json").get("steps") == trainer.step):
                 print(f"{folder} has finished already ({done}, step {trainer.step:,}): more --steps train on, --evaluate scores it again")
                 return 0
             print(f"{folder}: from step {trainer.step:,} on" if has_trainer(folder) else f"{folder}: no checkpoint yet, from the beginning")
-        group.first(lambda: _make(folder))
+        group.on_rank0(lambda: _make(folder))
         with owning(folder, group):
-            group.first(lambda: _begin(folder, info, command.resume))
+            group.on_rank0(lambda: _begin(folder, info, command.resume))
             return _run(trainer)
 
 

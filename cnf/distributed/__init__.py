@@ -1,7 +1,7 @@
 """Data-parallel training: processes that share every batch and keep the same state."""
 
-from cnf.distributed.group import ALONE, Group
+from cnf.distributed.group import SINGLE_PROCESS, Group
 from cnf.distributed.heartbeat import Heartbeat
 from cnf.distributed.launch import join, launched, muted, speaks
 
-__all__ = ["ALONE", "Group", "Heartbeat", "join", "launched", "muted", "speaks"]
+__all__ = ["SINGLE_PROCESS", "Group", "Heartbeat", "join", "launched", "muted", "speaks"]

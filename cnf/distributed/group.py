@@ -13,7 +13,7 @@ from torch import Tensor
 from cnf.distributed.heartbeat import Heartbeat
 from cnf.errors import CNFError, ConfigError, SolverError, TrainingError
 
-__all__ = ["ALONE", "Group"]
+__all__ = ["SINGLE_PROCESS", "Group"]
 
 T = TypeVar("T")
 # most metrics reduced with a gradient; fixed, since a rank whose solve failed does not know how many the others have
@@ -25,8 +25,8 @@ class Group:
 
     The gradient of a joint batch of N rows is :math:`\nabla \frac1N \sum_i L_i = \sum_r \frac{N_r}{N} \nabla \bar L_r`,
     the ranks' means weighted by their rows, however unevenly N divides. It is reduced in one flat bucket after the
-    backward pass (:meth:`joint`) rather than by DistributedDataParallel, whose buckets are reduced within it: an
-    adjoint solve that fails on one rank would leave the others waiting in a collective for ever, without a step at
+    backward pass (:meth:`all_reduce_gradients`). DistributedDataParallel reduces its buckets within the backward pass:
+    an adjoint solve that fails on one rank would leave the others waiting in a collective for ever, without a step at
     which all could agree to skip the batch. The bucket also works for every kind of gradient (recorded, recomputed or
     adjoint) and for parameters without one. Overlapping communication and computation would save little next to an ODE
     solve (docs/scaling.md).
@@ -71,7 +71,7 @@ class Group:
         """Return the sum over ranks; a value that is zero on all other ranks arrives unchanged."""
         return value if self.size == 1 else self._reduced(value, dist.ReduceOp.SUM)
 
-    def largest(self, values: Sequence[float]) -> list[float]:
+    def all_max(self, values: Sequence[float]) -> list[float]:
         """Return the maximum of each number over ranks."""
         if self.size == 1:
             return list(values)
@@ -85,7 +85,7 @@ class Group:
         total, count = self.sum(torch.stack([values.double().sum().cpu(), torch.tensor(float(len(values))).double()])).tolist()
         return float(total / count)
 
-    def joint(
+    def all_reduce_gradients(
         self, parameters: Iterable[Tensor], share: float, figures: Tensor, failure: str = ""
     ) -> tuple[Tensor, str]:
         """Reduce every ``grad`` to that of the joint batch, on all ranks; a batch that fails on one rank fails on all.
@@ -134,7 +134,7 @@ class Group:
 
     def reasons(self, failure: str) -> str:
         """Return the failures of all ranks in one line ("" if there are none), the same on all ranks."""
-        return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(self.gather(failure)) if text)
+        return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(self.all_gather(failure)) if text)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -150,12 +150,12 @@ class Group:
             if self.size == 1:
                 raise
             failure = str(error)
-        if self.size > 1 and self.largest([float(bool(failure))])[0]:
+        if self.size > 1 and self.all_max([float(bool(failure))])[0]:
             raise SolverError(self.reasons(failure))
 
     # -- objects and decisions -----------------------------------------------------------------------------------
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Return every rank's value, on all ranks."""
         if self.size == 1:
             return [value]
@@ -163,7 +163,7 @@ class Group:
         self._call(lambda: dist.all_gather_object(found, value))
         return found
 
-    def collect(self, value: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
         """Return every rank's value on rank 0, an empty list elsewhere."""
         if self.size == 1:
             return [value]
@@ -171,7 +171,7 @@ class Group:
         self._call(lambda: dist.gather_object(value, found, dst=0))
         return found or []
 
-    def first(self, function: Callable[[], T]) -> T:
+    def on_rank0(self, function: Callable[[], T]) -> T:
         """Call ``function`` on rank 0 and return its result, or raise its exception, on all ranks."""
         if self.size == 1:
             return function()
@@ -187,7 +187,7 @@ class Group:
         found: T = outcome[0]
         return found
 
-    def in_turn(self, function: Callable[[], T]) -> T:
+    def rank0_first(self, function: Callable[[], T]) -> T:
         """Call ``function`` on rank 0, then on the first rank of each machine, then on all others.
 
         For functions whose first call leaves files on the disk for the others. A CNFError or OSError on one rank is
@@ -204,18 +204,18 @@ class Group:
                     value.append(function())
                 except (CNFError, OSError) as caught:
                     error = caught
-            found = next((e for e in self.gather(error) if e is not None), None)
+            found = next((e for e in self.all_gather(error) if e is not None), None)
             if found is not None:
                 raise found
         return value[0]
 
-    def agree(self, values: Mapping[str, object]) -> None:
+    def check_same(self, values: Mapping[str, object]) -> None:
         """Check that all ranks have the same values, compared as strings.
 
         Raises:
             ConfigError: with the name, the rank and both values.
         """
-        gathered = self.gather({name: str(value) for name, value in values.items()})
+        gathered = self.all_gather({name: str(value) for name, value in values.items()})
         for rank, others in enumerate(gathered):
             for name, value in others.items():
                 if value != gathered[0].get(name):
@@ -225,7 +225,7 @@ class Group:
                     )
 
     @torch.no_grad()
-    def spread(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Broadcast rank 0's values to every rank."""
         if self.size > 1:
             for tensor in tensors:
@@ -237,7 +237,7 @@ class Group:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        self.largest([0.0])
+        self.all_max([0.0])
 
     def leave(self) -> None:
         """Leave the group: stop the heartbeat after all ranks have arrived."""
@@ -266,4 +266,4 @@ class Group:
             ) from None
 
 
-ALONE = Group()
+SINGLE_PROCESS = Group()

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from cnf.distributed.group import ALONE, Group
+from cnf.distributed.group import SINGLE_PROCESS, Group
 from cnf.distributed.heartbeat import Heartbeat
 from cnf.errors import ConfigError, TrainingError
 
@@ -56,7 +56,7 @@ def muted() -> Iterator[None]:
 
 @contextmanager
 def join(device: str) -> Iterator[Group]:
-    """Context manager for the group of processes started by torchrun; ALONE without torchrun.
+    """Context manager for the group of processes started by torchrun; SINGLE_PROCESS without torchrun.
 
     GPUs reduce by NCCL, CPUs by gloo. Inside, ``"cuda"`` means this process's GPU (its LOCAL_RANK). On exit all ranks
     wait for each other; an exception on one rank is reported to the others and ends them.
@@ -75,7 +75,7 @@ def join(device: str) -> Iterator[Group]:
     """
     rank, size = launched()
     if size == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     group = _start(device, rank, size)
     try:

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cnf.distributed import ALONE, Group
+from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.flow import Flow
 from cnf.likelihood.evaluation import Evaluation, default_batch_size, evaluate
 from cnf.likelihood.items import ItemNoise
@@ -62,7 +62,7 @@ def check(
     seed: int = 0,
     batch_size: int | None = None,
     index: Tensor | None = None,
-    group: Group = ALONE,
+    group: Group = SINGLE_PROCESS,
     progress: Callable[[int, int], object] | None = None,
 ) -> Check:
     """Solve again at ten times tighter tolerances and measure the round-trip error, batch by batch.
@@ -120,7 +120,7 @@ def check(
 
 @torch.no_grad()
 def solver_error(
-    flow: Flow, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, group: Group = ALONE
+    flow: Flow, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, group: Group = SINGLE_PROCESS
 ) -> float:
     """Return the absolute change of a batch's mean log-likelihood under a refined solver (twice the steps, or rtol/10).
 
@@ -160,7 +160,7 @@ class _Recorded:
 
 @torch.no_grad()
 def block_errors(
-    flow: Flow, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, whole: bool = False, group: Group = ALONE
+    flow: Flow, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, whole: bool = False, group: Group = SINGLE_PROCESS
 ) -> list[float]:
     """Return, for each block, the change of a batch's likelihood with this block's training solver refined.
 

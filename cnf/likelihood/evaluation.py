@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cnf.dequantization import TruncatedNormalDequantize, VariationalDequantize
-from cnf.distributed import ALONE, Group
+from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.divergence import Hutchinson
 from cnf.errors import ConfigError, DataError, SolverError
 from cnf.flow import Flow
@@ -111,7 +111,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int | None = None,
     index: Tensor | None = None,
-    group: Group = ALONE,
+    group: Group = SINGLE_PROCESS,
     steps: Tensor | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Evaluation:
@@ -202,7 +202,7 @@ def evaluate(
     lost = log_prob.isnan()
     unsolved = tuple(cast(list[int], index[lost].tolist()))
     if unsolved:
-        reason = next(filter(None, group.gather(reason)), "")
+        reason = next(filter(None, group.all_gather(reason)), "")
         if len(unsolved) == len(x):
             raise SolverError(f"none of {len(x):,} items can be solved: {reason}")
     scale = -1 / (flow.dim * math.log(2)) if flow.levels is not None else -1.0

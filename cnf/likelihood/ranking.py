@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from cnf.distributed import ALONE, Group
+from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.errors import ConfigError
 from cnf.flow import Flow
 from cnf.likelihood.evaluation import Evaluation, evaluate
@@ -66,7 +66,7 @@ def rank(
     dequantisation: str | None = None,
     seed: int = 0,
     batch_size: int | None = None,
-    group: Group = ALONE,
+    group: Group = SINGLE_PROCESS,
     steps: Tensor | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Ranking:

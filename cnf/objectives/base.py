@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from cnf.distributed import ALONE, Group
+from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.noise import Noise
 from cnf.solvers import Solver, Stats
 
@@ -48,21 +48,21 @@ class Objective(Protocol):
         """Return ``loss`` and other reported terms, (N,) each, and the statistics of the solve."""
 
     def validate(
-        self, model: Any, x: Tensor, context: Tensor | None, *, index: Tensor, seed: int, group: Group = ALONE
+        self, model: Any, x: Tensor, context: Tensor | None, *, index: Tensor, seed: int, group: Group = SINGLE_PROCESS
     ) -> dict[str, float]:
         """Return ``validation`` (lower is better) and other reported figures of ``model`` in evaluation mode.
 
         All processes of ``group`` pass the same rows and share the work; each gets the whole result.
         """
 
-    def solver_error(self, x: Tensor, context: Tensor | None, noise: Noise | None, *, group: Group = ALONE) -> float:
+    def solver_error(self, x: Tensor, context: Tensor | None, noise: Noise | None, *, group: Group = SINGLE_PROCESS) -> float:
         """Return the absolute change of the mean loss of a batch under a refined training solver.
 
         Each process of ``group`` passes its own rows of the batch.
         """
 
     def block_errors(
-        self, x: Tensor, context: Tensor | None, noise: Noise | None, *, whole: bool = False, group: Group = ALONE
+        self, x: Tensor, context: Tensor | None, noise: Noise | None, *, whole: bool = False, group: Group = SINGLE_PROCESS
     ) -> list[float]:
         """Return the mean absolute change of the rows' losses for each block refined alone.
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from torch import Tensor, nn
 
-from cnf.distributed import ALONE, Group
+from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.errors import ConfigError, SolverError
 from cnf.flow import Flow
 from cnf.likelihood import block_errors, evaluate, solver_error
@@ -54,7 +54,7 @@ class DensityObjective(nn.Module):
         self.flow.fit_statistics(x)
 
     def validate(
-        self, model: Flow, x: Tensor, context: Tensor | None = None, *, index: Tensor, seed: int, group: Group = ALONE
+        self, model: Flow, x: Tensor, context: Tensor | None = None, *, index: Tensor, seed: int, group: Group = SINGLE_PROCESS
     ) -> dict[str, float]:
         """Return the mean negative log-likelihood of ``model`` as ``validation``; ``index`` selects the rows' noise.
 
@@ -74,13 +74,13 @@ class DensityObjective(nn.Module):
         return told
 
     def solver_error(
-        self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, group: Group = ALONE
+        self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, group: Group = SINGLE_PROCESS
     ) -> float:
         """Return the error of the mean likelihood of a batch under the training solver, in bits/dim or nats/dim."""
         return solver_error(self.flow, x, context, noise=noise, group=group)
 
     def block_errors(
-        self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, whole: bool = False, group: Group = ALONE
+        self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, whole: bool = False, group: Group = SINGLE_PROCESS
     ) -> list[float]:
         """Return the rows' mean absolute error due to each block's solver alone, or to all together (``whole``)."""
         return block_errors(self.flow, x, context, noise=noise, whole=whole, group=group)

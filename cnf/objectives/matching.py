@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cnf.deferral import sent
-from cnf.distributed import ALONE, Group
+from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.errors import ConfigError
 from cnf.flow import Flow
 from cnf.matching import COUPLINGS, MatchingPath, TimeDistribution, couple, stratified
@@ -121,7 +121,7 @@ class FlowMatching(DensityObjective):
         return t, (velocity - (da * start + db * z)).flatten(1).square().mean(1) * known[4]
 
     @torch.no_grad()
-    def learn(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, group: Group = ALONE) -> dict[str, Any]:
+    def learn(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, group: Group = SINGLE_PROCESS) -> dict[str, Any]:
         """Update the time distribution from the loss on a batch, and return its median as ``early_times``.
 
         Each process of ``group`` passes its own rows of the batch.

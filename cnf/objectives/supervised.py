@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnf.distributed import ALONE, Group
+from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.errors import ConfigError, DataError
 from cnf.models import NeuralODE, Predictor
 from cnf.noise import Noise
@@ -76,7 +76,7 @@ def assess(
     kind: str,
     *,
     batch_size: int | None = None,
-    group: Group = ALONE,
+    group: Group = SINGLE_PROCESS,
     progress: Callable[[int, int], object] | None = None,
 ) -> Assessment:
     """Predict every row of a split and compare with its target.
@@ -177,7 +177,7 @@ class Supervised(nn.Module):
         return self.evaluate(x, context, noise)[0]
 
     def validate(
-        self, model: Predictor, x: Tensor, context: Tensor | None = None, *, index: Tensor, seed: int, group: Group = ALONE
+        self, model: Predictor, x: Tensor, context: Tensor | None = None, *, index: Tensor, seed: int, group: Group = SINGLE_PROCESS
     ) -> dict[str, float]:
         """Return ``validation``, the mean loss, ``validation_nfe``, and (classification) ``validation_accuracy``."""
         assert context is not None
@@ -187,7 +187,7 @@ class Supervised(nn.Module):
 
     @torch.no_grad()
     def solver_error(
-        self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, group: Group = ALONE
+        self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, group: Group = SINGLE_PROCESS
     ) -> float:
         """Return the absolute change of the mean loss of a batch under a refined training solver."""
         model = cast(NeuralODE, self.model)
@@ -202,7 +202,7 @@ class Supervised(nn.Module):
         return abs(group.mean(moved))
 
     def block_errors(
-        self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, whole: bool = False, group: Group = ALONE
+        self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, whole: bool = False, group: Group = SINGLE_PROCESS
     ) -> list[float]:
         """Return :meth:`solver_error` as a list of one number."""
         return [self.solver_error(x, context, noise, group=group)]

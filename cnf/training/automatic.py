@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cnf.distributed import ALONE, Group
+from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.errors import SolverError
 from cnf.noise import Noise
 from cnf.solvers import FixedGrid
@@ -74,7 +74,7 @@ class AutomaticSteps(Watch):
     def _put(self, steps: list[int]) -> None:
         self.objective.put_solvers([grid.with_steps(n) for grid, n in zip(self.grids, steps, strict=True)])
 
-    def measure(self, step: int, x: Tensor, context: Tensor | None, noise: Noise, group: Group = ALONE) -> dict[str, Any]:
+    def measure(self, step: int, x: Tensor, context: Tensor | None, noise: Noise, group: Group = SINGLE_PROCESS) -> dict[str, Any]:
         """Measure the blocks' errors on one batch and adapt their grids.
 
         Return ``solver_error``, the sum of the errors before the change, and the new mean and maximum number of solver

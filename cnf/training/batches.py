@@ -12,7 +12,7 @@ from torch import Tensor
 from cnf.config import RunConfig
 from cnf.datasets import DataSplits
 from cnf.deferral import sent
-from cnf.distributed import ALONE, Group
+from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.errors import ConfigError, DataError
 from cnf.noise import Noise
 
@@ -45,7 +45,7 @@ class Batches:
         size: int,
         seed: int,
         device: torch.device,
-        group: Group = ALONE,
+        group: Group = SINGLE_PROCESS,
         dtype: torch.dtype = torch.float32,
     ):
         self.device, self.dtype = device, dtype

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnf.distributed import ALONE, Group
+from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.errors import SolverError
 from cnf.noise import Noise
 from cnf.objectives import FlowMatching
@@ -42,7 +42,7 @@ class TimesWatch:
         """Restore :meth:`state`."""
         self.objective.times.square = torch.tensor(state["times"], dtype=torch.float64)
 
-    def measure(self, step: int, x: Tensor, context: Tensor | None, noise: Noise, group: Group = ALONE) -> dict[str, Any]:
+    def measure(self, step: int, x: Tensor, context: Tensor | None, noise: Noise, group: Group = SINGLE_PROCESS) -> dict[str, Any]:
         """Update the time distribution from one batch and return its median as ``early_times``.
 
         Return {} and change nothing if the augmented time cannot be solved.

@@ -14,7 +14,7 @@ from torch import Tensor
 from cnf.checkpoint import RunInfo, has_trainer
 from cnf.datasets import DataSplits
 from cnf.deferral import deferred_checks
-from cnf.distributed import ALONE, Group
+from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.errors import CheckpointError, SolverError
 from cnf.objectives import Objective
 from cnf.training.batches import Batches, shared_settings, validation_rows
@@ -54,7 +54,7 @@ class Trainer:
     """
 
     def __init__(
-        self, info: RunInfo, data: DataSplits, folder: Path, *, resume: bool = False, quiet: bool = False, group: Group = ALONE
+        self, info: RunInfo, data: DataSplits, folder: Path, *, resume: bool = False, quiet: bool = False, group: Group = SINGLE_PROCESS
     ):
         self.info, self.data, self.folder, self.group = info, data, folder, group
         self.config = info.config.train
@@ -68,8 +68,8 @@ class Trainer:
         batches = Batches(data, self.config.batch_size, self.config.seed, self.device, group, self.flow.like.dtype)
         self.stages = stages(self.flow, self.config, info.config.solver, batches, self.say)
         self.stages[0].objective.prepare(batches.x)
-        group.agree(shared_settings(info.config, data))
-        group.spread(self.flow.state_dict().values())  # equal already, up to rounding that differs between machines
+        group.check_same(shared_settings(info.config, data))
+        group.broadcast(self.flow.state_dict().values())  # equal already, up to rounding that differs between machines
         self.stage = 0  # index of the current phase, and its first step (``since``)
         self.since = 0
         self.optimizer, self.ema, self.recovery = fresh(self)
@@ -83,7 +83,7 @@ class Trainer:
         self.export_due = False  # the best weights are not exported yet
         self.signal, self._saved, self._saved_at = 0, -1, time.monotonic()
         with owning(folder, group) if resume else nullcontext():
-            if resume and group.first(lambda: has_trainer(folder)):
+            if resume and group.on_rank0(lambda: has_trainer(folder)):
                 restore(self)
             elif resume:  # stopped before its first checkpoint: start from step 0
                 self.journal.cut(0)
@@ -176,7 +176,7 @@ class Trainer:
         with self.signals.abandoning(), fitting(self, x, context, noise), deferred_checks(), tf32:
             found = gradient(self.objective, x, context, noise, count=config.accumulate, adjoint=adjoint, **limits)
         # from here on, gradient and metrics are the joint batch's, so that all processes do the same
-        figures, failure = self.group.joint(self.weights, len(x) / self.batches.size, found.figures, found.failure)
+        figures, failure = self.group.all_reduce_gradients(self.weights, len(x) / self.batches.size, found.figures, found.failure)
         if failure:
             self.ledger.fail(self.step, failure)
         else:
@@ -231,7 +231,7 @@ class Trainer:
     def _stop(self, started: float) -> str | None:
         """Return the stop reason, the same on all processes: by rank 0's clock, and a signal to any rank stops all."""
         elapsed = time.monotonic() - started if self.group.main else 0.0
-        number, elapsed = self.group.largest([self.signals.number, elapsed])
+        number, elapsed = self.group.all_max([self.signals.number, elapsed])
         self.signal = int(number)
         return self.stop_reason(elapsed)
 

@@ -44,7 +44,7 @@ def measure(trainer: Trainer) -> Cost:
 
     def more() -> bool:  # until all processes have enough
         wanted = steps < MINIMUM_STEPS or (time.perf_counter() - started < ENOUGH_SECONDS and steps < 50)
-        return bool(trainer.group.largest([float(wanted)])[0])
+        return bool(trainer.group.all_max([float(wanted)])[0])
 
     while more():
         _step(trainer)

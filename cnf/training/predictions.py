@@ -12,7 +12,7 @@ import torch
 
 from cnf.checkpoint import RunInfo
 from cnf.datasets import DataSplits
-from cnf.distributed import ALONE, Group
+from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.models import NeuralODE, Predictor
 from cnf.objectives import Assessment, assess
 from cnf.progress import Progress
@@ -40,7 +40,7 @@ def score_predictions(
     *,
     items: int | None = None,
     check: bool = False,
-    group: Group = ALONE,
+    group: Group = SINGLE_PROCESS,
     quiet: bool = False,
 ) -> tuple[dict[str, Any], Assessment, torch.Tensor]:
     """Evaluate the loss (and accuracy) of a predictor on a split.

@@ -17,7 +17,7 @@ import torchdiffeq
 import cnf
 from cnf.checkpoint import RunInfo
 from cnf.datasets import DataSplits
-from cnf.distributed import ALONE, Group
+from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError
 from cnf.flow import Flow
@@ -87,7 +87,7 @@ def score(
     items: int | None = None,
     check: bool = False,
     batch_size: int | None = None,
-    group: Group = ALONE,
+    group: Group = SINGLE_PROCESS,
     quiet: bool = False,
 ) -> tuple[dict[str, Any], Evaluation]:
     """Evaluate the likelihood of a split.

@@ -49,7 +49,7 @@ def restore(trainer: Trainer) -> None:
         CheckpointError: for a checkpoint that is damaged, of another model or of other data.
     """
     folder = trainer.folder
-    state, notice = trainer.group.first(lambda: load_trainer(folder))
+    state, notice = trainer.group.on_rank0(lambda: load_trainer(folder))
     if notice:
         trainer.say(notice)
     if state.get("data") != fingerprint(trainer.data):
@@ -102,7 +102,7 @@ def owning(folder: Path, group: Group) -> Iterator[None]:
         CheckpointError: if the folder cannot be written.
     """
     with ExitStack() as stack:
-        group.first(lambda: stack.enter_context(locked(folder)))
+        group.on_rank0(lambda: stack.enter_context(locked(folder)))
         yield
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cnf.distributed import ALONE, Group
+from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.errors import SolverError
 from cnf.models import SolverConfig, train_solver
 from cnf.noise import Noise
@@ -87,7 +87,7 @@ class Watch:
         self.refinements = int(state["refinements"])
         self.apply()
 
-    def measure(self, step: int, x: Tensor, context: Tensor | None, noise: Noise, group: Group = ALONE) -> dict[str, Any]:
+    def measure(self, step: int, x: Tensor, context: Tensor | None, noise: Noise, group: Group = SINGLE_PROCESS) -> dict[str, Any]:
         """Measure the solver's error on one batch and refine the solver if it exceeds the tolerance.
 
         Each process passes its own rows. Return ``solver_error`` and the new ``grid_steps`` (or ``rtol``).
