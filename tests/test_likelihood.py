@@ -18,7 +18,6 @@ from cnf.errors import ConfigError, DataError, SolverError
 from cnf.fields import MLP
 from cnf.flow import Flow
 from cnf.likelihood import (
-    CAUTION,
     ItemNoise,
     check,
     column_report,
@@ -32,6 +31,7 @@ from cnf.likelihood import (
     spacing_entropy,
 )
 from cnf.models import ModelConfig, SolverConfig, build
+from cnf.results import CAUTION
 from cnf.solvers import Adaptive, FixedGrid, Stats
 from cnf.training import comparability, score, summary, write_json, write_scores
 from cnf.training.report import columns_text

@@ -1,5 +1,6 @@
 """Settings of a run, presets and published models; importing them needs neither torch nor tyro."""
 
+from cnf.config.files import read_settings
 from cnf.config.model import PREDICTIVE, ModelConfig
 from cnf.config.presets import PRESETS, preset
 from cnf.config.published import AFFJORD, FFJORD, PUBLISHED, RNODE, Published
@@ -22,4 +23,5 @@ __all__ = [
     "SolverConfig",
     "TrainConfig",
     "preset",
+    "read_settings",
 ]
