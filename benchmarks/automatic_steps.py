@@ -25,9 +25,9 @@ from torch import Tensor
 
 from cnf import datasets
 from cnf.checkpoint import RunInfo
+from cnf.config import RunConfig, preset
 from cnf.datasets import DataSplits
 from cnf.models import ModelConfig
-from cnf.presets import RunConfig, preset
 from cnf.training import from_settings
 
 __all__ = ["AUTOMATIC_COLUMNS", "automatic_steps"]

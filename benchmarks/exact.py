@@ -33,13 +33,13 @@ from torch import Tensor
 from cnf import datasets
 from cnf.checkpoint import RunInfo
 from cnf.cli.common import load_splits
+from cnf.config import RunConfig, preset
 from cnf.datasets import DataSplits
 from cnf.deferral import deferred_checks
 from cnf.divergence import Exact
 from cnf.likelihood import Evaluation, evaluate
 from cnf.models import SolverConfig, build
 from cnf.noise import Kind, Noise
-from cnf.presets import RunConfig, preset
 from cnf.solvers import FixedGrid
 from cnf.training import Trainer, from_settings
 from cnf.training.solver_monitor import SolverMonitor
@@ -171,11 +171,6 @@ class Redrawn(Noise):
     def __init__(self, number: int, moving: frozenset[str]):
         super().__init__(0, "variance", number)
         self.moving = moving
-
-    def _copy(self) -> Noise:
-        other = Redrawn(self.step, self.moving)
-        other.place = self.place
-        return other
 
     def draw(self, name: str, kind: Kind, shape: Any, **options: Any) -> Tensor:
         """Draw by name."""

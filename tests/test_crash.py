@@ -21,11 +21,11 @@ from tqdm import tqdm
 from trainers import checkpointer, policy, training
 
 from cnf.checkpoint import LOCK, RunInfo, files, leftovers, write_config
+from cnf.config import DataConfig, RunConfig, TrainConfig
 from cnf.datasets import DataSplits
 from cnf.errors import SolverError
 from cnf.models import ModelConfig, SolverConfig
 from cnf.objectives import Likelihood
-from cnf.presets import DataConfig, RunConfig, TrainConfig
 from cnf.training import Trainer
 
 HERE = Path(__file__).resolve().parent

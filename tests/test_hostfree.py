@@ -18,6 +18,7 @@ from trainers import average, policy, stop_at, training
 
 from cnf import CNF, FixedGrid, Flow
 from cnf.checkpoint import RunInfo
+from cnf.config import DataConfig, RunConfig, TrainConfig, preset
 from cnf.datasets import DataSplits
 from cnf.deferral import deferred, deferred_checks
 from cnf.divergence import Exact
@@ -25,7 +26,6 @@ from cnf.errors import DataError, SolverError, TrainingError
 from cnf.fields import MLP
 from cnf.models import ModelConfig, SolverConfig
 from cnf.objectives import Likelihood
-from cnf.presets import DataConfig, RunConfig, TrainConfig, preset
 from cnf.training import Interrupted, Trainer
 from cnf.training.batches import Batches
 from cnf.training.schedule import Average, adamw, learning_rate, masked_step

@@ -12,11 +12,11 @@ from trainers import training
 
 from cnf.checkpoint import RunInfo
 from cnf.collocation import RULES, interpolation, patterson
+from cnf.config import DataConfig, RunConfig, TrainConfig
 from cnf.datasets import DataSplits
 from cnf.likelihood import evaluate
 from cnf.models import ModelConfig, SolverConfig
 from cnf.noise import Noise
-from cnf.presets import DataConfig, RunConfig, TrainConfig
 
 POINTS = torch.randn(300, 2, generator=torch.Generator().manual_seed(3))
 DATA = DataSplits("points", "table", POINTS[:200], POINTS[200:250], POINTS[250:])

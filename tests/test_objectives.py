@@ -12,6 +12,7 @@ from torch.distributions import Normal
 from trainers import stop_at, training
 
 from cnf.checkpoint import RunInfo, save_trainer
+from cnf.config import DataConfig, RunConfig, TrainConfig
 from cnf.continuous import CNF
 from cnf.datasets import DataSplits
 from cnf.divergence import Exact, Hutchinson
@@ -21,7 +22,6 @@ from cnf.flow import Flow
 from cnf.models import ModelConfig, SolverConfig
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
-from cnf.presets import DataConfig, RunConfig, TrainConfig
 from cnf.quadratures import Directional, Kinetic, RunningCost
 from cnf.solvers import FixedGrid
 from cnf.transforms import Dequantize, Logit, Sequential

@@ -33,6 +33,7 @@ from cnf.checkpoint import (
     write_weights,
 )
 from cnf.cli import train_main
+from cnf.config import DataConfig, RunConfig, TrainConfig
 from cnf.continuous import CNF
 from cnf.datasets import DataSplits
 from cnf.errors import CheckpointError, ConfigError, SolverError, TrainingError
@@ -41,7 +42,6 @@ from cnf.flow import Flow
 from cnf.models import ModelConfig, SolverConfig
 from cnf.noise import Noise
 from cnf.objectives import Likelihood, Supervised
-from cnf.presets import DataConfig, RunConfig, TrainConfig
 from cnf.solvers import Adaptive, FixedGrid, adaptive
 from cnf.training import Interrupted, Trainer
 from cnf.training.memory import is_oom

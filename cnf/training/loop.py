@@ -6,8 +6,8 @@ import math
 from contextlib import ExitStack, suppress
 from typing import Any
 
-from cnf.errors import SolverError
-from cnf.training.signals import Abandoned, Interrupted, Signals
+from cnf.errors import Interrupted, SolverError
+from cnf.training.signals import Abandoned, Signals
 from cnf.training.state import Pending
 from cnf.training.step import tensor_cores
 from cnf.training.stepper import Stepper

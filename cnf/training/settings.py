@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from cnf.checkpoint import RunInfo, write_config
+from cnf.config import TrainConfig
 from cnf.datasets import DataSplits
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.errors import ConfigError
 from cnf.flow import Flow
 from cnf.models import Predictor, SolverConfig
 from cnf.objectives import FlowMatching, Likelihood, Objective, Supervised
-from cnf.presets import TrainConfig
 from cnf.training.auto_steps import AutoSteps
 from cnf.training.batches import Batches, Validation, fingerprint, shared_settings, validation_rows
 from cnf.training.callbacks import Callback, EarlyStopping, TimeLimit, WeightAverage, replaced
