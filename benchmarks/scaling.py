@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cnf.published import PUBLISHED
 from measure import machine, markdown, record, versions
 
 from cnf.checkpoint import RunInfo
 from cnf.cli.common import load_splits
+from cnf.config import PUBLISHED, preset
 from cnf.distributed import join
 from cnf.models import build
 from cnf.training import from_settings
