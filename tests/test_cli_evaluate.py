@@ -408,9 +408,9 @@ def test_items_far_out_are_scored_and_those_that_cannot_be_solved_come_last(tmp_
         assert np.allclose(before["log_prob"][others], after["log_prob"][others], atol=1e-3)
         assert -1e52 < after["log_prob"][9] < -1e48 and np.isfinite(after["log_prob"]).all()
 
-    own = cnf.fields.networks.Prepared.__call__
+    own = cnf.fields.precomputed.PrecomputedField.__call__
     monkeypatch.setattr(
-        cnf.fields.networks.Prepared, "__call__", lambda self, t, y, *more: own(self, t, y, *more) / (y.abs().amax(1, keepdim=True) < 1e3)
+        cnf.fields.precomputed.PrecomputedField, "__call__", lambda self, t, y, *more: own(self, t, y, *more) / (y.abs().amax(1, keepdim=True) < 1e3)
     )
     with pytest.warns(UserWarning, match=r"2 of 12 items cannot be solved .*items 4, 9"):
         out, _ = run(capsys, rows, "--score", path)
