@@ -18,8 +18,8 @@ from PIL import Image
 
 import cnf
 from cnf.cli import train_main
-from cnf.cli.common import guard
 from cnf.cli.evaluate import _keep
+from cnf.cli.exits import guard
 from cnf.datasets import load
 from cnf.divergence import Hutchinson
 from cnf.likelihood import check, column_report, evaluate

@@ -8,11 +8,11 @@ from conftest import F64, normal
 
 import cnf
 from cnf import CNF, Adaptive, FixedGrid
+from cnf.config import preset
 from cnf.errors import ConfigError
 from cnf.fields import Drive, HyperMLP, TimePath
 from cnf.models import ModelConfig, SolverConfig, build
 from cnf.objectives import Likelihood
-from cnf.presets import preset
 
 K = 3
 DRIVES = {"none": None, "hyper": Drive("hyper", k=K, m=2), "both": Drive("both", k=K, m=2)}
