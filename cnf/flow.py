@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,7 @@ class Flow(nn.Module):
         self.event_shape = tuple(event_shape)
         self.latent_shape = transform.latent_shape(self.event_shape)
         self.base_std = base_std
+        self.built: dict[str, Any] | None = None  # settings, if cnf.build made it
         for number, block in enumerate(blocks := self.blocks, 1):
             block.label = f"block {number} of {len(blocks)}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ class Predictor(nn.Module):
         if levels is not None and levels < 2:
             raise ConfigError(f"levels={levels}; expected at least 2 grey levels, or None")
         self.event_shape, self.state_shape, self.outputs, self.levels = tuple(event_shape), tuple(state_shape), outputs, levels
+        self.built: dict[str, Any] | None = None  # settings of a predictor made by build_predictor, by which it is saved
         self.head = nn.Linear(size, outputs) if head == "linear" else None
 
     @property
