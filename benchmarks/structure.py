@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-STATE = ("Trainer", "TrainState")  # classes that only their own methods may change
+STATE = {"Run", "Stepper", "TrainState", "Trainer"}  # classes of a training, which only their own methods may change
 CHAINS = ("transforms", "scales")  # attributes through which a Sequential or a Multiscale is opened
 OWNERS = ("Sequential", "Multiscale")  # they may open themselves
 
@@ -146,7 +147,7 @@ def changes_state(root: Path) -> list[str]:
         given = {
             a.arg
             for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
-            if a.annotation is not None and any(s in ast.unparse(a.annotation) for s in STATE)
+            if a.annotation is not None and STATE & set(re.findall(r"\w+", ast.unparse(a.annotation)))
         }
         targets: list[ast.expr] = []
         for inner in ast.walk(node):
