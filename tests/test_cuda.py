@@ -86,7 +86,8 @@ def test_a_neural_ode_that_predicts():
 
 
 def test_twenty_steps_resumed_are_twenty_steps(tmp_path):
-    from test_training import rows, trainer
+    from conftest import logged_rows
+    from test_training import trainer
 
     options = {"steps": 20, "device": "cuda"}
     whole = trainer(tmp_path / "whole", **options)
@@ -97,7 +98,7 @@ def test_twenty_steps_resumed_are_twenty_steps(tmp_path):
     run = trainer(tmp_path / "run", resume=True, **options)
     assert run.step == 9
     run.run()
-    for mine, other in zip(rows(run.folder), rows(whole.folder), strict=True):
+    for mine, other in zip(logged_rows(run.folder), logged_rows(whole.folder), strict=True):
         assert mine["step"] == other["step"]
         if "loss" in other:
             assert abs(mine["loss"] - other["loss"]) < 1e-5
@@ -126,7 +127,8 @@ def no_waiting(monkeypatch):
 
 @pytest.mark.parametrize("name", ["digits", "conv", "affjord", "tangents", "matching", "predictor", "regression"])
 def test_a_step_waits_for_nothing(tmp_path, monkeypatch, no_waiting, name):
-    from test_hostfree import rows, run_of
+    from conftest import logged_rows
+    from test_hostfree import run_of
 
     from cnf.training import loop
 
@@ -134,8 +136,8 @@ def test_a_step_waits_for_nothing(tmp_path, monkeypatch, no_waiting, name):
     run = run_of(tmp_path / "run", name, device="cuda", steps=12)
     assert run.run() == "steps"
     watched = {"digits": [5, 10], "matching": [10]}.get(name, [])  # where the solver's error, or the loss over time, is measured
-    assert [row["step"] for row in rows(run.folder)] == sorted([6, 12, *watched])
-    assert all(row["loss"] is not None for row in rows(run.folder))
+    assert [row["step"] for row in logged_rows(run.folder)] == sorted([6, 12, *watched])
+    assert all(row["loss"] is not None for row in logged_rows(run.folder))
 
 
 def test_images_that_do_not_fit_are_fetched_without_waiting(tmp_path, monkeypatch, no_waiting):
