@@ -40,6 +40,7 @@ from cnf.flow import Flow
 from cnf.likelihood import evaluate
 from cnf.presets import DataConfig, RunConfig, preset
 from cnf.training import Trainer
+from cnf.transforms import Request
 
 TOYS = ("checkerboard", "hash-gaussian", "letters-gaussian")
 DRIVES = {"none": "FFJORD", "concat": "AFFJORD concat", "hyper": "AFFJORD hyper", "both": "AFFJORD", "wide": "FFJORD, wide"}
@@ -57,7 +58,7 @@ class Measured(Trainer):
         x, context, _ = self.validation
         flow = self.ema.module.eval()
         with torch.no_grad():
-            found["solve_nfe"] = flow.evaluate(x[:NFE_ITEMS], context, integrals=False).stats.nfe
+            found["solve_nfe"] = flow.evaluate(x[:NFE_ITEMS], Request(context, integrals=False)).stats.nfe
         return found
 
 

@@ -15,6 +15,7 @@ from cnf.fields import MLP, Drive, TimePath
 from cnf.likelihood import check, evaluate, rank
 from cnf.noise import Noise
 from cnf.refinement import refine
+from cnf.transforms import Request
 
 F64 = torch.float64
 WORST = 5e-3  # nats
@@ -154,9 +155,9 @@ def test_rows_are_refined_with_their_context_probe_and_augmented_time():
     ):
         block.eval()
         with torch.no_grad():
-            found = block(x, given, noise=Noise(1))
+            found = block(x, Request(given, Noise(1)))
             block.eval_solver = FixedGrid("rk4", 400)
-            whole = block(x, given, noise=Noise(1))
+            whole = block(x, Request(given, Noise(1)))
         assert float((found.log_det - whole.log_det).abs().max()) < WORST
 
 

@@ -10,6 +10,7 @@ from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson, Noise
 from cnf.errors import ConfigError
 from cnf.fields import DRIVES, LAYERS, MLP, ConvField, Drive, SqueezeSum, TimePath, UNet
 from cnf.solvers import Reversible
+from cnf.transforms import Request
 
 F64 = torch.float64
 SOLVERS = {
@@ -241,7 +242,7 @@ def test_the_check_of_rows_leaves_no_trace_in_the_field():
 
     flow, seen = flow_of(Counting()), []
     flow.transform.field.register_forward_hook(lambda *_: seen.append(1))
-    stats = flow.evaluate(torch.randn(5, 2, dtype=F64), log_det=False).stats
+    stats = flow.evaluate(torch.randn(5, 2, dtype=F64), Request(log_det=False)).stats
     assert stats.nfe == flow.transform.field.calls == len(seen) == 24
 
 

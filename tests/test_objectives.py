@@ -23,7 +23,7 @@ from cnf.presets import DataConfig, RunConfig, TrainConfig
 from cnf.quadratures import Directional, Kinetic, RunningCost
 from cnf.solvers import FixedGrid
 from cnf.training import Trainer
-from cnf.transforms import Dequantize, Logit, Sequential
+from cnf.transforms import Dequantize, Logit, Request, Sequential
 
 F64 = torch.float64
 GRID = FixedGrid("dopri5", 12)
@@ -215,7 +215,7 @@ def test_only_what_is_weighted_is_integrated():
     assert torch.allclose(flow.log_prob(x), -terms["nll"], atol=1e-12)
     values, stats = objective.evaluate(x)
     assert all(torch.equal(values[name], terms[name]) for name in terms) and stats.nfe == 72
-    assert flow.evaluate(x, integrals=False).integrals == {}
+    assert flow.evaluate(x, Request(integrals=False)).integrals == {}
 
 
 def test_refusals():

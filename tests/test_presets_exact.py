@@ -25,6 +25,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import exact
 import precision
 
+from cnf.transforms import Request
+
 NAMES = ("exact-digits", "exact-mnist", "exact-tabular")
 # the same models where they are large: narrower, on smaller images
 SMALL = {"exact-digits": ((12, 12), (1, 8, 8)), "exact-mnist": ((5, 5), (1, 8, 8)), "exact-tabular": ((83, 83), (6,))}
@@ -125,7 +127,7 @@ def test_a_training_step_at_full_size(name, tmp_path):
     batch, _, noise = trainer.batches(0)
     with torch.no_grad():
         trainer.flow.train()
-        out = trainer.flow.evaluate(batch, noise=noise)
+        out = trainer.flow.evaluate(batch, Request(noise=noise))
         loss = float(trainer.objective(batch, noise=noise)["loss"].mean())
     zero = -(trainer.flow.base_log_prob(out.value) + out.log_det).mean()
     scale = 1.0 if entry.levels is None else math.log(2) * trainer.flow.dim
