@@ -135,9 +135,9 @@ def test_jumps_at_times_of_each_row_s_own_are_found_whatever_the_batch():
     block = CNF(Stair()).eval()
     x = torch.zeros(300, 1, dtype=F64)
     with torch.no_grad():
-        out = block(x, at)
+        out = block(x, Request(at))
         some = ((at[:, 1] - at[:, 0]).abs() > 0.1).nonzero()[:15, 0]  # closer jumps may stand between the first nodes
-        alone = torch.cat([block(x[i : i + 1], at[i : i + 1]).log_det for i in some.tolist()])
+        alone = torch.cat([block(x[i : i + 1], Request(at[i : i + 1])).log_det for i in some.tolist()])
     assert float((out.log_det - (at[:, 1] - at[:, 0])).abs().max()) < 1 / 128  # the panels' width: a pulse within one
     assert float((out.log_det - (at[:, 1] - at[:, 0])).abs().mean()) < 1e-3
     assert float((alone - (at[:, 1] - at[:, 0])[some]).abs().max()) < WORST
