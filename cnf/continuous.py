@@ -15,8 +15,8 @@ from cnf.deferral import outside_inference_mode, vectorized
 from cnf.derivatives import check_derivative
 from cnf.divergence import Divergence, Exact, closed
 from cnf.errors import ConfigError, SolverError
-from cnf.fields.augmented import TimePath, check_drive
-from cnf.fields.custom import can_compile, prepared, protect
+from cnf.fields.augmented import TimePath, check_augmented_time
+from cnf.fields.custom import can_compile, precompute, protect
 from cnf.fields.signature import check_signature
 from cnf.halving import separable, solve_in_halves
 from cnf.noise import Noise, draw, number
@@ -92,7 +92,7 @@ class CNF(Transform):
             raise ConfigError(f"steer={steer}; expected 0 <= steer < end_time={end_time}")
         check_names(quadratures)
         check_signature(field)
-        check_drive(field, path)
+        check_augmented_time(field, path)
         self.field = field
         self.path = path
         self.autocast, self.compiles = autocast, compile  # nn.Module has a method called compile
@@ -189,7 +189,7 @@ class CNF(Transform):
             a = self.advance_augmented_time(path.start(x), start, request)
         quadratures = self.quadratures if log_det and request.integrals else ()
         need = frozenset({"div"} if log_det else ()).union(*(q.need for q in quadratures))
-        field = prepared(self.field, x, context, noise, t=(now := start if a is None else a[0]))
+        field = precompute(self.field, x, context, noise, t=(now := start if a is None else a[0]))
         check_derivative(field, divergence, need, now, x, context)
         # drawn once, before the solve and outside any checkpoint: a fixed probe defines one smooth ODE
         probe = divergence.probe(x, noise, need, field)
@@ -209,7 +209,7 @@ class CNF(Transform):
         )
 
         def rows(index: Tensor) -> RightHandSide:
-            return rhs.part(index, lambda given: prepared(self.field, x[index], given, noise))
+            return rhs.part(index, lambda given: precompute(self.field, x[index], given, noise))
 
         def separate() -> Rows | None:
             return rows if separable(field, self.field, now, x, context) else None

@@ -223,13 +223,7 @@ class Flow(nn.Module):
         return z * (self.base_std * temperature), context, lead
 
     def rsample(
-        self,
-        n: int | Sequence[int] = (),
-        context: Tensor | None = None,
-        *,
-        noise: Noise | None = None,
-        temperature: float = 1.0,
-        solver: SolverOverride = None,
+        self, n: int | Sequence[int] = (), context: Tensor | None = None, *, noise: Noise | None = None, temperature: float = 1.0, solver: SolverOverride = None
     ) -> Tensor:
         """Draw differentiable samples; see :meth:`sample`. Images are not clamped to [0, 1]."""
         z, rows, lead = self._latent(n, context, noise, temperature)
@@ -262,13 +256,7 @@ class Flow(nn.Module):
         return x if self.levels is None else Dequantize(self.levels).quantize(x) if quantize else x.clamp(0, 1)
 
     def sample_and_log_prob(
-        self,
-        n: int | Sequence[int] = (),
-        context: Tensor | None = None,
-        *,
-        noise: Noise | None = None,
-        solver: SolverOverride = None,
-        divergence: DivergenceOverride = None,
+        self, n: int | Sequence[int] = (), context: Tensor | None = None, *, noise: Noise | None = None, solver: SolverOverride = None, divergence: DivergenceOverride = None
     ) -> tuple[Tensor, Tensor]:
         """Draw differentiable, unclamped samples (n, \\*event) with log-density (n,), or (n, M, ...), in one solve."""
         z, rows, lead = self._latent(n, context, noise, 1.0)

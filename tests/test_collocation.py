@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import F64, ROOT
 from torch import nn
 
 from cnf import CNF, Flow, ModelConfig, SolverConfig, build
@@ -15,7 +15,7 @@ from cnf.collocation import FINEST, RULES, patterson, solve_at_nodes
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError, DataError, SolverError
-from cnf.fields import MLP, ConvField, Drive, TimePath
+from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
 from cnf.likelihood import evaluate
 from cnf.likelihood.groups import hardness, sorted_rows
 from cnf.models import eval_solver
@@ -24,16 +24,9 @@ from cnf.quadratures import Directional, JacobianFrobenius, Kinetic, RunningCost
 from cnf.solvers import Adaptive, FixedGrid, refined
 from cnf.transforms import Request, Sequential
 
-F64 = torch.float64
+pytestmark = pytest.mark.usefixtures("double")
+
 TIGHT = Adaptive("dopri5", 1e-10, 1e-10, quadratures_in_norm=True, max_steps=10_000)
-
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(F64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def at_nodes(tolerance, tight=1e-10, **more):
@@ -102,9 +95,9 @@ CASES = {
     "conv tangents": lambda: (block(ConvField(1, (3, 3, 3)), divergence=Exact(chunk=5)), torch.randn(3, 1, 3, 3), None),
     "context rows": lambda: (block(MLP(2, (6,), context_dim=3)), torch.randn(4, 2), torch.randn(4, 3)),
     "one context": lambda: (block(MLP(2, (6,), "squash", context_dim=3)), torch.randn(4, 2), torch.randn(3)),
-    "driven concat": lambda: (block(MLP(3, (6,), Drive("concat", k=4)), path=TimePath(4)), torch.randn(5, 3), None),
+    "driven concat": lambda: (block(MLP(3, (6,), AugmentedTimeConditioning("concat", k=4)), path=TimePath(4)), torch.randn(5, 3), None),
     "driven both": lambda: (
-        block(MLP(3, (6, 5), Drive("both", k=4, m=3)), path=TimePath(4, learn_start=True), end_time=1.3),
+        block(MLP(3, (6, 5), AugmentedTimeConditioning("both", k=4, m=3)), path=TimePath(4, learn_start=True), end_time=1.3),
         torch.randn(5, 3),
         None,
     ),

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import F64
 from test_golden import close, files, grid, loaded, read, substate, truth
 
 from cnf.compat import affjord_toy, load_affjord_toy, load_reference
 from cnf.compat.affjord import ENTRIES, fill_path, released_layer
 from cnf.divergence import Exact, linearize
 from cnf.errors import CheckpointError, ConfigError
-from cnf.fields import Conv, Drive, TimePath, time_layer
+from cnf.fields import AugmentedTimeConditioning, Conv, TimePath, time_layer
 from cnf.models import build
 from cnf.multiscale import scale_shapes
 from cnf.noise import Noise
@@ -22,7 +23,6 @@ from cnf.solvers import Adaptive, FixedGrid
 from cnf.transforms import Request
 from cnf.transforms.request import AugmentedTime
 
-F64 = torch.float64
 IMAGES = [*files("f_affjord_concat"), *files("f_affjord_hyper")]
 TOYS = files("f_affjord_toy2d")
 
@@ -59,7 +59,7 @@ def places(data):
 def test_layers(path):
     data, meta = read(path)
     state = substate(data)
-    for name, kind in (("concat_conv", "ignore"), ("hyper_conv", Drive("hyper", ENTRIES, 10))):
+    for name, kind in (("concat_conv", "ignore"), ("hyper_conv", AugmentedTimeConditioning("hyper", ENTRIES, 10))):
         about = meta["config"]["layers"][name]
         conv = Conv(about["in"], about["out"], about["kw"]["ksize"], about["kw"]["stride"], about["kw"]["padding"])
         layer = time_layer(kind, conv).double()
@@ -226,7 +226,7 @@ def test_toys(path):
 
 @pytest.mark.parametrize("path", TOYS)
 def test_toys_are_the_model_of_the_published_presets(path):
-    """Drive("both"), and the plain net, from the presets' settings with the golden weights; the released ODE runs backwards."""
+    """AugmentedTimeConditioning("both"), and the plain net, from the presets' settings with the golden weights; the released ODE runs backwards."""
     data, meta = read(path)
     state, width = substate(data), meta["config"]["width"]
     augmented = meta["config"]["variant"] == "augmented"

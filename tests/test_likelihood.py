@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import F64
 
 from cnf.checkpoint import RunInfo
 from cnf.continuous import CNF
@@ -36,14 +37,8 @@ from cnf.training import comparability, score, summary, write_json, write_scores
 from cnf.training.report import columns_text
 from cnf.transforms import Dequantize, Logit, Sequential, Transform, TransformOutput
 
-F64 = torch.float64
+pytestmark = pytest.mark.usefixtures("double")
 
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(F64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 class Density(Transform):
@@ -400,7 +395,7 @@ class TwoModes(Flow):
 
     width = 0.2
 
-    def log_prob(self, x, context=None, *, noise=None):
+    def log_prob(self, x, context=None, *, noise=None, solver=None, divergence=None):
         normal = torch.distributions.Normal
         peaks = [normal(x[:, 0] + s, self.width).log_prob(x[:, 1]) for s in (-2.0, 2.0)]
         return normal(0.0, 1.0).log_prob(x[:, 0]) + torch.logaddexp(*peaks) - math.log(2)

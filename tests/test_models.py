@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import F64
 
 from cnf.cli.options import parse
 from cnf.continuous import CNF
@@ -19,8 +20,6 @@ from cnf.presets import PRESETS, preset
 from cnf.published import FFJORD, PUBLISHED, RNODE, count
 from cnf.quadratures import JacobianFrobenius, Kinetic
 from cnf.solvers import Adaptive, FixedGrid
-
-F64 = torch.float64
 
 
 @pytest.mark.parametrize("model", PUBLISHED, ids=lambda m: m.name)

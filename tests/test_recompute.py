@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from conftest import F64
 
 from cnf.continuous import CNF
 from cnf.divergence import Exact, Hutchinson
@@ -14,8 +15,6 @@ from cnf.quadratures import JacobianFrobenius, RunningCost
 from cnf.recompute import Recompute
 from cnf.solvers import Adaptive, FixedGrid
 from cnf.transforms import Request
-
-F64 = torch.float64
 
 
 class Step:

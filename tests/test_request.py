@@ -8,7 +8,7 @@ from torch.func import vmap
 
 import cnf.multiscale
 import cnf.transforms
-from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson, Noise
+from cnf import CNF, Exact, FixedGrid, Flow, Hutchinson, Noise
 from cnf.errors import ConfigError
 from cnf.fields import MLP
 from cnf.solvers import Stats, refined
@@ -48,10 +48,10 @@ def test_overrides_by_block_and_by_mode():
     assert flow.evaluate(x, Request(solver=refined)).stats.nfe == 2 * 16
     assert refined(first).steps == 4 and refined(first.eval()).rtol == pytest.approx(0.1 * first.eval_solver.rtol)
     for wrong in (FixedGrid, 3, "rk4"):
-        with pytest.raises(ConfigError, match="solver=.*expected a solver such as"):
+        with pytest.raises(ConfigError, match=r"solver=.*expected a solver such as"):
             flow.log_prob(x, solver=wrong)
     for wrong in (Exact, 3):
-        with pytest.raises(ConfigError, match="divergence=.*expected a strategy such as"):
+        with pytest.raises(ConfigError, match=r"divergence=.*expected a strategy such as"):
             flow.log_prob(x, divergence=wrong)
 
 

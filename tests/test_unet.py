@@ -8,8 +8,8 @@ import torch
 from cnf import CNF, ModelConfig, Noise, SolverConfig, build
 from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError, DataError
-from cnf.fields import Denoiser, Schedule, UNet
-from cnf.fields.residual import Attention, GroupNorm, Pair
+from cnf.fields import Denoiser, Interpolant, UNet
+from cnf.fields.unet_layers import Attention, Dual, GroupNorm
 from cnf.quadratures import JacobianFrobenius
 from cnf.solvers import FixedGrid
 from cnf.transforms import Request
@@ -18,7 +18,7 @@ from cnf.transforms import Request
 def made(kind, context_dim=0, **more):
     torch.manual_seed(0)
     options = {"hidden": (4, 8), "depth": 2, "attention": True, "context_dim": context_dim, "zero_init": False} | more
-    field = UNet(2, **options) if kind == "unet" else Denoiser(2, Schedule(0.02), level=0.1, **options)
+    field = UNet(2, **options) if kind == "unet" else Denoiser(2, Interpolant(0.02), level=0.1, **options)
     for p in field.parameters():  # past the zeros of its residual branches
         p.data += 0.1 * torch.randn_like(p)
     if kind == "denoiser":
@@ -94,10 +94,10 @@ def test_group_norm_is_torchs():
     torch.nn.init.normal_(norm.shift)
     x = torch.randn(3, 12, 5, 4).double()
     truth = torch.nn.functional.group_norm(x, 4, norm.gain, norm.shift)
-    torch.testing.assert_close(norm(Pair(x)).value, truth)
-    torch.testing.assert_close(norm(Pair(x, torch.zeros(6, 12, 5, 4).double())).value, truth)
+    torch.testing.assert_close(norm(Dual(x)).value, truth)
+    torch.testing.assert_close(norm(Dual(x, torch.zeros(6, 12, 5, 4).double())).value, truth)
     modulation = torch.randn(3, 24).double()
-    a, b = norm(Pair(x), modulation).value, norm(Pair(x, torch.zeros_like(x)), modulation).value
+    a, b = norm(Dual(x), modulation).value, norm(Dual(x, torch.zeros_like(x)), modulation).value
     scale, move = (m[:, :, None, None] for m in modulation.chunk(2, 1))
     torch.testing.assert_close(a, truth * (1 + scale) + move)
     torch.testing.assert_close(b, a)
@@ -108,9 +108,9 @@ def test_attention_is_torchs():
     layer = Attention(8, heads=2).double()
     torch.nn.init.normal_(layer.project.weight)
     x = torch.randn(3, 8, 2, 4).double()
-    q, k, v = layer.qkv(layer.norm(Pair(x)).value).flatten(2).unflatten(1, (3, 2, 4)).transpose(3, 4).unbind(1)
+    q, k, v = layer.qkv(layer.norm(Dual(x)).value).flatten(2).unflatten(1, (3, 2, 4)).transpose(3, 4).unbind(1)
     mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(3, 8, 2, 4)
-    torch.testing.assert_close(layer(Pair(x)).value, x + layer.project(mixed))
+    torch.testing.assert_close(layer(Dual(x)).value, x + layer.project(mixed))
 
 
 def test_zero_initialisation_is_no_field_at_all():
@@ -166,10 +166,10 @@ def test_what_may_not_be():
         UNet(1, (4,), context_dim=2)(torch.tensor(0.0), torch.randn(1, 1, 4, 4))
     with pytest.raises(ConfigError, match="heads"):
         UNet(1, (6,), attention=True)
-    with pytest.raises(ConfigError, match="schedule has no noise"):
-        Denoiser(1, Schedule(), level=0.1)
+    with pytest.raises(ConfigError, match="interpolant has no noise"):
+        Denoiser(1, Interpolant(), level=0.1)
     with pytest.raises(ConfigError, match="level=0"):
-        Denoiser(1, Schedule(0.1), level=0.0)
+        Denoiser(1, Interpolant(0.1), level=0.0)
 
 
 BAD = [

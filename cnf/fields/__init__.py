@@ -1,33 +1,47 @@
 """Vector fields f(t, x) and their time layers."""
 
-from cnf.fields.augmented import DRIVES, Drive, TimePath
+import warnings
+from typing import Any
+
+from cnf.fields.augmented import AUGMENTED_TIME_LAYERS, AugmentedTimeConditioning, TimePath
+from cnf.fields.base import VectorField
 from cnf.fields.denoiser import PERIODS, Denoiser
 from cnf.fields.hypernet import HyperMLP
+from cnf.fields.interpolant import Interpolant
 from cnf.fields.layers import LAYERS, LayerFactory, time_layer
 from cnf.fields.maps import Conv, Linear
 from cnf.fields.networks import MLP, ConvField, Stack
 from cnf.fields.parallel import SqueezeSum
-from cnf.fields.schedule import Schedule
 from cnf.fields.time import TimeLayer
 from cnf.fields.unet import UNet
 
 __all__ = [
-    "DRIVES",
+    "AUGMENTED_TIME_LAYERS",
     "LAYERS",
     "MLP",
     "PERIODS",
+    "AugmentedTimeConditioning",
     "Conv",
     "ConvField",
     "Denoiser",
-    "Drive",
     "HyperMLP",
+    "Interpolant",
     "LayerFactory",
     "Linear",
-    "Schedule",
     "SqueezeSum",
     "Stack",
     "TimeLayer",
     "TimePath",
     "UNet",
+    "VectorField",
     "time_layer",
 ]
+
+_OLD = {"Drive": "AugmentedTimeConditioning", "DRIVES": "AUGMENTED_TIME_LAYERS", "Schedule": "Interpolant"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OLD:
+        warnings.warn(f"cnf.fields.{name} is called {_OLD[name]}", DeprecationWarning, stacklevel=2)
+        return globals()[_OLD[name]]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,7 +23,7 @@ from cnf.noise import Noise
 from cnf.solvers import Stats
 from cnf.solvers.base import SolverOverride
 from cnf.transforms import Dequantize, Request
-from cnf.validation import check_unit_interval
+from cnf.validation import check_unit_interval, context_rows
 
 __all__ = ["DEQUANTISATIONS", "Evaluation", "ItemNoise", "default_batch_size", "evaluate"]
 
@@ -188,7 +188,7 @@ def evaluate(
         for place, (number, rows) in enumerate(work):
             if not group.owns(place):
                 continue
-            given = context if context is None or context.ndim == 1 else context[rows]
+            given = context_rows(context, rows)
             items = cast(list[int], index[rows].tolist())
             total: Tensor | None = None
             for sample in range(importance):
@@ -266,7 +266,7 @@ def _solved(
     keep, reason = list(range(len(x))), ""
     value = torch.full((len(x),), math.nan, dtype=torch.float64)
     while keep:
-        given = context if context is None or context.ndim == 1 else context[keep]
+        given = context_rows(context, keep)
         try:
             part = ItemNoise(seed, [items[i] for i in keep], number, sample)
             own = None if steps is None else steps[keep]

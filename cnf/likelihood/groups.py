@@ -12,6 +12,7 @@ from cnf.solvers import TABLEAUS, Adaptive
 from cnf.solvers.base import solver_of
 from cnf.transforms import Request, iter_leaves
 from cnf.transforms.chain import input_of
+from cnf.validation import context_rows
 
 __all__ = ["hardness", "sorted_rows"]
 
@@ -47,7 +48,7 @@ def sorted_rows(flow: Flow, x: Tensor, context: Tensor | None, *, size: int, gro
     with group.together():
         for place, part in enumerate(rows.split(size)):
             if group.owns(place):
-                given = context if context is None or context.ndim == 1 else context[part]
+                given = context_rows(context, part)
                 found[part] = hardness(flow, x[part], given)
     return group.sum(found).argsort(stable=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cnf.errors import ConfigError
-from cnf.fields import Drive, HyperMLP, TimePath
+from cnf.fields import AugmentedTimeConditioning, HyperMLP, TimePath
 
 if TYPE_CHECKING:
     from cnf.models.flows import ModelConfig
@@ -42,14 +42,14 @@ def check_drive_settings(model: ModelConfig) -> None:
         raise ConfigError(f"layer={model.layer!r}: field='hypernet' generates its layers from time: leave it at {plain.layer!r}")
 
 
-def drive(model: ModelConfig) -> Drive | None:
+def drive(model: ModelConfig) -> AugmentedTimeConditioning | None:
     """Return the drive of these settings, or None."""
     if model.drive == "none":
         return None
-    return Drive(model.drive, model.drive_dim, 1 if model.drive == "concat" else model.drive_entries, model.drive_rank)
+    return AugmentedTimeConditioning(model.drive, model.drive_dim, 1 if model.drive == "concat" else model.drive_entries, model.drive_rank)
 
 
-def layer(model: ModelConfig) -> str | Drive:
+def layer(model: ModelConfig) -> str | AugmentedTimeConditioning:
     """Return the layers' time conditioning: the drive, if any, or the layer type."""
     return drive(model) or model.layer
 
