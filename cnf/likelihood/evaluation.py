@@ -254,8 +254,7 @@ def _kind(flow: Flow, x: Tensor, wanted: str | None) -> str:
 
 
 def _solved(
-    flow: Flow, x: Tensor, context: Tensor | None, noise: tuple[int, Sequence[int], int, int], kind: str, steps: Tensor | None,
-    solver: Any,
+    flow: Flow, x: Tensor, context: Tensor | None, noise: tuple[int, Sequence[int], int, int], kind: str, steps: Tensor | None, solver: Any
 ) -> tuple[Tensor, Stats, str]:
     """Return :func:`_log_prob` of the rows that can be solved, NaN for the others, and why the first of them cannot.
 
