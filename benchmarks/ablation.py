@@ -25,8 +25,8 @@ from measure import machine, markdown, record, versions
 
 from cnf.checkpoint import RunInfo
 from cnf.cli.common import load_splits
+from cnf.config import RunConfig, preset
 from cnf.likelihood import evaluate
-from cnf.presets import RunConfig, preset
 from cnf.training import Trainer
 
 BASE = "cosine, times by importance"

@@ -35,10 +35,10 @@ from measure import machine, markdown, versions
 from torch import Tensor
 
 from cnf.checkpoint import RunInfo
+from cnf.config import DataConfig, RunConfig, preset
 from cnf.datasets import load
 from cnf.flow import Flow
 from cnf.likelihood import evaluate
-from cnf.presets import DataConfig, RunConfig, preset
 from cnf.training import Trainer
 from cnf.transforms import Request
 

@@ -30,11 +30,11 @@ from measure import RESULTS, machine, markdown, record, versions
 
 from cnf.checkpoint import RunInfo
 from cnf.cli.common import load_splits
+from cnf.config import RunConfig, preset
 from cnf.datasets.supervised import CLASSES
 from cnf.models import ModelConfig, NeuralODE
 from cnf.objectives import assess
 from cnf.plotting.canvas import new_figure, subplots, write
-from cnf.presets import RunConfig, preset
 from cnf.training import Trainer
 
 FITS = ("flip", "spheres1", "spheres2")

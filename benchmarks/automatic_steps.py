@@ -25,8 +25,8 @@ from torch import Tensor
 
 from cnf import datasets
 from cnf.checkpoint import RunInfo
+from cnf.config import RunConfig, preset
 from cnf.datasets import DataSplits
-from cnf.presets import RunConfig, preset
 
 __all__ = ["AUTOMATIC_COLUMNS", "automatic_steps"]
 

@@ -21,11 +21,11 @@ from measure import alternate, machine, markdown, record, versions
 from torch import Tensor
 
 from cnf import datasets
+from cnf.config import RunConfig, preset
 from cnf.datasets import DataSplits
 from cnf.models import build
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
-from cnf.presets import RunConfig, preset
 from cnf.training.batches import Batches
 from cnf.transforms import Dequantize, Request
 

@@ -31,13 +31,13 @@ from measure import alternate, machine, markdown, record, seconds, versions
 from torch import Tensor
 
 from cnf import datasets
+from cnf.config import preset
 from cnf.divergence import Exact
 from cnf.flow import Flow
 from cnf.likelihood import evaluate, evaluation
 from cnf.models import ModelConfig, SolverConfig, build, eval_solver
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
-from cnf.presets import preset
 from cnf.solvers import Adaptive
 from cnf.transforms import Dequantize, Request
 

@@ -33,13 +33,13 @@ from torch import Tensor
 from cnf import datasets
 from cnf.checkpoint import RunInfo
 from cnf.cli.common import load_splits
+from cnf.config import RunConfig, preset
 from cnf.datasets import DataSplits
 from cnf.deferral import deferred_checks
 from cnf.divergence import Exact
 from cnf.likelihood import Evaluation, evaluate
 from cnf.models import SolverConfig, build
 from cnf.noise import Kind, Noise
-from cnf.presets import RunConfig, preset
 from cnf.solvers import FixedGrid
 from cnf.training import Trainer
 

@@ -32,9 +32,9 @@ from torch import Tensor
 from cnf import ModelConfig, SolverConfig
 from cnf.checkpoint import RunInfo
 from cnf.cli.common import load_splits
+from cnf.config import DataConfig, RunConfig, TrainConfig
 from cnf.datasets import DataSplits
 from cnf.likelihood import evaluate
-from cnf.presets import DataConfig, RunConfig, TrainConfig
 from cnf.training import Trainer
 from cnf.training.schedule import learning_rate
 from cnf.trajectory import straightness

@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cnf.config import preset
 from cnf.models import build
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
-from cnf.presets import preset
 from cnf.solvers import FixedGrid, Reversible
 
 MIB = 2**20

@@ -14,12 +14,12 @@ from memory import available, profile
 from torch import Tensor, nn
 
 from cnf import datasets
+from cnf.config import RunConfig, preset
 from cnf.continuous import CNF
 from cnf.flow import Flow
 from cnf.models import build
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
-from cnf.presets import RunConfig, preset
 from cnf.solvers import FixedGrid
 
 __all__ = ["MODES", "Mode", "Ours", "evaluations", "floor", "images", "ours"]

@@ -31,10 +31,10 @@ from measure import machine, markdown, record, versions
 
 from cnf.checkpoint import RunInfo
 from cnf.cli.common import load_splits
+from cnf.config import RunConfig, preset
 from cnf.datasets import DataSplits
 from cnf.likelihood import evaluate
 from cnf.models import build
-from cnf.presets import RunConfig, preset
 from cnf.training import Trainer
 
 CASES = {"digits": 400, "mnist": 200}  # steps

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cnf.checkpoint import load_model, read_config, shelf, write_config, write_weights
-from cnf.presets import PRESETS, DataConfig, RunConfig, TrainConfig
+from cnf.config import PRESETS, DataConfig, RunConfig, TrainConfig
 
 EVALUATION = ("eval_method", "eval_rtol", "eval_atol", "eval_tolerance")
 

@@ -29,10 +29,9 @@ from measure import machine, markdown, record, versions
 
 from cnf.checkpoint import RunInfo
 from cnf.cli.common import load_splits
+from cnf.config import PUBLISHED, preset
 from cnf.distributed import join
 from cnf.models import build
-from cnf.presets import preset
-from cnf.published import PUBLISHED
 from cnf.training import Trainer
 
 COLUMNS = {

@@ -11,8 +11,8 @@ from stopwatch import Stopwatch
 
 from cnf.checkpoint import RunInfo
 from cnf.cli.common import load_splits
+from cnf.config import RunConfig, preset
 from cnf.models import ModelConfig, SolverConfig, build
-from cnf.presets import RunConfig, preset
 
 __all__ = ["LOSS_COLUMNS", "time_to_loss"]
 

@@ -1,13 +1,20 @@
 """Continuous normalizing flows: exact-likelihood density models that a neural ODE defines."""
 
-from cnf.checkpoint import load
-from cnf.continuous import CNF
-from cnf.divergence import Exact, Hutchinson
-from cnf.flow import Flow
-from cnf.models import ModelConfig, SolverConfig, build
-from cnf.noise import Noise
-from cnf.solvers import Adaptive, FixedGrid
-from cnf.velocity import from_velocity
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cnf.checkpoint import load
+    from cnf.config import ModelConfig, SolverConfig
+    from cnf.continuous import CNF
+    from cnf.divergence import Exact, Hutchinson
+    from cnf.flow import Flow
+    from cnf.models import build
+    from cnf.noise import Noise
+    from cnf.solvers import Adaptive, FixedGrid
+    from cnf.velocity import from_velocity
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,3 +31,35 @@ __all__ = [
     "from_velocity",
     "load",
 ]
+
+# public name -> module; imported at first use, so that ``import cnf`` and the settings need no torch (PEP 562)
+_HOMES = {
+    "cnf.checkpoint": ("load",),
+    "cnf.config": ("ModelConfig", "SolverConfig"),
+    "cnf.continuous": ("CNF",),
+    "cnf.divergence": ("Exact", "Hutchinson"),
+    "cnf.flow": ("Flow",),
+    "cnf.models": ("build",),
+    "cnf.noise": ("Noise",),
+    "cnf.solvers": ("Adaptive", "FixedGrid"),
+    "cnf.velocity": ("from_velocity",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        globals()[name] = found = getattr(import_module(_HOME[name]), name)
+        return found
+    try:
+        if name.startswith("_"):
+            raise ModuleNotFoundError(name=f"{__name__}.{name}")
+        return import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":  # a library that the module needs
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

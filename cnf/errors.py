@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["CNFError", "CheckpointError", "ConfigError", "DataError", "SolverError", "TrainingError"]
+__all__ = ["CNFError", "CheckpointError", "ConfigError", "DataError", "Interrupted", "SolverError", "TrainingError"]
 
 
 class CNFError(Exception):
@@ -75,3 +75,11 @@ class CheckpointError(CNFError, RuntimeError):
 
 class TrainingError(CNFError, RuntimeError):
     """Raised when training cannot continue."""
+
+
+class Interrupted(Exception):
+    """Raised after a signal ended training; everything up to ``step`` is saved."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(f"interrupted by signal {number} at step {step}")
+        self.number, self.step = number, step

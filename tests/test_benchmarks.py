@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import ROOT
 
+from cnf.config import preset
 from cnf.datasets import DataSplits
 from cnf.models import ModelConfig, SolverConfig, build, build_predictor
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
-from cnf.presets import preset
 from cnf.solvers import Adaptive, FixedGrid
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -21,9 +21,9 @@ from cnf.checkpoint import (
     write_config,
     write_weights,
 )
+from cnf.config import PRESETS, DataConfig, RunConfig, TrainConfig
 from cnf.errors import CheckpointError
 from cnf.models import ModelConfig, SolverConfig
-from cnf.presets import PRESETS, DataConfig, RunConfig, TrainConfig
 
 CONFIG = RunConfig(
     "own",

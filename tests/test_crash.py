@@ -20,11 +20,11 @@ import torch._dynamo  # which the first optimiser imports, in seconds
 from tqdm import tqdm
 
 from cnf.checkpoint import LOCK, RunInfo, files, leftovers, write_config
+from cnf.config import DataConfig, RunConfig, TrainConfig
 from cnf.datasets import DataSplits
 from cnf.errors import SolverError
 from cnf.models import ModelConfig, SolverConfig
 from cnf.objectives import Likelihood
-from cnf.presets import DataConfig, RunConfig, TrainConfig
 from cnf.training import Trainer, loop, recovery
 
 HERE = Path(__file__).resolve().parent

@@ -22,6 +22,8 @@ from conftest import ROOT
 from cnf import distributed
 from cnf.checkpoint import RunInfo, write_config
 from cnf.cli import sample_main
+from cnf.cli.exits import speaks
+from cnf.config import DataConfig, RunConfig, TrainConfig
 from cnf.continuous import CNF
 from cnf.datasets import DataSplits
 from cnf.distributed import SINGLE_PROCESS, Group, join
@@ -35,7 +37,6 @@ from cnf.likelihood import rank as ranking
 from cnf.models import ModelConfig, SolverConfig, anode_mlp
 from cnf.noise import Noise
 from cnf.objectives import Likelihood, Supervised, assess
-from cnf.presets import DataConfig, RunConfig, TrainConfig
 from cnf.solvers import Adaptive, FixedGrid
 from cnf.training import Interrupted, Trainer
 from cnf.training.batches import Batches
@@ -232,7 +233,7 @@ GROUPS = []
 
 
 def dying(rank, folder, fail, victim=1):
-    from cnf.cli.common import guard
+    from cnf.cli.exits import guard
 
     def run():
         with join("cpu") as group:
@@ -593,7 +594,7 @@ def test_environments_that_torchrun_did_not_make(monkeypatch):
         distributed.launched()
     monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    assert distributed.launched() == (1, 2) and not distributed.speaks()
+    assert distributed.launched() == (1, 2) and not speaks()
     with pytest.raises(ConfigError, match="MASTER_ADDR"), join("cpu"):
         pass
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1"), ("LOCAL_RANK", "1")):

@@ -35,6 +35,7 @@ from cnf.checkpoint import (
     write_weights,
 )
 from cnf.compat import load_reference, read_reference
+from cnf.config import DataConfig, RunConfig, TrainConfig
 from cnf.datasets.arrays import read_numpy
 from cnf.datasets.cifar import parse_batch
 from cnf.datasets.items import read_items
@@ -42,7 +43,6 @@ from cnf.datasets.pictures import SUFFIXES, open_picture
 from cnf.datasets.text import read_csv
 from cnf.errors import CheckpointError, CNFError, DataError
 from cnf.models import ModelConfig, SolverConfig
-from cnf.presets import DataConfig, RunConfig, TrainConfig
 
 SECONDS = 5.0  # a reader that takes longer hangs; the files take milliseconds
 FEW, MANY = 30, 1500  # damaged files of each kind

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cnf import CNF, FixedGrid, Flow
 from cnf.checkpoint import RunInfo
+from cnf.config import DataConfig, RunConfig, TrainConfig, preset
 from cnf.datasets import DataSplits
 from cnf.deferral import deferred, deferred_checks
 from cnf.divergence import Exact
@@ -23,7 +24,6 @@ from cnf.errors import DataError, SolverError, TrainingError
 from cnf.fields import MLP
 from cnf.models import ModelConfig, SolverConfig
 from cnf.objectives import Likelihood
-from cnf.presets import DataConfig, RunConfig, TrainConfig, preset
 from cnf.training import Interrupted, Trainer, loop, recovery
 from cnf.training import settle as settling
 from cnf.training.batches import Batches

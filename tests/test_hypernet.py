@@ -8,11 +8,11 @@ from conftest import F64, normal
 
 import cnf
 from cnf import CNF, Adaptive, FixedGrid
+from cnf.config import preset
 from cnf.errors import ConfigError
 from cnf.fields import AugmentedTimeConditioning, HyperMLP, TimePath
 from cnf.models import ModelConfig, SolverConfig, build
 from cnf.objectives import Likelihood
-from cnf.presets import preset
 from cnf.transforms import Request
 
 K = 3

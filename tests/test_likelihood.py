@@ -11,6 +11,7 @@ import torch
 from conftest import F64
 
 from cnf.checkpoint import RunInfo
+from cnf.config import RunConfig
 from cnf.continuous import CNF
 from cnf.datasets import DataSplits
 from cnf.divergence import Exact, Hutchinson
@@ -18,7 +19,6 @@ from cnf.errors import ConfigError, DataError
 from cnf.fields import MLP
 from cnf.flow import Flow
 from cnf.likelihood import (
-    CAUTION,
     ItemNoise,
     check,
     column_report,
@@ -31,7 +31,7 @@ from cnf.likelihood import (
     spacing_entropy,
 )
 from cnf.models import ModelConfig, SolverConfig, build
-from cnf.presets import RunConfig
+from cnf.results import CAUTION
 from cnf.solvers import Adaptive, FixedGrid, Stats, refined
 from cnf.training import comparability, score, summary, write_json, write_scores
 from cnf.training.report import columns_text

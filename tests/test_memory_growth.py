@@ -10,11 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from cnf.checkpoint import RunInfo
 from cnf.collocation import RULES, interpolation, patterson
+from cnf.config import DataConfig, RunConfig, TrainConfig
 from cnf.datasets import DataSplits
 from cnf.likelihood import evaluate
 from cnf.models import ModelConfig, SolverConfig
 from cnf.noise import Noise
-from cnf.presets import DataConfig, RunConfig, TrainConfig
 from cnf.training import Trainer, loop
 
 POINTS = torch.randn(300, 2, generator=torch.Generator().manual_seed(3))

@@ -11,6 +11,7 @@ from conftest import F64, LinearField
 from torch.distributions import Normal
 
 from cnf.checkpoint import RunInfo, save_trainer
+from cnf.config import DataConfig, RunConfig, TrainConfig
 from cnf.continuous import CNF
 from cnf.datasets import DataSplits
 from cnf.divergence import Exact, Hutchinson
@@ -20,7 +21,6 @@ from cnf.flow import Flow
 from cnf.models import ModelConfig, SolverConfig
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
-from cnf.presets import DataConfig, RunConfig, TrainConfig
 from cnf.quadratures import Directional, Kinetic, RunningCost
 from cnf.solvers import FixedGrid
 from cnf.training import Trainer

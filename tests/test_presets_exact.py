@@ -10,13 +10,12 @@ import torch
 from conftest import ROOT
 
 from cnf.checkpoint import RunInfo
+from cnf.config import PRESETS, RNODE, preset
 from cnf.datasets import DataSplits
 from cnf.divergence import Exact, Hutchinson, closed
-from cnf.models import ModelConfig, SolverConfig, build
+from cnf.models import ModelConfig, SolverConfig, build, count_parameters
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
-from cnf.presets import PRESETS, preset
-from cnf.published import RNODE, count
 from cnf.solvers import FixedGrid
 from cnf.training import Trainer
 
@@ -74,7 +73,7 @@ def test_as_many_parameters_as_the_published_fields():
     """The widest two hidden layers with no more than the three published ones."""
     mnist, table = (preset(f"exact-{name}").config.model for name in ("mnist", "tabular"))
     for model, published, shape, levels in (
-        (mnist, count(RNODE, (1, 28, 28)), (1, 28, 28), 256),
+        (mnist, count_parameters(RNODE, (1, 28, 28)), (1, 28, 28), 256),
         (table, parameters(ModelConfig(hidden=(60,) * 3, blocks=5, learn_end_time=True), (6,)), (6,), None),
     ):
         width = model.hidden[0]
@@ -82,7 +81,7 @@ def test_as_many_parameters_as_the_published_fields():
         wider = dataclasses.replace(model, hidden=(width + 1,) * 2)
         assert parameters(model, shape, levels) <= published < parameters(wider, shape, levels)
         assert parameters(model, shape, levels) > 0.98 * published
-    assert count(RNODE, (1, 28, 28)) == 800_636
+    assert count_parameters(RNODE, (1, 28, 28)) == 800_636
     assert dataclasses.replace(mnist, hidden=(64,) * 3) == dataclasses.replace(RNODE, alpha=1e-5)
     rnode, ours = preset("rnode-mnist").config.train, preset("exact-mnist").config.train
     assert (ours.kinetic, ours.jacobian) == (0.01, 0.01)

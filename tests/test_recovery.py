@@ -31,6 +31,7 @@ from cnf.checkpoint import (
     write_weights,
 )
 from cnf.cli import train_main
+from cnf.config import DataConfig, RunConfig, TrainConfig
 from cnf.continuous import CNF
 from cnf.datasets import DataSplits
 from cnf.errors import CheckpointError, ConfigError, SolverError, TrainingError
@@ -39,7 +40,6 @@ from cnf.flow import Flow
 from cnf.models import ModelConfig, SolverConfig
 from cnf.noise import Noise
 from cnf.objectives import Likelihood, Supervised
-from cnf.presets import DataConfig, RunConfig, TrainConfig
 from cnf.solvers import Adaptive, FixedGrid, adaptive
 from cnf.training import Interrupted, Trainer, loop, recovery
 from cnf.training.memory import exhausted

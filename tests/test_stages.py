@@ -9,13 +9,13 @@ import torch
 from conftest import logged_rows
 
 from cnf.checkpoint import RunInfo, load, write_config
+from cnf.config import DataConfig, RunConfig, TrainConfig
 from cnf.datasets import DataSplits
 from cnf.errors import ConfigError, SolverError
 from cnf.likelihood import evaluate
 from cnf.models import ModelConfig, SolverConfig
 from cnf.noise import Noise
 from cnf.objectives import FlowMatching, Likelihood
-from cnf.presets import DataConfig, RunConfig, TrainConfig
 from cnf.solvers import FixedGrid
 from cnf.training import Interrupted, Trainer, finish, loop, stages
 from cnf.training.batches import Batches

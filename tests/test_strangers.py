@@ -38,12 +38,12 @@ from cnf.checkpoint import (
 )
 from cnf.checkpoint import trainer as trainer_file
 from cnf.compat import load_reference, read_reference
+from cnf.config import DataConfig, RunConfig, TrainConfig
 from cnf.datasets import cifar, pictures, text
 from cnf.datasets.arrays import read_numpy
 from cnf.datasets.pictures import open_picture
 from cnf.errors import CheckpointError, DataError
 from cnf.models import ModelConfig, SolverConfig
-from cnf.presets import DataConfig, RunConfig, TrainConfig
 from cnf.training import read_json
 from cnf.training.journal import Journal
 

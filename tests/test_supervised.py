@@ -21,11 +21,11 @@ from cnf.checkpoint import RunInfo, read_config
 from cnf.cli import classify_main, sample_main, train_main
 from cnf.cli.common import load_splits
 from cnf.cli.options import CLASSIFIER, parse
+from cnf.config import DataConfig, RunConfig, TrainConfig, preset
 from cnf.datasets.supervised import sample_supervised, shell
 from cnf.errors import ConfigError, DataError
 from cnf.models import ModelConfig, NeuralODE, ResidualNet, SolverConfig, anode_mlp
 from cnf.objectives import Supervised, assess
-from cnf.presets import DataConfig, RunConfig, TrainConfig, preset
 from cnf.solvers import FixedGrid
 from cnf.training import Interrupted, Trainer, loop
 

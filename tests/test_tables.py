@@ -696,7 +696,7 @@ def test_an_older_run_folder_still_loads(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_run_folder_whose_columns_lie_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     from dataclasses import replace
 
-    from cnf.presets import DataConfig, RunConfig, TrainConfig
+    from cnf.config import DataConfig, RunConfig, TrainConfig
 
     config = RunConfig("own", DataConfig("x.csv"), ModelConfig(hidden=(4,)), SolverConfig(), TrainConfig())
     good = RunInfo(config, (2,), None, 0, (), ("a", "b"), (TableColumn("a"), TableColumn("b")))

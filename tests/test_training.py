@@ -11,13 +11,13 @@ import torch
 from conftest import logged_rows
 
 from cnf.checkpoint import RunInfo, load, save_trainer
+from cnf.config import DataConfig, RunConfig, TrainConfig
 from cnf.datasets import DataSplits
 from cnf.errors import CheckpointError, SolverError, TrainingError
 from cnf.likelihood import evaluate
 from cnf.models import ModelConfig, SolverConfig
 from cnf.noise import Noise
 from cnf.objectives import Likelihood, density
-from cnf.presets import DataConfig, RunConfig, TrainConfig
 from cnf.solvers import FixedGrid
 from cnf.training import Interrupted, Trainer, loop
 from cnf.training.batches import Batches, validation_rows

@@ -5,20 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import reprlib
-import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cnf.checkpoint.files import write_atomic, write_text
+from cnf.config import LATER, RunConfig
+from cnf.config.decoding import decode, once
 from cnf.errors import CheckpointError
 from cnf.flow import Flow
 from cnf.models import Predictor, build, build_predictor
-from cnf.models.solving import LATER
-from cnf.presets import RunConfig
 from cnf.schema import TableColumn, context_width, data_columns
 from cnf.strangers import require_file
 
@@ -86,79 +83,20 @@ def read_config(folder: Path) -> RunInfo:
     if require_file(path, CheckpointError, str(path)) > LARGEST:
         raise CheckpointError(f"{path} is larger than any config.json")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(raw, dict) or type(raw.get("format")) is not int or raw["format"] != FORMAT:
         told = raw.get("format") if isinstance(raw, dict) else None
         other = f" (this folder was written by another version, in format {told})" if type(told) is int else ""
         raise CheckpointError(f"{path}: this version reads format {FORMAT}{other}")
-    info: RunInfo = _decode(RunInfo, {k: v for k, v in raw.items() if k not in _HEAD}, str(path))
+    info: RunInfo = decode(RunInfo, {k: v for k, v in raw.items() if k not in _HEAD}, str(path))
     _check(info, str(path))
     if raw.get("sha256") != config_digest(raw):
         raise CheckpointError(
             f"{path} is not what was written: its checksum differs. Options are changed on the command line, not in the file"
         )
     return info
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"field {next(n for n in names if names.count(n) > 1)!r} is there twice")
-    return found
-
-
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    """Decode a JSON value as a dataclass, tuple, Literal or plain type.
-
-    Raises:
-        CheckpointError: for any other value, with the field.
-    """
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{where} is {reprlib.repr(value)}; expected an object")
-        hints = typing.get_type_hints(kind)
-        for name in value.keys() - hints.keys():
-            raise CheckpointError(f"{where}: unknown field {name[:80]!r}")
-        later = {field.name for field in dataclasses.fields(kind) if field.metadata.get("optional")}
-        for name in hints.keys() - value.keys() - later:
-            raise CheckpointError(f"{where}: field {name!r} is missing")
-        return kind(**{name: _decode(hint, value[name], f"{where}: {name}") for name, hint in hints.items() if name in value})
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise CheckpointError(f"{where} is {reprlib.repr(value)}; expected a list")
-        if arguments[-1] is Ellipsis:
-            arguments = (arguments[0],) * len(value)
-        if len(value) != len(arguments):
-            raise CheckpointError(f"{where} is {reprlib.repr(value)}; expected a list of {len(arguments)}")
-        return tuple(_decode(a, v, where) for a, v in zip(arguments, value, strict=True))
-    if origin is typing.Literal:
-        if not any(type(value) is type(a) and value == a for a in arguments):
-            raise CheckpointError(f"{where} is {reprlib.repr(value)}; expected one of {arguments}")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _decode(next(a for a in arguments if a is not type(None)), value, where)
-    return _plain(kind, value, where)
-
-
-def _plain(kind: Any, value: Any, where: str) -> Any:
-    """Decode a number, string or bool."""
-    whole = type(value) is int
-    if type(value) is not kind and not (whole and kind is float):
-        raise CheckpointError(f"{where} is {reprlib.repr(value)}; expected {kind.__name__}")
-    if whole and abs(value) >= 2**63:
-        raise CheckpointError(f"{where} is a whole number of {value.bit_length()} bits; expected at most 63")
-    value = float(value) if kind is float else value
-    if kind is float and not math.isfinite(value):
-        raise CheckpointError(f"{where} is {value}; expected a finite number")
-    if kind is str and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise CheckpointError(f"{where} is {reprlib.repr(value)}; expected text (it has half a character)")
-    return value
 
 
 def _check(info: RunInfo, where: str) -> None:

@@ -1,92 +1,21 @@
-"""Shared functions of the programs: exit codes, run folders, devices and data."""
+"""Shared functions of the programs: run folders, devices and data."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from cnf.checkpoint import RunInfo, located, pretrained, read_config
+from cnf.config import RunConfig
 from cnf.datasets import DataSplits
 from cnf.datasets import load as load_data
 from cnf.datasets import names as data_names
-from cnf.distributed import SINGLE_PROCESS, Group, muted, speaks
-from cnf.errors import CNFError, ConfigError, DataError
-from cnf.presets import RunConfig
-from cnf.training import Interrupted
-from cnf.training.memory import exhausted
+from cnf.distributed import SINGLE_PROCESS, Group
+from cnf.errors import ConfigError, DataError
 
-__all__ = ["guard", "load_splits", "read_run", "usable_device"]
-
-HUNG_UP = 141  # a shell's exit code for SIGPIPE
-
-
-def guard(run: Callable[[], int], *, room: str = "--device cpu, or a machine with more memory") -> int:
-    """Run a program and return its exit code.
-
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 (SIGTERM: 143) interrupted but saved. Expected errors are printed
-    without a traceback, by rank 0 only. A closed output pipe (``| head``) ends the program silently with exit code 141.
-    ``room`` is the advice printed when memory runs out.
-    """
-    def quietly() -> int:
-        with muted():
-            return run()
-
-    try:
-        code = _outcome(quietly, room)
-        sys.stdout.flush()  # at interpreter exit a closed pipe would print a traceback
-        return code
-    except BrokenPipeError:
-        _hang_up()
-        return HUNG_UP
-
-
-def _hang_up() -> None:
-    """Redirect output streams with a closed pipe to the null device."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            with contextlib.suppress(OSError, ValueError):  # a stream without a file descriptor
-                os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
-
-
-def _outcome(run: Callable[[], int], room: str) -> int:
-    try:
-        return run()
-    except BrokenPipeError:
-        raise
-    except (ConfigError, DataError) as error:
-        return _say(f"error: {error}", 2)
-    except CNFError as error:
-        return _say(f"failed: {error}", 1)
-    except (MemoryError, RuntimeError) as error:
-        if not exhausted(error):
-            raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        return _say(f"failed: out of memory ({reason}): try {room}", 1)
-    except OSError as error:
-        return _say(f"failed: {error}", 1)
-    except Interrupted as stop:
-        said = f"interrupted; everything up to step {stop.step} is saved, and --resume continues from there"
-        return _say(said, 128 + stop.number)
-    except KeyboardInterrupt:
-        return _say("interrupted", 130)
-    except SystemExit as stop:  # from the parsers: help, or wrong usage, already explained
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-
-
-def _say(line: str, code: int) -> int:
-    if speaks():  # other ranks report what rank 0 does not know when leaving the group
-        print(line, file=sys.stderr)
-    return code
+__all__ = ["load_splits", "read_run", "usable_device"]
 
 
 def read_run(folder: Path) -> RunInfo:

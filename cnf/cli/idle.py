@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from cnf.cli.options import option
+from cnf.config import RunConfig
 from cnf.datasets import DataSplits, tabular
 from cnf.errors import ConfigError
-from cnf.presets import RunConfig
 
 __all__ = ["refuse_idle", "refuse_idle_noise"]
 

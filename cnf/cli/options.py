@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from cnf.checkpoint import PREFIX, RunInfo
-from cnf.cli.common import read_run
+from cnf.config import PREDICTIVE, PRESETS, RunConfig, preset, read_settings
 from cnf.errors import ConfigError
-from cnf.fields.depth import BASES
-from cnf.likelihood import CAUTION
-from cnf.models.flows import PREDICTIVE
-from cnf.presets import PRESETS, RunConfig, preset
+from cnf.results import CAUTION
+
+if TYPE_CHECKING:  # parsing and --help need no torch
+    from cnf.checkpoint import RunInfo
 
 __all__ = ["CLASSIFIER", "DEFAULT", "Command", "check", "fitting", "option", "parse", "refuse_changes", "suited"]
 
@@ -65,17 +65,24 @@ SCORE_HELP = (  # a string, since tyro keeps the line ends of a docstring
 
 
 @dataclasses.dataclass(frozen=True)
+class _Settings(RunConfig):
+    name: tyro.conf.Suppress[str] = "digits"
+
+
+@dataclasses.dataclass(frozen=True)
 class Command:
     """Train a density (a continuous normalizing flow, which sample.py draws from) or a neural ODE that predicts (presets node-...,
     anode-...) on data, test it, and leave a run folder.
 
-    PRESET sets the defaults shown here; --list tells the presets. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted
+    PRESET sets the defaults shown here; cnf list shows the presets. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted
     but saved.
     """
 
-    config: tyro.conf.OmitArgPrefixes[RunConfig]
+    config: tyro.conf.OmitArgPrefixes[_Settings]
     preset: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PRESET]", help_behavior_hint=PRESET_HINT)] = None
-    """Where to start from; --list tells the presets."""
+    """Where to start from; cnf list shows the presets."""
+    settings: Annotated[Path | None, tyro.conf.arg(name="config", metavar="FILE")] = None
+    """Settings from a .json or .yaml file (or a run's config.json); options given beside it override it."""
     out: Path | None = None
     """Run folder; by default runs/PRESET-SEED. It must be new or empty."""
     resume: Flag = False
@@ -95,8 +102,6 @@ class Command:
     score: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="PATH [PATH ...]", help=SCORE_HELP)] = None
     dry_run: Flag = False
     """Print parameters, memory and time per step, and stop."""
-    list: Flag = False
-    """List the presets and stop."""
 
 
 def suited(default: str, data: str) -> str | None:
@@ -123,38 +128,48 @@ def fitting(default: str, kind: str, shape: tuple[int, ...]) -> str | None:
     return "digits" if any(n % 2 for n in shape[1:]) else None
 
 
-def _tyro(default: Command, arguments: Sequence[str], fallback: str) -> Command:
-    program = "train_classifier.py" if fallback == CLASSIFIER else "train_density.py"
-    found: Command = tyro.cli(Command, default=default, args=arguments, prog=program)
-    return found
+def _tyro(config: RunConfig, arguments: Sequence[str], program: str) -> Command:
+    found: Command = tyro.cli(Command, default=Command(_Settings(**vars(config))), args=arguments, prog=program)
+    return dataclasses.replace(found, config=RunConfig(**vars(found.config)))  # type: ignore[arg-type]
 
 
-def parse(arguments: Sequence[str], fallback: str = DEFAULT) -> tuple[Command, RunConfig, RunInfo | None]:
+def parse(arguments: Sequence[str], fallback: str = DEFAULT, program: str = "cnf train") -> tuple[Command, RunConfig, RunInfo | None]:
     """Parse a command line; return the command, its default settings, and the run that it resumes or evaluates, if any.
 
     Args:
         arguments: command line arguments.
         fallback: default preset.
+        program: name of the program in messages of the parser.
 
     Raises:
-        ConfigError: for an unknown preset, mutually exclusive options, or a folder that is not a run.
+        ConfigError: for an unknown preset, mutually exclusive options, an unusable file of settings, or a folder that
+            is not a run.
         SystemExit: from the parser, for wrong usage (2) or help (0).
     """
+    arguments = [re.sub("^--num-blocks(?==|$)", "--blocks", word) for word in arguments]  # FFJORD's name
     # parse once to find the preset (at any position), and again with its defaults
     bare = [word for word in arguments if word not in ("-h", "--help")]
-    first = _tyro(Command(preset(DEFAULT).config), bare, fallback)
+    first = _tyro(preset(DEFAULT).config, bare, program)
     _exclude(first)
-    info = None
     if first.resume or first.evaluate:
+        from cnf.cli.common import read_run
+
         folder = first.evaluate or first.out
         assert folder is not None
         info = read_run(folder)
         default = info.config
         if first.preset not in (None, default.name):
             raise ConfigError(f"{folder} is a run of preset {default.name}, not {first.preset}: leave the preset out")
+        return _tyro(default, arguments, program), default, info
+    name = first.preset
+    if first.settings is None:
+        default = start = _timed(preset(name or fallback).config, first.config)
     else:
-        default = _timed(preset(first.preset or fallback).config, first.config)
-    return _tyro(Command(default), arguments, fallback), default, info
+        start = read_settings(first.settings, name, fallback)
+        name = name or start.name
+        default = preset(name).config
+    found = _tyro(start, arguments, program)
+    return dataclasses.replace(found, preset=name), default, None
 
 
 def _timed(default: RunConfig, given: RunConfig) -> RunConfig:
@@ -163,14 +178,16 @@ def _timed(default: RunConfig, given: RunConfig) -> RunConfig:
     A scalar field without time has one direction at each point, so that with T(x) > 0 no point can pass another: flip
     stays at a squared error of 1. Signed T(x) would suffice in theory, but training failed in three of three runs.
     """
-    if not given.model.adaptive_depth or given.model.depth in BASES or default.model.layer != "ignore":
+    if not given.model.adaptive_depth or given.model.depth in ("chebyshev", "fourier") or default.model.layer != "ignore":
         return default
     return dataclasses.replace(default, model=dataclasses.replace(default.model, layer="concat"))
 
 
 def _exclude(command: Command) -> None:
-    if str(command.out or "").startswith(PREFIX):
-        raise ConfigError(f"--out {command.out}: a name with {PREFIX} is a model of the package's, which is not trained on; give a folder")
+    if str(command.out or "").startswith("pretrained:"):
+        raise ConfigError(f"--out {command.out}: a name with pretrained: is a model of the package's, which is not trained on; give a folder")
+    if command.settings and (command.resume or command.evaluate):
+        raise ConfigError(f"--config {command.settings} is for a new run: a run folder has its own settings")
     if command.resume and command.out is None:
         raise ConfigError("--resume needs --out DIR: the run folder to continue")
     if command.evaluate and (command.resume or command.dry_run or command.out):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cnf.checkpoint import RunInfo, load, outputs, write_atomic
-from cnf.cli.common import guard, load_splits, read_run, usable_device
+from cnf.cli.common import load_splits, read_run, usable_device
+from cnf.cli.sample_options import FRAMES, IMAGES, VECTORS
 from cnf.datasets.write import (
     ENDINGS,
     as_numbers_of,
@@ -29,66 +27,16 @@ from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
 from cnf.noise import Noise
 from cnf.schema import conditions, data_columns, encode, parse_given, plain_table, wanted
-from cnf.solvers import TABLEAUS, FixedGrid
+from cnf.solvers import FixedGrid
 
-__all__ = ["sample_main"]
+__all__ = ["sample"]
 
-SUFFIXES = (".png", ".npz", ".gif", *ENDINGS)
-IMAGES, VECTORS = 64, 1000  # default numbers of samples
 BATCH_NUMBERS = 2**20  # numbers per solve, at most 8192 samples
-FRAMES = 21  # time points of --trajectory
-MOST_STEPS = 100_000
-
-
-def sample_main(arguments: Sequence[str] | None = None) -> int:
-    """Run sample.py and return the exit code."""
-    return guard(lambda: _sample(_parser().parse_args(arguments)), room="fewer samples (-n), --device cpu, or a machine with more memory")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sample.py", description="Draw samples from a trained run.")
-    add = parser.add_argument
-    add("run", metavar="RUN", type=Path, help="run folder that train_density.py made, or pretrained:fm-mnist, which comes with the package")
-    add("-n", type=int, help=f"number of samples (default: {IMAGES} images, {VECTORS} points or rows)")
-    add("--out", metavar="FILE", type=Path, help="what to write (default: RUN/samples/sample-SEED.png, of pretrained:NAME in runs/NAME-pretrained): a .png picture, beside the "
-        "data where it is at hand and the samples are no images; .csv or .parquet, a table with the columns, names and types of the run's; .npz with "
-        "arrays samples, log_prob (nats) and, of a run with classes, classes, of a table columns; a .gif of the noise flowing into samples")  # fmt: skip
-    add("--seed", type=int, default=0, help="the same seed draws the same samples (default: %(default)s)")
-    add("--temperature", type=float, default=1.0, help="scale of the latent noise; below 1 more typical, above 1 more varied "
-        "(default: %(default)s)")  # fmt: skip
-    add("--grid-steps", type=int, metavar="N", help="draw by N steps of a fixed grid for each block, for speed (default: the run's "
-        "adaptive solver, at its tolerances); log_prob and --trajectory stay those of the run's solver")
-    add("--method", default="rk4", choices=sorted(TABLEAUS), help="of --grid-steps (default: %(default)s)")
-    add("--class", dest="label", metavar="NAME", help="of a run trained with --condition label: draw from this class (default: "
-        "every class in turn)")  # fmt: skip
-    add("--given", metavar="NAME=VALUE,...", help="of a run trained with --condition COLUMNS: draw p(others | these), such as x=1.5,z=low")
-    add("--trajectory", action="store_true", help=f".npz: also the way from the noise to each sample, array trajectory ({FRAMES}, n, "
-        "...) in the coordinates of the ODE, at the times of array times (1 noise, 0 data); the scales of a multiscale flow move one "
-        "after another")  # fmt: skip
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
-    return parser
-
-
-def _check(options: Any) -> None:
-    if options.n is not None and options.n < 1:
-        raise ConfigError(f"-n {options.n}: expected at least 1 sample")
-    if not (math.isfinite(options.temperature) and options.temperature > 0):
-        raise ConfigError(f"--temperature {options.temperature:g}: expected a positive number, such as 0.8")
-    if options.grid_steps is not None and not 1 <= options.grid_steps <= MOST_STEPS:
-        raise ConfigError(f"--grid-steps {options.grid_steps}: expected 1 to {MOST_STEPS:,} steps")
-    if options.grid_steps is None and options.method != "rk4":
-        raise ConfigError(f"--method {options.method} is for --grid-steps N: give both, or neither")
-    if options.seed < 0:
-        raise ConfigError(f"--seed {options.seed}: expected zero or more")
-    if options.out is not None and options.out.suffix not in SUFFIXES:
-        raise ConfigError(f"--out {options.out}: expected a file ending in {', '.join(SUFFIXES)}")
-    if options.trajectory and (options.out is None or options.out.suffix != ".npz"):
-        raise ConfigError("--trajectory is for --out FILE.npz; a .gif shows the way too")
 
 
 @torch.no_grad()
-def _sample(options: Any) -> int:
-    _check(options)
+def sample(options: Any) -> int:
+    """Draw samples by these options of the program (see :mod:`cnf.cli.sample_options`) and return the exit code."""
     info = read_run(options.run)
     if not info.config.train.density:
         raise ConfigError(

@@ -1,17 +1,15 @@
-"""train_density.py and train_classifier.py: training, resumption, dry run and list of presets."""
+"""Training: new runs, resumption and dry runs."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 import signal
-import sys
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 from cnf.checkpoint import LOCK, RunInfo, has_trainer, leftovers, write_config
-from cnf.cli.common import guard, load_splits, usable_device
+from cnf.cli.common import load_splits, usable_device
 from cnf.cli.evaluate import evaluate_run, score_items
 from cnf.cli.idle import refuse_idle, refuse_idle_noise
 from cnf.cli.options import (
@@ -24,57 +22,47 @@ from cnf.cli.options import (
     refuse_changes,
     suited,
 )
+from cnf.config import PRESETS, RunConfig
 from cnf.datasets import DataSplits
 from cnf.distributed import Group, join
-from cnf.errors import ConfigError, DataError
+from cnf.errors import ConfigError, DataError, Interrupted
 from cnf.models import slow_bf16
-from cnf.presets import PRESETS, RunConfig
 from cnf.progress import duration_text
-from cnf.published import PUBLISHED
-from cnf.published import count as parameters
-from cnf.training import Interrupted, Trainer, finish, read_json, summary
+from cnf.training import Trainer, finish, read_json, summary
 from cnf.training.measure import measure
 from cnf.training.predictions import PREDICTIONS
 from cnf.training.stages import enter
 from cnf.training.state import owning
 
-__all__ = ["classify_main", "train_main"]
+__all__ = ["train"]
 
 
-def train_main(arguments: Sequence[str] | None = None) -> int:
-    """Run train_density.py and return the exit code."""
-    return _guarded(arguments, DEFAULT)
+Parsed = tuple[Command, RunConfig, RunInfo | None]
 
 
-def classify_main(arguments: Sequence[str] | None = None) -> int:
-    """Run train_classifier.py (train_density.py with predictive default presets) and return the exit code."""
-    return _guarded(arguments, CLASSIFIER)
+def train(given: list[str], fallback: str, program: str, parsed: Parsed) -> int:
+    """Train, resume, evaluate or rank by a parsed command line, and return the exit code.
 
-
-def _guarded(arguments: Sequence[str] | None, program: str) -> int:
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    evaluates = any(word.partition("=")[0] == "--evaluate" for word in given)
-    room = "--device cpu, or a machine with more memory" if evaluates else (
-        "--accumulate 4 (with --resume too), or in a new run a smaller --batch-size or --gradient checkpoint"
-    )
-    return guard(lambda: _main(given, program), room=room)
-
-
-def _main(given: list[str], program: str) -> int:
-    command, default, old = parse(given, program)
-    if command.list:
-        return _list()
-    if old is None and command.preset is None and (name := suited(program, command.config.data.data)):
-        command, default, _ = parse(given, name)
+    Args:
+        given: the command line.
+        fallback: default preset.
+        program: name of the program.
+        parsed: :func:`~cnf.cli.options.parse` of these.
+    """
+    command, default, old = parsed
+    if old is None and command.preset is None and (name := suited(fallback, command.config.data.data)):
+        command, default, _ = parse(given, name, program)
         print(f"preset {name}, which is for {command.config.data.data} (name one to choose another)")
-        program = name
+        fallback = name
     config = command.config
     check(config, trains=command.evaluate is None)
     with join(config.train.device) as group:
-        return _joined(given, program, command, default, old, group)
+        return _joined(given, fallback, program, command, default, old, group)
 
 
-def _joined(given: list[str], program: str, command: Command, default: RunConfig, old: RunInfo | None, group: Group) -> int:
+def _joined(
+    given: list[str], fallback: str, program: str, command: Command, default: RunConfig, old: RunInfo | None, group: Group
+) -> int:
     config = command.config
     usable_device(config.train.device)
     if old is not None:
@@ -89,10 +77,10 @@ def _joined(given: list[str], program: str, command: Command, default: RunConfig
         group.on_rank0(lambda: _refuse_occupied(out))
     # --resume classifies the columns again, so that changed data are detected
     data = load_splits(config, run=old if command.evaluate or (old and not old.table) else None, group=group)
-    if old is None and command.preset is None and program in (DEFAULT, CLASSIFIER) and (name := fitting(program, data.kind, data.event_shape)):
+    if old is None and command.preset is None and fallback in (DEFAULT, CLASSIFIER) and (name := fitting(fallback, data.kind, data.event_shape)):
         # the settings for digits suit other data poorly; of the data settings presets change the name alone, so the
         # loaded data stay valid
-        command, default, _ = parse(given, name)
+        command, default, _ = parse(given, name, program)
         config = command.config
         check(config)
         print(f"preset {default.name}, since {data.name} is {_described(data)} (name one to choose another)")
@@ -198,20 +186,6 @@ def _free_folder(config: RunConfig) -> Path:
         if not folder.exists():
             return folder
     raise ConfigError(f"runs/ is full of folders called {stem}: give --out")
-
-
-def _list() -> int:
-    width = max(map(len, PRESETS))
-    for name, entry in PRESETS.items():
-        count = sum(p.numel() for p in RunInfo(entry.config, entry.shape, entry.levels, entry.outputs, (), ()).build().parameters())
-        print(f"{name:{width}}  {entry.summary}; data {entry.config.data.data}, {count:,} parameters, {entry.cost}")
-    print("\nparameters of the published image models, as their papers give them or their released code makes them:")
-    width = max(len(entry.name) for entry in PUBLISHED)
-    for model in PUBLISHED:
-        own = parameters(model.model, model.shape)
-        differs = "" if own == model.parameters else f", here {own:,}: {model.reason}"
-        print(f"{model.name:{width}}  {model.parameters:>9,}{differs}")
-    return 0
 
 
 def _dry_run(info: RunInfo, data: DataSplits, folder: Path, group: Group) -> int:

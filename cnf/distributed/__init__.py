@@ -2,6 +2,6 @@
 
 from cnf.distributed.group import SINGLE_PROCESS, Group
 from cnf.distributed.heartbeat import Heartbeat
-from cnf.distributed.launch import join, launched, muted, speaks
+from cnf.distributed.launch import join, launched
 
-__all__ = ["SINGLE_PROCESS", "Group", "Heartbeat", "join", "launched", "muted", "speaks"]
+__all__ = ["SINGLE_PROCESS", "Group", "Heartbeat", "join", "launched"]

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -16,7 +16,7 @@ from cnf.distributed.group import SINGLE_PROCESS, Group
 from cnf.distributed.heartbeat import Heartbeat
 from cnf.errors import ConfigError, TrainingError
 
-__all__ = ["join", "launched", "muted", "speaks"]
+__all__ = ["join", "launched"]
 
 # timeout of a collective, in which the others wait while rank 0 downloads, writes and plots; the heartbeat detects lost
 # ranks long before
@@ -37,21 +37,6 @@ def launched() -> tuple[int, int]:
     if not (size.isdecimal() and rank.isdecimal() and int(rank) < int(size)):
         raise ConfigError(f"the environment has RANK={rank!r}, WORLD_SIZE={size!r}: start several processes by torchrun, or unset both")
     return int(rank), int(size)
-
-
-def speaks() -> bool:
-    """Return whether this process is rank 0 or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-@contextmanager
-def muted() -> Iterator[None]:
-    """Context manager that discards the standard output of ranks above 0."""
-    if speaks():
-        yield
-        return
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
-        yield
 
 
 @contextmanager

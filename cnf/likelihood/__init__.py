@@ -4,10 +4,9 @@ from cnf.likelihood.checks import Check, block_errors, check, integral_2d, round
 from cnf.likelihood.columns import Column, column_report, conditional_log_prob, spacing_entropy
 from cnf.likelihood.evaluation import DEQUANTISATIONS, Evaluation, default_batch_size, evaluate
 from cnf.likelihood.items import ItemNoise
-from cnf.likelihood.ranking import CAUTION, Ranking, rank
+from cnf.likelihood.ranking import Ranking, rank
 
 __all__ = [
-    "CAUTION",
     "DEQUANTISATIONS",
     "Check",
     "Column",

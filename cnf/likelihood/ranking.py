@@ -14,18 +14,14 @@ from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.errors import ConfigError
 from cnf.flow import Flow
 from cnf.likelihood.evaluation import Evaluation, evaluate
+from cnf.results import CAUTION
 
-__all__ = ["CAUTION", "Ranking", "rank"]
-
-CAUTION = (
-    "Likelihood alone is not an anomaly score: densities depend on units and on how plain an item is, and models of images are "
-    "known to find plain images of other kinds likelier than their own data (1810.09136)."
-)
+__all__ = ["Ranking", "rank"]
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Rows by likelihood, least likely first. Likelihood alone is not an anomaly score (see :data:`CAUTION`)."""
+    """Rows by likelihood, least likely first. Likelihood alone is not an anomaly score (see :data:`cnf.results.CAUTION`)."""
 
     names: tuple[str, ...]
     scores: Tensor

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from cnf.config import ModelConfig
 from cnf.errors import ConfigError
 from cnf.fields import AugmentedTimeConditioning, HyperMLP, TimePath
-
-if TYPE_CHECKING:
-    from cnf.models.flows import ModelConfig
 
 __all__ = ["check_drive_settings", "hyper_mlp", "layer", "time_path"]
 

@@ -7,15 +7,15 @@ from dataclasses import fields
 
 from torch import nn
 
+from cnf.config import PREDICTIVE, ModelConfig, SolverConfig
 from cnf.errors import ConfigError
 from cnf.fields.depth import galerkin
 from cnf.fields.layers import LayerFactory
-from cnf.models.flows import PREDICTIVE, ModelConfig
 from cnf.models.neural_ode import NeuralODE
 from cnf.models.odenet import ODENet, conv_maps, mlp_maps
 from cnf.models.predictor import Predictor
 from cnf.models.residual import ResidualNet
-from cnf.models.solving import SolverConfig, eval_solver, train_solver
+from cnf.models.solving import eval_solver, train_solver
 
 __all__ = ["build_predictor"]
 

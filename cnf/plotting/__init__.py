@@ -1,6 +1,6 @@
 """Plots: samples and data, densities, vector fields, trajectories, learning curves, animations."""
 
-from cnf.plotting.curves import learning_curves
+from cnf.plotting.curves import learning_curves, validation_curves
 from cnf.plotting.features import decision_boundary, feature_evolution, learned_depth, paths_1d
 from cnf.plotting.motion import flow_gif
 from cnf.plotting.plane import density_2d, trajectories_2d, vector_field_2d
@@ -17,5 +17,6 @@ __all__ = [
     "paths_1d",
     "samples_beside_data",
     "trajectories_2d",
+    "validation_curves",
     "vector_field_2d",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from cnf.plotting.canvas import new_figure, subplots, write
 
-__all__ = ["learning_curves"]
+__all__ = ["learning_curves", "validation_curves"]
 
 
 def learning_curves(metrics: list[dict[str, Any]], path: Path, *, unit: str, name: str = "nll") -> Path:
@@ -53,4 +54,26 @@ def learning_curves(metrics: list[dict[str, Any]], path: Path, *, unit: str, nam
     for bottom in below:
         bottom.set_ylabel("evaluations a solve")
         bottom.set_ylim(bottom=0)
+    return write(path, lambda p: figure.savefig(p, format="png"))
+
+
+def validation_curves(curves: Mapping[str, Sequence[tuple[int, float]]], path: Path, *, unit: str) -> Path:
+    """Plot the validation curves of several runs.
+
+    Args:
+        curves: name of a run -> (step, validation) of each validation.
+        path: output PNG.
+        unit: unit of the values.
+    """
+    figure = new_figure(8, 5)
+    axis = subplots(figure, 1, 1)
+    for name, rows in curves.items():
+        axis.plot(*zip(*rows, strict=True), label=name, lw=1.4, marker="o", ms=3.5)
+    low = min(value for rows in curves.values() for _, value in rows)
+    high = float(np.quantile([value for rows in curves.values() for _, value in rows], 0.9))  # first steps would compress the rest
+    room = max(0.05 * (high - low), 1e-6)
+    axis.set_ylim(low - room, high + room)
+    axis.set(xlabel="step", ylabel=unit, title="validation")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="best")
     return write(path, lambda p: figure.savefig(p, format="png"))

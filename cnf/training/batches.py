@@ -9,12 +9,12 @@ import zlib
 import torch
 from torch import Tensor
 
+from cnf.config import RunConfig
 from cnf.datasets import DataSplits
 from cnf.deferral import sent
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.errors import ConfigError, DataError
 from cnf.noise import Noise
-from cnf.presets import RunConfig
 
 __all__ = ["Batches", "choose_rows", "fingerprint", "shared_settings", "validation_rows"]
 

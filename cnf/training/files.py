@@ -12,12 +12,9 @@ from typing import Any
 import numpy as np
 
 from cnf.checkpoint import write_atomic, write_text
-from cnf.errors import ConfigError, DataError
-from cnf.strangers import require_file
+from cnf.errors import ConfigError
 
-__all__ = ["read_json", "write_items", "write_json"]
-
-LARGEST = 2**26  # bytes, limit of a result.json
+__all__ = ["write_items", "write_json"]
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -32,17 +29,6 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
     text = json.dumps(plain(value), indent=2, allow_nan=False)
     write_atomic(path, lambda p: write_text(p, text))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file written by :func:`write_json`; return {} if it is missing or unreadable."""
-    try:
-        if require_file(path, DataError) > LARGEST:
-            return {}
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (DataError, OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def write_items(path: Path, arrays: Mapping[str, Any], columns: Mapping[str, Any]) -> None:

@@ -15,14 +15,14 @@ from cnf.checkpoint import RunInfo, has_trainer
 from cnf.datasets import DataSplits
 from cnf.deferral import deferred_checks
 from cnf.distributed import SINGLE_PROCESS, Group
-from cnf.errors import CheckpointError, SolverError
+from cnf.errors import CheckpointError, Interrupted, SolverError
 from cnf.objectives import Objective
 from cnf.training.batches import Batches, shared_settings, validation_rows
 from cnf.training.importance import TimesWatch
 from cnf.training.journal import Journal, Mute
 from cnf.training.memory import fitting
 from cnf.training.settle import Ledger, advance, settle, told
-from cnf.training.signals import Abandoned, Interrupted, Signals
+from cnf.training.signals import Abandoned, Signals
 from cnf.training.stages import enter, fresh, rate, stages, undo_gaming
 from cnf.training.state import NUMBERS, export, owning, rescue, restore, write
 from cnf.training.step import gradient, tensor_cores

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.models import NeuralODE, Predictor
 from cnf.objectives import Assessment, assess
 from cnf.progress import Progress
+from cnf.results import figure
 from cnf.solvers import Adaptive, refined
 from cnf.training.batches import choose_rows
 from cnf.training.files import write_items, write_json
@@ -72,9 +72,8 @@ def score_predictions(
         found = assess(model, x, targets, kind, group=group, progress=work.update)
     result: dict[str, Any] = {
         "objective": kind,
+        **figure("cross_entropy" if kind == "classification" else "mean_squared_error", found.mean, found.standard_error),
         "loss": found.mean,
-        "unit": "nats" if kind == "classification" else "squared error",
-        "standard_error": None if math.isnan(found.standard_error) else found.standard_error,
         "accuracy": found.accuracy,
         "accuracy_standard_error": found.accuracy_standard_error,
         "data": data.name,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cnf.config import TrainConfig
 from cnf.errors import TrainingError
 from cnf.models import SolverConfig
-from cnf.presets import TrainConfig
 
 if TYPE_CHECKING:
     from cnf.training.loop import Trainer

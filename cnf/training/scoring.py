@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import platform
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from cnf.likelihood import Evaluation, evaluate, integral_2d
 from cnf.likelihood import check as check_items
 from cnf.models import Predictor
 from cnf.progress import Progress
+from cnf.results import figure
 from cnf.solvers import Adaptive, FixedGrid
 from cnf.training.batches import choose_rows
 from cnf.training.files import write_items
@@ -134,10 +134,10 @@ def score(
             flow, x[:few], None if context is None else context[:few], dequantisation=dequantisation, seed=TEST_SEED,
             batch_size=batch_size, index=index[:few], group=group, progress=work.update,
         )  # fmt: skip
-    images = flow.levels is not None
+    metric = "nats" if flow.levels is None else "bits_per_dim"
     result: dict[str, Any] = {
-        "bits_per_dim" if images else "nats": found.mean,
-        "standard_error": None if math.isnan(found.standard_error) else found.standard_error,
+        **figure(metric, found.mean, found.standard_error),
+        metric: found.mean,
         "noise_standard_error": found.noise_standard_error,
         "bound": found.bound,
         "note": found.note,

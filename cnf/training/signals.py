@@ -9,15 +9,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["Abandoned", "Interrupted", "Signals"]
-
-
-class Interrupted(Exception):
-    """Raised after a signal ended training; everything up to ``step`` is saved."""
-
-    def __init__(self, number: int, step: int):
-        super().__init__(f"interrupted by signal {number} at step {step}")
-        self.number, self.step = number, step
+__all__ = ["Abandoned", "Signals"]
 
 
 class Abandoned(BaseException):

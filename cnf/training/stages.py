@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cnf.config import TrainConfig
 from cnf.errors import ConfigError
 from cnf.flow import Flow
 from cnf.models import Predictor, SolverConfig
 from cnf.objectives import FlowMatching, Likelihood, Objective, Supervised
-from cnf.presets import TrainConfig
 from cnf.training.automatic import AutomaticSteps
 from cnf.training.batches import Batches
 from cnf.training.importance import TimesWatch

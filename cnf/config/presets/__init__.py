@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
+from cnf.config.presets.affjord import AFFJORD
+from cnf.config.presets.density import DENSITY
+from cnf.config.presets.exact import EXACT
+from cnf.config.presets.images import IMAGES
+from cnf.config.presets.matching import MATCHING
+from cnf.config.presets.neural_ode import NEURAL_ODE
+from cnf.config.settings import DataConfig, Preset, RunConfig, TrainConfig
 from cnf.errors import ConfigError
-from cnf.presets.affjord import AFFJORD
-from cnf.presets.density import DENSITY
-from cnf.presets.exact import EXACT
-from cnf.presets.images import IMAGES
-from cnf.presets.matching import MATCHING
-from cnf.presets.neural_ode import NEURAL_ODE
-from cnf.presets.settings import DataConfig, Preset, RunConfig, TrainConfig
 
 __all__ = ["PRESETS", "DataConfig", "Preset", "RunConfig", "TrainConfig", "preset"]
 

@@ -6,12 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
+from cnf.config.model import ModelConfig
 
-from cnf.models import ModelConfig, SolverConfig, build
-from cnf.multiscale import scale_shapes
-
-__all__ = ["AFFJORD", "FFJORD", "PUBLISHED", "RNODE", "Published", "count"]
+__all__ = ["AFFJORD", "FFJORD", "PUBLISHED", "RNODE", "Published"]
 
 FFJORD = ModelConfig(
     architecture="multiscale",
@@ -49,6 +46,7 @@ a is 20 constant channels of the first convolution's input; its first 10 entries
 ``drive="hyper"`` a is not a channel; with ``drive="concat"`` every convolution sees a, which generates no weights."""
 
 MNIST, CIFAR, IMAGENET64, CELEBAHQ256 = (1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 256, 256)
+BUILT_SQUASH = {MNIST: 393_470, CIFAR: 669_130}
 SQUASH = "the released layer has one input channel too many and cannot run; without it the count is ours"
 
 
@@ -56,7 +54,7 @@ SQUASH = "the released layer has one input channel too many and cannot run; with
 class Published:
     """Published model: settings, image shape, and number of parameters in the paper or the released code.
 
-    ``reason`` explains a difference from our count, if there is one.
+    ``reason`` explains a difference from our count ``built``, if there is one.
     """
 
     name: str
@@ -64,17 +62,12 @@ class Published:
     shape: tuple[int, int, int]
     parameters: int
     reason: str = ""
+    built: int | None = None  # parameters of the model that ``cnf`` builds, where they differ
 
-
-def count(model: ModelConfig, shape: tuple[int, ...], levels: int | None = 256) -> int:
-    """Return the number of parameters, without allocating them.
-
-    Example:
-        >>> count(FFJORD, (1, 28, 28))
-        800646
-    """
-    with torch.device("meta"):
-        return sum(p.numel() for p in build(model, SolverConfig(), shape, levels=levels).parameters())
+    @property
+    def count(self) -> int:
+        """Number of parameters of the model that ``cnf`` builds."""
+        return self.parameters if self.built is None else self.built
 
 
 def _published() -> Iterator[Published]:
@@ -95,8 +88,8 @@ def _published() -> Iterator[Published]:
         ("hyper", 783_019, 1_332_361),
     ):
         for data, shape, parameters in (("MNIST", MNIST, mnist), ("CIFAR-10", CIFAR, cifar)):
-            reason = SQUASH if layer == "squash" else ""
-            yield Published(f"FFJORD {layer} {data}, one block", replace(one, layer=layer), shape, parameters, reason)
+            reason, built = (SQUASH, BUILT_SQUASH[shape]) if layer == "squash" else ("", None)
+            yield Published(f"FFJORD {layer} {data}, one block", replace(one, layer=layer), shape, parameters, reason, built)
     for data, shape, two, single in (
         ("MNIST", MNIST, 800_636, 400_318),
         ("CIFAR-10", CIFAR, 1_358_868, 679_434),
@@ -126,7 +119,8 @@ def _affjord(drive: Literal["concat", "hyper", "both"], data: str, shape: tuple[
     "both" (the paper) are compared with the same one.
     """
     # channels of the blocks of a multiscale chain with one block per group
-    channels = [part for c, _, _ in scale_shapes(shape) for part in (c, 4 * c)][:-1]
+    scales = (min(shape[1:]) // 4).bit_length()  # halved while 4 pixels or more are left
+    channels = [part for s in range(scales) for part in (shape[0] << s, shape[0] << s + 2)][:-1]
     n, c, k = len(channels), sum(channels), 20
     weights = 1 if drive == "concat" else 11  # a full generator: 10 entries of a and a constant per weight
     terms = [
@@ -142,7 +136,7 @@ def _affjord(drive: Literal["concat", "hyper", "both"], data: str, shape: tuple[
         terms.append((9 * k * (3 * 64 * n + c), f"the {k} channels of a, which the released layers leave out"))
     model = replace(AFFJORD, drive=drive)
     reason = "; ".join(f"{number:+,} {what}" for number, what in terms)
-    return Published(f"AFFJORD {drive} {data}", model, shape, parameters, reason)
+    return Published(f"AFFJORD {drive} {data}", model, shape, parameters, reason, parameters + sum(number for number, _ in terms))
 
 
 PUBLISHED = tuple(_published())

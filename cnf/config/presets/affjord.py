@@ -6,10 +6,11 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from cnf.models import ModelConfig, SolverConfig
-from cnf.presets.images import FFJORD_SOLVER, PUBLISHED_TRAIN
-from cnf.presets.settings import DataConfig, Preset, RunConfig, TrainConfig
-from cnf.published import AFFJORD as MODEL
+from cnf.config.model import ModelConfig
+from cnf.config.presets.images import FFJORD_SOLVER, PUBLISHED_TRAIN
+from cnf.config.published import AFFJORD as MODEL
+from cnf.config.settings import DataConfig, Preset, RunConfig, TrainConfig
+from cnf.config.solver import SolverConfig
 
 __all__ = ["AFFJORD"]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cnf.models import ModelConfig, SolverConfig
-from cnf.presets.settings import DataConfig, Preset, RunConfig, TrainConfig
-from cnf.published import FFJORD, RNODE
+from cnf.config.model import ModelConfig
+from cnf.config.published import FFJORD, RNODE
+from cnf.config.settings import DataConfig, Preset, RunConfig, TrainConfig
+from cnf.config.solver import SolverConfig
 
 __all__ = ["FFJORD_SOLVER", "IMAGES", "PUBLISHED_TRAIN"]
 

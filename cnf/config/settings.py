@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import tyro
-
-from cnf.models import ModelConfig, SolverConfig
-from cnf.models.solving import LATER
+from cnf.config.model import ModelConfig
+from cnf.config.solver import LATER, SolverConfig
 
 __all__ = ["DataConfig", "Preset", "RunConfig", "TrainConfig"]
 
@@ -151,7 +149,7 @@ class TrainConfig:
 class RunConfig:
     """A whole run."""
 
-    name: tyro.conf.Suppress[str] = "digits"
+    name: str = "digits"
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     solver: SolverConfig = field(default_factory=SolverConfig)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from cnf.models import ModelConfig, SolverConfig
-from cnf.presets.settings import DataConfig, Preset, RunConfig, TrainConfig
+from cnf.config.model import ModelConfig
+from cnf.config.settings import DataConfig, Preset, RunConfig, TrainConfig
+from cnf.config.solver import SolverConfig
 
 __all__ = ["DENSITY"]
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cnf.models import ModelConfig, SolverConfig
-from cnf.presets.density import DENSITY
-from cnf.presets.images import IMAGES
-from cnf.presets.settings import DataConfig, Preset, RunConfig
-from cnf.published import RNODE
+from cnf.config.model import ModelConfig
+from cnf.config.presets.density import DENSITY
+from cnf.config.presets.images import IMAGES
+from cnf.config.published import RNODE
+from cnf.config.settings import DataConfig, Preset, RunConfig
+from cnf.config.solver import SolverConfig
 
 __all__ = ["EXACT"]
 

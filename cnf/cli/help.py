@@ -1,0 +1,132 @@
+"""Short help: examples and the common options of each command."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from cnf.cli.listing import columns
+from cnf.config import PRESETS, RunConfig
+
+__all__ = ["COMMANDS", "overview", "short_help"]
+
+COMMANDS = {
+    "train": "train a density or a predictor, test it, and leave a run folder",
+    "evaluate": "score a run again: another solver, trace, split or data",
+    "rank": "rank your own items by likelihood under a run",
+    "sample": "draw samples from a run",
+    "compare": "tabulate several runs and draw their curves",
+    "sweep": "train a grid of settings",
+    "list": "list the presets, or the published models",
+}
+
+EXAMPLES = {
+    "train": (
+        ("cnf train", "digits, by flow matching, in a few minutes"),
+        ("cnf train tabular --data table.csv", "your own table"),
+        ("cnf train ffjord-toy --data 2spirals --steps 2000", "a density in the plane"),
+        ("cnf train anode-digits", "a neural ODE that classifies"),
+        ("cnf train --resume --out runs/digits-0 --steps 5000", "continue a run"),
+    ),
+    "evaluate": (
+        ("cnf evaluate runs/digits-0 --importance 16", "a tighter bound"),
+        ("cnf evaluate runs/digits-0 --check --eval-rtol 1e-7 --eval-atol 1e-7", "a more exact solver"),
+        ("cnf evaluate pretrained:fm-mnist --split validation --test-items 100", "the model that comes along"),
+    ),
+    "rank": (("cnf rank runs/tabular-table-0 new.csv", "least likely rows first"),),
+    "sweep": (("cnf sweep digits --sweep lr=1e-3,3e-4 seed=0,1,2 --steps 500", "six runs and one table"),),
+    "list": (("cnf list", "presets by task"), ("cnf list --published", "parameter counts of the published models")),
+}
+
+TRAIN = {
+    "data": "data set by name, or your own file or folder",
+    "condition": "label, or columns of a table, to condition on",
+    "objective": "likelihood, flow-matching, both, regression, classification",
+    "hidden": "widths (or channels) of the hidden layers",
+    "blocks": "number of CNF blocks",
+    "steps": "optimiser steps",
+    "batch_size": "rows of a step",
+    "lr": "peak learning rate",
+    "validate_every": "steps between validations",
+    "patience": "stop after so many validations without a better one; 0 never",
+    "max_time": "train for so many seconds at most",
+    "seed": "seed of weights, order and noise",
+    "device": "cpu, cuda, cuda:1, ...",
+}
+RUN_OPTIONS = (
+    ("--out DIR", "run folder, new or empty", "runs/PRESET-SEED"),
+    ("--resume", "continue the run in --out", ""),
+    ("--config FILE", "settings from a .json or .yaml file; options override it", ""),
+    ("--dry-run", "print parameters, memory and time per step, and stop", ""),
+)
+EVALUATE = (
+    ("--split NAME", "test, validation or train", "test"),
+    ("--data DATA", "other data of the same shape", "the run's"),
+    ("--test-items N", "score a random subset", "the run's"),
+    ("--draws N", "noise draws for each row", "the run's"),
+    ("--importance K", "images: samples of the importance-weighted bound", "1"),
+    ("--mid-bin", "images: score the middle of each grey level; not a bound", ""),
+    ("--check", "solve every row again, ten times tighter", "a tenth"),
+    ("--eval-method NAME", "adaptive solver", "the run's"),
+    ("--eval-rtol, --eval-atol", "its tolerances", "the run's"),
+    ("--divergence NAME", "exact or hutchinson", "the run's"),
+    ("--per-item FILE", "also write each row's value (.npz or .csv)", ""),
+    ("--device NAME", "cpu, cuda, cuda:1, ...", "the run's"),
+)
+OPTIONS = {
+    "evaluate": EVALUATE,
+    "rank": tuple(row for row in EVALUATE if row[0].split()[0] not in ("--split", "--data", "--test-items", "--check")),
+    "sweep": (
+        ("--sweep NAME=V1,V2 ...", "the grid: every combination of these values is a run", ""),
+        ("--out DIR", "folder of the runs and of sweep.csv", "runs/sweep-PRESET"),
+        ("--OPTION VALUE", "any option of cnf train, for all runs", ""),
+    ),
+    "list": (("--published", "the published models and their parameters", ""),),
+}
+USAGE = {
+    "train": "[PRESET] [--options]",
+    "evaluate": "RUN [--options]",
+    "rank": "RUN PATH [PATH ...] [--options]",
+    "sweep": "[PRESET] --sweep NAME=V1,V2 [NAME=V1,V2 ...] [--options]",
+    "list": "[--published]",
+}
+
+
+def overview() -> str:
+    """Return the help of the program itself."""
+    lines = ["usage: cnf COMMAND [--options]", "", "Continuous normalizing flows: train, evaluate, sample.", "", "commands:"]
+    lines += columns((f"  {name}", what) for name, what in COMMANDS.items())
+    return "\n".join([*lines, "", "examples:", *_examples("train"), "", "cnf COMMAND --help shows a command's options; cnf --version"])
+
+
+def short_help(program: str, words: Sequence[str] = ()) -> str:
+    """Return the short help of a command or script, with the defaults of a preset among ``words``."""
+    command = program.removeprefix("cnf ") if program.startswith("cnf ") else "train"
+    about = COMMANDS[command]
+    lines = [f"usage: {program} {USAGE[command]}", "", f"{about[0].upper()}{about[1:]}.", "", "examples:", *_examples(command)]
+    if command == "train":
+        name = next((word for word in words if word in PRESETS), "anode-digits" if "classifier" in program else "fm-digits")
+        lines += ["", f"options (defaults of preset {name}; cnf list shows the presets):"]
+        lines += columns((*_train_options(PRESETS[name].config), *((f"  {o}", w, d) for o, w, d in RUN_OPTIONS)))
+    else:
+        lines += ["", "options:", *columns((f"  {o}", w, d) for o, w, d in OPTIONS[command])]
+    if command != "list":
+        lines += ["", "--help-all shows every option; exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted but saved"]
+    return "\n".join(lines)
+
+
+def _examples(command: str) -> list[str]:
+    return columns((f"  {words}", f"# {what}") for words, what in EXAMPLES[command])
+
+
+def _train_options(config: RunConfig) -> list[tuple[str, str, str]]:
+    values = {k: v for part in (config.data, config.model, config.train) for k, v in vars(part).items()}
+    kinds = {f.name: str(f.type) for part in (config.data, config.model, config.train) for f in dataclasses.fields(part)}
+    rows = []
+    for name, what in TRAIN.items():
+        value = values[name]
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else "" if value is None else str(value)
+        kind = next((word for word in ("int", "float") if word in kinds[name]), "str")
+        word = {"int": "N", "float": "X", "str": "VALUE"}[kind] + (" ..." if isinstance(value, tuple) else "")
+        rows.append((f"  --{name.replace('_', '-')} {word}", what, shown))
+    return rows

@@ -1,0 +1,76 @@
+"""Options of sampling; parsing them imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from cnf.errors import ConfigError
+
+__all__ = ["ENDINGS", "FRAMES", "IMAGES", "METHODS", "VECTORS", "check", "parser"]
+
+ENDINGS = (".csv", ".parquet")
+SUFFIXES = (".png", ".npz", ".gif", *ENDINGS)
+METHODS = ("dopri5", "euler", "heun", "midpoint", "rk4", "rk4-classic")  # sorted(cnf.solvers.TABLEAUS)
+IMAGES, VECTORS = 64, 1000  # default numbers of samples
+FRAMES = 21  # time points of --trajectory
+MOST_STEPS = 100_000
+EXAMPLES = (
+    ("pretrained:fm-mnist --grid-steps 16", "a model that comes along"),
+    ("runs/digits-0 -n 100 --out digits.png", "a picture"),
+    ("runs/tabular-table-0 -n 1000 --out new.csv", "rows as your table has them"),
+)
+
+
+def parser(program: str) -> argparse.ArgumentParser:
+    """Return the parser of the program under this name."""
+    examples = "\n".join(f"  {program} {words}  # {what}" for words, what in EXAMPLES)
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=f"Draw samples from a trained run.\n\nexamples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", type=Path, help="run folder, or pretrained:fm-mnist, which comes with the package")
+    add("-n", type=int, help=f"number of samples (default: {IMAGES} images, {VECTORS} points or rows)")
+    add("--out", metavar="FILE", type=Path, help="what to write (default: RUN/samples/sample-SEED.png, of pretrained:NAME in runs/NAME-pretrained): a .png picture, beside the "
+        "data where it is at hand and the samples are no images; .csv or .parquet, a table with the columns, names and types of the run's; .npz with "
+        "arrays samples, log_prob (nats) and, of a run with classes, classes, of a table columns; a .gif of the noise flowing into samples")  # fmt: skip
+    add("--seed", type=int, default=0, help="the same seed draws the same samples (default: %(default)s)")
+    add("--temperature", type=float, default=1.0, help="scale of the latent noise; below 1 more typical, above 1 more varied "
+        "(default: %(default)s)")  # fmt: skip
+    add("--grid-steps", type=int, metavar="N", help="draw by N steps of a fixed grid for each block, for speed (default: the run's "
+        "adaptive solver, at its tolerances); log_prob and --trajectory stay those of the run's solver")
+    add("--method", default="rk4", choices=METHODS, help="of --grid-steps (default: %(default)s)")
+    add("--class", dest="label", metavar="NAME", help="of a run trained with --condition label: draw from this class (default: "
+        "every class in turn)")  # fmt: skip
+    add("--given", metavar="NAME=VALUE,...", help="of a run trained with --condition COLUMNS: draw p(others | these), such as x=1.5,z=low")
+    add("--trajectory", action="store_true", help=f".npz: also the way from the noise to each sample, array trajectory ({FRAMES}, n, "
+        "...) in the coordinates of the ODE, at the times of array times (1 noise, 0 data); the scales of a multiscale flow move one "
+        "after another")  # fmt: skip
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    return parser
+
+
+def check(options: Any) -> None:
+    """Check the options' values.
+
+    Raises:
+        ConfigError: for the first that cannot be.
+    """
+    if options.n is not None and options.n < 1:
+        raise ConfigError(f"-n {options.n}: expected at least 1 sample")
+    if not (math.isfinite(options.temperature) and options.temperature > 0):
+        raise ConfigError(f"--temperature {options.temperature:g}: expected a positive number, such as 0.8")
+    if options.grid_steps is not None and not 1 <= options.grid_steps <= MOST_STEPS:
+        raise ConfigError(f"--grid-steps {options.grid_steps}: expected 1 to {MOST_STEPS:,} steps")
+    if options.grid_steps is None and options.method != "rk4":
+        raise ConfigError(f"--method {options.method} is for --grid-steps N: give both, or neither")
+    if options.seed < 0:
+        raise ConfigError(f"--seed {options.seed}: expected zero or more")
+    if options.out is not None and options.out.suffix not in SUFFIXES:
+        raise ConfigError(f"--out {options.out}: expected a file ending in {', '.join(SUFFIXES)}")
+    if options.trajectory and (options.out is None or options.out.suffix != ".npz"):
+        raise ConfigError("--trajectory is for --out FILE.npz; a .gif shows the way too")

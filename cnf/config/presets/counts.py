@@ -1,0 +1,37 @@
+"""Numbers of parameters of the presets' models, so that a list of them builds none (a test compares them)."""
+
+__all__ = ["PARAMETERS"]
+
+PARAMETERS = {
+    "digits": 109_876,
+    "ffjord-toy": 9_224,
+    "tabular": 38_008,
+    "exact-digits": 42_792,
+    "exact-mnist": 791_946,
+    "exact-tabular": 42_865,
+    "ffjord-mnist": 800_646,
+    "ffjord-cifar10": 1_358_882,
+    "rnode-mnist": 800_636,
+    "rnode-cifar10": 1_358_868,
+    "rnode-imagenet64": 1_996_116,
+    "rnode-celebahq256": 4_609_236,
+    "fm-digits": 170_705,
+    "fm-mnist": 1_113_124,
+    "fm-cifar10": 10_638_924,
+    "affjord-toy-checkerboard": 64_222,
+    "affjord-toy-hash": 64_222,
+    "affjord-toy-published": 20_177,
+    "ffjord-toy-published": 15_904,
+    "affjord-mnist": 4_944_382,
+    "affjord-cifar10": 8_220_874,
+    "affjord-celeba32": 8_220_874,
+    "node-flip": 1_153,
+    "anode-flip": 1_478,
+    "node-spheres": 1_221,
+    "anode-spheres": 1_551,
+    "anode-three-spheres": 1_263,
+    "node-digits": 9_424,
+    "anode-digits": 9_376,
+    "node-mnist": 84_395,
+    "anode-mnist": 84_816,
+}

@@ -1,0 +1,90 @@
+"""Schema of result.json: what every program writes about a figure, and what compare and sweep read."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from cnf.errors import DataError
+from cnf.strangers import require_file
+
+__all__ = ["CAUTION", "COMPARABLE", "UNITS", "figure", "read_json", "read_metrics", "read_result"]
+
+LARGEST = 2**26  # bytes, limit of a result.json or metrics.jsonl
+
+CAUTION = (
+    "Likelihood alone is not an anomaly score: densities depend on units and on how plain an item is, and models of images are "
+    "known to find plain images of other kinds likelier than their own data (1810.09136)."
+)
+
+UNITS = {"bits_per_dim": "bits/dim", "nats": "nats", "cross_entropy": "nats", "mean_squared_error": "squared error"}
+"""Unit of each metric; of every metric, less is better."""
+
+COMPARABLE = (
+    "metric", "data", "split", "items", "items_of", "levels", "dequantisation", "importance_samples", "noise_draws", "alpha", "divergence",
+)  # fmt: skip
+"""Entries of a result that must agree between two runs for their values to compare."""
+
+
+def figure(metric: str, value: float, standard_error: float | None) -> dict[str, Any]:
+    """Return the entries of a result that state its figure.
+
+    Args:
+        metric: one of :data:`UNITS`.
+        value: the figure, in the metric's unit.
+        standard_error: of the mean over rows; None or NaN if unknown.
+
+    Example:
+        >>> figure("nats", 1.5, 0.25)
+        {'metric': 'nats', 'value': 1.5, 'unit': 'nats', 'standard_error': 0.25}
+    """
+    error = None if standard_error is None or math.isnan(standard_error) else standard_error
+    return {"metric": metric, "value": value, "unit": UNITS[metric], "standard_error": error}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; return {} if the file is missing or unreadable."""
+    try:
+        if require_file(path, DataError) > LARGEST:
+            return {}
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (DataError, OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read a result.json or evaluation-N.json; results that state no metric (older ones) get it from their entries.
+
+    Raises:
+        DataError: if the file is missing, unreadable, or no result.
+    """
+    found = read_json(path)
+    if "metric" not in found:
+        supervised = "mean_squared_error" if found.get("accuracy") is None else "cross_entropy"
+        keys = {"bits_per_dim": "bits_per_dim", "nats": "nats", "loss": supervised}
+        key = next((key for key in keys if key in found), None)
+        if key is None:
+            raise DataError(f"{path} {'is no result' if path.is_file() else 'is missing: the run has not been tested yet'}")
+        found = figure(keys[key], found[key], found.get("standard_error")) | found
+    if found["metric"] not in UNITS or not isinstance(found.get("value"), int | float | None):
+        raise DataError(f"{path} is no result: its metric is {found['metric']!r}, expected one of {', '.join(UNITS)}")
+    return found
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a metrics.jsonl, up to the first that is damaged; return [] if the file is missing."""
+    rows: list[dict[str, Any]] = []
+    try:
+        if require_file(path, DataError) > LARGEST:
+            return rows
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                break
+            rows.append(row)
+    except (DataError, OSError, ValueError, RecursionError):
+        pass
+    return rows
