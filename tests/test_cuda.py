@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+import trainers
+from trainers import stop_at
 
 import cnf
 from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson
@@ -93,16 +95,16 @@ def test_twenty_steps_resumed_are_twenty_steps(tmp_path):
     whole = trainer(tmp_path / "whole", **options)
     whole.run()
     run = trainer(tmp_path / "run", **options)
-    run._stop = lambda started: "max_time" if run.step >= 9 else None
+    stop_at(run, 9)
     run.run()
     run = trainer(tmp_path / "run", resume=True, **options)
-    assert run.step == 9
+    assert run.state.step == 9
     run.run()
     for mine, other in zip(rows(run.folder), rows(whole.folder), strict=True):
         assert mine["step"] == other["step"]
         if "loss" in other:
             assert abs(mine["loss"] - other["loss"]) < 1e-5
-    for p, q in zip(run.flow.parameters(), whole.flow.parameters(), strict=True):
+    for p, q in zip(run.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=0, atol=1e-5)
 
 
@@ -114,7 +116,7 @@ def no_waiting(monkeypatch):
     update = Trainer.update
 
     def watched(self):
-        if self.step < 2:  # the first steps load libraries, and a new epoch's order is made
+        if self.state.step < 2:  # the first steps load libraries, and a new epoch's order is made
             return update(self)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -129,9 +131,8 @@ def no_waiting(monkeypatch):
 def test_a_step_waits_for_nothing(tmp_path, monkeypatch, no_waiting, name):
     from test_hostfree import rows, run_of
 
-    from cnf.training import loop
 
-    monkeypatch.setattr(loop, "LOG_EVERY", 6)
+    monkeypatch.setitem(trainers.RUN, "log_every", 6)
     run = run_of(tmp_path / "run", name, device="cuda", steps=12)
     assert run.run() == "steps"
     watched = {"digits": [5, 10], "matching": [10]}.get(name, [])  # where the solver's error, or the loss over time, is measured
@@ -157,12 +158,12 @@ def test_bad_batches_are_left_out_on_the_gpu(tmp_path, monkeypatch, no_waiting, 
     bad, options = {4, 5, 9}, {"steps": 12, "validate_every": 6, "device": "cuda"}
     plain, update = trainer(tmp_path / "plain", **options), Trainer.update
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "update", lambda self: None if self.step in bad else update(self))
+        patch.setattr(Trainer, "update", lambda self: None if self.state.step in bad else update(self))
         plain.run()
     injected(monkeypatch, fault, bad)
     run = trainer(tmp_path / "run", **options)
     run.run()
-    assert run.skipped == 3
+    assert run.state.skipped == 3
     mine, other = everything(run), everything(plain)
     assert all(torch.allclose(mine[k].double(), other[k].double(), rtol=0, atol=1e-5) for k in other)
 

@@ -19,7 +19,7 @@ from cnf.noise import Noise
 from cnf.objectives import Likelihood
 from cnf.quadratures import JacobianFrobenius, Kinetic, StepError
 from cnf.solvers import FixedGrid, Reversible
-from cnf.training.automatic import AutomaticSteps
+from cnf.training.auto_steps import AutoSteps
 from cnf.transforms import Request
 
 LAYERS = ("ignore", "concat", "concatsquash", "concatcoord", "blend", "hyper")
@@ -34,6 +34,12 @@ class Plain(nn.Module):
 
     def forward(self, t, x, context=None):
         return self.inner(t, x, context)
+
+
+def auto_steps(objective, say, *limits):
+    monitor = AutoSteps(*limits)
+    monitor.attach(objective, say)
+    return monitor
 
 
 def scrambled(module, seed=0):
@@ -324,7 +330,7 @@ def test_steps_follow_the_error_up_and_down():
     config = SolverConfig(grid_steps=1, automatic_steps=True)
     flow = build(ModelConfig(hidden=(8,), blocks=2, layer="concat"), config, (2,)).train()
     objective, said = Likelihood(flow), []
-    watch = AutomaticSteps(objective, config, 1e-3, 16, 100, said.append)
+    watch = auto_steps(objective, said.append, 1e-3, 16, 100)
     x = torch.randn(64, 2)
 
     def settle():
@@ -343,25 +349,25 @@ def test_steps_follow_the_error_up_and_down():
             p.mul_(0.1)
     row, fewer = settle()
     assert row["solver_error"] <= 1e-3 and fewer[1] < steps[1]
-    other = AutomaticSteps(objective, config, 1e-3, 16, 100, said.append)
-    other.load(watch.state() | {"grids": [3, 5]})
-    assert [s.steps for s in objective.solvers] == [3, 5] and other.state() == watch.state()
-    other.load({"grids": [1, 2]})  # as earlier versions wrote it
-    assert other.state()["measured"] == [None, 0, 5] and other.least == {}
+    other = auto_steps(objective, said.append, 1e-3, 16, 100)
+    other.load_state_dict(watch.state_dict() | {"grids": [3, 5]})
+    assert [s.steps for s in objective.solvers] == [3, 5] and other.state_dict() == watch.state_dict()
+    other.load_state_dict({"grids": [1, 2]})  # as earlier versions wrote it
+    assert other.state_dict()["measured"] == [None, 0, 5] and other.least == {}
 
 
 def test_steps_that_were_not_enough_are_not_given_again_soon():
     torch.manual_seed(0)
     config = SolverConfig(grid_steps=1, automatic_steps=True)
     flow = build(ModelConfig(hidden=(8,), layer="concat"), config, (2,)).train()
-    watch = AutomaticSteps(Likelihood(flow), config, 1e-3, 64, 1000, lambda _: None)
+    watch = auto_steps(Likelihood(flow), lambda _: None, 1e-3, 64, 1000)
     x = torch.randn(64, 2)
 
     def steps(at):
         before = flow.blocks[0].solver.steps
         watch.measure(at, x, None, Noise(0))
         after = flow.blocks[0].solver.steps
-        assert watch.due(at) and not watch.due(at + 1) and (after == before or watch.due(at + 5))  # soon after a change
+        assert watch.measures(at) and not watch.measures(at + 1) and (after == before or watch.measures(at + 5))  # soon after a change
         return after
 
     def scaled(factor):
@@ -386,7 +392,7 @@ def test_steps_of_a_reversible_grid_follow_the_error_too():
     torch.manual_seed(0)
     config = SolverConfig(grid_steps=1, gradient="reversible", automatic_steps=True)
     flow = scrambled(build(ModelConfig(hidden=(8,), blocks=2, zero_init=False), config, (2,))).train()
-    watch = AutomaticSteps(Likelihood(flow), config, 1e-7, 64, 100, lambda _: None)
+    watch = auto_steps(Likelihood(flow), lambda _: None, 1e-7, 64, 100)
     x = torch.randn(16, 2)
     watch.measure(5, x, None, Noise(0))
     assert [(type(b.solver), b.solver.gradient) for b in flow.blocks] == [(Reversible, "reversible")] * 2
@@ -398,10 +404,10 @@ def test_steps_of_a_reversible_grid_follow_the_error_too():
 
 
 def test_steps_are_measured_often_at_the_start():
-    watch = AutomaticSteps(Likelihood(build(ModelConfig(hidden=(4,)), SolverConfig(), (2,))), SolverConfig(), 0.01, 64, 100, print)
+    watch = auto_steps(Likelihood(build(ModelConfig(hidden=(4,)), SolverConfig(), (2,))), print, 0.01, 64, 100)
     x, due = torch.randn(8, 2), []
     for step in range(1, 1300):
-        if watch.due(step):
+        if watch.measures(step):
             watch.measure(step, x, None, Noise(0))
             due.append(step)
     assert due[:10] == [5, 10, 15, 20, 25, 30, 35, 40, 45, 50] and due[-3:] == [1005, 1105, 1205], due

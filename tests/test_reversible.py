@@ -21,7 +21,7 @@ from cnf.noise import Noise
 from cnf.objectives import Likelihood
 from cnf.quadratures import JacobianFrobenius, Kinetic, RunningCost
 from cnf.solvers import TABLEAUS, FixedGrid, Reversible
-from cnf.training.watch import Watch
+from cnf.training.solver_monitor import SolverMonitor
 from cnf.transforms import Request
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -390,7 +390,8 @@ def test_the_option_is_built_and_watched_as_a_grid():
     flow = perturbed(build(ModelConfig(hidden=(8,), zero_init=False), config, (2,)), 1.0).train()
     assert isinstance(flow.blocks[0].solver, Reversible)
     said, objective = [], Likelihood(flow)
-    watch = Watch(objective, config, 1e-12, 8, 100, said.append)
+    watch = SolverMonitor(1e-12, 8, 100)
+    watch.attach(objective, said.append)
     x = torch.randn(6, 2, dtype=F64)
     assert watch.measure(1, x, None, Noise(0))["grid_steps"] == 4
     assert isinstance(flow.blocks[0].solver, Reversible) and flow.blocks[0].solver.steps == 4

@@ -63,9 +63,9 @@ def _outcome(run: Callable[[], int], room: str) -> int:
             raise
         return _say(f"error: this needs {library}, which is not installed: pip install 'cnf[{EXTRAS[library]}]'", 2)
     except (MemoryError, RuntimeError) as error:
-        from cnf.training.memory import exhausted  # needs torch, which has been imported if its memory ran out
+        from cnf.training.memory import is_oom  # needs torch, which has been imported if its memory ran out
 
-        if not exhausted(error):
+        if not is_oom(error):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return _say(f"failed: out of memory ({reason}): try {room}", 1)
