@@ -16,6 +16,7 @@ from cnf.multiscale import multiscale
 from cnf.objectives import FlowMatching
 from cnf.quadratures import JacobianFrobenius, Kinetic
 from cnf.training.step import gradient, tensor_cores
+from cnf.transforms import Request
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 TIGHT = Adaptive("dopri5", 1e-9, 1e-9, gradient="adjoint")
@@ -46,7 +47,7 @@ def test_likelihood_regularisers_and_gradients(name, gradient):
     def run(device):
         moved = flow.to(device)
         moved.zero_grad()
-        out = moved.evaluate(x.to(device), noise=None if probe_free else cnf.Noise(0, "test"), integrals=probe_free)
+        out = moved.evaluate(x.to(device), Request(noise=None if probe_free else cnf.Noise(0, "test"), integrals=probe_free))
         value = moved.base_log_prob(out.value) + out.log_det
         kinetic = out.integrals.get("kinetic", torch.zeros(3, device=device, dtype=torch.float64))
         (value.sum() + kinetic.sum()).backward()
@@ -88,7 +89,8 @@ def test_a_neural_ode_that_predicts():
 
 
 def test_twenty_steps_resumed_are_twenty_steps(tmp_path):
-    from test_training import rows, trainer
+    from conftest import logged_rows
+    from test_training import trainer
 
     options = {"steps": 20, "device": "cuda"}
     whole = trainer(tmp_path / "whole", **options)
@@ -99,7 +101,7 @@ def test_twenty_steps_resumed_are_twenty_steps(tmp_path):
     run = trainer(tmp_path / "run", resume=True, **options)
     assert run.state.step == 9
     run.run()
-    for mine, other in zip(rows(run.folder), rows(whole.folder), strict=True):
+    for mine, other in zip(logged_rows(run.folder), logged_rows(whole.folder), strict=True):
         assert mine["step"] == other["step"]
         if "loss" in other:
             assert abs(mine["loss"] - other["loss"]) < 1e-5
@@ -128,15 +130,16 @@ def no_waiting(monkeypatch):
 
 @pytest.mark.parametrize("name", ["digits", "conv", "affjord", "tangents", "matching", "predictor", "regression"])
 def test_a_step_waits_for_nothing(tmp_path, monkeypatch, no_waiting, name):
-    from test_hostfree import rows, run_of
+    from conftest import logged_rows
+    from test_hostfree import run_of
 
 
     monkeypatch.setitem(trainers.RUN, "log_every", 6)
     run = run_of(tmp_path / "run", name, device="cuda", steps=12)
     assert run.run() == "steps"
     watched = {"digits": [5, 10], "matching": [10]}.get(name, [])  # where the solver's error, or the loss over time, is measured
-    assert [row["step"] for row in rows(run.folder)] == sorted([6, 12, *watched])
-    assert all(row["loss"] is not None for row in rows(run.folder))
+    assert [row["step"] for row in logged_rows(run.folder)] == sorted([6, 12, *watched])
+    assert all(row["loss"] is not None for row in logged_rows(run.folder))
 
 
 def test_images_that_do_not_fit_are_fetched_without_waiting(tmp_path, monkeypatch, no_waiting):

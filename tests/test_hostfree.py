@@ -12,7 +12,8 @@ import traceback
 import pytest
 import torch
 import trainers
-from test_recovery import DATA, injected, rows, same, trainer
+from conftest import logged_rows
+from test_recovery import DATA, injected, same, trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainers import average, policy, stop_at, training
 
@@ -137,7 +138,7 @@ def test_between_log_lines_nothing_is_read(tmp_path, monkeypatch, name):
         assert run.run() == "steps"
     assert [read for read in reads.found if read[0] or not read[1]] == []
     assert reads.found  # at steps 3 and 4, so that they would have been seen
-    found = rows(run.folder)
+    found = logged_rows(run.folder)
     assert [row["step"] for row in found] == [3, 4] and math.isfinite(found[0]["loss"])
 
 
@@ -310,7 +311,7 @@ def test_lines_and_messages_tell_the_skipped_steps(tmp_path, monkeypatch):
     for step, (_, line) in zip((1, 3, 9, 12), said, strict=True):
         assert re.match(rf"step {step}: {where}", line)
     assert [(step, grad) for step, grad in evaluated if not grad] == [(step, False) for step in (1, 3, 9, 12)]  # to say where
-    found = rows(run.folder)
+    found = logged_rows(run.folder)
     assert [(row["step"], row["skipped"], "nll" in row) for row in found] == [
         (5, 2, True), (8, 2, True), (10, 3, False), (15, 4, True), (16, 4, True),
     ]  # fmt: skip
@@ -371,7 +372,7 @@ def test_a_failed_solve_is_judged_at_once(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(run, "say", lambda line: said.append(run.state.step))
     run.run()
-    assert said == [3] and [row["step"] for row in rows(run.folder)] == [10, 12]
+    assert said == [3] and [row["step"] for row in logged_rows(run.folder)] == [10, 12]
 
 
 def test_a_run_stopped_by_time_has_counted_all_its_steps(tmp_path, monkeypatch):
@@ -425,7 +426,7 @@ def test_going_back_is_late_by_no_more_than_a_line_and_voids_what_came_after(tmp
     flow = [k for k in weights[7] if k.startswith("flow.")]
     assert all(torch.equal(weights[7][k], weights[0][k]) for k in flow) and not all(torch.equal(weights[6][k], weights[0][k]) for k in flow)
     assert run.state.skipped == len(FAULTS) and policy(run).rollbacks == 2
-    found = {row["step"]: row for row in rows(run.folder)}
+    found = {row["step"]: row for row in logged_rows(run.folder)}
     assert list(found) == [7, 12, 14, 17, 21, 24]
     assert [("nll" in row, row["skipped"], row.get("rollbacks", 0)) for row in found.values()] == [
         (False, 4, 1), (True, 5, 1), (False, 7, 1), (False, 9, 2), (True, 9, 2), (True, 9, 2),
