@@ -41,6 +41,7 @@ from cnf.flow import Flow
 from cnf.likelihood import evaluate
 from cnf.training import Trainer, from_settings
 from cnf.training.solver_monitor import SolverMonitor
+from cnf.transforms import Request
 
 TOYS = ("checkerboard", "hash-gaussian", "letters-gaussian")
 AUGMENTED_TIME_LAYERS = {"none": "FFJORD", "concat": "AFFJORD concat", "hyper": "AFFJORD hyper", "both": "AFFJORD", "wide": "FFJORD, wide"}
@@ -58,7 +59,7 @@ class Measured(Trainer):
         x, context = self.validation.x, self.validation.context
         flow = self.averaged().eval()
         with torch.no_grad():
-            found["solve_nfe"] = flow.evaluate(x[:NFE_ITEMS], context, integrals=False).stats.nfe
+            found["solve_nfe"] = flow.evaluate(x[:NFE_ITEMS], Request(context, integrals=False)).stats.nfe
         return found
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from cnf.config import ModelConfig, SolverConfig
     from cnf.continuous import CNF
     from cnf.divergence import Exact, Hutchinson
+    from cnf.fields import VectorField
     from cnf.fitting import FitResult, fit
     from cnf.flow import Flow
     from cnf.models import build
@@ -29,6 +30,7 @@ __all__ = [
     "ModelConfig",
     "Noise",
     "SolverConfig",
+    "VectorField",
     "build",
     "fit",
     "from_velocity",
@@ -42,6 +44,7 @@ _HOMES = {
     "cnf.config": ("ModelConfig", "SolverConfig"),
     "cnf.continuous": ("CNF",),
     "cnf.divergence": ("Exact", "Hutchinson"),
+    "cnf.fields": ("VectorField",),
     "cnf.fitting": ("FitResult", "fit"),
     "cnf.flow": ("Flow",),
     "cnf.models": ("build",),

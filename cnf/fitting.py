@@ -22,7 +22,7 @@ from cnf.models import Predictor
 from cnf.objectives import CustomLoss, FlowMatching, Likelihood, Objective, Supervised
 from cnf.objectives.custom import LossFunction
 from cnf.training.batches import Batches
-from cnf.training.callbacks import Callback, EarlyStopping, WeightAverage, replaced
+from cnf.training.callbacks import Callback, WeightAverage, replaced
 from cnf.training.checkpointer import Checkpointer
 from cnf.training.fit_data import training_data
 from cnf.training.loggers import ProgressBar, RunLogger, TensorBoardLogger
@@ -37,7 +37,6 @@ from cnf.transforms import Standardize
 
 __all__ = ["FitResult", "fit"]
 
-Loss = Objective | LossFunction
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 Schedule = Literal["cosine", "constant"] | Callable[[int], float] | LRScheduler
 PRECISIONS = ("float32", "tf32", "bfloat16", "float64")
@@ -55,7 +54,7 @@ class FitResult:
         reason: why training ended: ``"steps"``, ``"patience"``, ``"max_time"`` or that of a callback.
         unit: of the validation: bits/dim, nats, squared error, or "" for a loss of one's own.
         seconds: of training, over all calls.
-        folder: the run folder, if there is one.
+        folder: the run folder.
     """
 
     flow: Any
@@ -74,7 +73,7 @@ def fit(
     *,
     validation: Any = None,
     context: Any = None,
-    loss: Loss | None = None,
+    loss: Objective | LossFunction | None = None,
     steps: int = 1000,
     batch_size: int = 256,
     optimizer: Optimizer | MakeOptimizer | None = None,
@@ -207,23 +206,18 @@ def _run(trainer: Trainer, folder: Path | None, info: ModelInfo, resume: bool) -
 
 def _fitted(model: nn.Module) -> bool:
     """Return whether a flow has statistics of data already, which another training keeps."""
-    standard = [m for m in model.modules() if isinstance(m, Standardize)]
-    return any(bool((m.mean != 0).any() or (m.std != 1).any()) for m in standard)
+    return any(isinstance(m, Standardize) and bool((m.mean != 0).any() or (m.std != 1).any()) for m in model.modules())
 
 
 def _require_free(folder: Path) -> None:
-    """Check that a folder is new or empty.
-
-    Raises:
-        ConfigError: otherwise.
-    """
+    """Refuse a folder that is not empty."""
     if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - {folder / LOCK, *leftovers(folder)}):
         hint = "resume=True continues the run in it" if (folder / "config.json").is_file() else "choose another"
         raise ConfigError(f"folder={str(folder)!r} is not empty; expected a new or an empty folder: {hint}")
 
 
 def _defaults(folder: Path | None, info: ModelInfo, mark: str, group: Group) -> list[Callback]:
-    found: list[Callback] = [WeightAverage(), TimeSampler(), SolverMonitor(), NonFinitePolicy(), EarlyStopping()]
+    found: list[Callback] = [WeightAverage(), TimeSampler(), SolverMonitor(), NonFinitePolicy()]
     if folder is not None:
         found = [Checkpointer(folder, partial(write_model_info, info=info), mark), *found, Signals()]
     if group.main:
@@ -232,7 +226,7 @@ def _defaults(folder: Path | None, info: ModelInfo, mark: str, group: Group) -> 
     return found
 
 
-def _objective(model: nn.Module, loss: Loss | None, batches: Batches) -> Any:
+def _objective(model: nn.Module, loss: Objective | LossFunction | None, batches: Batches) -> Any:
     if isinstance(loss, Likelihood | FlowMatching | Supervised | CustomLoss):
         own = loss.flow if isinstance(loss, Likelihood | FlowMatching) else loss.model
         if own is not model:
@@ -301,6 +295,5 @@ def _set_precision(model: nn.Module, precision: str, compile: bool) -> None:
 
 
 def _name(thing: Any) -> str:
-    if isinstance(thing, CustomLoss):
-        thing = thing.function
-    return str(getattr(thing, "__name__", type(thing).__name__))
+    named = getattr(thing, "function", thing)
+    return str(getattr(named, "__name__", type(named).__name__))

@@ -16,6 +16,7 @@ from cnf.multiscale import multiscale
 from cnf.objectives import FlowMatching
 from cnf.quadratures import JacobianFrobenius, Kinetic
 from cnf.training.step import gradient, tensor_cores
+from cnf.transforms import Request
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 TIGHT = Adaptive("dopri5", 1e-9, 1e-9, gradient="adjoint")
@@ -46,7 +47,7 @@ def test_likelihood_regularisers_and_gradients(name, gradient):
     def run(device):
         moved = flow.to(device)
         moved.zero_grad()
-        out = moved.evaluate(x.to(device), noise=None if probe_free else cnf.Noise(0, "test"), integrals=probe_free)
+        out = moved.evaluate(x.to(device), Request(noise=None if probe_free else cnf.Noise(0, "test"), integrals=probe_free))
         value = moved.base_log_prob(out.value) + out.log_det
         kinetic = out.integrals.get("kinetic", torch.zeros(3, device=device, dtype=torch.float64))
         (value.sum() + kinetic.sum()).backward()

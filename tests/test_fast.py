@@ -20,6 +20,7 @@ from cnf.objectives import Likelihood
 from cnf.quadratures import JacobianFrobenius, Kinetic, StepError
 from cnf.solvers import FixedGrid, Reversible
 from cnf.training.auto_steps import AutoSteps
+from cnf.transforms import Request
 
 LAYERS = ("ignore", "concat", "concatsquash", "concatcoord", "blend", "hyper")
 
@@ -50,7 +51,7 @@ def scrambled(module, seed=0):
 
 
 def gradients(block, x, seed=0):
-    out = block(x, noise=Noise(seed))
+    out = block(x, Request(noise=Noise(seed)))
     loss = out.value.square().flatten(1).sum(1) / 2 - out.log_det + sum(0.1 * v for v in out.integrals.values())
     return [loss.detach(), *torch.autograd.grad(loss.mean(), list(block.parameters()), materialize_grads=True)]
 
@@ -262,7 +263,7 @@ def test_bf16_stays_inside_the_field():
     torch.manual_seed(0)
     for name in ("conv-concat", "mlp-concatsquash"):
         fast, plain, x = pair(name, torch.float32, Hutchinson("gaussian"), autocast=torch.bfloat16)
-        out = fast(x, noise=Noise(0))
+        out = fast(x, Request(noise=Noise(0)))
         assert all(v.dtype == torch.float32 for v in (out.value, out.log_det, *out.integrals.values()))
         found, truth = gradients(fast, x), gradients(plain, x)
         assert close(found, truth, 0.1) and not close(found, truth, 1e-5)
@@ -284,12 +285,12 @@ def test_one_stage_carries_the_jacobian_penalty_in_expectation():
                 u = torch.tensor((edge + size / 2) / sum(sizes), dtype=torch.float64)
                 drawn = grid.stage(float(u))
                 assert drawn == (*divmod(i, len(grid.tableau.b)), pytest.approx(size / sum(sizes)))
-                out = block(x, noise=Noise.replay({"probe": e, "stage": u}))
+                out = block(x, Request(noise=Noise.replay({"probe": e, "stage": u})))
                 calls.append(out.integrals["jacobian"].detach())
                 mean = mean + size / sum(sizes) * calls[-1]
             edge += size
         block.solver = Everywhere(method, 3)
-        whole = block(x, noise=Noise.replay({"probe": e})).integrals["jacobian"]
+        whole = block(x, Request(noise=Noise.replay({"probe": e}))).integrals["jacobian"]
         assert torch.allclose(mean, whole, rtol=1e-12) and float(torch.stack(calls).std()) > 0
 
 
@@ -415,7 +416,7 @@ def test_steps_are_measured_often_at_the_start():
 def test_double_precision_is_everywhere():
     flow = build(ModelConfig(hidden=(8, 8), field="conv", blocks=1), SolverConfig(precision="fp64"), (1, 4, 4), levels=4).train()
     x = torch.randint(0, 4, (6, 1, 4, 4), dtype=torch.uint8)
-    out = flow.evaluate(x, noise=Noise(0))
+    out = flow.evaluate(x, Request(noise=Noise(0)))
     assert out.value.dtype == out.log_det.dtype == torch.float64
     assert evaluate(flow.eval(), x).per_item.dtype == torch.float64
 
@@ -477,8 +478,8 @@ def test_fields_of_ones_own_are_called_as_they_are():
     double = Doubled(2, (5,))
     double.load_state_dict(field.state_dict())
     ours, plain = (CNF(f, Hutchinson(mode="reverse"), FixedGrid("rk4", 2)).train() for f in (double, Plain(double)))
-    assert torch.allclose(ours(x, noise=Noise(0)).log_det, plain(x, noise=Noise(0)).log_det, atol=1e-6)
+    assert torch.allclose(ours(x, Request(noise=Noise(0))).log_det, plain(x, Request(noise=Noise(0))).log_det, atol=1e-6)
     calls = []
     field.register_forward_hook(lambda *_: calls.append(1))
-    CNF(field, solver=FixedGrid("rk4", 2)).train()(x, log_det=False)
+    CNF(field, solver=FixedGrid("rk4", 2)).train()(x, Request(log_det=False))
     assert len(calls) == 8

@@ -24,7 +24,7 @@ from cnf.noise import Noise
 from cnf.objectives import Likelihood
 from cnf.quadratures import Directional, Kinetic, RunningCost
 from cnf.solvers import FixedGrid
-from cnf.transforms import Dequantize, Logit, Sequential
+from cnf.transforms import Dequantize, Logit, Request, Sequential
 
 GRID = FixedGrid("dopri5", 12)
 END = 0.7
@@ -206,7 +206,7 @@ def test_only_what_is_weighted_is_integrated():
     assert torch.allclose(flow.log_prob(x), -terms["nll"], atol=1e-12)
     values, stats = objective.evaluate(x)
     assert all(torch.equal(values[name], terms[name]) for name in terms) and stats.nfe == 72
-    assert flow.evaluate(x, integrals=False).integrals == {}
+    assert flow.evaluate(x, Request(integrals=False)).integrals == {}
 
 
 def test_refusals():

@@ -24,6 +24,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import exact
 import precision
 
+from cnf.transforms import Request
+
 NAMES = ("exact-digits", "exact-mnist", "exact-tabular")
 # the same models where they are large: narrower, on smaller images
 SMALL = {"exact-digits": ((12, 12), (1, 8, 8)), "exact-mnist": ((5, 5), (1, 8, 8)), "exact-tabular": ((83, 83), (6,))}
@@ -124,7 +126,7 @@ def test_a_training_step_at_full_size(name, tmp_path):
     batch, _, noise = trainer.batches(0)
     with torch.no_grad():
         trainer.model.train()
-        out = trainer.model.evaluate(batch, noise=noise)
+        out = trainer.model.evaluate(batch, Request(noise=noise))
         loss = float(trainer.objective(batch, noise=noise)["loss"].mean())
     zero = -(trainer.model.base_log_prob(out.value) + out.log_det).mean()
     scale = 1.0 if entry.levels is None else math.log(2) * trainer.model.dim

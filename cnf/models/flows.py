@@ -16,7 +16,7 @@ from cnf.flow import Flow
 from cnf.models.augmented import check_drive_settings, hyper_mlp, layer, time_path
 from cnf.models.solving import autocast, divergence, eval_solver, train_solver
 from cnf.multiscale import multiscale
-from cnf.transforms import CenterShift, Dequantize, Gaussianize, Logit, Sequential, Squeeze, Standardize, Transform
+from cnf.transforms import Dequantize, Gaussianize, Logit, Rescale, Sequential, Squeeze, Standardize, Transform
 
 __all__ = ["build", "count_parameters"]
 
@@ -182,7 +182,7 @@ def build(
         if model.marginals == "gaussianize":
             first.append(Gaussianize(event_shape, levels, model.alpha))
         elif model.marginals == "center":
-            first.append(CenterShift(RANGE))
+            first.append(Rescale(RANGE))
         else:
             first.append(Logit(model.alpha))
         if model.marginals == "standardize":
@@ -216,7 +216,8 @@ def build(
         raise ConfigError(f"steer={solver.steer}: a denoiser's path ends at t = 1: leave it at 0")
     for each in flow.blocks:
         each.eval_solver = eval_solver(solver, flow)
-    flow.built = {"model": model, "solver": solver, "event_shape": tuple(event_shape), "levels": levels, "width": context_dim, "predicts": False}
+    # by which cnf.save records it
+    flow.__dict__["built"] = {"model": model, "solver": solver, "event_shape": tuple(event_shape), "levels": levels, "width": context_dim, "predicts": False}
     return flow.double() if solver.precision == "fp64" else flow
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cnf.errors import ConfigError, DataError
 from cnf.solvers import Stats
+from cnf.solvers.base import SolverOverride
 
 __all__ = ["HEADS", "Prediction", "Predictor"]
 
@@ -60,7 +61,6 @@ class Predictor(nn.Module):
         if levels is not None and levels < 2:
             raise ConfigError(f"levels={levels}; expected at least 2 grey levels, or None")
         self.event_shape, self.state_shape, self.outputs, self.levels = tuple(event_shape), tuple(state_shape), outputs, levels
-        self.built: dict[str, Any] | None = None  # settings of a predictor made by build_predictor, by which it is saved
         self.head = nn.Linear(size, outputs) if head == "linear" else None
 
     @property
@@ -97,8 +97,10 @@ class Predictor(nn.Module):
         out: Tensor = flat[:, : self.outputs] if self.head is None else self.head(flat)
         return out
 
-    def predict(self, x: Tensor) -> Prediction:
+    def predict(self, x: Tensor, *, solver: SolverOverride = None) -> Prediction:
         """Return outputs, features and solver statistics for inputs (N, \\*event).
+
+        ``solver`` replaces a neural ODE's own for this call: a solver, or a function of the model that returns one.
 
         Raises:
             DataError: for inputs of another shape or dtype.

@@ -68,7 +68,7 @@ def build_predictor(
         made: Predictor = _resnet(model, event_shape, outputs, levels)
     else:
         made = _node(model, solver, event_shape, outputs, levels)
-    made.built = {
+    made.__dict__["built"] = {
         "model": model, "solver": solver, "event_shape": tuple(event_shape), "levels": levels, "width": outputs, "predicts": True,
     }  # fmt: skip
     return made

@@ -16,7 +16,7 @@ from cnf.models import NeuralODE, Predictor
 from cnf.objectives import Assessment, assess
 from cnf.progress import Progress
 from cnf.results import figure
-from cnf.solvers import Adaptive
+from cnf.solvers import Adaptive, refined
 from cnf.training.batches import choose_rows
 from cnf.training.files import write_items, write_json
 from cnf.training.loop import Trainer
@@ -107,12 +107,8 @@ def _solver(
         return none
     few = rows_checked(len(x), check)
     used = model.eval_solver
-    try:
-        model.eval_solver = used.refined()
-        with Progress("solver check", "batches", quiet=quiet) as work:
-            finer = assess(model, x[:few], targets[:few], kind, group=group, progress=work.update)
-    finally:
-        model.eval_solver = used
+    with Progress("solver check", "batches", quiet=quiet) as work:
+        finer = assess(model, x[:few], targets[:few], kind, group=group, progress=work.update, solver=refined)
     changed = None if finer.correct is None else int((finer.outputs.argmax(1) != found.outputs[:few].argmax(1)).sum())
     return {
         "solver": used.method if isinstance(used, Adaptive) else repr(used),
