@@ -16,7 +16,8 @@ from cnf.derivatives import check_derivative
 from cnf.divergence import Divergence, Exact, closed
 from cnf.errors import ConfigError, SolverError
 from cnf.fields.augmented import Handover, TimePath, check_drive
-from cnf.fields.custom import Field, can_compile, prepared, protect
+from cnf.fields.base import SolveField
+from cnf.fields.custom import can_compile, precompute, protect
 from cnf.fields.signature import check_signature
 from cnf.halving import separable, solve_in_halves
 from cnf.noise import Noise, draw, number
@@ -216,7 +217,7 @@ class CNF(Transform):
         time = t if self.path is None else self.carry(self.path.start(x) if drive is None else drive, t)[0]
         return protect(self.field)(time, x, context)
 
-    def _one_stage(self, field: Field, need: frozenset[str], noise: Noise | None) -> OneStage | None:
+    def _one_stage(self, field: SolveField, need: frozenset[str], noise: Noise | None) -> OneStage | None:
         """Return a random stage for ‖J‖², an extra product with a closed-form trace; training on a grid only."""
         solver = self.solver
         if not (self.training and "jac_sq" in need and type(solver) is FixedGrid and closed(self.divergence, field)):
@@ -249,7 +250,7 @@ class CNF(Transform):
             drive = self.carry(path.start(x), start)
         quadratures = self.quadratures if log_det and integrals else ()
         need = frozenset({"div"} if log_det else ()).union(*(q.need for q in quadratures))
-        field = prepared(self.field, x, context, noise, t=(now := start if drive is None else drive[0]))
+        field = precompute(self.field, x, context, noise, t=(now := start if drive is None else drive[0]))
         check_derivative(field, self.divergence, need, now, x, context)
         # drawn once, before the solve and outside any checkpoint: a fixed probe defines one smooth ODE
         probe = self.divergence.probe(x, noise, need, field)
@@ -269,7 +270,7 @@ class CNF(Transform):
         )
 
         def rows(index: Tensor) -> RightHandSide:
-            return rhs.part(index, lambda given: prepared(self.field, x[index], given, noise))
+            return rhs.part(index, lambda given: precompute(self.field, x[index], given, noise))
 
         def separate() -> Rows | None:
             return rows if separable(field, self.field, now, x, context) else None

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from cnf.deferral import tracing
-from cnf.divergence import Bound, Divergence, Field, jacobian_product
+from cnf.divergence import Bound, Divergence, jacobian_product
 from cnf.errors import ConfigError
+from cnf.fields.base import SolveField
 from cnf.fields.custom import CustomField
 from cnf.fields.randomness import draws_random_numbers
+from cnf.validation import context_rows
 
 __all__ = ["check_derivative"]
 
@@ -21,7 +23,7 @@ _CHECKED: weakref.WeakKeyDictionary[nn.Module, set[tuple[bool, str]]] = weakref.
 
 
 def check_derivative(
-    field: Field, divergence: Divergence, need: frozenset[str], t: Tensor, x: Tensor, context: Tensor | None
+    field: SolveField, divergence: Divergence, need: frozenset[str], t: Tensor, x: Tensor, context: Tensor | None
 ) -> None:
     """Compare eᵀJe of a custom field at a few rows of x (N, \\*event) with finite differences.
 
@@ -39,7 +41,7 @@ def check_derivative(
         return
     if not field.whole or field.random:
         x = x[:ROWS]
-        context = context if context is None or context.ndim == 1 else context[: len(x)]
+        context = context_rows(context, slice(len(x)))
     try:
         with draws_random_numbers(x.device):
             found, quotient, sure = _compare(Bound(field.twin(), context), mode, t.detach(), x.detach())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from cnf.deferral import vectorized
 from cnf.errors import ConfigError
-from cnf.fields.autodiff import NoForwardMode, autodiff_jvp
-from cnf.fields.custom import CustomField, Field, protect
+from cnf.fields.autodiff import NoForwardMode, differentiable_attention
+from cnf.fields.custom import AnyField, protect
 from cnf.noise import Kind, Noise, draw
 
-__all__ = ["Bound", "Divergence", "Driven", "Exact", "Field", "Hutchinson", "Linearization", "closed", "jacobian_product", "linearize"]
+__all__ = ["Bound", "Divergence", "Driven", "Exact", "Hutchinson", "Linearization", "closed", "jacobian_product", "linearize"]
 
 NEEDS = ("div", "jac_sq")
 _CHUNK_NUMEL = 2**22  # entries of tangents per chunk of the exact trace: 16 MB in float32
@@ -38,17 +38,17 @@ class Linearization(NamedTuple):
 class Divergence(Protocol):
     """Divergence strategy: :class:`Exact` or :class:`Hutchinson`."""
 
-    def probe(self, x: Tensor, noise: Noise | None, need: frozenset[str], field: Field) -> Tensor | None:
+    def probe(self, x: Tensor, noise: Noise | None, need: frozenset[str], field: AnyField) -> Tensor | None:
         """Draw the probe of one solve (P, N, \\*event), fixed during the solve; None if none is needed."""
 
     def linearize(
-        self, field: Field, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
+        self, field: AnyField, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
     ) -> Linearization:
         """Evaluate the field once; see :func:`linearize`."""
 
 
 def linearize(
-    field: Field,
+    field: AnyField,
     t: Tensor,
     x: Tensor,
     probe: Tensor | None,
@@ -87,7 +87,7 @@ def linearize(
 class Bound:
     """Field with a fixed context, as passed to quadratures: ``f(t, x)`` and ``f.jvp(t, x, v)``."""
 
-    def __init__(self, field: Field, context: Tensor | None = None):
+    def __init__(self, field: AnyField, context: Tensor | None = None):
         self.field, self.context = protect(field), context
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
@@ -96,10 +96,7 @@ class Bound:
 
     def jvp(self, t: Tensor, x: Tensor, v: Tensor, *, t_dot: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return f and J v + t_dot ∂f/∂t for K stacked tangents v (K, N, \\*event); never vᵀJ."""
-        own: Any = getattr(self.field, "jvp", None)
-        if own is None:
-            return autodiff_jvp(self, t, x, v, t_dot)
-        dx, product = own(t, x, v, self.context, t_dot=t_dot)
+        dx, product = self.field.jvp(t, x, v, self.context, t_dot=t_dot)
         return dx.to(x.dtype), product.to(x.dtype)
 
 
@@ -113,7 +110,7 @@ class Driven(Bound):
         drift: da/dt (k,), so that derivatives in t follow a.
     """
 
-    def __init__(self, field: Field, context: Tensor | None, time: Tensor, drift: Tensor):
+    def __init__(self, field: AnyField, context: Tensor | None, time: Tensor, drift: Tensor):
         super().__init__(field, context)
         self.time, self.drift = time, drift
 
@@ -158,19 +155,19 @@ class Exact:
     def __repr__(self) -> str:
         return "Exact()" if self.closed_form else "Exact(closed_form=False)"
 
-    def probe(self, x: Tensor, noise: Noise | None, need: frozenset[str], field: Field) -> Tensor | None:
+    def probe(self, x: Tensor, noise: Noise | None, need: frozenset[str], field: AnyField) -> Tensor | None:
         """Draw a Rademacher probe for ‖J‖²_F with a closed-form trace; None otherwise."""
         if "jac_sq" not in need or not closed(self, field):
             return None
         return draw(noise, "probe", "rademacher", (1, *x.shape), dtype=x.dtype, device=x.device, batch_dim=1)
 
     def linearize(
-        self, field: Field, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
+        self, field: AnyField, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
     ) -> Linearization:
         """Evaluate the field once; see :func:`linearize`."""
+        field = protect(field)
         if closed(self, field):
-            owner: Any = field
-            dx, div = (part.to(x.dtype) for part in owner.divergence(t, x, context))
+            dx, div = (part.to(x.dtype) for part in field.divergence(t, x, context))
             if "jac_sq" not in need:
                 return Linearization(dx, div)
             if probe is None:
@@ -205,26 +202,25 @@ class Exact:
         return Linearization(dx, div, square)
 
 
-def closed(divergence: Divergence, field: Field) -> bool:
+def closed(divergence: Divergence, field: AnyField) -> bool:
     """Return whether the trace of this field is computed in closed form."""
     if not (isinstance(divergence, Exact) and divergence.closed_form):
         return False
-    bound = protect(field)
-    return getattr(bound, "divergence", None) is not None and bool(getattr(bound, "closed_form", True))
+    return protect(field).closed_form
 
 
 def jacobian_product(field: Bound, t: Tensor, x: Tensor, v: Tensor, mode: str = "forward") -> tuple[Tensor, Tensor]:
     """Return f and J v for v (K, N, \\*event), or vᵀJ in reverse mode and where an operation has no forward mode."""
-    if torch.compiler.is_exporting() and (mode == "reverse" or getattr(field.field, "jvp", None) is None):
+    if torch.compiler.is_exporting() and (mode == "reverse" or not field.field.own_jvp):
         raise ConfigError(
             "torch.export records no derivative by autodiff: for log_prob give the field a jvp(t, x, v, context, *, t_dot=None), or take one "
             "with a closed-form divergence (MLP); encode and decode need none"
         )
-    if mode == "forward" and not getattr(field.field, "reverse", False):
+    if mode == "forward" and not field.field.reverse:
         try:
             return field.jvp(t, x, v)
         except NoForwardMode:
-            if not isinstance(field.field, CustomField):
+            if not field.field.custom:
                 raise
             field.field.reverse = True
     return _pull(field, t, x, v)
@@ -233,7 +229,7 @@ def jacobian_product(field: Bound, t: Tensor, x: Tensor, v: Tensor, mode: str = 
 def _pull(field: Bound, t: Tensor, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
     """Return f and eᵀJ for every probe, by plain autograd: torch.func.vjp does not run inside a checkpoint."""
     recording = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), differentiable_attention():
         point = x if recording and x.requires_grad else x.detach().requires_grad_()
         dx = field(t, point)
         if dx.requires_grad:  # a field may not depend on x (a drift, for example): its derivative is then zero
@@ -277,7 +273,7 @@ class Hutchinson:
     def __repr__(self) -> str:
         return f"Hutchinson(noise={self.noise!r}, mode={self.mode!r}, probes={self.probes})"
 
-    def probe(self, x: Tensor, noise: Noise | None, need: frozenset[str], field: Field) -> Tensor | None:
+    def probe(self, x: Tensor, noise: Noise | None, need: frozenset[str], field: AnyField) -> Tensor | None:
         """Draw the probe (P, N, \\*event) of one solve; None if nothing is requested."""
         if not need:
             return None
@@ -285,7 +281,7 @@ class Hutchinson:
         return draw(noise, "probe", kind, (self.probes, *x.shape), dtype=x.dtype, device=x.device, batch_dim=1)
 
     def linearize(
-        self, field: Field, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
+        self, field: AnyField, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
     ) -> Linearization:
         """Evaluate the field once; see :func:`linearize`."""
         if probe is None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from cnf.errors import SolverError
-from cnf.fields.custom import CustomField, Field
+from cnf.fields.base import SolveField
 from cnf.solvers import Solution
+from cnf.validation import context_rows
 
 __all__ = ["FAILING", "separable", "solve_in_halves"]
 
@@ -18,21 +19,21 @@ FAILING = 16  # maximum number of failing rows to report; one if each failure ex
 ROUNDING = 1e-3  # relative change of a row's value allowed when it is evaluated without the other rows
 
 
-def separable(field: Field, module: nn.Module, t: Tensor, x: Tensor, context: Tensor | None) -> bool:
+def separable(field: SolveField, module: nn.Module, t: Tensor, x: Tensor, context: Tensor | None) -> bool:
     """Return whether rows of x (N, \\*event) can be evaluated separately.
 
     False if the field draws random numbers or could not be checked, is in training mode, or gives other values for a
     part of the batch (for example a closure over per-row tensors), checked by evaluating the second half of the rows of
     a custom field alone.
     """
-    if getattr(field, "whole", False) or any(m.training for m in module.modules()):
+    if field.whole or any(m.training for m in module.modules()):
         return False
-    if not isinstance(field, CustomField):
+    if not field.custom:
         return True
     k = len(x) // 2
     with torch.no_grad():
         try:
-            apart = field(t, x[k:], context if context is None or context.ndim == 1 else context[k:])
+            apart = field(t, x[k:], context_rows(context, slice(k, None)))
         except Exception:
             return False
         together = field(t, x, context)[k:]

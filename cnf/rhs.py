@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from cnf.compilation import compiled
 from cnf.divergence import Bound, Divergence, Driven, linearize
 from cnf.fields.augmented import TimePath
-from cnf.fields.custom import CustomField, Field
+from cnf.fields.base import SolveField
 from cnf.quadratures import Quadrature, StepError
+from cnf.validation import context_rows
 
 __all__ = ["OneStage", "RightHandSide", "field_precision"]
 
@@ -40,7 +41,7 @@ class RightHandSide:
     returns their derivatives alone.
 
     Args:
-        field: vector field prepared for this solve (see :func:`cnf.fields.custom.prepared`).
+        field: vector field bound to this solve (see :func:`cnf.fields.custom.precompute`).
         path: augmented time, or None.
         divergence: divergence strategy.
         quadratures: further integrands.
@@ -55,7 +56,7 @@ class RightHandSide:
 
     def __init__(
         self,
-        field: Field,
+        field: SolveField,
         path: TimePath | None,
         divergence: Divergence,
         quadratures: Sequence[Quadrature],
@@ -73,15 +74,15 @@ class RightHandSide:
         self.start, self.span, self.context, self.probe, self.log_det = start, span, context, probe, log_det
         self.autocast, self.compile, self.once = autocast, compile, once
         self.foreign = tuple(not type(q).__module__.startswith("cnf.") or hasattr(q, "cost") for q in quadratures)
-        self.custom = isinstance(field, CustomField) or any(self.foreign)
+        self.custom = field.custom or any(self.foreign)
         # a tensor: a number would be compiled in, one graph per value; filled on the device, not copied to it
         self.share = None if once is None else start.new_full((), once.share)
         errors = [i for i, q in enumerate(self.quadratures) if isinstance(q, StepError)]
         self.step_error = 1 + (path is not None) + log_det + errors[0] if errors else None  # its index in the state
         self.need = frozenset({"div"} if log_det else ()).union(*(q.need for q in self.quadratures))
-        if compile and "div" in self.need and (keep := getattr(field, "keep_kernel", None)) is not None:
+        if compile and "div" in self.need:
             # at any t; within the compiled part it would be recomputed at every evaluation
-            keep(start if path is None else start.new_zeros(path.k))
+            field.keep_kernel(start if path is None else start.new_zeros(path.k))
 
     def weights(self, field: nn.Module) -> list[Tensor]:
         """Return the parameters of the field, the augmented time and learned running costs, without duplicates."""
@@ -89,11 +90,10 @@ class RightHandSide:
         modules = (field, *([] if self.path is None else [self.path]), *learned)
         return list({id(p): p for m in modules for p in m.parameters()}.values())
 
-    def part(self, index: Tensor, field: Callable[[Tensor | None], Field]) -> RightHandSide:
-        """Return the dynamics of the rows ``index`` (R,), with the field that ``field(context)`` prepares for them."""
+    def part(self, index: Tensor, field: Callable[[Tensor | None], SolveField]) -> RightHandSide:
+        """Return the dynamics of the rows ``index`` (R,), with the field that ``field(context)`` returns for them."""
         other = copy.copy(self)
-        if self.context is not None and self.context.ndim == 2:
-            other.context = self.context[index]
+        other.context = context_rows(self.context, index)
         other.probe = None if self.probe is None else self.probe[:, index]
         other.field = field(other.context)
         return other

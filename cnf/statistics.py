@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from cnf.continuous import CNF
+from cnf.fields import VectorField
+from cnf.fields.signature import wrapped
 from cnf.noise import Noise
 from cnf.transforms import Gaussianize, Standardize, Transform, leaves
 from cnf.transforms.base import placed
@@ -38,8 +39,8 @@ def fit_statistics(transform: Transform, x: Tensor, batch_size: int = 8192) -> N
 
     for i, leaf in enumerate(leaves(transform)):
         if any(isinstance(m, CNF) for m in leaf.modules()):
-            if hasattr(field := getattr(leaf, "field", None), "fit_batches"):
-                cast(Any, field).fit_batches(arriving(i))
+            if isinstance(leaf, CNF) and isinstance(field := wrapped(leaf.field), VectorField):
+                field.fit_batches(arriving(i))
             return
         if isinstance(leaf, Standardize | Gaussianize):
             leaf.fit_batches(arriving(i))

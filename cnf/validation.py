@@ -13,7 +13,7 @@ from torch import Tensor
 from cnf.deferral import deferred
 from cnf.errors import ConfigError, DataError
 
-__all__ = ["as_rows", "check_context", "check_points", "sample_shape"]
+__all__ = ["as_rows", "check_context", "check_points", "context_rows", "sample_shape"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -90,6 +90,11 @@ def as_rows(x: Tensor, shape: tuple[int, ...], context: Tensor | None) -> tuple[
     count = math.prod(lead)
     rows = context.expand(*lead, context.shape[-1]).reshape(count, context.shape[-1])
     return x.expand(*lead, *shape).reshape(count, *shape), rows, lead
+
+
+def context_rows(context: Tensor | None, rows: slice | Tensor | list[int]) -> Tensor | None:
+    """Return the context of some rows; one shared by all rows (C,) is returned unchanged."""
+    return context if context is None or context.ndim == 1 else context[rows]
 
 
 def sample_shape(n: Any) -> tuple[int, ...]:

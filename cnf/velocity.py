@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from cnf.continuous import CNF
 from cnf.divergence import Divergence
 from cnf.errors import ConfigError
+from cnf.fields import VectorField
+from cnf.fields.signature import velocity_takes_context
 from cnf.flow import Flow
 from cnf.solvers import Solver
 
 __all__ = ["from_velocity"]
 
 DIRECTIONS = ("noise-to-data", "data-to-noise")
-TIMES = {"t", "time", "times", "timestep", "timesteps", "tau"}
 
 
-class _Velocity(nn.Module):
+class _Velocity(VectorField):
     """Velocity v(t, x[, context]) as a field with time from data to noise."""
 
     custom = True  # the wrapped function is not part of this package
@@ -92,33 +93,8 @@ def from_velocity(
             f"time={time!r}: expected 'noise-to-data' where noise is at t=0 (torchcfm, flow_matching), or 'data-to-noise' "
             "where the data are"
         )
-    field = _Velocity(v, time == "noise-to-data", _takes_context(v))
+    field = _Velocity(v, time == "noise-to-data", velocity_takes_context(v))
     return Flow(CNF(field, divergence, eval_solver=eval_solver), event_shape, base_std=base_std).eval()
-
-
-def _takes_context(v: Callable[..., Tensor]) -> bool:
-    """Return whether v takes a context after (t, x).
-
-    Raises:
-        ConfigError: if v cannot be called as v(t, x).
-    """
-    if not callable(v):
-        raise ConfigError(f"v is a {type(v).__name__}; expected a module or a function v(t, x)")
-    try:
-        parameters = list(inspect.signature(v.forward if isinstance(v, nn.Module) else v).parameters.values())
-    except (TypeError, ValueError):  # some built-in callables have no signature
-        return True
-    several = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    placed = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    names = ", ".join(p.name for p in placed)
-    if len(placed) < 2 and not several:
-        raise ConfigError(f"v takes ({names}); expected (t, x): pass a function, such as lambda t, x: v(torch.cat([x, t.expand(len(x), 1)], 1))")
-    if len(placed) >= 2 and placed[1].name.lower() in TIMES and placed[0].name.lower() not in TIMES:
-        raise ConfigError(f"v takes ({names}), the time second; expected (t, x): pass lambda t, x: v(x, t.expand(len(x)))")
-    if len(needed) > 3 or any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters):
-        raise ConfigError(f"v needs ({', '.join(needed)}); expected (t, x) or (t, x, context): pass a function that fills in the rest")
-    return several or len(placed) > 2
 
 
 def _modules(v: Any) -> Iterator[nn.Module]:

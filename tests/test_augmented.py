@@ -4,11 +4,11 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, perturbed
 from torch import nn
 
 import cnf
@@ -23,7 +23,8 @@ from cnf.objectives import Likelihood
 from cnf.quadratures import Directional, JacobianFrobenius, Kinetic, RunningCost, TotalDerivative
 from cnf.transforms import Sequential, Squeeze
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("double")
+
 TIGHT = Adaptive("dopri5", 1e-11, 1e-11, max_steps=10_000)
 GRID = FixedGrid("dopri5", 24)  # as tight for these fields, and a smaller graph to differentiate
 K = 6
@@ -35,30 +36,14 @@ DRIVES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def shaken(module, std=0.2):
-    """Away from the initial values, whose zeros would hide mistakes."""
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(std * torch.randn_like(p))
-    return module
-
-
 def mlp_block(drive, dim=3, hidden=(7, 6), context=0, learn_start=True, residual="none", **more):
     field = MLP(dim, hidden, DRIVES[drive], context_dim=context, residual=residual)
-    return shaken(CNF(field, path=TimePath(K, learn_start=learn_start), eval_solver=TIGHT, **more), 0.3).eval()
+    return perturbed(CNF(field, path=TimePath(K, learn_start=learn_start), eval_solver=TIGHT, **more), 0.3).eval()
 
 
 def conv_block(drive, shape=(1, 4, 4), hidden=(4,), **more):
     field = ConvField(shape[0], hidden, DRIVES[drive])
-    return shaken(CNF(field, path=TimePath(K), eval_solver=GRID, **more), 0.1).eval()
+    return perturbed(CNF(field, path=TimePath(K), eval_solver=GRID, **more), 0.1).eval()
 
 
 def full_jacobian(transform, x, context=None):
@@ -170,7 +155,7 @@ def test_fused_jvp_and_traces_equal_autodiff(drive, kind):
         field, x = ConvField(2, (3,), DRIVES[drive], strides=(2, -2)), torch.randn(2, 2, 4, 6)
     else:
         field, x = SqueezeSum([ConvField(4**s, (3,), DRIVES[drive]) for s in range(2)]), torch.randn(2, 1, 4, 4)
-    shaken(field)
+    perturbed(field)
     a, a_dot, v = torch.randn(K), torch.randn(K), torch.randn(2, *x.shape)
     dx, product = field.jvp(a, x, v, t_dot=a_dot)
     assert torch.allclose(dx, field(a, x), atol=1e-13)
@@ -207,11 +192,11 @@ def test_both_is_hyper_around_the_convolution_of_a_and_x(stride, rank):
     """Against hyper's layer on [a; x] written out, zero padding and transposes included, and its weights against a's change."""
     drive, conv = Drive("both", k=3, m=2, rank=rank), Conv.of_stride(2, 4, stride)
     layer, whole = drive(conv), replace(drive, kind="hyper")(Conv.of_stride(5, 4, stride))
-    whole.load_state_dict(shaken(layer).state_dict())
+    whole.load_state_dict(perturbed(layer).state_dict())
     a, x = torch.randn(3), torch.randn(5, 2, 6, 4)
     seen = torch.cat([a[None, :, None, None].expand(5, 3, 6, 4), x], 1)
     assert torch.allclose(layer(a, x), whole(a, seen), atol=1e-12)
-    vector = shaken(drive(Linear(2, 4)))
+    vector = perturbed(drive(Linear(2, 4)))
     parts = torch.func.functional_call(vector, {"move_bias": torch.zeros(4, 2)}, (a, x[:, :, 0, 0]))
     weight = vector.weight + (vector.move @ a[:2] if not rank else (vector.left * (vector.scales @ a[:2])) @ vector.right)
     assert torch.allclose(parts, torch.cat([a.expand(5, 3), x[:, :, 0, 0]], 1) @ weight.T + vector.bias, atol=1e-12)
@@ -227,14 +212,14 @@ def test_both_gives_a_to_the_first_layer_alone():
         torch.manual_seed(0)
         assert torch.allclose(type(field)(2, (5, 4), Drive("both", k=3, m=2))(a, x), hyper(a, x), atol=1e-15)  # as it starts
         # entries of a that generate nothing reach f as features, and with hyper they reach nothing
-        shaken(field), shaken(hyper)
+        perturbed(field), perturbed(hyper)
         assert (field(a, x) - field(other, x)).abs().max() > 1e-3
         assert torch.equal(hyper(a, x), hyper(other, x))
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_hyper_weights_are_linear_in_the_first_entries_of_a(rank):
-    layer = shaken(Drive("hyper", k=5, m=3, rank=rank)(cnf.fields.Conv(2, 4)))
+    layer = perturbed(Drive("hyper", k=5, m=3, rank=rank)(cnf.fields.Conv(2, 4)))
     a, b = torch.randn(5), torch.randn(5)
 
     def parts(a):
@@ -400,7 +385,7 @@ def test_a_carried_chain_has_one_learned_start():
     chain = multiscale((1, 8, 8), lambda shape: CNF(ConvField(shape[0], (2,), DRIVES["hyper"]), path=TimePath(K, learn_start=True)), 2)
     starts = [name for name, _ in chain.named_parameters() if name.endswith("path.initial")]
     assert starts == [f"scales.{i}.transforms.0.path.initial" for i in range(2)]
-    shaken(chain, 0.1)(torch.randn(1, 1, 8, 8)).value.square().sum().backward()
+    perturbed(chain, 0.1)(torch.randn(1, 1, 8, 8)).value.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in chain.parameters())
     path = TimePath(K, learn_start=True)  # one path for both: its start is the first's
     both = Carried([CNF(MLP(2, (4,), DRIVES["concat"]), path=path) for _ in range(2)])

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from conftest import Malicious
 
 from cnf import checkpoint
 from cnf.checkpoint import (
@@ -177,14 +178,6 @@ def test_no_trainer_that_can_be_read(run):
     (run / "trainer.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"no checkpoint that can be read \(trainer\.pt: .*; trainer\.previous\.pt: .*it holds a list"):
         load_trainer(run)
-
-
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

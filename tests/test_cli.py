@@ -8,11 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, contents
 from PIL import Image
 
 import cnf
@@ -25,7 +25,6 @@ from cnf.errors import TrainingError
 from cnf.noise import Noise
 from cnf.training import Trainer
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--hidden", "8", "--limit", "60", "--steps", "6", "--batch-size", "20", "--warmup", "2", "--validate-every", "3",
         "--validation-items", "12", "--test-items", "16", "--draws", "2", "--ema-decay", "0.5"]  # fmt: skip
 
@@ -54,10 +53,6 @@ def rows(tmp_path_factory, table):
     tiny = [word for i, word in enumerate(TINY) if "--draws" not in TINY[max(0, i - 1) : i + 1]]
     assert train_main(["tabular", *tiny, "--data", str(table), "--out", str(folder)]) == 0
     return folder
-
-
-def contents(folder):
-    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def metrics(folder):

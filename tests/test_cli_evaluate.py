@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, contents
 from PIL import Image
 
 import cnf
@@ -24,7 +25,6 @@ from cnf.divergence import Hutchinson
 from cnf.likelihood import check, column_report, evaluate
 from cnf.solvers import Adaptive
 
-ROOT = Path(__file__).resolve().parent.parent
 SEED = 30_000  # of the noise of every test
 TINY = ["--hidden", "4", "--steps", "2", "--batch-size", "20", "--warmup", "1", "--validation-items", "12", "--lr", "0.1",
         "--ema-decay", "0"]  # fmt: skip
@@ -79,10 +79,6 @@ def classes(tmp_path_factory, pictures):
     return train(tmp_path_factory.mktemp("runs") / "classes", *options, "--marginals", "standardize")
 
 
-def contents(folder):
-    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 def run(capsys, folder, *options):
     """What --evaluate prints, and the newest evaluation-N.json."""
     capsys.readouterr()
@@ -104,7 +100,7 @@ def test_what_was_computed_is_kept_though_nobody_reads_it(tmp_path, monkeypatch,
     before = len(list(digits.glob("evaluation-*.json")))
     monkeypatch.setattr("cnf.cli.evaluate.summary", closed)
     monkeypatch.setattr("cnf.likelihood.ranking.Ranking.text", closed)
-    monkeypatch.setattr("cnf.cli.common._hang_up", lambda: None)
+    monkeypatch.setattr("cnf.cli.exits._hang_up", lambda: None)
     assert train_main(["--evaluate", str(digits), "--per-item", str(tmp_path / "split.csv")]) == 141
     assert len(list(digits.glob("evaluation-*.json"))) == before + 1 and (tmp_path / "split.csv").is_file()
     np.savez(tmp_path / "x.npz", images=np.zeros((2, 8, 8), dtype=np.uint8))
@@ -412,9 +408,9 @@ def test_items_far_out_are_scored_and_those_that_cannot_be_solved_come_last(tmp_
         assert np.allclose(before["log_prob"][others], after["log_prob"][others], atol=1e-3)
         assert -1e52 < after["log_prob"][9] < -1e48 and np.isfinite(after["log_prob"]).all()
 
-    own = cnf.fields.networks.Prepared.__call__
+    own = cnf.fields.precomputed.PrecomputedField.__call__
     monkeypatch.setattr(
-        cnf.fields.networks.Prepared, "__call__", lambda self, t, y, *more: own(self, t, y, *more) / (y.abs().amax(1, keepdim=True) < 1e3)
+        cnf.fields.precomputed.PrecomputedField, "__call__", lambda self, t, y, *more: own(self, t, y, *more) / (y.abs().amax(1, keepdim=True) < 1e3)
     )
     with pytest.warns(UserWarning, match=r"2 of 12 items cannot be solved .*items 4, 9"):
         out, _ = run(capsys, rows, "--score", path)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import F64, ROOT
 from torch import nn
 
 from cnf import CNF, Flow, ModelConfig, SolverConfig, build
@@ -24,16 +24,9 @@ from cnf.quadratures import Directional, JacobianFrobenius, Kinetic, RunningCost
 from cnf.solvers import Adaptive, FixedGrid
 from cnf.transforms import Sequential
 
-F64 = torch.float64
+pytestmark = pytest.mark.usefixtures("double")
+
 TIGHT = Adaptive("dopri5", 1e-10, 1e-10, quadratures_in_norm=True, max_steps=10_000)
-
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(F64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def at_nodes(tolerance, tight=1e-10, **more):

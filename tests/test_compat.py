@@ -2,12 +2,12 @@
 
 import argparse
 import math
-import os
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import F64, Malicious
 from test_golden import files, read, substate
 
 from cnf.compat import FFJORD_REGULARISERS, load_reference, read_reference, released
@@ -19,7 +19,6 @@ from cnf.noise import Noise
 from cnf.solvers import Adaptive, FixedGrid
 from cnf.transforms import CenterShift
 
-F64 = torch.float64
 LAYER = "chain.1.odefunc.odefunc.diffeq.layers.0"
 STRIDES = {1: (3, 1, 1), 0: (1, 1, 0), 2: (4, 2, 1), -2: (4, 2, 1)}
 
@@ -301,26 +300,18 @@ def test_a_file_loads_and_scores_pixels(tmp_path):
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-class Evil:
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return (os.mkdir, (self.marker,))
-
-
 @pytest.mark.parametrize("where", ["args", "value", "state", "whole", "plain pickle"])
 def test_a_malicious_file_executes_nothing(tmp_path, where):
     marker = tmp_path / "executed"
     content, _ = checkpoint()
     if where == "args":
-        content["args"] = Evil(marker)
+        content["args"] = Malicious(marker)
     elif where == "value":
-        content["args"].alpha = Evil(marker)
+        content["args"].alpha = Malicious(marker)
     elif where == "state":
-        content["state_dict"]["chain.1.evil"] = Evil(marker)
+        content["state_dict"]["chain.1.evil"] = Malicious(marker)
     else:
-        content = Evil(marker)
+        content = Malicious(marker)
     path = tmp_path / "checkpt.pth"
     if where == "plain pickle":
         path.write_bytes(pickle.dumps(content))

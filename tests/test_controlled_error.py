@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import F64
 from torch import nn
 
 from cnf import CNF, Adaptive, FixedGrid, Flow
@@ -16,7 +17,6 @@ from cnf.likelihood import check, evaluate, rank
 from cnf.noise import Noise
 from cnf.refinement import refine
 
-F64 = torch.float64
 WORST = 5e-3  # nats
 
 

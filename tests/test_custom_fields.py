@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import F64
 from torch import nn
 
 from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson, Noise
@@ -11,7 +12,6 @@ from cnf.errors import ConfigError
 from cnf.fields import DRIVES, LAYERS, MLP, ConvField, Drive, SqueezeSum, TimePath, UNet
 from cnf.solvers import Reversible
 
-F64 = torch.float64
 SOLVERS = {
     "grid": lambda: FixedGrid("rk4", 6),
     "checkpoint": lambda: FixedGrid("rk4", 6, gradient="checkpoint"),

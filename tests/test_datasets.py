@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import pickle
 import struct
 import zlib
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import same_rows, shared
 from PIL import Image
 from scipy.special import i0e, logsumexp, ndtr
 
@@ -23,14 +23,7 @@ from cnf.datasets.lattice import lattice_step
 from cnf.datasets.pictures import PictureDensity
 from cnf.errors import ConfigError, DataError
 
-DATA = Path(os.environ.get("CNF_DATA_ROOT", Path(__file__).resolve().parents[2] / "shared" / "data"))
 F32 = float(np.finfo(np.float32).eps)
-
-
-def shared(path: str) -> Path:
-    if not (DATA / path).exists():
-        pytest.skip(f"{path} is not under {DATA} (set CNF_DATA_ROOT)")
-    return DATA / path
 
 
 def table(n: int = 200, d: int = 3) -> np.ndarray:
@@ -323,14 +316,6 @@ def test_splits_depend_on_split_seed_only(tmp_path: Path) -> None:
 
 def images(n: int = 40) -> np.ndarray:
     return np.random.default_rng(0).integers(256, size=(n, 6, 5), dtype=np.uint8)
-
-
-def rows_of(data: datasets.DataSplits) -> np.ndarray:
-    return np.concatenate([p.numpy().reshape(len(p), -1) for p in (data.train, data.validation, data.test)])
-
-
-def same_rows(data: datasets.DataSplits, expected: np.ndarray) -> bool:
-    return np.array_equal(np.unique(rows_of(data), axis=0), np.unique(expected.reshape(len(expected), -1), axis=0))
 
 
 def test_npz_with_its_own_split(tmp_path: Path) -> None:

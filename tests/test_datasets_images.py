@@ -14,18 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import data_root
+from conftest import rows_of, same_rows, shared
 from PIL import Image
 
 from cnf import datasets
 from cnf.errors import ConfigError, DataError
-
-
-def shared(path: str) -> Path:
-    if not (data_root() / path).exists():
-        pytest.skip(f"{path} is not under {data_root()} (set CNF_DATA_ROOT)")
-    return data_root() / path
-
 
 # --- named sets -----------------------------------------------------------------------------------------------------------
 
@@ -198,14 +191,6 @@ def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def images(n: int = 40, shape: tuple[int, ...] = (6, 5)) -> np.ndarray:
     return np.random.default_rng(0).integers(256, size=(n, *shape), dtype=np.uint8)
-
-
-def rows_of(data: datasets.DataSplits) -> np.ndarray:
-    return np.concatenate([p.numpy().reshape(len(p), -1) for p in (data.train, data.validation, data.test)])
-
-
-def same_rows(data: datasets.DataSplits, expected: np.ndarray) -> bool:
-    return np.array_equal(np.unique(rows_of(data), axis=0), np.unique(expected.reshape(len(expected), -1), axis=0))
 
 
 @pytest.mark.parametrize(("shape", "event"), [((6, 5), (1, 6, 5)), ((6, 5, 3), (3, 6, 5)), ((3, 6, 5), (3, 6, 5)), ((6, 5, 1), (1, 6, 5))])

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import F64
 
 from cnf.dequantization import TruncatedNormalDequantize, VariationalDequantize
 from cnf.errors import ConfigError, DataError
@@ -16,14 +17,8 @@ from cnf.objectives import Likelihood
 from cnf.solvers import Stats
 from cnf.transforms import Dequantize, Sequential, Transform, Transformed
 
-F64 = torch.float64
+pytestmark = pytest.mark.usefixtures("double")
 
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(F64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def logistic_posterior(u, m, s):

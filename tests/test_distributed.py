@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from cnf import distributed
 from cnf.checkpoint import RunInfo, write_config
@@ -339,13 +340,6 @@ def found(pair):
     return folder, [torch.load(folder / f"found-{rank}.pt") for rank in range(2)]
 
 
-@pytest.fixture
-def double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 # -- what they found ---------------------------------------------------------------------------------------------
 
 
@@ -480,7 +474,6 @@ def test_the_end_of_one_is_the_end_of_all_and_named(pair, scene, code, words):
 
 # -- the programs ------------------------------------------------------------------------------------------------
 
-ROOT = Path(__file__).resolve().parent.parent
 TOY = ["--data", "8gaussians", "--toy-sizes", "120", "40", "60", "--batch-size", "33", "--validate-every", "4", "--grid-steps", "2",
        "--hidden", "8", "--divergence", "hutchinson", "--draws", "3"]  # fmt: skip
 

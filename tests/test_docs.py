@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import cnf
 
-ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(["cnf", *(m.name for m in pkgutil.walk_packages(cnf.__path__, "cnf."))])
 NETWORK = re.compile(r"download|urlopen|https?://")  # examples that need more than this machine
 

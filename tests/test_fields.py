@@ -2,20 +2,11 @@
 
 import pytest
 import torch
+from conftest import F64, perturbed
 
 from cnf.divergence import Exact, Hutchinson, linearize
 from cnf.errors import ConfigError
 from cnf.fields import LAYERS, MLP, ConvField
-
-F64 = torch.float64
-
-
-def perturbed(field):
-    generator = torch.Generator().manual_seed(0)
-    field = field.double()
-    for p in field.parameters():
-        p.data += 0.3 * torch.randn(p.shape, generator=generator, dtype=F64)
-    return field
 
 
 def jacobian(field, t, x, context=None):
@@ -34,7 +25,7 @@ def jacobian(field, t, x, context=None):
 @pytest.mark.parametrize("layer", list(LAYERS))
 def test_mlp_tangents_and_closed_form(layer, hidden, context):
     torch.manual_seed(0)
-    field = perturbed(MLP(4, hidden, layer, residual="linear", context_dim=3 if context else 0))
+    field = perturbed(MLP(4, hidden, layer, residual="linear", context_dim=3 if context else 0), 0.3)
     c = {None: None, "rows": torch.randn(3, 3, dtype=F64), "one": torch.randn(3, dtype=F64)}[context]
     x, v, t = torch.randn(3, 4, dtype=F64), torch.randn(2, 3, 4, dtype=F64), torch.tensor(0.3, dtype=F64)
     j = jacobian(field, t, x, c)
@@ -61,7 +52,7 @@ def test_mlp_tangents_and_closed_form(layer, hidden, context):
 def test_conv_tangents(layer, strides):
     torch.manual_seed(0)
     hidden = (3,) * (len(strides) - 1 if strides else 2)
-    field = perturbed(ConvField(2, hidden, layer, "softplus", strides, context_dim=2))
+    field = perturbed(ConvField(2, hidden, layer, "softplus", strides, context_dim=2), 0.3)
     x, v = torch.randn(2, 2, 6, 4, dtype=F64), torch.randn(3, 2, 2, 6, 4, dtype=F64)
     c, t = torch.randn(2, 2, dtype=F64), torch.tensor(0.4, dtype=F64)
     dx, jv = field.jvp(t, x, v, c)
@@ -92,7 +83,7 @@ def test_zero_initialisation_is_zero_for_every_time_and_learns(layer):
 @pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
 def test_hutchinson_is_unbiased(mode, noise):
     torch.manual_seed(0)
-    field = perturbed(MLP(4, (6,)))
+    field = perturbed(MLP(4, (6,)), 0.3)
     x, t = torch.randn(1, 4, dtype=F64), torch.tensor(0.2, dtype=F64)
     j = jacobian(field, t, x)[0]
     torch.manual_seed(1)
@@ -170,7 +161,7 @@ def test_bad_arguments_are_named():
 def test_conv_closed_form_at_every_border(size, channels, hidden):
     """The trace against autodiff for every class of pixel: corners, lines, interior, and images without interior."""
     torch.manual_seed(0)
-    field = perturbed(ConvField(channels, hidden, "concatsquash", residual="minus"))
+    field = perturbed(ConvField(channels, hidden, "concatsquash", residual="minus"), 0.3)
     x, t = torch.randn(2, channels, *size, dtype=F64), torch.tensor(0.3, dtype=F64)
     dx, div = field.divergence(t, x)
     assert torch.equal(dx, field(t, x)) or torch.allclose(dx, field(t, x), rtol=0, atol=1e-13)
@@ -182,7 +173,7 @@ def test_conv_closed_form_at_every_border(size, channels, hidden):
 @pytest.mark.parametrize("layer", list(LAYERS))
 def test_conv_closed_form_of_every_layer_and_its_gradient(layer, context):
     torch.manual_seed(0)
-    field = perturbed(ConvField(2, (3, 4), layer, strides=(1, 0, 1), context_dim=2 if context else 0))
+    field = perturbed(ConvField(2, (3, 4), layer, strides=(1, 0, 1), context_dim=2 if context else 0), 0.3)
     c = torch.randn(2, 2, dtype=F64) if context else None
     x, t = torch.randn(2, 2, 4, 3, dtype=F64), torch.tensor(0.3, dtype=F64)
     if context and layer in ("squash", "concatsquash"):  # the context is in the last gate: a kernel of its own for every row

@@ -6,6 +6,7 @@ import math
 import pytest
 import scipy.linalg
 import torch
+from conftest import F64, LinearField, jacobian, normal, uniform
 from torch.distributions import AffineTransform, Independent, Normal, TransformedDistribution
 
 from cnf.continuous import CNF
@@ -19,7 +20,6 @@ from cnf.noise import Noise
 from cnf.solvers import FixedGrid, Stats
 from cnf.transforms import Dequantize, Logit, Sequential, Squeeze, Standardize, Transform, Transformed
 
-F64 = torch.float64
 TIGHT = FixedGrid("dopri5", 16)
 LN2 = math.log(2)
 
@@ -32,14 +32,6 @@ def perturbed(flow, scale=0.25, dtype=F64):
     for block in flow.blocks:
         block.solver = block.eval_solver = TIGHT if dtype == F64 else FixedGrid("rk4", 16)
     return flow
-
-
-def normal(*shape, seed=2):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def uniform(*shape, seed=3):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def built(shape, dtype=F64, levels=None, context_dim=0, **model):
@@ -71,12 +63,6 @@ CASES = {
 def points(flow, dtype=F64):
     x = uniform(4, *flow.event_shape) if flow.levels else 1 + normal(4, *flow.event_shape)
     return x.to(dtype)
-
-
-def jacobian(value, x):
-    """Of rows that do not know each other: (N, D, D)."""
-    rows = [torch.autograd.grad(column.sum(), x, create_graph=True)[0] for column in value.flatten(1).T]
-    return torch.stack(rows, 1).flatten(2)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -295,15 +281,6 @@ def test_pixels_are_bounded_by_their_density():
     with torch.no_grad():
         outside = [flow.log_prob(margin * u * (1 - 1e-9) + start).exp().mean() * margin for start in (-margin + 1e-12, 1.0)]
     assert abs(total + float(sum(outside)) - 1) < 1e-3
-
-
-class LinearField(torch.nn.Module):
-    def __init__(self, a):
-        super().__init__()
-        self.a = torch.nn.Parameter(a)
-
-    def forward(self, t, x, context=None):
-        return x @ self.a.T
 
 
 def linear_flow(base_std=1.0):

@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
+from conftest import F64
 
 from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
 from cnf.noise import Noise
 from cnf.transforms import Dequantize, Gaussianize, Sequential
-
-F64 = torch.float64
 
 
 def fitted(shape=(1, 2, 3), levels=5, n=400, alpha=1e-4):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from cnf.compat import load_reference, released
 from cnf.continuous import CNF
@@ -17,7 +18,6 @@ from cnf.noise import Noise
 from cnf.solvers import Adaptive, FixedGrid
 from cnf.transforms import CenterShift, Logit, Sequential, Squeeze
 
-ROOT = Path(__file__).resolve().parent.parent
 OWN = ROOT / "tests" / "golden"
 SHARED = Path(os.environ.get("CNF_GOLDEN_DIR", ROOT.parent / "shared" / "golden"))
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import F64
 from test_golden import close, files, grid, loaded, read, substate, truth
 
 from cnf.compat import affjord_toy, load_affjord_toy, load_reference
@@ -20,7 +21,6 @@ from cnf.multiscale import scale_shapes
 from cnf.noise import Noise
 from cnf.solvers import Adaptive, FixedGrid
 
-F64 = torch.float64
 IMAGES = [*files("f_affjord_concat"), *files("f_affjord_hyper")]
 TOYS = files("f_affjord_toy2d")
 

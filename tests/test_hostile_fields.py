@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import F64
 from torch import nn
 
 from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson, Noise, from_velocity
@@ -16,7 +17,6 @@ from cnf.solvers import Stats
 from cnf.transforms import Sequential, Transform, Transformed
 from cnf.transforms.base import Plain
 
-F64 = torch.float64
 GRID = FixedGrid("rk4", 4)
 POINTS = torch.randn(4, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
 

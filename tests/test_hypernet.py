@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import F64, normal
 
 import cnf
 from cnf import CNF, Adaptive, FixedGrid
@@ -13,7 +14,6 @@ from cnf.fields import Drive, HyperMLP, TimePath
 from cnf.models import ModelConfig, SolverConfig, build
 from cnf.objectives import Likelihood
 
-F64 = torch.float64
 K = 3
 DRIVES = {"none": None, "hyper": Drive("hyper", k=K, m=2), "both": Drive("both", k=K, m=2)}
 
@@ -34,10 +34,6 @@ def block(drive, solver=None, **more):
         torch.nn.init.normal_(path.initial)
     solver = solver or FixedGrid("dopri5", 24)
     return CNF(field(drive, **more), path=path, end_time=1.5, solver=solver, eval_solver=solver).double().eval()
-
-
-def normal(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=F64)
 
 
 @pytest.mark.parametrize("drive", DRIVES)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import F64
 
 from cnf.checkpoint import RunInfo
 from cnf.config import RunConfig
@@ -37,14 +38,8 @@ from cnf.training import comparability, score, summary, write_json, write_scores
 from cnf.training.report import columns_text
 from cnf.transforms import Dequantize, Logit, Sequential, Transform, Transformed
 
-F64 = torch.float64
+pytestmark = pytest.mark.usefixtures("double")
 
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(F64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 class Density(Transform):

@@ -9,7 +9,7 @@ from torch import nn
 
 from cnf import CNF, Flow, ModelConfig, Noise, SolverConfig, build
 from cnf.errors import ConfigError
-from cnf.fields import MLP, Denoiser, Drive, Schedule, TimePath
+from cnf.fields import MLP, Denoiser, Drive, Interpolant, TimePath
 from cnf.matching import MatchingPath, TimeDistribution, couple, stratified
 from cnf.objectives import FlowMatching
 from cnf.solvers import Adaptive
@@ -93,7 +93,7 @@ def test_importance_leaves_the_loss_what_it_is_and_steadies_it():
 
 @pytest.mark.parametrize("sigma", [0.0, 0.01])
 def test_the_schedule_is_a_straight_line_with_its_own_derivatives(sigma):
-    schedule = Schedule(sigma)
+    schedule = Interpolant(sigma)
     t = torch.linspace(0, 1, 11, dtype=torch.float64)
     a, b, da, db = schedule(t)
     values, slopes = torch.func.jvp(lambda s: torch.stack(schedule(s)[:2]), (t,), (torch.ones_like(t),))
@@ -104,13 +104,13 @@ def test_the_schedule_is_a_straight_line_with_its_own_derivatives(sigma):
     _, change = torch.func.jvp(lambda s: schedule(s).b.log() - schedule(s).a.log(), (inside,), (torch.ones_like(inside),))
     assert torch.allclose(schedule.likelihood_weight(inside), 1 / (schedule(inside).b ** 2 * change), rtol=1e-10)
     with pytest.raises(ConfigError, match=r"noise=1"):
-        Schedule(1.0)
+        Interpolant(1.0)
 
 
 def test_a_denoiser_without_a_network_is_the_flow_of_a_gaussian():
     torch.manual_seed(0)
     sigma, s = 0.02, 0.7
-    field = Denoiser(1, Schedule(sigma), level=0.1, hidden=(4,), depth=1).double()
+    field = Denoiser(1, Interpolant(sigma), level=0.1, hidden=(4,), depth=1).double()
     field.fit_batches([torch.full((3, 1, 2, 2), s, dtype=torch.float64)])
     flow = Flow(CNF(field, eval_solver=TIGHT), (1, 2, 2)).double().eval()
     x = s * torch.randn(5, 1, 2, 2, dtype=torch.float64)
@@ -121,7 +121,7 @@ def test_a_denoiser_without_a_network_is_the_flow_of_a_gaussian():
 def test_a_denoiser_is_what_its_network_says_of_the_clean_image():
     """f = da D + db (x - a D)/b with D = c x + ..., and the loss weighted by likelihood is the error of D by the change of SNR."""
     torch.manual_seed(0)
-    schedule = Schedule(0.05)
+    schedule = Interpolant(0.05)
     field = Denoiser(1, schedule, level=0.1, hidden=(4,), depth=1, zero_init=False).double()
     field.data_std.fill_(0.8)
     x0, z = (torch.randn(6, 1, 4, 4, dtype=torch.float64) for _ in range(2))

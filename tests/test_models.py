@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import F64
 
 from cnf.checkpoint import RunInfo
 from cnf.cli import main
@@ -21,8 +22,6 @@ from cnf.noise import Noise
 from cnf.objectives import Likelihood
 from cnf.quadratures import JacobianFrobenius, Kinetic
 from cnf.solvers import Adaptive, FixedGrid
-
-F64 = torch.float64
 
 
 @pytest.mark.parametrize("model", PUBLISHED, ids=lambda m: m.name)

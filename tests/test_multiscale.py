@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import F64, perturbed
 
 from cnf.continuous import CNF
 from cnf.divergence import Exact, Hutchinson
@@ -17,15 +18,7 @@ from cnf.quadratures import Kinetic
 from cnf.solvers import FixedGrid
 from cnf.transforms import Sequential, Squeeze, Transform
 
-F64 = torch.float64
 ACCURATE = FixedGrid("dopri5", 16)
-
-
-def perturbed(module, scale=0.15):
-    generator = torch.Generator().manual_seed(0)
-    for p in module.double().parameters():
-        p.data += scale * torch.randn(p.shape, generator=generator, dtype=F64)
-    return module
 
 
 def image_flow(shape, divergence="exact", solver=ACCURATE, levels=None, context_dim=0, **model):
@@ -133,7 +126,7 @@ def test_noise_by_place_integrals_and_cost_are_those_of_the_blocks():
     torch.manual_seed(0)
 
     def block(shape):
-        return perturbed(CNF(ConvField(shape[0], (3,)), Hutchinson("gaussian"), solver, solver, [Kinetic()]))
+        return perturbed(CNF(ConvField(shape[0], (3,)), Hutchinson("gaussian"), solver, solver, [Kinetic()]), 0.15)
 
     chain = multiscale((1, 8, 8), block, num_blocks=2)
     x = torch.randn(3, 1, 8, 8, dtype=F64)

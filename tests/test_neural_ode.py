@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import TIGHT
 from torchdiffeq import odeint
 
 from cnf.errors import ConfigError, DataError, SolverError
@@ -25,7 +26,6 @@ from cnf.models import (
 from cnf.models.odenet import ODENet, mlp_maps
 from cnf.solvers import Adaptive, FixedGrid
 
-TIGHT = Adaptive("dopri5", 1e-11, 1e-11)
 NODE = ModelConfig("node", "mlp", (8, 8), layer="concat", nonlinearity="softplus", zero_init=False)
 
 

@@ -7,6 +7,7 @@ import pytest
 import scipy.integrate
 import scipy.linalg
 import torch
+from conftest import F64, LinearField
 from torch.distributions import Normal
 
 from cnf.checkpoint import RunInfo, save_trainer
@@ -25,18 +26,8 @@ from cnf.solvers import FixedGrid
 from cnf.training import Trainer
 from cnf.transforms import Dequantize, Logit, Sequential
 
-F64 = torch.float64
 GRID = FixedGrid("dopri5", 12)
 END = 0.7
-
-
-class LinearField(torch.nn.Module):
-    def __init__(self, a):
-        super().__init__()
-        self.a = torch.nn.Parameter(a)
-
-    def forward(self, t, x, context=None):
-        return (x.flatten(1) @ self.a.T).reshape(x.shape)
 
 
 def linear(dim, images, quadratures=()):

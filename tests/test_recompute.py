@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from conftest import F64
 
 from cnf.continuous import CNF
 from cnf.divergence import Exact, Hutchinson
@@ -13,8 +14,6 @@ from cnf.noise import Noise
 from cnf.quadratures import JacobianFrobenius, RunningCost
 from cnf.recompute import Recompute
 from cnf.solvers import Adaptive, FixedGrid
-
-F64 = torch.float64
 
 
 class Step:

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import math
 import os
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import logged_rows
 
 from cnf.checkpoint import (
     LOCK,
@@ -65,18 +65,13 @@ def trainer(folder, *, resume=False, quiet=True, **options):
     return Trainer(info, DATA, folder, resume=resume, quiet=quiet)
 
 
-def rows(folder):
-    """metrics.jsonl without the wall clock."""
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def same(one, other):
     """Everything that training has changed, and its record, is the same to the last bit."""
     for a, b in ((one.flow, other.flow), (one.ema, other.ema)):
         assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
     for i, state in one.optimizer.state_dict()["state"].items():
         assert all(torch.equal(v, other.optimizer.state_dict()["state"][i][k]) for k, v in state.items())
-    assert rows(one.folder) == rows(other.folder)
+    assert logged_rows(one.folder) == logged_rows(other.folder)
     assert (one.recovery.rollbacks, one.skipped, one.best) == (other.recovery.rollbacks, other.skipped, other.best)
 
 
@@ -255,7 +250,7 @@ def test_tensorboard_on_a_full_disk_does_not_stop_the_run(tmp_path, monkeypatch,
     assert trainer(tmp_path / "run", quiet=False).run() == "steps"
     said = capsys.readouterr().err
     assert said.count("TensorBoard's files in") == 1 and "Traceback" not in said
-    assert len(rows(tmp_path / "run")) == 12
+    assert len(logged_rows(tmp_path / "run")) == 12
 
 
 # -- two processes -----------------------------------------------------------------------------------------------
@@ -449,7 +444,7 @@ def test_a_fault_is_skipped_then_goes_back_then_stops_with_a_diagnosis(tmp_path,
     assert equal(5, 6) and not equal(4, 5)  # skipped: nothing changed
     assert equal(12, 8) and not equal(12, 9)  # back to those of the last validation
     assert (rates[8], rates[12], rates[17]) == (0.01, 0.005, 0.0025)
-    assert [r.get("rollbacks", 0) for r in rows(run.folder)][11:13] == [1, 1]
+    assert [r.get("rollbacks", 0) for r in logged_rows(run.folder)][11:13] == [1, 1]
 
 
 def test_an_adjoint_that_fails_backwards_names_its_block(tmp_path, monkeypatch):
@@ -595,9 +590,9 @@ def test_training_in_micro_batches_logs_the_same(tmp_path, monkeypatch):
     solver = SolverConfig(grid_steps=2, divergence="hutchinson")
     for count in (1, 3, 100):  # more than rows: one by one
         trainer(tmp_path / str(count), accumulate=count, steps=5, solver=solver).run()
-    first = rows(tmp_path / "1")
+    first = logged_rows(tmp_path / "1")
     for count in (3, 100):
-        for a, b in zip(first, rows(tmp_path / str(count)), strict=True):
+        for a, b in zip(first, logged_rows(tmp_path / str(count)), strict=True):
             assert a == pytest.approx(b, rel=1e-4)
 
 

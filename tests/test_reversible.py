@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import ROOT
+from conftest import F64, ROOT, TIGHT, LinearField, perturbed
 
 from cnf.continuous import CNF
 from cnf.deferral import deferred_checks
@@ -20,22 +20,12 @@ from cnf.models.odenet import ODENet, mlp_maps
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
 from cnf.quadratures import JacobianFrobenius, Kinetic, RunningCost
-from cnf.solvers import TABLEAUS, Adaptive, FixedGrid, Reversible
+from cnf.solvers import TABLEAUS, FixedGrid, Reversible
 from cnf.training.watch import Watch
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import memory
-
-F64 = torch.float64
-TIGHT = Adaptive("dopri5", 1e-11, 1e-11)
-
-
-def shaken(module, scale=0.3, seed=1):
-    torch.manual_seed(seed)
-    for p in module.double().parameters():
-        p.data += scale * torch.randn_like(p)
-    return module
 
 
 def wavy(s, y):
@@ -93,15 +83,6 @@ def test_order_of_point_and_quadrature(method, coupling):
         assert slope < TABLEAUS[method].order + 0.7 or method in ("euler", "dopri5"), (j, slope, errors)
 
 
-class LinearField(torch.nn.Module):
-    def __init__(self, a):
-        super().__init__()
-        self.a = torch.nn.Parameter(a)
-
-    def forward(self, t, x, context=None):
-        return x @ self.a.T
-
-
 def test_linear_field_is_the_matrix_exponential_both_ways_and_so_is_its_gradient():
     torch.manual_seed(0)
     a, x = torch.randn(4, 4, dtype=F64) / 2, torch.randn(5, 4, dtype=F64)
@@ -155,7 +136,7 @@ TERMS = [Kinetic(), JacobianFrobenius()]
 @pytest.mark.parametrize("estimate", ESTIMATES, ids=repr)
 def test_the_gradient_is_the_schemes_own_with_context_regularisers_and_a_learned_end_time(estimate, back):
     torch.manual_seed(0)
-    field = shaken(MLP(3, (5, 5), context_dim=2))
+    field = perturbed(MLP(3, (5, 5), context_dim=2))
     context = torch.randn(4, 2, dtype=F64, requires_grad=True)
 
     def make(solver):
@@ -168,7 +149,7 @@ def test_the_gradient_is_the_schemes_own_with_context_regularisers_and_a_learned
 @pytest.mark.parametrize("method", list(TABLEAUS))
 @pytest.mark.parametrize("steps", [1, 2, 64])
 def test_every_method_and_number_of_steps(method, steps):
-    field, x = shaken(MLP(2, (4,), "ignore")), torch.linspace(-1, 1, 6, dtype=F64).reshape(3, 2)
+    field, x = perturbed(MLP(2, (4,), "ignore")), torch.linspace(-1, 1, 6, dtype=F64).reshape(3, 2)
     both(lambda solver: CNF(field, Exact(), solver), x, steps, method=method)
 
 
@@ -177,7 +158,7 @@ def test_every_method_and_number_of_steps(method, steps):
 def test_a_learned_time_is_walked_back_beside_the_point(drive, back):
     torch.manual_seed(0)
     field = MLP(2, (4, 4), Drive(drive, k=3, **({} if drive == "concat" else {"m": 2})))
-    whole = shaken(CNF(field, path=TimePath(3, learn_start=True), quadratures=TERMS))
+    whole = perturbed(CNF(field, path=TimePath(3, learn_start=True), quadratures=TERMS))
 
     def make(solver):
         whole.solver = solver
@@ -190,14 +171,14 @@ def test_a_learned_time_is_walked_back_beside_the_point(drive, back):
 @pytest.mark.parametrize("estimate", [Exact(), Hutchinson(), Hutchinson(mode="reverse")], ids=repr)
 def test_convolutional_fields(estimate, layer):
     torch.manual_seed(0)
-    field, x = shaken(ConvField(2, (3, 3), layer)), torch.randn(2, 2, 4, 3, dtype=F64)
+    field, x = perturbed(ConvField(2, (3, 3), layer)), torch.randn(2, 2, 4, 3, dtype=F64)
     both(lambda solver: CNF(field, estimate, solver, quadratures=TERMS), x, 3)
 
 
 def test_a_neural_ode_with_an_end_time_for_each_sample():
     torch.manual_seed(0)
     field, x = ODENet(*mlp_maps(3, (4,), "concat"), "softplus"), torch.randn(5, 2, dtype=F64)
-    model, found = shaken(NeuralODE(field, (2,), 2, augment=1, adaptive_depth=True)), []
+    model, found = perturbed(NeuralODE(field, (2,), 2, augment=1, adaptive_depth=True)), []
     for gradient in ("direct", "reversible"):
         model.solver = Reversible("midpoint", 6, gradient=gradient)
         found.append(torch.autograd.grad(model.predict(x).outputs.sin().sum(), list(model.parameters())))
@@ -206,7 +187,7 @@ def test_a_neural_ode_with_an_end_time_for_each_sample():
 
 
 def test_gradcheck_of_log_prob_in_point_and_parameters():
-    block = shaken(CNF(MLP(2, (4,)), Exact(), Reversible("rk4", 3), end_time=0.5, learn_end_time=True))
+    block = perturbed(CNF(MLP(2, (4,)), Exact(), Reversible("rk4", 3), end_time=0.5, learn_end_time=True))
     x = torch.randn(2, 2, dtype=F64, requires_grad=True)
 
     def log_prob(point, *_):
@@ -219,7 +200,7 @@ def test_gradcheck_of_log_prob_in_point_and_parameters():
 @pytest.mark.parametrize("steps", [4, 256])
 def test_float32_is_as_good_walked_back_as_direct(steps):
     torch.manual_seed(0)
-    field, x = shaken(MLP(3, (16, 16))).float(), torch.randn(32, 3)
+    field, x = perturbed(MLP(3, (16, 16))).float(), torch.randn(32, 3)
     found = []
     for solver in (Reversible("rk4", steps, gradient="direct"), Reversible("rk4", steps)):
         out = CNF(field, Hutchinson(), solver)(x, noise=Noise(0))
@@ -275,7 +256,7 @@ def test_what_is_computed_once_before_the_solve_may_be_closed_over_and_autocast_
 
 
 def test_two_solves_before_one_backward_and_a_second_backward():
-    block = CNF(shaken(MLP(3, (6,))), Hutchinson(), Reversible("rk4", 4))
+    block = CNF(perturbed(MLP(3, (6,))), Hutchinson(), Reversible("rk4", 4))
     x, weights = torch.randn(4, 3, dtype=F64), list(block.parameters())
     alone = torch.autograd.grad(block(x, noise=Noise(0)).log_det.sum(), weights)
     first = block(x, noise=Noise(0)).log_det.sum()
@@ -289,7 +270,7 @@ def test_two_solves_before_one_backward_and_a_second_backward():
 
 
 def test_without_gradients_nothing_is_kept_and_a_part_of_the_outputs_will_do():
-    block, x = shaken(CNF(MLP(2, (4,)), Exact(), Reversible("rk4", 3))), torch.randn(3, 2, dtype=F64)
+    block, x = perturbed(CNF(MLP(2, (4,)), Exact(), Reversible("rk4", 3))), torch.randn(3, 2, dtype=F64)
     with torch.no_grad():
         assert not block(x).value.requires_grad
     weights, direct = list(block.parameters()), Reversible("rk4", 3, gradient="direct")
@@ -405,7 +386,7 @@ def test_a_refined_grid_has_twice_the_steps_and_the_same_coupling_over_the_whole
 
 def test_the_option_is_built_and_watched_as_a_grid():
     config = SolverConfig("midpoint", 2, gradient="reversible")
-    flow = shaken(build(ModelConfig(hidden=(8,), zero_init=False), config, (2,)), 1.0).train()
+    flow = perturbed(build(ModelConfig(hidden=(8,), zero_init=False), config, (2,)), 1.0).train()
     assert isinstance(flow.blocks[0].solver, Reversible)
     said, objective = [], Likelihood(flow)
     watch = Watch(objective, config, 1e-12, 8, 100, said.append)

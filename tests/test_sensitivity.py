@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import F64, normal
 from torch import nn
 from torch.func import functional_call
 
@@ -17,7 +18,6 @@ from cnf.sensitivity import jacobian, log_det, magnus, parameter_jacobian, piece
 from cnf.solvers import Adaptive, FixedGrid
 from cnf.transforms import CenterShift, Dequantize, Gaussianize, Logit, Sequential, Squeeze, Standardize, Transform
 
-F64 = torch.float64
 COARSE = FixedGrid("rk4", 2)
 ACCURATE = FixedGrid("dopri5", 20)
 
@@ -27,10 +27,6 @@ def seeded(module, scale=0.2):
     for p in module.double().parameters():
         p.data += scale * torch.randn(p.shape, generator=generator, dtype=F64)
     return module
-
-
-def normal(*shape, seed=1):
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 def autodiff(transform, x, context=None, back=False):
@@ -91,7 +87,7 @@ def block_of(name, solver, n=2):
     block, event = BLOCKS[name](solver=solver, eval_solver=solver)
     seeded(block)
     context = normal(n, 2, seed=2) if name == "blend" else None
-    return block, normal(n, *event), context
+    return block, normal(n, *event, seed=1), context
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from conftest import F64, TIGHT, LinearField
 
 from cnf.continuous import CNF
 from cnf.divergence import Exact, Hutchinson
@@ -14,9 +15,6 @@ from cnf.fields import MLP
 from cnf.noise import Noise
 from cnf.quadratures import Directional, JacobianFrobenius, Kinetic, RunningCost, TotalDerivative
 from cnf.solvers import TABLEAUS, Adaptive, FixedGrid
-
-F64 = torch.float64
-TIGHT = Adaptive("dopri5", 1e-11, 1e-11)
 
 
 @pytest.mark.parametrize("method", list(TABLEAUS))
@@ -33,15 +31,6 @@ def test_order(method):
     assert slope > TABLEAUS[method].order - 0.3, (slope, errors)
     if method not in ("heun", "dopri5"):
         assert slope < TABLEAUS[method].order + 0.4, (slope, errors)
-
-
-class LinearField(torch.nn.Module):
-    def __init__(self, a):
-        super().__init__()
-        self.a = torch.nn.Parameter(a)
-
-    def forward(self, t, x, context=None):
-        return x @ self.a.T
 
 
 @pytest.mark.parametrize("solver", [TIGHT, FixedGrid("rk4", 256), FixedGrid("dopri5", 64, "checkpoint")])

@@ -1,12 +1,12 @@
 """Training by flow matching, and by matching and then the likelihood: stages, resuming, a grid that is gamed."""
 
 import dataclasses
-import json
 import os
 import signal
 
 import pytest
 import torch
+from conftest import logged_rows
 
 from cnf.checkpoint import RunInfo, load, write_config
 from cnf.config import DataConfig, RunConfig, TrainConfig
@@ -34,11 +34,6 @@ def trainer(folder, *, model=MODEL, solver=None, data=DATA, resume=False, quiet=
     return Trainer(RunInfo(config, data.event_shape, data.levels, data.context_dim, data.classes, data.columns), data, folder, resume=resume, quiet=quiet)
 
 
-def rows(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
-
-
 @pytest.fixture
 def every_step(monkeypatch):
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
@@ -51,7 +46,7 @@ def test_matching_learns_a_density_with_one_evaluation_an_item(tmp_path, every_s
     write_config(run.folder, run.info)
     before = run.validate()["validation"]
     run.run()
-    found = rows(run.folder)
+    found = logged_rows(run.folder)
     assert {row["nfe"] for row in found} == {1} and {row["nfe_backward"] for row in found} == {0}
     truth = torch.distributions.MultivariateNormal(POINTS.mean(0), POINTS.T.cov())
     best = -float(truth.log_prob(DATA.validation).mean())
@@ -113,7 +108,7 @@ def test_both_begins_with_matching_and_ends_with_the_likelihood(tmp_path, every_
     assert [(kind, size) for kind, size, _ in seen[7:]] == [(Likelihood, 24)] * 5
     assert seen[2][2] == pytest.approx(0.01) and seen[6][2] < 0.003  # a cosine of its own for each stage
     assert seen[7][2] == pytest.approx(1e-3) and seen[11][2] < 2e-4
-    found = rows(run.folder)
+    found = logged_rows(run.folder)
     assert "nll" not in found[6] and {"nll", "kinetic"} <= found[7].keys()
     assert [row["nfe"] for row in found] == [1] * 7 + [8] * 5
     assert [row["step"] for row in found if "validation" in row] == [4, 7, 8, 12]  # 7: the end of matching
@@ -157,7 +152,7 @@ def test_interrupted_and_resumed_equals_never_stopped(tmp_path, monkeypatch, eve
         one, other = (getattr(run, part).state_dict() for run in (whole, second))
         assert all(torch.equal(one[k], other[k]) for k in one), part
     assert all(torch.equal(whole.best_weights[k], second.best_weights[k]) for k in whole.best_weights)
-    assert rows(whole.folder) == rows(second.folder)
+    assert logged_rows(whole.folder) == logged_rows(second.folder)
     assert whole.flow.blocks[0].solver.steps == second.flow.blocks[0].solver.steps > 1
 
 

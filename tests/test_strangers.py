@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import Malicious
 from PIL import Image
 from test_datasets_images import cifar10, colour, python2_batch
 
@@ -48,16 +49,6 @@ from cnf.training.journal import Journal
 
 CONFIG = RunConfig("own", DataConfig("x.npy"), ModelConfig(hidden=(5,)), SolverConfig(), TrainConfig())
 INFO = RunInfo(CONFIG, (2,), None, 3, ("a", "b", "c"), ("x", "y"))
-
-
-class Malicious:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, trap: Path) -> None:
-        self.trap = trap
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.trap),)
 
 
 def is_real(content: bytes, trap: Path) -> bool:

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, logged_rows
 from sklearn.metrics import accuracy_score, log_loss
 
 import cnf
@@ -47,11 +47,6 @@ def trainer(folder, *, kind="classification", model=NODE, solver=None, resume=Fa
     return Trainer(info, data, folder, resume=resume, quiet=True)
 
 
-def rows(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
-
-
 # -- the loop ----------------------------------------------------------------------------------------------------
 
 ADJOINT = SolverConfig("dopri5", adaptive=True, rtol=1e-3, atol=1e-3, gradient="adjoint")
@@ -83,12 +78,12 @@ def test_interrupted_and_resumed_equals_never_stopped(tmp_path, monkeypatch, kin
         one, other = (getattr(run, name).state_dict() for run in (whole, parts))
         assert all(torch.equal(one[k], other[k]) for k in one)
     assert all(torch.equal(whole.best_weights[k], v) for k, v in parts.best_weights.items())
-    assert rows(whole.folder) == rows(parts.folder)
-    last = rows(whole.folder)[-1]
+    assert logged_rows(whole.folder) == logged_rows(parts.folder)
+    last = logged_rows(whole.folder)[-1]
     assert {"loss", "nfe", "nfe_backward", "validation", "validation_nfe"} <= set(last)
     assert ("accuracy" in last) == ("validation_accuracy" in last) == (kind == "classification")
     if model is RESNET:
-        assert last["nfe"] == 0 and not any("solver_error" in row for row in rows(whole.folder))
+        assert last["nfe"] == 0 and not any("solver_error" in row for row in logged_rows(whole.folder))
     else:
         assert whole.watch.refinements > 0 and last["nfe"] > 0
         assert (last["nfe_backward"] > 0) == (solver is ADJOINT)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import F64
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vjp, vmap
 
@@ -10,8 +11,6 @@ from cnf.errors import ConfigError, DataError, SolverError
 from cnf.fields import MLP, ConvField
 from cnf.solvers import Reversible
 from cnf.transforms import Gaussianize, Logit, Sequential, Standardize
-
-F64 = torch.float64
 
 
 class Custom(nn.Module):

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from conftest import logged_rows
 
 from cnf.checkpoint import RunInfo, load, save_trainer
 from cnf.config import DataConfig, RunConfig, TrainConfig
@@ -41,12 +42,6 @@ def trainer(folder, *, data=DATA, resume=False, quiet=True, **options):
     return Trainer(settings(**options), data, folder, resume=resume, quiet=quiet)
 
 
-def rows(folder):
-    """metrics.jsonl without the wall clock."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
-
-
 def tensors(run):
     """Everything that training has changed."""
     optimizer = run.optimizer.state_dict()["state"]
@@ -63,7 +58,7 @@ def assert_same(one, other):
     for name in (*loop.NUMBERS[:-1],):
         assert getattr(one, name) == getattr(other, name), name
     assert one.watch.refinements == other.watch.refinements
-    assert rows(one.folder) == rows(other.folder)
+    assert logged_rows(one.folder) == logged_rows(other.folder)
 
 
 def before_update(monkeypatch, hook):
@@ -102,10 +97,10 @@ def test_interrupted_and_resumed_equals_never_stopped(tmp_path, monkeypatch, eve
     assert signal.getsignal(signal.SIGINT) is before  # a shell's background jobs ignore it
     assert (first.folder / "model.safetensors").exists() == (stop + 1 >= 4)  # interrupted, it does not validate out of turn
     second = trainer(tmp_path / "parts", resume=True, **tight)
-    assert second.step == stop + 1 and len(rows(second.folder)) == stop + 1
+    assert second.step == stop + 1 and len(logged_rows(second.folder)) == stop + 1
     assert second.run() == "steps"
     assert_same(whole, second)
-    assert [r["step"] for r in rows(second.folder)] == list(range(1, 13))
+    assert [r["step"] for r in logged_rows(second.folder)] == list(range(1, 13))
     assert second.seconds >= first.seconds
 
 
@@ -127,7 +122,7 @@ def test_killed_between_checkpoints_equals_never_stopped(tmp_path, monkeypatch, 
     assert len(path.read_text().splitlines()) == 7  # three more than the checkpoint knows
     path.write_text(path.read_text() + '{"step": 8, "lo')
     second = trainer(tmp_path / "parts", resume=True)
-    assert second.step == 4 and len(rows(tmp_path / "parts")) == 4
+    assert second.step == 4 and len(logged_rows(tmp_path / "parts")) == 4
     second.run()
     assert_same(whole, second)
 
@@ -136,7 +131,7 @@ def test_killed_before_the_first_checkpoint_begins_again(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     run = trainer(tmp_path / "run", resume=True)
-    assert run.step == 0 and rows(tmp_path / "run") == []
+    assert run.step == 0 and logged_rows(tmp_path / "run") == []
 
 
 def test_resume_with_other_data_is_refused(tmp_path):
@@ -236,7 +231,7 @@ def test_time_limit_counts_one_call_and_ends_with_a_validation(tmp_path, monkeyp
     run = trainer(tmp_path / "run", steps=40, max_time=5.0)
     assert run.run() == "max_time"
     assert (run.step, run.validated, run.seconds) == (5, 5, 5.0)
-    assert rows(run.folder)[-1]["step"] == 5 and "validation" in rows(run.folder)[-1]
+    assert logged_rows(run.folder)[-1]["step"] == 5 and "validation" in logged_rows(run.folder)[-1]
     run = trainer(tmp_path / "run", steps=40, max_time=5.0, resume=True)
     assert run.run() == "max_time"
     assert (run.step, run.seconds) == (10, 10.0)
@@ -255,8 +250,8 @@ def test_a_run_stopped_by_time_selects_what_it_would_have_selected(tmp_path, mon
     assert run.run() == "steps"
     for name, value in whole.best_weights.items():
         assert torch.equal(value, run.best_weights[name]), name
-    kept = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(whole.folder)]
-    assert kept == [{k: v for k, v in row.items() if k != "seconds"} for row in rows(run.folder)]
+    kept = [{k: v for k, v in row.items() if k != "seconds"} for row in logged_rows(whole.folder)]
+    assert kept == [{k: v for k, v in row.items() if k != "seconds"} for row in logged_rows(run.folder)]
 
 
 def test_the_test_set_is_not_read(tmp_path):
@@ -304,8 +299,8 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch
     assert run.skipped == 3 and run.skips_in_row == 0
     same = [all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(states, states[1:], strict=False)]
     assert same == [False, True, True, False, False, True]  # a skipped batch changes nothing at all
-    assert [r["skipped"] for r in rows(run.folder)] == [0, 1, 2, 2, 2, 3, 3]
-    assert ["nll" in r for r in rows(run.folder)] == [True, False, False, True, True, False, True]
+    assert [r["skipped"] for r in logged_rows(run.folder)] == [0, 1, 2, 2, 2, 3, 3]
+    assert ["nll" in r for r in logged_rows(run.folder)] == [True, False, False, True, True, False, True]
     assert all(bool(torch.isfinite(v).all()) for v in tensors(run).values())
 
 
@@ -331,7 +326,7 @@ def test_failed_validation_is_infinite_and_later_ones_win(tmp_path, monkeypatch)
     run = trainer(tmp_path / "run")
     run.run()
     assert run.best_step == 12 and math.isfinite(run.best)
-    found = [r["validation"] for r in rows(run.folder) if "validation" in r]
+    found = [r["validation"] for r in logged_rows(run.folder) if "validation" in r]
     assert found[:2] == [None, None] and found[2] == pytest.approx(run.best)  # JSON has no infinity
 
 
@@ -481,10 +476,10 @@ def test_metrics_and_tensorboard_agree(tmp_path, every_step):
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     for name in ("nll", "kinetic", "validation", "solver_error", "nfe"):
-        expected = [(r["step"], r[name]) for r in rows(tmp_path / "run") if name in r]
+        expected = [(r["step"], r[name]) for r in logged_rows(tmp_path / "run") if name in r]
         assert [e.step for e in events.Scalars(name)] == [step for step, _ in expected]
         assert [e.value for e in events.Scalars(name)] == pytest.approx([value for _, value in expected], rel=1e-6)
-    last = rows(tmp_path / "run")[-1]
+    last = logged_rows(tmp_path / "run")[-1]
     assert last["step"] == 6 and last["nfe"] == 8  # two steps of rk4
     assert last["nll"] <= last["loss"] == pytest.approx(last["nll"] + 0.01 * last["kinetic"], rel=1e-5)
 
@@ -534,4 +529,4 @@ def test_export_is_the_best_validation(tmp_path):
     run.run()
     found = evaluate(load(run.folder), DATA.validation, seed=loop.VALIDATION_SEED)
     assert found.mean == pytest.approx(run.best, abs=1e-12)
-    assert run.best == min(r["validation"] for r in rows(run.folder) if "validation" in r)
+    assert run.best == min(r["validation"] for r in logged_rows(run.folder) if "validation" in r)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import F64, perturbed
 
 from cnf.compat.affjord import ENTRIES, squeeze_paths
 from cnf.continuous import CNF
@@ -16,7 +17,6 @@ from cnf.solvers import FixedGrid
 from cnf.trajectory import straightness, trajectory
 from cnf.transforms import Logit, Sequential, Squeeze, Standardize
 
-F64 = torch.float64
 GRID = FixedGrid("dopri5", 12)
 LEVELS = 17
 
@@ -24,13 +24,6 @@ LEVELS = 17
 def block(shape, drive=None):
     path = None if drive is None else TimePath(drive.k, learn_start=True)
     return CNF(ConvField(shape[0], (3,), drive or "concat"), eval_solver=GRID, path=path)
-
-
-def shaken(module):
-    generator = torch.Generator().manual_seed(0)
-    for p in module.double().parameters():
-        p.data += 0.1 * torch.randn(p.shape, generator=generator, dtype=F64)
-    return module.eval()
 
 
 def images(shape, n=2):
@@ -93,7 +86,7 @@ CHAINS = {
 def test_every_frame_of_a_multiscale_chain_is_the_whole_image(name):
     shape, blocks, drive = CHAINS[name]
     torch.manual_seed(0)
-    chain = shaken(multiscale(shape, lambda s: block(s, drive), blocks))
+    chain = perturbed(multiscale(shape, lambda s: block(s, drive), blocks), 0.1).eval()
     count = sum(isinstance(m, CNF) for m in chain.modules())
     x = images(shape) - 0.5
     times = torch.linspace(0, 1, 2 * count + 1, dtype=F64)
@@ -118,7 +111,7 @@ def test_every_frame_of_a_multiscale_chain_is_the_whole_image(name):
 def test_between_the_ends_of_a_block():
     """Halfway through the second block, which lives on the squeezed image, and through the last, when half has left."""
     torch.manual_seed(0)
-    chain = shaken(multiscale((1, 8, 8), block))
+    chain = perturbed(multiscale((1, 8, 8), block), 0.1).eval()
     first, squeeze, second = chain.scales[0].transforms
     (third,) = chain.scales[1].transforms
     x = images((1, 8, 8)) - 0.5
@@ -139,7 +132,7 @@ def test_between_the_ends_of_a_block():
 def test_the_ends_of_a_flows_path_are_the_image_and_its_latent(shape, options):
     settings = {"architecture": "multiscale", "field": "conv", "hidden": (3,), "zero_init": False, "marginals": "logit", "alpha": 0.05}
     torch.manual_seed(0)
-    flow = shaken(build(ModelConfig(**(settings | options)), SolverConfig(), shape, levels=LEVELS, context_dim=2))
+    flow = perturbed(build(ModelConfig(**(settings | options)), SolverConfig(), shape, levels=LEVELS, context_dim=2), 0.1).eval()
     flow.fit_statistics(torch.randint(0, LEVELS, (50, *shape), generator=torch.Generator().manual_seed(2), dtype=torch.uint8))
     for one in flow.blocks:
         one.eval_solver = GRID
@@ -167,7 +160,7 @@ def test_the_released_affjords_path_is_squeezed_with_the_image():
     drive = Drive("hyper", k=ENTRIES, m=10)
     flow = Flow(Sequential([Logit(0.05), multiscale((1, 8, 8), lambda s: block(s, drive), 2)]), (1, 8, 8))
     squeeze_paths(flow)
-    flow, x = shaken(flow), images((1, 8, 8))
+    flow, x = perturbed(flow, 0.1).eval(), images((1, 8, 8))
     logit, chain = flow.transform.transforms
     path = flow.trajectory(x, torch.linspace(0, 1, 7, dtype=F64))
     assert torch.allclose(path, by_hand(chain, logit(x).value), rtol=0, atol=1e-8)
@@ -180,7 +173,7 @@ def test_blocks_before_and_behind_the_scales():
     torch.manual_seed(0)
     chain = multiscale((4, 4, 4), block)
     parts = [block((1, 8, 8)), Standardize(torch.zeros(1, 8, 8), torch.full((1, 8, 8), 2.0)), Squeeze(), chain, CNF(MLP(64, (4,)), eval_solver=GRID)]
-    flow = shaken(Flow(Sequential(parts), (1, 8, 8)))
+    flow = perturbed(Flow(Sequential(parts), (1, 8, 8)), 0.1).eval()
     x = images((1, 8, 8))
     count = len(flow.blocks)
     path = flow.trajectory(x, torch.linspace(0, 1, count + 1, dtype=F64))

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import F64, TIGHT, jacobian, normal, perturbed, uniform
 
 from cnf.continuous import CNF
 from cnf.divergence import Exact
@@ -12,27 +13,7 @@ from cnf.errors import ConfigError, DataError
 from cnf.fields import MLP, ConvField
 from cnf.noise import Noise
 from cnf.quadratures import Kinetic
-from cnf.solvers import Adaptive
 from cnf.transforms import CenterShift, Dequantize, Logit, Sequential, Squeeze, Standardize, leaves
-
-F64 = torch.float64
-TIGHT = Adaptive("dopri5", 1e-11, 1e-11)
-
-
-def perturbed(module, scale=0.2):
-    generator = torch.Generator().manual_seed(1)
-    module = module.double()
-    for p in module.parameters():
-        p.data += scale * torch.randn(p.shape, generator=generator, dtype=F64)
-    return module
-
-
-def normal(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=F64)
-
-
-def uniform(*shape):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(3), dtype=F64)
 
 
 def block(field, **options):
@@ -64,12 +45,6 @@ CASES = {
     ),
     "nothing": lambda: (Sequential([]), normal(2, 3), None),
 }
-
-
-def jacobian(value, x):
-    """Of rows that do not know each other: (N, D', D)."""
-    rows = [torch.autograd.grad(column.sum(), x, retain_graph=True)[0] for column in value.flatten(1).T]
-    return torch.stack(rows, 1).flatten(2)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,7 +8,7 @@ import torch
 from cnf import CNF, ModelConfig, Noise, SolverConfig, build
 from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError, DataError
-from cnf.fields import Denoiser, Schedule, UNet
+from cnf.fields import Denoiser, Interpolant, UNet
 from cnf.fields.residual import Attention, GroupNorm, Pair
 from cnf.quadratures import JacobianFrobenius
 from cnf.solvers import FixedGrid
@@ -17,7 +17,7 @@ from cnf.solvers import FixedGrid
 def made(kind, context_dim=0, **more):
     torch.manual_seed(0)
     options = {"hidden": (4, 8), "depth": 2, "attention": True, "context_dim": context_dim, "zero_init": False} | more
-    field = UNet(2, **options) if kind == "unet" else Denoiser(2, Schedule(0.02), level=0.1, **options)
+    field = UNet(2, **options) if kind == "unet" else Denoiser(2, Interpolant(0.02), level=0.1, **options)
     for p in field.parameters():  # past the zeros of its residual branches
         p.data += 0.1 * torch.randn_like(p)
     if kind == "denoiser":
@@ -165,10 +165,10 @@ def test_what_may_not_be():
         UNet(1, (4,), context_dim=2)(torch.tensor(0.0), torch.randn(1, 1, 4, 4))
     with pytest.raises(ConfigError, match="heads"):
         UNet(1, (6,), attention=True)
-    with pytest.raises(ConfigError, match="schedule has no noise"):
-        Denoiser(1, Schedule(), level=0.1)
+    with pytest.raises(ConfigError, match="interpolant has no noise"):
+        Denoiser(1, Interpolant(), level=0.1)
     with pytest.raises(ConfigError, match="level=0"):
-        Denoiser(1, Schedule(0.1), level=0.0)
+        Denoiser(1, Interpolant(0.1), level=0.0)
 
 
 BAD = [

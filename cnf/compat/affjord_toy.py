@@ -14,7 +14,7 @@ from cnf.compat.reading import read_reference
 from cnf.continuous import CNF
 from cnf.divergence import Exact
 from cnf.errors import CheckpointError, ConfigError
-from cnf.fields import TimePath
+from cnf.fields import TimePath, VectorField
 from cnf.flow import Flow
 from cnf.solvers import FixedGrid
 
@@ -30,7 +30,7 @@ LAYERS = {"generator.0.": "hyper_net.fc1.", "generator.2.": "hyper_net.fc2.", "g
 PATH = {"net.0.": "neunet.fc1.", "net.2.": "neunet.fc2."}
 
 
-class ToyField(nn.Module):
+class ToyField(VectorField):
     """Vector field dx/dt = -mean over m of U_m tanh(W_m y + B_m) with generated W, U and B.
 
     The augmented field has y = [x, a] and generates from a, the plain one has y = x and generates from time.
@@ -49,7 +49,6 @@ class ToyField(nn.Module):
     """
 
     context_dim = 0
-    closed_form = True
 
     def __init__(self, augmented: bool, hidden: int = 32, width: int = 64):
         super().__init__()

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cnf.errors import ConfigError
 
-__all__ = ["NoForwardMode", "autodiff_jvp"]
+__all__ = ["NoForwardMode", "autodiff_jvp", "differentiable_attention"]
 
 # substrings of torch's errors for operations without forward-mode derivative or batching rule
 _NO_FORWARD = ("forward AD", "forward mode AD", "forward-mode", "jvp", "setup_context", "functorch", "batching rule", "vmap", "have storage")
@@ -38,7 +38,7 @@ def autodiff_jvp(
         return dx, product
 
     try:
-        with _differentiable_attention():
+        with differentiable_attention():
             if v.shape[0] == 1:
                 dx, product = push(v[0])
                 product = product[None]
@@ -58,8 +58,8 @@ def autodiff_jvp(
 
 
 @contextmanager
-def _differentiable_attention() -> Iterator[None]:
-    """Select the math attention kernel: fused kernels have no forward-mode derivative."""
+def differentiable_attention() -> Iterator[None]:
+    """Select the math kernel of attention: fused kernels have no forward-mode and no second derivative."""
     if torch.compiler.is_compiling():
         yield
         return

@@ -10,102 +10,75 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 
 from cnf.compilation import CompilationWarning
 from cnf.deferral import tracing
 from cnf.errors import ConfigError
+from cnf.fields.base import SolveField, VectorField, consistent, intact
 from cnf.fields.randomness import SolveRandomness, draws_random_numbers
 from cnf.fields.signature import takes_context, wrapped
 from cnf.noise import Noise
+from cnf.validation import context_rows
 
-__all__ = ["CustomField", "Field", "can_compile", "context_size", "intact", "prepared", "protect", "structure"]
+__all__ = ["AnyField", "CustomField", "can_compile", "context_size", "precompute", "protect", "stated"]
 
-Field = Callable[..., Tensor]
-"""``field(t, x, context) -> dx``: a module or a field bound for one solve; ``jvp`` and ``divergence`` are optional."""
-
-Structure = dict[str, tuple[type, tuple[str, ...]]]
+AnyField = nn.Module | SolveField | Callable[..., Tensor]
+"""``field(t, x, context) -> dx``: a module, a field bound for one solve, or a function."""
 
 _MIXING = 0.02  # relative change of a row's value allowed when its neighbours change (rounding, reduced precision)
 _ROWS = 6  # rows of the batch in the comparison
 _CALLS = 5  # repeated calls that must agree: a layer skipped at random is detected with probability 0.94
-_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 # (random, whole) of each module by mode
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[bool, bool]]] = weakref.WeakKeyDictionary()
 
 
-# --- optional methods -------------------------------------------------------------------------------------------
+def stated(field: nn.Module, name: str) -> Any:
+    """Return an attribute that a field states, or the default of :class:`VectorField`."""
+    if name == "interpolant" and not hasattr(field, name) and hasattr(field, "schedule"):
+        warnings.warn("a field's `schedule` is called `interpolant`", DeprecationWarning, stacklevel=2)
+        name = "schedule"
+    return getattr(field, name, getattr(VectorField, name, None))
 
 
-def structure(module: nn.Module) -> Structure:
-    """Return class and own parameter names of every submodule, to detect later replacements."""
-    return {name: (type(m), tuple(k for k, p in m._parameters.items() if p is not None)) for name, m in module.named_modules() if name}
+def _built_in(field: nn.Module) -> bool:
+    return type(field).__module__.partition(".")[0] == "cnf" and isinstance(field, VectorField) and not field.custom
 
 
-def intact(field: nn.Module) -> bool:
-    """Return whether the field has no hook, parametrisation or replaced layer, so that its weights determine its value.
-
-    Fused and closed forms read the weights directly and are used only if this holds.
-    """
-    if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
-        return False
-    for m in field.modules():
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return False
-        if "forward" in vars(m) or "parametrizations" in m._modules:
-            return False
-    built: Structure | None = getattr(field, "built", None)
-    if built is None:
-        return True
-    now = structure(field)
-    return all(now.get(name) == entry for name, entry in built.items())
-
-
-def _consistent(kind: type, name: str) -> bool:
-    """Return whether a class defines ``name`` no higher in its MRO than the methods it must agree with."""
-
-    def depth(method: str) -> int | None:
-        return next((i for i, base in enumerate(kind.__mro__) if method in vars(base)), None)
-
-    own = depth(name)
-    rivals = ("forward", "jvp", "divergence") if name == "prepare" else ("forward",)
-    return own is not None and all((other := depth(rival)) is None or own <= other for rival in rivals)
-
-
-def _ours(field: nn.Module) -> bool:
-    return type(field).__module__.partition(".")[0] == "cnf" and not getattr(field, "custom", False)
-
-
-def protect(field: nn.Module | Field, noise: Noise | None = None) -> Field:
-    """Return the field in callable form for a solver: built-in fields unchanged, custom ones validated and isolated.
+def protect(field: AnyField, noise: Noise | None = None) -> SolveField:
+    """Return the field in the form that a solver calls: built-in fields as they are, custom ones validated and isolated.
 
     Args:
-        field: an ``nn.Module`` with ``forward(t, x, context=None)`` or ``forward(t, x)``; other callables pass through.
+        field: an ``nn.Module`` with ``forward(t, x, context=None)`` or ``forward(t, x)``; functions are called unchecked.
         noise: randomness of random layers, drawn once for all calls; torch's global generator if None.
 
     Raises:
         ConfigError: from a call of the field, if its value is not a floating-point tensor of x's shape.
     """
-    if not isinstance(field, nn.Module):
+    if isinstance(field, SolveField):
         return field
+    if not isinstance(field, nn.Module):
+        return _Called(field)
     usable = intact(field)
-    return _BuiltIn(field) if usable and _ours(field) else CustomField(field, noise, usable)
+    return _BuiltIn(field, usable) if usable and _built_in(field) else CustomField(field, noise, usable)
 
 
-def prepared(
-    field: nn.Module | Field, x: Tensor, context: Tensor | None, noise: Noise | None = None, *, t: Tensor | None = None
-) -> Field:
+def precompute(
+    field: AnyField, x: Tensor, context: Tensor | None, noise: Noise | None = None, *, t: Tensor | None = None
+) -> SolveField:
     """Return the field for one solve at points like x (N, \\*event), with everything independent of t precomputed.
 
-    Returns ``field.prepare(x, context)`` if its class has a ``prepare`` that agrees with its ``forward`` and the field
-    is :func:`intact`, else :func:`protect`'s result. ``t`` is the time at which a custom field is checked, 0.5 if None.
+    Returns ``field.precompute(x, context)`` if its class has a ``precompute`` that agrees with its ``forward`` and the
+    field is :func:`intact`, else :func:`protect`'s result. ``t`` is the time at which a custom field is checked, 0.5 if
+    None.
 
     Raises:
         ConfigError: for a field whose value of a row depends on the other rows, such as one with batch statistics.
     """
-    if isinstance(field, nn.Module) and _consistent(type(field), "prepare") and intact(field):
-        return field.prepare(x, context)  # type: ignore[no-any-return, operator]
+    if isinstance(field, VectorField) and consistent(type(field), "precompute") and intact(field):
+        made = field.precompute(x, context)
+        if made is not None:
+            return made
     bound = protect(field, noise)
     if isinstance(bound, CustomField):
         _refuse_batch_statistics(bound.module)
@@ -113,22 +86,45 @@ def prepared(
     return bound
 
 
-class _BuiltIn:
-    """Built-in field, called without protection."""
+class _Called(SolveField):
+    """Function or module, called without protection."""
 
-    def __init__(self, module: nn.Module):
-        self.module = module
-        kind: Any = module
-        self.jvp: Any = kind.jvp if _consistent(type(module), "jvp") else None
-        self.divergence: Any = kind.divergence if _consistent(type(module), "divergence") else None
-        self.closed_form = self.divergence is not None and bool(getattr(module, "closed_form", True))
+    def __init__(self, call: Callable[..., Tensor]):
+        self.call = call
 
     def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        value: Tensor = self.module(t, x, context)
-        return value
+        return self.call(t, x, context)
 
 
-class CustomField:
+class _BuiltIn(_Called):
+    """Module with those of its optional methods that agree with its ``forward``.
+
+    Args:
+        module: the field.
+        usable: whether its optional methods may be used.
+    """
+
+    def __init__(self, module: nn.Module, usable: bool):
+        super().__init__(module)
+        kind = type(module)
+        self.module: Any = module
+        self.own_jvp = usable and consistent(kind, "jvp")
+        self.closed_form = usable and consistent(kind, "divergence") and bool(getattr(module, "closed_form", True))
+
+    def jvp(
+        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if not self.own_jvp:
+            return super().jvp(t, x, v, context, t_dot=t_dot)
+        found: tuple[Tensor, Tensor] = self.module.jvp(t, x, v, context, t_dot=t_dot)
+        return found
+
+    def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self.module.divergence(t, x, context)
+        return found
+
+
+class CustomField(_BuiltIn):
     """Custom field, isolated for one solve.
 
     The field receives copies of t, x and context, which it may overwrite. Its random layers draw the same numbers at
@@ -141,19 +137,14 @@ class CustomField:
         usable: whether ``jvp`` and ``divergence`` of the module may be used.
     """
 
+    custom = True
+
     def __init__(self, module: nn.Module, noise: Noise | None = None, usable: bool = True):
-        self.module, self.randomness = module, SolveRandomness(noise)
+        super().__init__(module, usable)
+        self.randomness, self.usable = SolveRandomness(noise), usable
         self.takes_context = takes_context(module)
-        self.random = False  # whether the field draws random numbers
-        self.whole = False  # whether rows must be evaluated together
-        kind = type(module)
-        # None: use autodiff
-        self.jvp = self._jvp if usable and _consistent(kind, "jvp") else None
-        self.divergence = self._divergence if usable and _consistent(kind, "divergence") else None
-        self.closed_form = self.divergence is not None and bool(getattr(module, "closed_form", True))
-        # whether to use reverse mode; torch.jit silently loses forward-mode derivatives
+        # torch.jit silently loses forward-mode derivatives
         self.reverse = any(isinstance(m, torch.jit.ScriptModule) for m in module.modules())
-        self.usable = usable
 
     def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return dx/dt (N, \\*event)."""
@@ -184,18 +175,20 @@ class CustomField:
             raise ConfigError(f"field {self._name} {what} type {out.dtype}; expected floats, as x has {x.dtype}")
         return out.clone()
 
-    def _jvp(
+    def jvp(
         self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        owner: Any = self.module
+        """Return f and J v + t_dot ∂f/∂t (K, N, \\*event), by the module's ``jvp`` if it may be used, else by autodiff."""
+        if not self.own_jvp:
+            return super().jvp(t, x, v, context, t_dot=t_dot)
         with self.randomness.at(x.device):
-            dx, product = owner.jvp(t.clone(), x.clone(), v.clone(), None if context is None else context.clone(), t_dot=t_dot)
+            dx, product = self.module.jvp(t.clone(), x.clone(), v.clone(), None if context is None else context.clone(), t_dot=t_dot)
         return self._checked(dx, x, "returned from jvp"), self._checked(product, x, "returned from jvp a product of", v.shape[:1])
 
-    def _divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        owner: Any = self.module
+    def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return f (N, \\*event) and its divergence (N,) by the module's ``divergence``."""
         with self.randomness.at(x.device):
-            dx, div = owner.divergence(t.clone(), x.clone(), None if context is None else context.clone())
+            dx, div = self.module.divergence(t.clone(), x.clone(), None if context is None else context.clone())
         return self._checked(dx, x, "returned from divergence"), self._checked(div, x.flatten(1)[:, 0], "returned a divergence of")
 
     def check(self, t: Tensor, x: Tensor, context: Tensor | None) -> None:
@@ -246,9 +239,9 @@ class CustomField:
         values = []
         with draws_random_numbers(x.device) as drew:
             for rows in sorted({min(2, max(1, len(x) - 1)), len(x)}):
-                given = context if context is None or context.ndim == 1 else context[:rows]
+                given = context_rows(context, slice(rows))
                 values.append(self._checked(self.module(*self._copies(t, x[:rows], given)), x[:rows], "returned"))
-            calls = torch.stack([self(t, x, context if context is None or context.ndim == 1 else context[: len(x)]) for _ in range(_CALLS)])
+            calls = torch.stack([self(t, x, context_rows(context, slice(len(x)))) for _ in range(_CALLS)])
         size = float(values[-1].abs().max())
         if not 0 < size < float("inf"):  # zero at initialisation: checked again later
             return drew[0], None, 0.0
@@ -279,20 +272,18 @@ def _refuse_batch_statistics(module: nn.Module) -> None:
 def context_size(field: nn.Module) -> int | None:
     """Return the size C of the field's context, 0 for none; None for a custom field with an undeclared context size."""
     field = wrapped(field)
-    stated = [field] if not _ours(field) else list(field.modules())
-    found = [getattr(m, "context_dim", None) for m in stated]
-    sizes = [int(c) for c in found if c is not None]
-    if sizes or _ours(field):
-        return max(sizes, default=0)
-    return None if takes_context(field) else 0
+    size = stated(field, "context_dim")
+    if size is None:
+        return None if takes_context(field) else 0
+    return int(size)
 
 
-def can_compile(field: Field, label: str) -> bool:
+def can_compile(field: SolveField, label: str) -> bool:
     """Return whether evaluations may be compiled; warn if the custom field of block ``label`` draws random numbers.
 
     Such a field starts every evaluation from the same random state, which compiled code cannot set.
     """
-    if not getattr(field, "random", False):
+    if not field.random:
         return True
     warnings.warn(f"compile=True: {label} draws random numbers (dropout?) and runs uncompiled", CompilationWarning, stacklevel=2)
     return False

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cnf.errors import ConfigError, DataError
-from cnf.fields.schedule import Schedule
+from cnf.fields.interpolant import Interpolant
 from cnf.fields.unet import UNet
 
 __all__ = ["PERIODS", "Denoiser"]
@@ -18,7 +18,7 @@ PERIODS = (1.0, 4.0, 16.0, 64.0)  # periods of the waves in grey levels; period 
 
 
 class Denoiser(UNet):
-    r"""Vector field of a denoiser D = E[x₀ | x] on the path x = a x₀ + b z of :class:`~cnf.fields.Schedule`.
+    r"""Vector field of a denoiser D = E[x₀ | x] on the path x = a x₀ + b z of :class:`~cnf.fields.Interpolant`.
 
     The field is :math:`f = \dot a D + \dot b (x - a D)/b`. The network F predicts a target of unit size at every scale
     (2206.00364). With s the root mean square of the data, a buffer set by :meth:`fit_batches`, and r² = a²s² + b²:
@@ -33,16 +33,16 @@ class Denoiser(UNet):
 
     Args:
         channels: channels of the image.
-        schedule: the path; its noise is that of the data and must be positive.
+        interpolant: the path; its noise is that of the data and must be positive.
         level: distance between two grey levels in x.
         periods: periods of the waves in grey levels; empty for none.
         hidden, depth, attention, context_dim, zero_init: see :class:`~cnf.fields.UNet`.
 
     Raises:
-        ConfigError: for a schedule without noise, or sizes out of range.
+        ConfigError: for an interpolant without noise, or sizes out of range.
 
     Example:
-        >>> field = Denoiser(1, Schedule(0.01), level=4 / 256, hidden=(8,), depth=1)
+        >>> field = Denoiser(1, Interpolant(0.01), level=4 / 256, hidden=(8,), depth=1)
         >>> field(torch.tensor(0.3), torch.randn(2, 1, 8, 8)).shape
         torch.Size([2, 1, 8, 8])
     """
@@ -52,7 +52,7 @@ class Denoiser(UNet):
     def __init__(
         self,
         channels: int,
-        schedule: Schedule,
+        interpolant: Interpolant,
         level: float,
         periods: Sequence[float] = PERIODS,
         hidden: Sequence[int] = (64, 96),
@@ -61,14 +61,14 @@ class Denoiser(UNet):
         context_dim: int = 0,
         zero_init: bool = True,
     ):
-        if not schedule.noise:
-            raise ConfigError("schedule has no noise: a denoiser needs data that have some, as truncated-normal dequantisation gives them")
+        if not interpolant.noise:
+            raise ConfigError("interpolant has no noise: a denoiser needs data that have some, as truncated-normal dequantisation gives them")
         if not level > 0:
             raise ConfigError(f"level={level}; expected the distance between two grey levels, positive")
         super().__init__(
             channels, hidden, depth, attention, context_dim, zero_init, inputs=channels * (1 + 2 * len(periods))
         )
-        self.schedule, self.level, self.periods = schedule, level, tuple(periods)
+        self.interpolant, self.level, self.periods = interpolant, level, tuple(periods)
         self.register_buffer("data_std", torch.ones(()))
 
     @torch.no_grad()
@@ -86,18 +86,17 @@ class Denoiser(UNet):
             raise DataError(f"the data's mean square is {mean:g}; expected finite numbers that are not all zero")
         self.data_std.fill_(math.sqrt(mean))
 
-    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def value(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         """Return dx/dt (N, C, H, W) at x and t (), or t (N,) with one time per row."""
         a, b, r = self._scales(t)
-        inner = super().forward(t, self._seen(x, a, b, r), context)
-        return self._field(x, inner, a, b, r)
+        return self._field(x, super().value(t, self._seen(x, a, b, r), context), a, b, r)
 
-    def jvp(
-        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
+    def tangents(
+        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None, t_dot: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return f (N, C, H, W) and J v + t_dot ∂f/∂t (K, N, C, H, W); see :meth:`cnf.fields.UNet.jvp`."""
         a, b, r = self._scales(t)
-        inner, product = super().jvp(t, self._seen(x, a, b, r), self._seen_tangent(x, v, a, b, r), context)
+        inner, product = super().tangents(t, self._seen(x, a, b, r), self._seen_tangent(x, v, a, b, r), context)
         product = self._field(v, product, a, b, r)
         if t_dot is not None:
             product = product + self._drift(t, x, context, t_dot)
@@ -105,13 +104,13 @@ class Denoiser(UNet):
 
     def _scales(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return a, b and r, () or (N, 1, 1, 1)."""
-        a, b, _, _ = self.schedule(t if t.ndim == 0 else t[:, None, None, None])
+        a, b, _, _ = self.interpolant(t if t.ndim == 0 else t[:, None, None, None])
         return a, b, (a.square() * self.data_std.to(a).square() + b.square()).sqrt()
 
     def _field(self, x: Tensor, inner: Tensor, a: Tensor, b: Tensor, r: Tensor) -> Tensor:
         """Return f from x and F; jointly linear in both."""
-        left, s = 1 - self.schedule.noise, self.data_std.to(x)
-        ahead = self.schedule.length * b / r
+        left, s = 1 - self.interpolant.noise, self.data_std.to(x)
+        ahead = self.interpolant.length * b / r
         return (ahead * (b - a * (s * s / left)) / r) * x - (ahead * (s / left)) * inner.to(x.dtype)
 
     def _waves(self, x: Tensor, a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:

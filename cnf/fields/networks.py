@@ -10,17 +10,16 @@ from torch import Tensor, nn
 
 from cnf.errors import ConfigError
 from cnf.fields.activations import activation
-from cnf.fields.autodiff import autodiff_jvp
-from cnf.fields.custom import intact, structure
+from cnf.fields.base import FusedField, intact, structure
 from cnf.fields.layers import LayerFactory, time_layer
 from cnf.fields.maps import Conv, Linear
-from cnf.fields.prepared import Prepared, call_layers, closed_form, skip
+from cnf.fields.precomputed import PrecomputedField, call_layers, closed_form, skip
 from cnf.fields.time import TimeLayer
 
 __all__ = ["MLP", "ConvField", "Stack"]
 
 
-class Stack(nn.Module):
+class Stack(FusedField):
     r"""Vector field :math:`f(t, x) = L_n(\sigma(L_{n-1}(\dots)))` of time layers.
 
     Args:
@@ -44,12 +43,9 @@ class Stack(nn.Module):
         self.residual = residual
         dim = layers[0].map.inputs
         self.linear = nn.Parameter(torch.zeros(dim, dim)) if residual == "linear" else None
+        self.context_dim = max(layer.context_dim for layer in layers)
+        self.time_rows = not any(layer.time_weights for layer in layers)
         self.built = structure(self)
-
-    @property
-    def time_rows(self) -> bool:
-        """Whether t may be (N,), one time per row: true if no layer's weights depend on t."""
-        return not any(layer.time_weights for layer in self.time_layers)
 
     @property
     def time_layers(self) -> list[TimeLayer]:
@@ -60,55 +56,22 @@ class Stack(nn.Module):
         """Set the last layer's output, and so f without a residual term, to zero (RNODE, 2002.02798)."""
         self.time_layers[-1].zero_()
 
-    def prepare(self, x: Tensor, context: Tensor | None = None) -> Prepared:
+    def precompute(self, x: Tensor, context: Tensor | None = None) -> PrecomputedField:
         """Return this field for one solve at points like x (N, \\*event), with t-independent parts precomputed."""
         size = tuple(x.shape[2:]) if self.time_layers[0].map.spatial else ()
-        return Prepared(self.time_layers, self.activation, size, context, self.residual, self.linear)
+        return PrecomputedField(self.time_layers, self.activation, size, context, self.residual, self.linear)
 
-    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return dx/dt (N, \\*event) at x (N, \\*event) and t (), or t (N,) with one time per row."""
-        if intact(self):
-            return self.prepare(x, context)(t, x)
-        spatial = bool(self.time_layers[0].map.spatial)
-        entered = x if spatial else x.flatten(1)
+    def called(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+        """Return dx/dt by calling the layers as modules."""
+        entered = x if self.time_layers[0].map.spatial else x.flatten(1)
         h = call_layers(self.layers, self.activation, t, entered, context)
         return skip(self.residual, self.linear, h, entered).reshape(x.shape)
-
-    def jvp(
-        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return f and its derivative along K stacked tangents; f is computed once.
-
-        Args:
-            t: time ().
-            x: point (N, \\*event).
-            v: tangents (K, N, \\*event).
-            context: (N, C), (C,) or None.
-            t_dot: derivative of t along every tangent, for the total derivative J v + t_dot ∂f/∂t: a scalar tensor, or
-                (k,) for an augmented time a (k,) in place of t.
-
-        Returns:
-            dx (N, \\*event) and J v (K, N, \\*event).
-        """
-        if not intact(self):
-            return autodiff_jvp(lambda s, y: self(s, y, context), t, x, v, t_dot)
-        return self.prepare(x, context).jvp(t, x, v, t_dot=t_dot)
 
     @property
     def closed_form(self) -> bool:
         """Whether :meth:`divergence` is available: at most two hidden layers, convolutions of stride 1, a last
         gate without context, and no hook, parametrisation or replaced layer."""
         return closed_form(self.time_layers) and intact(self)
-
-    def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return f (N, \\*event) and its exact divergence (N,) in closed form (see :mod:`cnf.fields.trace`).
-
-        Raises:
-            ConfigError: if no closed form exists.
-        """
-        if not intact(self):
-            raise ConfigError("divergence has no closed form for a field with hooks, parametrised or replaced layers: use Exact(), by autodiff")
-        return self.prepare(x, context).divergence(t, x)
 
 
 class MLP(Stack):
@@ -159,10 +122,10 @@ class MLP(Stack):
         if zero_init:
             self.zero_()
 
-    def prepare(self, x: Tensor, context: Tensor | None = None) -> Prepared:
+    def precompute(self, x: Tensor, context: Tensor | None = None) -> PrecomputedField:
         if x.shape[1:].numel() != self.dim:
             raise ConfigError(f"x has shape {tuple(x.shape)}, but this {type(self).__name__} was built for dim={self.dim} per event")
-        return super().prepare(x, context)
+        return super().precompute(x, context)
 
 
 class ConvField(Stack):

@@ -10,15 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnf.errors import ConfigError
-from cnf.fields.autodiff import autodiff_jvp
-from cnf.fields.custom import intact, structure
+from cnf.fields.base import FusedField, SolveField, structure
 from cnf.fields.networks import ConvField
-from cnf.fields.prepared import Prepared
+from cnf.fields.precomputed import PrecomputedField
 
 __all__ = ["SqueezeSum"]
 
 
-class SqueezeSum(nn.Module):
+class SqueezeSum(FusedField):
     """f(t, x) = Σ_s unsqueeze_s(f_s(t, squeeze_s(x))): a sum of nets, net s on the image squeezed s times.
 
     The field of FFJORD's multiscale-parallel model (code of 1810.01367): net s takes 4^s C channels of an image 2^s
@@ -42,19 +41,16 @@ class SqueezeSum(nn.Module):
         if not nets:
             raise ConfigError("nets is empty: expected one net for each squeeze level")
         self.nets = nn.ModuleList(nets)
+        self.context_dim = max(cast(int, net.context_dim) for net in nets)
+        self.time_rows = all(net.time_rows for net in nets)
         self.built = structure(self)
-
-    @property
-    def time_rows(self) -> bool:
-        """Whether t may be (N,), one time per row."""
-        return all(cast(ConvField, net).time_rows for net in self.nets)
 
     def zero_(self) -> None:
         """Set the output of every net to zero."""
         for net in self.nets:
             cast(ConvField, net).zero_()
 
-    def prepare(self, x: Tensor, context: Tensor | None = None) -> _Sum:
+    def precompute(self, x: Tensor, context: Tensor | None = None) -> _Sum:
         """Return this field for one solve at points like x with one context, t-independent parts precomputed."""
         unit = 2 ** (len(self.nets) - 1)
         if x.shape[2] % unit or x.shape[3] % unit:
@@ -62,27 +58,19 @@ class SqueezeSum(nn.Module):
                 f"x has shape {tuple(x.shape)}, but this field squeezes {len(self.nets) - 1} times: height and width "
                 f"must be multiples of {unit}"
             )
-        return _Sum([cast(ConvField, net).prepare(_squeeze(x, s), context) for s, net in enumerate(self.nets)])
+        return _Sum([cast(ConvField, net).precompute(_squeeze(x, s), context) for s, net in enumerate(self.nets)])
 
-    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return dx/dt (N, C, H, W)."""
-        if intact(self):
-            return self.prepare(x, context)(t, x)
+    def called(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+        """Return dx/dt by calling the nets as modules."""
         return sum((_unsqueeze(net(t, _squeeze(x, s), context), s) for s, net in enumerate(self.nets)), torch.zeros_like(x))
 
-    def jvp(
-        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return f and J v + t_dot ∂f/∂t for K stacked tangents v (K, N, C, H, W); see :meth:`cnf.fields.Stack.jvp`."""
-        if not intact(self):
-            return autodiff_jvp(lambda s, y: self(s, y, context), t, x, v, t_dot)
-        return self.prepare(x, context).jvp(t, x, v, t_dot=t_dot)
 
+class _Sum(SolveField):
+    """Sum of precomputed nets."""
 
-class _Sum:
-    """Sum of prepared nets."""
+    own_jvp = True
 
-    def __init__(self, nets: Sequence[Prepared]):
+    def __init__(self, nets: Sequence[PrecomputedField]):
         self.nets = tuple(nets)
 
     def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:

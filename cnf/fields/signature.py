@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from cnf.errors import ConfigError
 
-__all__ = ["check_signature", "takes_context", "wrapped"]
+__all__ = ["check_signature", "takes_context", "velocity_takes_context", "wrapped"]
 
 POINT = ("x", "z", "y", "xt", "x_t", "state", "states", "input", "inputs")
 TIME = ("t", "time", "times", "timestep", "timesteps", "s", "tau")
@@ -71,8 +72,39 @@ def check_signature(field: nn.Module) -> None:
     names = found[0]
     if len(names) < 2:
         raise ConfigError(f"{type(field).__name__}.forward takes {len(names)} arguments; expected forward(t, x, context=None)")
-    if names[0].lower() in POINT and names[1].lower() in TIME:
+    if _point_first(names):
         raise ConfigError(
             f"{type(field).__name__}.forward({', '.join(names)}) takes the point first; expected forward(t, x, context=None), "
             "time first"
         )
+
+
+def _point_first(names: tuple[str, ...]) -> bool:
+    """Return whether the names of two or more parameters are those of (x, t), not (t, x)."""
+    first, second = (name.lower() for name in names[:2])
+    return second in TIME and (first in POINT or (first not in TIME and second != "s"))  # s may name a state
+
+
+def velocity_takes_context(v: Callable[..., Any]) -> bool:
+    """Return whether a function or module v takes a context after (t, x).
+
+    Raises:
+        ConfigError: if v cannot be called as v(t, x).
+    """
+    if not callable(v):
+        raise ConfigError(f"v is a {type(v).__name__}; expected a module or a function v(t, x)")
+    try:
+        parameters = list(inspect.signature(v.forward if isinstance(v, nn.Module) else v).parameters.values())
+    except (TypeError, ValueError):  # some built-in callables have no signature
+        return True
+    several = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    placed = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    names = ", ".join(placed)
+    if len(placed) < 2 and not several:
+        raise ConfigError(f"v takes ({names}); expected (t, x): pass a function, such as lambda t, x: v(torch.cat([x, t.expand(len(x), 1)], 1))")
+    if len(placed) >= 2 and _point_first(placed):
+        raise ConfigError(f"v takes ({names}), the time second; expected (t, x): pass lambda t, x: v(x, t.expand(len(x)))")
+    if len(needed) > 3 or any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters):
+        raise ConfigError(f"v needs ({', '.join(needed)}); expected (t, x) or (t, x, context): pass a function that fills in the rest")
+    return several or len(placed) > 2

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnf.errors import ConfigError
-from cnf.fields.autodiff import autodiff_jvp
-from cnf.fields.custom import intact, structure
+from cnf.fields.base import SolveField, VectorField, intact, structure
 from cnf.fields.residual import Attention, GroupNorm, Pair, ResidualBlock, convolve, joined, silu
 
 __all__ = ["TimeEmbedding", "UNet"]
@@ -50,7 +49,7 @@ class TimeEmbedding(nn.Module):
         return F.silu(found)
 
 
-class UNet(nn.Module):
+class UNet(VectorField):
     r"""U-Net vector field on images, with residual blocks and skip connections (1505.04597, 2006.11239).
 
     Blocks are two 3x3 convolutions with group normalisation, modulated by time and context. The tangents of :meth:`jvp`
@@ -117,14 +116,28 @@ class UNet(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return dx/dt (N, C, H, W) at x and t (), or t (N,) with one time per row."""
+        return self.value(t, x, context)
+
+    def value(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+        """Return dx/dt; subclasses override it together with :meth:`tangents`."""
         return self._run(Pair(self._placed(x)), self.embedding(t, context)).value
+
+    def precompute(self, x: Tensor, context: Tensor | None = None) -> SolveField:
+        """Return the field for one solve."""
+        return _Solved(self)
 
     def jvp(
         self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return f (N, C, H, W) and J v + t_dot ∂f/∂t (K, N, C, H, W) for K stacked tangents v; f is computed once."""
         if not intact(self):
-            return autodiff_jvp(lambda s, y: UNet.forward(self, s, y, context), t, x, v, t_dot)
+            return super().jvp(t, x, v, context, t_dot=t_dot)
+        return self.tangents(t, x, v, context, t_dot)
+
+    def tangents(
+        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None, t_dot: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`jvp` returns, for a field whose layers :func:`intact` has checked."""
         out = self._run(Pair(self._placed(x), self._placed(v.flatten(0, 1))), self.embedding(t, context))
         product = cast(Tensor, out.tangent).unflatten(0, v.shape[:2])
         if t_dot is not None:
@@ -167,6 +180,23 @@ class UNet(nn.Module):
     def _placed(x: Tensor) -> Tensor:
         """Return x channels-last."""
         return x.movedim(-3, -1).contiguous().movedim(-1, -3)
+
+
+class _Solved(SolveField):
+    """U-Net for one solve: hooks and replaced layers are looked for once, not at every evaluation."""
+
+    own_jvp = True
+
+    def __init__(self, net: UNet):
+        self.net = net
+
+    def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.net.value(t, x, context)
+
+    def jvp(
+        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.net.tangents(t, x, v, context, t_dot)
 
 
 def _twice(x: Tensor) -> Tensor:

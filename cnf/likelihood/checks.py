@@ -20,6 +20,7 @@ from cnf.noise import Noise
 from cnf.solvers import Solution, Solver
 from cnf.solvers.base import RHS, State
 from cnf.transforms import Standardize, leaves
+from cnf.validation import context_rows
 
 __all__ = ["Check", "block_errors", "check", "integral_2d", "refined", "round_trip_error", "solver_error"]
 
@@ -97,7 +98,7 @@ def check(
         moved = solve(1).per_item - before.per_item
     solved = moved.isfinite()  # the evaluation reports the others
     x, index, moved = x[solved], before.index[solved], moved[solved]
-    context = context if context is None or context.ndim == 1 else context[solved]
+    context = context_rows(context, solved)
     size = batch_size or default_batch_size(flow)
     starts = range(0, len(x), size)
     trips = torch.zeros(len(starts), dtype=torch.float64)
@@ -107,7 +108,7 @@ def check(
             if not group.owns(place):
                 continue
             rows = slice(start, start + size)
-            given = context if context is None or context.ndim == 1 else context[rows]
+            given = context_rows(context, rows)
             noise = ItemNoise(seed, index[rows].tolist())
             given = None if given is None else given.to(flow.like)
             part = x[rows].to(flow.like) if x.is_floating_point() else x[rows].to(flow.like.device)

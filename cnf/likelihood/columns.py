@@ -13,6 +13,7 @@ from torch import Tensor
 from cnf.divergence import Exact
 from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
+from cnf.validation import context_rows
 
 __all__ = ["Column", "column_report", "conditional_log_prob", "spacing_entropy"]
 
@@ -187,7 +188,7 @@ def column_report(
     count = min(n, items or max(16, min(256, BUDGET // (dim * points))))
     chosen = torch.linspace(0, n - 1, count).round().long()
     rows = x[chosen].to(flow.like)
-    given = context if context is None or context.ndim == 1 else context[chosen]
+    given = context_rows(context, chosen)
     given = None if given is None else given.to(flow.like)
     report = []
     for j in range(dim):

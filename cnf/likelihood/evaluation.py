@@ -22,6 +22,7 @@ from cnf.likelihood.items import ItemNoise
 from cnf.noise import Noise
 from cnf.solvers import Stats
 from cnf.transforms import Dequantize
+from cnf.validation import context_rows
 
 __all__ = ["DEQUANTISATIONS", "Evaluation", "ItemNoise", "default_batch_size", "evaluate"]
 
@@ -184,7 +185,7 @@ def evaluate(
         for place, (number, rows) in enumerate(work):
             if not group.owns(place):
                 continue
-            given = context if context is None or context.ndim == 1 else context[rows]
+            given = context_rows(context, rows)
             items = cast(list[int], index[rows].tolist())
             total: Tensor | None = None
             for sample in range(importance):
@@ -261,7 +262,7 @@ def _solved(
     keep, reason = list(range(len(x))), ""
     value = torch.full((len(x),), math.nan, dtype=torch.float64)
     while keep:
-        given = context if context is None or context.ndim == 1 else context[keep]
+        given = context_rows(context, keep)
         try:
             part = ItemNoise(seed, [items[i] for i in keep], number, sample)
             own = None if steps is None else steps[keep]

@@ -13,6 +13,7 @@ from cnf.flow import Flow
 from cnf.multiscale import Multiscale
 from cnf.solvers import TABLEAUS, Adaptive
 from cnf.transforms import Transform, leaves
+from cnf.validation import context_rows
 
 __all__ = ["hardness", "sorted_rows"]
 
@@ -48,7 +49,7 @@ def sorted_rows(flow: Flow, x: Tensor, context: Tensor | None, *, size: int, gro
     with group.together():
         for place, part in enumerate(rows.split(size)):
             if group.owns(place):
-                given = context if context is None or context.ndim == 1 else context[part]
+                given = context_rows(context, part)
                 found[part] = hardness(flow, x[part], given)
     return group.sum(found).argsort(stable=True)
 

@@ -13,13 +13,14 @@ from cnf.continuous import CNF
 from cnf.deferral import sent
 from cnf.dequantization import TruncatedNormalDequantize, VariationalDequantize
 from cnf.errors import ConfigError
-from cnf.fields import Schedule
-from cnf.fields.custom import prepared
+from cnf.fields import Interpolant
+from cnf.fields.custom import precompute, stated
 from cnf.flow import Flow
 from cnf.noise import Noise, child
 from cnf.rhs import field_precision
 from cnf.transforms import Transform
 from cnf.transforms.base import placed
+from cnf.validation import context_rows
 
 __all__ = ["GROUPS", "MatchingPath"]
 
@@ -30,15 +31,15 @@ INSTEAD = "the presets fm-digits and fm-mnist have one, and so has --architectur
 class MatchingPath:
     """The chain of a flow for flow matching: transforms without an ODE, followed by K blocks on the whole event.
 
-    Block k of K covers the path's times [k/K, (k + 1)/K], scaled to its own end time. A field's ``schedule``
-    (:class:`~cnf.fields.Schedule`) defines the path; fields without one use the plain path.
+    Block k of K covers the path's times [k/K, (k + 1)/K], scaled to its own end time. A field's ``interpolant``
+    (:class:`~cnf.fields.Interpolant`) defines the path; fields without one use the plain path.
 
     Args:
         flow: the flow.
 
     Raises:
         ConfigError: for a chain with a Split or with transforms between or after the blocks, a learned or random end
-            time, learned dequantisation (which matching does not train), blocks with different schedules, or several
+            time, learned dequantisation (which matching does not train), blocks with different interpolants, or several
             blocks on a path with noise.
     """
 
@@ -58,10 +59,10 @@ class MatchingPath:
         if any(isinstance(leaf, VariationalDequantize) for leaf, _ in chain):
             raise ConfigError("flow matching trains the field alone, and --dequantize variational is learned too: take uniform, or "
                               "truncated-normal")  # fmt: skip
-        schedules = {getattr(block.field, "schedule", Schedule()) for block in self.blocks}
-        if len(schedules) > 1 or (len(self.blocks) > 1 and next(iter(schedules)).noise):
-            raise ConfigError(f"blocks with schedules {sorted(map(repr, schedules))}: a path with noise has one block")
-        (self.schedule,) = schedules
+        interpolants = {stated(block.field, "interpolant") for block in self.blocks}
+        if len(interpolants) > 1 or (len(self.blocks) > 1 and next(iter(interpolants)).noise):
+            raise ConfigError(f"blocks with interpolants {sorted(map(repr, interpolants))}: a path with noise has one block")
+        self.interpolant: Interpolant = interpolants.pop()
 
     @property
     def together(self) -> bool:
@@ -70,13 +71,13 @@ class MatchingPath:
         They do with an augmented time, with weights that depend on t, and for custom fields, which are called with t ()
         unless ``time_rows = True`` declares that they accept (N,).
         """
-        return any(block.path is not None or not getattr(block.field, "time_rows", False) for block in self.blocks)
+        return any(block.path is not None or not stated(block.field, "time_rows") for block in self.blocks)
 
     @torch.no_grad()
     def start(self, x: Tensor, noise: Noise | None = None) -> Tensor:
-        """Return the data (N, \\*event') at the input of the first block, without the schedule's noise."""
+        """Return the data (N, \\*event') at the input of the first block, without the interpolant's noise."""
         for leaf, own in list(placed(self.flow.transform, noise))[: self.first]:
-            if self.schedule.noise and isinstance(leaf, TruncatedNormalDequantize):
+            if self.interpolant.noise and isinstance(leaf, TruncatedNormalDequantize):
                 x = leaf.middle(x)
             else:
                 x = leaf(x, noise=own, log_det=False).value
@@ -91,7 +92,7 @@ class MatchingPath:
             return self._stretch(0, t, x, context, noise)
         order = t.argsort(stable=True)  # makes the rows of one block, and of one time, contiguous
         there, back = (sent(i, x.device) for i in (order, order.argsort()))
-        return self._sorted(t[order], x[there], _given(context, there), noise)[back]
+        return self._sorted(t[order], x[there], context_rows(context, there), noise)[back]
 
     def _sorted(self, t: Tensor, x: Tensor, context: Tensor | None, noise: Noise | None) -> Tensor:
         """Return :meth:`velocity` for ascending times, block by block."""
@@ -102,7 +103,7 @@ class MatchingPath:
             if first == last:
                 continue
             rows = slice(first, last)
-            parts.append(self._stretch(k, t[rows], x[rows], _given(context, rows), child(noise, k)))
+            parts.append(self._stretch(k, t[rows], x[rows], context_rows(context, rows), child(noise, k)))
         return torch.cat(parts)
 
     def _stretch(self, k: int, t: Tensor, x: Tensor, context: Tensor | None, noise: Noise | None) -> Tensor:
@@ -130,7 +131,7 @@ class MatchingPath:
             if drive is not None:
                 drive, now = block.carry(drive, time - now), time
                 time = drive[0]
-            parts.append(self._evaluated(block, time, x[rows], _given(context, rows), child(noise, first)))
+            parts.append(self._evaluated(block, time, x[rows], context_rows(context, rows), child(noise, first)))
             first += length
         return torch.cat(parts)
 
@@ -141,17 +142,12 @@ class MatchingPath:
         compiles = block.compiles and torch.is_grad_enabled() and len(self.blocks) == 1 and not self.together
         run: Callable[..., Tensor] = compiled(_field, x.is_cuda) if compiles else _field
         with field_precision(block.autocast if block.training else None, x):
-            field = prepared(block.field, x, context, noise, t=t)
-            return (_field if getattr(field, "random", False) else run)(field, t, x, context).to(x.dtype)
+            field = precompute(block.field, x, context, noise, t=t)
+            return (_field if field.random else run)(field, t, x, context).to(x.dtype)
 
 
 def _field(field: Callable[..., Tensor], t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
     return field(t, x, context)
-
-
-def _given(context: Tensor | None, rows: slice | Tensor) -> Tensor | None:
-    """Return the context of some rows; a context shared by all rows is returned unchanged."""
-    return context[rows] if context is not None and context.ndim == 2 else context
 
 
 def _holds(transform: Transform) -> bool:

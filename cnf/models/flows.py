@@ -10,7 +10,7 @@ from cnf.config import PREDICTIVE, ModelConfig, SolverConfig
 from cnf.continuous import CNF
 from cnf.dequantization import TruncatedNormalDequantize, VariationalDequantize
 from cnf.errors import ConfigError
-from cnf.fields import MLP, PERIODS, ConvField, Denoiser, Schedule, SqueezeSum, UNet
+from cnf.fields import MLP, PERIODS, ConvField, Denoiser, Interpolant, SqueezeSum, UNet
 from cnf.flow import Flow
 from cnf.models.augmented import hyper_mlp, layer, time_path
 from cnf.models.solving import autocast, divergence, eval_solver, train_solver
@@ -62,7 +62,7 @@ def _unet(model: ModelConfig, shape: tuple[int, ...], context_dim: int, levels: 
             )
     assert levels is not None
     noise = RANGE * TruncatedNormalDequantize(levels).scale
-    return Denoiser(shape[0], Schedule(noise), RANGE / levels, PERIODS, *sizes)
+    return Denoiser(shape[0], Interpolant(noise), RANGE / levels, PERIODS, *sizes)
 
 
 def _field(model: ModelConfig, shape: tuple[int, ...], context_dim: int, levels: int | None) -> torch.nn.Module:
@@ -190,7 +190,7 @@ def build(
     else:
         blocks = [block(shape) for _ in range(model.blocks)]
     flow = Flow(Sequential([*first, *blocks]), event_shape, base_std=model.base_std)
-    if solver.steer and any(hasattr(each.field, "schedule") for each in flow.blocks):
+    if solver.steer and any(isinstance(each.field, Denoiser) for each in flow.blocks):
         raise ConfigError(f"steer={solver.steer}: a denoiser's path ends at t = 1: leave it at 0")
     for each in flow.blocks:
         each.eval_solver = eval_solver(solver, flow)

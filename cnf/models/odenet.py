@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from cnf.errors import ConfigError
 from cnf.fields.activations import activation
-from cnf.fields.custom import intact, structure
+from cnf.fields.base import VectorField, intact, structure
 from cnf.fields.layers import LayerFactory, time_layer
 from cnf.fields.maps import Conv, Linear
-from cnf.fields.prepared import Prepared, call_layers
+from cnf.fields.precomputed import PrecomputedField, call_layers
 from cnf.fields.time import TimeLayer
 
 __all__ = ["ODENet", "conv_maps", "mlp_maps"]
 
 
-class ODENet(nn.Module):
+class ODENet(VectorField):
     """Vector field f(t, x), or f(t, x, x₀) with x₀ concatenated after x: a stack of time-dependent layers.
 
     Args:
@@ -50,7 +50,7 @@ class ODENet(nn.Module):
         if not intact(self):
             return call_layers(layers, self.activation, t, h)
         size = tuple(h.shape[2:]) if layers[0].map.spatial else ()
-        return Prepared(layers, self.activation, size, None).value(t, h)
+        return PrecomputedField(layers, self.activation, size, None).value(t, h)
 
 
 def mlp_maps(

@@ -37,7 +37,7 @@ class FlowMatching(DensityObjective):
         flow: the density to fit: blocks on the whole event, one after another (see
             :class:`~cnf.matching.MatchingPath`).
         coupling: ``"independent"``, or ``"optimal-transport"`` within the batch (and the context).
-        weights: ``"likelihood"`` (:meth:`cnf.fields.Schedule.likelihood_weight`): for images on a path with noise, the
+        weights: ``"likelihood"`` (:meth:`cnf.fields.Interpolant.likelihood_weight`): for images on a path with noise, the
             loss is the bound on bits/dim of the diffusion model with the same denoiser, up to the overlap of grey
             levels; otherwise w is cut off near t = 0. ``"even"``: :math:`w = 1/\dot b(t)^2`, which is 1 on a path
             without noise. ``"default"``: likelihood on a path with noise, even otherwise.
@@ -70,20 +70,20 @@ class FlowMatching(DensityObjective):
             if value not in known:
                 raise ConfigError(f"{name}={value!r} is unknown: expected {' or '.join(map(repr, known))}")
         self.path = MatchingPath(flow)
-        if coupling != "independent" and self.path.schedule.noise:
+        if coupling != "independent" and self.path.interpolant.noise:
             raise ConfigError(
                 f"coupling={coupling!r} ties the noise to the data, and on this path part of it dequantises them: it has to be independent"
             )
         self.coupling = coupling
         # without noise the likelihood weight is unbounded near the data, where the target is nearly all noise: a 2-D
         # Gaussian came within 0.24 nats of the truth, and within 0.02 with even weights
-        self.weights = weights if weights != "default" else "likelihood" if self.path.schedule.noise else "even"
+        self.weights = weights if weights != "default" else "likelihood" if self.path.interpolant.noise else "even"
         self.times = TimeDistribution() if times == "importance" else TimeDistribution(1)
 
     @property
     def bounds(self) -> bool:
         """Whether the loss is a bound in bits/dim: likelihood weights on a path with noise."""
-        return self.weights == "likelihood" and bool(self.path.schedule.noise)
+        return self.weights == "likelihood" and bool(self.path.interpolant.noise)
 
     @property
     def metric_unit(self) -> str:
@@ -92,12 +92,12 @@ class FlowMatching(DensityObjective):
 
     def weight(self, t: Tensor) -> Tensor:
         """Return w(t) (N,), float64."""
-        schedule = self.path.schedule
+        interpolant = self.path.interpolant
         if self.bounds:
-            return schedule.likelihood_weight(t) / math.log(2)
+            return interpolant.likelihood_weight(t) / math.log(2)
         if self.weights == "likelihood":
             return (1 - t) / (t + CLOSEST)
-        return schedule(t).db.square().reciprocal()
+        return interpolant(t).db.square().reciprocal()
 
     def evaluate(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> tuple[dict[str, Tensor], Stats]:
         """Return the terms (see :meth:`forward`) and the statistics of one evaluation of the field."""
@@ -115,7 +115,7 @@ class FlowMatching(DensityObjective):
         z = couple(start, z * self.flow.base_std, context, self.coupling)
         weight = self.weight(t) / density if fair else self.weight(t)
         # computed on the CPU from the times alone and copied at once, without synchronisation
-        known = sent(torch.stack([*self.path.schedule(t), weight]).to(start.dtype), start.device)
+        known = sent(torch.stack([*self.path.interpolant(t), weight]).to(start.dtype), start.device)
         a, b, da, db = (c.reshape(-1, *(1,) * (start.ndim - 1)) for c in known[:4])
         velocity = self.path.velocity(t, a * start + b * z, context, noise)
         return t, (velocity - (da * start + db * z)).flatten(1).square().mean(1) * known[4]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cnf.errors import ConfigError
 
-__all__ = ["Coefficients", "Schedule"]
+__all__ = ["Coefficients", "Interpolant"]
 
 
 class Coefficients(NamedTuple):
@@ -24,7 +24,7 @@ class Coefficients(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Interpolant:
     r"""Interpolant :math:`x_t = a(t)\, x_0 + b(t)\, z` between data (t = 0) and noise z ~ N(0, I) (t = 1).
 
     It is a straight line. Without data noise a = 1 - t and b = t, the optimal-transport path of flow matching
@@ -40,7 +40,7 @@ class Schedule:
         ConfigError: for σ outside [0, 1).
 
     Example:
-        >>> a, b, da, db = Schedule(0.01)(torch.tensor(0.5))
+        >>> a, b, da, db = Interpolant(0.01)(torch.tensor(0.5))
         >>> round(float(b), 6), round(float(a), 6)
         (0.1, 0.909091)
     """

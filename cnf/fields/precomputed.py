@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from cnf.errors import ConfigError
 from cnf.fields.activations import Activation
+from cnf.fields.base import SolveField
 from cnf.fields.maps import Linear
 from cnf.fields.time import Affine, Fixed, TimeLayer
 from cnf.fields.trace import ConvKernel, conv_kernel, conv_trace, dense_kernel, dense_trace
 
-__all__ = ["Prepared", "call_layers", "closed_form", "skip"]
+__all__ = ["PrecomputedField", "call_layers", "closed_form", "skip"]
 
 
 def closed_form(layers: Sequence[TimeLayer]) -> bool:
@@ -25,7 +26,7 @@ def closed_form(layers: Sequence[TimeLayer]) -> bool:
     return len(maps) <= 3 and plain and layers[-1].context_gate is None
 
 
-class Prepared:
+class PrecomputedField(SolveField):
     """f, its tangents and its divergence for points of one size and one context, with the call signature of a field.
 
     The maps of time planes and the context's terms are computed once, the trace's kernel on first use if it does not
@@ -40,6 +41,8 @@ class Prepared:
         residual: ``"none"``, ``"minus"`` or ``"linear"`` (see :class:`~cnf.fields.Stack`).
         linear: A (D, D) for ``"linear"``.
     """
+
+    own_jvp = True
 
     def __init__(
         self,

@@ -1,0 +1,214 @@
+"""Base class of vector fields with every optional capability and its default, and the form in which a solve calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from cnf.errors import ConfigError
+from cnf.fields.autodiff import autodiff_jvp
+from cnf.fields.interpolant import Interpolant
+
+__all__ = ["FusedField", "SolveField", "Structure", "VectorField", "consistent", "intact", "structure"]
+
+Structure = dict[str, tuple[type, tuple[str, ...]]]
+
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
+
+
+class SolveField:
+    """Vector field as one solve calls it: ``field(t, x, context) -> dx``, with optional capabilities and their defaults."""
+
+    custom = False
+    """Whether its code is not part of this package."""
+    random = False
+    """Whether it draws random numbers; such a field is not compiled."""
+    whole = False
+    """Whether rows must be evaluated together."""
+    reverse = False
+    """Whether its derivatives need reverse mode."""
+    own_jvp = False
+    """Whether :meth:`jvp` does without autodiff."""
+    closed_form = False
+    """Whether :meth:`divergence` is available."""
+
+    def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return dx/dt (N, \\*event)."""
+        raise NotImplementedError
+
+    def jvp(
+        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return f and J v + t_dot ∂f/∂t for K stacked tangents v (K, N, \\*event); by autodiff unless overridden."""
+        return autodiff_jvp(lambda s, y: self(s, y, context), t, x, v, t_dot)
+
+    def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return f (N, \\*event) and its exact divergence (N,).
+
+        Raises:
+            ConfigError: unless overridden.
+        """
+        raise _no_closed_form(self)
+
+    def keep_kernel(self, t: Tensor) -> None:
+        """Compute now what :meth:`divergence` would otherwise compute on first use and keep for all t."""
+
+
+class VectorField(nn.Module):
+    r"""Base class of vector fields dx/dt = f(t, x, context).
+
+    Only :meth:`forward` is required. The other methods and attributes are optional capabilities; each has a default. An
+    inherited :meth:`jvp`, :meth:`divergence` or :meth:`precompute` is used only if it belongs to the same class as
+    :meth:`forward` or a subclass of it: a subclass of :class:`MLP` that overrides ``forward`` alone is differentiated by
+    autodiff. Any ``nn.Module`` with ``forward(t, x, context=None)`` or ``forward(t, x)`` is accepted as a field, too.
+
+    Example:
+        >>> class Field(VectorField):
+        ...     context_dim = 0
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.net = nn.Linear(2, 2)
+        ...     def forward(self, t, x, context=None):
+        ...         return torch.tanh(self.net(x)) * (1 - t)
+        >>> from cnf import CNF, Flow
+        >>> Flow(CNF(Field()), (2,)).log_prob(torch.zeros(5, 2)).shape
+        torch.Size([5])
+    """
+
+    context_dim: int | None = None
+    """Size C of the context, 0 for none; None if undeclared."""
+    time_rows: bool = False
+    """Whether t may be (N,), one time per row; flow matching then evaluates all its times in one call."""
+    interpolant: Interpolant = Interpolant()
+    """Path between data and noise for which the field is built; flow matching trains along it."""
+    custom: bool = False
+    """Whether the field runs code that is not part of this package; true for every class of another package."""
+    built: Structure | None = None
+    """Result of :func:`structure` at construction, for fields that read the weights of their layers directly."""
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return dx/dt (N, \\*event) at time t (), or (N,) with ``time_rows``, x (N, \\*event) and context (N, C) or (C,)."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward(t, x, context=None)")
+
+    def jvp(
+        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return f and its derivative along K stacked tangents; by forward-mode autodiff unless overridden.
+
+        Args:
+            t: time ().
+            x: point (N, \\*event).
+            v: tangents (K, N, \\*event).
+            context: (N, C), (C,) or None.
+            t_dot: derivative of t along every tangent, for the total derivative J v + t_dot ∂f/∂t: a scalar tensor, or
+                (k,) for an augmented time a (k,) in place of t.
+
+        Returns:
+            dx (N, \\*event) and J v (K, N, \\*event).
+        """
+        return autodiff_jvp(lambda s, y: self(s, y, context), t, x, v, t_dot)
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether :meth:`divergence` may be used: by default, whether it is overridden."""
+        return consistent(type(self), "divergence")
+
+    def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return f (N, \\*event) and its exact divergence (N,) in closed form.
+
+        Raises:
+            ConfigError: if there is no closed form.
+        """
+        raise _no_closed_form(self)
+
+    def precompute(self, x: Tensor, context: Tensor | None = None) -> SolveField | None:
+        """Return the field for one solve at points like x (N, \\*event), with everything independent of t and x computed.
+
+        None, the default: the field is called as it is.
+        """
+        return None
+
+    def fit_batches(self, batches: Iterable[Tensor]) -> None:
+        """Fit to statistics of the training data, given in batches as they enter the block; nothing by default."""
+
+
+class FusedField(VectorField):
+    """Base class of fields whose :meth:`precompute` reads the weights of their layers, which :func:`intact` must allow.
+
+    Subclasses implement :meth:`precompute` and :meth:`called`, which calls the layers as modules.
+    """
+
+    def precompute(self, x: Tensor, context: Tensor | None = None) -> SolveField:
+        """Return the field for one solve at points like x (N, \\*event), with everything independent of t and x computed."""
+        raise NotImplementedError
+
+    def called(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+        """Return dx/dt by calling all layers as modules, so that hooks and replaced modules apply; nothing is fused."""
+        raise NotImplementedError
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return dx/dt (N, \\*event) at x (N, \\*event) and t (), or with ``time_rows`` t (N,), one time per row."""
+        return self.precompute(x, context)(t, x) if intact(self) else self.called(t, x, context)
+
+    def jvp(
+        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return f and J v + t_dot ∂f/∂t for K stacked tangents, f computed once; see :meth:`VectorField.jvp`."""
+        if not intact(self):
+            return super().jvp(t, x, v, context, t_dot=t_dot)
+        return self.precompute(x, context).jvp(t, x, v, t_dot=t_dot)
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether :meth:`divergence` is available."""
+        return False
+
+    def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return f (N, \\*event) and its exact divergence (N,) in closed form (see :mod:`cnf.fields.trace`).
+
+        Raises:
+            ConfigError: if no closed form exists.
+        """
+        if not intact(self):
+            raise ConfigError("divergence has no closed form for a field with hooks, parametrised or replaced layers: use Exact(), by autodiff")
+        return self.precompute(x, context).divergence(t, x)
+
+
+def _no_closed_form(field: object) -> ConfigError:
+    return ConfigError(f"{type(field).__name__} has no closed-form divergence: use Exact(), which falls back to autodiff, or Hutchinson()")
+
+
+def structure(module: nn.Module) -> Structure:
+    """Return class and own parameter names of every submodule, to detect later replacements."""
+    return {name: (type(m), tuple(k for k, p in m._parameters.items() if p is not None)) for name, m in module.named_modules() if name}
+
+
+def intact(field: nn.Module) -> bool:
+    """Return whether the field has no hook, parametrisation or replaced layer, so that its weights determine its value.
+
+    Fused and closed forms read the weights directly and are used only if this holds.
+    """
+    if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
+        return False
+    for m in field.modules():
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return False
+        if "forward" in vars(m) or "parametrizations" in m._modules:
+            return False
+    if not isinstance(field, VectorField) or field.built is None:
+        return True
+    now = structure(field)
+    return all(now.get(name) == entry for name, entry in field.built.items())
+
+
+def consistent(kind: type, name: str) -> bool:
+    """Return whether a class defines ``name`` no higher in its MRO than the methods it must agree with."""
+
+    def depth(method: str) -> int | None:
+        return next((i for i, base in enumerate(kind.__mro__) if method in vars(base)), None)
+
+    own = depth(name)
+    rivals = ("forward", "jvp", "divergence") if name == "precompute" else ("forward",)
+    return own is not None and all((other := depth(rival)) is None or own <= other for rival in rivals)
