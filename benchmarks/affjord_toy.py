@@ -42,7 +42,7 @@ from cnf.likelihood import evaluate
 from cnf.training import Trainer
 
 TOYS = ("checkerboard", "hash-gaussian", "letters-gaussian")
-DRIVES = {"none": "FFJORD", "concat": "AFFJORD concat", "hyper": "AFFJORD hyper", "both": "AFFJORD", "wide": "FFJORD, wide"}
+AUGMENTED_TIME_LAYERS = {"none": "FFJORD", "concat": "AFFJORD concat", "hyper": "AFFJORD hyper", "both": "AFFJORD", "wide": "FFJORD, wide"}
 WIDE = (220, 220)  # as many parameters as the hypernetwork of a field of (64, 64)
 HERE = Path(__file__).resolve().parent
 NFE_ITEMS = 500
@@ -122,7 +122,7 @@ def report(rows: list[dict[str, Any]], densities: Path, pictures: Path) -> str:
         of = [row for row in rows if row["data"] == data]
         tables.append(f"\n{data}, {of[0]['steps']:,} steps:\n\n" + markdown(list(summaries(of)), COLUMNS))
         curves(data, of, pictures / f"affjord-{data}-curves.png")
-        if data in TOYS and any((densities / f"{data}-{drive}.pt").exists() for drive in DRIVES):
+        if data in TOYS and any((densities / f"{data}-{drive}.pt").exists() for drive in AUGMENTED_TIME_LAYERS):
             side_by_side(data, densities, pictures / f"affjord-{data}.png")
     return "\n".join(tables)
 
@@ -141,7 +141,7 @@ COLUMNS = {
 
 def summaries(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Means over seeds, for each drive."""
-    for drive, name in DRIVES.items():
+    for drive, name in AUGMENTED_TIME_LAYERS.items():
         of = [row for row in rows if row["drive"] == drive]
         if of:
             means = {key: statistics.mean(row[key] for row in of) for key in ("validation", "test", "nfe")}
@@ -154,7 +154,7 @@ def curves(data: str, rows: list[dict[str, Any]], path: Path) -> None:
     """Validation and NFE against steps: the mean of the seeds, and their range."""
     unit = "bits/dim" if data == "digits" else "nats"
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 3.8), layout="constrained")
-    for drive, name in DRIVES.items():
+    for drive, name in AUGMENTED_TIME_LAYERS.items():
         runs = [row["curve"] for row in rows if row["drive"] == drive]
         for axis, entry in zip(axes, (1, 2), strict=True):
             if runs:
@@ -178,7 +178,7 @@ def side_by_side(data: str, densities: Path, path: Path) -> None:
     half = extent(points)
     share = torch.histogramdd(points.double(), [80, 80], range=[-half, half] * 2, density=True)
     panels = {"data": share.hist}
-    for drive, name in DRIVES.items():
+    for drive, name in AUGMENTED_TIME_LAYERS.items():
         if (densities / f"{data}-{drive}.pt").exists():
             panels[name] = torch.load(densities / f"{data}-{drive}.pt", weights_only=True)
     top = float(panels["data"][panels["data"] > 0].quantile(0.97))
@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure what is missing, then report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", default=TOYS, choices=(*TOYS, "digits"))
-    parser.add_argument("--drives", nargs="+", default=tuple(DRIVES), choices=tuple(DRIVES))
+    parser.add_argument("--drives", nargs="+", default=tuple(AUGMENTED_TIME_LAYERS), choices=tuple(AUGMENTED_TIME_LAYERS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=None, help="the preset's if not given")
     parser.add_argument("--results", type=Path, default=HERE / "affjord_toy.json")

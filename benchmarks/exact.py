@@ -172,11 +172,6 @@ class Redrawn(Noise):
         super().__init__(0, "variance", number)
         self.moving = moving
 
-    def _copy(self) -> Noise:
-        other = Redrawn(self.step, self.moving)
-        other.place = self.place
-        return other
-
     def draw(self, name: str, kind: Kind, shape: Any, **options: Any) -> Tensor:
         """Draw by name."""
         noise = Noise(self.seed, self.purpose, self.step if name in self.moving else 0)

@@ -42,7 +42,7 @@ class Frequencies(TimeLayer):
         self.core = map.module(extra=2 * frequencies)
         self.count = frequencies
 
-    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+    def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         angles = t[..., None] * torch.arange(1, self.count + 1, dtype=t.dtype) * math.pi
         time, weight = self.map.split(self.core.weight, 2 * self.count)
         return Affine(weight, None, torch.cat([angles.cos(), angles.sin()], -1) @ time.T + self.core.bias)

@@ -15,7 +15,7 @@ from cnf.deferral import outside_inference_mode, vectorized
 from cnf.derivatives import check_derivative
 from cnf.divergence import Divergence, Exact, closed
 from cnf.errors import ConfigError, SolverError
-from cnf.fields.augmented import Handover, TimePath, check_drive
+from cnf.fields.augmented import Handover, TimePath, check_augmented_time
 from cnf.fields.base import SolveField
 from cnf.fields.custom import can_compile, precompute, protect
 from cnf.fields.signature import check_signature
@@ -92,7 +92,7 @@ class CNF(Transform):
             raise ConfigError(f"steer={steer}; expected 0 <= steer < end_time={end_time}")
         check_names(quadratures)
         check_signature(field)
-        check_drive(field, path)
+        check_augmented_time(field, path)
         self.field = field
         self.path = path
         self.autocast, self.compiles = autocast, compile  # nn.Module has a method called compile

@@ -16,7 +16,7 @@ from cnf.fields.autodiff import NoForwardMode, differentiable_attention
 from cnf.fields.custom import AnyField, protect
 from cnf.noise import Kind, Noise, draw
 
-__all__ = ["Bound", "Divergence", "Driven", "Exact", "Hutchinson", "Linearization", "closed", "jacobian_product", "linearize"]
+__all__ = ["AugmentedTimeBound", "Bound", "Divergence", "Exact", "Hutchinson", "Linearization", "closed", "jacobian_product", "linearize"]
 
 NEEDS = ("div", "jac_sq")
 _CHUNK_NUMEL = 2**22  # entries of tangents per chunk of the exact trace: 16 MB in float32
@@ -100,7 +100,7 @@ class Bound:
         return dx.to(x.dtype), product.to(x.dtype)
 
 
-class Driven(Bound):
+class AugmentedTimeBound(Bound):
     """Field conditioned on an augmented time, as passed to quadratures: evaluated at the current a (k,) for any t.
 
     Args:
@@ -229,7 +229,7 @@ def jacobian_product(field: Bound, t: Tensor, x: Tensor, v: Tensor, mode: str = 
 def _pull(field: Bound, t: Tensor, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
     """Return f and eᵀJ for every probe, by plain autograd: torch.func.vjp does not run inside a checkpoint."""
     recording = torch.is_grad_enabled()
-    with torch.enable_grad(), differentiable_attention():
+    with torch.enable_grad(), differentiable_attention(field.field.custom):
         point = x if recording and x.requires_grad else x.detach().requires_grad_()
         dx = field(t, point)
         if dx.requires_grad:  # a field may not depend on x (a drift, for example): its derivative is then zero

@@ -94,8 +94,8 @@ class Carried(Sequential):
 
     Example:
         >>> from cnf.continuous import CNF, Handover
-        >>> from cnf.fields import MLP, Drive, TimePath
-        >>> block = lambda: CNF(MLP(2, (8,), Drive("concat", k=3)), path=TimePath(3)).eval()
+        >>> from cnf.fields import MLP, AugmentedTimeConditioning, TimePath
+        >>> block = lambda: CNF(MLP(2, (8,), AugmentedTimeConditioning("concat", k=3)), path=TimePath(3)).eval()
         >>> chain = Carried([block(), block()])
         >>> x = torch.randn(5, 2)
         >>> bool((chain.inverse(chain(x).value).value - x).abs().max() < 1e-3)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cnf.errors import ConfigError
 
-__all__ = ["Kind", "Noise", "child", "draw", "number"]
+__all__ = ["Kind", "Like", "Noise", "child", "draw", "number"]
 
 Kind = Literal["uniform", "normal", "rademacher"]
+
+
+class Like(NamedTuple):
+    """Type and device of a draw."""
+
+    dtype: torch.dtype | None = None
+    device: torch.device | str | None = None
 
 
 class Noise:
@@ -49,7 +57,7 @@ class Noise:
 
     def child(self, i: int) -> Noise:
         """Return the noise of child module ``i``."""
-        other = self._copy()
+        other = copy.copy(self)
         other.place = (*self.place, int(i))
         return other
 
@@ -61,7 +69,7 @@ class Noise:
             >>> bool((whole.rows(2, 4).draw("u", "uniform", (2,)) == whole.draw("u", "uniform", (4,))[2:]).all())
             True
         """
-        other = self._copy()
+        other = copy.copy(self)
         other.start, other.total = self.start + start, total if self.total is None else self.total
         return other
 
@@ -69,11 +77,6 @@ class Noise:
         rows = "" if self.total is None else f", start={self.start}, total={self.total}"
         place = "".join(f".child({i})" for i in self.place)
         return f"Noise({self.seed}, {self.purpose!r}, {self.step}{rows}){place}"
-
-    def _copy(self) -> Noise:
-        other = Noise(self.seed, self.purpose, self.step, start=self.start, total=self.total)
-        other.place = self.place
-        return other
 
     def draw(
         self,
@@ -100,6 +103,10 @@ class Noise:
         Raises:
             ConfigError: for an unknown kind, or rows beyond the joint batch.
         """
+        return self._draw(name, kind, shape, batch_dim, Like(dtype, device))
+
+    def _draw(self, name: str, kind: Kind, shape: Sequence[int], batch_dim: int | None, like: Like) -> Tensor:
+        """Draw what :meth:`draw` returns; overridden by noise of another origin."""
         joint, start = list(shape), 0
         if batch_dim is not None and self.total is not None:
             if self.start + joint[batch_dim] > self.total:
@@ -108,9 +115,9 @@ class Noise:
                     f"has total={self.total} rows; give Noise the joint batch's size"
                 )
             start, joint[batch_dim] = self.start, self.total
-        generator = torch.Generator(device=device if device is not None else "cpu")
+        generator = torch.Generator(device=like.device if like.device is not None else "cpu")
         generator.manual_seed(self._key(name))
-        value = _sample(kind, joint, dtype, device, generator)
+        value = _sample(kind, joint, like, generator)
         if joint == list(shape):
             return value
         assert batch_dim is not None
@@ -154,37 +161,18 @@ class _Replay(Noise):
     def seed_of(self, name: str) -> int | None:
         return None
 
-    def _copy(self) -> Noise:
-        other = _Replay(self.tensors)
-        other.place = self.place
-        return other
-
-    def draw(
-        self,
-        name: str,
-        kind: Kind,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        batch_dim: int | None = 0,
-    ) -> Tensor:
+    def _draw(self, name: str, kind: Kind, shape: Sequence[int], batch_dim: int | None, like: Like) -> Tensor:
         key = "/".join([*map(str, self.place), name])
         if key not in self.tensors:
             raise ConfigError(f"noise to replay has no tensor {key!r}; it holds {sorted(self.tensors)}")
-        value = self.tensors[key].to(dtype=dtype or torch.get_default_dtype(), device=device)
+        value = self.tensors[key].to(dtype=like.dtype or torch.get_default_dtype(), device=like.device)
         if [n for n in value.shape if n != 1] != [n for n in shape if n != 1]:
             raise ConfigError(f"noise to replay: {key!r} has shape {tuple(value.shape)}, but {tuple(shape)} is needed")
         return value.reshape(tuple(shape))
 
 
-def _sample(
-    kind: Kind,
-    shape: Sequence[int],
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-    generator: torch.Generator | None,
-) -> Tensor:
+def _sample(kind: Kind, shape: Sequence[int], like: Like, generator: torch.Generator | None) -> Tensor:
+    dtype, device = like
     if kind == "uniform":
         return torch.rand(tuple(shape), dtype=dtype, device=device, generator=generator)
     if kind == "normal":
@@ -212,7 +200,7 @@ def draw(
 ) -> Tensor:
     """Return ``noise.draw(...)``; ``None`` draws from torch's global generator."""
     if noise is None:
-        return _sample(kind, shape, dtype, device, None)
+        return _sample(kind, shape, Like(dtype, device), None)
     return noise.draw(name, kind, shape, dtype=dtype, device=device, batch_dim=batch_dim)
 
 

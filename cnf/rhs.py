@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from cnf.compilation import compiled
-from cnf.divergence import Bound, Divergence, Driven, linearize
+from cnf.divergence import AugmentedTimeBound, Bound, Divergence, linearize
 from cnf.fields.augmented import TimePath
+from cnf.fields.autodiff import differentiable_attention
 from cnf.fields.base import SolveField
 from cnf.quadratures import Quadrature, StepError
 from cnf.validation import context_rows
@@ -107,7 +108,8 @@ class RightHandSide:
 
     def _run(self, s: Tensor, state: State, sampled: bool) -> State:
         if self.compile:
-            return cast(State, compiled(_evaluate)(self, s, state, sampled))
+            with differentiable_attention(self.field.custom):  # traced code takes the kernel that is selected outside of it
+                return cast(State, compiled(_evaluate)(self, s, state, sampled))
         return _evaluate(self, s, state, sampled)
 
 
@@ -128,7 +130,7 @@ def _evaluate(rhs: RightHandSide, s: Tensor, state: State, sampled: bool) -> Sta
     else:
         drift = rhs.path(state[1])
         time, moved = state[1][0], [span * drift]
-        bound = Driven(rhs.field, rhs.context, time, drift[0])
+        bound = AugmentedTimeBound(rhs.field, rhs.context, time, drift[0])
     motion = len(state) == 1 + len(moved)
     need: frozenset[str] = frozenset() if motion else rhs.need - {"jac_sq"} if sampled else rhs.need
     with field_precision(rhs.autocast, x):

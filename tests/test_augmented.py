@@ -16,7 +16,7 @@ from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson
 from cnf.config import AFFJORD, PUBLISHED
 from cnf.divergence import Bound
 from cnf.errors import ConfigError
-from cnf.fields import MLP, Conv, ConvField, Drive, Linear, SqueezeSum, TimePath
+from cnf.fields import MLP, AugmentedTimeConditioning, Conv, ConvField, Linear, SqueezeSum, TimePath
 from cnf.models import ModelConfig, SolverConfig, build, count_parameters
 from cnf.multiscale import Carried, multiscale
 from cnf.objectives import Likelihood
@@ -28,21 +28,21 @@ pytestmark = pytest.mark.usefixtures("double")
 TIGHT = Adaptive("dopri5", 1e-11, 1e-11, max_steps=10_000)
 GRID = FixedGrid("dopri5", 24)  # as tight for these fields, and a smaller graph to differentiate
 K = 6
-DRIVES = {
-    "concat": Drive("concat", k=K),
-    "hyper": Drive("hyper", k=K, m=4),
-    "both": Drive("both", k=K, m=4),
-    "low-rank": Drive("both", k=K, m=4, rank=3),  # and hyper's after the first layer
+AUGMENTED_TIME_LAYERS = {
+    "concat": AugmentedTimeConditioning("concat", k=K),
+    "hyper": AugmentedTimeConditioning("hyper", k=K, m=4),
+    "both": AugmentedTimeConditioning("both", k=K, m=4),
+    "low-rank": AugmentedTimeConditioning("both", k=K, m=4, rank=3),  # and hyper's after the first layer
 }
 
 
 def mlp_block(drive, dim=3, hidden=(7, 6), context=0, learn_start=True, residual="none", **more):
-    field = MLP(dim, hidden, DRIVES[drive], context_dim=context, residual=residual)
+    field = MLP(dim, hidden, AUGMENTED_TIME_LAYERS[drive], context_dim=context, residual=residual)
     return perturbed(CNF(field, path=TimePath(K, learn_start=learn_start), eval_solver=TIGHT, **more), 0.3).eval()
 
 
 def conv_block(drive, shape=(1, 4, 4), hidden=(4,), **more):
-    field = ConvField(shape[0], hidden, DRIVES[drive])
+    field = ConvField(shape[0], hidden, AUGMENTED_TIME_LAYERS[drive])
     return perturbed(CNF(field, path=TimePath(K), eval_solver=GRID, **more), 0.1).eval()
 
 
@@ -55,7 +55,7 @@ def full_jacobian(transform, x, context=None):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("drive", DRIVES)
+@pytest.mark.parametrize("drive", AUGMENTED_TIME_LAYERS)
 @pytest.mark.parametrize("hidden", [(), (7,), (7, 6), (5, 6, 5)])
 def test_mlp_log_det_is_that_of_the_whole_jacobian(drive, hidden):
     block = mlp_block(drive, hidden=hidden)
@@ -65,7 +65,7 @@ def test_mlp_log_det_is_that_of_the_whole_jacobian(drive, hidden):
     assert (torch.linalg.slogdet(full_jacobian(block, x))[1] - out.log_det).abs().max() < 1e-8
 
 
-@pytest.mark.parametrize("drive", DRIVES)
+@pytest.mark.parametrize("drive", AUGMENTED_TIME_LAYERS)
 def test_several_conv_blocks_log_det_and_inverse(drive):
     chain = multiscale((1, 4, 4), lambda shape: conv_block(drive, shape), 2)
     assert isinstance(chain.scales[0], Sequential) and isinstance(chain.scales[0], Carried)
@@ -76,7 +76,7 @@ def test_several_conv_blocks_log_det_and_inverse(drive):
     assert (back.value - x).abs().max() < 1e-8 and (back.log_det + log_det).abs().max() < 1e-8
 
 
-@pytest.mark.parametrize("drive", DRIVES)
+@pytest.mark.parametrize("drive", AUGMENTED_TIME_LAYERS)
 def test_two_scales_with_squeeze_log_det_and_inverse(drive):
     chain = multiscale((1, 8, 8), lambda shape: conv_block(drive, shape, (2,)), 1)
     assert [type(s) for s in chain.scales] == [Carried, Carried]
@@ -112,7 +112,7 @@ def test_a_is_carried_through_a_scale_and_starts_afresh_at_the_next():
     assert torch.equal(y, alone)
 
 
-@pytest.mark.parametrize("drive", DRIVES)
+@pytest.mark.parametrize("drive", AUGMENTED_TIME_LAYERS)
 def test_the_path_is_driven_by_the_learned_time_and_never_sees_x(drive):
     block = mlp_block(drive)
     x = torch.randn(4, 3)
@@ -123,7 +123,7 @@ def test_the_path_is_driven_by_the_learned_time_and_never_sees_x(drive):
     assert (block(x).value - z).abs().max() > 1e-3  # unlike the published concat, which ignores a
 
 
-@pytest.mark.parametrize("drive", DRIVES)
+@pytest.mark.parametrize("drive", AUGMENTED_TIME_LAYERS)
 def test_against_one_ode_of_x_and_a_together(drive):
     """The whole system (x, a) solved as one autonomous ODE by a classic rk4 written here."""
     block = mlp_block(drive)
@@ -146,15 +146,15 @@ def test_against_one_ode_of_x_and_a_together(drive):
         assert (block.velocity(torch.ones(()), x) - block.field(a[0], x)).abs().max() < 1e-8
 
 
-@pytest.mark.parametrize("drive", DRIVES)
+@pytest.mark.parametrize("drive", AUGMENTED_TIME_LAYERS)
 @pytest.mark.parametrize("kind", ["mlp", "conv", "sum"])
 def test_fused_jvp_and_traces_equal_autodiff(drive, kind):
     if kind == "mlp":
-        field, x = MLP(3, (5, 4), DRIVES[drive], residual="linear"), torch.randn(2, 3)
+        field, x = MLP(3, (5, 4), AUGMENTED_TIME_LAYERS[drive], residual="linear"), torch.randn(2, 3)
     elif kind == "conv":
-        field, x = ConvField(2, (3,), DRIVES[drive], strides=(2, -2)), torch.randn(2, 2, 4, 6)
+        field, x = ConvField(2, (3,), AUGMENTED_TIME_LAYERS[drive], strides=(2, -2)), torch.randn(2, 2, 4, 6)
     else:
-        field, x = SqueezeSum([ConvField(4**s, (3,), DRIVES[drive]) for s in range(2)]), torch.randn(2, 1, 4, 4)
+        field, x = SqueezeSum([ConvField(4**s, (3,), AUGMENTED_TIME_LAYERS[drive]) for s in range(2)]), torch.randn(2, 1, 4, 4)
     perturbed(field)
     a, a_dot, v = torch.randn(K), torch.randn(K), torch.randn(2, *x.shape)
     dx, product = field.jvp(a, x, v, t_dot=a_dot)
@@ -176,7 +176,7 @@ def test_fused_jvp_and_traces_equal_autodiff(drive, kind):
 
 def test_concat_is_a_layer_that_sees_constant_channels():
     """Against the convolution of [a; x] written out, zero padding included."""
-    drive = Drive("concat", k=3)
+    drive = AugmentedTimeConditioning("concat", k=3)
     layer = drive(cnf.fields.Conv(2, 4))
     a, x = torch.randn(3), torch.randn(5, 2, 6, 4)
     planes = a[None, :, None, None].expand(5, 3, 6, 4)
@@ -190,7 +190,7 @@ def test_concat_is_a_layer_that_sees_constant_channels():
 @pytest.mark.parametrize("stride", [1, 0, 2, -2])
 def test_both_is_hyper_around_the_convolution_of_a_and_x(stride, rank):
     """Against hyper's layer on [a; x] written out, zero padding and transposes included, and its weights against a's change."""
-    drive, conv = Drive("both", k=3, m=2, rank=rank), Conv.of_stride(2, 4, stride)
+    drive, conv = AugmentedTimeConditioning("both", k=3, m=2, rank=rank), Conv.of_stride(2, 4, stride)
     layer, whole = drive(conv), replace(drive, kind="hyper")(Conv.of_stride(5, 4, stride))
     whole.load_state_dict(perturbed(layer).state_dict())
     a, x = torch.randn(3), torch.randn(5, 2, 6, 4)
@@ -203,14 +203,14 @@ def test_both_is_hyper_around_the_convolution_of_a_and_x(stride, rank):
 
 
 def test_both_gives_a_to_the_first_layer_alone():
-    for field in (MLP(2, (5, 4), Drive("both", k=3, m=2)), ConvField(2, (5, 4), Drive("both", k=3, m=2))):
+    for field in (MLP(2, (5, 4), AugmentedTimeConditioning("both", k=3, m=2)), ConvField(2, (5, 4), AugmentedTimeConditioning("both", k=3, m=2))):
         assert [layer.weight.shape[1] for layer in field.time_layers] == [5, 5, 4]
         torch.manual_seed(0)
-        hyper = type(field)(2, (5, 4), Drive("hyper", k=3, m=2))
+        hyper = type(field)(2, (5, 4), AugmentedTimeConditioning("hyper", k=3, m=2))
         x, a = torch.randn(4, 2, *(() if isinstance(field, MLP) else (3, 3))), torch.randn(3)
         other = torch.cat([a[:2], a[2:] + 1])
         torch.manual_seed(0)
-        assert torch.allclose(type(field)(2, (5, 4), Drive("both", k=3, m=2))(a, x), hyper(a, x), atol=1e-15)  # as it starts
+        assert torch.allclose(type(field)(2, (5, 4), AugmentedTimeConditioning("both", k=3, m=2))(a, x), hyper(a, x), atol=1e-15)  # as it starts
         # entries of a that generate nothing reach f as features, and with hyper they reach nothing
         perturbed(field), perturbed(hyper)
         assert (field(a, x) - field(other, x)).abs().max() > 1e-3
@@ -219,11 +219,11 @@ def test_both_gives_a_to_the_first_layer_alone():
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_hyper_weights_are_linear_in_the_first_entries_of_a(rank):
-    layer = perturbed(Drive("hyper", k=5, m=3, rank=rank)(cnf.fields.Conv(2, 4)))
+    layer = perturbed(AugmentedTimeConditioning("hyper", k=5, m=3, rank=rank)(cnf.fields.Conv(2, 4)))
     a, b = torch.randn(5), torch.randn(5)
 
     def parts(a):
-        weight, gate, shift = layer.affine(a, (6, 4))
+        weight, gate, shift = layer.affine_at(a, layer.precompute((6, 4)))
         assert gate is None and weight.shape == (4, 2, 3, 3)
         return torch.cat([weight.flatten(), shift.flatten()])
 
@@ -236,7 +236,7 @@ def test_hyper_weights_are_linear_in_the_first_entries_of_a(rank):
 
 def test_sizes_of_generators():
     plain = sum(p.numel() for p in ConvField(3, (64, 64), "ignore").parameters())
-    sizes = {r: sum(p.numel() for p in ConvField(3, (64, 64), Drive("hyper", rank=r)).parameters()) for r in (0, 8)}
+    sizes = {r: sum(p.numel() for p in ConvField(3, (64, 64), AugmentedTimeConditioning("hyper", rank=r)).parameters()) for r in (0, 8)}
     assert sizes[0] == 11 * plain
     assert plain < sizes[8] < 1.4 * plain
 
@@ -283,7 +283,7 @@ def test_every_grid_converges_to_the_adaptive_solution(method):
     assert abs(math.log2(errors[0] / errors[1]) - order) < 0.8
 
 
-@pytest.mark.parametrize("drive", DRIVES)
+@pytest.mark.parametrize("drive", AUGMENTED_TIME_LAYERS)
 def test_conditional_flows(drive):
     block = mlp_block(drive, context=2)
     x, context = torch.randn(3, 3), torch.randn(3, 2)
@@ -382,13 +382,13 @@ def test_vector_field_of_a_carried_chain_is_at_the_carried_a(tmp_path, monkeypat
 
 
 def test_a_carried_chain_has_one_learned_start():
-    chain = multiscale((1, 8, 8), lambda shape: CNF(ConvField(shape[0], (2,), DRIVES["hyper"]), path=TimePath(K, learn_start=True)), 2)
+    chain = multiscale((1, 8, 8), lambda shape: CNF(ConvField(shape[0], (2,), AUGMENTED_TIME_LAYERS["hyper"]), path=TimePath(K, learn_start=True)), 2)
     starts = [name for name, _ in chain.named_parameters() if name.endswith("path.initial")]
     assert starts == [f"scales.{i}.transforms.0.path.initial" for i in range(2)]
     perturbed(chain, 0.1)(torch.randn(1, 1, 8, 8)).value.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in chain.parameters())
     path = TimePath(K, learn_start=True)  # one path for both: its start is the first's
-    both = Carried([CNF(MLP(2, (4,), DRIVES["concat"]), path=path) for _ in range(2)])
+    both = Carried([CNF(MLP(2, (4,), AUGMENTED_TIME_LAYERS["concat"]), path=path) for _ in range(2)])
     assert path.initial is not None and both.start(torch.zeros(1, 2), False).requires_grad
 
 
@@ -492,21 +492,21 @@ def test_published_counts_and_a_small_generator():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Drive("hyper", k=5, m=6), ("m=6", "k=5")),
-        (lambda: Drive("hyper", k=0, m=1), ("k=0",)),
-        (lambda: Drive("concat", k=0), ("k=0",)),
-        (lambda: Drive("both", k=5, m=6), ("m=6", "k=5")),
-        (lambda: Drive("hypr"), ("'hypr'", "'hyper'")),
-        (lambda: Drive("hyper", rank=-1), ("rank=-1",)),
+        (lambda: AugmentedTimeConditioning("hyper", k=5, m=6), ("m=6", "k=5")),
+        (lambda: AugmentedTimeConditioning("hyper", k=0, m=1), ("k=0",)),
+        (lambda: AugmentedTimeConditioning("concat", k=0), ("k=0",)),
+        (lambda: AugmentedTimeConditioning("both", k=5, m=6), ("m=6", "k=5")),
+        (lambda: AugmentedTimeConditioning("hypr"), ("'hypr'", "'hyper'")),
+        (lambda: AugmentedTimeConditioning("hyper", rank=-1), ("rank=-1",)),
         (lambda: TimePath(0), ("k=0",)),
         (lambda: TimePath(3, nonlinearity="sine"), ("'sine'", "elu")),
-        (lambda: CNF(MLP(2, (4,), Drive("concat", k=3))), ("path=TimePath(3)",)),
-        (lambda: CNF(MLP(2, (4,), Drive("concat", k=3)), path=TimePath(4)), ("size 3", "size 4")),
-        (lambda: CNF(MLP(2, (4,)), path=TimePath(4)), ("ConcatSquash", "Drive")),
-        (lambda: MLP(2, (4,), Drive("concat", k=3))(torch.tensor(0.5), torch.randn(5, 2)), ("(3,)", "path=")),
-        (lambda: MLP(2, (4,), Drive("hyper", k=3, m=2))(torch.randn(5, 3), torch.randn(5, 2)), ("(5, 3)", "(3,)")),
-        (lambda: MLP(2, (4,), Drive("hyper", k=3, m=2))(torch.randn(5, 3), torch.randn(5, 2)), ("one set of weights per time",)),
-        (lambda: MLP(2, (4,), Drive("both", k=3, m=2))(torch.randn(5, 3), torch.randn(5, 2)), ("(5, 3)", "(3,)")),
+        (lambda: CNF(MLP(2, (4,), AugmentedTimeConditioning("concat", k=3))), ("path=TimePath(3)",)),
+        (lambda: CNF(MLP(2, (4,), AugmentedTimeConditioning("concat", k=3)), path=TimePath(4)), ("size 3", "size 4")),
+        (lambda: CNF(MLP(2, (4,)), path=TimePath(4)), ("ConcatSquash", "AugmentedTimeConditioning")),
+        (lambda: MLP(2, (4,), AugmentedTimeConditioning("concat", k=3))(torch.tensor(0.5), torch.randn(5, 2)), ("(3,)", "path=")),
+        (lambda: MLP(2, (4,), AugmentedTimeConditioning("hyper", k=3, m=2))(torch.randn(5, 3), torch.randn(5, 2)), ("(5, 3)", "(3,)")),
+        (lambda: MLP(2, (4,), AugmentedTimeConditioning("hyper", k=3, m=2))(torch.randn(5, 3), torch.randn(5, 2)), ("one set of weights per time",)),
+        (lambda: MLP(2, (4,), AugmentedTimeConditioning("both", k=3, m=2))(torch.randn(5, 3), torch.randn(5, 2)), ("(5, 3)", "(3,)")),
         (lambda: Carried([CNF(MLP(2))]), ("path",)),
         (lambda: Carried([mlp_block("concat"), Sequential([mlp_block("concat")])]), ("blocks inside",)),
         (lambda: build(ModelConfig(drive="hyper", drive_entries=30), SolverConfig(), (2,)), ("m=30", "k=20")),

@@ -15,7 +15,7 @@ from cnf.collocation import FINEST, RULES, patterson, solve_at_nodes
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError, DataError, SolverError
-from cnf.fields import MLP, ConvField, Drive, TimePath
+from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
 from cnf.likelihood import evaluate, refined
 from cnf.likelihood.groups import hardness, sorted_rows
 from cnf.models import eval_solver
@@ -95,9 +95,9 @@ CASES = {
     "conv tangents": lambda: (block(ConvField(1, (3, 3, 3)), divergence=Exact(chunk=5)), torch.randn(3, 1, 3, 3), None),
     "context rows": lambda: (block(MLP(2, (6,), context_dim=3)), torch.randn(4, 2), torch.randn(4, 3)),
     "one context": lambda: (block(MLP(2, (6,), "squash", context_dim=3)), torch.randn(4, 2), torch.randn(3)),
-    "driven concat": lambda: (block(MLP(3, (6,), Drive("concat", k=4)), path=TimePath(4)), torch.randn(5, 3), None),
+    "driven concat": lambda: (block(MLP(3, (6,), AugmentedTimeConditioning("concat", k=4)), path=TimePath(4)), torch.randn(5, 3), None),
     "driven both": lambda: (
-        block(MLP(3, (6, 5), Drive("both", k=4, m=3)), path=TimePath(4, learn_start=True), end_time=1.3),
+        block(MLP(3, (6, 5), AugmentedTimeConditioning("both", k=4, m=3)), path=TimePath(4, learn_start=True), end_time=1.3),
         torch.randn(5, 3),
         None,
     ),

@@ -12,7 +12,7 @@ from torch import nn
 from cnf import CNF, Adaptive, FixedGrid, Flow
 from cnf.divergence import Exact, Hutchinson
 from cnf.errors import SolverError
-from cnf.fields import MLP, Drive, TimePath
+from cnf.fields import MLP, AugmentedTimeConditioning, TimePath
 from cnf.likelihood import check, evaluate, rank
 from cnf.noise import Noise
 from cnf.refinement import refine
@@ -146,7 +146,7 @@ def test_rows_are_refined_with_their_context_probe_and_augmented_time():
     torch.manual_seed(0)
     x, context = torch.randn(40, 3, dtype=F64), torch.randn(40, 2, dtype=F64)
     field = MLP(3, (12, 12), nonlinearity="relu", context_dim=2).double()
-    driven = MLP(3, (12,), Drive("concat", k=4), nonlinearity="relu").double()
+    driven = MLP(3, (12,), AugmentedTimeConditioning("concat", k=4), nonlinearity="relu").double()
     for block, given in (
         (CNF(field, Hutchinson()), context),
         (CNF(field, Exact()), context[0]),

@@ -8,7 +8,7 @@ import torch
 import cnf
 from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson
 from cnf.deferral import deferred_checks
-from cnf.fields import MLP, ConvField, Drive, TimePath
+from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
 from cnf.models import ModelConfig, SolverConfig, anode_conv, build
 from cnf.multiscale import multiscale
 from cnf.objectives import FlowMatching
@@ -21,7 +21,7 @@ SOLVERS = {"direct": FixedGrid("rk4", 4), "checkpoint": FixedGrid("rk4", 6, "che
 
 
 def flows():
-    drive = Drive("hyper", k=5, m=3)
+    drive = AugmentedTimeConditioning("hyper", k=5, m=3)
     yield "mlp", Flow(CNF(MLP(3, (8, 8))), (3,))
     yield "affjord", Flow(CNF(MLP(3, (8,), drive), path=TimePath(5, learn_start=True)), (3,))
     yield "conv", Flow(CNF(ConvField(2, (6, 6), "concatsquash")), (2, 4, 4))

@@ -1,15 +1,30 @@
 """Any nn.Module as a field: what it may not do to the solve, and what the solve may not overlook in it."""
 
 import math
+import warnings
 
 import pytest
 import torch
 from conftest import F64
 from torch import nn
 
+import cnf.fields
 from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson, Noise
+from cnf.compilation import CompilationWarning
+from cnf.divergence import linearize
 from cnf.errors import ConfigError
-from cnf.fields import DRIVES, LAYERS, MLP, ConvField, Drive, SqueezeSum, TimePath, UNet
+from cnf.fields import (
+    AUGMENTED_TIME_LAYERS,
+    LAYERS,
+    MLP,
+    AugmentedTimeConditioning,
+    ConvField,
+    SqueezeSum,
+    TimePath,
+    UNet,
+    VectorField,
+)
+from cnf.fields.custom import protect
 from cnf.solvers import Reversible
 
 SOLVERS = {
@@ -322,6 +337,46 @@ def test_signatures():
         CNF(lambda t, x: -x)
 
 
+# -- the base class ----------------------------------------------------------------------------------------------------
+
+
+class Decay(VectorField):
+    """-x, with a closed form that a subclass may outdate."""
+
+    def forward(self, t, x, context=None):
+        return -x
+
+    def divergence(self, t, x, context=None):
+        return -x, x.new_full((len(x),), -float(x[0].numel()))
+
+
+class Slower(Decay):
+    def forward(self, t, x, context=None):
+        return -0.5 * x
+
+
+def test_a_capability_is_used_only_if_it_belongs_to_the_forward_that_it_describes():
+    x = torch.randn(3, 2, dtype=F64)
+    for field, rate, closed in ((Decay(), 1.0, True), (Slower(), 0.5, False)):
+        assert field.closed_form is closed and protect(field).closed_form is closed and not protect(field).own_jvp
+        torch.testing.assert_close(Flow(CNF(field), (2,)).evaluate(x).log_det, torch.full((3,), -2 * rate, dtype=F64), rtol=1e-4, atol=1e-4)
+    plain = VectorField()
+    assert plain.context_dim is None and not plain.time_rows and not plain.closed_form and plain.precompute(x) is None
+    with pytest.raises(NotImplementedError, match="VectorField has no forward"):
+        plain(torch.zeros(()), x)
+    with pytest.raises(ConfigError, match="Slower has no closed-form divergence"):
+        protect(Slower()).divergence(torch.zeros(()), x)
+    assert torch.equal(Slower().jvp(torch.zeros((), dtype=F64), x, x[None])[1][0], -0.5 * x)
+
+
+def test_old_names_warn():
+    for old, new in (("Drive", "AugmentedTimeConditioning"), ("Schedule", "Interpolant")):
+        with pytest.warns(DeprecationWarning, match=f"{old} is called {new}"):
+            assert getattr(cnf.fields, old) is getattr(cnf.fields, new)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = cnf.fields.Nothing
+
+
 # -- hooks, parametrisations, replaced layers --------------------------------------------------------------------------
 
 
@@ -329,7 +384,7 @@ def built_in():
     torch.manual_seed(0)
     cases = {f"mlp {kind}": (MLP(2, (8, 8), kind), (2,)) for kind in LAYERS}
     cases |= {f"conv {kind}": (ConvField(1, (4,), kind), (1, 4, 4)) for kind in LAYERS}
-    cases |= {f"driven {kind}": (MLP(2, (8,), Drive(kind, 3, 3)), (2,)) for kind in DRIVES}
+    cases |= {f"driven {kind}": (MLP(2, (8,), AugmentedTimeConditioning(kind, 3, 3)), (2,)) for kind in AUGMENTED_TIME_LAYERS}
     cases["context"] = (MLP(2, (8, 8), context_dim=3), (2,))
     cases["residual"] = (MLP(2, (8,), residual="minus"), (2,))
     cases["transposed"] = (ConvField(1, (4, 4), strides=(2, 1, -2)), (1, 4, 4))
@@ -485,16 +540,67 @@ class _Cube(torch.autograd.Function):
         return 3 * x**2 * gradient
 
 
-class Attention(nn.Module):
-    def __init__(self):
+class Tokens(nn.Module):
+    """A layer that mixes the entries of a row, each one a token."""
+
+    context_dim = 0
+
+    def __init__(self, mix):
         super().__init__()
         torch.manual_seed(2)
-        self.mix = nn.MultiheadAttention(4, 2, batch_first=True, dtype=F64)
-        self.enter, self.leave = nn.Linear(1, 4, dtype=F64), nn.Linear(4, 1, dtype=F64)
+        self.enter, self.leave, self.mix = nn.Linear(1, 4), nn.Linear(4, 1), mix()
+        self.to(F64)
 
     def forward(self, t, x):
         h = self.enter(x[..., None])
-        return self.leave(self.mix(h, h, h, need_weights=False)[0])[..., 0]
+        if isinstance(self.mix, nn.MultiheadAttention):
+            h = self.mix(h, h, h, need_weights=False)
+        elif isinstance(self.mix, nn.Identity):
+            h = nn.functional.scaled_dot_product_attention(h, h, h)
+        else:
+            h = self.mix(h)
+        return self.leave(h[0] if isinstance(h, tuple) else h)[..., 0]
+
+
+MIXES = {
+    "attention": lambda: nn.MultiheadAttention(4, 2, batch_first=True),
+    "encoder": lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, activation="gelu", batch_first=True),
+    "function": nn.Identity,
+    "lstm": lambda: nn.LSTM(4, 4, batch_first=True),
+}
+
+
+def Attention():
+    return Tokens(MIXES["attention"])
+
+
+@pytest.mark.parametrize("divergence", ["exact", "forward", "reverse"])
+@pytest.mark.parametrize("mix", MIXES)
+def test_composite_layers_have_the_derivative_of_autograds_jacobian(mix, divergence):
+    field, x = Tokens(MIXES[mix]), torch.randn(3, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    e = Noise(0).draw("probe", "rademacher", (1, 3, 2), dtype=F64, batch_dim=1)
+    j = torch.stack([torch.autograd.functional.jacobian(lambda v: field(torch.zeros(()), v[None])[0], row) for row in x])
+    wanted = j.diagonal(dim1=1, dim2=2).sum(1) if divergence == "exact" else torch.einsum("ni,nij,nj->n", e[0], j, e[0])
+    for mode in (torch.enable_grad, torch.no_grad):
+        for training in (True, False):
+            with mode():
+                out = linearize(field.train(training), torch.zeros((), dtype=F64), x, e, None, {"div"}, DIVERGENCES[divergence]())
+            torch.testing.assert_close(out.div, wanted, rtol=1e-9, atol=1e-9)
+    if divergence != "exact":
+        found = {kind: gradients(flow_of(Tokens(MIXES[mix]), kind, divergence), x) for kind in SOLVERS}
+        for one, other, off in (("grid", "checkpoint", 1e-9), ("adaptive", "adjoint", 1e-3), ("grid", "reversible", 5e-2)):
+            torch.testing.assert_close(found[one], found[other], rtol=off, atol=off)
+    flow_of(field, divergence=divergence).eval().score(x, noise=Noise(0))
+
+
+@pytest.mark.slow
+def test_attention_compiles(monkeypatch):
+    monkeypatch.setattr("cnf.compilation.BACKEND", "aot_eager")
+    x = torch.randn(3, 2, dtype=F64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CompilationWarning)
+        found = [gradients(Flow(CNF(Attention(), Hutchinson(), FixedGrid("euler", 1), compile=c), (2,)), x) for c in (False, True)]
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -13,7 +13,7 @@ from cnf.compilation import CompilationWarning, compiled
 from cnf.continuous import CNF
 from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError
-from cnf.fields import MLP, ConvField, Drive, HyperMLP, SqueezeSum, TimePath
+from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, HyperMLP, SqueezeSum, TimePath
 from cnf.likelihood import block_errors, evaluate, solver_error
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
@@ -59,7 +59,7 @@ def fields():
         yield f"mlp-{layer}", lambda layer=layer: (MLP(3, (7, 6, 5), layer), None, (5, 3))
         yield f"conv-{layer}", lambda layer=layer: (ConvField(2, (4, 5, 4), layer), None, (3, 2, 5, 4))
     for kind in ("concat", "hyper", "both"):
-        drive = Drive(kind, 4, 1 if kind == "concat" else 3)
+        drive = AugmentedTimeConditioning(kind, 4, 1 if kind == "concat" else 3)
         yield f"affjord-mlp-{kind}", lambda drive=drive: (MLP(3, (6, 6), drive), TimePath(4), (5, 3))
         yield f"affjord-conv-{kind}", lambda drive=drive: (ConvField(2, (4, 4), drive, strides=(1, 0, 1)), TimePath(4), (3, 2, 4, 5))
         if kind != "concat":

@@ -15,7 +15,7 @@ from cnf.compat.affjord import ENTRIES, fill_path, released_layer
 from cnf.config import preset
 from cnf.divergence import Exact, linearize
 from cnf.errors import CheckpointError, ConfigError
-from cnf.fields import Conv, Drive, TimePath, time_layer
+from cnf.fields import AugmentedTimeConditioning, Conv, TimePath, time_layer
 from cnf.models import build
 from cnf.multiscale import scale_shapes
 from cnf.noise import Noise
@@ -57,7 +57,7 @@ def places(data):
 def test_layers(path):
     data, meta = read(path)
     state = substate(data)
-    for name, kind in (("concat_conv", "ignore"), ("hyper_conv", Drive("hyper", ENTRIES, 10))):
+    for name, kind in (("concat_conv", "ignore"), ("hyper_conv", AugmentedTimeConditioning("hyper", ENTRIES, 10))):
         about = meta["config"]["layers"][name]
         conv = Conv(about["in"], about["out"], about["kw"]["ksize"], about["kw"]["stride"], about["kw"]["padding"])
         layer = time_layer(kind, conv).double()
@@ -221,7 +221,7 @@ def test_toys(path):
 
 @pytest.mark.parametrize("path", TOYS)
 def test_toys_are_the_model_of_the_published_presets(path):
-    """Drive("both"), and the plain net, from the presets' settings with the golden weights; the released ODE runs backwards."""
+    """AugmentedTimeConditioning("both"), and the plain net, from the presets' settings with the golden weights; the released ODE runs backwards."""
     data, meta = read(path)
     state, width = substate(data), meta["config"]["width"]
     augmented = meta["config"]["variant"] == "augmented"

@@ -10,7 +10,7 @@ from torch import nn
 
 from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson, Noise, from_velocity
 from cnf.errors import ConfigError, DataError, SolverError
-from cnf.fields import MLP, ConvField, Drive, TimePath
+from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
 from cnf.models import NeuralODE
 from cnf.multiscale import multiscale
 from cnf.solvers import Stats
@@ -123,7 +123,7 @@ def test_torch_jit_and_wrappers_of_two_arguments():
 
 
 def test_a_second_derivative_at_a_state_of_zero_is_finite():
-    flow = Flow(CNF(MLP(2, (8,), Drive("hyper", 3, 3)), solver=Adaptive(), path=TimePath(3, learn_start=True)), (2,)).to(F64)
+    flow = Flow(CNF(MLP(2, (8,), AugmentedTimeConditioning("hyper", 3, 3)), solver=Adaptive(), path=TimePath(3, learn_start=True)), (2,)).to(F64)
     x = POINTS.clone().requires_grad_()
     (slope,) = torch.autograd.grad(flow.log_prob(x).sum(), x, create_graph=True)
     slope.square().sum().backward()
@@ -228,7 +228,7 @@ def test_a_transform_cannot_change_what_it_is_handed():
 @pytest.mark.parametrize("training", [True, False])
 def test_empty_batches_of_blocks_distributions_and_paths(training):
     empty = torch.zeros(0, 2)
-    for block in (CNF(MLP(2)), CNF(Field().float()), CNF(MLP(2, (8,), Drive("hyper", 3, 3)), path=TimePath(3)), CNF(MLP(2), Hutchinson())):
+    for block in (CNF(MLP(2)), CNF(Field().float()), CNF(MLP(2, (8,), AugmentedTimeConditioning("hyper", 3, 3)), path=TimePath(3)), CNF(MLP(2), Hutchinson())):
         block.train(training)
         for out in (block(empty), block.inverse(empty)):
             assert out.value.shape == (0, 2) and out.log_det.shape == (0,)

@@ -10,17 +10,17 @@ import cnf
 from cnf import CNF, Adaptive, FixedGrid
 from cnf.config import preset
 from cnf.errors import ConfigError
-from cnf.fields import Drive, HyperMLP, TimePath
+from cnf.fields import AugmentedTimeConditioning, HyperMLP, TimePath
 from cnf.models import ModelConfig, SolverConfig, build
 from cnf.objectives import Likelihood
 
 K = 3
-DRIVES = {"none": None, "hyper": Drive("hyper", k=K, m=2), "both": Drive("both", k=K, m=2)}
+AUGMENTED_TIME_LAYERS = {"none": None, "hyper": AugmentedTimeConditioning("hyper", k=K, m=2), "both": AugmentedTimeConditioning("both", k=K, m=2)}
 
 
 def field(drive, dim=2, hidden=(6,), **more):
     torch.manual_seed(0)
-    return HyperMLP(dim, hidden, DRIVES[drive], (5, 4), **more).double()
+    return HyperMLP(dim, hidden, AUGMENTED_TIME_LAYERS[drive], (5, 4), **more).double()
 
 
 def time(drive):
@@ -36,7 +36,7 @@ def block(drive, solver=None, **more):
     return CNF(field(drive, **more), path=path, end_time=1.5, solver=solver, eval_solver=solver).double().eval()
 
 
-@pytest.mark.parametrize("drive", DRIVES)
+@pytest.mark.parametrize("drive", AUGMENTED_TIME_LAYERS)
 def test_one_hidden_layer_is_the_papers_formula(drive):
     """The mean over m of u_m sigma(g_m) tanh(w_m [x, a] + b_m), term by term."""
     f, t, x = field(drive), time(drive), normal(4, 2)
@@ -50,7 +50,7 @@ def test_one_hidden_layer_is_the_papers_formula(drive):
     assert torch.allclose(f(t, x), truth, atol=1e-13)
 
 
-@pytest.mark.parametrize("drive", DRIVES)
+@pytest.mark.parametrize("drive", AUGMENTED_TIME_LAYERS)
 @pytest.mark.parametrize("hidden", [(6,), (5, 4), (4, 3, 4)])
 def test_divergence_and_fused_tangents_equal_autodiff(drive, hidden):
     f, t, x = field(drive, 3, hidden, residual="linear", context_dim=2), time(drive), normal(4, 3)
@@ -144,13 +144,13 @@ def test_every_parameter_has_had_a_gradient_within_ten_adam_steps(drive, zero):
     (lambda: HyperMLP(2, generator=()), ("generator=()",)),
     (lambda: HyperMLP(2, (4, 0)), ("hidden=(4, 0)",)),
     (lambda: HyperMLP(0), ("dim=0",)),
-    (lambda: HyperMLP(2, drive=Drive("concat", k=3)), ("'concat'", "'both'")),
-    (lambda: HyperMLP(2, drive=Drive("both", k=3, m=2, rank=1)), ("rank=1",)),
+    (lambda: HyperMLP(2, drive=AugmentedTimeConditioning("concat", k=3)), ("'concat'", "'both'")),
+    (lambda: HyperMLP(2, drive=AugmentedTimeConditioning("both", k=3, m=2, rank=1)), ("rank=1",)),
     (lambda: HyperMLP(2)(torch.zeros(5), torch.zeros(5, 2)), ("(5,)", "single t")),
     (lambda: HyperMLP(2)(torch.zeros(()), torch.zeros(5, 3)), ("(5, 3)", "HyperMLP", "dim=2")),
-    (lambda: HyperMLP(2, drive=Drive("both", k=3, m=2))(torch.zeros(()), torch.zeros(5, 2)), ("()", "(3,)")),
-    (lambda: CNF(HyperMLP(2, drive=Drive("both", k=3, m=2))), ("path=TimePath(3)",)),
-    (lambda: CNF(HyperMLP(2), path=TimePath(3)), ("Generated", "Drive")),
+    (lambda: HyperMLP(2, drive=AugmentedTimeConditioning("both", k=3, m=2))(torch.zeros(()), torch.zeros(5, 2)), ("()", "(3,)")),
+    (lambda: CNF(HyperMLP(2, drive=AugmentedTimeConditioning("both", k=3, m=2))), ("path=TimePath(3)",)),
+    (lambda: CNF(HyperMLP(2), path=TimePath(3)), ("Generated", "AugmentedTimeConditioning")),
     (lambda: build(ModelConfig(field="hypernet", layer="concat"), SolverConfig(), (2,)), ("layer='concat'", "hypernet")),
     (lambda: build(ModelConfig(field="hypernet", drive="concat"), SolverConfig(), (2,)), ("'concat'", "'both'")),
     (lambda: cnf.models.build_predictor(ModelConfig("node", "hypernet"), SolverConfig(), (2,), outputs=1), ("'hypernet'", "'mlp'")),

@@ -9,7 +9,7 @@ from torch import nn
 
 from cnf import CNF, Flow, ModelConfig, Noise, SolverConfig, build
 from cnf.errors import ConfigError
-from cnf.fields import MLP, Denoiser, Drive, Interpolant, TimePath
+from cnf.fields import MLP, AugmentedTimeConditioning, Denoiser, Interpolant, TimePath
 from cnf.matching import MatchingPath, TimeDistribution, couple, stratified
 from cnf.objectives import FlowMatching
 from cnf.solvers import Adaptive
@@ -210,7 +210,7 @@ def test_blocks_share_the_time_of_the_path(layer):
 
 def test_an_augmented_time_is_where_the_block_has_it():
     torch.manual_seed(0)
-    block = CNF(MLP(2, (8,), Drive("hyper", k=4, m=3)), path=TimePath(4, learn_start=True)).double()
+    block = CNF(MLP(2, (8,), AugmentedTimeConditioning("hyper", k=4, m=3)), path=TimePath(4, learn_start=True)).double()
     nn.init.normal_(block.path.initial)
     path = MatchingPath(Flow(block, (2,)))
     t = torch.tensor([0.1, 0.1, 0.7], dtype=torch.float64)

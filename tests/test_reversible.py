@@ -13,7 +13,7 @@ from cnf.continuous import CNF
 from cnf.deferral import deferred_checks
 from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError, SolverError
-from cnf.fields import MLP, ConvField, Drive, TimePath
+from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
 from cnf.models import ModelConfig, SolverConfig, build, train_solver
 from cnf.models.neural_ode import NeuralODE
 from cnf.models.odenet import ODENet, mlp_maps
@@ -157,7 +157,7 @@ def test_every_method_and_number_of_steps(method, steps):
 @pytest.mark.parametrize("back", [False, True])
 def test_a_learned_time_is_walked_back_beside_the_point(drive, back):
     torch.manual_seed(0)
-    field = MLP(2, (4, 4), Drive(drive, k=3, **({} if drive == "concat" else {"m": 2})))
+    field = MLP(2, (4, 4), AugmentedTimeConditioning(drive, k=3, **({} if drive == "concat" else {"m": 2})))
     whole = perturbed(CNF(field, path=TimePath(3, learn_start=True), quadratures=TERMS))
 
     def make(solver):

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from cnf.continuous import CNF
 from cnf.errors import ConfigError, DataError
-from cnf.fields import MLP, ConvField, Drive, TimePath
+from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
 from cnf.models import ModelConfig, SolverConfig, build
 from cnf.multiscale import Carried, multiscale
 from cnf.sensitivity import jacobian, log_det, magnus, parameter_jacobian, piecewise_jacobian, response
@@ -248,7 +248,7 @@ MAGNUS = {
     "mlp": lambda h: (seeded(CNF(MLP(3, (8, 8), "concat"), end_time=h), 0.6), normal(16, 3)),
     "custom": lambda h: (CNF(Custom(), end_time=h), normal(16, 3)),
     "driven": lambda h: (
-        seeded(CNF(MLP(3, (8,), Drive("hyper", 4, 4)), path=TimePath(4), end_time=h), 0.6),
+        seeded(CNF(MLP(3, (8,), AugmentedTimeConditioning("hyper", 4, 4)), path=TimePath(4), end_time=h), 0.6),
         normal(16, 3),
     ),
 }
@@ -410,10 +410,10 @@ def test_pieces_that_are_alike_add_up_to_the_constant_parameters():
 # AFFJORD: the learned, augmented time
 
 
-DRIVES = {
-    "concat": Drive("concat", k=3),
-    "hyper": Drive("hyper", k=3, m=2),
-    "low rank": Drive("both", k=3, m=3, rank=2),
+AUGMENTED_TIME_LAYERS = {
+    "concat": AugmentedTimeConditioning("concat", k=3),
+    "hyper": AugmentedTimeConditioning("hyper", k=3, m=2),
+    "low rank": AugmentedTimeConditioning("both", k=3, m=3, rank=2),
 }
 
 
@@ -425,7 +425,7 @@ def driven_mlp(drive, **options):
 @pytest.mark.parametrize("path", [False, True])
 def test_gradient_of_a_jacobian_in_every_mode(path, back):
     torch.manual_seed(0)
-    field = MLP(3, (6,), DRIVES["hyper"] if path else "concat")
+    field = MLP(3, (6,), AUGMENTED_TIME_LAYERS["hyper"] if path else "concat")
     block = seeded(CNF(field, learn_end_time=True, path=TimePath(3, learn_start=True) if path else None))
     found = []
     for solver in (
@@ -470,11 +470,11 @@ AUGMENTED = {
 
 
 @pytest.mark.parametrize(("name", "drive"), [
-    (name, drive) for name in AUGMENTED for drive in DRIVES if drive != "low rank" or name in ("mlp", "conv", "carried")
+    (name, drive) for name in AUGMENTED for drive in AUGMENTED_TIME_LAYERS if drive != "low rank" or name in ("mlp", "conv", "carried")
 ])  # fmt: skip
 def test_log_det_of_augmented_flows(name, drive):
     torch.manual_seed(0)
-    flow, event = AUGMENTED[name](DRIVES[drive])
+    flow, event = AUGMENTED[name](AUGMENTED_TIME_LAYERS[drive])
     seeded(flow, 0.2 if len(event) == 1 else 0.1)
     solver = FixedGrid("dopri5", 14 if len(event) == 1 else 8)
     for block in (m for m in flow.modules() if isinstance(m, CNF)):
@@ -495,7 +495,7 @@ def test_log_det_of_augmented_flows(name, drive):
 
 @pytest.mark.parametrize("drive", ["concat", "hyper"])
 def test_log_det_of_augmented_flows_by_an_adaptive_solver(drive):
-    chain = seeded(Carried([driven_mlp(DRIVES[drive], context_dim=2), driven_mlp(DRIVES[drive], context_dim=2)])).eval()
+    chain = seeded(Carried([driven_mlp(AUGMENTED_TIME_LAYERS[drive], context_dim=2), driven_mlp(AUGMENTED_TIME_LAYERS[drive], context_dim=2)])).eval()
     for block in chain.transforms:
         block.eval_solver = Adaptive("dopri5", 1e-10, 1e-10)
     x, context = normal(2, 3), normal(2, 2, seed=2)
@@ -507,9 +507,9 @@ def test_log_det_of_augmented_flows_by_an_adaptive_solver(drive):
         assert distance(afresh, claimed) > 1e-3  # what is carried matters
 
 
-@pytest.mark.parametrize("drive", DRIVES)
+@pytest.mark.parametrize("drive", AUGMENTED_TIME_LAYERS)
 def test_parameters_of_augmented_fields(drive):
-    block = seeded(driven_mlp(DRIVES[drive], context_dim=2))
+    block = seeded(driven_mlp(AUGMENTED_TIME_LAYERS[drive], context_dim=2))
     block.solver = COARSE
     x, context = normal(2, 3), normal(2, seed=2)
     _, ours = parameter_jacobian(block, x, context)

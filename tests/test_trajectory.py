@@ -8,7 +8,7 @@ from conftest import F64, perturbed
 
 from cnf.compat.affjord import ENTRIES, squeeze_paths
 from cnf.continuous import CNF
-from cnf.fields import MLP, ConvField, Drive, TimePath
+from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
 from cnf.flow import Flow
 from cnf.models import ModelConfig, SolverConfig, build
 from cnf.multiscale import Carried, Multiscale, multiscale
@@ -76,8 +76,8 @@ CHAINS = {
     "three scales, two blocks": ((1, 16, 16), 2, None),
     "colour": ((3, 8, 8), 1, None),
     "wide": ((2, 8, 12), 2, None),
-    "augmented time": ((1, 8, 8), 2, Drive("hyper", k=5, m=3)),
-    "augmented time, colour": ((3, 8, 8), 1, Drive("concat", k=4)),
+    "augmented time": ((1, 8, 8), 2, AugmentedTimeConditioning("hyper", k=5, m=3)),
+    "augmented time, colour": ((3, 8, 8), 1, AugmentedTimeConditioning("concat", k=4)),
 }
 
 
@@ -157,7 +157,7 @@ def test_the_ends_of_a_flows_path_are_the_image_and_its_latent(shape, options):
 
 @torch.no_grad()
 def test_the_released_affjords_path_is_squeezed_with_the_image():
-    drive = Drive("hyper", k=ENTRIES, m=10)
+    drive = AugmentedTimeConditioning("hyper", k=ENTRIES, m=10)
     flow = Flow(Sequential([Logit(0.05), multiscale((1, 8, 8), lambda s: block(s, drive), 2)]), (1, 8, 8))
     squeeze_paths(flow)
     flow, x = perturbed(flow, 0.1).eval(), images((1, 8, 8))

@@ -9,7 +9,7 @@ from cnf import CNF, ModelConfig, Noise, SolverConfig, build
 from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError, DataError
 from cnf.fields import Denoiser, Interpolant, UNet
-from cnf.fields.residual import Attention, GroupNorm, Pair
+from cnf.fields.unet_layers import Attention, Dual, GroupNorm
 from cnf.quadratures import JacobianFrobenius
 from cnf.solvers import FixedGrid
 
@@ -93,10 +93,10 @@ def test_group_norm_is_torchs():
     torch.nn.init.normal_(norm.shift)
     x = torch.randn(3, 12, 5, 4).double()
     truth = torch.nn.functional.group_norm(x, 4, norm.gain, norm.shift)
-    torch.testing.assert_close(norm(Pair(x)).value, truth)
-    torch.testing.assert_close(norm(Pair(x, torch.zeros(6, 12, 5, 4).double())).value, truth)
+    torch.testing.assert_close(norm(Dual(x)).value, truth)
+    torch.testing.assert_close(norm(Dual(x, torch.zeros(6, 12, 5, 4).double())).value, truth)
     modulation = torch.randn(3, 24).double()
-    a, b = norm(Pair(x), modulation).value, norm(Pair(x, torch.zeros_like(x)), modulation).value
+    a, b = norm(Dual(x), modulation).value, norm(Dual(x, torch.zeros_like(x)), modulation).value
     scale, move = (m[:, :, None, None] for m in modulation.chunk(2, 1))
     torch.testing.assert_close(a, truth * (1 + scale) + move)
     torch.testing.assert_close(b, a)
@@ -107,9 +107,9 @@ def test_attention_is_torchs():
     layer = Attention(8, heads=2).double()
     torch.nn.init.normal_(layer.project.weight)
     x = torch.randn(3, 8, 2, 4).double()
-    q, k, v = layer.qkv(layer.norm(Pair(x)).value).flatten(2).unflatten(1, (3, 2, 4)).transpose(3, 4).unbind(1)
+    q, k, v = layer.qkv(layer.norm(Dual(x)).value).flatten(2).unflatten(1, (3, 2, 4)).transpose(3, 4).unbind(1)
     mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(3, 8, 2, 4)
-    torch.testing.assert_close(layer(Pair(x)).value, x + layer.project(mixed))
+    torch.testing.assert_close(layer(Dual(x)).value, x + layer.project(mixed))
 
 
 def test_zero_initialisation_is_no_field_at_all():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from cnf.checkpoint.files import sweep, why
 from cnf.errors import CheckpointError, ConfigError
@@ -17,39 +17,72 @@ from cnf.errors import CheckpointError, ConfigError
 __all__ = ["LOCK", "locked", "renew"]
 
 LOCK = ".lock"  # in the run folder while a process writes there; holds its pid and host
-_FAR = 2**30  # offset of the byte locked on Windows, since a locked byte is unreadable and the pid must be readable
-# a link in an untrusted folder would have its target truncated; opening a pipe would block
-_OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+WAIT = 0.2  # seconds; the file may have been removed by its last owner between opening and locking
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # errors of a file system without locks
 
 
-@dataclass
 class _Held:
-    number: int  # descriptor of the open file
-    depth: int = 1
+    """A lock file of this process; filelock does the locking, names and removal are done here."""
 
+    def __init__(self, folder: Path):
+        self.path, self.depth = folder / LOCK, 0
+        self.take()
 
-_held: dict[str, _Held] = {}
+    def take(self) -> None:
+        self.lock = FileLock(
+            self.path, timeout=WAIT, thread_local=False, fallback_to_soft=False, poll_interval=0.02, on_acquired=self._sign
+        )
+        try:
+            self.lock.acquire()
+        except Timeout:
+            self._refuse()
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                where = self.path if error.errno == errno.ELOOP else self.path.parent
+                raise CheckpointError(f"{where} cannot be written: {why(self.path, error)}") from None
+            if _alive(_owner(self.path)):
+                self._refuse()
+            with self.path.open("r+b") as file:
+                self._sign(file.fileno())
 
+    def current(self) -> bool:
+        """Return whether the lock file is still the one that was locked."""
+        try:
+            return os.path.samestat(os.stat(self.path), self.stat)
+        except OSError:
+            return False
 
-def _forget() -> None:
-    """Close the locks in a forked child, whose copies would hold them after its parent's death."""
-    for held in _held.values():
+    def leave(self) -> None:
         with suppress(OSError):
-            os.close(held.number)
-    _held.clear()
+            if self.current():
+                self.path.unlink()  # removed while locked: filelock does not accept a removed file
+        self.lock.release()
+
+    def _sign(self, number: int) -> None:
+        self.stat = os.fstat(number)
+        os.ftruncate(number, 0)
+        os.write(number, f"{os.getpid()} {socket.gethostname()}\n".encode())
+
+    def _refuse(self) -> None:
+        process, _, host = _owner(self.path).partition(" ")
+        who = f"process {process}" if process.isdecimal() else "another process"
+        who += f" on {host}" if process.isdecimal() and host not in ("", socket.gethostname()) else ""
+        raise ConfigError(f"{self.path.parent} is in use by {who}: wait for it, stop it, or take another folder")
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+_held: dict[tuple[int, str], _Held] = {}  # by process, since a forked child inherits the dictionary but not the locks
+
+
+def _key(folder: Path) -> tuple[int, str]:
+    return os.getpid(), os.path.realpath(folder)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Context manager that makes this process the only writer of ``folder``, which is created if missing.
 
-    The lock is the kernel's, on an open file, so that it ends with its owner, however that ends; temporaries of a
-    killed owner are removed. A process may take it repeatedly. Readers need no lock.
+    The kernel frees the lock when its owner ends, even by kill -9; temporary files of a killed owner are removed. A process
+    may take the lock repeatedly. Readers need no lock.
 
     Raises:
         ConfigError: if another process holds the lock (it is named).
@@ -61,21 +94,19 @@ def locked(folder: Path) -> Iterator[None]:
         ...     Path(name, LOCK).read_text().split()[0] == str(os.getpid())
         True
     """
-    key = os.path.realpath(folder)
-    if key in _held:
-        _held[key].depth += 1
-    else:
-        _held[key] = _Held(_take(folder))
+    key = _key(folder)
+    if key not in _held:
+        _held[key] = _Held(folder)
         sweep(folder)
+    held = _held[key]
+    held.depth += 1
     try:
         yield
     finally:
-        held = _held.get(key)
-        if held is not None:
-            held.depth -= 1
-            if not held.depth:
-                del _held[key]
-                _leave(folder, held.number)
+        held.depth -= 1
+        if not held.depth and _held.get(_key(folder)) is held:
+            del _held[key]
+            held.leave()
 
 
 def renew(folder: Path) -> None:
@@ -85,85 +116,17 @@ def renew(folder: Path) -> None:
         ConfigError: if another process took it first.
         CheckpointError: if the folder cannot be written.
     """
-    held = _held.get(os.path.realpath(folder))
-    if held is not None and not _same(folder / LOCK, held.number):
-        number = _take(folder)
-        with suppress(OSError):
-            os.close(held.number)
-        held.number = number
+    held = _held.get(_key(folder))
+    if held is not None and not held.current():
+        held.lock.release()  # of the removed file
+        held.take()
 
 
-def _take(folder: Path) -> int:
-    path = folder / LOCK
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            number = os.open(path, _OPEN, 0o644)
-        except OSError as error:
-            where = path if error.errno == errno.ELOOP else folder
-            raise CheckpointError(f"{where} cannot be written: {why(path, error)}") from None
-        try:
-            free = _lock(number)
-            owner = "" if free else _read(number)
-            if not free:
-                raise ConfigError(f"{folder} is in use by {_words(owner)}: wait for it, stop it, or take another folder")
-            if not _same(path, number):  # its last owner has just removed it
-                os.close(number)
-                continue
-            os.ftruncate(number, 0)
-            os.lseek(number, 0, os.SEEK_SET)
-            os.write(number, f"{os.getpid()} {socket.gethostname()}\n".encode())
-        except OSError as error:
-            os.close(number)
-            raise CheckpointError(f"{folder} cannot be written: {why(path, error)}") from None
-        except ConfigError:
-            os.close(number)
-            raise
-        return number
-
-
-def _leave(folder: Path, number: int) -> None:
-    with suppress(OSError):
-        if _same(folder / LOCK, number):
-            (folder / LOCK).unlink()  # unlinked while locked: a process that opened it meanwhile notices
-    with suppress(OSError):
-        os.close(number)
-
-
-def _same(path: Path, number: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(number))
-    except OSError:
-        return False
-
-
-def _lock(number: int) -> bool:
-    """Try to lock the open file; return whether it succeeded (without lock support: whether its owner is dead)."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        try:
-            os.lseek(number, _FAR, os.SEEK_SET)
-            msvcrt.locking(number, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        return not _alive(_read(number))
-    return True
-
-
-def _read(number: int) -> str:
-    os.lseek(number, 0, os.SEEK_SET)
-    return os.read(number, 300).decode(errors="replace").strip()
+def _owner(path: Path) -> str:
+    """Return the process and host in a lock file, "" if it is unreadable (filelock has refused links)."""
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(300).decode(errors="replace").strip()
+    return ""
 
 
 def _alive(owner: str) -> bool:
@@ -182,10 +145,3 @@ def _alive(owner: str) -> bool:
     except OSError:  # a process of another user
         return True
     return True
-
-
-def _words(owner: str) -> str:
-    process, _, host = owner.partition(" ")
-    if not process.isdecimal():
-        return "another process"
-    return f"process {process}" + (f" on {host}" if host and host != socket.gethostname() else "")

@@ -43,8 +43,8 @@ class ReleasedScale(Carried):
 
     Example:
         >>> from cnf.continuous import CNF
-        >>> from cnf.fields import ConvField, Drive
-        >>> field = ConvField(1, (2,), Drive("hyper", ENTRIES, GENERATING))
+        >>> from cnf.fields import ConvField, AugmentedTimeConditioning
+        >>> field = ConvField(1, (2,), AugmentedTimeConditioning("hyper", ENTRIES, GENERATING))
         >>> scale = ReleasedScale([CNF(field, path=TimePath(ENTRIES)), Squeeze()], (1, 28, 28))
         >>> u = torch.arange(20.0)[None]
         >>> scale.between(Squeeze(), u)[0, :12].int().tolist()
@@ -84,7 +84,7 @@ def released_layer(
 
     Returns:
         ``core.weight`` and ``core.bias`` of an :class:`~cnf.fields.time.Ignore`, or ``weight``, ``bias``, ``move`` and
-        ``move_bias`` of a layer with :class:`~cnf.fields.Drive` ``("hyper", 20, 10)``. The released hyper layer reads
+        ``move_bias`` of a layer with :class:`~cnf.fields.AugmentedTimeConditioning` ``("hyper", 20, 10)``. The released hyper layer reads
         its bias from the start of the weight; here it is a copy.
 
     Raises:

@@ -1,6 +1,9 @@
 """Vector fields f(t, x) and their time layers."""
 
-from cnf.fields.augmented import DRIVES, Drive, TimePath
+import warnings
+from typing import Any
+
+from cnf.fields.augmented import AUGMENTED_TIME_LAYERS, AugmentedTimeConditioning, TimePath
 from cnf.fields.base import VectorField
 from cnf.fields.denoiser import PERIODS, Denoiser
 from cnf.fields.hypernet import HyperMLP
@@ -13,14 +16,14 @@ from cnf.fields.time import TimeLayer
 from cnf.fields.unet import UNet
 
 __all__ = [
-    "DRIVES",
+    "AUGMENTED_TIME_LAYERS",
     "LAYERS",
     "MLP",
     "PERIODS",
+    "AugmentedTimeConditioning",
     "Conv",
     "ConvField",
     "Denoiser",
-    "Drive",
     "HyperMLP",
     "Interpolant",
     "LayerFactory",
@@ -33,3 +36,12 @@ __all__ = [
     "VectorField",
     "time_layer",
 ]
+
+_OLD = {"Drive": "AugmentedTimeConditioning", "DRIVES": "AUGMENTED_TIME_LAYERS", "Schedule": "Interpolant"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OLD:
+        warnings.warn(f"cnf.fields.{name} is called {_OLD[name]}", DeprecationWarning, stacklevel=2)
+        return globals()[_OLD[name]]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

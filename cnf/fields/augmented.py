@@ -17,7 +17,7 @@ from cnf.errors import ConfigError
 from cnf.fields.maps import Conv, Linear
 from cnf.fields.time import Affine, Constants, TimeLayer, bias_of, planes, weight_of
 
-__all__ = ["DRIVES", "PATH_NONLINEARITIES", "Drive", "Handover", "TimePath", "check_drive", "check_time"]
+__all__ = ["AUGMENTED_TIME_LAYERS", "PATH_NONLINEARITIES", "AugmentedTimeConditioning", "Handover", "TimePath", "check_augmented_time", "check_time"]
 
 PATH_NONLINEARITIES: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh, "softplus": nn.Softplus, "elu": nn.ELU, "swish": nn.SiLU, "relu": nn.ReLU,
@@ -77,7 +77,7 @@ class Handover:
 
 
 @dataclass(frozen=True)
-class Drive:
+class AugmentedTimeConditioning:
     """Conditioning of all layers of a field on the augmented time a; pass it as the field's ``layer``.
 
     Args:
@@ -94,7 +94,7 @@ class Drive:
 
     Example:
         >>> from cnf.fields import MLP
-        >>> field = MLP(2, (16, 16), Drive("hyper", k=8, m=4))
+        >>> field = MLP(2, (16, 16), AugmentedTimeConditioning("hyper", k=8, m=4))
         >>> a = torch.zeros(8)
         >>> dx, div = field.divergence(a, torch.randn(5, 2))
         >>> dx.shape, div.shape
@@ -107,10 +107,10 @@ class Drive:
     rank: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in DRIVES:
-            near = get_close_matches(str(self.kind), DRIVES, 1)
+        if self.kind not in AUGMENTED_TIME_LAYERS:
+            near = get_close_matches(str(self.kind), AUGMENTED_TIME_LAYERS, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"drive={self.kind!r} is unknown: expected one of {', '.join(DRIVES)}{hint}")
+            raise ConfigError(f"drive={self.kind!r} is unknown: expected one of {', '.join(AUGMENTED_TIME_LAYERS)}{hint}")
         if self.k < 1:
             raise ConfigError(f"drive k={self.k}: the augmented time needs a size of at least 1")
         if self.kind != "concat" and not 1 <= self.m <= self.k:
@@ -119,16 +119,16 @@ class Drive:
             raise ConfigError(f"drive rank={self.rank}: expected 0 (a full generator) or the rank of its factors")
 
     @property
-    def after_first(self) -> Drive:
+    def after_first(self) -> AugmentedTimeConditioning:
         """Conditioning of the layers after the first: "both" becomes "hyper": a is an input of the first layer."""
         return replace(self, kind="hyper") if self.kind == "both" else self
 
     def __call__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True) -> TimeLayer:
         """Return the conditioned layer around a linear map (see :class:`~cnf.fields.LayerFactory`)."""
-        return DRIVES[self.kind](map, self, context_dim)
+        return AUGMENTED_TIME_LAYERS[self.kind](map, self, context_dim)
 
 
-def check_time(a: Tensor, drive: Drive, rows: bool) -> None:
+def check_time(a: Tensor, drive: AugmentedTimeConditioning, rows: bool) -> None:
     """Check that ``a`` is an augmented time (k,), or with ``rows`` one per row (N, k).
 
     Raises:
@@ -146,18 +146,18 @@ def check_time(a: Tensor, drive: Drive, rows: bool) -> None:
         )
 
 
-class _Driven(TimeLayer):
+class _AugmentedTimeLayer(TimeLayer):
     """Base class of layers conditioned on a in place of t."""
 
-    def __init__(self, map: Linear | Conv, drive: Drive, context_dim: int = 0):
+    def __init__(self, map: Linear | Conv, drive: AugmentedTimeConditioning, context_dim: int = 0):
         super().__init__(map, context_dim)
-        self.drive = drive
+        self.drive, self.augmented_time = drive, drive.k
 
 
-class DriveConcat(_Driven):
+class AugmentedTimeConcat(_AugmentedTimeLayer):
     """W [a; x] + b, with a first."""
 
-    def __init__(self, map: Linear | Conv, drive: Drive, context_dim: int = 0):
+    def __init__(self, map: Linear | Conv, drive: AugmentedTimeConditioning, context_dim: int = 0):
         super().__init__(map, drive, context_dim)
         self.core = map.module(extra=drive.k)
 
@@ -169,7 +169,7 @@ class DriveConcat(_Driven):
         planes = self.map.apply(driven, one.reshape(*one.shape, *(1,) * len(size)).expand(-1, -1, *size))
         return rest, planes, self._spread(bias)
 
-    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+    def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         check_time(t, self.drive, rows=True)
         weight, driven, bias = constants
         return Affine(weight, None, torch.tensordot(t, driven, 1) + bias)
@@ -179,13 +179,13 @@ class DriveConcat(_Driven):
         return cast(Tensor, self.core(torch.cat([planes(t, x), x], 1)))
 
 
-class DriveHyper(_Driven):
+class AugmentedTimeHyper(_AugmentedTimeLayer):
     """Weight and bias linear in a[:m], with a full generator or low-rank factors."""
 
     time_weights = True
     takes_a = False  # whether a is also an input of the layer
 
-    def __init__(self, map: Linear | Conv, drive: Drive, context_dim: int = 0):
+    def __init__(self, map: Linear | Conv, drive: AugmentedTimeConditioning, context_dim: int = 0):
         super().__init__(map, drive, context_dim)
         m, r = drive.m, drive.rank
         weight, self.bias = (nn.Parameter(p.detach()) for p in map.module().parameters())  # θ(0), like a plain layer
@@ -212,7 +212,7 @@ class DriveHyper(_Driven):
             if name not in scales:  # with all factors zero their gradients would stay zero
                 nn.init.zeros_(p)
 
-    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+    def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         weight, bias = self._generate(t)
         return Affine(weight, None, self._spread(bias))
 
@@ -227,7 +227,7 @@ class DriveHyper(_Driven):
         return weight, self.bias + self.move_bias @ v
 
 
-class DriveBoth(DriveHyper):
+class AugmentedTimeBoth(AugmentedTimeHyper):
     """W(a) [a; x] + b(a), with a first: generated weights, and a as input features or channels."""
 
     takes_a = True
@@ -235,7 +235,7 @@ class DriveBoth(DriveHyper):
     def constants(self, size: tuple[int, ...]) -> Constants:
         return (self.weight.new_ones(1, 1, *size),)
 
-    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+    def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         weight, bias = self._generate(t)
         driven, rest = self.map.split(weight, self.drive.k)
         # a's k constant planes equal one plane of ones under the kernels weighted by a: a map of one channel, not k
@@ -244,10 +244,10 @@ class DriveBoth(DriveHyper):
         return Affine(rest, None, plane + self._spread(bias))
 
 
-DRIVES: dict[str, type[DriveConcat] | type[DriveHyper]] = {"concat": DriveConcat, "hyper": DriveHyper, "both": DriveBoth}
+AUGMENTED_TIME_LAYERS: dict[str, type[AugmentedTimeConcat] | type[AugmentedTimeHyper]] = {"concat": AugmentedTimeConcat, "hyper": AugmentedTimeHyper, "both": AugmentedTimeBoth}
 
 
-def check_drive(field: nn.Module, path: TimePath | None) -> None:
+def check_augmented_time(field: nn.Module, path: TimePath | None) -> None:
     """Check that a field and an augmented time fit together; fields without time layers are not checked.
 
     Raises:
@@ -256,13 +256,13 @@ def check_drive(field: nn.Module, path: TimePath | None) -> None:
     for layer in field.modules():
         if not isinstance(layer, TimeLayer):
             continue
-        drive: Drive | None = getattr(layer, "drive", None)
-        if path is None and drive is not None:
-            raise ConfigError(f"path=None, but the field is driven by an augmented time: give path=TimePath({drive.k})")
-        if path is not None and drive is None:
+        k = layer.augmented_time
+        if path is None and k:
+            raise ConfigError(f"path=None, but the field is driven by an augmented time: give path=TimePath({k})")
+        if path is not None and not k:
             raise ConfigError(
                 f"path is given, but the field has a {type(layer).__name__} layer, which takes t: build the field with "
-                "layer=Drive(...), or leave the path out"
+                "layer=AugmentedTimeConditioning(...), or leave the path out"
             )
-        if path is not None and drive is not None and drive.k != path.k:
-            raise ConfigError(f"the field takes an augmented time of size {drive.k}, but the path has size {path.k}")
+        if path is not None and k != path.k:
+            raise ConfigError(f"the field takes an augmented time of size {k}, but the path has size {path.k}")

@@ -38,14 +38,13 @@ def autodiff_jvp(
         return dx, product
 
     try:
-        with differentiable_attention():
-            if v.shape[0] == 1:
-                dx, product = push(v[0])
-                product = product[None]
-            else:
-                vmap: Any = torch.func.vmap
-                repeated, product = vmap(push, randomness="same")(v)  # out_dims=None does not nest in another vmap
-                dx = repeated[0]
+        if v.shape[0] == 1:
+            dx, product = push(v[0])
+            product = product[None]
+        else:
+            vmap: Any = torch.func.vmap
+            repeated, product = vmap(push, randomness="same")(v)  # out_dims=None does not nest in another vmap
+            dx = repeated[0]
     except (RuntimeError, NotImplementedError) as error:
         text = str(error)
         if isinstance(error, ConfigError) or not any(word in text for word in _NO_FORWARD):
@@ -58,9 +57,9 @@ def autodiff_jvp(
 
 
 @contextmanager
-def differentiable_attention() -> Iterator[None]:
-    """Select the math kernel of attention: fused kernels have no forward-mode and no second derivative."""
-    if torch.compiler.is_compiling():
+def differentiable_attention(needed: bool = True) -> Iterator[None]:
+    """Select the math kernel of attention if needed: fused kernels have no forward-mode and no second derivative."""
+    if not needed or torch.compiler.is_compiling():
         yield
         return
     fast = torch.backends.mha.get_fastpath_enabled()

@@ -21,6 +21,8 @@ _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_
 class SolveField:
     """Vector field as one solve calls it: ``field(t, x, context) -> dx``, with optional capabilities and their defaults."""
 
+    name = "the field"
+    """Its name in messages."""
     custom = False
     """Whether its code is not part of this package."""
     random = False
@@ -50,7 +52,7 @@ class SolveField:
         Raises:
             ConfigError: unless overridden.
         """
-        raise _no_closed_form(self)
+        raise _no_closed_form(self.name)
 
     def keep_kernel(self, t: Tensor) -> None:
         """Compute now what :meth:`divergence` would otherwise compute on first use and keep for all t."""
@@ -113,7 +115,7 @@ class VectorField(nn.Module):
     @property
     def closed_form(self) -> bool:
         """Whether :meth:`divergence` may be used: by default, whether it is overridden."""
-        return consistent(type(self), "divergence")
+        return type(self).divergence is not VectorField.divergence and consistent(type(self), "divergence")
 
     def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return f (N, \\*event) and its exact divergence (N,) in closed form.
@@ -121,7 +123,7 @@ class VectorField(nn.Module):
         Raises:
             ConfigError: if there is no closed form.
         """
-        raise _no_closed_form(self)
+        raise _no_closed_form(type(self).__name__)
 
     def precompute(self, x: Tensor, context: Tensor | None = None) -> SolveField | None:
         """Return the field for one solve at points like x (N, \\*event), with everything independent of t and x computed.
@@ -176,8 +178,8 @@ class FusedField(VectorField):
         return self.precompute(x, context).divergence(t, x)
 
 
-def _no_closed_form(field: object) -> ConfigError:
-    return ConfigError(f"{type(field).__name__} has no closed-form divergence: use Exact(), which falls back to autodiff, or Hutchinson()")
+def _no_closed_form(name: str) -> ConfigError:
+    return ConfigError(f"{name} has no closed-form divergence: use Exact(), which falls back to autodiff, or Hutchinson()")
 
 
 def structure(module: nn.Module) -> Structure:

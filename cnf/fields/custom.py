@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from cnf.compilation import CompilationWarning
-from cnf.deferral import tracing
+from cnf.deferral import tracing, vectorized
 from cnf.errors import ConfigError
+from cnf.fields.autodiff import differentiable_attention
 from cnf.fields.base import SolveField, VectorField, consistent, intact
 from cnf.fields.randomness import SolveRandomness, draws_random_numbers
 from cnf.fields.signature import takes_context, wrapped
@@ -108,6 +109,7 @@ class _BuiltIn(_Called):
         super().__init__(module)
         kind = type(module)
         self.module: Any = module
+        self.name = kind.__name__
         self.own_jvp = usable and consistent(kind, "jvp")
         self.closed_form = usable and consistent(kind, "divergence") and bool(getattr(module, "closed_form", True))
 
@@ -120,6 +122,8 @@ class _BuiltIn(_Called):
         return found
 
     def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not self.closed_form:
+            return super().divergence(t, x, context)
         found: tuple[Tensor, Tensor] = self.module.divergence(t, x, context)
         return found
 
@@ -148,7 +152,7 @@ class CustomField(_BuiltIn):
 
     def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return dx/dt (N, \\*event)."""
-        with self.randomness.at(x.device):
+        with self.randomness.at(x.device), differentiable_attention(vectorized()):
             out = self.module(*self._copies(t, x, context))
         return self._checked(out, x, "returned")
 
@@ -157,22 +161,18 @@ class CustomField(_BuiltIn):
             return t.clone(), x.clone(), None if context is None else context.clone()
         if context is not None:
             raise ConfigError(
-                f"context has shape {tuple(context.shape)}, but {self._name}.forward(t, x) takes none: add a third argument, "
+                f"context has shape {tuple(context.shape)}, but {self.name}.forward(t, x) takes none: add a third argument, "
                 "forward(t, x, context=None)"
             )
         return t.clone(), x.clone()
 
-    @property
-    def _name(self) -> str:
-        return type(self.module).__name__
-
     def _checked(self, out: Any, x: Tensor, what: str, lead: tuple[int, ...] = ()) -> Tensor:
         if not isinstance(out, Tensor):
-            raise ConfigError(f"field {self._name} {what} a {type(out).__name__}; expected a tensor of x's shape {tuple(x.shape)}")
+            raise ConfigError(f"field {self.name} {what} a {type(out).__name__}; expected a tensor of x's shape {tuple(x.shape)}")
         if out.shape != (*lead, *x.shape):
-            raise ConfigError(f"field {self._name} {what} shape {tuple(out.shape)}; expected {(*lead, *x.shape)}, as x has {tuple(x.shape)}")
+            raise ConfigError(f"field {self.name} {what} shape {tuple(out.shape)}; expected {(*lead, *x.shape)}, as x has {tuple(x.shape)}")
         if not out.is_floating_point():
-            raise ConfigError(f"field {self._name} {what} type {out.dtype}; expected floats, as x has {x.dtype}")
+            raise ConfigError(f"field {self.name} {what} type {out.dtype}; expected floats, as x has {x.dtype}")
         return out.clone()
 
     def jvp(
@@ -181,13 +181,15 @@ class CustomField(_BuiltIn):
         """Return f and J v + t_dot ∂f/∂t (K, N, \\*event), by the module's ``jvp`` if it may be used, else by autodiff."""
         if not self.own_jvp:
             return super().jvp(t, x, v, context, t_dot=t_dot)
-        with self.randomness.at(x.device):
+        with self.randomness.at(x.device), differentiable_attention():
             dx, product = self.module.jvp(t.clone(), x.clone(), v.clone(), None if context is None else context.clone(), t_dot=t_dot)
         return self._checked(dx, x, "returned from jvp"), self._checked(product, x, "returned from jvp a product of", v.shape[:1])
 
     def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return f (N, \\*event) and its divergence (N,) by the module's ``divergence``."""
-        with self.randomness.at(x.device):
+        if not self.closed_form:
+            return super().divergence(t, x, context)
+        with self.randomness.at(x.device), differentiable_attention():
             dx, div = self.module.divergence(t.clone(), x.clone(), None if context is None else context.clone())
         return self._checked(dx, x, "returned from divergence"), self._checked(div, x.flatten(1)[:, 0], "returned a divergence of")
 
@@ -213,7 +215,7 @@ class CustomField(_BuiltIn):
             return
         if again > _MIXING:
             raise ConfigError(
-                f"field {self._name} returns another value for the same point when it is called again (they differ by {again:.1%} of its "
+                f"field {self.name} returns another value for the same point when it is called again (they differ by {again:.1%} of its "
                 "size): draw random numbers from torch's global generator (torch.rand, nn.Dropout), not from Python's, NumPy's or one of the "
                 "field's own, and keep no state from call to call"
             )
@@ -222,7 +224,7 @@ class CustomField(_BuiltIn):
             return
         if not self.random and apart is not None and apart > _MIXING:
             raise ConfigError(
-                f"field {self._name} returns another value for a row when other rows are next to it (they differ by {apart:.1%} of its "
+                f"field {self.name} returns another value for a row when other rows are next to it (they differ by {apart:.1%} of its "
                 "size), so that no row has a density of its own: use statistics of one row (LayerNorm, GroupNorm) in place of the batch's"
             )
         known[mode] = (self.random, self.whole)

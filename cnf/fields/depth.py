@@ -99,7 +99,7 @@ class Galerkin(TimeLayer):
                 assert isinstance(p, Tensor)
                 own[0] = p
 
-    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+    def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         if t.ndim:
             raise ConfigError(
                 f"t has shape {tuple(t.shape)}, but a layer in a {self.name} basis has one set of weights per time: pass a "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf.errors import ConfigError
-from cnf.fields.augmented import Drive, check_time
+from cnf.fields.augmented import AugmentedTimeConditioning, check_time
 from cnf.fields.maps import Linear
 from cnf.fields.networks import MLP, Stack
 from cnf.fields.time import Affine, Constants, TimeLayer
@@ -39,7 +39,7 @@ class Generated(TimeLayer):
         map: Linear,
         generator: nn.Module,
         features: int,
-        drive: Drive | None,
+        drive: AugmentedTimeConditioning | None,
         *,
         first: bool,
         last: bool,
@@ -47,12 +47,13 @@ class Generated(TimeLayer):
     ):
         super().__init__(map, context_dim)
         self.drive, self.last = drive, last
+        self.augmented_time = 0 if drive is None else drive.k
         self.takes_a = drive is not None and drive.kind == "both" and first
         self._generator = (generator,)  # in a tuple: registered once, by the field
         self.numel = map.outputs * (map.inputs + (drive.k if drive is not None and self.takes_a else 0))
         self.head = nn.Linear(features, 2 * self.numel if last else self.numel + map.outputs)
 
-    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+    def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         if self.drive is not None:
             check_time(t, self.drive, rows=False)
         elif t.ndim:
@@ -79,7 +80,7 @@ class HyperMLP(MLP):
     Args:
         dim: number of dimensions D of a row.
         hidden: widths M of the hidden layers.
-        drive: ``Drive("both")`` for the paper's f([x, a], θ(a)), ``Drive("hyper")`` for f(x, θ(a)), None for f(x, θ(t)).
+        drive: ``AugmentedTimeConditioning("both")`` for the paper's f([x, a], θ(a)), ``AugmentedTimeConditioning("hyper")`` for f(x, θ(a)), None for f(x, θ(t)).
         generator: widths of the generator's hidden layers.
         nonlinearity: tanh, softplus, elu, swish or relu.
         context_dim: size of the context, added to every shift; 0 for none.
@@ -92,7 +93,7 @@ class HyperMLP(MLP):
     Example:
         >>> sum(p.numel() for p in HyperMLP(2).parameters())
         15904
-        >>> field = HyperMLP(2, drive=Drive("both", k=2, m=2))
+        >>> field = HyperMLP(2, drive=AugmentedTimeConditioning("both", k=2, m=2))
         >>> dx, div = field.divergence(torch.zeros(2), torch.randn(5, 2))
         >>> dx.shape, div.shape
         (torch.Size([5, 2]), torch.Size([5]))
@@ -102,7 +103,7 @@ class HyperMLP(MLP):
         self,
         dim: int,
         hidden: Sequence[int] = (64,),
-        drive: Drive | None = None,
+        drive: AugmentedTimeConditioning | None = None,
         generator: Sequence[int] = (32, 32),
         nonlinearity: str = "tanh",
         context_dim: int = 0,

@@ -22,7 +22,7 @@ class Ignore(TimeLayer):
         super().__init__(map, context_dim, context_gate=context_gate)
         self.core = map.module()
 
-    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+    def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         return Affine(weight_of(self.core), None, self._spread(bias_of(self.core)))
 
     def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
@@ -41,8 +41,8 @@ class Concat(TimeLayer):
         # the map of a constant plane t is t times that of ones: one small map for all times, not one per row
         return weight, self.map.apply(time, time.new_ones(1, 1, *size))[0], self._spread(bias_of(self.core))
 
-    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
-        return _moving_plane(t, *constants)
+    def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+        return _plane_at(t, *constants)
 
     def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
         return cast(Tensor, self.core(torch.cat([planes(t[..., None], x), x], 1)))
@@ -70,8 +70,8 @@ class ConcatCoord(TimeLayer):
             rest = self.map.apply(place, grid)[0] + self._spread(bias_of(self.core))
         return weight, plane, rest
 
-    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
-        return _moving_plane(t, *constants)
+    def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+        return _plane_at(t, *constants)
 
     def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
         time = planes(t[..., None], x)
@@ -92,7 +92,7 @@ class Squash(TimeLayer):
         self.core = map.module()
         self.gate = nn.Linear(1, map.outputs)
 
-    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+    def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         gate = self._gate(self.gate, t, logits)
         return Affine(weight_of(self.core), gate, gate * self._spread(bias_of(self.core)))
 
@@ -108,8 +108,8 @@ class ConcatSquash(Squash):
         super().__init__(map, context_dim, context_gate=context_gate)
         self.drift = nn.Linear(1, map.outputs, bias=False)
 
-    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
-        squashed = super().moving(t, constants, logits)
+    def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+        squashed = super().params_at(t, constants, logits)
         shift = cast(Tensor, squashed.shift) + self._spread(t[..., None] * self.drift.weight[:, 0])
         return squashed._replace(shift=shift)
 
@@ -126,7 +126,7 @@ class Blend(TimeLayer):
         super().__init__(map, context_dim, context_gate=context_gate)
         self.core0, self.core1 = map.module(), map.module()
 
-    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+    def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         require_one_time(t, "blend")
         weight = torch.lerp(weight_of(self.core0), weight_of(self.core1), t)
         shift = torch.lerp(bias_of(self.core0), bias_of(self.core1), t)
@@ -167,7 +167,7 @@ class Hyper(TimeLayer):
         for p in (*self._last[0].parameters(), *(self.context_shift.parameters() if self.context_shift else ())):
             nn.init.zeros_(p)
 
-    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+    def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         require_one_time(t, "hyper")
         flat = self.generator(t.reshape(1))
         if self.map.spatial:
@@ -198,7 +198,7 @@ class LayerFactory(Protocol):
 def time_layer(
     kind: str | LayerFactory, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True
 ) -> TimeLayer:
-    """Return the layer of that kind around a linear map; a factory, such as :class:`~cnf.fields.Drive`, is called.
+    """Return the layer of that kind around a linear map; a factory, such as :class:`~cnf.fields.AugmentedTimeConditioning`, is called.
 
     Raises:
         ConfigError: for an unknown kind; the message suggests the nearest one.
@@ -217,6 +217,6 @@ def time_layer(
     return LAYERS[kind](map, context_dim, context_gate=context_gate)
 
 
-def _moving_plane(t: Tensor, weight: Tensor, plane: Tensor, rest: Tensor) -> Affine:
+def _plane_at(t: Tensor, weight: Tensor, plane: Tensor, rest: Tensor) -> Affine:
     """Return a layer without gate whose shift is t * plane + rest."""
     return Affine(weight, None, t.reshape(*t.shape, *(1,) * plane.ndim) * plane + rest)

@@ -85,7 +85,7 @@ class MLP(Stack):
     Args:
         dim: number of dimensions D of a row.
         hidden: widths of the hidden layers.
-        layer: time conditioning: a name in :data:`cnf.fields.LAYERS`, or a factory such as :class:`~cnf.fields.Drive`.
+        layer: time conditioning: a name in :data:`cnf.fields.LAYERS`, or a factory such as :class:`~cnf.fields.AugmentedTimeConditioning`.
         nonlinearity: tanh, softplus, elu, swish or relu.
         context_dim: size of the context, 0 for none.
         residual: ``"none"``, ``"minus"`` or ``"linear"`` (see :class:`Stack`).
@@ -136,7 +136,7 @@ class ConvField(Stack):
     Args:
         channels: channels of the image.
         hidden: channels of the hidden layers.
-        layer: time conditioning: a name in :data:`cnf.fields.LAYERS`, or a factory such as :class:`~cnf.fields.Drive`.
+        layer: time conditioning: a name in :data:`cnf.fields.LAYERS`, or a factory such as :class:`~cnf.fields.AugmentedTimeConditioning`.
         nonlinearity: tanh, softplus, elu, swish or relu.
         strides: one entry per layer (len(hidden) + 1): 1 = 3x3, 0 = 1x1, 2 = down, -2 = up; all 1 if None.
         context_dim: size of the context, 0 for none.

@@ -12,7 +12,7 @@ from cnf.errors import ConfigError
 from cnf.fields.activations import Activation
 from cnf.fields.base import SolveField
 from cnf.fields.maps import Linear
-from cnf.fields.time import Affine, Fixed, TimeLayer
+from cnf.fields.time import Affine, LayerConstants, TimeLayer
 from cnf.fields.trace import ConvKernel, conv_kernel, conv_trace, dense_kernel, dense_trace
 
 __all__ = ["PrecomputedField", "call_layers", "closed_form", "skip"]
@@ -55,10 +55,10 @@ class PrecomputedField(SolveField):
     ):
         self.layers, self.activation, self.residual, self.linear = tuple(layers), activation, residual, linear
         self.spatial = bool(self.layers[0].map.spatial)
-        self.fixed: list[Fixed] = []
+        self.known: list[LayerConstants] = []
         for layer in self.layers:
-            constants, shift, logits = layer.fixed(size, context)
-            self.fixed.append(Fixed(tuple(map(self._placed, constants)), shift, logits))
+            constants, shift, logits = layer.precompute(size, context)
+            self.known.append(LayerConstants(tuple(map(self._placed, constants)), shift, logits))
             size = layer.map.size(size)
         self.closed_form = closed_form(self.layers)
         # one kernel with graph, one without: a checkpointing solver evaluates without gradients first, then with them
@@ -85,7 +85,7 @@ class PrecomputedField(SolveField):
         k, n = v.shape[0], x.shape[0]
         h = entered = torch.cat([self._enter(x), self._enter(v.reshape(k * n, *x.shape[1:]))])
         for i, layer in enumerate(self.layers):
-            weight, gate, shift = layer.at(t, self.fixed[i])
+            weight, gate, shift = layer.affine_at(t, self.known[i])
             # point and tangents share one batch of (1 + K) N; the shift applies to the point only
             point, tangent = self._placed(layer.map.apply(weight, h)).split((n, k * n))
             tangent = tangent.unflatten(0, (k, n))
@@ -130,7 +130,7 @@ class PrecomputedField(SolveField):
     def keep_kernel(self, t: Tensor) -> None:
         """Compute the trace's kernel now if it does not depend on t."""
         if self.closed_form and self.keeps_kernel:
-            self._kernel([layer.at(t, fixed)[:2] for layer, fixed in zip(self.layers, self.fixed, strict=True)])
+            self._kernel([layer.affine_at(t, known)[:2] for layer, known in zip(self.layers, self.known, strict=True)])
 
     def _kernel(self, parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | ConvKernel:
         """Return the trace's kernel from each layer's weight and gate, cached if it does not depend on t."""
@@ -145,7 +145,7 @@ class PrecomputedField(SolveField):
 
     def _layer(self, i: int, t: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return layer i's value, weight and gate."""
-        weight, gate, shift = self.layers[i].at(t, self.fixed[i])
+        weight, gate, shift = self.layers[i].affine_at(t, self.known[i])
         h = self._placed(self.layers[i].map.apply(weight, h))
         h = h if gate is None else h * gate
         return h if shift is None else h + shift, weight, gate
@@ -155,7 +155,7 @@ class PrecomputedField(SolveField):
         layer = self.layers[i]
 
         def parts(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            a: Affine = layer.at(s, self.fixed[i])
+            a: Affine = layer.affine_at(s, self.known[i])
             none = s.new_zeros(())
             return a.weight, none if a.gate is None else a.gate, none if a.shift is None else a.shift
 

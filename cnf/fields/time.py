@@ -5,7 +5,8 @@ This form gives the value, the tangent gate * (W v) and the closed-form trace of
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+import warnings
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from cnf.errors import ConfigError
 from cnf.fields.maps import Conv, Linear
 
-__all__ = ["Affine", "Constants", "Fixed", "TimeLayer", "bias_of", "planes", "require_one_time", "weight_of"]
+__all__ = ["Affine", "Constants", "LayerConstants", "TimeLayer", "bias_of", "planes", "require_one_time", "weight_of"]
 
 Constants = tuple[Tensor, ...]
 
@@ -26,7 +27,7 @@ class Affine(NamedTuple):
     shift: Tensor | None
 
 
-class Fixed(NamedTuple):
+class LayerConstants(NamedTuple):
     """Parts of a layer that do not depend on t, computed once per solve."""
 
     constants: Constants
@@ -37,7 +38,7 @@ class Fixed(NamedTuple):
 class TimeLayer(nn.Module):
     """Base class of the time layers.
 
-    Subclasses implement :meth:`moving` (W, gate and shift at time t) and :meth:`constants` (its t-independent inputs).
+    Subclasses implement :meth:`params_at` (W, gate and shift at time t) and :meth:`constants` (its t-independent inputs).
 
     Args:
         map: the linear map, :class:`Linear` or :class:`Conv`.
@@ -48,6 +49,7 @@ class TimeLayer(nn.Module):
 
     time_weights = False  # whether W itself depends on t
     has_gate = False
+    augmented_time = 0  # size k of the augmented time a (k,) that the layer takes in place of t; 0 for t
 
     def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
         super().__init__()
@@ -57,29 +59,31 @@ class TimeLayer(nn.Module):
         gated = context_dim and context_gate and self.has_gate
         self.context_gate = nn.Linear(context_dim, map.outputs, bias=False) if gated else None
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "moving" in vars(cls):
+            warnings.warn(f"{cls.__name__}.moving is called params_at", DeprecationWarning, stacklevel=2)
+            setattr(cls, "params_at", vars(cls)["moving"])  # noqa: B010 (mypy takes no assignment to a method)
+
     def constants(self, size: tuple[int, ...]) -> Constants:
-        """Return the inputs of :meth:`moving` that depend on neither t nor context, for ``size`` (() for vectors)."""
+        """Return the inputs of :meth:`params_at` that depend on neither t nor context, for ``size`` (() for vectors)."""
         return ()
 
-    def moving(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
+    def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         """Return W, gate and shift at ``t`` (() or (N,)) without the context's shift; ``logits``: its gate term."""
         raise NotImplementedError
 
-    def fixed(self, size: tuple[int, ...], context: Tensor | None = None) -> Fixed:
+    def precompute(self, size: tuple[int, ...], context: Tensor | None = None) -> LayerConstants:
         """Return the parts that do not depend on t, for inputs of spatial ``size`` (() for vectors)."""
         shift = None if self.context_shift is None else self._spread(self.context_shift(_given(context)))
-        return Fixed(self.constants(size), shift, None if self.context_gate is None else self.context_gate(_given(context)))
+        return LayerConstants(self.constants(size), shift, None if self.context_gate is None else self.context_gate(_given(context)))
 
-    def at(self, t: Tensor, fixed: Fixed) -> Affine:
-        """Return W, gate and shift at time ``t`` (() or (N,)) from the result of :meth:`fixed`."""
-        weight, gate, shift = self.moving(t, fixed.constants, fixed.logits)
-        if fixed.shift is not None:
-            shift = fixed.shift if shift is None else shift + fixed.shift
+    def affine_at(self, t: Tensor, known: LayerConstants) -> Affine:
+        """Return W, gate and shift at time ``t`` (() or (N,)) from the result of :meth:`precompute`."""
+        weight, gate, shift = self.params_at(t, known.constants, known.logits)
+        if known.shift is not None:
+            shift = known.shift if shift is None else shift + known.shift
         return Affine(weight, gate, shift)
-
-    def affine(self, t: Tensor, size: tuple[int, ...], context: Tensor | None = None) -> Affine:
-        """Return W, gate and shift at time ``t`` (() or (N,)) for inputs of spatial ``size`` (() for vectors)."""
-        return self.at(t, self.fixed(size, context))
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the layer's value at x (N, in) or (N, in, h, w) by calling its modules, so that hooks apply."""
@@ -88,7 +92,7 @@ class TimeLayer(nn.Module):
 
     def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
         """Return the value at time ``t`` (() or (N,)) without the context's shift; overridden to call modules."""
-        weight, gate, shift = self.moving(t, self.constants(tuple(x.shape[2:])), logits)
+        weight, gate, shift = self.params_at(t, self.constants(tuple(x.shape[2:])), logits)
         y = self.map.apply(weight, x)
         y = y if gate is None else y * gate
         return y if shift is None else y + shift

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cnf.errors import ConfigError
 from cnf.fields.base import SolveField, VectorField, intact, structure
-from cnf.fields.residual import Attention, GroupNorm, Pair, ResidualBlock, convolve, joined, silu
+from cnf.fields.unet_layers import Attention, Dual, GroupNorm, ResidualBlock, convolve, joined, silu
 
 __all__ = ["TimeEmbedding", "UNet"]
 
@@ -120,7 +120,7 @@ class UNet(VectorField):
 
     def value(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         """Return dx/dt; subclasses override it together with :meth:`tangents`."""
-        return self._run(Pair(self._placed(x)), self.embedding(t, context)).value
+        return self._run(Dual(self._placed(x)), self.embedding(t, context)).value
 
     def precompute(self, x: Tensor, context: Tensor | None = None) -> SolveField:
         """Return the field for one solve."""
@@ -138,7 +138,7 @@ class UNet(VectorField):
         self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None, t_dot: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return what :meth:`jvp` returns, for a field whose layers :func:`intact` has checked."""
-        out = self._run(Pair(self._placed(x), self._placed(v.flatten(0, 1))), self.embedding(t, context))
+        out = self._run(Dual(self._placed(x), self._placed(v.flatten(0, 1))), self.embedding(t, context))
         product = cast(Tensor, out.tangent).unflatten(0, v.shape[:2])
         if t_dot is not None:
             product = product + self._drift(t, x, context, t_dot)
@@ -150,7 +150,7 @@ class UNet(VectorField):
         moved: Tensor = jvp(lambda s: self(s, x, context), (t,), (t_dot.to(t).expand_as(t),))[1]
         return moved
 
-    def _run(self, h: Pair, embedding: Tensor) -> Pair:
+    def _run(self, h: Dual, embedding: Tensor) -> Dual:
         self._check(h.value)
         h = convolve(self.enter, h)
         skips = []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cnf.errors import ConfigError
-from cnf.noise import Kind, Noise
+from cnf.noise import Kind, Like, Noise
 
 __all__ = ["ItemNoise"]
 
@@ -25,6 +25,9 @@ class ItemNoise(Noise):
         draw: index of the noise draw.
         sample: index of the importance sample within the draw.
 
+    Raises:
+        ConfigError: from a draw of another number of rows than ``items``.
+
     Example:
         >>> whole = ItemNoise(0, range(8)).draw("dequantize", "uniform", (8, 3))
         >>> bool((ItemNoise(0, [6, 2]).draw("dequantize", "uniform", (2, 3)) == whole[[6, 2]]).all())
@@ -35,32 +38,13 @@ class ItemNoise(Noise):
         super().__init__(seed, f"evaluation/{draw}")
         self.items, self.number, self.sample = items, draw, sample
 
-    def _copy(self) -> ItemNoise:
-        other = ItemNoise(self.seed, self.items, self.number, self.sample)
-        other.place = self.place
-        return other
-
-    def draw(
-        self,
-        name: str,
-        kind: Kind,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        batch_dim: int | None = 0,
-    ) -> Tensor:
-        """Draw by name, row by row.
-
-        Raises:
-            ConfigError: if ``shape`` has another number of rows than ``items``.
-        """
+    def _draw(self, name: str, kind: Kind, shape: Sequence[int], batch_dim: int | None, like: Like) -> Tensor:
         purpose = f"{self.purpose}/{self.sample}" if name == "dequantize" else self.purpose
 
         def one(item: int, part: Sequence[int]) -> Tensor:
             noise = Noise(self.seed, purpose, item)
             noise.place = self.place
-            return noise.draw(name, kind, part, dtype=dtype, device=device, batch_dim=None)
+            return noise.draw(name, kind, part, dtype=like.dtype, device=like.device, batch_dim=None)
 
         if batch_dim is None:
             return one(-1, shape)

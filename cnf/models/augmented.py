@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from cnf.config import ModelConfig
-from cnf.fields import Drive, HyperMLP, TimePath
+from cnf.fields import AugmentedTimeConditioning, HyperMLP, TimePath
 
 __all__ = ["hyper_mlp", "layer", "time_path"]
 
 
-def drive(model: ModelConfig) -> Drive | None:
+def drive(model: ModelConfig) -> AugmentedTimeConditioning | None:
     """Return the drive of these settings, or None."""
     if model.drive == "none":
         return None
-    return Drive(model.drive, model.drive_dim, 1 if model.drive == "concat" else model.drive_entries, model.drive_rank)
+    return AugmentedTimeConditioning(model.drive, model.drive_dim, 1 if model.drive == "concat" else model.drive_entries, model.drive_rank)
 
 
-def layer(model: ModelConfig) -> str | Drive:
+def layer(model: ModelConfig) -> str | AugmentedTimeConditioning:
     """Return the layers' time conditioning: the drive, if any, or the layer type."""
     return drive(model) or model.layer
 

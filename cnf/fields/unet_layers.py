@@ -1,6 +1,6 @@
 """Layers of a U-Net on dual numbers (a point with its tangents): convolutions, norms, residual blocks, attention.
 
-Each maps a :class:`Pair`. Linear parts process point and tangents as one batch; the others have hand-written
+Each maps a :class:`Dual`. Linear parts process point and tangents as one batch; the others have hand-written
 derivatives, so that a Jacobian product costs one forward pass on a batch of 1 + K and is itself differentiable.
 """
 
@@ -16,49 +16,49 @@ from torch import Tensor, nn
 
 from cnf.errors import ConfigError
 
-__all__ = ["Attention", "GroupNorm", "Pair", "ResidualBlock", "convolve", "joined", "silu"]
+__all__ = ["Attention", "Dual", "GroupNorm", "ResidualBlock", "convolve", "joined", "silu"]
 
 
-class Pair(NamedTuple):
+class Dual(NamedTuple):
     """Point (N, C, H, W) with K stacked tangents (K N, C, H, W), or without tangents."""
 
     value: Tensor
     tangent: Tensor | None = None
 
-    def map(self, linear: Callable[[Tensor], Tensor]) -> Pair:
+    def map(self, linear: Callable[[Tensor], Tensor]) -> Dual:
         """Apply a linear function without bias to point and tangents."""
-        return Pair(linear(self.value), None if self.tangent is None else linear(self.tangent))
+        return Dual(linear(self.value), None if self.tangent is None else linear(self.tangent))
 
-    def __add__(self, other: Pair) -> Pair:  # type: ignore[override]
+    def __add__(self, other: Dual) -> Dual:  # type: ignore[override]
         tangent = None if self.tangent is None or other.tangent is None else self.tangent + other.tangent
-        return Pair(self.value + other.value, tangent)
+        return Dual(self.value + other.value, tangent)
 
 
-def joined(first: Pair, second: Pair) -> Pair:
+def joined(first: Dual, second: Dual) -> Dual:
     """Concatenate the channels of both."""
     value = torch.cat([first.value, second.value], 1)
     if first.tangent is None or second.tangent is None:
-        return Pair(value)
-    return Pair(value, torch.cat([first.tangent, second.tangent], 1))
+        return Dual(value)
+    return Dual(value, torch.cat([first.tangent, second.tangent], 1))
 
 
-def convolve(layer: nn.Conv2d, h: Pair) -> Pair:
+def convolve(layer: nn.Conv2d, h: Dual) -> Dual:
     """Apply a convolution; the bias applies to the point only."""
     if h.tangent is None:
-        return Pair(layer(h.value))
+        return Dual(layer(h.value))
     n = len(h.value)
     both = F.conv2d(torch.cat([h.value, h.tangent]), layer.weight, None, layer.stride, layer.padding)
     value, tangent = both.split((n, len(both) - n))
-    return Pair(value if layer.bias is None else value + layer.bias[:, None, None], tangent)
+    return Dual(value if layer.bias is None else value + layer.bias[:, None, None], tangent)
 
 
-def silu(h: Pair) -> Pair:
+def silu(h: Dual) -> Dual:
     """Apply x σ(x)."""
     if h.tangent is None:
-        return Pair(F.silu(h.value))
+        return Dual(F.silu(h.value))
     s = torch.sigmoid(h.value)
     y = h.value * s
-    return Pair(y, (_stacked(h.tangent, h.value) * (s + y * (1 - s))).flatten(0, 1))
+    return Dual(y, (_stacked(h.tangent, h.value) * (s + y * (1 - s))).flatten(0, 1))
 
 
 def _stacked(tangent: Tensor, value: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class GroupNorm(nn.Module):
         self.shift = nn.Parameter(torch.zeros(channels))
         self.eps = 1e-5
 
-    def forward(self, h: Pair, modulation: Tensor | None = None) -> Pair:
+    def forward(self, h: Dual, modulation: Tensor | None = None) -> Dual:
         gain: Tensor = self.gain
         shift: Tensor = self.shift
         if modulation is not None:
@@ -89,9 +89,9 @@ class GroupNorm(nn.Module):
             gain, shift = gain * (1 + scale), shift * (1 + scale) + move
             if h.tangent is None:
                 plain = F.group_norm(h.value, self.groups, None, None, self.eps)
-                return Pair(torch.addcmul(shift[:, :, None, None], plain, gain[:, :, None, None]))
+                return Dual(torch.addcmul(shift[:, :, None, None], plain, gain[:, :, None, None]))
         elif h.tangent is None:
-            return Pair(F.group_norm(h.value, self.groups, gain, shift, self.eps))
+            return Dual(F.group_norm(h.value, self.groups, gain, shift, self.eps))
         x = self._grouped(h.value)
         x = x - x.mean((1, 3), keepdim=True)
         spread = torch.rsqrt(x.square().mean((1, 3), keepdim=True) + self.eps)
@@ -100,7 +100,7 @@ class GroupNorm(nn.Module):
         v = _stacked(self._grouped(h.tangent), h.value)
         v = v - v.mean((2, 4), keepdim=True)
         v = spread * (v - x * (x * v).mean((2, 4), keepdim=True))
-        return Pair(self._images(torch.addcmul(shift, x, gain), h.value), self._images((v * gain).flatten(0, 1), h.value))
+        return Dual(self._images(torch.addcmul(shift, x, gain), h.value), self._images((v * gain).flatten(0, 1), h.value))
 
     def _grouped(self, x: Tensor) -> Tensor:
         """Reshape (N, C, H, W) to (N, H W, groups, C/groups) in float32 or better, without a copy if channels-last."""
@@ -132,8 +132,8 @@ class ResidualBlock(nn.Module):
         for p in (*self.conv2.parameters(), *self.modulate.parameters()):
             nn.init.zeros_(p)
 
-    def forward(self, h: Pair, embedding: Tensor) -> Pair:
-        inner: Pair = convolve(self.conv1, silu(self.norm1(h)))
+    def forward(self, h: Dual, embedding: Tensor) -> Dual:
+        inner: Dual = convolve(self.conv1, silu(self.norm1(h)))
         inner = convolve(self.conv2, silu(self.norm2(inner, self.modulate(embedding))))
         return inner + (h if self.skip is None else convolve(self.skip, h))
 
@@ -159,7 +159,7 @@ class Attention(nn.Module):
         for p in self.project.parameters():
             nn.init.zeros_(p)
 
-    def forward(self, h: Pair) -> Pair:
+    def forward(self, h: Dual) -> Dual:
         mixed = convolve(self.qkv, self.norm(h))
         q, k, v = self._heads(mixed.value)
         scale = 1 / math.sqrt(q.shape[-1])
@@ -170,7 +170,7 @@ class Attention(nn.Module):
             slope = share * (dq @ k.mT + q @ dk.mT) * scale
             dshare = slope - share * slope.sum(-1, keepdim=True)
             moved = self._images((dshare @ v + share @ dv).flatten(0, 1), h.value)
-        return h + convolve(self.project, Pair(self._images(out, h.value), moved))
+        return h + convolve(self.project, Dual(self._images(out, h.value), moved))
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """Split (N, 3 C, H, W) into q, k and v (N, heads, H W, C/heads)."""
