@@ -300,12 +300,13 @@ def test_list_has_a_line_for_each_preset(capsys, words):
 @pytest.mark.parametrize("name", ["digits", "tabular"])
 def test_help_shows_every_option_that_applies_and_its_default(capsys, name):
     assert train_main([name, "--help-all"]) == 0
-    said = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    shown = capsys.readouterr().out
+    said = " ".join(re.sub(r"[│╭╮╰╯─]", " ", shown).split())
     config: RunConfig = PRESETS[name].config
     for part in (config.data, config.model, config.solver, config.train):
         for field in dataclasses.fields(part):
             if not applies(field, config.tags(events="images" if name == "digits" else "vectors")):
-                assert f"--{field.name.replace('_', '-')} " not in said
+                assert f"│ --{field.name.replace('_', '-')} " not in shown
                 continue
             option, value = "--" + field.name.replace("_", "-"), getattr(part, field.name)
             shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -339,14 +340,14 @@ WRONG = {
     "--max-grad-norm -1": r"--max-grad-norm -1\.0: expected zero or more",
     "--ema-decay 1": r"--ema-decay 1\.0: expected 0 \(no averaging\) or more, below 1",
     "--validate-every 0": r"--validate-every 0: expected a positive number",
-    "--watch-every 0": r"--watch-every 0: expected a positive number",
+    "digits --watch-every 0": r"--watch-every 0: expected a positive number",
     "--validation-items 0": r"--validation-items 0: expected a positive number",
     "--test-items -1": r"--test-items -1: expected a positive number",
     "--draws 0": r"--draws 0: expected a positive number",
     "--seed -1": r"--seed -1: expected zero or more",
     "--seed 99999999999999999999": r"--seed 9+: expected zero or more, at most",
     "--limit 0": r"limit=0",
-    "--kinetic -1": r"--kinetic -1\.0: expected zero or more",
+    "digits --kinetic -1": r"--kinetic -1\.0: expected zero or more",
     "digits --alpha 0.7": r"alpha=0\.7; expected a number in \(0, 0\.5\)",
     "--blocks 0": r"--blocks 0: expected 1 to 100,000",
     "--hidden 0": r"hidden=\(0,\)",

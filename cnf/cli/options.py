@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import tyro
 
 from cnf.config import PREDICTIVE, RunConfig, preset, read_settings
-from cnf.config.rules import SettingError, Tags, applies, lenient, outside
+from cnf.config.rules import SettingError, Tags, applies, check_settings, lenient, outside
 from cnf.errors import ConfigError
 from cnf.results import CAUTION
 
@@ -137,18 +137,17 @@ def _tyro(config: RunConfig, arguments: Sequence[str], program: str, tags: Tags 
         return Command(**vars(found) | {"config": config.map(lambda part: type(part)(**vars(parsed[type(part)])))})
 
 
-def _checked(command: Command, given: Collection[str], **facts: Any) -> Command:
-    """Return the command after checking its settings.
+def _strictly(*parts: Any) -> None:
+    """Check settings that were constructed leniently.
 
     Raises:
-        ConfigError: for the first that does nothing in this run, or has a value that cannot be.
+        ConfigError: for the first with a value that cannot be.
     """
-    refuse_meaningless(command.config, given, **facts)
     try:
-        config = command.config.map(dataclasses.replace)
+        for part in parts:
+            check_settings(part)
     except SettingError as error:
         raise ConfigError(f"{option(error.name)} {error.value}: {_spelled(error.why)}") from None
-    return dataclasses.replace(command, config=config)
 
 
 def refuse_meaningless(config: RunConfig, given: Collection[str], **facts: Any) -> None:
@@ -164,7 +163,8 @@ def refuse_meaningless(config: RunConfig, given: Collection[str], **facts: Any) 
 
 def _spelled(words: str) -> str:
     """Return a sentence about settings with their options: field='conv' becomes --field conv."""
-    return re.sub(r"\b([a-z_]+)='", lambda m: f"{option(m[1])} '", words).replace("'", "")
+    words = re.sub(r"\b([a-z_]+)='", lambda m: f"{option(m[1])} '", words).replace("'", "")
+    return re.sub(r"\b[a-z]+(_[a-z]+)+\b", lambda m: option(m[0]), words)
 
 
 def _given(arguments: Sequence[str]) -> frozenset[str]:
@@ -174,7 +174,7 @@ def _given(arguments: Sequence[str]) -> frozenset[str]:
 
 
 def parse(
-    arguments: Sequence[str], fallback: str = DEFAULT, program: str = "cnf train"
+    arguments: Sequence[str], fallback: str = DEFAULT, program: str = "cnf train", *, settled: bool = True
 ) -> tuple[Command, frozenset[str], RunInfo | None]:
     """Parse a command line; return the command, the settings that the user gave, and the run that it resumes or evaluates.
 
@@ -182,6 +182,7 @@ def parse(
         arguments: command line arguments.
         fallback: default preset.
         program: name of the program in messages of the parser.
+        settled: the fallback is final; else the data choose the preset later, and what depends on it is not checked.
 
     Raises:
         ConfigError: for an unknown preset, mutually exclusive options, settings that cannot be or do nothing, an
@@ -215,7 +216,13 @@ def parse(
         config = _timed(_merged(start, first.config, typed), first.config, typed)
     if {"-h", "--help"} & set(arguments):
         _tyro(config, ["--help"], program, config.tags(**facts))
-    return _checked(dataclasses.replace(first, config=config, preset=name), given, **facts), given, info
+    command = dataclasses.replace(first, config=config, preset=name)
+    if not settled and name is None and info is None:
+        _strictly(config.data, config.solver, config.train)
+        return command, given, info
+    refuse_meaningless(config, given, **facts)
+    _strictly(*config.parts)
+    return command, given, info
 
 
 def _merged(start: RunConfig, first: RunConfig, given: Collection[str]) -> RunConfig:
@@ -236,7 +243,7 @@ def _timed(start: RunConfig, first: RunConfig, given: Collection[str]) -> RunCon
     A scalar field without time has one direction at each point, so that with T(x) > 0 no point can pass another: flip
     stays at a squared error of 1. Signed T(x) would suffice in theory, but training failed in three of three runs.
     """
-    if "adaptive_depth" not in given or not first.model.adaptive_depth or start.model.depth in ("chebyshev", "fourier") or start.model.layer != "ignore":
+    if "adaptive_depth" not in given or "layer" in given or not first.model.adaptive_depth or start.model.depth in ("chebyshev", "fourier") or start.model.layer != "ignore":
         return start
     return dataclasses.replace(start, model=dataclasses.replace(start.model, layer="concat"))
 

@@ -77,13 +77,14 @@ def _joined(
         group.on_rank0(lambda: _refuse_occupied(out))
     # --resume classifies the columns again, so that changed data are detected
     data = load_splits(config, run=old if command.evaluate or (old and not old.table) else None, group=group)
-    if old is None and command.preset is None and fallback in (DEFAULT, CLASSIFIER) and (name := fitting(fallback, data.kind, data.event_shape)):
-        # the settings for digits suit other data poorly; of the data settings presets change the name alone, so the
-        # loaded data stay valid
-        command, given, _ = parse(words, name, program)
+    if old is None and command.preset is None:
+        name = fitting(fallback, data.kind, data.event_shape) if fallback in (DEFAULT, CLASSIFIER) else None
+        # of the data settings presets change the name alone, so the loaded data stay valid
+        command, given, _ = parse(words, name or fallback, program)
         config = command.config
         check(config)
-        print(f"preset {config.name}, since {data.name} is {_described(data)} (name one to choose another)")
+        if name:
+            print(f"preset {name}, since {data.name} is {_described(data)} (name one to choose another)")
     folder = command.evaluate or out or group.on_rank0(lambda: _free_folder(config))
     refuse_meaningless(
         config, given, events="vectors" if data.levels is None else "images", kind=data.kind, split=_split(config, data),
