@@ -349,7 +349,7 @@ WRONG = {
     "--limit 0": r"limit=0",
     "digits --kinetic -1": r"--kinetic -1\.0: expected zero or more",
     "digits --alpha 0.7": r"alpha=0\.7; expected a number in \(0, 0\.5\)",
-    "--blocks 0": r"--blocks 0: expected 1 to 100,000",
+    "--blocks 0": r"--blocks 0: expected a positive number",
     "--hidden 0": r"hidden=\(0,\)",
     "digits --layer concatsqash": r"concatsqash.*did you mean 'concatsquash'",
     "digits --nonlinearity tahn": r"tahn.*did you mean 'tanh'",
