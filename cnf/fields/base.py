@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -11,7 +11,7 @@ from cnf.errors import ConfigError
 from cnf.fields.autodiff import autodiff_jvp
 from cnf.fields.interpolant import Interpolant
 
-__all__ = ["FusedField", "SolveField", "Structure", "VectorField", "consistent", "intact", "structure"]
+__all__ = ["FusedField", "SolveField", "SolveFunctions", "Structure", "VectorField", "consistent", "intact", "structure"]
 
 Structure = dict[str, tuple[type, tuple[str, ...]]]
 
@@ -56,6 +56,28 @@ class SolveField:
 
     def keep_kernel(self, t: Tensor) -> None:
         """Compute now what :meth:`divergence` would otherwise compute on first use and keep for all t."""
+
+
+class SolveFunctions(SolveField):
+    """Field of one function ``call(t, x, context)`` and, if there is one, a function in place of :meth:`jvp`.
+
+    Args:
+        call: the function; a module is one.
+        jvp: function with the signature of :meth:`jvp`; autodiff if None.
+    """
+
+    def __init__(self, call: Callable[..., Tensor], jvp: Callable[..., tuple[Tensor, Tensor]] | None = None):
+        self.call, self.own_jvp, self.fused = call, jvp is not None, jvp
+
+    def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.call(t, x, context)
+
+    def jvp(
+        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if self.fused is None:
+            return super().jvp(t, x, v, context, t_dot=t_dot)
+        return self.fused(t, x, v, context, t_dot=t_dot)
 
 
 class VectorField(nn.Module):
