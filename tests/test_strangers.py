@@ -104,6 +104,9 @@ def test_a_pickle_in_a_torch_file_with_a_true_checksum(tmp_path: Path, run: Path
     (run / "trainer.previous.pt").unlink()
     with pytest.raises(CheckpointError, match=r"trainer\.pt: UnpicklingError"):
         load_trainer(run)
+    torch.save(state, run / "model.safetensors", _use_new_zipfile_serialization=new)
+    with pytest.raises(CheckpointError, match="does not hold this model's weights"):
+        load(run)
     assert not trap.exists()
     torch.load(run / "reference.pth", weights_only=False)
     assert trap.exists()  # the trap was a real one

@@ -22,8 +22,9 @@ def structure(monkeypatch):
 
 def test_modules_are_short_and_import_downwards(structure):
     size, graph = structure.lines(ROOT), structure.imports(ROOT)
-    assert {n: count for n, count in size.items() if count > LONGER.get(n, LINES)} == {}
+    assert {n: count for n, count in size.items() if count > LINES} == {}
     assert len(structure.circles(graph)) <= len(CIRCLES) and sum(map(len, structure.circles(graph))) <= sum(CIRCLES)
+    assert structure.changes_state(ROOT) == []
     assert len(structure.longest_chain(structure.rooms(structure.imports(ROOT, typing=False)))) <= FLOORS
 
 
