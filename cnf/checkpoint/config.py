@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from cnf.checkpoint.files import write_atomic, write_text
-from cnf.config import LATER, RunConfig
+from cnf.config import RunConfig
 from cnf.config.decoding import decode, once
+from cnf.config.rules import setting
 from cnf.errors import CheckpointError
 from cnf.flow import Flow
 from cnf.models import Predictor, build, build_predictor
@@ -40,7 +41,7 @@ class RunInfo:
     context_dim: int
     classes: tuple[str, ...]
     columns: tuple[str, ...]
-    table: tuple[TableColumn, ...] = dataclasses.field(default=(), metadata=LATER)
+    table: tuple[TableColumn, ...] = setting((), later=True)
 
     def build(self) -> Flow | Predictor:
         """Return the untrained model: a flow, or a predictor for regression and classification."""
