@@ -188,7 +188,7 @@ def test_a_predictor_a_module_and_what_has_no_loss():
     before = torch.get_rng_state()
     result = cnf.fit(module, POINTS, context=LABELS, validation=0.25, loss=loss, schedule=lambda step: 1.0, lr=0.05, **(SHORT | {"steps": 60}))
     assert result.best < 0.6 and not result.flow.training and torch.equal(before, torch.get_rng_state())
-    with pytest.raises(ConfigError, match="loss=None is for a cnf.Flow or a predictor, got Sequential"):
+    with pytest.raises(ConfigError, match=r"loss=None is for a cnf\.Flow or a predictor, got Sequential"):
         cnf.fit(module, POINTS, **SHORT)
     with pytest.raises(ConfigError, match="loss returned float"):
         cnf.fit(module, POINTS, loss=lambda *a: 1.0, **SHORT)
@@ -247,7 +247,7 @@ def test_what_was_built_is_saved_with_its_settings(tmp_path):
     cnf.save(flow, tmp_path / "saved")
     assert torch.equal(cnf.load(tmp_path / "saved").log_prob(POINTS), flow.log_prob(POINTS))
     cnf.save(own_flow(), tmp_path / "own")
-    with pytest.raises(CheckpointError, match="holds cnf.flow.Flow, but flow= is torch.nn"):
+    with pytest.raises(CheckpointError, match=r"holds cnf\.flow\.Flow, but flow= is torch\.nn"):
         cnf.load(tmp_path / "own", flow=nn.Linear(2, 2))
     with pytest.raises(CheckpointError, match="does not hold this model's weights"):
         cnf.load(tmp_path / "own", flow=cnf.Flow(cnf.CNF(Own(2, 9)), (2,)))
