@@ -255,3 +255,31 @@ def test_what_was_built_is_saved_with_its_settings(tmp_path):
 
     with pytest.raises(CheckpointError, match="not a run of cnf train: load it in Python"):
         read_config(tmp_path / "own")
+
+
+def test_a_field_of_ones_own_on_the_command_line(tmp_path, monkeypatch, capsys):
+    from cnf.cli import sample_main, train_main
+    from cnf.models import custom
+
+    monkeypatch.setattr(custom, "_FIELD", {})
+    monkeypatch.setattr("cnf.training.report.pictures", lambda *args: None)
+    code = (
+        "import torch\n\nclass Own(torch.nn.Module):\n    def __init__(self, dim):\n        super().__init__()\n"
+        "        self.net = torch.nn.Linear(dim + 1, dim)\n\n    def forward(self, t, x):\n"
+        "        return self.net(torch.cat([x, t.expand(len(x), 1)], 1)).tanh()\n"
+    )
+    (tmp_path / "own.py").write_text(code)
+    field, out = ["--field", f"{tmp_path / 'own.py'}:Own"], str(tmp_path / "run")
+    small = ["--data", "moons", "--toy-sizes", "60", "20", "20", "--batch-size", "16", "--validate-every", "3", "--out", out]
+    assert train_main(["ffjord-toy", *small, "--steps", "4", *field]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["custom_field"] == "Own"
+    assert train_main(["--resume", "--out", out, "--steps", "6", *field]) == 0
+    assert train_main(["--evaluate", out, f"{field[0]}={field[1]}"]) == 0
+    assert sample_main([out, "-n", "5", *field]) == 0
+    capsys.readouterr()
+    custom._FIELD.clear()  # as in another process
+    for run in (lambda: train_main(["--evaluate", out]), lambda: train_main(["--resume", "--out", out]), lambda: sample_main([out, "-n", "5"])):
+        assert run() != 0
+        assert "trained with a field of your own, Own: give --field FILE.py:Own again" in capsys.readouterr().err
+    assert train_main(["ffjord-toy", "--field", "nowhere.py:Own"]) == 2
+    assert "there is no file nowhere.py" in capsys.readouterr().err

@@ -14,9 +14,10 @@ from cnf.checkpoint.files import write_atomic, write_text
 from cnf.config import RunConfig
 from cnf.config.decoding import decode, once
 from cnf.config.rules import setting
-from cnf.errors import CheckpointError
+from cnf.errors import CheckpointError, ConfigError
 from cnf.flow import Flow
 from cnf.models import Predictor, build, build_predictor
+from cnf.models.custom import field_maker
 from cnf.schema import TableColumn, context_width, data_columns
 from cnf.strangers import require_file
 
@@ -32,7 +33,8 @@ class RunInfo:
     """Contents of config.json: the settings and the shape of the data, enough to rebuild the model without the data.
 
     ``context_dim`` is the width of the data set's second tensor: the condition of a flow, or the target of a predictor.
-    ``table`` holds the columns of a user's table, so that later files are read as the training file was.
+    ``table`` holds the columns of a user's table, so that later files are read as the training file was. ``custom_field``
+    names a vector field of the user's own, whose code is not in the folder.
     """
 
     config: RunConfig
@@ -42,15 +44,19 @@ class RunInfo:
     classes: tuple[str, ...]
     columns: tuple[str, ...]
     table: tuple[TableColumn, ...] = setting((), later=True)
+    custom_field: str = setting("", later=True)
 
     def build(self) -> Flow | Predictor:
         """Return the untrained model: a flow, or a predictor for regression and classification."""
         config = self.config
+        field = field_maker(self.custom_field) if self.custom_field else None
+        if field is not None and not config.train.density:
+            raise ConfigError(f"--field {self.custom_field} is for a density: a predictor's field is built from its settings")
         if not config.train.density:
             return build_predictor(
                 config.model, config.solver, self.event_shape, outputs=self.context_dim, levels=self.levels
             )
-        return build(config.model, config.solver, self.event_shape, levels=self.levels, context_dim=self.context_dim)
+        return build(config.model, config.solver, self.event_shape, levels=self.levels, context_dim=self.context_dim, field=field)
 
 
 def config_digest(fields: Mapping[str, Any]) -> str:
