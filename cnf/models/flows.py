@@ -194,6 +194,8 @@ def build(
         raise ConfigError(f"steer={solver.steer}: a denoiser's path ends at t = 1: leave it at 0")
     for each in flow.blocks:
         each.eval_solver = eval_solver(solver, flow)
+    # by which cnf.save records it
+    flow.__dict__["built"] = {"model": model, "solver": solver, "event_shape": tuple(event_shape), "levels": levels, "width": context_dim, "predicts": False}
     return flow.double() if solver.precision == "fp64" else flow
 
 
