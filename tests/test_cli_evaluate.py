@@ -267,7 +267,7 @@ def test_other_noise_has_no_reference_and_says_what_it_is(tmp_path, capsys, digi
     [
         ("--importance 0", "--importance 0: expected at least 1"),
         ("--importance 4 --mid-bin", "--mid-bin has none: leave one out"),
-        ("--mid-bin --draws 4", "--draws repeats noise, and the exact trace of the middle of each grey level has none"),
+        ("--mid-bin --draws 4", "--draws is for likelihoods with noise, and the exact trace of vectors (or of the middle of each grey level) has none"),
         ("--per-item x.txt", "--per-item x.txt: expected a file ending in .npz or .csv"),
         ("--limit 30", "--evaluate does not use --limit"),
         ("--nbits 5", "--evaluate does not use --nbits"),
@@ -278,7 +278,7 @@ def test_other_noise_has_no_reference_and_says_what_it_is(tmp_path, capsys, digi
         ("--score x.npy --limit 30", "--score does not use --limit"),
         ("--score x.npy --data 8gaussians --data-root y", "--score does not use --data, --data-root: leave them out"),
         ("--score x.npy --probes 2", "--probes is for --divergence hutchinson"),
-        ("--score x.npy --mid-bin --draws 4", "--draws repeats noise"),
+        ("--score x.npy --mid-bin --draws 4", "--draws is for likelihoods with noise"),
         ("--score nowhere.npy", "'nowhere.npy' does not exist"),
         ("--score eight.npy", "has grey levels up to 255, but the model has 17, from 0 to 16"),
         ("--score x.png", "is a picture, of 256 grey levels, but the model has 17"),
@@ -306,7 +306,7 @@ def test_what_does_not_fit_vectors_or_classes(tmp_path, capsys, rows, table, cla
     for options, message in (
         (["--mid-bin"], f"--mid-bin is for images, and {rows} models vectors"),
         (["--importance", 5], f"--importance is for images, and {rows} models vectors"),
-        (["--draws", 5], "--draws repeats noise, and the exact trace of vectors has none"),
+        (["--draws", 5], "--draws is for likelihoods with noise, and the exact trace of vectors"),
         (["--score", tmp_path / "x.npy", "--mid-bin"], "--mid-bin is for images"),
         (["--score", tmp_path / "nan.csv"], f"first in row 1 ({tmp_path / 'nan.csv'}:1), column 1 ('b'): nan"),
         (["--score", tmp_path / "x.npy", tmp_path / "y.npy"], "y.npy' does not exist"),

@@ -359,17 +359,17 @@ RESNET = ModelConfig("resnet", "mlp", (8,), layer="ignore", nonlinearity="relu",
     (NODE, {"end_time": -1.0}, r"end_time=-1.0; expected a positive"),
     (NODE, {"field": "conv"}, r"field='conv' needs images"),
     (NODE, {"strides": (0, 1, 0)}, r"strides=\(0, 1, 0\) is for convolutions"),
-    (NODE, {"blocks": 3}, r"blocks=3 does nothing with architecture='node': leave it at 1"),
-    (NODE, {"alpha": 0.1}, r"alpha=0.1 does nothing"),
-    (NODE, {"residual": "minus"}, r"residual='minus' does nothing"),
-    (NODE, {"depth_terms": 3}, r"depth_terms=3 counts.*set depth too"),
+    (NODE, {"blocks": 3}, r"blocks=3 is for models of several blocks, not for architecture='node': leave it at 1"),
+    (NODE, {"alpha": 0.1}, r"alpha=0.1 is for densities"),
+    (NODE, {"residual": "minus"}, r"residual='minus' is for densities"),
+    (NODE, {"depth_terms": 3}, r"depth_terms=3 is for a basis of depth or stacked pieces"),
     (NODE, {"depth": "stacked"}, r"depth_terms=1: depth='stacked' takes at least 2"),
     (NODE, {"depth": "fourier", "depth_terms": 3}, r"layer='concat': with depth='fourier'.*use layer='ignore'"),
     (NODE, {"layer": "ignore", "depth": "fourier", "depth_terms": 3, "adaptive_depth": True}, r"depth='fourier'.*leave one out"),
     (NODE, {"layer": "ignore", "depth": "chebyshev", "depth_terms": 3, "learn_end_time": True}, r"lives on \[0, end_time\]"),
     (NODE, {"layer": "hyper", "adaptive_depth": True}, r"layer='hyper'.*leave one out"),
     (NODE, {"learn_end_time": True, "adaptive_depth": True}, r"leave learn_end_time=False"),
-    (RESNET, {"augment": 1}, r"augment=1 does nothing with architecture='resnet'"),
+    (RESNET, {"augment": 1}, r"augment=1 is for architecture='node', not for architecture='resnet'"),
     (RESNET, {"layer": "concat"}, r"layer='concat': architecture='resnet' takes layer='ignore' alone"),
     (RESNET, {"hidden": ()}, r"hidden=\(\), blocks=1; expected at least one hidden layer"),
     (RESNET, {"hidden": (8, 0)}, r"every size must be at least 1"),
@@ -385,7 +385,7 @@ def test_settings_that_cannot_be(config, changes, message):
 def test_densities_refuse_what_is_for_predictors():
     with pytest.raises(ConfigError, match=r"architecture='node' predicts"):
         build(NODE, SolverConfig(), (2,))
-    with pytest.raises(ConfigError, match=r"augment=2 is for architecture='node': leave it at 0"):
+    with pytest.raises(ConfigError, match=r"augment=2 is for architecture='node', not for architecture='stack': leave it at 0"):
         build(ModelConfig(augment=2), SolverConfig(), (2,))
 
 

@@ -141,7 +141,7 @@ def test_settings_from_a_file_and_options_over_them(tmp_path, table, form):
         ('{"train": {"lr": 1, "lr": 2}}', "field 'lr' is there twice"),
         ('{"train": {"lr": NaN}}', "expected a finite number"),
         ('{"train": {"lr": -1.0}}', "--lr -1.0: expected a positive number"),
-        ('{"solver": {"rtol": 1e-3}}', "--rtol says how training solves an ODE"),
+        ('{"solver": {"rtol": 1e-3}}', "--rtol is for adaptive solving"),
         ('{"preset": "dgits"}', "did you mean 'digits'"),
         ("[1]", "expected an object of settings"),
         ("{", "cannot be read"),

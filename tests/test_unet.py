@@ -174,7 +174,7 @@ def test_what_may_not_be():
 
 BAD = [
     ({"field": "unet", "strides": (1, 1)}, "strides"),
-    ({"field": "unet", "layer": "concat"}, "layer='concat' is not for field='unet'"),
+    ({"field": "unet", "layer": "concat"}, "layer='concat' is for field='mlp' or 'conv', not for field='unet'"),
     ({"field": "unet", "hidden": (4, 4, 4, 4)}, "multiples of 8"),
     ({"field": "unet", "hidden": ()}, "channels of one size or more"),
     ({"field": "unet", "architecture": "parallel"}, "architecture='parallel' sums plain nets"),

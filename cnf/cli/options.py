@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import tyro
 
-from cnf.config import PREDICTIVE, PRESETS, RunConfig, preset, read_settings
+from cnf.config import PREDICTIVE, RunConfig, preset, read_settings
+from cnf.config.rules import SettingError, Tags, applies, check_settings, lenient, outside
 from cnf.errors import ConfigError
 from cnf.results import CAUTION
 
 if TYPE_CHECKING:  # parsing and --help need no torch
     from cnf.checkpoint import RunInfo
 
-__all__ = ["CLASSIFIER", "DEFAULT", "Command", "check", "fitting", "option", "parse", "refuse_changes", "suited"]
+__all__ = ["CLASSIFIER", "DEFAULT", "Command", "check", "fitting", "option", "parse", "refuse_changes", "refuse_meaningless", "suited"]
 
 DEFAULT = "fm-digits"
 CLASSIFIER = "anode-digits"  # default preset of train_classifier.py
@@ -35,6 +35,7 @@ PRESET_HINT = (
     f"(default: {DEFAULT}, of train_classifier.py {CLASSIFIER}; with --data tabular for tables, ffjord-toy for toy sets, "
     "fm-digits, fm-mnist or digits for images, by their size)"
 )
+PARTS = ("data", "model", "solver", "train")
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 
 # settings that --resume may change: duration, device and location of the data (a fingerprint verifies the data)
@@ -51,22 +52,9 @@ SCORE = {"solver": EVALUATE["solver"], "train": ("draws", "device", "threads")}
 
 EVALUATIONS = ("split", "importance", "mid_bin", "check", "per_item", "score")  # options of --evaluate only
 
-POSITIVE = ("steps", "batch_size", "tune_steps", "tune_batch_size", "tune_lr", "accumulate", "lr", "validate_every", "validation_items", "test_items", "draws", "watch_every", "watch_tolerance",
-            "max_grid_steps", "max_time", "threads")  # fmt: skip
-NOT_NEGATIVE = ("warmup", "weight_decay", "max_grad_norm", "kinetic", "jacobian", "step_error", "patience", "seed", "split_seed", "data_seed", "eval_tolerance")
-LARGEST_SEED = 2**32 - 1
-LARGEST = {"seed": LARGEST_SEED, "split_seed": LARGEST_SEED, "data_seed": LARGEST_SEED, "threads": 4096, "grid_steps": 100_000,
-           "max_grid_steps": 100_000}  # fmt: skip
-
-
 SCORE_HELP = (  # a string, since tyro keeps the line ends of a docstring
     "--evaluate: rank your own items instead of a split, least likely first: .npz, .npy, tables, pictures, folders. " + CAUTION
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Settings(RunConfig):
-    name: tyro.conf.Suppress[str] = "digits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +66,7 @@ class Command:
     but saved.
     """
 
-    config: tyro.conf.OmitArgPrefixes[_Settings]
+    config: tyro.conf.OmitArgPrefixes[RunConfig]
     preset: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PRESET]", help_behavior_hint=PRESET_HINT)] = None
     """Where to start from; cnf list shows the presets."""
     settings: Annotated[Path | None, tyro.conf.arg(name="config", metavar="FILE")] = None
@@ -128,59 +116,136 @@ def fitting(default: str, kind: str, shape: tuple[int, ...]) -> str | None:
     return "digits" if any(n % 2 for n in shape[1:]) else None
 
 
-def _tyro(config: RunConfig, arguments: Sequence[str], program: str) -> Command:
-    found: Command = tyro.cli(Command, default=Command(_Settings(**vars(config))), args=arguments, prog=program)
-    return dataclasses.replace(found, config=RunConfig(**vars(found.config)))  # type: ignore[arg-type]
+def _tyro(config: RunConfig, arguments: Sequence[str], program: str, tags: Tags | None = None) -> Command:
+    """Parse a command line without checks. With ``tags``, of the settings only those that apply are options."""
+    hide: Any = tyro.conf.Suppress
+    flat: Any = tyro.conf.OmitArgPrefixes
+
+    def shown(part: Any) -> Any:
+        hints = get_type_hints(type(part))
+        hidden = [(f.name, hide[hints[f.name]], f.default) for f in dataclasses.fields(part) if tags and not applies(f, tags)]
+        return dataclasses.make_dataclass(type(part).__name__, hidden, bases=(type(part),), frozen=True)(**vars(part))
+
+    with lenient():
+        parts = [shown(part) for part in config.parts]
+        fields: Any = [("name", hide[str]), *zip(PARTS, map(type, parts), strict=True)]
+        run: Any = dataclasses.make_dataclass("RunConfig", fields, frozen=True)
+        kind: Any = dataclasses.make_dataclass("Command", [("config", flat[run])], bases=(Command,), frozen=True)
+        kind.__doc__ = Command.__doc__
+        found = tyro.cli(kind, default=kind(run(config.name, *parts)), args=arguments, prog=program)
+        parsed = dict(zip(map(type, config.parts), (getattr(found.config, name) for name in PARTS), strict=True))
+        return Command(**vars(found) | {"config": config.map(lambda part: type(part)(**vars(parsed[type(part)])))})
 
 
-def parse(arguments: Sequence[str], fallback: str = DEFAULT, program: str = "cnf train") -> tuple[Command, RunConfig, RunInfo | None]:
-    """Parse a command line; return the command, its default settings, and the run that it resumes or evaluates, if any.
+def _strictly(*parts: Any) -> None:
+    """Check settings that were constructed leniently.
+
+    Raises:
+        ConfigError: for the first with a value that cannot be.
+    """
+    try:
+        for part in parts:
+            check_settings(part)
+    except SettingError as error:
+        raise ConfigError(f"{option(error.name)} {error.value}: {_spelled(error.why)}") from None
+
+
+def refuse_meaningless(config: RunConfig, given: Collection[str], **facts: Any) -> None:
+    """Reject settings that the user gave and that do nothing in this run (see :meth:`~cnf.config.RunConfig.meaningless`).
+
+    Raises:
+        ConfigError: for the first such setting; the message says which runs it is for.
+    """
+    if (found := config.meaningless(given, **facts)) is not None:
+        name, default, words = found
+        raise ConfigError(f"{option(name)} is for {_spelled(words)}: leave it at {default}")
+
+
+def _spelled(words: str) -> str:
+    """Return a sentence about settings with their options: field='conv' becomes --field conv."""
+    words = re.sub(r"\b([a-z_]+)='", lambda m: f"{option(m[1])} '", words).replace("'", "")
+    return re.sub(r"\b[a-z]+(_[a-z]+)+\b", lambda m: option(m[0]), words)
+
+
+def _given(arguments: Sequence[str]) -> frozenset[str]:
+    """Return the settings named on a command line."""
+    words = (word.partition("=")[0][2:].removeprefix("no-").replace("-", "_") for word in arguments if word.startswith("--"))
+    return frozenset(words)
+
+
+def parse(
+    arguments: Sequence[str], fallback: str = DEFAULT, program: str = "cnf train", *, settled: bool = True
+) -> tuple[Command, frozenset[str], RunInfo | None]:
+    """Parse a command line; return the command, the settings that the user gave, and the run that it resumes or evaluates.
 
     Args:
         arguments: command line arguments.
         fallback: default preset.
         program: name of the program in messages of the parser.
+        settled: the fallback is final; else the data choose the preset later, and what depends on it is not checked.
 
     Raises:
-        ConfigError: for an unknown preset, mutually exclusive options, an unusable file of settings, or a folder that
-            is not a run.
+        ConfigError: for an unknown preset, mutually exclusive options, settings that cannot be or do nothing, an
+            unusable file of settings, or a folder that is not a run.
         SystemExit: from the parser, for wrong usage (2) or help (0).
     """
     arguments = [re.sub("^--num-blocks(?==|$)", "--blocks", word) for word in arguments]  # FFJORD's name
-    # parse once to find the preset (at any position), and again with its defaults
-    bare = [word for word in arguments if word not in ("-h", "--help")]
-    first = _tyro(preset(DEFAULT).config, bare, program)
+    given = typed = _given(arguments)
+    first = _tyro(preset(DEFAULT).config, [word for word in arguments if word not in ("-h", "--help")], program)
     _exclude(first)
+    facts: dict[str, Any] = {}
+    info, name = None, first.preset
     if first.resume or first.evaluate:
         from cnf.cli.common import read_run
 
         folder = first.evaluate or first.out
         assert folder is not None
         info = read_run(folder)
-        default = info.config
-        if first.preset not in (None, default.name):
-            raise ConfigError(f"{folder} is a run of preset {default.name}, not {first.preset}: leave the preset out")
-        return _tyro(default, arguments, program), default, info
-    name = first.preset
-    if first.settings is None:
-        default = start = _timed(preset(name or fallback).config, first.config)
+        start = info.config
+        if name not in (None, start.name):
+            raise ConfigError(f"{folder} is a run of preset {start.name}, not {name}: leave the preset out")
+    elif first.settings is not None:
+        start, named = read_settings(first.settings, name, fallback)
+        name, given = name or start.name, given | named
     else:
-        start = read_settings(first.settings, name, fallback)
-        name = name or start.name
-        default = preset(name).config
-    found = _tyro(start, arguments, program)
-    return dataclasses.replace(found, preset=name), default, None
+        entry = preset(name or fallback)
+        start = entry.config
+        if "data" not in given:
+            facts["events"] = "vectors" if entry.levels is None else "images"
+    with lenient():
+        config = _timed(_merged(start, first.config, typed), first.config, typed)
+    if {"-h", "--help"} & set(arguments):
+        _tyro(config, ["--help"], program, config.tags(**facts))
+    command = dataclasses.replace(first, config=config, preset=name)
+    if not settled and name is None and info is None:
+        _strictly(config.data, config.solver, config.train)
+        return command, given, info
+    refuse_meaningless(config, given, **facts)
+    _strictly(*config.parts)
+    return command, given, info
 
 
-def _timed(default: RunConfig, given: RunConfig) -> RunConfig:
-    """Return the preset's settings, with a time-dependent field if ``given`` requests adaptive depth.
+def _merged(start: RunConfig, first: RunConfig, given: Collection[str]) -> RunConfig:
+    """Return the settings with those that were given; what they leave without its family is at its default."""
+    values = {name: value for part in first.parts for name, value in vars(part).items() if name in given}
+
+    def merged(part: Any) -> Any:
+        new = dataclasses.replace(part, **{name: value for name, value in values.items() if name in vars(part)})
+        outer = [f for f in dataclasses.fields(new) if outside(f.metadata.get("when", ()), vars(new)) and f.name not in given]
+        return dataclasses.replace(new, **{f.name: f.default for f in outer})
+
+    return start.map(merged)
+
+
+def _timed(start: RunConfig, first: RunConfig, given: Collection[str]) -> RunConfig:
+    """Return the settings with a time-dependent field if ``given`` requests adaptive depth.
 
     A scalar field without time has one direction at each point, so that with T(x) > 0 no point can pass another: flip
     stays at a squared error of 1. Signed T(x) would suffice in theory, but training failed in three of three runs.
     """
-    if not given.model.adaptive_depth or given.model.depth in ("chebyshev", "fourier") or default.model.layer != "ignore":
-        return default
-    return dataclasses.replace(default, model=dataclasses.replace(default.model, layer="concat"))
+    if "adaptive_depth" not in given or "layer" in given or not first.model.adaptive_depth or start.model.depth in ("chebyshev", "fourier") or start.model.layer != "ignore":
+        return start
+    return dataclasses.replace(start, model=dataclasses.replace(start.model, layer="concat"))
 
 
 def _exclude(command: Command) -> None:
@@ -237,34 +302,16 @@ def refuse_changes(old: RunConfig, new: RunConfig, command: Command) -> None:
 
 
 def check(config: RunConfig, *, trains: bool = True) -> None:
-    """Check the settings' values and combinations; if ``trains``, also the precision on the device.
+    """Check combinations of settings; if ``trains``, also the precision on the device.
 
     Raises:
         ConfigError: for the first invalid option; the message states the value and what is expected.
     """
-    values = {k: v for part in (config.data, config.model, config.solver, config.train) for k, v in dataclasses.asdict(part).items()}
-    for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{option(name)} {value}: expected a finite number")
     objective, architecture = config.train.objective, config.model.architecture
     if config.train.density == (architecture in PREDICTIVE):
         wanted = "stack, multiscale or parallel" if config.train.density else "node or resnet"
         raise ConfigError(f"--objective {objective} with --architecture {architecture}: expected {wanted} (the presets node-..., anode-...)")
-    for names, expected, fits in (
-        (POSITIVE, "a positive number", lambda v: v > 0),
-        (NOT_NEGATIVE, "zero or more", lambda v: v >= 0),
-        (("ema_decay",), "0 (no averaging) or more, below 1", lambda v: 0 <= v < 1),
-    ):
-        for name in names:
-            if values[name] is not None and not fits(values[name]):
-                raise ConfigError(f"{option(name)} {values[name]}: expected {expected}")
     if trains and config.solver.precision == "tf32" and not config.train.device.startswith("cuda"):
         raise ConfigError(f"--precision tf32 is for GPUs, not for --device {config.train.device}: fp32, or bf16, which a CPU may have")
     if objective == "both" and config.train.tune_steps >= config.train.steps:
         raise ConfigError(f"--tune-steps {config.train.tune_steps}: expected fewer than --steps {config.train.steps}, of which they are the last")
-    for name, most in LARGEST.items():
-        if values[name] is not None and values[name] > most:
-            raise ConfigError(f"{option(name)} {values[name]}: expected at most {most}")
-
-
-assert DEFAULT in PRESETS

@@ -94,7 +94,7 @@ def _train(words: Words, program: str = "cnf train") -> int:
         print(short_help(program, words))
         return 0
     words = ["--help" if word == "--help-all" else word for word in words]
-    parsed = parse(words, fallback, program)
+    parsed = parse(words, fallback, program, settled=False)
     _quiet_threads()
     from cnf.cli.train import train
 

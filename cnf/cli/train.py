@@ -11,7 +11,6 @@ from pathlib import Path
 from cnf.checkpoint import LOCK, RunInfo, has_trainer, leftovers, write_config
 from cnf.cli.common import load_splits, usable_device
 from cnf.cli.evaluate import evaluate_run, score_items
-from cnf.cli.idle import refuse_idle, refuse_idle_noise
 from cnf.cli.options import (
     CLASSIFIER,
     DEFAULT,
@@ -20,10 +19,11 @@ from cnf.cli.options import (
     fitting,
     parse,
     refuse_changes,
+    refuse_meaningless,
     suited,
 )
 from cnf.config import PRESETS, RunConfig
-from cnf.datasets import DataSplits
+from cnf.datasets import DataSplits, tabular
 from cnf.distributed import Group, join
 from cnf.errors import ConfigError, DataError, Interrupted
 from cnf.models import slow_bf16
@@ -36,31 +36,31 @@ from cnf.training.predictions import PREDICTIONS
 __all__ = ["train"]
 
 
-Parsed = tuple[Command, RunConfig, RunInfo | None]
+Parsed = tuple[Command, frozenset[str], RunInfo | None]
 
 
-def train(given: list[str], fallback: str, program: str, parsed: Parsed) -> int:
+def train(words: list[str], fallback: str, program: str, parsed: Parsed) -> int:
     """Train, resume, evaluate or rank by a parsed command line, and return the exit code.
 
     Args:
-        given: the command line.
+        words: the command line.
         fallback: default preset.
         program: name of the program.
         parsed: :func:`~cnf.cli.options.parse` of these.
     """
-    command, default, old = parsed
+    command, given, old = parsed
     if old is None and command.preset is None and (name := suited(fallback, command.config.data.data)):
-        command, default, _ = parse(given, name, program)
+        command, given, _ = parse(words, name, program)
         print(f"preset {name}, which is for {command.config.data.data} (name one to choose another)")
         fallback = name
     config = command.config
     check(config, trains=command.evaluate is None)
     with join(config.train.device) as group:
-        return _joined(given, fallback, program, command, default, old, group)
+        return _joined(words, fallback, program, command, given, old, group)
 
 
 def _joined(
-    given: list[str], fallback: str, program: str, command: Command, default: RunConfig, old: RunInfo | None, group: Group
+    words: list[str], fallback: str, program: str, command: Command, given: frozenset[str], old: RunInfo | None, group: Group
 ) -> int:
     config = command.config
     usable_device(config.train.device)
@@ -69,23 +69,26 @@ def _joined(
     if command.score:
         assert old is not None
         spreads = any(column.dequantised for column in old.table)
-        refuse_idle_noise(default, config, old.levels, mid_bin=command.mid_bin, spreads=spreads)
+        refuse_meaningless(config, given, noisy=_noisy(command, old.levels, spreads=spreads))
         return score_items(command, dataclasses.replace(old, config=config), group)
     out = command.out
     if old is None and out is not None:
         group.on_rank0(lambda: _refuse_occupied(out))
     # --resume classifies the columns again, so that changed data are detected
     data = load_splits(config, run=old if command.evaluate or (old and not old.table) else None, group=group)
-    if old is None and command.preset is None and fallback in (DEFAULT, CLASSIFIER) and (name := fitting(fallback, data.kind, data.event_shape)):
-        # the settings for digits suit other data poorly; of the data settings presets change the name alone, so the
-        # loaded data stay valid
-        command, default, _ = parse(given, name, program)
+    if old is None and command.preset is None:
+        name = fitting(fallback, data.kind, data.event_shape) if fallback in (DEFAULT, CLASSIFIER) else None
+        # of the data settings presets change the name alone, so the loaded data stay valid
+        command, given, _ = parse(words, name or fallback, program)
         config = command.config
         check(config)
-        print(f"preset {default.name}, since {data.name} is {_described(data)} (name one to choose another)")
+        if name:
+            print(f"preset {name}, since {data.name} is {_described(data)} (name one to choose another)")
     folder = command.evaluate or out or group.on_rank0(lambda: _free_folder(config))
-    refuse_idle(default, config, data)
-    refuse_idle_noise(default, config, data.levels, mid_bin=command.mid_bin)
+    refuse_meaningless(
+        config, given, events="vectors" if data.levels is None else "images", kind=data.kind, split=_split(config, data),
+        noisy=_noisy(command, data.levels),
+    )  # fmt: skip
     if data.report and not command.evaluate:
         print(f"columns of {data.name}:")
         print("\n".join(f"  {line}" for line in data.report.splitlines()))
@@ -102,6 +105,19 @@ def _joined(
     if command.dry_run:
         return _dry_run(info, data, group)
     return _train(command, info, data, folder, group)
+
+
+def _noisy(command: Command, levels: int | None, *, spreads: bool = False) -> bool:
+    """Return whether noise enters the likelihood; ``spreads``: discrete columns are dequantised in each draw."""
+    config = command.config
+    exact = config.solver.divergence == "exact" and config.train.density
+    return not (exact and ((levels is None and not spreads) or command.mid_bin))
+
+
+def _split(config: RunConfig, data: DataSplits) -> str:
+    """Return "fixed" if the set's split is, and no random rows are left out, else "random"."""
+    fixed = data.kind == "toy" or data.name == "digits" or data.name in tabular.NAMES
+    return "fixed" if fixed and config.data.limit is None else "random"
 
 
 def _described(data: DataSplits) -> str:

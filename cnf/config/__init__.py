@@ -5,12 +5,11 @@ from cnf.config.model import PREDICTIVE, ModelConfig
 from cnf.config.presets import PRESETS, preset
 from cnf.config.published import AFFJORD, FFJORD, PUBLISHED, RNODE, Published
 from cnf.config.settings import DataConfig, Preset, RunConfig, TrainConfig
-from cnf.config.solver import LATER, SolverConfig
+from cnf.config.solver import SolverConfig
 
 __all__ = [
     "AFFJORD",
     "FFJORD",
-    "LATER",
     "PREDICTIVE",
     "PRESETS",
     "PUBLISHED",

@@ -9,7 +9,7 @@ import types
 import typing
 from typing import Any
 
-from cnf.errors import CheckpointError
+from cnf.errors import CheckpointError, ConfigError
 
 __all__ = ["decode", "once"]
 
@@ -43,7 +43,11 @@ def decode(kind: Any, value: Any, where: str) -> Any:
         later = {field.name for field in dataclasses.fields(kind) if field.metadata.get("optional")}
         for name in hints.keys() - value.keys() - later:
             raise CheckpointError(f"{where}: field {name!r} is missing")
-        return kind(**{name: decode(hint, value[name], f"{where}: {name}") for name, hint in hints.items() if name in value})
+        values = {name: decode(hint, value[name], f"{where}: {name}") for name, hint in hints.items() if name in value}
+        try:
+            return kind(**values)
+        except ConfigError as error:
+            raise CheckpointError(f"{where}: {error}") from None
     if origin is tuple:
         if not isinstance(value, list):
             raise CheckpointError(f"{where} is {reprlib.repr(value)}; expected a list")

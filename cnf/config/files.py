@@ -11,6 +11,7 @@ from typing import Any
 
 from cnf.config.decoding import decode, once
 from cnf.config.presets import preset
+from cnf.config.rules import lenient
 from cnf.config.settings import RunConfig
 from cnf.errors import CheckpointError, ConfigError, DataError
 from cnf.strangers import require_file
@@ -20,8 +21,8 @@ __all__ = ["read_settings"]
 LARGEST = 2**20  # bytes
 
 
-def read_settings(path: Path, name: str | None, fallback: str) -> RunConfig:
-    """Read a file of settings on top of a preset, strictly: every field known and of its type.
+def read_settings(path: Path, name: str | None, fallback: str) -> tuple[RunConfig, frozenset[str]]:
+    """Read a file of settings on top of a preset, strictly; return the settings, and the names of those in the file.
 
     The file holds ``{"preset": NAME, "data": {...}, "model": {...}, "solver": {...}, "train": {...}}``, each optional,
     or is the config.json of a run.
@@ -44,7 +45,8 @@ def read_settings(path: Path, name: str | None, fallback: str) -> RunConfig:
         raise ConfigError(f"--config {path} cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise ConfigError(f"--config {path}: expected an object of settings, such as {{\"train\": {{\"lr\": 1e-3}}}}")
-    if "config" in found:  # a run's config.json
+    whole = "config" in found  # a run's config.json, which holds every setting
+    if whole:
         found = found["config"] if isinstance(found["config"], dict) else {}
     own = found.pop("preset", found.pop("name", None))
     if not isinstance(own, str | None):
@@ -56,10 +58,12 @@ def read_settings(path: Path, name: str | None, fallback: str) -> RunConfig:
         else:
             start[part] = values
     try:
-        settings: RunConfig = decode(RunConfig, start, f"--config {path}")
+        with lenient():  # checked once options have been read
+            settings: RunConfig = decode(RunConfig, start, f"--config {path}")
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
-    return settings
+    named = (name for values in found.values() if isinstance(values, dict) for name in values)
+    return settings, frozenset(() if whole else named)
 
 
 def _parse(path: Path) -> Any:

@@ -89,14 +89,15 @@ class VectorField(nn.Module):
     autodiff. Any ``nn.Module`` with ``forward(t, x, context=None)`` or ``forward(t, x)`` is accepted as a field, too.
 
     Example:
+        >>> import torch
+        >>> from cnf import CNF, Flow, VectorField
         >>> class Field(VectorField):
         ...     context_dim = 0
         ...     def __init__(self):
         ...         super().__init__()
-        ...         self.net = nn.Linear(2, 2)
+        ...         self.net = torch.nn.Linear(2, 2)
         ...     def forward(self, t, x, context=None):
         ...         return torch.tanh(self.net(x)) * (1 - t)
-        >>> from cnf import CNF, Flow
         >>> Flow(CNF(Field()), (2,)).log_prob(torch.zeros(5, 2)).shape
         torch.Size([5])
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 
 import torch
 
@@ -13,15 +12,13 @@ from cnf.dequantization import TruncatedNormalDequantize, VariationalDequantize
 from cnf.errors import ConfigError
 from cnf.fields import MLP, PERIODS, ConvField, Denoiser, Interpolant, SqueezeSum, UNet
 from cnf.flow import Flow
-from cnf.models.augmented import check_drive_settings, hyper_mlp, layer, time_path
+from cnf.models.augmented import hyper_mlp, layer, time_path
 from cnf.models.solving import autocast, divergence, eval_solver, train_solver
 from cnf.multiscale import multiscale
 from cnf.transforms import Dequantize, Gaussianize, Logit, Rescale, Sequential, Squeeze, Standardize, Transform
 
 __all__ = ["build", "count_parameters"]
 
-# settings that only they use
-PREDICTIVE_FIELDS = ("augment", "input_layer", "data_control", "adaptive_depth", "depth", "depth_terms", "head")
 RANGE = 2.0  # width of the pixels' range [-1, 1] with marginals="center"
 PARALLEL_LEVELS = 4  # most nets in the field of FFJORD's multiscale-parallel model; fewer if the size is odd earlier
 
@@ -39,11 +36,6 @@ def _dequantize(model: ModelConfig, levels: int, event_shape: tuple[int, ...]) -
 
 def _unet(model: ModelConfig, shape: tuple[int, ...], context_dim: int, levels: int | None) -> UNet:
     """Build the U-Net of one block: a denoiser if the images are dequantised with truncated normal noise."""
-    plain = ModelConfig()
-    drives = (each.name for each in fields(model) if each.name.startswith("drive"))
-    for name in ("strides", "residual", "layer", "nonlinearity", *drives):
-        if getattr(model, name) != getattr(plain, name):
-            raise ConfigError(f"{name}={getattr(model, name)!r} is not for field='unet': leave it at {getattr(plain, name)!r}")
     if model.architecture == "parallel":
         raise ConfigError("architecture='parallel' sums plain nets at four sizes: use field='conv', or 'unet' with architecture='stack'")
     if not model.hidden:
@@ -62,11 +54,11 @@ def _unet(model: ModelConfig, shape: tuple[int, ...], context_dim: int, levels: 
             "field='unet' with dequantize='truncated-normal' is one block from the pixels to the noise: give marginals='center', "
             "architecture='stack' and blocks=1"
         )
-    for name in ("base_std", "end_time", "learn_end_time"):
-        if getattr(model, name) != getattr(plain, name):
+    for name, idle in (("base_std", 1.0), ("end_time", 1.0), ("learn_end_time", False)):
+        if getattr(model, name) != idle:
             raise ConfigError(
                 f"{name}={getattr(model, name)!r}: a denoiser (field='unet' with dequantize='truncated-normal') runs through a path of "
-                f"its own, from its data's noise to N(0, 1) in unit time: leave it at {getattr(plain, name)!r}"
+                f"its own, from its data's noise to N(0, 1) in unit time: leave it at {idle!r}"
             )
     assert levels is not None
     noise = RANGE * TruncatedNormalDequantize(levels).scale
@@ -75,18 +67,9 @@ def _unet(model: ModelConfig, shape: tuple[int, ...], context_dim: int, levels: 
 
 def _field(model: ModelConfig, shape: tuple[int, ...], context_dim: int, levels: int | None) -> torch.nn.Module:
     """Build the vector field of one block for event_shape ``shape``."""
-    for name in ("unet_depth", "attention"):
-        if model.field != "unet" and getattr(model, name) != (idle := getattr(ModelConfig(), name)):
-            raise ConfigError(f"{name}={getattr(model, name)!r} is for field='unet': leave it at {idle!r}")
-    check_drive_settings(model)
     if model.field in ("mlp", "hypernet"):
-        for name, value, idle in (
-            ("architecture", model.architecture, "stack"),
-            ("strides", model.strides, ()),
-            ("squeeze_first", model.squeeze_first, False),
-        ):
-            if value != idle:
-                raise ConfigError(f"{name}={value!r} is for convolutions: use field='conv' or 'unet'")
+        if model.architecture != "stack":
+            raise ConfigError(f"architecture={model.architecture!r} is for convolutions: use field='conv' or 'unet'")
         dim = math.prod(shape)
         if model.field == "hypernet":
             return hyper_mlp(model, dim, context_dim)
@@ -167,11 +150,6 @@ def build(
     """
     if model.architecture in PREDICTIVE:
         raise ConfigError(f"architecture={model.architecture!r} predicts and has no density: objective 'classification' or 'regression'")
-    for name in PREDICTIVE_FIELDS:
-        if getattr(model, name) != (idle := getattr(ModelConfig(), name)):
-            raise ConfigError(f"{name}={getattr(model, name)!r} is for architecture='node': leave it at {idle!r}")
-    if model.blocks < 1:
-        raise ConfigError(f"blocks={model.blocks}; expected at least 1")
     if levels is None and model.dequantize != "uniform":
         raise ConfigError(f"dequantize={model.dequantize!r} is for images; these data are vectors")
     first: list[Transform]
@@ -216,6 +194,8 @@ def build(
         raise ConfigError(f"steer={solver.steer}: a denoiser's path ends at t = 1: leave it at 0")
     for each in flow.blocks:
         each.eval_solver = eval_solver(solver, flow)
+    # by which cnf.save records it
+    flow.__dict__["built"] = {"model": model, "solver": solver, "event_shape": tuple(event_shape), "levels": levels, "width": context_dim, "predicts": False}
     return flow.double() if solver.precision == "fp64" else flow
 
 

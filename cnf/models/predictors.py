@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 
 from torch import nn
 
@@ -19,13 +18,6 @@ from cnf.models.solving import eval_solver, train_solver
 
 __all__ = ["build_predictor"]
 
-# settings that each architecture uses; changes to any other would have no effect
-_COMMON = ("architecture", "field", "hidden", "head")
-_READ = {
-    "node": (*_COMMON, "strides", "layer", "nonlinearity", "zero_init", "end_time", "learn_end_time", "augment", "input_layer",
-             "data_control", "adaptive_depth", "depth", "depth_terms"),
-    "resnet": (*_COMMON, "blocks", "layer", "nonlinearity", "zero_init"),
-}  # fmt: skip
 _ONE_TIME = ("blend", "hyper")  # layers with one set of weights per time
 
 
@@ -53,20 +45,16 @@ def build_predictor(
     """
     if model.architecture not in PREDICTIVE:
         raise ConfigError(f"architecture={model.architecture!r} is a density; to predict takes {' or '.join(map(repr, PREDICTIVE))}")
-    plain = ModelConfig()
-    for f in fields(ModelConfig):
-        if f.name not in _READ[model.architecture] and getattr(model, f.name) != getattr(plain, f.name):
-            raise ConfigError(
-                f"{f.name}={getattr(model, f.name)!r} does nothing with architecture={model.architecture!r}: leave it at "
-                f"{getattr(plain, f.name)!r}"
-            )
     if model.field not in ("mlp", "conv"):
         raise ConfigError(f"field={model.field!r} is for densities: architecture={model.architecture!r} takes 'mlp' or 'conv'")
-    if model.field == "mlp" and model.strides:
-        raise ConfigError(f"strides={model.strides} is for convolutions: use field='conv'")
     if model.architecture == "resnet":
-        return _resnet(model, event_shape, outputs, levels)
-    return _node(model, solver, event_shape, outputs, levels)
+        made: Predictor = _resnet(model, event_shape, outputs, levels)
+    else:
+        made = _node(model, solver, event_shape, outputs, levels)
+    made.__dict__["built"] = {
+        "model": model, "solver": solver, "event_shape": tuple(event_shape), "levels": levels, "width": outputs, "predicts": True,
+    }  # fmt: skip
+    return made
 
 
 def _resnet(model: ModelConfig, event_shape: tuple[int, ...], outputs: int, levels: int | None) -> ResidualNet:
@@ -88,8 +76,6 @@ def _resnet(model: ModelConfig, event_shape: tuple[int, ...], outputs: int, leve
 def _node(
     model: ModelConfig, solver: SolverConfig, event_shape: tuple[int, ...], outputs: int, levels: int | None
 ) -> NeuralODE:
-    if model.augment < 0:
-        raise ConfigError(f"augment={model.augment}; expected zero or more features (channels) to append")
     pieces, layer = 1, _layer(model)
     if model.depth == "stacked":
         pieces = model.depth_terms
@@ -131,8 +117,6 @@ def _node(
 def _layer(model: ModelConfig) -> str | LayerFactory:
     """Return the layer type, or the layer factory of a depth basis."""
     if model.depth == "constant":
-        if model.depth_terms != 1:
-            raise ConfigError(f"depth_terms={model.depth_terms} counts the terms of a depth basis or the stacked pieces: set depth too")
         return model.layer
     if model.depth_terms < 2:
         raise ConfigError(f"depth_terms={model.depth_terms}: depth={model.depth!r} takes at least 2, else weights are constant")
