@@ -259,9 +259,8 @@ def test_what_was_built_is_saved_with_its_settings(tmp_path):
 
 def test_a_field_of_ones_own_on_the_command_line(tmp_path, monkeypatch, capsys):
     from cnf.cli import sample_main, train_main
-    from cnf.models import custom
 
-    monkeypatch.setattr(custom, "_FIELD", {})
+
     monkeypatch.setattr("cnf.training.report.pictures", lambda *args: None)
     code = (
         "import torch\n\nclass Own(torch.nn.Module):\n    def __init__(self, dim):\n        super().__init__()\n"
@@ -277,7 +276,6 @@ def test_a_field_of_ones_own_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert train_main(["--evaluate", out, f"{field[0]}={field[1]}"]) == 0
     assert sample_main([out, "-n", "5", *field]) == 0
     capsys.readouterr()
-    custom._FIELD.clear()  # as in another process
     for run in (lambda: train_main(["--evaluate", out]), lambda: train_main(["--resume", "--out", out]), lambda: sample_main([out, "-n", "5"])):
         assert run() != 0
         assert "trained with a field of your own, Own: give --field FILE.py:Own again" in capsys.readouterr().err
