@@ -81,7 +81,7 @@ def _version(program: str) -> int:
 
 
 def _train(words: Words, program: str = "cnf train") -> int:
-    from cnf.cli.options import CLASSIFIER, DEFAULT, parse
+    from cnf.cli.options import CLASSIFIER, DEFAULT, parse, renamed
 
     fallback = CLASSIFIER if program == "train_classifier.py" else DEFAULT
     if not program.startswith("cnf ") and "--list" in words:
@@ -93,7 +93,7 @@ def _train(words: Words, program: str = "cnf train") -> int:
     if _wants_help(words):
         print(short_help(program, words))
         return 0
-    words = ["--help" if word == "--help-all" else word for word in words]
+    words = renamed(["--help" if word == "--help-all" else word for word in words])
     parsed = parse(words, fallback, program, settled=False)
     _quiet_threads()
     from cnf.cli.train import train

@@ -102,7 +102,7 @@ class AutomaticSteps(Watch):
                 steps = self.choose(steps, errors, kept)
                 self._put(steps)
         if max(steps) > max(before):
-            self.say(f"{self._found(step, first)}, above --watch-tolerance {self.tolerance:g}: now {told(steps)} steps")
+            self.say(f"{self._found(step, first)}, above --solver-check-tolerance {self.tolerance:g}: now {told(steps)} steps")
         self._plan(step, changed=steps != before)
         return {"solver_error": sum(first), "grid_steps": sum(steps) / len(steps), "most_grid_steps": max(steps)}
 

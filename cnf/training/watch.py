@@ -112,7 +112,7 @@ class Watch:
         if possible:
             self.refinements += 1
             self.apply()
-            self.say(f"{found}, above --watch-tolerance {self.tolerance:g}: now {finer!r}")
+            self.say(f"{found}, above --solver-check-tolerance {self.tolerance:g}: now {finer!r}")
         else:
             self._give_up(found, repr(self.solver()))
 
