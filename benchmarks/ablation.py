@@ -27,7 +27,7 @@ from cnf.checkpoint import RunInfo
 from cnf.cli.common import load_splits
 from cnf.config import RunConfig, preset
 from cnf.likelihood import evaluate
-from cnf.training import Trainer
+from cnf.training import from_settings
 
 BASE = "cosine, times by importance"
 COMMON: dict[str, dict[str, Any]] = {
@@ -76,9 +76,9 @@ def trained(side: str, seed: int, steps: int, draws: int) -> tuple[float, float]
     data = load_splits(config)
     info = RunInfo(config, data.event_shape, data.levels, data.context_dim, data.classes, data.columns)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(info, data, Path(folder), quiet=True)
+        trainer = from_settings(info, data, Path(folder), quiet=True)
         trainer.run()
-        found = evaluate(trainer.best_flow(), data.validation, draws=draws)
+        found = evaluate(trainer.best_model(), data.validation, draws=draws)
     return found.mean, found.nfe
 
 

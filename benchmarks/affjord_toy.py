@@ -39,7 +39,9 @@ from cnf.config import DataConfig, RunConfig, preset
 from cnf.datasets import load
 from cnf.flow import Flow
 from cnf.likelihood import evaluate
-from cnf.training import Trainer
+from cnf.training import Trainer, from_settings
+from cnf.training.solver_monitor import SolverMonitor
+from cnf.transforms import Request
 
 TOYS = ("checkerboard", "hash-gaussian", "letters-gaussian")
 AUGMENTED_TIME_LAYERS = {"none": "FFJORD", "concat": "AFFJORD concat", "hyper": "AFFJORD hyper", "both": "AFFJORD", "wide": "FFJORD, wide"}
@@ -54,10 +56,10 @@ class Measured(Trainer):
     def validate(self) -> dict[str, Any]:
         """Validation, with the averaged weights' NFE."""
         found = super().validate()
-        x, context, _ = self.validation
-        flow = self.ema.module.eval()
+        x, context = self.validation.x, self.validation.context
+        flow = self.averaged().eval()
         with torch.no_grad():
-            found["solve_nfe"] = flow.evaluate(x[:NFE_ITEMS], context, integrals=False).stats.nfe
+            found["solve_nfe"] = flow.evaluate(x[:NFE_ITEMS], Request(context, integrals=False)).stats.nfe
         return found
 
 
@@ -77,12 +79,12 @@ def run(data: str, drive: str, seed: int, steps: int | None, densities: Path) ->
     info = RunInfo(config, splits.event_shape, splits.levels, 0, splits.classes, splits.columns)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Measured(info, splits, Path(folder), quiet=True)
+        trainer = from_settings(info, splits, Path(folder), quiet=True, kind=Measured)
         trainer.run()
         seconds = time.perf_counter() - started
-        flow = trainer.best_flow()
+        flow = trainer.best_model()
         found = evaluate(flow, splits.test, None, draws=10 if splits.levels else 1, seed=30_000)
-        curve = [(r["step"], r["validation"], r["solve_nfe"]) for r in trainer.metrics if "solve_nfe" in r]
+        curve = [(r["step"], r["validation"], r["solve_nfe"]) for r in trainer.history if "solve_nfe" in r]
     if splits.event_shape == (2,) and seed == 0:
         torch.save(density(flow, splits.test), densities / f"{data}-{drive}.pt")
     return {
@@ -95,7 +97,7 @@ def run(data: str, drive: str, seed: int, steps: int | None, densities: Path) ->
         "test": found.mean,
         "standard_error": found.standard_error,
         "nfe": curve[-1][2],
-        "refinements": trainer.watch.refinements,
+        "refinements": trainer.callback(SolverMonitor).refinements,
         "seconds": round(seconds, 1),
         "curve": curve,
     }

@@ -35,7 +35,7 @@ from cnf.datasets.supervised import CLASSES
 from cnf.models import ModelConfig, NeuralODE
 from cnf.objectives import assess
 from cnf.plotting.canvas import new_figure, subplots, write
-from cnf.training import Trainer
+from cnf.training import Trainer, from_settings
 
 FITS = ("flip", "spheres1", "spheres2")
 # 15, 11 and 14 are the survey's hidden widths. It does not give the numbers of terms and pieces: they are inferred from its
@@ -59,7 +59,7 @@ def train(config: RunConfig) -> tuple[Trainer, Any]:
     data = load_splits(config)
     info = RunInfo(config, data.event_shape, data.levels, data.context_dim, data.classes, data.columns)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(info, data, Path(folder), quiet=True)
+        trainer = from_settings(info, data, Path(folder), quiet=True)
         trainer.run()
     return trainer, data
 
@@ -70,20 +70,20 @@ def fit(name: str, data: str, seed: int, epochs: int) -> Row:
     train_config = replace(config.train, steps=epochs * config.train.validate_every, seed=seed)
     trainer, splits = train(replace(config, data=replace(config.data, data=data), train=train_config))
     every = train_config.validate_every
-    validated = [m for m in trainer.metrics if "validation" in m]
-    solved = [m for m in trainer.metrics if "nfe" in m]
+    validated = [m for m in trainer.history if "validation" in m]
+    solved = [m for m in trainer.history if "nfe" in m]
     nfe = [statistics.mean(m["nfe"] for m in solved if e * every < m["step"] <= (e + 1) * every) for e in range(epochs)]
-    test = assess(trainer.best_flow(), splits.test, splits.test_context, "regression").mean
+    test = assess(trainer.best_model(), splits.test, splits.test_context, "regression").mean
     return {
         "data": data,
         "model": name.split("-")[0].upper(),
         "seed": seed,
-        "parameters": sum(p.numel() for p in trainer.flow.parameters()),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "test": test,
         "loss": [m["validation"] for m in validated],
         "nfe": nfe,
-        "skipped": trainer.skipped,
-        "seconds": trainer.seconds,
+        "skipped": trainer.state.skipped,
+        "seconds": trainer.state.seconds,
     }
 
 
@@ -108,18 +108,18 @@ def three(name: str, seed: int, epochs: int, data: str = "three-spheres") -> Row
     begun = time.process_time()  # of one thread: the wall time on a core of its own
     trainer, splits = train(replace(config, data=replace(config.data, data=data), model=THREE[name], train=changed))
     spent = time.process_time() - begun
-    model = trainer.ema.module.eval()  # the weights at the end, as the survey has them
+    model = trainer.averaged().eval()  # the weights at the end, as the survey has them
     parts = {s: assess(model, getattr(splits, s), getattr(splits, f"{s}_context"), "classification") for s in ("train", "test")}
     return {
         "model": name,
         "seed": seed,
         "epochs": epochs,
-        "parameters": sum(p.numel() for p in trainer.flow.parameters()),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "train_accuracy": parts["train"].accuracy,
         "test_accuracy": parts["test"].accuracy,
-        "nfe": trainer.metrics[-1].get("nfe", 0) if isinstance(trainer.flow, NeuralODE) else 0,
+        "nfe": trainer.history[-1].get("nfe", 0) if isinstance(trainer.model, NeuralODE) else 0,
         "seconds_per_epoch": spent / epochs,
-        "skipped": trainer.skipped,
+        "skipped": trainer.state.skipped,
     }
 
 

@@ -27,6 +27,8 @@ from cnf import datasets
 from cnf.checkpoint import RunInfo
 from cnf.config import RunConfig, preset
 from cnf.datasets import DataSplits
+from cnf.models import ModelConfig
+from cnf.training import from_settings
 
 __all__ = ["AUTOMATIC_COLUMNS", "automatic_steps"]
 
@@ -63,17 +65,16 @@ def trained(config: RunConfig, splits: DataSplits) -> Stopwatch:
     """A finished training, validated at its last step."""
     info = RunInfo(config, splits.event_shape, splits.levels, 0, (), ())
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Stopwatch(info, splits, Path(folder), quiet=True)
+        trainer = from_settings(info, splits, Path(folder), quiet=True, kind=Stopwatch)
         trainer.run()
     return trainer
 
 
-def published_seconds(trainer: Stopwatch, x: Tensor, repeats: int) -> float:
+def published_seconds(trainer: Stopwatch, model_config: ModelConfig, x: Tensor, repeats: int) -> float:
     """Median of a published step on the trainer's weights."""
-    model_config = trainer.info.config.model
     settings = replace(CASES[CASE], hidden=model_config.hidden[0], blocks=model_config.blocks)
     model = Published(tuple(x.shape[1:]), settings).to(x.device)  # type: ignore[arg-type]
-    published.share_weights(trainer.flow, model)
+    published.share_weights(trainer.model, model)
     step = training_step(model, lambda: model(x, published.draw(model, len(x)))["loss"].mean())
     return seconds(step, repeats)
 
@@ -122,7 +123,7 @@ def automatic_steps(
     rows: list[dict[str, Any]] = []
     for grid, used in configs.items():
         trainer = trained(used, splits)
-        base = published_seconds(trainer, trainer.batches(0)[0], repeats)
+        base = published_seconds(trainer, used.model, trainer.batches(0)[0], repeats)
         mean = (trainer.total - trainer.compilation) / updates
         rows.append(
             {
@@ -138,9 +139,9 @@ def automatic_steps(
                 "compiling_updates": sum(trainer.compiling),
                 "mean_steps": statistics.mean(s for steps in trainer.grids for s in steps),
                 "last_steps": "-".join(map(str, trainer.grids[-1])),
-                "validation": trainer.best,
-                "difference": trainer.best - rows[0]["validation"] if rows else 0.0,
-                "skipped": trainer.skipped,
+                "validation": trainer.state.best,
+                "difference": trainer.state.best - rows[0]["validation"] if rows else 0.0,
+                "skipped": trainer.state.skipped,
             }
         )
     # one baseline for both: the cost of the published grid does not depend on the weights

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf import CNF, Adaptive, FixedGrid, Flow
+from cnf.transforms import Request
 
 EARLIER = Adaptive("dopri5", 1e-5, 1e-5)  # the default of CNF until the log-det was controlled
 KINDS = (nn.ReLU, nn.LeakyReLU, nn.SELU, nn.ELU, nn.Tanh, nn.Softplus)
@@ -63,7 +64,7 @@ def row(flow: Flow, x: Tensor, truth: Tensor, repeats: int) -> dict[str, Any]:
         took = []
         for _ in range(repeats):
             began = time.process_time()
-            out = flow.evaluate(x, integrals=False)
+            out = flow.evaluate(x, Request(integrals=False))
             took.append(time.process_time() - began)
         apart = (flow.base_log_prob(out.value).double() + out.log_det.double() - truth).abs()
         found |= {

@@ -18,6 +18,7 @@ from cnf.flow import Flow
 from cnf.models import ModelConfig, SolverConfig, build
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
+from cnf.transforms import Request
 
 __all__ = ["COST_COLUMNS", "ORDER_COLUMNS", "costs", "gradient_orders"]
 
@@ -98,7 +99,7 @@ def block_of(
     def loss() -> Tensor:
         noise = Noise(0, "speed")
         if trace == "value":
-            return flow.evaluate(x, noise=noise, log_det=False).value.square().mean()
+            return flow.evaluate(x, Request(noise=noise, log_det=False)).value.square().mean()
         return objective(x, noise=noise)["loss"].mean()
 
     return flow, loss

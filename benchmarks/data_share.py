@@ -27,7 +27,7 @@ from cnf.models import build
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
 from cnf.training.batches import Batches
-from cnf.transforms import Dequantize
+from cnf.transforms import Dequantize, Request
 
 COLUMNS = {
     "case": "{case}",
@@ -61,7 +61,7 @@ def share(name: str, config: RunConfig, data: DataSplits, batch: int, repeats: i
     x, _, noise = batches(0)
     per_epoch = len(data.train) // batches.size
     number = itertools.count()
-    probes = probe_draws(flow, spread(x, noise=noise).value)
+    probes = probe_draws(flow, spread(x, Request(noise=noise)).value)
 
     def step() -> None:
         pixels, _, fresh = batches(next(number) % per_epoch)
@@ -72,7 +72,7 @@ def share(name: str, config: RunConfig, data: DataSplits, batch: int, repeats: i
     parts = alternate(
         {
             "index": lambda: batches(next(number) % per_epoch),  # ever other rows, as in training
-            "dequantise": lambda: spread(x, noise=noise),
+            "dequantise": lambda: spread(x, Request(noise=noise)),
             "probe": lambda: [draw() for draw in probes],
             "shuffle": lambda: torch.randperm(len(data.train)),
         },

@@ -39,7 +39,7 @@ from cnf.models import ModelConfig, SolverConfig, build, eval_solver
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
 from cnf.solvers import Adaptive
-from cnf.transforms import Dequantize
+from cnf.transforms import Dequantize, Request
 
 ERRORS = (1e-3, 1e-4)  # bits/dim
 TOLERANCES = [10 ** (-k / 2) for k in range(-2, 15)]
@@ -131,7 +131,7 @@ def trained(case: Case, updates: int) -> tuple[Flow, datasets.DataSplits]:
 
 def points(flow: Flow, x: Tensor) -> Tensor:
     """Images dequantised once, so that all sides have the same points."""
-    return x if flow.levels is None else Dequantize(flow.levels)(x, noise=Noise(1, "benchmark")).value
+    return x if flow.levels is None else Dequantize(flow.levels)(x, Request(noise=Noise(1, "benchmark"))).value
 
 
 @dataclass
@@ -168,7 +168,7 @@ class Comparison:
         """What these tolerances give."""
         self.place(rtol, tolerance)
         with torch.no_grad():
-            out = self.flow.evaluate(self.x, integrals=False)
+            out = self.flow.evaluate(self.x, Request(integrals=False))
             found = self.flow.base_log_prob(out.value) + out.log_det
         error = float((found.double() - self.truth).abs().mean()) / (self.flow.dim * math.log(2))
         return Side(rtol, tolerance, error, out.stats.nfe, out.stats.products)
@@ -245,7 +245,7 @@ def sampling(flow: Flow, count: int, repeats: int) -> dict[str, Any]:
         block.eval_solver = eval_solver(SolverConfig(), flow)
     z = torch.randn(count, *flow.latent_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        stats = flow.transform.inverse(z, log_det=False).stats
+        stats = flow.transform.inverse(z, Request(log_det=False)).stats
         took = seconds(lambda: flow.sample(count), repeats)
     return {
         "mode": "sampling", "batch": count, "ours_s": took, "rate": count / took, "nfe": stats.nfe, "products": stats.products,

@@ -41,7 +41,8 @@ from cnf.likelihood import Evaluation, evaluate
 from cnf.models import SolverConfig, build
 from cnf.noise import Kind, Noise
 from cnf.solvers import FixedGrid
-from cnf.training import Trainer
+from cnf.training import Trainer, from_settings
+from cnf.training.solver_monitor import SolverMonitor
 
 # FFJORD's probe, and RNODE's for images
 PROBES = {"digits": "rademacher", "mnist": "gaussian", "tabular": "rademacher"}
@@ -109,24 +110,23 @@ class Timed(Trainer):
         began, before = time.perf_counter(), self.spent
         while self.spent == before or self.spent - before < until:
             part = min(1.0, self.spent / self.seconds_in_all)
-            rate = self.info.config.train.lr * min(1.0, part / WARMUP + 0.01) * 0.5 * (1 + math.cos(math.pi * part))
-            self.config = replace(self.config, lr=rate, warmup=0, schedule="constant")
+            rate = min(1.0, part / WARMUP + 0.01) * 0.5 * (1 + math.cos(math.pi * part))
+            self.phases = [replace(self.phase, schedule=lambda step, steps, rate=rate: rate)]
             self.update()
-            self.step += 1
-            if self._watches:
-                self.watch.measure(self.step, *self.batches(self.step))
-            if self._due or self.ledger.failed:
-                self.settle()
-            if self.device.type == "cuda":
+            self.state.step += 1
+            self.callback(SolverMonitor).on_step(self)  # type: ignore[union-attr]
+            if self.due or self.state.metrics.failed:
+                self.read_metrics()
+            if self.batches.device.type == "cuda":
                 torch.cuda.synchronize()
             self.spent = before + time.perf_counter() - began
 
     def score(self, draws: int) -> Evaluation:
         """Of the averaged weights on the validation items, the trace exact where that is to be had."""
-        flow = copy.deepcopy(self.ema.module).eval()
+        flow = copy.deepcopy(self.averaged()).eval()
         for block in flow.blocks if flow.dim <= TANGENTS else ():
             block.divergence = Exact()
-        x, _, index = self.validation
+        x, index = self.validation.x, self.validation.index
         return evaluate(flow, x, draws=draws, seed=1, index=index)
 
 
@@ -135,7 +135,7 @@ def train(
 ) -> tuple[list[dict[str, Any]], dict[str, Timed]]:
     """A row for each side, in alternation trained for so many seconds, and the trainers at the end."""
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {side: Timed(info, splits, Path(folder), quiet=True) for side, info in infos.items()}
+        trainers = {side: from_settings(info, splits, Path(folder), quiet=True, kind=Timed) for side, info in infos.items()}
     found: dict[str, list[tuple[float, int, Evaluation]]] = {side: [] for side in trainers}
     for trainer in trainers.values():
         trainer.seconds_in_all = seconds
@@ -145,8 +145,8 @@ def train(
                 continue
             trainer.turn(seconds / SLICES)
             if trainer.spent >= seconds * (len(found[side]) + 1) / points - 1e-9:
-                found[side].append((trainer.spent, trainer.step, trainer.score(draws)))
-                print(f"{case}, {side}: {trainer.spent:.0f} s, {trainer.step} steps, {found[side][-1][2].mean:.4f}", flush=True)
+                found[side].append((trainer.spent, trainer.state.step, trainer.score(draws)))
+                print(f"{case}, {side}: {trainer.spent:.0f} s, {trainer.state.step} steps, {found[side][-1][2].mean:.4f}", flush=True)
     rows: list[dict[str, Any]] = []
     first = found[SIDES[0]][-1][2]
     for side, trainer in trainers.items():
@@ -154,9 +154,9 @@ def train(
         paired = last.per_item - first.per_item
         grids = [solver.steps for solver in trainer.objective.solvers if isinstance(solver, FixedGrid)]
         rows.append({
-            "case": case, "data": splits.name, "side": side, "hidden": "-".join(map(str, trainer.info.config.model.hidden)),
-            "parameters": sum(p.numel() for p in trainer.flow.parameters()), "seed": trainer.config.seed,
-            "batch": trainer.batches.size, "seconds": trainer.spent, "steps": trainer.step, "skipped": trainer.skipped,
+            "case": case, "data": splits.name, "side": side, "hidden": "-".join(map(str, infos[side].config.model.hidden)),
+            "parameters": sum(p.numel() for p in trainer.model.parameters()), "seed": infos[side].config.train.seed,
+            "batch": trainer.batches.size, "seconds": trainer.spent, "steps": trainer.state.step, "skipped": trainer.state.skipped,
             "grid": sum(grids) / max(1, len(grids)), "validation": last.mean, "unit": last.unit, "error": last.standard_error,
             "best": min(e.mean for _, _, e in found[side]), "difference": float(paired.mean()),
             "difference_error": float(paired.std()) / math.sqrt(len(paired)),
@@ -197,13 +197,13 @@ def variance(case: str, side: str, trainer: Timed, term: str, draws: int) -> dic
     objective = trainer.objective.train()
 
     def gradient(x: Tensor, noise: Noise) -> Tensor:
-        trainer.flow.zero_grad(set_to_none=True)
+        trainer.model.zero_grad(set_to_none=True)
         objective(x, noise=noise)[term].mean().backward()
-        return torch.cat([p.grad.flatten() for p in trainer.flow.parameters() if p.grad is not None])
+        return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
 
     batch = trainer.batches(0)[0]
     probe, square = spread(gradient(batch, Redrawn(i, PROBE)) for i in range(draws))
-    pixels = 0.0 if trainer.flow.levels is None else spread(gradient(batch, Redrawn(i, PIXELS)) for i in range(draws))[0]
+    pixels = 0.0 if trainer.model.levels is None else spread(gradient(batch, Redrawn(i, PIXELS)) for i in range(draws))[0]
     total = spread(gradient(trainer.batches(i)[0], Redrawn(i, PROBE | PIXELS)) for i in range(draws))[0]
     return {
         "case": case, "side": side, "term": term, "batch": len(batch), "draws": draws, "norm": math.sqrt(max(0.0, square)),
@@ -215,15 +215,15 @@ def timed(case: str, trainers: dict[str, Timed], turns: int) -> list[dict[str, A
     """A row for each side: whole training steps on the same grid, in turn."""
 
     def loss(trainer: Timed) -> Tensor:
-        x, _, noise = trainer.batches(trainer.step)
+        x, _, noise = trainer.batches(trainer.state.step)
         with deferred_checks():
             return trainer.objective(x, noise=noise)["loss"].mean()
 
     steps = {}
     for side, trainer in trainers.items():
         trainer.objective.train()
-        trainer.objective.put_solvers([FixedGrid("rk4", STEPS, "direct")] * len(trainer.flow.blocks))
-        steps[side] = training_step(trainer.flow, lambda trainer=trainer: loss(trainer))  # type: ignore[misc]
+        trainer.objective.put_solvers([FixedGrid("rk4", STEPS, "direct")] * len(trainer.model.blocks))
+        steps[side] = training_step(trainer.model, lambda trainer=trainer: loss(trainer))  # type: ignore[misc]
     found = alternate(steps, turns)
     base = found[SIDES[1]]
     return [
@@ -275,12 +275,12 @@ def main(argv: list[str] | None = None) -> int:
             if seed != args.seeds[0]:
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                same = Timed(infos[SIDES[2]], splits, Path(folder), quiet=True)
-            same.flow.load_state_dict(trainers[SIDES[0]].flow.state_dict())
+                same = from_settings(infos[SIDES[2]], splits, Path(folder), quiet=True, kind=Timed)
+            same.model.load_state_dict(trainers[SIDES[0]].model.state_dict())
             same.objective.put_solvers(trainers[SIDES[0]].objective.solvers)
             trainers[SIDES[2]] = same
             for side, trainer in trainers.items():
-                for term in ("nll", "loss") if trainer.config.jacobian else ("nll",):
+                for term in ("nll", "loss") if infos[side].config.train.jacobian else ("nll",):
                     tables["exact variance"][0].append(variance(case, side, trainer, term, args.draws))
             tables["exact steps"][0].extend(timed(case, trainers, args.turns))
         for name, (rows, columns) in tables.items():

@@ -20,9 +20,8 @@ import torch
 from measure import machine, markdown, record, versions
 from torch import Tensor
 
-from cnf import Noise, load
+from cnf import FixedGrid, Noise, load
 from cnf.cli.common import load_splits, read_run
-from cnf.cli.sample import drawing
 from cnf.flow import Flow
 
 METHODS = {"euler": 1, "heun": 2, "rk4": 4}  # evaluations a step
@@ -42,8 +41,8 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 def samples(flow: Flow, n: int, method: str, steps: int | None) -> tuple[Tensor, float]:
     """Drawn from the same noise whatever the solver, and the seconds it took."""
     began = time.perf_counter()
-    with drawing(flow, method, steps):
-        x = torch.cat([flow.sample(min(256, n - i), noise=Noise(0, "sample", i)) for i in range(0, n, 256)])
+    solver = None if steps is None else FixedGrid(method, steps)
+    x = torch.cat([flow.sample(min(256, n - i), noise=Noise(0, "sample", i), solver=solver) for i in range(0, n, 256)])
     return x, time.perf_counter() - began
 
 

@@ -35,7 +35,7 @@ from cnf.cli.common import load_splits
 from cnf.config import DataConfig, RunConfig, TrainConfig
 from cnf.datasets import DataSplits
 from cnf.likelihood import evaluate
-from cnf.training import Trainer
+from cnf.training import Trainer, from_settings
 from cnf.training.schedule import learning_rate
 from cnf.trajectory import straightness
 
@@ -79,7 +79,7 @@ class Timed(Trainer):
 def run(settings: RunConfig, data: DataSplits, folder: Path) -> Timed:
     """A trainer of these settings."""
     info = RunInfo(settings, data.event_shape, data.levels, data.context_dim, data.classes, data.columns)
-    return Timed(info, data, folder, quiet=True)
+    return from_settings(info, data, folder, quiet=True, kind=Timed)
 
 
 def step_seconds(data: DataSplits, name: str, side: str, folder: Path) -> float:
@@ -90,8 +90,8 @@ def step_seconds(data: DataSplits, name: str, side: str, folder: Path) -> float:
         if i == 3:
             began = time.perf_counter()
         trainer.update()
-        trainer.step += 1
-    trainer.settle()
+        trainer.state.step += 1
+    trainer.read_metrics()
     return (time.perf_counter() - began) / count
 
 
@@ -108,13 +108,13 @@ def ours(data: DataSplits, name: str, side: str, seconds: float, folder: Path) -
     began = time.perf_counter()
     trainer.run()
     took = time.perf_counter() - began - trainer.aside
-    flow = trainer.best_flow()
+    flow = trainer.best_model()
     found = evaluate(flow, data.test)
     paths = straightness(flow.transform, data.test[:256])
     return {
-        "parameters": sum(p.numel() for p in flow.parameters()), "seconds": took, "steps": trainer.step, "validation": trainer.best,
+        "parameters": sum(p.numel() for p in flow.parameters()), "seconds": took, "steps": trainer.state.step, "validation": trainer.state.best,
         "test": found.mean, "error": found.standard_error, "nfe": found.nfe, "straight": f"{paths.ratio:.3f}", "kinetic": paths.kinetic,
-        "curve": [[r["seconds"], r["validation"]] for r in trainer.metrics if "validation" in r],
+        "curve": [[r["seconds"], r["validation"]] for r in trainer.history if "validation" in r],
     }  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from cnf.checkpoint import read_config
 from cnf.cli.common import load_splits
 from cnf.datasets import DataSplits
 from cnf.noise import Noise
-from cnf.transforms import Dequantize, Gaussianize, Logit, Sequential, Transform
+from cnf.transforms import Dequantize, Gaussianize, Logit, Request, Sequential, Transform
 
 COPIES, DRAWS = 16, 10
 
@@ -35,7 +35,7 @@ def prepared(x: torch.Tensor, chain: Transform, seed: int, copies: int) -> list[
     """``copies`` times dequantised: points (N, D) where the mixture lives, and log|det| (N,) of the way there."""
     out = []
     for copy in range(copies):
-        value, log_det, _, _ = chain.double()(x, noise=Noise(seed, "mixture", copy))
+        value, log_det, _, _ = chain.double()(x, Request(noise=Noise(seed, "mixture", copy)))
         out.append((value.flatten(1).numpy(), log_det.numpy()))
     return out
 
@@ -54,7 +54,7 @@ def images(data: DataSplits, marginals: str) -> tuple[np.ndarray, str]:
         chain: Transform = Logit(alpha)
         if marginals == "gaussianize":
             chain = own = Gaussianize(data.event_shape, data.levels, alpha)
-            own.fit(Dequantize(data.levels)(data.train, noise=Noise(0, "statistics")).value)
+            own.fit(Dequantize(data.levels)(data.train, Request(noise=Noise(0, "statistics"))).value)
         chain = Sequential([Dequantize(data.levels), chain])
         points = np.concatenate([z for z, _ in prepared(data.train, chain, 1, COPIES)])
         validation = prepared(data.validation, chain, 2, DRAWS)

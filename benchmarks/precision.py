@@ -35,7 +35,7 @@ from cnf.config import RunConfig, preset
 from cnf.datasets import DataSplits
 from cnf.likelihood import evaluate
 from cnf.models import build
-from cnf.training import Trainer
+from cnf.training import Trainer, from_settings
 
 CASES = {"digits": 400, "mnist": 200}  # steps
 PRECISIONS = ("fp32", "bf16")
@@ -68,12 +68,12 @@ def settings(case: str, steps: int, seed: int, threads: int) -> RunConfig:
 def gradient(trainer: Trainer, step: int = 0) -> torch.Tensor:
     """Of a training step's loss at the trainer's weights, on the batch and noise of that step."""
     x, _, noise = trainer.batches(step)
-    trainer.flow.train().zero_grad(set_to_none=True)
+    trainer.model.train().zero_grad(set_to_none=True)
     trainer.objective(x, noise=noise)["loss"].mean().backward()  # type: ignore[operator]
-    return torch.cat([p.grad.flatten() for p in trainer.flow.parameters() if p.grad is not None])
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
 
 
-def check(trainer: Trainer) -> tuple[float, float]:
+def check(trainer: Trainer, info: RunInfo, splits: DataSplits) -> tuple[float, float]:
     """A bf16 training's validation is float32's to the last bit, while its training is not: what rounding does to the gradient.
 
     Returns:
@@ -82,16 +82,15 @@ def check(trainer: Trainer) -> tuple[float, float]:
     Raises:
         AssertionError: where it is otherwise.
     """
-    info = trainer.info
     plain = replace(info.config, solver=replace(info.config.solver, precision="fp32"))
     flow = build(plain.model, plain.solver, info.event_shape, levels=info.levels)
-    flow.load_state_dict(trainer.flow.state_dict())
-    x, _, index = trainer.validation
-    one, other = (evaluate(model.eval(), x[:16], seed=1, index=index[:16]) for model in (trainer.flow, flow))
+    flow.load_state_dict(trainer.model.state_dict())
+    x, index = trainer.validation.x, trainer.validation.index
+    one, other = (evaluate(model.eval(), x[:16], seed=1, index=index[:16]) for model in (trainer.model, flow))
     assert torch.equal(one.log_prob, other.log_prob), "a bf16-trained model was not evaluated in float32"
     with tempfile.TemporaryDirectory() as folder:
-        same = Trainer(replace(info, config=plain), trainer.data, Path(folder), quiet=True)
-    same.flow.load_state_dict(trainer.flow.state_dict())
+        same = from_settings(replace(info, config=plain), splits, Path(folder), quiet=True)
+    same.model.load_state_dict(trainer.model.state_dict())
     low, full = gradient(trainer), gradient(same)
     assert not torch.equal(low, full), "the training was not in bfloat16"
     assert low.dtype == torch.float32  # weights and their gradients stay in it
@@ -99,15 +98,15 @@ def check(trainer: Trainer) -> tuple[float, float]:
     return float((low - full).norm() / full.norm()), float((low - full).norm()) / noise**0.5
 
 
-def curve(config: RunConfig, splits: DataSplits, precision: str) -> tuple[list[tuple[int, float]], Trainer]:
+def curve(config: RunConfig, splits: DataSplits, precision: str) -> tuple[list[tuple[int, float]], Trainer, RunInfo]:
     """Step and validation at every point of one training."""
     used = replace(config, solver=replace(config.solver, precision=precision))
     info = RunInfo(used, splits.event_shape, splits.levels, 0, (), ())
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(info, splits, Path(folder), quiet=True)
+        trainer = from_settings(info, splits, Path(folder), quiet=True)
         trainer.run()
-    assert trainer.skipped == 0
-    return [(row["step"], row["validation"]) for row in trainer.metrics if "validation" in row], trainer
+    assert trainer.state.skipped == 0
+    return [(row["step"], row["validation"]) for row in trainer.history if "validation" in row], trainer, info
 
 
 def compare(case: str, seeds: list[int], steps: int, splits: DataSplits, threads: int) -> dict[str, Any]:
@@ -117,16 +116,16 @@ def compare(case: str, seeds: list[int], steps: int, splits: DataSplits, threads
     for seed in seeds:
         config = settings(case, steps, seed, threads)
         for precision in PRECISIONS:
-            points, trainer = curve(config, splits, precision)
+            points, trainer, info = curve(config, splits, precision)
             curves[precision].append(points)
             print(f"{case}, seed {seed}, {precision}: {points[-1][1]:.4f}", flush=True)
-        rounding.append(check(trainer))
+        rounding.append(check(trainer, info, splits))
     last = {precision: [points[-1][1] for points in found] for precision, found in curves.items()}
     paired = [low - full for full, low in zip(*last.values(), strict=True)]
     spread = {precision: _deviation(values) for precision, values in last.items()}
     pairs = [(a[1], b[1]) for full, low in zip(*curves.values(), strict=True) for a, b in zip(full, low, strict=True)]
     return {
-        "case": case, "data": splits.name, "parameters": sum(p.numel() for p in trainer.flow.parameters()), "steps": steps,
+        "case": case, "data": splits.name, "parameters": sum(p.numel() for p in trainer.model.parameters()), "steps": steps,
         "seeds": len(seeds), **{p: statistics.mean(values) for p, values in last.items()},
         **{f"{p}_spread": value for p, value in spread.items()}, "difference": statistics.mean(paired),
         "difference_spread": _deviation(paired), "difference_error": _deviation(paired) / len(paired) ** 0.5,

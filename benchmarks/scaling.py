@@ -32,7 +32,7 @@ from cnf.cli.common import load_splits
 from cnf.config import PUBLISHED, preset
 from cnf.distributed import join
 from cnf.models import build
-from cnf.training import Trainer
+from cnf.training import from_settings
 
 COLUMNS = {
     "scaling": "{mode}",
@@ -87,20 +87,20 @@ def steps(batch: int, repeats: int, device: str) -> dict[str, float]:
     with join(device) as group, tempfile.TemporaryDirectory() as folder:
         data = load_splits(config, download=False, group=group)
         info = RunInfo(config, data.event_shape, data.levels, data.context_dim, data.classes, data.columns)
-        trainer = Trainer(info, data, Path(folder), quiet=True, group=group)
+        trainer = from_settings(info, data, Path(folder), quiet=True, group=group)
         walls, cpus, reduces = [], [], []
         for turn in range(2 + repeats):
             group.barrier()
             wall, cpu = time.perf_counter(), time.process_time()
             trainer.update()
-            trainer.settle()  # reads the loss, so a GPU has finished
+            trainer.read_metrics()  # reads the loss, so a GPU has finished
             walls.append(time.perf_counter() - wall)
             cpus.append(time.process_time() - cpu)
             group.barrier()
             wall = time.perf_counter()
-            group.all_reduce_gradients(trainer.flow.parameters(), 1 / group.size, torch.zeros(4, dtype=torch.float64))
+            group.all_reduce_gradients(trainer.model.parameters(), 1 / group.size, torch.zeros(4, dtype=torch.float64))
             reduces.append(time.perf_counter() - wall)
-            trainer.step = turn + 1
+            trainer.state.step = turn + 1
     found = {"step": walls, "cpu": cpus, "reduce": reduces}
     return {name: statistics.median(values[2:]) for name, values in found.items()}
 

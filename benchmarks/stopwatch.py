@@ -37,10 +37,10 @@ class Stopwatch(Trainer):
         self.total = self._aside = 0.0
 
     def update(self) -> Any:
-        self.grids.append([int(getattr(block.solver, "steps", 0)) for block in self.flow.blocks])
+        self.grids.append([int(getattr(block.solver, "steps", 0)) for block in self.phase.objective.flow.blocks])
         before, began = graphs(), time.perf_counter()
         result = super().update()
-        if self.device.type == "cuda":
+        if self.batches.device.type == "cuda":
             torch.cuda.synchronize()
         self.updates.append(time.perf_counter() - began)
         self.compiling.append(graphs() > before)
@@ -56,11 +56,8 @@ class Stopwatch(Trainer):
         found: dict[str, Any] = self._outside(super().validate)
         return found
 
-    def save(self) -> None:
-        self._outside(super().save)
-
-    def stop_reason(self, elapsed: float = 0.0) -> str | None:
-        return "target" if self.best <= self.target else super().stop_reason(elapsed)
+    def stop_reason(self) -> str | None:
+        return "target" if self.state.best <= self.target else super().stop_reason()
 
     def run(self) -> str:
         began = time.perf_counter()

@@ -13,6 +13,7 @@ from cnf.checkpoint import RunInfo
 from cnf.cli.common import load_splits
 from cnf.config import RunConfig, preset
 from cnf.models import ModelConfig, SolverConfig, build
+from cnf.training import from_settings
 
 __all__ = ["LOSS_COLUMNS", "time_to_loss"]
 
@@ -59,20 +60,20 @@ def run(name: str, config: RunConfig, target: float, max_steps: int | None = Non
     data = load_splits(config)
     info = RunInfo(config, data.event_shape, data.levels, data.context_dim, data.classes, data.columns)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Stopwatch(info, data, Path(folder), quiet=True)
+        trainer = from_settings(info, data, Path(folder), quiet=True, kind=Stopwatch)
         trainer.target = target
         trainer.run()
     seconds = trainer.total
     return {
         "case": name,
         "hidden": "-".join(map(str, config.model.hidden)),
-        "parameters": sum(p.numel() for p in trainer.flow.parameters()),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "target": target,
-        "reached": trainer.best <= target,
+        "reached": trainer.state.best <= target,
         "seconds": seconds,
-        "steps": trainer.step,
-        "step_ms": 1e3 * seconds / max(1, trainer.step),
-        "best": trainer.best,
+        "steps": trainer.state.step,
+        "step_ms": 1e3 * seconds / max(1, trainer.state.step),
+        "best": trainer.state.best,
     }
 
 

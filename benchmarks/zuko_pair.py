@@ -22,7 +22,7 @@ from cnf.fields.time import Affine, Constants, TimeLayer
 from cnf.flow import Flow
 from cnf.noise import Noise
 from cnf.solvers import Adaptive, FixedGrid
-from cnf.transforms import Dequantize, Logit, Sequential
+from cnf.transforms import Dequantize, Logit, Request, Sequential
 
 try:
     import zuko
@@ -72,7 +72,7 @@ def data(dim: int, rows: int = 4096) -> Tensor:
         x = datasets.load("8gaussians", sizes=(rows, 1, 1)).train
     else:
         images = datasets.load("digits").train
-        spread = Sequential([Dequantize(17), Logit(0.01)])(images, noise=Noise(0, "benchmark")).value.flatten(1)
+        spread = Sequential([Dequantize(17), Logit(0.01)])(images, Request(noise=Noise(0, "benchmark"))).value.flatten(1)
         spread = spread - spread.mean(0)
         x = spread if dim == spread.shape[1] else spread @ torch.linalg.svd(spread, full_matrices=False).Vh[:dim].T
     return (x - x.mean(0)) / x.std(0)

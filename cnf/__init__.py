@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from cnf.config import ModelConfig, SolverConfig
     from cnf.continuous import CNF
     from cnf.divergence import Exact, Hutchinson
+    from cnf.fields import VectorField
     from cnf.flow import Flow
     from cnf.models import build
     from cnf.noise import Noise
@@ -27,6 +28,7 @@ __all__ = [
     "ModelConfig",
     "Noise",
     "SolverConfig",
+    "VectorField",
     "build",
     "from_velocity",
     "load",
@@ -38,6 +40,7 @@ _HOMES = {
     "cnf.config": ("ModelConfig", "SolverConfig"),
     "cnf.continuous": ("CNF",),
     "cnf.divergence": ("Exact", "Hutchinson"),
+    "cnf.fields": ("VectorField",),
     "cnf.flow": ("Flow",),
     "cnf.models": ("build",),
     "cnf.noise": ("Noise",),

@@ -15,8 +15,7 @@ from cnf.deferral import outside_inference_mode, vectorized
 from cnf.derivatives import check_derivative
 from cnf.divergence import Divergence, Exact, closed
 from cnf.errors import ConfigError, SolverError
-from cnf.fields.augmented import Handover, TimePath, check_augmented_time
-from cnf.fields.base import SolveField
+from cnf.fields.augmented import TimePath, check_augmented_time
 from cnf.fields.custom import can_compile, precompute, protect
 from cnf.fields.signature import check_signature
 from cnf.halving import separable, solve_in_halves
@@ -25,7 +24,8 @@ from cnf.quadratures import Quadrature, check_names
 from cnf.refinement import Rows
 from cnf.rhs import OneStage, RightHandSide
 from cnf.solvers import Adaptive, FixedGrid, Solution, Solver
-from cnf.transforms import Transform, Transformed
+from cnf.transforms import Request, Transform, TransformOutput
+from cnf.transforms.request import DEFAULT
 
 __all__ = ["CNF", "EVALUATION"]
 
@@ -120,144 +120,83 @@ class CNF(Transform):
             return self.sqrt_end_time.to(x).square()
         return x.new_full((), self.fixed_end_time)  # filled on the device, without a copy from the host
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        noise: Noise | None = None,
-        log_det: bool = True,
-        integrals: bool = True,
-        handover: Handover | None = None,
-    ) -> Transformed:
-        """Transform data to noise: t from 0 to T, or to the end time of ``handover`` from its augmented time."""
-        if handover is None:
-            return self._solve(x, context, noise, log_det, integrals, back=False)
-        out, handover.drive = self.through(
-            x, handover.end, handover.drive, context, noise=noise, log_det=log_det, integrals=integrals
-        )
-        return out
+    def _run(self, x: Tensor, request: Request, reverse: bool) -> TransformOutput:
+        """Integrate t from 0 to T, or back; with a shared augmented time, from its value, which is updated."""
+        shared = request.augmented_time
+        if shared is None:
+            end, a = self.sample_end_time(x, request), self.initial_augmented_time(x)
+            if reverse and a is not None:  # integrate g forward first, then a backward along with x
+                a = self.advance_augmented_time(a, end, request)
+        else:
+            end, a = shared.end, shared.value
+        zero = torch.zeros_like(end)
+        value, integrals, solution = self.integrate(x, (end, zero) if reverse else (zero, end), request, augmented_time=a)
+        if shared is not None:
+            shared.value = solution.state[1]
+        return TransformOutput(value, integrals.pop("log_det"), integrals, solution.stats)
 
-    def inverse(
-        self,
-        z: Tensor,
-        context: Tensor | None = None,
-        *,
-        noise: Noise | None = None,
-        log_det: bool = True,
-        integrals: bool = True,
-    ) -> Transformed:
-        """Transform noise to data: t from T to 0."""
-        return self._solve(z, context, noise, log_det, integrals, back=True)
-
-    def _solve(
-        self, x: Tensor, context: Tensor | None, noise: Noise | None, log_det: bool, integrals: bool, back: bool
-    ) -> Transformed:
-        end = self.drawn_end(x, noise)
-        drive = self.start(x)
-        if back and drive is not None:  # integrate g forward first, then a backward along with x
-            drive = self.carry(drive, end)
-        return self.through(x, end, drive, context, noise=noise, log_det=log_det, integrals=integrals, back=back)[0]
-
-    def drawn_end(self, x: Tensor, noise: Noise | None = None) -> Tensor:
+    def sample_end_time(self, x: Tensor, request: Request = DEFAULT) -> Tensor:
         """Return the end time of one solve: T, or a random one in training with ``steer``."""
         end = self.end_time(x)
-        if self.steer and self.training:
-            u = draw(noise, "end_time", "uniform", (), dtype=x.dtype, device=x.device, batch_dim=None)
+        if self.steer and self.training and request.steer:
+            u = draw(request.noise, "end_time", "uniform", (), dtype=x.dtype, device=x.device, batch_dim=None)
             end = end + self.steer * (2 * u - 1)
         return end
 
-    def start(self, x: Tensor) -> Tensor | None:
-        """Return a(0) of the augmented time; None without a path."""
+    def initial_augmented_time(self, x: Tensor) -> Tensor | None:
+        """Return a(0) (1, k) of the augmented time; None without a path."""
         return None if self.path is None else self.path.start(x)
 
-    def carry(self, drive: Tensor, span: Tensor) -> Tensor:
-        """Return the augmented time after ``span``, integrated alone (batch size 1) by the solver of x."""
+    def advance_augmented_time(self, a: Tensor, span: Tensor, request: Request = DEFAULT) -> Tensor:
+        """Return the augmented time (1, k) after ``span``, integrated alone (batch size 1) by the solver of x."""
         path = self.path
         assert path is not None
-        named = (*path.parameters(), drive, span)
+        named = (*path.parameters(), a, span)
         try:
-            solution = self._solver().solve(lambda s, state: (span * path(state[0]),), (drive,), parameters=named)
+            solution = request.solver_of(self).solve(lambda s, state: (span * path(state[0]),), (a,), parameters=named)
         except SolverError as error:
             raise error.inside(f"{self.label}, augmented time", (0.0, float(span))) from None
         return solution.state[0]
 
-    def through(
-        self,
-        x: Tensor,
-        end: Tensor,
-        drive: Tensor | None,
-        context: Tensor | None = None,
-        *,
-        noise: Noise | None = None,
-        log_det: bool = True,
-        integrals: bool = True,
-        back: bool = False,
-    ) -> tuple[Transformed, Tensor | None]:
-        """Integrate t from 0 to ``end``, or back, from augmented time ``drive``; return its final value too."""
-        zero = torch.zeros_like(end)
-        state, values, solution = self.integrate(
-            x,
-            (end, zero) if back else (zero, end),
-            context,
-            noise=noise,
-            log_det=log_det,
-            integrals=integrals,
-            drive=drive,
-        )
-        left = None if drive is None else solution.state[1]
-        return Transformed(state, values.pop("log_det"), values, solution.stats), left
-
-    def velocity(self, t: Tensor, x: Tensor, context: Tensor | None = None, *, drive: Tensor | None = None) -> Tensor:
+    def velocity(self, t: Tensor, x: Tensor, context: Tensor | None = None, *, augmented_time: Tensor | None = None) -> Tensor:
         """Return f at time t () and points x (N, \\*event); with a path the augmented time is integrated up to t.
 
-        ``drive`` is the augmented time at t = 0, for a block that continues another's; None starts from the path's
-        a(0).
+        ``augmented_time`` (1, k) is its value at t = 0, for a block that continues another's; None starts from a(0).
         """
-        time = t if self.path is None else self.carry(self.path.start(x) if drive is None else drive, t)[0]
+        a = self.initial_augmented_time(x) if augmented_time is None else augmented_time
+        time = t if a is None else self.advance_augmented_time(a, t)[0]
         return protect(self.field)(time, x, context)
 
-    def _one_stage(self, field: SolveField, need: frozenset[str], noise: Noise | None) -> OneStage | None:
+    def _one_stage(self, need: frozenset[str], solver: Solver, closed_form: bool, noise: Noise | None) -> OneStage | None:
         """Return a random stage for ‖J‖², an extra product with a closed-form trace; training on a grid only."""
-        solver = self.solver
-        if not (self.training and "jac_sq" in need and type(solver) is FixedGrid and closed(self.divergence, field)):
+        if not (self.training and "jac_sq" in need and type(solver) is FixedGrid and closed_form):
             return None
         return OneStage(*solver.stage(number(noise, "stage")))
 
-    def _solver(self) -> Solver:
-        return self.solver if self.training else self.eval_solver
-
     @outside_inference_mode
     def integrate(
-        self,
-        x: Tensor,
-        times: tuple[Tensor, Tensor],
-        context: Tensor | None = None,
-        *,
-        noise: Noise | None = None,
-        log_det: bool = True,
-        integrals: bool = True,
-        drive: Tensor | None = None,
+        self, x: Tensor, times: tuple[Tensor, Tensor], request: Request = DEFAULT, *, augmented_time: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor], Solution]:
         """Integrate x from ``times[0]`` to ``times[1]``; return point, integrals by name (N,) and solution.
 
-        ``drive`` is the augmented time at ``times[0]`` if there is a path; None integrates it up to there.
+        ``augmented_time`` (1, k) is its value at ``times[0]`` if there is a path; None integrates it up to there.
         """
         start, stop = (time.view_as(time) for time in times)  # distinct tensors for ``parameters`` below
         span = stop - start
-        path = self.path
-        if path is not None and drive is None:
-            drive = self.carry(path.start(x), start)
-        quadratures = self.quadratures if log_det and integrals else ()
+        path, a, context, noise, log_det = self.path, augmented_time, request.context, request.noise, request.log_det
+        solver, divergence = request.solver_of(self), request.divergence_of(self)
+        if path is not None and a is None:
+            a = self.advance_augmented_time(path.start(x), start, request)
+        quadratures = self.quadratures if log_det and request.integrals else ()
         need = frozenset({"div"} if log_det else ()).union(*(q.need for q in quadratures))
-        field = precompute(self.field, x, context, noise, t=(now := start if drive is None else drive[0]))
-        check_derivative(field, self.divergence, need, now, x, context)
+        field = precompute(self.field, x, context, noise, t=(now := start if a is None else a[0]))
+        check_derivative(field, divergence, need, now, x, context)
         # drawn once, before the solve and outside any checkpoint: a fixed probe defines one smooth ODE
-        probe = self.divergence.probe(x, noise, need, field)
+        probe = divergence.probe(x, noise, need, field)
         rhs = RightHandSide(
             field,
             path,
-            self.divergence,
+            divergence,
             quadratures,
             start=start,
             span=span,
@@ -266,7 +205,7 @@ class CNF(Transform):
             log_det=log_det,
             autocast=self.autocast if self.training else None,
             compile=self.compiles and self.training and torch.is_grad_enabled() and can_compile(field, self.label),
-            once=self._one_stage(field, need, noise),
+            once=self._one_stage(need, solver, closed(divergence, field), noise),
         )
 
         def rows(index: Tensor) -> RightHandSide:
@@ -276,10 +215,10 @@ class CNF(Transform):
             return rows if separable(field, self.field, now, x, context) else None
 
         flat = x.new_zeros(x.shape[0])
-        dynamic = (x,) if drive is None else (x, drive)
+        dynamic = (x,) if a is None else (x, a)
         entries = (*dynamic, *(flat for _ in range(bool(log_det) + len(quadratures))))
         parameters = (*rhs.weights(self.field), *(v for v in (start, stop, context) if v is not None))
-        run = partial(solve, self._solver(), dynamic=len(dynamic), parameters=parameters, products=bool(need))
+        run = partial(solve, solver, dynamic=len(dynamic), parameters=parameters, products=bool(need))
 
         def part(index: Tensor) -> Solution:
             some = (x[index], *entries[1 : len(dynamic)], *(entry[index] for entry in entries[len(dynamic) :]))

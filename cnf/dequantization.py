@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnf.errors import ConfigError, DataError
-from cnf.noise import Noise, draw
+from cnf.noise import draw
 from cnf.solvers import Stats
-from cnf.transforms import Dequantize, Transformed
+from cnf.transforms import Dequantize, Request, TransformOutput
 
 __all__ = ["TruncatedNormalDequantize", "VariationalDequantize"]
 
@@ -35,9 +35,10 @@ class TruncatedNormalDequantize(Dequantize):
         DataError: for integers other than uint8, or pixels of ``levels`` or more.
 
     Example:
+        >>> from cnf.noise import Noise
         >>> dequantize = TruncatedNormalDequantize(levels=17)
         >>> pixels = torch.randint(0, 17, (5, 1, 8, 8), dtype=torch.uint8)
-        >>> out = dequantize(pixels, noise=Noise(0))
+        >>> out = dequantize(pixels, Request(noise=Noise(0)))
         >>> bool((dequantize.quantize(out.value) == pixels).all()), round(dequantize.scale, 6)
         (True, 0.009804)
     """
@@ -71,26 +72,15 @@ class TruncatedNormalDequantize(Dequantize):
         self.check(x)
         return (x.to(self._one.dtype) + 0.5) / self.levels
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        noise: Noise | None = None,
-        log_det: bool = True,
-        integrals: bool = True,
-    ) -> Transformed:
-        """Dequantise uint8 images to floats in [0, 1]; floats pass unchanged."""
-        if x.is_floating_point():
-            return super().forward(x)
+    def _spread(self, x: Tensor, request: Request) -> TransformOutput:
         dtype = self._one.dtype
-        e = draw(noise, "dequantize", "uniform", x.shape, dtype=torch.float64, device=x.device)
+        e = draw(request.noise, "dequantize", "uniform", x.shape, dtype=torch.float64, device=x.device)
         n = (math.sqrt(2) * torch.erfinv(self.mass * (2 * e - 1))).clamp(-self.tau, self.tau)
         # as in Dequantize: avoid rounding into the next grey level
         edge = self.tau * (1 - 4 * self.levels * torch.finfo(dtype).eps)
         n = n.clamp(-edge, edge).to(dtype)
         log_q = -0.5 * n.double().square() - math.log(math.sqrt(2 * math.pi) * self.scale * self.mass)
-        return Transformed(self.middle(x) + self.scale * n, -log_q.flatten(1).sum(1).to(dtype), {}, Stats())
+        return TransformOutput(self.middle(x) + self.scale * n, -log_q.flatten(1).sum(1).to(dtype), {}, Stats())
 
 
 class VariationalDequantize(Dequantize):
@@ -118,10 +108,11 @@ class VariationalDequantize(Dequantize):
         DataError: for images of another dtype or number of channels, or pixels of ``levels`` or more.
 
     Example:
+        >>> from cnf.noise import Noise
         >>> dequantize = VariationalDequantize(levels=17, channels=1)
         >>> pixels = torch.randint(0, 17, (5, 1, 8, 8), dtype=torch.uint8)
-        >>> out = dequantize(pixels, noise=Noise(0))
-        >>> plain = Dequantize(17)(pixels, noise=Noise(0))  # before training, equal to uniform dequantisation
+        >>> out = dequantize(pixels, Request(noise=Noise(0)))
+        >>> plain = Dequantize(17)(pixels, Request(noise=Noise(0)))  # before training, equal to uniform dequantisation
         >>> bool(torch.allclose(out.value, plain.value)), bool(torch.allclose(out.log_det, plain.log_det))
         (True, True)
     """
@@ -133,28 +124,16 @@ class VariationalDequantize(Dequantize):
         self.channels = channels
         self.networks = nn.ModuleList(_network(2 * channels, hidden, 2 * channels) for _ in range(couplings))
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        noise: Noise | None = None,
-        log_det: bool = True,
-        integrals: bool = True,
-    ) -> Transformed:
-        """Dequantise uint8 images to floats in [0, 1]; floats pass unchanged."""
-        if x.is_floating_point():
-            return super().forward(x)
-        self.check(x)
+    def _spread(self, x: Tensor, request: Request) -> TransformOutput:
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise DataError(f"images have shape {tuple(x.shape)}; expected (N, {self.channels}, H, W)")
         dtype = self._one.dtype
-        e = draw(noise, "dequantize", "uniform", x.shape, dtype=dtype, device=x.device)
+        e = draw(request.noise, "dequantize", "uniform", x.shape, dtype=dtype, device=x.device)
         u, log_q = self.spread(x, e)
         # as in Dequantize: k + u must not round up into the next grey level
         u = u.clamp(max=1 - 2 * self.levels * torch.finfo(dtype).eps)
         total = math.prod(x.shape[1:]) * math.log(self.levels)
-        return Transformed((x.to(dtype) + u) / self.levels, -log_q - total, {}, Stats())
+        return TransformOutput((x.to(dtype) + u) / self.levels, -log_q - total, {}, Stats())
 
     def spread(self, pixels: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         """Return the learned noise u (N, C, H, W) in [0, 1] of uniform ``e``, and log q(u | pixels) (N,) in nats."""

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from cnf.errors import DataError
-from cnf.transforms import Dequantize, Gaussianize, Logit, leaves
-
-if TYPE_CHECKING:
-    from cnf.flow import Flow
+from cnf.transforms import Dequantize, Gaussianize, Logit, Transform, iter_leaves
 
 __all__ = ["FlowDistribution"]
+
+
+class Density(Protocol):
+    """What a :class:`~cnf.flow.Flow` offers to its distribution."""
+
+    event_shape: tuple[int, ...]
+    transform: Transform
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return log p(x) in nats, leading shapes broadcast."""
+
+    def rsample(self, n: Sequence[int] = (), context: Tensor | None = None) -> Tensor:
+        """Draw differentiable samples (\\*n, \\*batch of the context, \\*event)."""
 
 
 class FlowDistribution(Distribution):
@@ -48,7 +59,7 @@ class FlowDistribution(Distribution):
 
     def __init__(
         self,
-        flow: Flow,
+        flow: Density,
         context: Tensor | None = None,
         batch_shape: tuple[int, ...] = (),
         validate_args: bool | None = None,
@@ -60,7 +71,7 @@ class FlowDistribution(Distribution):
     @property
     def support(self) -> Any:
         """The reals for each dimension of an event; for images the interval of the logit or Gaussianize."""
-        first = next((leaf for leaf in leaves(self.flow.transform) if not isinstance(leaf, Dequantize)), None)
+        first = next((leaf for leaf, _ in iter_leaves(self.flow.transform) if not isinstance(leaf, Dequantize)), None)
         one = constraints.interval(*first.bounds) if isinstance(first, Logit | Gaussianize) else constraints.real
         return constraints.independent(cast(Any, one), len(self.event_shape))
 
@@ -73,11 +84,6 @@ class FlowDistribution(Distribution):
     def __repr__(self) -> str:
         return f"FlowDistribution(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
 
-    def _rows(self, lead: torch.Size) -> Tensor | None:
-        if self.context is None or self.context.ndim == 1:
-            return self.context
-        return self.context.expand(*lead, self.context.shape[-1]).reshape(lead.numel(), self.context.shape[-1])
-
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p in nats of ``value`` (\\*sample, \\*batch, \\*event); a missing batch is broadcast."""
         if not isinstance(value, Tensor):
@@ -87,18 +93,10 @@ class FlowDistribution(Distribution):
         if self._validate_args and value.numel():  # torch's check fails for empty values
             self._validate_sample(value)
         given = value.shape[: value.ndim - len(self.event_shape)]
-        lead = torch.broadcast_shapes(given, self.batch_shape)
-        if self.context is None or self.context.ndim == 1:  # identical distributions: each given value is solved once
-            lead, out = given, lead
-        else:
-            value, out = value.expand(*lead, *self.event_shape), lead
-        found = self.flow.log_prob(value.reshape(lead.numel(), *self.event_shape), self._rows(lead))
-        return found.reshape(lead).expand(out)
+        # identical distributions solve each given value once
+        return self.flow.log_prob(value, self.context).expand(torch.broadcast_shapes(given, self.batch_shape))
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch.distributions' own signature)
         """Draw differentiable samples (\\*sample, \\*batch, \\*event)."""
-        lead = torch.Size(sample_shape) + self.batch_shape
-        like = self.flow.like
-        z = torch.randn((lead.numel(), *self.flow.latent_shape), dtype=like.dtype, device=like.device)
-        x = self.flow.decode(z * self.flow.base_std, self._rows(lead))
-        return x.reshape(*lead, *self.event_shape)
+        shared = self.context is None or self.context.ndim == 1
+        return self.flow.rsample((*sample_shape, *(self.batch_shape if shared else ())), self.context)

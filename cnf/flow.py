@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +14,22 @@ from torch import Tensor, nn
 from cnf.continuous import CNF
 from cnf.deferral import outside_inference_mode
 from cnf.distribution import FlowDistribution
+from cnf.divergence import Divergence
 from cnf.errors import ConfigError, DataError
 from cnf.fields.custom import context_size
 from cnf.noise import Noise, draw
 from cnf.solvers import Stats
+from cnf.solvers.base import SolverOverride
 from cnf.statistics import fit_statistics
 from cnf.trajectory import trajectory
-from cnf.transforms import Dequantize, Transform, Transformed
+from cnf.transforms import Dequantize, Request, Transform, TransformOutput
 from cnf.transforms.base import Shape
-from cnf.validation import as_rows, check_context, check_points, sample_shape
+from cnf.transforms.request import DEFAULT, as_request
+from cnf.validation import as_rows, check_context, check_points, check_unit_interval, sample_shape
 
 __all__ = ["Flow", "FlowDistribution"]
+
+DivergenceOverride = Divergence | Callable[[CNF], Divergence] | None
 
 
 class Flow(nn.Module):
@@ -133,42 +139,45 @@ class Flow(nn.Module):
         self._check(name, x, shape, context)
         return as_rows(x, shape, context)
 
-    def evaluate(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        noise: Noise | None = None,
-        log_det: bool = True,
-        integrals: bool = True,
-    ) -> Transformed:
+    def evaluate(self, x: Tensor, request: Request = DEFAULT, **former: Any) -> TransformOutput:
         """Transform data (N, \\*event) to latents; return value, log_det (N,), integrals by name (N,) and cost."""
-        x, context, _ = self._rows("x", x, self.event_shape, context)
-        if x.shape[0] == 0:
-            return self._empty(x, self.latent_shape)
-        return cast(Transformed, self.transform(x, context, noise=noise, log_det=log_det, integrals=integrals))
+        request = as_request(request, former)
+        x, context, _ = self._rows("x", x, self.event_shape, request.context)
+        return self._apply_rows(x, replace(request, context=context))
 
-    def _empty(self, x: Tensor, shape: tuple[int, ...]) -> Transformed:
-        """Return the result for zero rows, with a gradient to x."""
-        zero = x.sum() if x.is_floating_point() else 0
-        return Transformed(self.like.new_zeros(0, *shape) + zero, self.like.new_zeros(0) + zero, {}, Stats())
+    def _apply_rows(self, x: Tensor, request: Request, reverse: bool = False) -> TransformOutput:
+        """Apply the transform, or its inverse, to validated rows, of which there may be none."""
+        if x.shape[0] == 0:  # with a gradient to x
+            shape, zero = self.event_shape if reverse else self.latent_shape, x.sum() if x.is_floating_point() else 0
+            return TransformOutput(self.like.new_zeros(0, *shape) + zero, self.like.new_zeros(0) + zero, {}, Stats())
+        return self.transform.inverse(x, request) if reverse else cast(TransformOutput, self.transform(x, request))
 
     def base_log_prob(self, z: Tensor) -> Tensor:
         """Return log q(z) (N,) in nats."""
         constant = math.prod(z.shape[1:]) * (0.5 * math.log(2 * math.pi) + math.log(self.base_std))
         return -0.5 * (z / self.base_std).square().flatten(1).sum(1) - constant
 
-    def log_prob(self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> Tensor:
+    def density(self, z: Tensor, log_det: Tensor) -> Tensor:
+        """Return log p(x) = log q(z) + log|det dz/dx| (N,) in nats, from the output of :meth:`evaluate`."""
+        return self.base_log_prob(z) + log_det
+
+    def log_prob(
+        self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, solver: SolverOverride = None, divergence: DivergenceOverride = None
+    ) -> Tensor:
         """Return log p(x) in nats, (N,) for x (N, \\*event) or (\\*lead) for any leading shape.
 
         For uint8 images it is a lower bound on the log-probability of the pixels, for floats the log-density there.
-        Leading shapes of x and context are broadcast.
+        Leading shapes of x and context are broadcast. ``solver`` and ``divergence`` replace those of every block for
+        this call; see :class:`~cnf.transforms.Request`.
         """
         x, context, lead = self._rows("x", x, self.event_shape, context)
-        out = self.evaluate(x, context, noise=noise, integrals=False)
-        return (self.base_log_prob(out.value) + out.log_det).reshape(lead)
+        request = Request(context, noise, integrals=False, solver=solver, divergence=divergence)
+        out = self._apply_rows(x, request)
+        return self.density(out.value, out.log_det).reshape(lead)
 
-    def bits_per_dim(self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> Tensor:
+    def bits_per_dim(
+        self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, solver: SolverOverride = None, divergence: DivergenceOverride = None
+    ) -> Tensor:
         """Return bits/dim, (\\*lead) for x (\\*lead, \\*event); floats in [0, 1] are scaled to the grey levels.
 
         Raises:
@@ -177,39 +186,25 @@ class Flow(nn.Module):
         if self.levels is None:
             raise DataError("bits_per_dim is for images (a flow with Dequantize): vectors have log_prob, in nats")
         self._check("x", x, self.event_shape, context)
-        self.require_unit_interval(x)
-        return self.to_bits(self.log_prob(x, context, noise=noise), x.is_floating_point())
-
-    @staticmethod
-    def require_unit_interval(x: Tensor) -> None:
-        """Check that float images lie in [0, 1].
-
-        Raises:
-            DataError: for floats outside [0, 1], where bits/dim are undefined (the density extends slightly further).
-        """
-        if x.is_floating_point() and x.numel() and not bool(((x >= 0) & (x <= 1)).all()):
-            low, high = (float(v) for v in x.detach().aminmax())
-            raise DataError(f"x spans [{low:g}, {high:g}]; expected floats in [0, 1], or uint8 grey levels")
+        check_unit_interval(x)
+        return self.to_bits(self.log_prob(x, context, noise=noise, solver=solver, divergence=divergence), x.is_floating_point())
 
     def to_bits(self, log_prob: Tensor, floats: bool) -> Tensor:
         """Convert nats to bits/dim: −log p / (D ln 2), plus log2(levels) for a density on [0, 1]."""
         shift = math.log2(self.levels) if floats and self.levels else 0.0
         return -log_prob / (self.dim * math.log(2)) + shift
 
-    def encode(self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> Tensor:
+    def encode(self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, solver: SolverOverride = None) -> Tensor:
         """Map x (\\*lead, \\*event) to z (\\*lead, \\*latent), without computing the divergence."""
         x, context, lead = self._rows("x", x, self.event_shape, context)
-        return self.evaluate(x, context, noise=noise, log_det=False).value.reshape(*lead, *self.latent_shape)
+        z = self._apply_rows(x, Request(context, noise, log_det=False, solver=solver)).value
+        return z.reshape(*lead, *self.latent_shape)
 
-    def decode(self, z: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> Tensor:
+    def decode(self, z: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, solver: SolverOverride = None) -> Tensor:
         """Map z (\\*lead, \\*latent) to x (\\*lead, \\*event), without computing the divergence."""
         z, context, lead = self._rows("z", z, self.latent_shape, context)
-        return self._invert(z, context, noise, log_det=False).value.reshape(*lead, *self.event_shape)
-
-    def _invert(self, z: Tensor, context: Tensor | None, noise: Noise | None, log_det: bool) -> Transformed:
-        if z.shape[0] == 0:
-            return self._empty(z, self.event_shape)
-        return self.transform.inverse(z, context, noise=noise, log_det=log_det, integrals=False)
+        x = self._apply_rows(z, Request(context, noise, log_det=False, solver=solver), reverse=True).value
+        return x.reshape(*lead, *self.event_shape)
 
     def _latent(
         self, n: int | Sequence[int], context: Tensor | None, noise: Noise | None, temperature: float
@@ -228,11 +223,11 @@ class Flow(nn.Module):
         return z * (self.base_std * temperature), context, lead
 
     def rsample(
-        self, n: int | Sequence[int] = (), context: Tensor | None = None, *, noise: Noise | None = None, temperature: float = 1.0
+        self, n: int | Sequence[int] = (), context: Tensor | None = None, *, noise: Noise | None = None, temperature: float = 1.0, solver: SolverOverride = None
     ) -> Tensor:
         """Draw differentiable samples; see :meth:`sample`. Images are not clamped to [0, 1]."""
         z, rows, lead = self._latent(n, context, noise, temperature)
-        return self.decode(z, rows, noise=noise).reshape(*lead, *self.event_shape)
+        return self.decode(z, rows, noise=noise, solver=solver).reshape(*lead, *self.event_shape)
 
     @torch.no_grad()
     def sample(
@@ -243,6 +238,7 @@ class Flow(nn.Module):
         noise: Noise | None = None,
         temperature: float = 1.0,
         quantize: bool = False,
+        solver: SolverOverride = None,
     ) -> Tensor:
         """Draw samples (n, \\*event), or (n, M, \\*event) with context (M, C); images in [0, 1].
 
@@ -252,34 +248,38 @@ class Flow(nn.Module):
             noise: randomness of z; torch's global generator if None.
             temperature: factor of the base's standard deviation.
             quantize: return uint8 pixels instead of floats.
+            solver: solver of every block for this call; see :class:`~cnf.transforms.Request`.
         """
         if quantize and self.levels is None:
             raise ConfigError("quantize=True is for images: this flow has no Dequantize")
-        x = self.rsample(n, context, noise=noise, temperature=temperature)
+        x = self.rsample(n, context, noise=noise, temperature=temperature, solver=solver)
         return x if self.levels is None else Dequantize(self.levels).quantize(x) if quantize else x.clamp(0, 1)
 
     def sample_and_log_prob(
-        self, n: int | Sequence[int] = (), context: Tensor | None = None, *, noise: Noise | None = None
+        self, n: int | Sequence[int] = (), context: Tensor | None = None, *, noise: Noise | None = None, solver: SolverOverride = None, divergence: DivergenceOverride = None
     ) -> tuple[Tensor, Tensor]:
         """Draw differentiable, unclamped samples (n, \\*event) with log-density (n,), or (n, M, ...), in one solve."""
         z, rows, lead = self._latent(n, context, noise, 1.0)
-        out = self._invert(z, rows, noise, log_det=True)
-        log_prob = self.base_log_prob(z) - out.log_det
-        return out.value.reshape(*lead, *self.event_shape), log_prob.reshape(lead)
+        request = Request(rows, noise, integrals=False, solver=solver, divergence=divergence)
+        out = self._apply_rows(z, request, reverse=True)
+        return out.value.reshape(*lead, *self.event_shape), self.density(z, -out.log_det).reshape(lead)
 
     @outside_inference_mode
-    def score(self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None) -> Tensor:
+    def score(
+        self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, solver: SolverOverride = None, divergence: DivergenceOverride = None
+    ) -> Tensor:
         """Return the score ∇ log p(x) in nats per unit of x, (\\*lead, \\*event) as x; x must be floating-point."""
         self._check("x", x, self.event_shape, context)
         if not x.is_floating_point():
             raise DataError(f"x has type {x.dtype}; the score is a derivative and takes floats")
         with torch.enable_grad():
             point = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.log_prob(point, context, noise=noise).sum(), point)
+            log_prob = self.log_prob(point, context, noise=noise, solver=solver, divergence=divergence)
+            (gradient,) = torch.autograd.grad(log_prob.sum(), point)
         return gradient
 
     def trajectory(
-        self, x: Tensor, times: Tensor, context: Tensor | None = None, *, noise: Noise | None = None
+        self, x: Tensor, times: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, solver: SolverOverride = None
     ) -> Tensor:
         """Return x at ``times`` in [0, 1] (0 = data, 1 = latent), (len(times), N, \\*event); see :mod:`cnf.trajectory`.
 
@@ -289,7 +289,7 @@ class Flow(nn.Module):
             ConfigError: for times outside [0, 1] or decreasing, or a flow without such a path.
         """
         x, context, _ = self._rows("x", x, self.event_shape, context)
-        return trajectory(self.transform, x, times, context, noise=noise)
+        return trajectory(self.transform, x, times, context, noise=noise, solver=solver)
 
     def distribution(self, context: Tensor | None = None) -> FlowDistribution:
         """Return this flow as a ``torch.distributions.Distribution``; a context (M, C) gives the batch shape (M,)."""

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from cnf.aliases import aliases
 from cnf.continuous import CNF
 from cnf.errors import ConfigError, DataError
-from cnf.fields.augmented import Handover
-from cnf.noise import Noise, child
-from cnf.solvers import Stats
-from cnf.transforms import Sequential, Squeeze, Transform, Transformed
+from cnf.transforms import Chain, Request, Sequential, Squeeze, Transform
+from cnf.transforms.chain import State, Visit
+from cnf.transforms.request import AugmentedTime
 
-__all__ = ["Carried", "Multiscale", "Split", "multiscale", "scale_shapes"]
+__all__ = ["Multiscale", "SharedAugmentedTime", "Split", "multiscale", "scale_shapes"]
+
+__getattr__ = aliases(__name__, Carried="SharedAugmentedTime")
 
 Shape = tuple[int, ...]
 SMALLEST = 4  # smallest height or width at which the published architecture adds a scale
@@ -38,17 +41,17 @@ class Split(nn.Module):
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Split (N, 2C, H, W) into the continuing and the factored-out half, (N, C, H, W) each."""
-        if x.ndim != 4 or x.shape[1] % 2:
+        """Split (\\*lead, 2C, H, W) into the continuing and the factored-out half, (\\*lead, C, H, W) each."""
+        if x.ndim < 4 or x.shape[-3] % 2:
             raise DataError(f"split halves the channels of (N, C, H, W), but x has shape {tuple(x.shape)}")
-        half = x.shape[1] // 2
-        return x[:, :half], x[:, half:]
+        half = x.shape[-3] // 2
+        return x[..., :half, :, :], x[..., half:, :, :]
 
     def inverse(self, on: Tensor, out: Tensor) -> Tensor:
         """Concatenate the two halves."""
-        if on.shape != out.shape or on.ndim != 4:
+        if on.shape != out.shape or on.ndim < 4:
             raise DataError(f"halves of shapes {tuple(on.shape)} and {tuple(out.shape)} do not belong to one split")
-        return torch.cat([on, out], 1)
+        return torch.cat([on, out], -3)
 
 
 def scale_shapes(shape: Shape) -> list[Shape]:
@@ -82,7 +85,7 @@ def scale_shapes(shape: Shape) -> list[Shape]:
     return [(channels * 2**i, height >> i, width >> i) for i in range(count)]
 
 
-class Carried(Sequential):
+class SharedAugmentedTime(Sequential):
     """CNF blocks of one scale that share one augmented time a (AFFJORD, 2306.02731, §3.5).
 
     a is initialised at the first block and passed from each block to the next; a learned initial value is the first
@@ -93,10 +96,10 @@ class Carried(Sequential):
         ConfigError: without blocks, for a block without augmented time, or for blocks nested in another transform.
 
     Example:
-        >>> from cnf.continuous import CNF, Handover
+        >>> from cnf.continuous import CNF
         >>> from cnf.fields import MLP, AugmentedTimeConditioning, TimePath
         >>> block = lambda: CNF(MLP(2, (8,), AugmentedTimeConditioning("concat", k=3)), path=TimePath(3)).eval()
-        >>> chain = Carried([block(), block()])
+        >>> chain = SharedAugmentedTime([block(), block()])
         >>> x = torch.randn(5, 2)
         >>> bool((chain.inverse(chain(x).value).value - x).abs().max() < 1e-3)
         True
@@ -121,44 +124,39 @@ class Carried(Sequential):
         """Blocks after the first, which continue the augmented time."""
         return [block for block in self._blocks if block is not self._blocks[0]]
 
-    def start(self, x: Tensor, back: bool) -> Tensor | None:
-        """Return the augmented time at the beginning of the scale, for the chain's input x."""
-        return self._blocks[0].start(x)
-
-    def between(self, transform: Transform, drive: Tensor | None) -> Tensor | None:
+    def between(self, transform: Transform, a: Tensor) -> Tensor:
         """Return the augmented time after a transform without an ODE."""
-        return drive
+        return a
 
-    def _chain(
-        self, x: Tensor, context: Tensor | None, noise: Noise | None, log_det: bool, integrals: bool, back: bool
-    ) -> Transformed:
-        steps = [(cast(Transform, transform), child(noise, i)) for i, transform in enumerate(self.transforms)]
-        ends = [step.drawn_end(x, own) if isinstance(step, CNF) else None for step, own in steps]
-        drive = self.start(x, back)
-        drives = [drive]  # augmented time at the start of each step, integrated in advance (back) or along with x
-        if back:
-            for (step, _), end in zip(steps, ends, strict=True):
-                assert drive is not None
-                drive = self.between(step, drive) if end is None else cast(CNF, step).carry(drive, end)
-                drives.append(drive)
-        results = []
-        for i, (step, own) in reversed(list(enumerate(steps))) if back else enumerate(steps):
-            end, here = ends[i], drives[i + back]
-            wanted: dict[str, Any] = {"noise": own, "log_det": log_det, "integrals": integrals}
+    def through(self, state: State, request: Request, visit: Visit, reverse: bool = False) -> State:
+        """Visit the transforms; each block's request holds the augmented time that it continues, and the block updates it."""
+        if not state:
+            return super().through(state, request, visit, reverse)
+        x = state[0]
+        steps = [(part, own, self._end(part, x, own)) for part, own in self.steps(request)]
+        a = cast(Tensor, self._blocks[0].initial_augmented_time(x))
+        entered = []  # augmented time at the end of each step, integrated in advance for the inverse
+        for part, own, end in steps if reverse else ():
+            a = self.between(part, a) if end is None else cast(CNF, part).advance_augmented_time(a, end, own)
+            entered.append(a)
+        for part, own, end in reversed(steps) if reverse else steps:
+            a = entered.pop() if reverse else a
             if end is None:
-                one, there = (step.inverse if back else step)(x, context, **wanted), here if back else self.between(step, here)
-            elif back:
-                one, there = cast(CNF, step).through(x, end, here, context, **wanted, back=True)
+                state = visit(part, state, own)
+                a = self.between(part, a)
             else:
-                handover = Handover(end, here)
-                one, there = step(x, context, **wanted, handover=handover), handover.drive
-            results.append(one)
-            drives += [] if back else [there]
-            x = one.value
-        return _joined(x, results)
+                shared = AugmentedTime(end, a)
+                state = visit(part, state, replace(own, augmented_time=shared))
+                a = shared.value
+        return state
+
+    @staticmethod
+    def _end(part: Transform, x: Tensor, request: Request) -> Tensor | None:
+        """Return the end time of a block for this call; None for other transforms."""
+        return part.sample_end_time(x, request) if isinstance(part, CNF) else None
 
 
-class Multiscale(Transform):
+class Multiscale(Chain):
     """Sequence of scales with a :class:`Split` in between; z (N, D) concatenates their flattened outputs in order.
 
     Scale i receives ``noise.child(i)``, hence child j of a ``Sequential`` scale draws from place i/j. Integrals of the
@@ -210,58 +208,33 @@ class Multiscale(Transform):
             raise ConfigError(f"this multiscale chain was built for events of shape {self.shape}, not {tuple(shape)}")
         return (math.prod(shape),)
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        noise: Noise | None = None,
-        log_det: bool = True,
-        integrals: bool = True,
-    ) -> Transformed:
-        """Map images (N, C, H, W) to z (N, D)."""
-        parts, results = [], []
-        for i, scale in enumerate(self._scales):
-            results.append(scale(x, context, noise=child(noise, i), log_det=log_det, integrals=integrals))
-            x = out = results[-1].value
-            if i + 1 < len(self.scales):
-                x, out = self.split(x)
-            parts.append(out.flatten(1))
-        return _joined(torch.cat(parts, 1), results)
+    def through(self, state: State, request: Request, visit: Visit, reverse: bool = False) -> State:
+        """Visit the scales; ``Split`` divides every entry of the state, (\\*lead, C, H, W), between them."""
+        steps = [(scale, request.child(i)) for i, scale in enumerate(self._scales)]
+        if reverse:
+            return self._back(state, steps, visit)
+        done = []
+        for i, (scale, own) in enumerate(steps):
+            state = out = visit(scale, state, own)
+            if i + 1 < len(steps):
+                halves = [self.split(entry) for entry in state]
+                state, out = tuple(on for on, _ in halves), tuple(gone for _, gone in halves)
+            done.append([entry.flatten(-len(self.outputs[i])) for entry in out])
+        return tuple(torch.cat(parts, -1) for parts in zip(*done, strict=True))
 
-    def inverse(
-        self,
-        z: Tensor,
-        context: Tensor | None = None,
-        *,
-        noise: Noise | None = None,
-        log_det: bool = True,
-        integrals: bool = True,
-    ) -> Transformed:
-        """Map z (N, D) to images (N, C, H, W)."""
+    def _back(self, state: State, steps: list[tuple[Transform, Request]], visit: Visit) -> State:
+        """Visit the scales last to first, from entries (\\*lead, D)."""
         sizes = [math.prod(shape) for shape in self.outputs]
-        if z.ndim != 2 or z.shape[1] != sum(sizes):
-            raise DataError(f"z has shape {tuple(z.shape)}; expected (N, {sum(sizes)}), the scales' outputs one after another")
-        parts = [part.unflatten(1, shape) for part, shape in zip(z.split(sizes, 1), self.outputs, strict=True)]
-        x, results = parts[-1], []
-        for i, scale in reversed(list(enumerate(self._scales))):
-            if i + 1 < len(self.scales):
-                x = self.split.inverse(x, parts[i])
-            results.append(scale.inverse(x, context, noise=child(noise, i), log_det=log_det, integrals=integrals))
-            x = results[-1].value
-        return _joined(x, results)
-
-
-def _joined(value: Tensor, results: list[Transformed]) -> Transformed:
-    """Sum the log-dets, integrals and solver statistics of the results."""
-    total = results[0].log_det
-    for result in results[1:]:
-        total = total + result.log_det
-    sums: dict[str, Tensor] = {}
-    for result in results:
-        for name, one in result.integrals.items():
-            sums[name] = sums[name] + one if name in sums else one
-    return Transformed(value, total, sums, sum((result.stats for result in results), Stats()))
+        if state and (state[0].ndim != 2 or state[0].shape[-1] != sum(sizes)):
+            raise DataError(f"z has shape {tuple(state[0].shape)}; expected (N, {sum(sizes)}), the scales' outputs one after another")
+        pieces = [entry.split(sizes, -1) for entry in state]
+        parts = [tuple(piece[i].unflatten(-1, shape) for piece in pieces) for i, shape in enumerate(self.outputs)]
+        state = parts[-1]
+        for i, (scale, own) in reversed(list(enumerate(steps))):
+            if i + 1 < len(steps):
+                state = tuple(self.split.inverse(on, out) for on, out in zip(state, parts[i], strict=True))
+            state = visit(scale, state, own)
+        return state
 
 
 def multiscale(shape: Shape, block: Callable[[Shape], Transform], num_blocks: int = 1) -> Multiscale:
@@ -269,7 +242,7 @@ def multiscale(shape: Shape, block: Callable[[Shape], Transform], num_blocks: in
 
     Every scale but the last is ``num_blocks`` blocks, a squeeze, ``num_blocks`` blocks and a split; the last one is
     ``num_blocks`` blocks. On n scales there are num_blocks (2 n - 1) blocks. Blocks with an augmented time share it
-    within each scale (:class:`Carried`).
+    within each scale (:class:`SharedAugmentedTime`).
 
     Args:
         shape: (C, H, W).
@@ -280,7 +253,7 @@ def multiscale(shape: Shape, block: Callable[[Shape], Transform], num_blocks: in
         ConfigError: for sizes that cannot be halved (see :func:`scale_shapes`), or fewer than one block.
 
     Example:
-        >>> from cnf.continuous import CNF, Handover
+        >>> from cnf.continuous import CNF
         >>> from cnf.fields import ConvField
         >>> chain = multiscale((1, 8, 8), lambda shape: CNF(ConvField(shape[0], (4,))))
         >>> chain.outputs, sum(isinstance(m, CNF) for m in chain.modules())
@@ -296,5 +269,5 @@ def multiscale(shape: Shape, block: Callable[[Shape], Transform], num_blocks: in
             squeeze = Squeeze()
             squeezed = squeeze.latent_shape(entering)
             parts += [squeeze, *(block(squeezed) for _ in range(num_blocks))]
-        scales.append((Carried if any(isinstance(part, CNF) and part.path is not None for part in parts) else Sequential)(parts))
+        scales.append((SharedAugmentedTime if any(isinstance(part, CNF) and part.path is not None for part in parts) else Sequential)(parts))
     return Multiscale(scales, shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from cnf.continuous import CNF
 from cnf.fields import VectorField
 from cnf.fields.signature import wrapped
 from cnf.noise import Noise
-from cnf.transforms import Gaussianize, Standardize, Transform, leaves
-from cnf.transforms.base import placed
+from cnf.transforms import Gaussianize, Request, Standardize, Transform, iter_leaves
+from cnf.transforms.chain import input_of
 
 __all__ = ["fit_statistics"]
 
@@ -31,13 +31,15 @@ def fit_statistics(transform: Transform, x: Tensor, batch_size: int = 8192) -> N
         DataError: for fewer than two rows, non-finite values, or a constant dimension.
     """
 
+    leaves = [leaf for leaf, _ in iter_leaves(transform)]
+
     def arriving(at: int) -> Iterator[Tensor]:
         for number, part in enumerate(x.split(batch_size)):
-            for leaf, noise in islice(placed(transform, Noise(0, "statistics", number)), at):
-                part = leaf(part, noise=noise).value
-            yield part
+            reached = count()
+            request = Request(noise=Noise(0, "statistics", number))
+            yield input_of(transform, part, request, lambda leaf, reached=reached: next(reached) == at)  # type: ignore[misc]
 
-    for i, leaf in enumerate(leaves(transform)):
+    for i, leaf in enumerate(leaves):
         if any(isinstance(m, CNF) for m in leaf.modules()):
             if isinstance(leaf, CNF) and isinstance(field := wrapped(leaf.field), VectorField):
                 field.fit_batches(arriving(i))

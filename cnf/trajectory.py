@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple, cast
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cnf.continuous import CNF
 from cnf.errors import ConfigError
-from cnf.multiscale import Carried, Multiscale
-from cnf.noise import Noise, child
-from cnf.transforms import Sequential, Squeeze, Transform
+from cnf.noise import Noise
+from cnf.solvers.base import SolverOverride
+from cnf.transforms import Request, Squeeze, Transform, iter_leaves
+from cnf.transforms.chain import State, walk
 
 __all__ = ["Straightness", "straightness", "trajectory"]
 
@@ -21,7 +22,13 @@ POINTS = 9  # points on a path, whose length and energy are those of the polygon
 
 @torch.no_grad()
 def trajectory(
-    transform: Transform, x: Tensor, times: Tensor, context: Tensor | None = None, *, noise: Noise | None = None
+    transform: Transform,
+    x: Tensor,
+    times: Tensor,
+    context: Tensor | None = None,
+    *,
+    noise: Noise | None = None,
+    solver: SolverOverride = None,
 ) -> Tensor:
     """Return the states of x (N, \\*event) at ``times`` in [0, 1], as (len(times), N, \\*event).
 
@@ -35,7 +42,7 @@ def trajectory(
 
     Raises:
         ConfigError: for times outside [0, 1] or decreasing; for a transform without blocks, with blocks nested in
-            anything but Sequential, Carried and Multiscale, or with another change of shape between blocks.
+            anything but a :class:`~cnf.transforms.Chain`, or with another change of shape between blocks.
 
     Example:
         >>> from cnf.fields import MLP
@@ -45,117 +52,83 @@ def trajectory(
     inside = bool(((times >= 0) & (times <= 1)).all())
     if times.ndim != 1 or len(times) == 0 or not inside or bool((times.diff() < 0).any()):
         raise ConfigError(f"times={times.tolist()}: expected increasing times in [0, 1]")
-    walk = _Walk(times, _blocks(transform), context, x.shape[1:])
-    walk(transform, x, walk.places, noise)
-    if not walk.frames:
+    blocks = sum(isinstance(leaf, CNF) for leaf, _ in iter_leaves(transform))
+    recorder = _Recorder(times, blocks, x)
+    walk(transform, (x, recorder.places), Request(context, noise, log_det=False, solver=solver, steer=False), recorder)
+    if not recorder.frames:
         raise ConfigError("a trajectory needs at least one block, but this flow has none")
-    return torch.stack(walk.frames)
+    return torch.stack(recorder.frames)
 
 
-def _blocks(transform: nn.Module) -> int:
-    """Return the number of blocks along the path; a block used twice counts twice."""
-    if isinstance(transform, Sequential | Multiscale):
-        return sum(map(_blocks, transform.scales if isinstance(transform, Multiscale) else transform.transforms))
-    return int(isinstance(transform, CNF))
+class _Recorder:
+    """Visitor of a chain that records frames; the state is x (N, \\*event) and ``places`` (1, \\*event).
 
-
-class _Walk:
-    """Forward pass of points through a chain, which records frames.
-
-    ``places`` has the event shape of the current state and holds, for each entry, its index in the flattened frame.
+    Places are the indices of the entries in the flattened frame ``whole`` (N, D), which keeps entries that are factored out.
     """
 
-    def __init__(self, times: Tensor, blocks: int, context: Tensor | None, shape: torch.Size):
-        self.todo, self.blocks, self.context = times.tolist(), blocks, context
-        self.done = 0
+    def __init__(self, times: Tensor, blocks: int, x: Tensor):
+        self.todo, self.blocks, self.done = times.tolist(), blocks, 0
         self.frames: list[Tensor] = []
-        self.left: list[tuple[Tensor, Tensor]] = []  # factored-out parts and their places
-        self._shaped(shape)
+        self._begin(x)
 
-    def _shaped(self, shape: torch.Size) -> None:
-        self.shape, self.places = shape, torch.arange(shape.numel()).view(shape)
+    def _begin(self, x: Tensor) -> None:
+        """Start frames of the shape of x."""
+        self.shape = x.shape[1:]
+        self.places = torch.arange(self.shape.numel(), device=x.device).view(1, *self.shape)
+        self.whole = x.flatten(1)
 
-    def __call__(self, transform: Transform, x: Tensor, places: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
-        """Apply the transform; return x and its places."""
-        if isinstance(transform, Multiscale):
-            return self.scales(transform, x, places, noise)
-        if isinstance(transform, Sequential):
-            return self.chain(transform, x, places, noise)
+    def __call__(self, transform: Transform, state: State, request: Request) -> State:
+        """Apply a leaf."""
+        x, places = state
         if isinstance(transform, CNF):
-            return self.block(transform, x, places, transform.start(x), noise)[0], places
+            return self.block(transform, x, places, request), places
         if any(isinstance(m, CNF) for m in transform.modules()):
             raise ConfigError(
-                f"a trajectory needs blocks in Sequential, Carried or Multiscale, but this flow has a {type(transform).__name__} "
-                "with blocks inside"
+                f"a trajectory needs blocks in Sequential, SharedAugmentedTime or Multiscale, but this flow has a "
+                f"{type(transform).__name__} with blocks inside"
             )
-        x = transform(x, self.context, noise=noise, log_det=False).value
+        x = transform(x, request).value
         if isinstance(transform, Squeeze):
-            places = transform(places[None]).value[0]
-        elif x.shape[1:] != places.shape:
-            if self.done or self.left:
+            places = transform(places).value
+        elif x.shape[1:] != places.shape[1:]:
+            if self.done or places.numel() < self.places.numel():
                 raise ConfigError(
                     f"a trajectory needs one shape between blocks, but {type(transform).__name__} makes {tuple(x.shape[1:])} of "
-                    f"{tuple(places.shape)}, and only Squeeze and Split say where each entry goes"
+                    f"{tuple(places.shape[1:])}, and only Squeeze and Split say where each entry goes"
                 )
-            self._shaped(x.shape[1:])
+            self._begin(x)
             places = self.places
+        self.put(x, places)
         return x, places
 
-    def chain(self, chain: Sequential, x: Tensor, places: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
-        """Apply the transforms first to last, passing on the augmented time that the blocks share, if any."""
-        carried = chain if isinstance(chain, Carried) else None
-        drive = None if carried is None else carried.start(x, back=False)
-        for i, part in enumerate(cast(Iterable[Transform], chain.transforms)):
-            if carried is not None and isinstance(part, CNF):
-                x, drive = self.block(part, x, places, drive, child(noise, i))
-            else:
-                x, places = self(part, x, places, child(noise, i))
-                drive = None if carried is None else carried.between(part, drive)
-        return x, places
-
-    def scales(self, chain: Multiscale, x: Tensor, places: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
-        """Apply scale by scale; after all but the last, half of the channels are factored out."""
-        first = len(self.left)
-        for i, scale in enumerate(cast(Iterable[Transform], chain.scales)):
-            x, places = self(scale, x, places, child(noise, i))
-            if i + 1 < len(chain.scales):
-                x, out = chain.split(x)
-                on, gone = chain.split(places[None])
-                places = on[0]
-                self.left.append((out.flatten(1), gone.flatten()))
-        parts = [*self.left[first:], (x.flatten(1), places.flatten())]
-        del self.left[first:]
-        return torch.cat([part for part, _ in parts], 1), torch.cat([place for _, place in parts])
-
-    def block(
-        self, block: CNF, x: Tensor, places: Tensor, drive: Tensor | None, noise: Noise | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Integrate one block, recording the frames in its part of [0, 1]; return x and the augmented time."""
-        now, end = 0.0, block.end_time(x)
-        if noise is None:  # a random layer draws once for the whole path; torch's generator is left as it is
+    def block(self, block: CNF, x: Tensor, places: Tensor, request: Request) -> Tensor:
+        """Integrate one block, recording the frames in its part of [0, 1]; return x."""
+        now, end, shared = 0.0, block.end_time(x), request.augmented_time
+        a = block.initial_augmented_time(x) if shared is None else shared.value
+        if request.noise is None:  # a random layer draws once for the whole path; torch's generator is left as it is
             with torch.random.fork_rng(devices=()):
-                noise = Noise(int(torch.randint(2**31, ())))
+                request = replace(request, noise=Noise(int(torch.randint(2**31, ()))))
 
         def move(until: float) -> None:
-            nonlocal x, drive, now
+            nonlocal x, a, now
             if until > now:
-                x, _, solution = block.integrate(x, (now * end, until * end), self.context, noise=noise, log_det=False, drive=drive)
-                drive = None if drive is None else solution.state[1]
+                x, _, solution = block.integrate(x, (now * end, until * end), request, augmented_time=a)
+                a = None if a is None else solution.state[1]
                 now = until
+                self.put(x, places)
 
         while self.todo and self.todo[0] * self.blocks <= self.done + 1 + 1e-9:
             move(min(1.0, max(0.0, self.todo.pop(0) * self.blocks - self.done)))
-            self.frames.append(self.frame(x, places))
+            self.frames.append(self.whole.unflatten(1, self.shape))
         move(1.0)
         self.done += 1
-        return x, drive
+        if shared is not None and a is not None:
+            shared.value = a
+        return x
 
-    def frame(self, x: Tensor, places: Tensor) -> Tensor:
-        """Return the whole frame, every entry at its place."""
-        parts = [*self.left, (x.flatten(1), places.flatten())]
-        order = torch.cat([place for _, place in parts]).argsort()
-        whole: Tensor = torch.cat([part for part, _ in parts], 1)[:, order.to(x.device)].unflatten(1, self.shape)
-        return whole
+    def put(self, x: Tensor, places: Tensor) -> None:
+        """Put the entries of x at their places in a new frame."""
+        self.whole = self.whole.to(x).index_copy(1, places.flatten(), x.flatten(1))
 
 
 class Straightness(NamedTuple):

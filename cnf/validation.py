@@ -13,7 +13,7 @@ from torch import Tensor
 from cnf.deferral import deferred
 from cnf.errors import ConfigError, DataError
 
-__all__ = ["as_rows", "check_context", "check_points", "context_rows", "sample_shape"]
+__all__ = ["as_rows", "check_context", "check_points", "check_unit_interval", "context_rows", "sample_shape"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -64,6 +64,17 @@ def check_context(context: Any, size: int | None, like: Tensor) -> None:
         raise DataError(f"context has shape {tuple(context.shape)}; expected ({width},), or (N, {width})")
     _require_type("context", context, like)
     _require_finite("context", context, context.ndim - 1)
+
+
+def check_unit_interval(x: Tensor) -> None:
+    """Check that float images lie in [0, 1].
+
+    Raises:
+        DataError: for floats outside [0, 1], where bits/dim are undefined (the density extends slightly further).
+    """
+    if x.is_floating_point() and x.numel() and not bool(((x >= 0) & (x <= 1)).all()):
+        low, high = (float(v) for v in x.detach().aminmax())
+        raise DataError(f"x spans [{low:g}, {high:g}]; expected floats in [0, 1], or uint8 grey levels")
 
 
 def as_rows(x: Tensor, shape: tuple[int, ...], context: Tensor | None) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:

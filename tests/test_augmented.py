@@ -18,10 +18,11 @@ from cnf.divergence import Bound
 from cnf.errors import ConfigError
 from cnf.fields import MLP, AugmentedTimeConditioning, Conv, ConvField, Linear, SqueezeSum, TimePath
 from cnf.models import ModelConfig, SolverConfig, build, count_parameters
-from cnf.multiscale import Carried, multiscale
+from cnf.multiscale import SharedAugmentedTime, multiscale
 from cnf.objectives import Likelihood
 from cnf.quadratures import Directional, JacobianFrobenius, Kinetic, RunningCost, TotalDerivative
-from cnf.transforms import Sequential, Squeeze
+from cnf.transforms import Request, Sequential, Squeeze
+from cnf.transforms.request import AugmentedTime
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -51,7 +52,7 @@ def full_jacobian(transform, x, context=None):
     rows = []
     for i, one in enumerate(x):
         own = None if context is None else context[i : i + 1]
-        rows.append(torch.autograd.functional.jacobian(lambda y, c=own: transform(y[None], c, log_det=False).value[0], one, vectorize=True).reshape(n, n))
+        rows.append(torch.autograd.functional.jacobian(lambda y, c=own: transform(y[None], Request(c, log_det=False)).value[0], one, vectorize=True).reshape(n, n))
     return torch.stack(rows)
 
 
@@ -68,7 +69,7 @@ def test_mlp_log_det_is_that_of_the_whole_jacobian(drive, hidden):
 @pytest.mark.parametrize("drive", AUGMENTED_TIME_LAYERS)
 def test_several_conv_blocks_log_det_and_inverse(drive):
     chain = multiscale((1, 4, 4), lambda shape: conv_block(drive, shape), 2)
-    assert isinstance(chain.scales[0], Sequential) and isinstance(chain.scales[0], Carried)
+    assert isinstance(chain.scales[0], Sequential) and isinstance(chain.scales[0], SharedAugmentedTime)
     x = torch.randn(2, 1, 4, 4)
     z, log_det, _, _ = chain(x)
     assert (torch.linalg.slogdet(full_jacobian(chain, x))[1] - log_det).abs().max() < 1e-8
@@ -79,7 +80,7 @@ def test_several_conv_blocks_log_det_and_inverse(drive):
 @pytest.mark.parametrize("drive", AUGMENTED_TIME_LAYERS)
 def test_two_scales_with_squeeze_log_det_and_inverse(drive):
     chain = multiscale((1, 8, 8), lambda shape: conv_block(drive, shape, (2,)), 1)
-    assert [type(s) for s in chain.scales] == [Carried, Carried]
+    assert [type(s) for s in chain.scales] == [SharedAugmentedTime, SharedAugmentedTime]
     x = torch.randn(1, 1, 8, 8)
     z, log_det, _, _ = chain(x)
     assert (torch.linalg.slogdet(full_jacobian(chain, x))[1] - log_det).abs().max() < 1e-8
@@ -99,10 +100,11 @@ def test_a_is_carried_through_a_scale_and_starts_afresh_at_the_next():
     with torch.no_grad():
         # by hand: every block alone, from where the one before left a
         one = torch.ones(())
-        y, a = blocks[0].through(x, one, blocks[0].start(x))
-        y, a = blocks[1].through(Squeeze()(y.value).value, one, a)
-        on, out = chain.split(y.value)
-        assert a.abs().max() > 1e-3 and blocks[2].start(on).abs().max() == 0
+        shared = AugmentedTime(one, blocks[0].initial_augmented_time(x))
+        y = blocks[0](x, Request(augmented_time=shared)).value
+        y = blocks[1](Squeeze()(y).value, Request(augmented_time=shared)).value
+        on, out = chain.split(y)
+        assert shared.value.abs().max() > 1e-3 and blocks[2].initial_augmented_time(on).abs().max() == 0
         last = blocks[2](on).value
     assert torch.equal(z, torch.cat([out.flatten(1), last.flatten(1)], 1))
     # afresh in a plain stack: each block is the transform it is alone
@@ -255,7 +257,7 @@ def test_gradients_of_every_mode_agree(drive, back):
         block.zero_grad()
         point = x.clone().requires_grad_()
         noise = cnf.Noise(0, "test")
-        out = (block.inverse if back else block)(point, noise=noise)
+        out = (block.inverse if back else block)(point, Request(noise=noise))
         loss = out.value.square().sum() + out.log_det.sum() + sum(v.sum() for v in out.integrals.values())
         loss.backward()
         return [loss.detach(), point.grad, *(p.grad.clone() for p in block.parameters())]
@@ -287,11 +289,11 @@ def test_every_grid_converges_to_the_adaptive_solution(method):
 def test_conditional_flows(drive):
     block = mlp_block(drive, context=2)
     x, context = torch.randn(3, 3), torch.randn(3, 2)
-    out = block(x, context)
+    out = block(x, Request(context))
     truth = torch.linalg.slogdet(full_jacobian(block, x, context))[1]
     assert (truth - out.log_det).abs().max() < 1e-8
-    assert (block.inverse(out.value, context).value - x).abs().max() < 1e-8
-    assert (block(x, context + 1).value - out.value).abs().max() > 1e-3
+    assert (block.inverse(out.value, Request(context)).value - x).abs().max() < 1e-8
+    assert (block(x, Request(context + 1)).value - out.value).abs().max() > 1e-3
 
 
 def test_regularisers_against_their_integrands_by_hand():
@@ -321,21 +323,21 @@ def test_regularisers_against_their_integrands_by_hand():
             ):
                 sums[name] += weight * value
             if i < n:
-                state = block.integrate(point, (t, t + 1 / n), log_det=False, drive=a)[2].state
+                state = block.integrate(point, (t, t + 1 / n), Request(log_det=False), augmented_time=a)[2].state
                 point, a = state[0], state[1]
     for name, value in sums.items():
         assert torch.allclose(out.integrals[name], value, rtol=1e-6), name
 
 
 def test_a_random_end_time_carries_the_same_a_both_ways():
-    chain = Carried([mlp_block("concat", steer=0.3), mlp_block("hyper", steer=0.3)])
+    chain = SharedAugmentedTime([mlp_block("concat", steer=0.3), mlp_block("hyper", steer=0.3)])
     chain.train()
     for block in chain.transforms:
         block.solver = TIGHT
     x, noise = torch.randn(3, 3), cnf.Noise(1, "test")
-    z = chain(x, noise=noise).value
-    assert (chain.inverse(z, noise=noise).value - x).abs().max() < 1e-8
-    assert (chain(x, noise=cnf.Noise(2, "test")).value - z).abs().max() > 1e-3
+    z = chain(x, Request(noise=noise)).value
+    assert (chain.inverse(z, Request(noise=noise)).value - x).abs().max() < 1e-8
+    assert (chain(x, Request(noise=cnf.Noise(2, "test"))).value - z).abs().max() > 1e-3
 
 
 def test_trajectory_passes_through_the_solution():
@@ -348,7 +350,7 @@ def test_trajectory_passes_through_the_solution():
 
 
 def carried_flow(dim=3):
-    chain = Carried([mlp_block("hyper", dim), Sequential([]), mlp_block("concat", dim), mlp_block("low-rank", dim)])
+    chain = SharedAugmentedTime([mlp_block("hyper", dim), Sequential([]), mlp_block("concat", dim), mlp_block("low-rank", dim)])
     return Flow(Sequential([chain, mlp_block("concat", dim)]), (dim,)).eval()
 
 
@@ -375,9 +377,9 @@ def test_vector_field_of_a_carried_chain_is_at_the_carried_a(tmp_path, monkeypat
     grid, one, a = torch.cartesian_prod(ticks, ticks), torch.ones(()), None
     with torch.no_grad():
         for i, block in enumerate(flow.blocks):
-            a = block.start(grid) if i in (0, 3) else a
+            a = block.initial_augmented_time(grid) if i in (0, 3) else a
             assert torch.allclose(seen[2 * i], block.field(a[0], grid), atol=1e-8)
-            a = block.carry(a, one)
+            a = block.advance_augmented_time(a, one)
             assert torch.allclose(seen[2 * i + 1], block.field(a[0], grid), atol=1e-8)
 
 
@@ -388,8 +390,8 @@ def test_a_carried_chain_has_one_learned_start():
     perturbed(chain, 0.1)(torch.randn(1, 1, 8, 8)).value.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in chain.parameters())
     path = TimePath(K, learn_start=True)  # one path for both: its start is the first's
-    both = Carried([CNF(MLP(2, (4,), AUGMENTED_TIME_LAYERS["concat"]), path=path) for _ in range(2)])
-    assert path.initial is not None and both.start(torch.zeros(1, 2), False).requires_grad
+    both = SharedAugmentedTime([CNF(MLP(2, (4,), AUGMENTED_TIME_LAYERS["concat"]), path=path) for _ in range(2)])
+    assert path.initial is not None and both.transforms[0].initial_augmented_time(torch.zeros(1, 2)).requires_grad
 
 
 # -- training and saving -------------------------------------------------------------------------------------------------
@@ -507,8 +509,8 @@ def test_published_counts_and_a_small_generator():
         (lambda: MLP(2, (4,), AugmentedTimeConditioning("hyper", k=3, m=2))(torch.randn(5, 3), torch.randn(5, 2)), ("(5, 3)", "(3,)")),
         (lambda: MLP(2, (4,), AugmentedTimeConditioning("hyper", k=3, m=2))(torch.randn(5, 3), torch.randn(5, 2)), ("one set of weights per time",)),
         (lambda: MLP(2, (4,), AugmentedTimeConditioning("both", k=3, m=2))(torch.randn(5, 3), torch.randn(5, 2)), ("(5, 3)", "(3,)")),
-        (lambda: Carried([CNF(MLP(2))]), ("path",)),
-        (lambda: Carried([mlp_block("concat"), Sequential([mlp_block("concat")])]), ("blocks inside",)),
+        (lambda: SharedAugmentedTime([CNF(MLP(2))]), ("path",)),
+        (lambda: SharedAugmentedTime([mlp_block("concat"), Sequential([mlp_block("concat")])]), ("blocks inside",)),
         (lambda: build(ModelConfig(drive="hyper", drive_entries=30), SolverConfig(), (2,)), ("m=30", "k=20")),
         (lambda: build(ModelConfig(drive_dim=30), SolverConfig(), (2,)), ("drive_dim=30", "drive=")),
         (lambda: build(ModelConfig(drive="concat", drive_rank=3), SolverConfig(), (2,)), ("drive_rank=3", "'hyper'", "'both'")),

@@ -97,7 +97,7 @@ def test_interrupted_run_resumes_to_the_same_weights(tmp_path, monkeypatch, caps
     real = Trainer.update
 
     def update(self):
-        if self.step == 3:
+        if self.state.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return real(self)
 
@@ -142,7 +142,7 @@ def test_a_training_that_fails(tmp_path, monkeypatch, capsys, error, code, messa
 
 
 def test_interrupted_final_test_is_repeated_by_resume(tmp_path, monkeypatch, capsys):
-    def interrupted(trainer):
+    def interrupted(*args):
         raise KeyboardInterrupt
 
     folder = tmp_path / "run"
@@ -176,7 +176,7 @@ def test_a_longer_run_that_was_killed_in_its_test_is_tested_on_resume(tmp_path, 
     monkeypatch.setattr("cnf.training.report.pictures", lambda *args: None)
     folder = shutil.copytree(rows, tmp_path / "longer")
     with monkeypatch.context() as patch:
-        patch.setattr("cnf.cli.train.finish", lambda trainer: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("cnf.cli.train.finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         assert train_main(["--resume", "--out", str(folder), "--steps", "9"]) == 130
     assert json.loads((folder / "result.json").read_text())["steps"] == 6  # of the shorter run
     assert train_main(["--resume", "--out", str(folder)]) == 0
@@ -200,7 +200,7 @@ def test_who_runs_out_of_memory_is_told_of_options_that_there_are(monkeypatch, c
 
 
 def test_dry_run_leaves_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("cnf.training.measure.ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr("cnf.training.cost.CostMeter.enough_seconds", 0.0)
     monkeypatch.chdir(tmp_path)
     assert train_main(["digits", *TINY, "--dry-run"]) == 0
     said = capsys.readouterr().out
@@ -211,7 +211,7 @@ def test_dry_run_leaves_nothing(tmp_path, monkeypatch, capsys):
 
 
 def test_a_dry_run_of_both_objectives_measures_both(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("cnf.training.measure.ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr("cnf.training.cost.CostMeter.enough_seconds", 0.0)
     monkeypatch.chdir(tmp_path)
     both = ["--objective", "both", "--finetune-steps", "2", "--finetune-batch-size", "10"]
     assert train_main(["digits", *TINY, *both, "--dry-run"]) == 0
@@ -222,7 +222,7 @@ def test_a_dry_run_of_both_objectives_measures_both(tmp_path, monkeypatch, capsy
 
 
 def test_run_folders_are_named_by_preset_data_and_seed(tmp_path, monkeypatch, table):
-    monkeypatch.setattr("cnf.cli.train.finish", lambda trainer: {})
+    monkeypatch.setattr("cnf.cli.train.finish", lambda *args: {})
     monkeypatch.setattr("cnf.cli.train.summary", lambda result: "")
     monkeypatch.chdir(tmp_path)
     quick = ["--hidden", "4", "--steps", "1", "--validation-items", "4"]
@@ -235,7 +235,7 @@ def test_run_folders_are_named_by_preset_data_and_seed(tmp_path, monkeypatch, ta
 
 
 def test_preset_may_stand_anywhere(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("cnf.training.measure.ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr("cnf.training.cost.CostMeter.enough_seconds", 0.0)
     small = ["--batch-size", "8", "--max-train-rows", "50"]
     for arguments in (["ffjord-toy", *small, "--dry-run"], [*small, "--dry-run", "ffjord-toy"], ["--dry-run", *small, "ffjord-toy", "--lr", "1"]):
         assert train_main(arguments) == 0
@@ -244,7 +244,7 @@ def test_preset_may_stand_anywhere(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("name", "size"), [("tabular", 0), ("ffjord-toy", 0), ("digits", 5), ("fm-digits", 6), ("fm-digits", 18), ("fm-mnist", 16)])
 def test_preset_fits_the_data_where_none_is_named(tmp_path, monkeypatch, capsys, table, name, size):
-    monkeypatch.setattr("cnf.training.measure.ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr("cnf.training.cost.CostMeter.enough_seconds", 0.0)
     np.savez(tmp_path / "x.npz", images=np.random.default_rng(0).integers(256, size=(40, size, size), dtype=np.uint8))
     data = {"tabular": table, "ffjord-toy": "moons"}.get(name, tmp_path / "x.npz")
     words = ["--data", str(data), "--max-train-rows", "30", "--dry-run"]
@@ -570,7 +570,7 @@ def classes(tmp_path_factory):
     np.savez(data, x=x, labels=np.array(["low", "high"])[labels])
     options = f"--data {data} --condition label --hidden 16 --blocks 1 --steps 60 --lr 0.03 --warmup 5 --batch-size 100 --ema-decay 0 --out {folder}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cnf.cli.train.finish", lambda trainer: {})  # the test is not what this is about
+        patch.setattr("cnf.cli.train.finish", lambda *args: {})  # the test is not what this is about
         patch.setattr("cnf.cli.train.summary", lambda result: "")
         assert train_main(["tabular", *options.split()]) == 0
     return folder

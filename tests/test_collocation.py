@@ -16,13 +16,13 @@ from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError, DataError, SolverError
 from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
-from cnf.likelihood import evaluate, refined
+from cnf.likelihood import evaluate
 from cnf.likelihood.groups import hardness, sorted_rows
 from cnf.models import eval_solver
 from cnf.noise import Noise
 from cnf.quadratures import Directional, JacobianFrobenius, Kinetic, RunningCost, TotalDerivative
-from cnf.solvers import Adaptive, FixedGrid
-from cnf.transforms import Sequential
+from cnf.solvers import Adaptive, FixedGrid, refined
+from cnf.transforms import Request, Sequential
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -157,12 +157,12 @@ def test_the_log_det_is_that_of_the_whole_solve_to_the_tolerance(name):
     with torch.no_grad():
         for move in (one.forward, one.inverse):
             one.eval_solver = TIGHT
-            whole = move(x, context)
+            whole = move(x, Request(context))
             assert whole.stats.products == whole.stats.nfe > 20
             counts = []
             for tolerance in (1e-3, 1e-6, 1e-9):
                 one.eval_solver = at_nodes(tolerance)
-                out = move(x, context)
+                out = move(x, Request(context))
                 apart = (out.log_det - whole.log_det).abs() / x[0].numel()
                 assert float(apart.mean()) < tolerance and float(apart.max()) < 10 * tolerance
                 torch.testing.assert_close(out.value, whole.value, rtol=0, atol=1e-8)
@@ -197,7 +197,7 @@ def test_other_integrals_are_taken_at_the_same_nodes():
                 for key, value in whole.integrals.items():
                     torch.testing.assert_close(out.integrals[key], value, rtol=1e-6, atol=1e-6)
                 assert out.stats.products < whole.stats.products / 1.5
-                assert move(x, integrals=False).integrals == {}
+                assert move(x, Request(integrals=False)).integrals == {}
 
 
 def test_an_estimate_keeps_its_probe():
@@ -206,9 +206,9 @@ def test_an_estimate_keeps_its_probe():
         one.divergence = Hutchinson(mode=mode, probes=2)
         with torch.no_grad():
             one.eval_solver = TIGHT
-            whole = one(x, noise=Noise(3))
+            whole = one(x, Request(noise=Noise(3)))
             one.eval_solver = at_nodes(1e-7)
-            out = one(x, noise=Noise(3))
+            out = one(x, Request(noise=Noise(3)))
         torch.testing.assert_close(out.log_det, whole.log_det, rtol=0, atol=1e-6)
 
 
@@ -241,7 +241,7 @@ def test_products_and_evaluations_are_those_that_were_made(name, tolerance):
             assert stats.products == calls.products > 0 and stats.nfe == calls.plain + calls.products
             assert (calls.plain > calls.products) == (tolerance is not None)
         calls.reset()
-        stats = one.inverse(x, log_det=False).stats  # sampling
+        stats = one.inverse(x, Request(log_det=False)).stats  # sampling
         assert stats.products == calls.products == 0 and stats.nfe == calls.plain > 0
 
 
@@ -325,9 +325,8 @@ def test_built_flows_share_the_tolerance_among_their_blocks():
         flow = build(config, SolverConfig(eval_tolerance=6e-4), shape, levels=levels)
         assert [b.eval_solver.quadrature_tolerance for b in flow.blocks] == pytest.approx([2e-4 * unit] * 3)
         assert all(b.solver.method == "rk4" for b in flow.blocks)
-        with refined(flow):
-            assert flow.blocks[0].eval_solver.quadrature_tolerance == pytest.approx(2e-5 * unit)
-            assert flow.blocks[0].eval_solver.rtol == pytest.approx(1e-6)
+        finer = refined(flow.eval().blocks[0])
+        assert finer.quadrature_tolerance == pytest.approx(2e-5 * unit) and finer.rtol == pytest.approx(1e-6)
     assert build(config, SolverConfig(eval_tolerance=0), (2,)).blocks[0].eval_solver.quadrature_tolerance is None
     assert eval_solver(SolverConfig()).quadrature_tolerance is None
     assert CNF(MLP(2)).eval_solver.quadrature_tolerance == 1e-3 and CNF(MLP(2)).eval_solver.norm == "row"
@@ -385,7 +384,7 @@ def varied():
 
 def test_batches_are_cut_in_the_order_of_hardness(monkeypatch):
     flow, x = varied()
-    alone = torch.tensor([flow.evaluate(row[None], log_det=False).stats.nfe for row in x]).double()
+    alone = torch.tensor([flow.evaluate(row[None], Request(log_det=False)).stats.nfe for row in x]).double()
     order = sorted_rows(flow, x, None, size=8, group=SINGLE_PROCESS)
     assert sorted(order.tolist()) == list(range(40))
     nfe = alone[order].reshape(5, 8).mean(1)

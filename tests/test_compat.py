@@ -17,7 +17,7 @@ from cnf.errors import CheckpointError, ConfigError
 from cnf.fields import MLP
 from cnf.noise import Noise
 from cnf.solvers import Adaptive, FixedGrid
-from cnf.transforms import CenterShift
+from cnf.transforms import Request, Rescale
 
 LAYER = "chain.1.odefunc.odefunc.diffeq.layers.0"
 STRIDES = {1: (3, 1, 1), 0: (1, 1, 0), 2: (4, 2, 1), -2: (4, 2, 1)}
@@ -257,7 +257,7 @@ def test_options_that_change_the_function():
     flow = load_reference(content)
     t, x = torch.tensor(0.3, dtype=F64), torch.rand(2, 1, 8, 8, dtype=F64)
     assert torch.allclose(flow.blocks[0].field(t, x), net(t, x) - x, atol=1e-12)
-    assert isinstance(flow.transform.transforms[1], CenterShift) and flow.levels == 32
+    assert isinstance(flow.transform.transforms[1], Rescale) and flow.levels == 32
     assert flow.blocks[0].fixed_end_time == 0.5  # as recorded, not the rounded root squared
     with pytest.raises(CheckpointError, match=r"time_length is 0\.5, but the blocks' end times are \[1\.0"):
         load_reference(checkpoint(time_length=0.5)[0])
@@ -519,7 +519,7 @@ def test_released_regularisers_train_in_checkpointed_blocks(mode):
         block = CNF(
             MLP(3, (5,)), Hutchinson("gaussian", mode), solver, quadratures=[released(n) for n in names]
         ).double()
-        out = block(torch.randn(4, 3, dtype=F64, generator=torch.Generator().manual_seed(0)), noise=Noise(0))
+        out = block(torch.randn(4, 3, dtype=F64, generator=torch.Generator().manual_seed(0)), Request(noise=Noise(0)))
         assert set(out.integrals) == set(names)
         sum(v.sum() for v in out.integrals.values()).backward()
         gradients.append([p.grad for p in block.parameters()])

@@ -16,6 +16,7 @@ from cnf.fields import MLP, AugmentedTimeConditioning, TimePath
 from cnf.likelihood import check, evaluate, rank
 from cnf.noise import Noise
 from cnf.refinement import refine
+from cnf.transforms import Request
 
 WORST = 5e-3  # nats
 
@@ -134,9 +135,9 @@ def test_jumps_at_times_of_each_row_s_own_are_found_whatever_the_batch():
     block = CNF(Stair()).eval()
     x = torch.zeros(300, 1, dtype=F64)
     with torch.no_grad():
-        out = block(x, at)
+        out = block(x, Request(at))
         some = ((at[:, 1] - at[:, 0]).abs() > 0.1).nonzero()[:15, 0]  # closer jumps may stand between the first nodes
-        alone = torch.cat([block(x[i : i + 1], at[i : i + 1]).log_det for i in some.tolist()])
+        alone = torch.cat([block(x[i : i + 1], Request(at[i : i + 1])).log_det for i in some.tolist()])
     assert float((out.log_det - (at[:, 1] - at[:, 0])).abs().max()) < 1 / 128  # the panels' width: a pulse within one
     assert float((out.log_det - (at[:, 1] - at[:, 0])).abs().mean()) < 1e-3
     assert float((alone - (at[:, 1] - at[:, 0])[some]).abs().max()) < WORST
@@ -154,9 +155,9 @@ def test_rows_are_refined_with_their_context_probe_and_augmented_time():
     ):
         block.eval()
         with torch.no_grad():
-            found = block(x, given, noise=Noise(1))
+            found = block(x, Request(given, Noise(1)))
             block.eval_solver = FixedGrid("rk4", 400)
-            whole = block(x, given, noise=Noise(1))
+            whole = block(x, Request(given, Noise(1)))
         assert float((found.log_det - whole.log_det).abs().max()) < WORST
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch._dynamo  # which the first optimiser imports, in seconds
 from tqdm import tqdm
+from trainers import checkpointer, policy, training
 
 from cnf.checkpoint import LOCK, RunInfo, files, leftovers, write_config
 from cnf.config import DataConfig, RunConfig, TrainConfig
@@ -25,7 +26,7 @@ from cnf.datasets import DataSplits
 from cnf.errors import SolverError
 from cnf.models import ModelConfig, SolverConfig
 from cnf.objectives import Likelihood
-from cnf.training import Trainer, loop, recovery
+from cnf.training import Trainer
 
 HERE = Path(__file__).resolve().parent
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -75,7 +76,6 @@ def train(folder, fault, started):
     """What a child does: begin or resume, and be killed where ``fault`` says."""
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is a named semaphore, which a kill leaves behind
-    loop.LOG_EVERY, loop.SAVE_SECONDS, recovery.MAX_SKIPS = 1, 0.0, 3  # a checkpoint after every step
     evaluate, update = Likelihood.evaluate, Trainer.update
     if fault is not None and len(fault) == 3:
         files.hook = Killer(*fault)
@@ -90,13 +90,13 @@ def train(folder, fault, started):
         return found
 
     def watched(self):
-        if self.step == at and moment == "backward":
-            self.flow.blocks[0].field.register_full_backward_hook(lambda *_: die())
-            next(self.flow.parameters()).register_hook(lambda _: die())
-        if self.step == at and moment == "optimizer":  # between two of its tensors
-            self.optimizer.register_step_pre_hook(lambda *_: die())
-        if self.step == at and moment == "average":
-            self.optimizer.register_step_post_hook(lambda *_: die())
+        if self.state.step == at and moment == "backward":
+            self.model.blocks[0].field.register_full_backward_hook(lambda *_: die())
+            next(self.model.parameters()).register_hook(lambda _: die())
+        if self.state.step == at and moment == "optimizer":  # between two of its tensors
+            self.state.optimizer.register_step_pre_hook(lambda *_: die())
+        if self.state.step == at and moment == "average":
+            self.state.optimizer.register_step_post_hook(lambda *_: die())
         values = update(self)
         started.touch()
         return values
@@ -106,7 +106,9 @@ def train(folder, fault, started):
     if not resume:
         folder.mkdir(exist_ok=True)
         write_config(folder, INFO)
-    Trainer(INFO, DATA, folder, resume=resume, quiet=True).run()
+    run = training(INFO, DATA, folder, resume=resume, quiet=True)
+    run.log_every, checkpointer(run).save_seconds, policy(run).max_skips = 1, 0.0, 3  # a checkpoint after every step
+    run.run()
 
 
 class Lab:
@@ -186,8 +188,8 @@ def differences(one, other, where=""):
 
 def check_reference(whole):
     """The undisturbed run has been through everything that is to survive."""
-    assert whole["numbers"]["skipped"] == len(FAILING) and whole["recovery"]["rollbacks"] == 2
-    assert whole["refinements"] == 2
+    assert whole["numbers"]["skipped"] == len(FAILING) and whole["callbacks"]["NonFinitePolicy"]["rollbacks"] == 2
+    assert whole["callbacks"]["SolverMonitor"]["refinements"] == 2
     assert whole["numbers"]["step"] == len(whole["rows"]) < TRAIN.steps and whole["numbers"]["worse"] == TRAIN.patience
     assert math.isfinite(whole["numbers"]["best"])
 

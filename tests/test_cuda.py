@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+import trainers
+from trainers import stop_at
 
 import cnf
 from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson
@@ -14,6 +16,7 @@ from cnf.multiscale import multiscale
 from cnf.objectives import FlowMatching
 from cnf.quadratures import JacobianFrobenius, Kinetic
 from cnf.training.step import gradient, tensor_cores
+from cnf.transforms import Request
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 TIGHT = Adaptive("dopri5", 1e-9, 1e-9, gradient="adjoint")
@@ -44,7 +47,7 @@ def test_likelihood_regularisers_and_gradients(name, gradient):
     def run(device):
         moved = flow.to(device)
         moved.zero_grad()
-        out = moved.evaluate(x.to(device), noise=None if probe_free else cnf.Noise(0, "test"), integrals=probe_free)
+        out = moved.evaluate(x.to(device), Request(noise=None if probe_free else cnf.Noise(0, "test"), integrals=probe_free))
         value = moved.base_log_prob(out.value) + out.log_det
         kinetic = out.integrals.get("kinetic", torch.zeros(3, device=device, dtype=torch.float64))
         (value.sum() + kinetic.sum()).backward()
@@ -86,22 +89,23 @@ def test_a_neural_ode_that_predicts():
 
 
 def test_twenty_steps_resumed_are_twenty_steps(tmp_path):
-    from test_training import rows, trainer
+    from conftest import logged_rows
+    from test_training import trainer
 
     options = {"steps": 20, "device": "cuda"}
     whole = trainer(tmp_path / "whole", **options)
     whole.run()
     run = trainer(tmp_path / "run", **options)
-    run._stop = lambda started: "max_time" if run.step >= 9 else None
+    stop_at(run, 9)
     run.run()
     run = trainer(tmp_path / "run", resume=True, **options)
-    assert run.step == 9
+    assert run.state.step == 9
     run.run()
-    for mine, other in zip(rows(run.folder), rows(whole.folder), strict=True):
+    for mine, other in zip(logged_rows(run.folder), logged_rows(whole.folder), strict=True):
         assert mine["step"] == other["step"]
         if "loss" in other:
             assert abs(mine["loss"] - other["loss"]) < 1e-5
-    for p, q in zip(run.flow.parameters(), whole.flow.parameters(), strict=True):
+    for p, q in zip(run.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=0, atol=1e-5)
 
 
@@ -113,7 +117,7 @@ def no_waiting(monkeypatch):
     update = Trainer.update
 
     def watched(self):
-        if self.step < 2:  # the first steps load libraries, and a new epoch's order is made
+        if self.state.step < 2:  # the first steps load libraries, and a new epoch's order is made
             return update(self)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -126,16 +130,16 @@ def no_waiting(monkeypatch):
 
 @pytest.mark.parametrize("name", ["digits", "conv", "affjord", "tangents", "matching", "predictor", "regression"])
 def test_a_step_waits_for_nothing(tmp_path, monkeypatch, no_waiting, name):
-    from test_hostfree import rows, run_of
+    from conftest import logged_rows
+    from test_hostfree import run_of
 
-    from cnf.training import loop
 
-    monkeypatch.setattr(loop, "LOG_EVERY", 6)
+    monkeypatch.setitem(trainers.RUN, "log_every", 6)
     run = run_of(tmp_path / "run", name, device="cuda", steps=12)
     assert run.run() == "steps"
     watched = {"digits": [5, 10], "matching": [10]}.get(name, [])  # where the solver's error, or the loss over time, is measured
-    assert [row["step"] for row in rows(run.folder)] == sorted([6, 12, *watched])
-    assert all(row["loss"] is not None for row in rows(run.folder))
+    assert [row["step"] for row in logged_rows(run.folder)] == sorted([6, 12, *watched])
+    assert all(row["loss"] is not None for row in logged_rows(run.folder))
 
 
 def test_images_that_do_not_fit_are_fetched_without_waiting(tmp_path, monkeypatch, no_waiting):
@@ -156,12 +160,12 @@ def test_bad_batches_are_left_out_on_the_gpu(tmp_path, monkeypatch, no_waiting, 
     bad, options = {4, 5, 9}, {"steps": 12, "validate_every": 6, "device": "cuda"}
     plain, update = trainer(tmp_path / "plain", **options), Trainer.update
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "update", lambda self: None if self.step in bad else update(self))
+        patch.setattr(Trainer, "update", lambda self: None if self.state.step in bad else update(self))
         plain.run()
     injected(monkeypatch, fault, bad)
     run = trainer(tmp_path / "run", **options)
     run.run()
-    assert run.skipped == 3
+    assert run.state.skipped == 3
     mine, other = everything(run), everything(plain)
     assert all(torch.allclose(mine[k].double(), other[k].double(), rtol=0, atol=1e-5) for k in other)
 

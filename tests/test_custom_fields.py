@@ -26,6 +26,7 @@ from cnf.fields import (
 )
 from cnf.fields.custom import protect
 from cnf.solvers import Reversible
+from cnf.transforms import Request
 
 SOLVERS = {
     "grid": lambda: FixedGrid("rk4", 6),
@@ -256,7 +257,7 @@ def test_the_check_of_rows_leaves_no_trace_in_the_field():
 
     flow, seen = flow_of(Counting()), []
     flow.transform.field.register_forward_hook(lambda *_: seen.append(1))
-    stats = flow.evaluate(torch.randn(5, 2, dtype=F64), log_det=False).stats
+    stats = flow.evaluate(torch.randn(5, 2, dtype=F64), Request(log_det=False)).stats
     assert stats.nfe == flow.transform.field.calls == len(seen) == 24
 
 

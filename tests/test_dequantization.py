@@ -15,7 +15,7 @@ from cnf.models import ModelConfig, SolverConfig, build
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
 from cnf.solvers import Stats
-from cnf.transforms import Dequantize, Sequential, Transform, Transformed
+from cnf.transforms import Dequantize, Request, Sequential, Transform, TransformOutput
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -41,11 +41,11 @@ class Bins(Transform):
         before = torch.cumsum(self.p, 0)[k] - self.p[k]
         return before + self.p[k] * cdf, (self.p[k] * len(self.p)).log() + log_q
 
-    def forward(self, x, context=None, *, noise=None, log_det=True, integrals=True):
+    def forward(self, x, request):
         cdf, log_p = self.log_density(x)
         z = torch.special.ndtri(cdf.clamp(1e-15, 1 - 1e-15))
         total = (log_p + 0.5 * z.square() + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
-        return Transformed(z, total, {}, Stats())
+        return TransformOutput(z, total, {}, Stats())
 
 
 P, M, S = (0.5, 0.2, 0.3), (1.0, -2.0, 0.4), (-0.3, 0.5, -0.9)
@@ -76,11 +76,11 @@ def test_log_det_is_the_autodiff_slogdet():
     dequantize = spread_out()
     x = torch.randint(0, 5, (3, 2, 3, 4), dtype=torch.uint8)
     e = torch.rand(3, 2, 3, 4)
-    out = dequantize(x, noise=Noise.replay({"dequantize": e}))
+    out = dequantize(x, Request(noise=Noise.replay({"dequantize": e})))
     for i in range(3):
 
         def value(flat, i=i):
-            return dequantize(x[i : i + 1], noise=Noise.replay({"dequantize": flat.reshape(1, 2, 3, 4)})).value.flatten()
+            return dequantize(x[i : i + 1], Request(noise=Noise.replay({"dequantize": flat.reshape(1, 2, 3, 4)}))).value.flatten()
 
         jacobian = torch.autograd.functional.jacobian(value, e[i].flatten())  # d value / d e, e being uniform
         assert abs(float(torch.linalg.slogdet(jacobian)[1] - out.log_det[i].detach())) < 1e-10
@@ -106,13 +106,13 @@ def test_untrained_it_is_plain_dequantisation(dtype):
     torch.set_default_dtype(dtype)
     learned, plain = VariationalDequantize(17, 3), Dequantize(17)
     x = torch.randint(0, 17, (4, 3, 5, 6), dtype=torch.uint8)
-    a, b = learned(x, noise=Noise(3)), plain(x, noise=Noise(3))
+    a, b = learned(x, Request(noise=Noise(3))), plain(x, Request(noise=Noise(3)))
     assert a.value.dtype == dtype
     assert torch.allclose(a.value, b.value, rtol=0, atol=10 * torch.finfo(dtype).eps)
     assert bool((learned.quantize(a.value) == x).all())
     assert bool((a.log_det == b.log_det).all())  # exactly uniform: log q = 0
     edges = torch.tensor([0.0, 1 - torch.finfo(dtype).eps / 2]).reshape(1, 1, 1, 2).expand(1, 3, 1, 2)
-    end = learned(x[:1, :, :1, :2], noise=Noise.replay({"dequantize": edges}))
+    end = learned(x[:1, :, :1, :2], Request(noise=Noise.replay({"dequantize": edges})))
     assert bool(torch.isfinite(end.value).all()) and bool(torch.isfinite(end.log_det).all())
     assert bool((learned.quantize(end.value) == x[:1, :, :1, :2]).all())
 
@@ -263,7 +263,7 @@ def test_truncated_normal_noise_has_the_density_that_it_says():
 
     dequantize = TruncatedNormalDequantize(levels=17, tau=2.0)
     pixels = torch.randint(0, 17, (400, 1, 8, 8), dtype=torch.uint8)
-    out = dequantize(pixels, noise=Noise(0))
+    out = dequantize(pixels, Request(noise=Noise(0)))
     away = (out.value - (pixels.to(F64) + 0.5) / 17).numpy()
     law = stats.truncnorm(-2, 2, scale=dequantize.scale)
     truth = -law.logpdf(away).reshape(400, -1).sum(1)
@@ -285,7 +285,7 @@ def test_truncated_normal_noise_stays_in_its_level(dtype, levels):
 
     dequantize = TruncatedNormalDequantize(levels).to(dtype)
     pixels = torch.arange(levels, dtype=torch.uint8).repeat_interleave(9).reshape(-1, 1, 1, 1)
-    out = dequantize(pixels, noise=Ends(0))
+    out = dequantize(pixels, Request(noise=Ends(0)))
     assert out.value.dtype == dtype and bool(out.log_det.isfinite().all())
     assert torch.equal(dequantize.quantize(out.value), pixels)
 
@@ -295,7 +295,7 @@ def test_truncated_normal_bound_is_the_truth_where_the_peaks_have_its_form():
     dequantize = TruncatedNormalDequantize(levels=5)
     p = torch.tensor([0.4, 0.1, 0.2, 0.05, 0.25])
     pixels = torch.randint(0, 5, (50, 1, 1, 1), dtype=torch.uint8)
-    out = dequantize(pixels, noise=Noise(0))
+    out = dequantize(pixels, Request(noise=Noise(0)))
     from scipy import stats
 
     law = stats.truncnorm(-dequantize.tau, dequantize.tau, scale=dequantize.scale)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from trainers import average, monitor, training
 
 from cnf import distributed
 from cnf.checkpoint import RunInfo, write_config
@@ -38,7 +39,7 @@ from cnf.models import ModelConfig, SolverConfig, anode_mlp
 from cnf.noise import Noise
 from cnf.objectives import Likelihood, Supervised, assess
 from cnf.solvers import Adaptive, FixedGrid
-from cnf.training import Interrupted, Trainer
+from cnf.training import Interrupted
 from cnf.training.batches import Batches
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -65,17 +66,17 @@ def trainer(folder, group, *, resume=False, **options):
     settings = info(**options)
     if group.main:
         write_config(folder, settings)
-    return Trainer(settings, DATA, folder, resume=resume, quiet=True, group=group)
+    return training(settings, DATA, folder, resume=resume, quiet=True, group=group)
 
 
 def outcome(run):
     """Weights, and every figure of the run."""
     names = ("step", "skipped", "best", "best_step", "worse")
     return {
-        "weights": run.flow.state_dict(),
-        "ema": run.ema.state_dict(),
-        "best_weights": run.best_weights,
-        "numbers": {n: float(getattr(run, n)) for n in names} | {"refinements": float(run.watch.refinements)},
+        "weights": run.model.state_dict(),
+        "ema": average(run).state_dict(),
+        "best_weights": run.state.best_weights,
+        "numbers": {n: float(getattr(run.state, n)) for n in names} | {"refinements": float(monitor(run).refinements)},
     }
 
 
@@ -138,7 +139,7 @@ def failing(monkeyed, step, fail):
     real = monkeyed.objective.evaluate
 
     def evaluate(*given):
-        if monkeyed.step == step:
+        if monkeyed.state.step == step:
             fail()
         return real(*given)
 
@@ -164,7 +165,7 @@ def scene_equal(rank, folder):
         real = run.update
 
         def update():
-            if rank == 1 and run.step == 5:
+            if rank == 1 and run.state.step == 5:
                 os.kill(os.getpid(), signal.SIGTERM)
             return real()
 
@@ -177,26 +178,26 @@ def scene_equal(rank, folder):
         run = trainer(folder / "skipped", group, steps=4)
         if rank == 1:
             failing(run, 2, refuse)
-        run.journal.say = lambda line: said.append(line)
+        run.say = lambda line: said.append(line)
         said = []
         run.run()
-        found["skipped"] = [run.skipped, said]
+        found["skipped"] = [run.state.skipped, said]
 
         run = trainer(folder / "infinite", group, steps=4)
         real = run.objective.evaluate
 
         def evaluate(*given):
             terms, stats = real(*given)
-            factor = float("nan") if rank == 1 and run.step == 2 else 1.0
+            factor = float("nan") if rank == 1 and run.state.step == 2 else 1.0
             return {name: factor * value for name, value in terms.items()}, stats
 
         run.objective.evaluate = evaluate
         run.run()
-        found["infinite"] = [run.skipped, bool(torch.cat([p.flatten() for p in run.flow.parameters()]).isfinite().all())]
+        found["infinite"] = [run.state.skipped, bool(torch.cat([p.flatten() for p in run.model.parameters()]).isfinite().all())]
 
         # each has a clock of its own
         run = trainer(folder / "timed", group, steps=10_000, max_time=0.3)
-        found["timed"] = [run.run(), run.step]
+        found["timed"] = [run.run(), run.state.step]
 
         try:
             with group.together():
@@ -417,7 +418,7 @@ def test_a_signal_to_one_stops_all_and_one_process_goes_on(found, tmp_path, doub
     folder, both = found
     assert [one["interrupted"] for one in both] == [[signal.SIGTERM, 6]] * 2
     resumed = trainer(folder / "stopped", SINGLE_PROCESS, resume=True)
-    assert resumed.step == 6
+    assert resumed.state.step == 6
     resumed.run()
     for one in both:
         close(outcome(resumed), one["training"])

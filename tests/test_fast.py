@@ -19,7 +19,8 @@ from cnf.noise import Noise
 from cnf.objectives import Likelihood
 from cnf.quadratures import JacobianFrobenius, Kinetic, StepError
 from cnf.solvers import FixedGrid, Reversible
-from cnf.training.automatic import AutomaticSteps
+from cnf.training.auto_steps import AutoSteps
+from cnf.transforms import Request
 
 LAYERS = ("ignore", "concat", "concatsquash", "concatcoord", "blend", "hyper")
 
@@ -35,6 +36,12 @@ class Plain(nn.Module):
         return self.inner(t, x, context)
 
 
+def auto_steps(objective, say, *limits):
+    monitor = AutoSteps(*limits)
+    monitor.attach(objective, say)
+    return monitor
+
+
 def scrambled(module, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -44,7 +51,7 @@ def scrambled(module, seed=0):
 
 
 def gradients(block, x, seed=0):
-    out = block(x, noise=Noise(seed))
+    out = block(x, Request(noise=Noise(seed)))
     loss = out.value.square().flatten(1).sum(1) / 2 - out.log_det + sum(0.1 * v for v in out.integrals.values())
     return [loss.detach(), *torch.autograd.grad(loss.mean(), list(block.parameters()), materialize_grads=True)]
 
@@ -256,7 +263,7 @@ def test_bf16_stays_inside_the_field():
     torch.manual_seed(0)
     for name in ("conv-concat", "mlp-concatsquash"):
         fast, plain, x = pair(name, torch.float32, Hutchinson("gaussian"), autocast=torch.bfloat16)
-        out = fast(x, noise=Noise(0))
+        out = fast(x, Request(noise=Noise(0)))
         assert all(v.dtype == torch.float32 for v in (out.value, out.log_det, *out.integrals.values()))
         found, truth = gradients(fast, x), gradients(plain, x)
         assert close(found, truth, 0.1) and not close(found, truth, 1e-5)
@@ -278,12 +285,12 @@ def test_one_stage_carries_the_jacobian_penalty_in_expectation():
                 u = torch.tensor((edge + size / 2) / sum(sizes), dtype=torch.float64)
                 drawn = grid.stage(float(u))
                 assert drawn == (*divmod(i, len(grid.tableau.b)), pytest.approx(size / sum(sizes)))
-                out = block(x, noise=Noise.replay({"probe": e, "stage": u}))
+                out = block(x, Request(noise=Noise.replay({"probe": e, "stage": u})))
                 calls.append(out.integrals["jacobian"].detach())
                 mean = mean + size / sum(sizes) * calls[-1]
             edge += size
         block.solver = Everywhere(method, 3)
-        whole = block(x, noise=Noise.replay({"probe": e})).integrals["jacobian"]
+        whole = block(x, Request(noise=Noise.replay({"probe": e}))).integrals["jacobian"]
         assert torch.allclose(mean, whole, rtol=1e-12) and float(torch.stack(calls).std()) > 0
 
 
@@ -323,7 +330,7 @@ def test_steps_follow_the_error_up_and_down():
     config = SolverConfig(grid_steps=1, automatic_steps=True)
     flow = build(ModelConfig(hidden=(8,), blocks=2, layer="concat"), config, (2,)).train()
     objective, said = Likelihood(flow), []
-    watch = AutomaticSteps(objective, config, 1e-3, 16, 100, said.append)
+    watch = auto_steps(objective, said.append, 1e-3, 16, 100)
     x = torch.randn(64, 2)
 
     def settle():
@@ -342,25 +349,25 @@ def test_steps_follow_the_error_up_and_down():
             p.mul_(0.1)
     row, fewer = settle()
     assert row["solver_error"] <= 1e-3 and fewer[1] < steps[1]
-    other = AutomaticSteps(objective, config, 1e-3, 16, 100, said.append)
-    other.load(watch.state() | {"grids": [3, 5]})
-    assert [s.steps for s in objective.solvers] == [3, 5] and other.state() == watch.state()
-    other.load({"grids": [1, 2]})  # as earlier versions wrote it
-    assert other.state()["measured"] == [None, 0, 5] and other.least == {}
+    other = auto_steps(objective, said.append, 1e-3, 16, 100)
+    other.load_state_dict(watch.state_dict() | {"grids": [3, 5]})
+    assert [s.steps for s in objective.solvers] == [3, 5] and other.state_dict() == watch.state_dict()
+    other.load_state_dict({"grids": [1, 2]})  # as earlier versions wrote it
+    assert other.state_dict()["measured"] == [None, 0, 5] and other.least == {}
 
 
 def test_steps_that_were_not_enough_are_not_given_again_soon():
     torch.manual_seed(0)
     config = SolverConfig(grid_steps=1, automatic_steps=True)
     flow = build(ModelConfig(hidden=(8,), layer="concat"), config, (2,)).train()
-    watch = AutomaticSteps(Likelihood(flow), config, 1e-3, 64, 1000, lambda _: None)
+    watch = auto_steps(Likelihood(flow), lambda _: None, 1e-3, 64, 1000)
     x = torch.randn(64, 2)
 
     def steps(at):
         before = flow.blocks[0].solver.steps
         watch.measure(at, x, None, Noise(0))
         after = flow.blocks[0].solver.steps
-        assert watch.due(at) and not watch.due(at + 1) and (after == before or watch.due(at + 5))  # soon after a change
+        assert watch.measures(at) and not watch.measures(at + 1) and (after == before or watch.measures(at + 5))  # soon after a change
         return after
 
     def scaled(factor):
@@ -385,7 +392,7 @@ def test_steps_of_a_reversible_grid_follow_the_error_too():
     torch.manual_seed(0)
     config = SolverConfig(grid_steps=1, gradient="reversible", automatic_steps=True)
     flow = scrambled(build(ModelConfig(hidden=(8,), blocks=2, zero_init=False), config, (2,))).train()
-    watch = AutomaticSteps(Likelihood(flow), config, 1e-7, 64, 100, lambda _: None)
+    watch = auto_steps(Likelihood(flow), lambda _: None, 1e-7, 64, 100)
     x = torch.randn(16, 2)
     watch.measure(5, x, None, Noise(0))
     assert [(type(b.solver), b.solver.gradient) for b in flow.blocks] == [(Reversible, "reversible")] * 2
@@ -397,10 +404,10 @@ def test_steps_of_a_reversible_grid_follow_the_error_too():
 
 
 def test_steps_are_measured_often_at_the_start():
-    watch = AutomaticSteps(Likelihood(build(ModelConfig(hidden=(4,)), SolverConfig(), (2,))), SolverConfig(), 0.01, 64, 100, print)
+    watch = auto_steps(Likelihood(build(ModelConfig(hidden=(4,)), SolverConfig(), (2,))), print, 0.01, 64, 100)
     x, due = torch.randn(8, 2), []
     for step in range(1, 1300):
-        if watch.due(step):
+        if watch.measures(step):
             watch.measure(step, x, None, Noise(0))
             due.append(step)
     assert due[:10] == [5, 10, 15, 20, 25, 30, 35, 40, 45, 50] and due[-3:] == [1005, 1105, 1205], due
@@ -409,7 +416,7 @@ def test_steps_are_measured_often_at_the_start():
 def test_double_precision_is_everywhere():
     flow = build(ModelConfig(hidden=(8, 8), field="conv", blocks=1), SolverConfig(precision="fp64"), (1, 4, 4), levels=4).train()
     x = torch.randint(0, 4, (6, 1, 4, 4), dtype=torch.uint8)
-    out = flow.evaluate(x, noise=Noise(0))
+    out = flow.evaluate(x, Request(noise=Noise(0)))
     assert out.value.dtype == out.log_det.dtype == torch.float64
     assert evaluate(flow.eval(), x).per_item.dtype == torch.float64
 
@@ -471,8 +478,8 @@ def test_fields_of_ones_own_are_called_as_they_are():
     double = Doubled(2, (5,))
     double.load_state_dict(field.state_dict())
     ours, plain = (CNF(f, Hutchinson(mode="reverse"), FixedGrid("rk4", 2)).train() for f in (double, Plain(double)))
-    assert torch.allclose(ours(x, noise=Noise(0)).log_det, plain(x, noise=Noise(0)).log_det, atol=1e-6)
+    assert torch.allclose(ours(x, Request(noise=Noise(0))).log_det, plain(x, Request(noise=Noise(0))).log_det, atol=1e-6)
     calls = []
     field.register_forward_hook(lambda *_: calls.append(1))
-    CNF(field, solver=FixedGrid("rk4", 2)).train()(x, log_det=False)
+    CNF(field, solver=FixedGrid("rk4", 2)).train()(x, Request(log_det=False))
     assert len(calls) == 8

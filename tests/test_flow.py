@@ -18,7 +18,7 @@ from cnf.flow import Flow
 from cnf.models import ModelConfig, SolverConfig, build
 from cnf.noise import Noise
 from cnf.solvers import FixedGrid, Stats
-from cnf.transforms import Dequantize, Logit, Sequential, Squeeze, Standardize, Transform, Transformed
+from cnf.transforms import Dequantize, Logit, Request, Sequential, Squeeze, Standardize, Transform, TransformOutput
 
 TIGHT = FixedGrid("dopri5", 16)
 LN2 = math.log(2)
@@ -230,12 +230,12 @@ def test_density_of_images_integrates_to_one():
 class NormalQuantile(Transform):
     """z = Phi^-1(x): uniform data become normal noise exactly."""
 
-    def forward(self, x, context=None, *, noise=None, log_det=True, integrals=True):
+    def forward(self, x, request):
         z = math.sqrt(2) * torch.erfinv(2 * x - 1)
-        return Transformed(z, -Normal(0.0, 1.0).log_prob(z).flatten(1).sum(1), {}, CNFLESS)
+        return TransformOutput(z, -Normal(0.0, 1.0).log_prob(z).flatten(1).sum(1), {}, CNFLESS)
 
-    def inverse(self, z, context=None, *, noise=None, log_det=True, integrals=True):
-        return Transformed((1 + torch.erf(z / math.sqrt(2))) / 2, Normal(0.0, 1.0).log_prob(z).flatten(1).sum(1), {}, CNFLESS)
+    def inverse(self, z, request):
+        return TransformOutput((1 + torch.erf(z / math.sqrt(2))) / 2, Normal(0.0, 1.0).log_prob(z).flatten(1).sum(1), {}, CNFLESS)
 
 
 CNFLESS = Sequential([])(torch.zeros(1, 1)).stats
@@ -349,8 +349,8 @@ def test_trajectory_refuses():
     block = CNF(MLP(4, (3,)))
 
     class Flat(Transform):
-        def forward(self, x, context=None, *, noise=None, log_det=True, integrals=True):
-            return Transformed(x.flatten(1), x.new_zeros(len(x)), {}, Stats())
+        def forward(self, x, request):
+            return TransformOutput(x.flatten(1), x.new_zeros(len(x)), {}, Stats())
 
     with pytest.raises(ConfigError, match=r"one shape between blocks, but Flat makes \(4,\) of \(1, 2, 2\)"):
         Flow(Sequential([block, Flat(), block]), (1, 2, 2)).trajectory(torch.rand(3, 1, 2, 2), torch.linspace(0, 1, 3))
@@ -372,7 +372,7 @@ def test_fit_statistics():
     flow = build(model, SolverConfig(), (1, 2, 2), levels=17).double()
     flow.fit_statistics(pixels)
     dequantize, logit, whiten = flow.transform.transforms[:3]
-    y = logit(dequantize(pixels, noise=Noise(0, "statistics").child(0)).value).value
+    y = logit(dequantize(pixels, Request(noise=Noise(0, "statistics").child(0))).value).value
     assert torch.allclose(whiten.mean, y.mean(0), atol=1e-12) and torch.allclose(whiten.std, y.std(0), atol=1e-12)
     state = {k: v.clone() for k, v in flow.state_dict().items()}
     torch.manual_seed(7)

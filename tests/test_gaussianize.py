@@ -9,14 +9,14 @@ from conftest import F64
 from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
 from cnf.noise import Noise
-from cnf.transforms import Dequantize, Gaussianize, Sequential
+from cnf.transforms import Dequantize, Gaussianize, Request, Sequential
 
 
 def fitted(shape=(1, 2, 3), levels=5, n=400, alpha=1e-4):
     generator = torch.Generator().manual_seed(0)
     x = (torch.rand(n, *shape, generator=generator).pow(3) * levels).floor().to(torch.uint8)
     transform = Gaussianize(shape, levels, alpha).double()
-    transform.fit(Dequantize(levels).double()(x, noise=Noise(0)).value)
+    transform.fit(Dequantize(levels).double()(x, Request(noise=Noise(0))).value)
     return transform, x
 
 
@@ -49,7 +49,7 @@ def test_alone_it_gives_each_pixel_its_frequency_whatever_the_noise():
 
 def test_the_marginals_become_standard_normal():
     transform, x = fitted(n=20_000)
-    z = transform(Dequantize(5).double()(x, noise=Noise(1)).value).value
+    z = transform(Dequantize(5).double()(x, Request(noise=Noise(1))).value).value
     grid = torch.linspace(-2, 2, 9, dtype=F64)
     below = (z[..., None] < grid).double().mean(0)
     assert float((below - torch.special.ndtr(grid)).abs().max()) < 5 * 0.5 / math.sqrt(20_000)
@@ -68,7 +68,7 @@ def test_the_straight_continuation_beyond_the_borders():
 
 def test_float32_agrees_with_float64():
     transform, x = fitted()
-    y = Dequantize(5)(x, noise=Noise(3)).value
+    y = Dequantize(5)(x, Request(noise=Noise(3))).value
     exact, found = transform(y.double()), transform.float()(y)
     assert found.value.dtype == torch.float32
     assert torch.allclose(found.value.double(), exact.value, atol=1e-4)

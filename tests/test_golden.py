@@ -16,7 +16,7 @@ from cnf.fields import MLP, Conv, Linear, time_layer
 from cnf.fields.activations import ACTIVATIONS
 from cnf.noise import Noise
 from cnf.solvers import Adaptive, FixedGrid
-from cnf.transforms import CenterShift, Logit, Sequential, Squeeze
+from cnf.transforms import Logit, Request, Rescale, Sequential, Squeeze
 
 OWN = ROOT / "tests" / "golden"
 SHARED = Path(os.environ.get("CNF_GOLDEN_DIR", ROOT.parent / "shared" / "golden"))
@@ -114,7 +114,7 @@ def test_transforms(path):
         close(-out.log_det[:, None], data[f"logit/{j}/delta_logp"], 1e-12)
         close(back.value, data[f"logit/{j}/inverse_x"], 1e-12)
         close(-back.log_det[:, None], data[f"logit/{j}/inverse_delta_logp"], 1e-12)
-    close(CenterShift()(data["logit/x"]).value, data["zero_mean/y"], 1e-12)
+    close(Rescale()(data["logit/x"]).value, data["zero_mean/y"], 1e-12)
     for name in meta["config"]["nonlinearities"]:
         value, slope = ACTIVATIONS[name].pair(data["nonlinearity/x"])
         # torch's softplus is x itself above 20, which is off by e^-20 there; ours is not
@@ -163,7 +163,7 @@ def test_vector_flows(path):
     close(back.value, data["reverse/rk4/x"], 1e-11)
     close(-back.log_det[:, None], data["reverse/rk4/delta_logp"], 1e-11)
     for mode in ("forward", "reverse") if "hutchinson/rk4/z" in data else ():
-        noisy = vector_flow(data, meta, steps, Hutchinson("gaussian", mode))(data["x"], noise=replayed(data, meta))
+        noisy = vector_flow(data, meta, steps, Hutchinson("gaussian", mode))(data["x"], Request(noise=replayed(data, meta)))
         close(noisy.value, data["hutchinson/rk4/z"], 1e-11)
         close(-noisy.log_det[:, None], data["hutchinson/rk4/delta_logp"], 1e-11)
     with torch.no_grad():
@@ -252,8 +252,8 @@ def test_image_models_load_and_agree(path):
         for name in regs:
             close(released(name)(t, x, parts, Bound(block.field)), data[f"field/{i}/reg/{name}"], 1e-12)
     with torch.no_grad():
-        out = flow.evaluate(data["x"], noise=noise)
-        back = flow.transform.inverse(data["reverse/z"], noise=noise, integrals=False)
+        out = flow.evaluate(data["x"], Request(noise=noise))
+        back = flow.transform.inverse(data["reverse/z"], Request(noise=noise, integrals=False))
     log_prob = flow.base_log_prob(out.value) + out.log_det
     close(out.value, data["rk4/z"], 1e-11)
     close(-out.log_det[:, None], data["rk4/delta_logp"], 1e-11)
@@ -264,7 +264,7 @@ def test_image_models_load_and_agree(path):
         close(out.integrals[name], data[f"rk4/reg/{name}"], 1e-11)
     close(back.value, data["reverse/rk4/x"], 1e-11)
     close(-back.log_det[:, None], data["reverse/rk4/delta_logp"], 1e-11)
-    pixels = flow.evaluate(data["pixels"], noise=Noise.replay({**noise.tensors, "0/dequantize": data["u"]}))
+    pixels = flow.evaluate(data["pixels"], Request(noise=Noise.replay({**noise.tensors, "0/dequantize": data["u"]})))
     close(pixels.value, data["rk4/z"], 1e-11)
 
 
@@ -274,7 +274,7 @@ def test_rnode_gradients(path):
     data, meta = read(path)
     config = meta["config"]
     flow, noise = loaded(data, meta, grid(config), config["loss_coeff"])
-    out = flow.evaluate(data["x"], noise=noise)
+    out = flow.evaluate(data["x"], Request(noise=noise))
     bits = flow.to_bits(flow.base_log_prob(out.value) + out.log_det, True).mean()
     loss = bits + sum(weight * out.integrals[name].mean() for name, weight in config["loss_coeff"].items())
     close(bits, data["rk4/loss_bits_per_dim"], 1e-12)
@@ -294,7 +294,7 @@ def test_rnode_gradients(path):
 
 def truth(data, flow, noise):
     with torch.no_grad():
-        out = flow.evaluate(data["x"], noise=noise)
+        out = flow.evaluate(data["x"], Request(noise=noise))
     log_prob = flow.base_log_prob(out.value) + out.log_det
     return {k: float((v - data[f"exact/{k}"]).abs().max()) for k, v in (("z", out.value), ("log_prob", log_prob))}, out
 

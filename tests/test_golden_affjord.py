@@ -20,6 +20,8 @@ from cnf.models import build
 from cnf.multiscale import scale_shapes
 from cnf.noise import Noise
 from cnf.solvers import Adaptive, FixedGrid
+from cnf.transforms import Request
+from cnf.transforms.request import AugmentedTime
 
 IMAGES = [*files("f_affjord_concat"), *files("f_affjord_hyper")]
 TOYS = files("f_affjord_toy2d")
@@ -94,18 +96,19 @@ def test_images_load_and_agree(path):
         close(g(u), entries(f), 1e-12)
         assert f[:, : f.shape[1] // 2].flatten(1)[:, ENTRIES:].count_nonzero() == 0
         fixed = Noise.replay({"probe": data[f"probe/{i}"]})
-        one, left = block.through(z, block.end_time(z), None if block.path is None else u, noise=fixed)
+        shared = None if block.path is None else AugmentedTime(block.end_time(z), u)
+        one = block(z, Request(noise=fixed, augmented_time=shared))
         out = data[f"rk4/cnf/{i}/state_out"]
         close(one.value, point(out), 1e-11)
         close(-one.log_det[:, None], data[f"rk4/cnf/{i}/delta_logp_step"], 1e-11)
         # z* of the concat kind moves in the released code and reaches nothing
         block.path = block.path or g
-        close(block.carry(u, block.end_time(z)) if left is None else left, entries(out), 1e-11)
+        close(block.advance_augmented_time(u, block.end_time(z)) if shared is None else shared.value, entries(out), 1e-11)
     flow, noise = loaded(data, meta, grid(config))
     with torch.no_grad():
-        out = flow.evaluate(data["x"], noise=noise)
+        out = flow.evaluate(data["x"], Request(noise=noise))
         logit = flow.transform.transforms[1](data["x"]).log_det
-        pixels = flow.evaluate(data["pixels"], noise=Noise.replay({**noise.tensors, "0/dequantize": data["u"]}))
+        pixels = flow.evaluate(data["pixels"], Request(noise=Noise.replay({**noise.tensors, "0/dequantize": data["u"]})))
     log_prob = flow.base_log_prob(out.value) + out.log_det
     close(out.value, data["rk4/z"], 1e-11)
     close(pixels.value, data["rk4/z"], 1e-11)
@@ -180,9 +183,11 @@ def toy(data, solver):
 def run(flow, data):
     """Every quantity that the golden files name."""
     block, x = flow.blocks[0], data["x"]
-    out, left = block.through(x, block.end_time(x), block.start(x))
+    a = block.initial_augmented_time(x)
+    shared = None if a is None else AugmentedTime(block.end_time(x), a)
+    out = block(x, Request(augmented_time=shared))
     found = {"z": out.value, "delta_logp": -out.log_det[:, None], "log_prob": flow.log_prob(x)}
-    return found if left is None else found | {"aug_end": left[0]}
+    return found if shared is None else found | {"aug_end": shared.value[0]}
 
 
 @pytest.mark.parametrize("path", TOYS)
@@ -198,7 +203,7 @@ def test_toys(path):
     assert sum(p.numel() for p in flow.parameters()) == meta["parameters"] - dead + (2 if augmented else 0)
     block, x = flow.blocks[0], data["x"]
     t = torch.tensor(10 - config["field_t"], dtype=F64)  # reversed, and so is the field's sign
-    time = block.start(x)[0] if augmented else t
+    time = block.initial_augmented_time(x)[0] if augmented else t
     for exact in (Exact(), Exact(closed_form=False)):
         parts = linearize(block.field, time, x, None, None, {"div"}, exact)
         close(-parts.dx, data["field/f"][:, :2], 1e-12)
@@ -208,14 +213,14 @@ def test_toys(path):
     for name, value in run(flow, data).items():
         close(value, data[f"rk4/{name}"], 1e-11)
     block.eval_solver = FixedGrid("rk4", 1)
-    total, drive, step = torch.zeros(len(x), dtype=F64), block.start(x), 10 / steps
+    total, drive, step = torch.zeros(len(x), dtype=F64), block.initial_augmented_time(x), 10 / steps
     for i in range(config["grid_points"]):
         state = x if drive is None else torch.cat([x, drive.expand(len(x), -1)], 1)
         close(state, data["rk4/trajectory"][i], 1e-11)
         assert torch.allclose(-total[:, None], data["rk4/trajectory_delta_logp"][i], atol=1e-11)
         times = (torch.tensor(i * step, dtype=F64), torch.tensor((i + 1) * step, dtype=F64))
         with torch.no_grad():
-            x, values, solution = block.integrate(x, times, drive=drive)
+            x, values, solution = block.integrate(x, times, augmented_time=drive)
         total, drive = total + values["log_det"], solution.state[1] if augmented else None
 
 
@@ -469,8 +474,8 @@ def test_a_fresh_load_samples_and_inverts(kind, tmp_path):
     for block in (*flow.blocks, *fresh.blocks):
         block.eval_solver = Adaptive("dopri5", 1e-7, 1e-7)
     x = torch.rand(3, 1, 8, 8, dtype=F64, generator=torch.Generator().manual_seed(1))
-    out = flow.evaluate(x, noise=Noise(0))
-    back = flow.transform.inverse(out.value, noise=Noise(0))
+    out = flow.evaluate(x, Request(noise=Noise(0)))
+    back = flow.transform.inverse(out.value, Request(noise=Noise(0)))
     assert torch.allclose(back.value, x, atol=1e-6) and torch.allclose(back.log_det, -out.log_det, atol=1e-5)
     assert torch.equal(flow.sample(4, noise=Noise(2)), fresh.sample(4, noise=Noise(2)))
     # the log-det is that of the whole map, though z* is carried beside it

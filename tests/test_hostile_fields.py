@@ -14,8 +14,7 @@ from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
 from cnf.models import NeuralODE
 from cnf.multiscale import multiscale
 from cnf.solvers import Stats
-from cnf.transforms import Sequential, Transform, Transformed
-from cnf.transforms.base import Plain
+from cnf.transforms import DeterministicTransform, Sequential, Transform, TransformOutput
 
 GRID = FixedGrid("rk4", 4)
 POINTS = torch.randn(4, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
@@ -184,16 +183,16 @@ def test_predictors_check_what_they_are_given():
 
 
 class Doubling(Transform):
-    def forward(self, x, context=None, *, noise=None, log_det=True, integrals=True):
-        if context is not None:
-            context.zero_()
-        return Transformed(x.mul_(2), x.new_full((len(x),), x[0].numel() * 0.6931471805599453), {}, Stats())
+    def forward(self, x, request):
+        if request.context is not None:
+            request.context.zero_()
+        return TransformOutput(x.mul_(2), x.new_full((len(x),), x[0].numel() * 0.6931471805599453), {}, Stats())
 
-    def inverse(self, z, context=None, **wanted):
-        return Transformed(z.div_(2), z.new_full((len(z),), -z[0].numel() * 0.6931471805599453), {}, Stats())
+    def inverse(self, z, request):
+        return TransformOutput(z.div_(2), z.new_full((len(z),), -z[0].numel() * 0.6931471805599453), {}, Stats())
 
 
-class Halved(Plain):
+class Halved(DeterministicTransform):
     def _forward(self, x):
         return x.mul_(0.5), x.new_full((len(x),), -x[0].numel() * 0.6931471805599453)
 

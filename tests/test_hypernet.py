@@ -13,6 +13,7 @@ from cnf.errors import ConfigError
 from cnf.fields import AugmentedTimeConditioning, HyperMLP, TimePath
 from cnf.models import ModelConfig, SolverConfig, build
 from cnf.objectives import Likelihood
+from cnf.transforms import Request
 
 K = 3
 AUGMENTED_TIME_LAYERS = {"none": None, "hyper": AugmentedTimeConditioning("hyper", k=K, m=2), "both": AugmentedTimeConditioning("both", k=K, m=2)}
@@ -70,7 +71,7 @@ def test_divergence_and_fused_tangents_equal_autodiff(drive, hidden):
 def test_log_det_inverse_and_gradients(drive):
     flow, x = block(drive), normal(3, 2)
     out = flow(x)
-    rows = [torch.func.jacrev(lambda y: flow(y[None], log_det=False).value[0])(y) for y in x]
+    rows = [torch.func.jacrev(lambda y: flow(y[None], Request(log_det=False)).value[0])(y) for y in x]
     assert (torch.linalg.slogdet(torch.stack(rows))[1] - out.log_det).abs().max() < 1e-8
     back = flow.inverse(out.value)
     assert (back.value - x).abs().max() < 1e-8 and (back.log_det + out.log_det).abs().max() < 1e-8

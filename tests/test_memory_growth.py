@@ -6,7 +6,9 @@ import resource
 
 import pytest
 import torch
+import trainers
 from torch._subclasses.fake_tensor import FakeTensor
+from trainers import training
 
 from cnf.checkpoint import RunInfo
 from cnf.collocation import RULES, interpolation, patterson
@@ -15,7 +17,6 @@ from cnf.datasets import DataSplits
 from cnf.likelihood import evaluate
 from cnf.models import ModelConfig, SolverConfig
 from cnf.noise import Noise
-from cnf.training import Trainer, loop
 
 POINTS = torch.randn(300, 2, generator=torch.Generator().manual_seed(3))
 DATA = DataSplits("points", "table", POINTS[:200], POINTS[200:250], POINTS[250:])
@@ -41,13 +42,9 @@ def live():
 
 def settle(run, steps, evaluations, samplings):
     """Go on training for so many steps, as the loop does, then evaluate and sample."""
-    until = run.step + steps
-    with run.journal.opened(run.step):
-        while run.step < until:
-            run.update()
-            run.step += 1
-            run._after(run.settle(), {}, 1.0)
-    flow = run.best_flow()
+    run.steps = run.state.step + steps
+    run.run()
+    flow = run.best_model()
     for i in range(evaluations):
         assert math.isfinite(evaluate(flow, DATA.test, seed=i).mean)
     with torch.no_grad():
@@ -63,7 +60,7 @@ def check(tmp_path, warmup, steps, others, solver):
             interpolation(nodes)
     train = TrainConfig(steps=10_000, batch_size=64, accumulate=2, validate_every=25, watch_every=20, kinetic=0.01)
     config = RunConfig("points", DataConfig(), ModelConfig(hidden=(16, 16), blocks=2), solver, train)
-    run = Trainer(RunInfo(config, (2,), None, 0, (), ("a", "b")), DATA, tmp_path, quiet=True)
+    run = training(RunInfo(config, (2,), None, 0, (), ("a", "b")), DATA, tmp_path, quiet=True)
     settle(run, warmup, 5, 5)
     tensors, before = live(), resident()
     settle(run, steps, others, others)
@@ -77,12 +74,12 @@ SOLVERS = [SolverConfig(grid_steps=4, divergence="hutchinson"), SolverConfig("do
 
 
 def test_memory_does_not_grow_in_a_short_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.2)
+    monkeypatch.setitem(trainers.CHECKPOINTER, "save_seconds", 0.2)
     check(tmp_path, 25, 50, 5, SOLVERS[0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", SOLVERS, ids=["grid", "adjoint"])
 def test_memory_does_not_grow(tmp_path, monkeypatch, solver):
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 1.0)
+    monkeypatch.setitem(trainers.CHECKPOINTER, "save_seconds", 1.0)
     check(tmp_path, 50, 500, 200, solver)

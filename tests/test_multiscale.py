@@ -16,7 +16,7 @@ from cnf.multiscale import Multiscale, Split, multiscale, scale_shapes
 from cnf.noise import Noise
 from cnf.quadratures import Kinetic
 from cnf.solvers import FixedGrid
-from cnf.transforms import Sequential, Squeeze, Transform
+from cnf.transforms import Request, Sequential, Squeeze, Transform
 
 ACCURATE = FixedGrid("dopri5", 16)
 
@@ -41,7 +41,7 @@ def image_flow(shape, divergence="exact", solver=ACCURATE, levels=None, context_
 
 def slogdet(flow, x, context=None):
     def f(row):
-        return flow.transform(row[None], context, log_det=False).value.flatten()
+        return flow.transform(row[None], Request(context, log_det=False)).value.flatten()
 
     j = torch.autograd.functional.jacobian(f, x[0], vectorize=True)
     return torch.linalg.slogdet(j.reshape(x[0].numel(), x[0].numel()))
@@ -131,11 +131,11 @@ def test_noise_by_place_integrals_and_cost_are_those_of_the_blocks():
     chain = multiscale((1, 8, 8), block, num_blocks=2)
     x = torch.randn(3, 1, 8, 8, dtype=F64)
     noise = Noise(7)
-    out = chain(x, noise=noise)
+    out = chain(x, Request(noise=noise))
     y, parts, log_det, kinetic, nfe = x, [], 0, 0, 0
     for i, scale in enumerate(chain.scales):
         for j, transform in enumerate(scale.transforms):
-            step = transform(y, noise=noise.child(i).child(j))
+            step = transform(y, Request(noise=noise.child(i).child(j)))
             y, log_det, nfe = step.value, log_det + step.log_det, nfe + step.stats.nfe
             kinetic = kinetic + step.integrals.get("kinetic", 0)
         if i + 1 < len(chain.scales):
@@ -148,8 +148,8 @@ def test_noise_by_place_integrals_and_cost_are_those_of_the_blocks():
     )
     assert out.stats.nfe == nfe == 6 * 4 * 3
     # two blocks of one shape draw different probes; the whole is a function of the noise
-    assert torch.equal(chain(x, noise=Noise(7)).log_det, out.log_det)
-    assert not torch.equal(chain(x, noise=Noise(8)).log_det, out.log_det)
+    assert torch.equal(chain(x, Request(noise=Noise(7))).log_det, out.log_det)
+    assert not torch.equal(chain(x, Request(noise=Noise(8))).log_det, out.log_det)
     places = {
         f"{i}/{j}/probe"
         for i, scale in enumerate(chain.scales)
@@ -158,13 +158,13 @@ def test_noise_by_place_integrals_and_cost_are_those_of_the_blocks():
     }
     assert places == {"0/0/probe", "0/1/probe", "0/3/probe", "0/4/probe", "1/0/probe", "1/1/probe"}
     # rows of a joint batch see the same noise
-    half = chain(x[1:], noise=Noise(7, start=1, total=3))
+    half = chain(x[1:], Request(noise=Noise(7, start=1, total=3)))
     assert torch.allclose(half.log_det, out.log_det[1:], atol=1e-12)
-    back = chain.inverse(out.value, noise=noise)
+    back = chain.inverse(out.value, Request(noise=noise))
     assert back.stats.nfe == nfe
     assert bool((back.integrals["kinetic"] > 0).all())
-    assert chain(x, integrals=False).integrals == {}
-    assert torch.equal(chain(x, log_det=False).value, out.value)
+    assert chain(x, Request(integrals=False)).integrals == {}
+    assert torch.equal(chain(x, Request(log_det=False)).value, out.value)
 
 
 def test_context_reaches_every_block():
@@ -182,7 +182,7 @@ def test_memory_format_does_not_matter():
     x = torch.rand(2, 3, 8, 8, dtype=F64)
     rows = x.contiguous(memory_format=torch.channels_last)
     assert rows.stride() != x.stride()
-    a, b = (flow.evaluate(v, noise=Noise(0)) for v in (x, rows))
+    a, b = (flow.evaluate(v, Request(noise=Noise(0))) for v in (x, rows))
     assert torch.allclose(a.value, b.value, atol=1e-13) and torch.allclose(a.log_det, b.log_det, atol=1e-11)
 
 

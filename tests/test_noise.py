@@ -12,7 +12,7 @@ from cnf.errors import ConfigError
 from cnf.fields import MLP
 from cnf.noise import Noise, child, draw
 from cnf.solvers import FixedGrid
-from cnf.transforms import Sequential
+from cnf.transforms import Request, Sequential
 
 KINDS = ("uniform", "normal", "rademacher")
 
@@ -130,11 +130,11 @@ def test_micro_batches_see_the_joint_batch():
         CNF(MLP(3, (6,)), Hutchinson(probes=2), FixedGrid("rk4", 2), end_time=1.0, steer=0.5) for _ in range(2)
     ).double()
     x = torch.randn(6, 3, dtype=torch.float64)
-    whole = chain(x, noise=Noise(0, step=4))
-    parts = [chain(x[s : s + 2], noise=Noise(0, step=4, start=s, total=6)) for s in (0, 2, 4)]
+    whole = chain(x, Request(noise=Noise(0, step=4)))
+    parts = [chain(x[s : s + 2], Request(noise=Noise(0, step=4, start=s, total=6))) for s in (0, 2, 4)]
     assert torch.allclose(torch.cat([p.value for p in parts]), whole.value, atol=1e-13)
     assert torch.allclose(torch.cat([p.log_det for p in parts]), whole.log_det, atol=1e-13)
-    other = chain(x, noise=Noise(0, step=5))
+    other = chain(x, Request(noise=Noise(0, step=5)))
     assert not torch.allclose(other.value, whole.value, atol=1e-3)  # another end time
     assert not torch.allclose(other.log_det, whole.log_det, atol=1e-3)
     blocks = [b.divergence.probe(x, Noise(0).child(i), frozenset({"div"}), b.field) for i, b in enumerate(chain.transforms)]

@@ -9,6 +9,7 @@ import scipy.linalg
 import torch
 from conftest import F64, LinearField
 from torch.distributions import Normal
+from trainers import stop_at, training
 
 from cnf.checkpoint import RunInfo, save_trainer
 from cnf.config import DataConfig, RunConfig, TrainConfig
@@ -23,8 +24,7 @@ from cnf.noise import Noise
 from cnf.objectives import Likelihood
 from cnf.quadratures import Directional, Kinetic, RunningCost
 from cnf.solvers import FixedGrid
-from cnf.training import Trainer
-from cnf.transforms import Dequantize, Logit, Sequential
+from cnf.transforms import Dequantize, Logit, Request, Sequential
 
 GRID = FixedGrid("dopri5", 12)
 END = 0.7
@@ -117,15 +117,15 @@ def test_a_run_of_an_earlier_version_keeps_its_penalties(tmp_path, capsys):
         settings = TrainConfig(**{"steps": 6, "batch_size": 8, "lr": 0.01, "validate_every": 6, "warmup": 0, "kinetic": 5.0} | train)
         config = RunConfig("run", DataConfig(), ModelConfig(hidden=(4,), zero_init=False), SolverConfig(grid_steps=2), settings)
         info = RunInfo(config, (1, 2, 2), 17, 0, (), ())
-        return Trainer(info, data, tmp_path / folder, resume=resume, quiet=not resume)
+        return training(info, data, tmp_path / folder, resume=resume, quiet=not resume)
 
     def stopped(run, at):
-        run._stop = lambda started: "max_time" if run.step >= at else None
+        stop_at(run, at)
         run.run()
         return torch.load(run.folder / "trainer.pt", weights_only=True)
 
     def weights(run):
-        return torch.cat([p.detach().flatten() for p in run.flow.parameters()])
+        return torch.cat([p.detach().flatten() for p in run.model.parameters()])
 
     whole, new = trainer("whole"), trainer("new")
     whole.objective.scale = 4.0
@@ -206,7 +206,7 @@ def test_only_what_is_weighted_is_integrated():
     assert torch.allclose(flow.log_prob(x), -terms["nll"], atol=1e-12)
     values, stats = objective.evaluate(x)
     assert all(torch.equal(values[name], terms[name]) for name in terms) and stats.nfe == 72
-    assert flow.evaluate(x, integrals=False).integrals == {}
+    assert flow.evaluate(x, Request(integrals=False)).integrals == {}
 
 
 def test_refusals():

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from trainers import training
 
 from cnf.checkpoint import RunInfo
 from cnf.config import PRESETS, RNODE, preset
@@ -17,12 +18,13 @@ from cnf.models import ModelConfig, SolverConfig, build, count_parameters
 from cnf.noise import Noise
 from cnf.objectives import Likelihood
 from cnf.solvers import FixedGrid
-from cnf.training import Trainer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import exact
 import precision
+
+from cnf.transforms import Request
 
 NAMES = ("exact-digits", "exact-mnist", "exact-tabular")
 # the same models where they are large: narrower, on smaller images
@@ -119,22 +121,22 @@ def test_a_training_step_at_full_size(name, tmp_path):
     else:
         x = torch.randint(0, entry.levels, (24, *entry.shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     data = DataSplits("tiny", "table" if entry.levels is None else "image", x[8:], x[:4], x[4:8], levels=entry.levels)
-    trainer = Trainer(RunInfo(config, entry.shape, entry.levels, 0, (), ()), data, tmp_path, quiet=True)
-    before = [p.detach().clone() for p in trainer.flow.parameters()]
+    trainer = training(RunInfo(config, entry.shape, entry.levels, 0, (), ()), data, tmp_path, quiet=True)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
     batch, _, noise = trainer.batches(0)
     with torch.no_grad():
-        trainer.flow.train()
-        out = trainer.flow.evaluate(batch, noise=noise)
+        trainer.model.train()
+        out = trainer.model.evaluate(batch, Request(noise=noise))
         loss = float(trainer.objective(batch, noise=noise)["loss"].mean())
-    zero = -(trainer.flow.base_log_prob(out.value) + out.log_det).mean()
-    scale = 1.0 if entry.levels is None else math.log(2) * trainer.flow.dim
+    zero = -(trainer.model.base_log_prob(out.value) + out.log_det).mean()
+    scale = 1.0 if entry.levels is None else math.log(2) * trainer.model.dim
     assert loss == pytest.approx(float(zero) / scale, rel=1e-5)
     assert {float(v.abs().max()) for v in out.integrals.values()} == {0.0}  # nothing moves yet
     trainer.update()
-    values = trainer.settle()
+    values = trainer.read_metrics()
     assert values is not None and values["loss"] == pytest.approx(loss, rel=1e-5)
-    moved = [not torch.equal(a, b) for a, b in zip(before, trainer.flow.parameters(), strict=True)]
-    assert any(moved) and all(bool(p.isfinite().all()) for p in trainer.flow.parameters())
+    moved = [not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True)]
+    assert any(moved) and all(bool(p.isfinite().all()) for p in trainer.model.parameters())
 
 
 @pytest.mark.parametrize("name", NAMES)

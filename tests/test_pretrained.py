@@ -9,7 +9,6 @@ from conftest import ROOT
 import cnf
 from cnf.checkpoint import RunInfo, read_config, shelf, write_config, write_weights
 from cnf.cli import sample_main, train_main
-from cnf.cli.sample import drawing
 from cnf.config import DataConfig, RunConfig, TrainConfig
 from cnf.errors import ConfigError
 from cnf.models import ModelConfig, SolverConfig
@@ -42,8 +41,7 @@ def test_what_comes_with_the_package_is_small_and_works():
     assert sum(path.stat().st_size for path in folder.iterdir()) < 4e6
     flow = cnf.load("pretrained:fm-mnist")
     assert {p.dtype for p in flow.parameters()} == {torch.float32} and not flow.training
-    with torch.no_grad(), drawing(flow, "rk4", 6):
-        x = flow.sample(4, noise=cnf.Noise(0, "sample"))
+    x = flow.sample(4, noise=cnf.Noise(0, "sample"), solver=cnf.FixedGrid("rk4", 6))
     assert x.shape == (4, 1, 28, 28) and 0 <= float(x.min()) < float(x.max()) <= 1
     assert 0.08 < float(x.mean()) < 0.20  # as much ink as in digits, 0.13
 

@@ -14,6 +14,7 @@ from cnf.noise import Noise
 from cnf.quadratures import JacobianFrobenius, RunningCost
 from cnf.recompute import Recompute
 from cnf.solvers import Adaptive, FixedGrid
+from cnf.transforms import Request
 
 
 class Step:
@@ -164,7 +165,7 @@ def test_a_block_evaluates_each_stage_once_forward_and_once_backward(mode, steps
     gradients = []
     for gradient in ("direct", "checkpoint"):
         block = CNF(field, Hutchinson(mode=mode), FixedGrid("rk4", steps, gradient), quadratures=[JacobianFrobenius()])
-        out = block(x, noise=Noise(0))
+        out = block(x, Request(noise=Noise(0)))
         assert (out.stats.nfe, out.stats.nfe_backward) == (4 * steps, 0)
         loss = out.log_det.sum() + out.integrals["jacobian"].sum()
         gradients.append(torch.autograd.grad(loss, list(field.parameters())))

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import trainers
 from conftest import logged_rows
+from trainers import average, monitor, policy, training
 
 from cnf.checkpoint import (
     LOCK,
@@ -41,8 +43,8 @@ from cnf.models import ModelConfig, SolverConfig
 from cnf.noise import Noise
 from cnf.objectives import Likelihood, Supervised
 from cnf.solvers import Adaptive, FixedGrid, adaptive
-from cnf.training import Interrupted, Trainer, loop, recovery
-from cnf.training.memory import exhausted
+from cnf.training import Interrupted, Trainer
+from cnf.training.memory import is_oom
 from cnf.training.step import gradient, pieces
 from cnf.transforms import Sequential
 
@@ -62,17 +64,17 @@ def trainer(folder, *, resume=False, quiet=True, **options):
     if not resume:
         folder.mkdir(exist_ok=True)
         write_config(folder, info)
-    return Trainer(info, DATA, folder, resume=resume, quiet=quiet)
+    return training(info, DATA, folder, resume=resume, quiet=quiet)
 
 
 def same(one, other):
     """Everything that training has changed, and its record, is the same to the last bit."""
-    for a, b in ((one.flow, other.flow), (one.ema, other.ema)):
+    for a, b in ((one.model, other.model), (average(one), average(other))):
         assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
-    for i, state in one.optimizer.state_dict()["state"].items():
-        assert all(torch.equal(v, other.optimizer.state_dict()["state"][i][k]) for k, v in state.items())
+    for i, state in one.state.optimizer.state_dict()["state"].items():
+        assert all(torch.equal(v, other.state.optimizer.state_dict()["state"][i][k]) for k, v in state.items())
     assert logged_rows(one.folder) == logged_rows(other.folder)
-    assert (one.recovery.rollbacks, one.skipped, one.best) == (other.recovery.rollbacks, other.skipped, other.best)
+    assert (policy(one).rollbacks, one.state.skipped, one.state.best) == (policy(other).rollbacks, other.state.skipped, other.state.best)
 
 
 def forked(function):
@@ -167,13 +169,13 @@ def test_training_goes_on_while_the_disk_is_full_and_saves_when_it_is_not(tmp_pa
     whole = trainer(tmp_path / "whole")
     whole.run()
     run = trainer(tmp_path / "run", quiet=False)
-    full(monkeypatch, ("trainer.pt", "model.safetensors"), lambda: run.step >= 12)
+    full(monkeypatch, ("trainer.pt", "model.safetensors"), lambda: run.state.step >= 12)
     assert run.run() == "steps"
     said = capsys.readouterr().err
     assert said.count("no checkpoint:") == 2 and "the disk is full: make room on it" in said and "training goes on" in said
     same(whole, run)
     assert load_trainer(run.folder)[0]["numbers"]["step"] == 12
-    assert all(torch.equal(v, run.best_weights[k]) for k, v in load(run.folder).state_dict().items())
+    assert all(torch.equal(v, run.state.best_weights[k]) for k, v in load(run.folder).state_dict().items())
 
 
 def test_a_run_that_cannot_be_saved_at_its_end_is_saved_elsewhere(tmp_path, monkeypatch):
@@ -185,8 +187,8 @@ def test_a_run_that_cannot_be_saved_at_its_end_is_saved_elsewhere(tmp_path, monk
     other = next(p for p in tmp_path.iterdir() if p.name.startswith("cnf-run-"))
     assert str(other) in str(caught.value)
     monkeypatch.setattr(files, "hook", None)
-    again = Trainer(read_config(other), DATA, other, resume=True, quiet=True)
-    assert again.step == 12
+    again = training(read_config(other), DATA, other, resume=True, quiet=True)
+    assert again.state.step == 12
     whole = trainer(tmp_path / "whole")
     whole.run()
     same(whole, again)
@@ -194,7 +196,7 @@ def test_a_run_that_cannot_be_saved_at_its_end_is_saved_elsewhere(tmp_path, monk
 
 def test_a_run_that_can_be_saved_nowhere_says_what_is_lost(tmp_path, monkeypatch):
     run = trainer(tmp_path / "run", steps=6)
-    monkeypatch.setattr(files, "hook", lambda place, path: run.step > 4 and exec("raise OSError(28, 'No space left')"))
+    monkeypatch.setattr(files, "hook", lambda place, path: run.state.step > 4 and exec("raise OSError(28, 'No space left')"))
     with pytest.raises(CheckpointError, match=r"Nor could .* elsewhere.*holds it up to its last checkpoint.* to 6 are lost; --resume"):
         run.run()
     monkeypatch.setattr(files, "hook", None)
@@ -208,13 +210,13 @@ def test_a_folder_that_vanishes_is_made_anew_with_everything(tmp_path, monkeypat
     whole.run()
     run = trainer(tmp_path / "run", quiet=False)
     update = Trainer.update
-    monkeypatch.setattr(Trainer, "update", lambda self: (self.step == 6 and shutil.rmtree(self.folder), update(self))[1])
+    monkeypatch.setattr(Trainer, "update", lambda self: (self.state.step == 6 and shutil.rmtree(self.folder), update(self))[1])
     assert run.run() == "steps"
     assert f"{run.folder} was removed while this run trains: it is made anew" in capsys.readouterr().err
     same(whole, run)
     assert read_config(run.folder) == run.info and load(run.folder) is not None
     assert not (run.folder / LOCK).exists() and list((run.folder / "tensorboard").iterdir())
-    assert Trainer(run.info, DATA, run.folder, resume=True, quiet=True).step == 12
+    assert training(run.info, DATA, run.folder, resume=True, quiet=True).state.step == 12
 
 
 def test_a_folder_that_another_run_has_taken_is_left_alone(tmp_path, monkeypatch):
@@ -224,7 +226,7 @@ def test_a_folder_that_another_run_has_taken_is_left_alone(tmp_path, monkeypatch
     update = Trainer.update
 
     def taken(self):
-        if self.step == 2:
+        if self.state.step == 2:
             (self.folder / LOCK).unlink()
             (self.folder / LOCK).write_text("1 elsewhere\n")
             other.append((self.folder / LOCK).open("r+"))
@@ -246,7 +248,7 @@ def test_tensorboard_on_a_full_disk_does_not_stop_the_run(tmp_path, monkeypatch,
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(RecordWriter, "write", fail)
-    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    monkeypatch.setitem(trainers.RUN, "log_every", 1)
     assert trainer(tmp_path / "run", quiet=False).run() == "steps"
     said = capsys.readouterr().err
     assert said.count("TensorBoard's files in") == 1 and "Traceback" not in said
@@ -264,15 +266,15 @@ def test_two_processes_on_one_folder(tmp_path, capsys):
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, env=environment) as owner:
         assert owner.stdout.readline() == b"held\n"
         with pytest.raises(ConfigError, match=rf"{tmp_path.name} is in use by process {owner.pid}: wait for it, stop it, or"):
-            Trainer(settings(), DATA, tmp_path, quiet=True).run()
+            training(settings(), DATA, tmp_path, quiet=True).run()
         with pytest.raises(ConfigError, match=f"in use by process {owner.pid}"):
-            Trainer(settings(), DATA, tmp_path, resume=True, quiet=True)
+            training(settings(), DATA, tmp_path, resume=True, quiet=True)
         capsys.readouterr()
         assert train_main(["digits", "--max-train-rows", "50", "--hidden", "4", "--out", str(tmp_path)]) == 2
         assert f"error: {tmp_path} is in use by process {owner.pid}: " in capsys.readouterr().err
         assert [p.name for p in tmp_path.iterdir()] == [LOCK]
         owner.kill()  # the kernel frees the lock
-    assert Trainer(settings(steps=4), DATA, tmp_path, quiet=True).run() == "steps"
+    assert training(settings(steps=4), DATA, tmp_path, quiet=True).run() == "steps"
     assert not (tmp_path / LOCK).exists()
 
 
@@ -415,19 +417,19 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_skipped_then_goes_back_then_stops_with_a_diagnosis(tmp_path, monkeypatch, fault):
-    monkeypatch.setattr(recovery, "RUNAWAY_FLOOR", 100)
-    monkeypatch.setattr(recovery, "RUNAWAY_STEPS", 4)
-    monkeypatch.setattr(recovery, "MAX_SKIPS", 3)
-    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    monkeypatch.setitem(trainers.POLICY, "runaway_floor", 100)
+    monkeypatch.setitem(trainers.POLICY, "runaway_steps", 4)
+    monkeypatch.setitem(trainers.POLICY, "max_skips", 3)
+    monkeypatch.setitem(trainers.RUN, "log_every", 1)
     single, row = {5}, {9, 10, 11}
     injected(monkeypatch, fault, single | row | set(range(14, 60)))
     said, weights, rates, update = [], {}, {}, Trainer.update
 
     def watched(self):
-        before = self.step
-        weights[before] = [p.detach().clone() for p in self.flow.parameters()]
+        before = self.state.step
+        weights[before] = [p.detach().clone() for p in self.model.parameters()]
         update(self)
-        rates[before] = self.optimizer.param_groups[0]["lr"]
+        rates[before] = self.state.optimizer.param_groups[0]["lr"]
 
     monkeypatch.setattr(Trainer, "update", watched)
     run = trainer(tmp_path / "run", steps=60, schedule="constant")
@@ -450,7 +452,7 @@ def test_a_fault_is_skipped_then_goes_back_then_stops_with_a_diagnosis(tmp_path,
 def test_an_adjoint_that_fails_backwards_names_its_block(tmp_path, monkeypatch):
     solver = SolverConfig("dopri5", adaptive=True, gradient="adjoint", rtol=1e-3, atol=1e-3)
     run = trainer(tmp_path / "run", solver=solver)
-    said, before, seen = [], [p.detach().clone() for p in run.flow.parameters()], []
+    said, before, seen = [], [p.detach().clone() for p in run.model.parameters()], []
     monkeypatch.setattr(run, "say", said.append)
     real = adaptive._Function.callback_step_adjoint
 
@@ -462,36 +464,36 @@ def test_an_adjoint_that_fails_backwards_names_its_block(tmp_path, monkeypatch):
 
     monkeypatch.setattr(adaptive._Function, "callback_step_adjoint", limited)
     run.update()
-    assert run.settle() is None and run.skipped == 1
+    assert run.read_metrics() is None and run.state.skipped == 1
     assert re.search(
         r"^step 0: batch skipped: the adjoint's solve failed in block 1 of 2 at s=0?\.?\d* of its time, step size \d\S*, "
         r"after \d+ evaluations: max_num_steps exceeded", said[0]
     )  # fmt: skip
-    assert all(torch.equal(a, b) for a, b in zip(before, run.flow.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
 
 
 def test_a_run_that_went_back_and_was_interrupted_equals_one_that_was_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(recovery, "MAX_SKIPS", 3)
-    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    monkeypatch.setitem(trainers.POLICY, "max_skips", 3)
+    monkeypatch.setitem(trainers.RUN, "log_every", 1)
     injected(monkeypatch, "state", {5, 6, 7, 10, 13, 14, 15})
     whole = trainer(tmp_path / "whole", steps=20)
     whole.run()
-    assert whole.recovery.rollbacks == 2 and whole.recovery.good_step == 20
+    assert policy(whole).rollbacks == 2 and policy(whole).good_step == 20
     update = Trainer.update
     for stop in (1, 6, 9, 14):
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "update", lambda self: (self.step == stop and os.kill(os.getpid(), signal.SIGTERM), update(self))[1])
+            patch.setattr(Trainer, "update", lambda self: (self.state.step == stop and os.kill(os.getpid(), signal.SIGTERM), update(self))[1])
             with pytest.raises(Interrupted):
                 trainer(tmp_path / f"run-{stop}", steps=20).run()
         again = trainer(tmp_path / f"run-{stop}", steps=20, resume=True)
-        assert again.step == stop + 1
+        assert again.state.step == stop + 1
         again.run()
         same(whole, again)
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "validation"])
 def test_a_signal_does_not_wait_for_a_long_step_or_validation(tmp_path, monkeypatch, where):
-    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    monkeypatch.setitem(trainers.RUN, "log_every", 1)
     options = {"watch_every": 4, "watch_tolerance": 1e-9, "max_grid_steps": 8}  # the watch refines before it validates
     whole = trainer(tmp_path / "whole", **options)
     whole.run()
@@ -513,16 +515,16 @@ def test_a_signal_does_not_wait_for_a_long_step_or_validation(tmp_path, monkeypa
         if where == "forward":
             patch.setattr(Likelihood, "evaluate", signalled(Likelihood.evaluate, lambda args: args[2].step == 7))
         elif where == "validation":
-            patch.setattr(Likelihood, "validate", signalled(Likelihood.validate, lambda args: run.step == 8))
+            patch.setattr(Likelihood, "validate", signalled(Likelihood.validate, lambda args: run.state.step == 8))
         else:
-            next(run.flow.parameters()).register_hook(lambda g: (run.step == 7 and os.kill(os.getpid(), signal.SIGTERM)) or g)
+            next(run.model.parameters()).register_hook(lambda g: (run.state.step == 7 and os.kill(os.getpid(), signal.SIGTERM)) or g)
         with pytest.raises(Interrupted) as caught:
             run.run()
     assert caught.value.step == (8 if where == "validation" else 7) and not finished
     again = trainer(tmp_path / "run", resume=True, **options)
     assert again.run() == "steps"
     same(whole, again)
-    assert again.watch.refinements == whole.watch.refinements == 2
+    assert monitor(again).refinements == monitor(whole).refinements == 2
 
 
 def test_a_solver_error_names_the_block_of_the_flow():
@@ -586,7 +588,7 @@ def test_micro_batches_of_a_prediction():
 
 
 def test_training_in_micro_batches_logs_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    monkeypatch.setitem(trainers.RUN, "log_every", 1)
     solver = SolverConfig(grid_steps=2, divergence="hutchinson")
     for count in (1, 3, 100):  # more than rows: one by one
         trainer(tmp_path / str(count), accumulate=count, steps=5, solver=solver).run()
@@ -632,7 +634,7 @@ def test_a_batch_that_does_not_fit_gets_advice_with_numbers(tmp_path, monkeypatc
 
 
 def test_other_errors_are_not_taken_for_memory(tmp_path, monkeypatch):
-    assert not exhausted(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_oom(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     monkeypatch.setattr(Likelihood, "evaluate", lambda *a: exec("raise RuntimeError('something else')"))
     with pytest.raises(RuntimeError, match="something else"):
         trainer(tmp_path / "run").update()

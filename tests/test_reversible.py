@@ -21,7 +21,8 @@ from cnf.noise import Noise
 from cnf.objectives import Likelihood
 from cnf.quadratures import JacobianFrobenius, Kinetic, RunningCost
 from cnf.solvers import TABLEAUS, FixedGrid, Reversible
-from cnf.training.watch import Watch
+from cnf.training.solver_monitor import SolverMonitor
+from cnf.transforms import Request
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -119,7 +120,7 @@ def both(make, x, steps, back=False, context=None, method="rk4", inputs=()):
     for gradient in ("direct", "reversible"):
         block = make(Reversible(method, steps, gradient=gradient))
         point = x.clone().requires_grad_()
-        out = (block.inverse if back else block)(point, context, noise=Noise(0))
+        out = (block.inverse if back else block)(point, Request(context, Noise(0)))
         loss = out.value.sin().sum() + out.log_det.square().sum() + sum(v.sum() for v in out.integrals.values())
         found.append(torch.autograd.grad(loss, [point, *inputs, *block.parameters()]))
     for direct, walked in zip(*found, strict=True):
@@ -203,7 +204,7 @@ def test_float32_is_as_good_walked_back_as_direct(steps):
     field, x = perturbed(MLP(3, (16, 16))).float(), torch.randn(32, 3)
     found = []
     for solver in (Reversible("rk4", steps, gradient="direct"), Reversible("rk4", steps)):
-        out = CNF(field, Hutchinson(), solver)(x, noise=Noise(0))
+        out = CNF(field, Hutchinson(), solver)(x, Request(noise=Noise(0)))
         assert out.value.dtype == out.log_det.dtype == torch.float32
         parts = torch.autograd.grad((out.log_det + out.value.square().sum(1)).mean(), list(field.parameters()))
         found.append(torch.cat([g.flatten() for g in parts]))
@@ -258,13 +259,13 @@ def test_what_is_computed_once_before_the_solve_may_be_closed_over_and_autocast_
 def test_two_solves_before_one_backward_and_a_second_backward():
     block = CNF(perturbed(MLP(3, (6,))), Hutchinson(), Reversible("rk4", 4))
     x, weights = torch.randn(4, 3, dtype=F64), list(block.parameters())
-    alone = torch.autograd.grad(block(x, noise=Noise(0)).log_det.sum(), weights)
-    first = block(x, noise=Noise(0)).log_det.sum()
-    block(x, noise=Noise(1))
+    alone = torch.autograd.grad(block(x, Request(noise=Noise(0))).log_det.sum(), weights)
+    first = block(x, Request(noise=Noise(0))).log_det.sum()
+    block(x, Request(noise=Noise(1)))
     for _ in range(2):
         for a, b in zip(alone, torch.autograd.grad(first, weights, retain_graph=True), strict=True):
             assert torch.equal(a, b)
-    (g, *_) = torch.autograd.grad(block(x, noise=Noise(0)).log_det.square().sum(), weights, create_graph=True)
+    (g, *_) = torch.autograd.grad(block(x, Request(noise=Noise(0))).log_det.square().sum(), weights, create_graph=True)
     with pytest.raises(ConfigError, match="second derivative"):
         g.square().sum().backward()
 
@@ -389,7 +390,8 @@ def test_the_option_is_built_and_watched_as_a_grid():
     flow = perturbed(build(ModelConfig(hidden=(8,), zero_init=False), config, (2,)), 1.0).train()
     assert isinstance(flow.blocks[0].solver, Reversible)
     said, objective = [], Likelihood(flow)
-    watch = Watch(objective, config, 1e-12, 8, 100, said.append)
+    watch = SolverMonitor(1e-12, 8, 100)
+    watch.attach(objective, said.append)
     x = torch.randn(6, 2, dtype=F64)
     assert watch.measure(1, x, None, Noise(0))["grid_steps"] == 4
     assert isinstance(flow.blocks[0].solver, Reversible) and flow.blocks[0].solver.steps == 4

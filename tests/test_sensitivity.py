@@ -13,10 +13,10 @@ from cnf.continuous import CNF
 from cnf.errors import ConfigError, DataError
 from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
 from cnf.models import ModelConfig, SolverConfig, build
-from cnf.multiscale import Carried, multiscale
+from cnf.multiscale import SharedAugmentedTime, multiscale
 from cnf.sensitivity import jacobian, log_det, magnus, parameter_jacobian, piecewise_jacobian, response
 from cnf.solvers import Adaptive, FixedGrid
-from cnf.transforms import CenterShift, Dequantize, Gaussianize, Logit, Sequential, Squeeze, Standardize, Transform
+from cnf.transforms import Dequantize, Gaussianize, Logit, Request, Rescale, Sequential, Squeeze, Standardize, Transform
 
 COARSE = FixedGrid("rk4", 2)
 ACCURATE = FixedGrid("dopri5", 20)
@@ -37,7 +37,7 @@ def autodiff(transform, x, context=None, back=False):
         own = context[i : i + 1] if context is not None and context.ndim == 2 else context
 
         def row(y, own=own):
-            return step(y[None], own, log_det=False).value.flatten()
+            return step(y[None], Request(own, log_det=False)).value.flatten()
 
         j = torch.autograd.functional.jacobian(row, x[i], vectorize=True)
         rows.append(j.flatten(1))
@@ -98,7 +98,7 @@ def test_jacobian_of_a_grid_is_that_of_the_discretised_map(name, back):
         z, j = jacobian(block, x, context, back=back)
         z3, j3 = jacobian(block, x, context, back=back, chunk=2)
         step = block.inverse if back else block.forward
-        value = step(x, context, log_det=False).value
+        value = step(x, Request(context, log_det=False)).value
     assert max(distance(z, value), distance(z3, z), distance(j3, j)) < 1e-13
     assert distance(j, autodiff(block, x, context, back)) < 1e-12
 
@@ -107,7 +107,7 @@ def test_jacobian_of_a_grid_is_that_of_the_discretised_map(name, back):
 def test_log_det_is_the_integral_of_the_divergence(name):
     block, x, context = block_of(name, ACCURATE)
     with torch.no_grad():
-        out = block(x, context)
+        out = block(x, Request(context))
         assert distance(log_det(block, x, context), out.log_det) < 1e-8
         assert distance(log_det(block, out.value, context, back=True), -out.log_det) < 1e-8
         tight = Adaptive("dopri5", 1e-11, 1e-11)
@@ -157,7 +157,7 @@ def vector_chain():
 
 
 def image_chain():
-    parts = [Dequantize(17), Logit(0.05), CNF(ConvField(1, (3,))), Squeeze(), CenterShift(), CNF(ConvField(4, (3,)))]
+    parts = [Dequantize(17), Logit(0.05), CNF(ConvField(1, (3,))), Squeeze(), Rescale(), CNF(ConvField(4, (3,)))]
     return Sequential(parts), (1, 4, 4)
 
 
@@ -311,7 +311,7 @@ def test_parameter_jacobian(name):
     block, x, context = block_of(name, COARSE, n=2)
     z, ours = parameter_jacobian(block, x, context, chunk=None if name != "hyper" else 7)
     names, tensors = zip(*block.named_parameters(), strict=True)
-    value = block(x, context, log_det=False).value
+    value = block(x, Request(context, log_det=False)).value
     assert list(ours) == list(names)
     assert distance(z, value) < 1e-13
     for parameter, truth in zip(names, gradients(value, tensors), strict=True):
@@ -322,7 +322,7 @@ def test_parameter_jacobian_of_the_exact_ode():
     block, x, _ = block_of("concatsquash", Adaptive("dopri5", 1e-11, 1e-11), n=1)
     names = [n for n, _ in block.named_parameters()][:3:2]
     _, ours = parameter_jacobian(block, x, names=names)
-    value = block(x, log_det=False).value
+    value = block(x, Request(log_det=False)).value
     for name, truth in zip(names, gradients(value, [block.get_parameter(n) for n in names]), strict=True):
         assert distance(ours[name], truth) < 1e-8
 
@@ -442,11 +442,11 @@ def test_gradient_of_a_jacobian_in_every_mode(path, back):
 
 def driven_chain(drive):
     parts = [driven_mlp(drive), Standardize(normal(3), normal(3, seed=7).exp()), driven_mlp(drive), driven_mlp(drive)]
-    return Carried(parts), (3,)
+    return SharedAugmentedTime(parts), (3,)
 
 
 def driven_sequence(drive):
-    return Sequential([driven_mlp(drive), Carried([driven_mlp(drive), driven_mlp(drive)])]), (3,)
+    return Sequential([driven_mlp(drive), SharedAugmentedTime([driven_mlp(drive), driven_mlp(drive)])]), (3,)
 
 
 def driven_scales(drive):
@@ -495,12 +495,12 @@ def test_log_det_of_augmented_flows(name, drive):
 
 @pytest.mark.parametrize("drive", ["concat", "hyper"])
 def test_log_det_of_augmented_flows_by_an_adaptive_solver(drive):
-    chain = seeded(Carried([driven_mlp(AUGMENTED_TIME_LAYERS[drive], context_dim=2), driven_mlp(AUGMENTED_TIME_LAYERS[drive], context_dim=2)])).eval()
+    chain = seeded(SharedAugmentedTime([driven_mlp(AUGMENTED_TIME_LAYERS[drive], context_dim=2), driven_mlp(AUGMENTED_TIME_LAYERS[drive], context_dim=2)])).eval()
     for block in chain.transforms:
         block.eval_solver = Adaptive("dopri5", 1e-10, 1e-10)
     x, context = normal(2, 3), normal(2, 2, seed=2)
     with torch.no_grad():
-        z, claimed, _, _ = chain(x, context)
+        z, claimed, _, _ = chain(x, Request(context))
         assert distance(log_det(chain, x, context), claimed) < 1e-8
         assert distance(log_det(chain, z, context, back=True), -claimed) < 1e-8
         afresh = log_det(Sequential(chain.transforms), x, context)
@@ -513,7 +513,7 @@ def test_parameters_of_augmented_fields(drive):
     block.solver = COARSE
     x, context = normal(2, 3), normal(2, seed=2)
     _, ours = parameter_jacobian(block, x, context)
-    value = block(x, context, log_det=False).value
+    value = block(x, Request(context, log_det=False)).value
     names, tensors = zip(*block.named_parameters(), strict=True)
     assert {"path.initial", "path.net.0.weight"} < set(names)
     for name, truth in zip(names, gradients(value, tensors), strict=True):

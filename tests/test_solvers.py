@@ -15,6 +15,7 @@ from cnf.fields import MLP
 from cnf.noise import Noise
 from cnf.quadratures import Directional, JacobianFrobenius, Kinetic, RunningCost, TotalDerivative
 from cnf.solvers import TABLEAUS, Adaptive, FixedGrid
+from cnf.transforms import Request
 
 
 @pytest.mark.parametrize("method", list(TABLEAUS))
@@ -88,7 +89,7 @@ def test_log_det_is_slogdet_of_the_autodiff_jacobian_and_quadratures_are_integra
     x = torch.randn(3, 3, dtype=F64)
     out = block(x)
     for i in range(3):
-        j = torch.autograd.functional.jacobian(lambda y: block(y[None], log_det=False).value[0], x[i])
+        j = torch.autograd.functional.jacobian(lambda y: block(y[None], Request(log_det=False)).value[0], x[i])
         assert abs(float(torch.linalg.slogdet(j)[1] - out.log_det[i].detach())) < 1e-8
     # quadrature of each integrand along the same path, by Simpson's rule over independently formed Jacobians
     n = 40
@@ -96,7 +97,7 @@ def test_log_det_is_slogdet_of_the_autodiff_jacobian_and_quadratures_are_integra
     weights = torch.tensor([1.0, *([4.0, 2.0] * (n // 2))][:n] + [1.0], dtype=F64) * 0.7 / n / 3
     sums = dict.fromkeys(("kinetic", "jacobian", "directional", "total_derivative", "cost"), 0.0)
     for t, w in zip(times, weights, strict=True):
-        y = block.integrate(x, (times[0], t), log_det=False)[0].detach() if t > 0 else x
+        y = block.integrate(x, (times[0], t), Request(log_det=False))[0].detach() if t > 0 else x
         f = field(t, y)
         j = torch.stack([torch.autograd.functional.jacobian(lambda p: field(t, p[None])[0], p) for p in y])
         jf = torch.einsum("nij,nj->ni", j, f)
@@ -137,7 +138,7 @@ def test_gradient_modes_agree_for_every_estimator_with_context(divergence):
     gradients = []
     for solver in (FixedGrid("rk4", 64), FixedGrid("rk4", 64, "checkpoint"), *MODES[2:]):
         block = CNF(field, divergence, solver)
-        out = block(x, context, noise=Noise(0))
+        out = block(x, Request(context, Noise(0)))
         loss = (out.log_det + out.value.square().sum(1)).sum()
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*field.parameters(), context])]))
     assert torch.allclose(gradients[0], gradients[1], atol=1e-12)
@@ -149,9 +150,9 @@ def test_two_forwards_before_one_backward_do_not_disturb_each_other():
     field = perturbed()
     block = CNF(field, Hutchinson(), FixedGrid("rk4", 4, "checkpoint"))
     x = torch.randn(4, 3, dtype=F64)
-    alone = torch.autograd.grad(block(x, noise=Noise(0)).log_det.sum(), list(field.parameters()))
-    first = block(x, noise=Noise(0))
-    block(x, noise=Noise(1))
+    alone = torch.autograd.grad(block(x, Request(noise=Noise(0))).log_det.sum(), list(field.parameters()))
+    first = block(x, Request(noise=Noise(0)))
+    block(x, Request(noise=Noise(1)))
     for a, b in zip(alone, torch.autograd.grad(first.log_det.sum(), list(field.parameters())), strict=True):
         assert torch.equal(a, b)
 
@@ -159,10 +160,10 @@ def test_two_forwards_before_one_backward_do_not_disturb_each_other():
 def test_steer_moves_the_end_time_in_training_alone_and_the_mode_picks_the_solver():
     block = CNF(perturbed(), Exact(), FixedGrid("rk4", 4), FixedGrid("rk4", 2), steer=0.5)
     x = torch.randn(2, 3, dtype=F64)
-    a, b = block(x, noise=Noise(0, step=1)), block(x, noise=Noise(0, step=2))
+    a, b = block(x, Request(noise=Noise(0, step=1))), block(x, Request(noise=Noise(0, step=2)))
     assert not torch.allclose(a.value, b.value)
     block.eval()
-    c, d = block(x, noise=Noise(0, step=1)), block(x, noise=Noise(0, step=2))
+    c, d = block(x, Request(noise=Noise(0, step=1))), block(x, Request(noise=Noise(0, step=2)))
     assert torch.equal(c.value, d.value) and c.stats.nfe == 8
 
 

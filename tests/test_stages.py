@@ -6,7 +6,9 @@ import signal
 
 import pytest
 import torch
+import trainers
 from conftest import logged_rows
+from trainers import monitor, policy, training
 
 from cnf.checkpoint import RunInfo, load, write_config
 from cnf.config import DataConfig, RunConfig, TrainConfig
@@ -17,8 +19,9 @@ from cnf.models import ModelConfig, SolverConfig
 from cnf.noise import Noise
 from cnf.objectives import FlowMatching, Likelihood
 from cnf.solvers import FixedGrid
-from cnf.training import Interrupted, Trainer, finish, loop, stages
+from cnf.training import Interrupted, Trainer, finish
 from cnf.training.batches import Batches
+from cnf.training.time_sampler import TimeSampler
 
 GENERATOR = torch.Generator().manual_seed(3)
 POINTS = torch.randn(600, 2, generator=GENERATOR) @ torch.tensor([[0.4, 0.3], [0.0, 1.0]]) + torch.tensor([2.0, 0.0])
@@ -31,12 +34,12 @@ def trainer(folder, *, model=MODEL, solver=None, data=DATA, resume=False, quiet=
     train = {"steps": 12, "batch_size": 16, "warmup": 3, "lr": 0.01, "validate_every": 4, "watch_every": 3} | train
     config = RunConfig("points", DataConfig(), model, solver or SolverConfig(grid_steps=2), TrainConfig(**train))
     folder.mkdir(exist_ok=True)
-    return Trainer(RunInfo(config, data.event_shape, data.levels, data.context_dim, data.classes, data.columns), data, folder, resume=resume, quiet=quiet)
+    return training(RunInfo(config, data.event_shape, data.levels, data.context_dim, data.classes, data.columns), data, folder, resume=resume, quiet=quiet)
 
 
 @pytest.fixture
 def every_step(monkeypatch):
-    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    monkeypatch.setitem(trainers.RUN, "log_every", 1)
 
 
 def test_matching_learns_a_density_with_one_evaluation_an_item(tmp_path, every_step):
@@ -50,12 +53,12 @@ def test_matching_learns_a_density_with_one_evaluation_an_item(tmp_path, every_s
     assert {row["nfe"] for row in found} == {1} and {row["nfe_backward"] for row in found} == {0}
     truth = torch.distributions.MultivariateNormal(POINTS.mean(0), POINTS.T.cov())
     best = -float(truth.log_prob(DATA.validation).mean())
-    assert before > best + 0.1 and best - 0.05 < run.best < best + 0.05
+    assert before > best + 0.1 and best - 0.05 < run.state.best < best + 0.05
     assert 0 < found[-1]["straightness"] <= 1 and found[-1]["path_energy"] > 0 and found[-1]["validation_nfe"] > 10
     learned = [row["early_times"] for row in found if "early_times" in row]
     assert learned and all(0 < value < 1 for value in learned)
     flow = load(run.folder)
-    assert evaluate(flow, DATA.validation).mean == pytest.approx(run.best, abs=1e-5)
+    assert evaluate(flow, DATA.validation).mean == pytest.approx(run.state.best, abs=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["flow-matching", "both"])
@@ -64,7 +67,7 @@ def test_curves_have_the_evaluations_of_solves_only(tmp_path, monkeypatch, every
     run.run()
     given = []
     monkeypatch.setattr("cnf.training.report.pictures", lambda flow, data, folder, metrics, unit: given.extend(metrics))
-    finish(run)
+    finish(run, run.info, run.data, run.folder)
     tuned = [8, 9, 10, 11, 12] if objective == "both" else []  # the steps that solve, on a grid of rk4
     assert [row["step"] for row in given if "nfe" in row] == tuned and all(row["nfe"] >= 8 for row in given if row["step"] in tuned)
     validated = [row for row in given if "validation" in row]
@@ -84,7 +87,7 @@ def test_matching_learns_a_density_for_each_class(tmp_path, coupling):
         model=dataclasses.replace(MODEL, hidden=(32, 32)),
     )  # fmt: skip
     run.run()
-    flow = run.best_flow()
+    flow = run.best_model()
     truth = torch.distributions.Normal(middle[code[cut[1]]], spread[code[cut[1]]]).log_prob(data.validation).sum(1)
     found = flow.log_prob(data.validation, data.validation_context).detach()
     assert abs(float((found - truth).mean())) < 0.1
@@ -100,7 +103,7 @@ def test_both_begins_with_matching_and_ends_with_the_likelihood(tmp_path, every_
 
     def update(self):
         real(self)
-        seen.append((type(self.objective), self.batches.size, self.optimizer.param_groups[0]["lr"]))
+        seen.append((type(self.objective), self.batches.size, self.state.optimizer.param_groups[0]["lr"]))
 
     run.update = update.__get__(run)
     run.run()
@@ -117,15 +120,15 @@ def test_both_begins_with_matching_and_ends_with_the_likelihood(tmp_path, every_
 
 def test_the_fine_tuning_begins_with_the_averaged_weights(tmp_path):
     run = trainer(tmp_path / "run", ema_decay=0.9, **BOTH)
-    while run.step < 7:
+    while run.state.step < 7:
         run.update()
-        run.step += 1
-    average = {k: v.clone() for k, v in run.ema.module.state_dict().items()}
-    optimizer = run.optimizer
-    stages.enter(run)
-    assert run.stage == 1 and run.since == 7 and run.optimizer is not optimizer and not run.optimizer.state
-    assert all(torch.equal(v, average[k]) for k, v in run.flow.state_dict().items())
-    assert run.recovery.good_step == 7 and torch.equal(run.recovery.good["flow"]["transform.transforms.0.mean"], average["transform.transforms.0.mean"])
+        run.state.step += 1
+    averaged = {k: v.clone() for k, v in run.averaged().state_dict().items()}
+    optimizer = run.state.optimizer
+    run.start_phase()
+    assert run.state.phase == 1 and run.state.since == 7 and run.state.optimizer is not optimizer and not run.state.optimizer.state
+    assert all(torch.equal(v, averaged[k]) for k, v in run.model.state_dict().items())
+    assert policy(run).good_step == 7 and torch.equal(policy(run).good["model"]["transform.transforms.0.mean"], averaged["transform.transforms.0.mean"])
 
 
 @pytest.mark.parametrize("stop", [3, 6, 7, 9])  # matching, before and after the change, likelihood
@@ -137,7 +140,7 @@ def test_interrupted_and_resumed_equals_never_stopped(tmp_path, monkeypatch, eve
         real = Trainer.update
 
         def update(self):
-            if self.step == stop:
+            if self.state.step == stop:
                 os.kill(os.getpid(), signal.SIGINT)
             return real(self)
 
@@ -146,21 +149,21 @@ def test_interrupted_and_resumed_equals_never_stopped(tmp_path, monkeypatch, eve
         with pytest.raises(Interrupted):
             first.run()
     second = trainer(tmp_path / "parts", resume=True, **options)
-    assert second.step == stop + 1 and second.stage == (stop >= 7)
+    assert second.state.step == stop + 1 and second.state.phase == (stop >= 7)
     second.run()
-    for part in ("flow", "ema"):
-        one, other = (getattr(run, part).state_dict() for run in (whole, second))
+    for part in ("model", "average"):
+        one, other = (run.snapshot()[part] for run in (whole, second))
         assert all(torch.equal(one[k], other[k]) for k in one), part
-    assert all(torch.equal(whole.best_weights[k], second.best_weights[k]) for k in whole.best_weights)
+    assert all(torch.equal(whole.state.best_weights[k], second.state.best_weights[k]) for k in whole.state.best_weights)
     assert logged_rows(whole.folder) == logged_rows(second.folder)
-    assert whole.flow.blocks[0].solver.steps == second.flow.blocks[0].solver.steps > 1
+    assert whole.model.blocks[0].solver.steps == second.model.blocks[0].solver.steps > 1
 
 
 def test_more_steps_go_on_with_the_likelihood_once_it_has_begun(tmp_path):
     trainer(tmp_path / "run", **BOTH).run()
     longer = trainer(tmp_path / "run", resume=True, **{**BOTH, "steps": 16})
     longer.run()
-    assert (longer.step, longer.stage, longer.since) == (16, 1, 7)
+    assert (longer.state.step, longer.state.phase, longer.state.since) == (16, 1, 7)
 
 
 def test_the_times_that_were_learned_are_resumed(tmp_path):
@@ -178,17 +181,17 @@ def test_a_gamed_grid_is_caught_and_the_weights_go_back(tmp_path, monkeypatch, c
     model = dataclasses.replace(MODEL, hidden=(32, 32))
     options = {"objective": "both", "steps": 260, "tune_steps": 60, "tune_lr": 0.2, "batch_size": 128, "validate_every": 100,
                "watch_every": 5, "watch_tolerance": 1e-3, "max_grid_steps": 32, "warmup": 0, "max_grad_norm": 0.0}  # fmt: skip
-    monkeypatch.setattr(stages, "SETTLING", 0)  # nor was the grid measured before
     run = trainer(tmp_path / "run", model=model, quiet=False, solver=SolverConfig("euler", grid_steps=1), **options)
+    monitor(run).settling = 0  # nor was the grid measured before
     run.run()
     said = capsys.readouterr().err
     assert "back to the weights of step 200, with 0.5 times the learning rate" in said
-    assert run.recovery.rollbacks >= 1
-    assert isinstance(run.flow.blocks[0].solver, FixedGrid) and run.flow.blocks[0].solver.steps > 1
+    assert policy(run).rollbacks >= 1
+    assert isinstance(run.model.blocks[0].solver, FixedGrid) and run.model.blocks[0].solver.steps > 1
     truth = torch.distributions.MultivariateNormal(POINTS.mean(0), POINTS.T.cov())
     best = -float(truth.log_prob(DATA.validation).mean())
-    assert run.best < best + 0.15  # the flow that is kept is no worse than what was matched
-    final = evaluate(run.ema.module.eval(), DATA.validation).mean
+    assert run.state.best < best + 0.15  # the flow that is kept is no worse than what was matched
+    final = evaluate(run.averaged().eval(), DATA.validation).mean
     assert final < best + 0.5  # and the weights have recovered
 
 
@@ -198,10 +201,11 @@ def test_times_that_cannot_be_measured_stay_what_they_are(tmp_path, monkeypatch)
     def fails(*args, **kwargs):
         raise SolverError("no end")
 
-    assert "early_times" in run.watch.measure(0, *run.batches(0))
+    sampler = run.callback(TimeSampler)
+    assert "early_times" in sampler.on_step(run)
     monkeypatch.setattr(run.objective, "_losses", fails)
     before = run.objective.times.shares
-    assert run.watch.measure(0, *run.batches(0)) == {}
+    assert sampler.on_step(run) == {}
     assert torch.equal(run.objective.times.shares, before)
 
 
@@ -213,14 +217,13 @@ def test_a_bar_goes_on_when_the_objective_changes(tmp_path, monkeypatch, capsys)
 
 def test_a_grid_is_measured_often_when_the_fine_tuning_begins(tmp_path):
     run = trainer(tmp_path / "run", **{**BOTH, "steps": 1000, "tune_steps": 100}, watch_every=100, solver=SolverConfig(automatic_steps=True))
-    run.step = 900
-    stages.enter(run)
-    assert run.stage == 1
+    run.state.step = 900
+    run.start_phase()
+    assert run.state.phase == 1
     due = []
-    for run.step in range(901, 1001):
-        if run._watches:
-            run.watch.measure(run.step, *run.batches(run.step))
-            due.append(run.step)
+    for run.state.step in range(901, 1001):
+        if monitor(run).on_step(run) is not None:
+            due.append(run.state.step)
     assert due[:3] == [905, 910, 915] and len(due) > 12
 
 
@@ -265,7 +268,7 @@ def test_micro_batches_of_matching_give_the_gradient_of_the_whole_batch(tmp_path
     for count in (1, 3):
         run = trainer(tmp_path / str(count), objective="flow-matching", accumulate=count)
         run.update()
-        found.append([p.grad.clone() for p in run.flow.parameters()])
+        found.append([p.grad.clone() for p in run.model.parameters()])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -274,6 +277,6 @@ def test_matching_is_compiled_and_in_bfloat16_where_that_is_asked_for(tmp_path):
     run = trainer(tmp_path / "run", objective="flow-matching", solver=SolverConfig(precision="bf16"))
     plain = trainer(tmp_path / "plain", objective="flow-matching")
     x, context, _ = plain.batches(0)
-    run.flow.load_state_dict(plain.flow.state_dict())
+    run.model.load_state_dict(plain.model.state_dict())
     one, other = (r.objective(x, context, Noise(0))["loss"].mean() for r in (run, plain))
     assert one.dtype == torch.float32 and 0 < abs(float((one - other).detach())) < 0.05 * float(other.detach())

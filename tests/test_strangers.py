@@ -45,7 +45,7 @@ from cnf.datasets.pictures import open_picture
 from cnf.errors import CheckpointError, DataError
 from cnf.models import ModelConfig, SolverConfig
 from cnf.training import read_json
-from cnf.training.journal import Journal
+from cnf.training.loggers import RunLogger
 
 CONFIG = RunConfig("own", DataConfig("x.npy"), ModelConfig(hidden=(5,)), SolverConfig(), TrainConfig())
 INFO = RunInfo(CONFIG, (2,), None, 3, ("a", "b", "c"), ("x", "y"))
@@ -104,6 +104,9 @@ def test_a_pickle_in_a_torch_file_with_a_true_checksum(tmp_path: Path, run: Path
     (run / "trainer.previous.pt").unlink()
     with pytest.raises(CheckpointError, match=r"trainer\.pt: UnpicklingError"):
         load_trainer(run)
+    torch.save(state, run / "model.safetensors", _use_new_zipfile_serialization=new)
+    with pytest.raises(CheckpointError, match="does not hold this model's weights"):
+        load(run)
     assert not trap.exists()
     torch.load(run / "reference.pth", weights_only=False)
     assert trap.exists()  # the trap was a real one
@@ -395,7 +398,7 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path: Path, run: Path) -> None
     os.mkfifo(run / "result.json")
     os.mkfifo(run / "metrics.jsonl")
     assert read_json(run / "result.json") == {}
-    Journal(run, 1, quiet=True).cut(3)
+    RunLogger(run).cut(3)
     assert (run / "metrics.jsonl").read_bytes() == b""
 
 
@@ -405,7 +408,7 @@ def test_json_that_is_no_result(tmp_path: Path, content: bytes) -> None:
     assert read_json(tmp_path / "result.json") == {}
     lines = [b'{"step": 1, "loss": null}', b'{"step": "2"}', b'{"step": {}}', b'{"step": 3}', *content.splitlines()]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
-    journal = Journal(tmp_path, 9, quiet=True)
+    journal = RunLogger(tmp_path)
     journal.cut(9)
     assert [row["step"] for row in journal.rows] == [1, 3] and (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
 

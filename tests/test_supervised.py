@@ -12,8 +12,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+import trainers
 from conftest import ROOT, logged_rows
 from sklearn.metrics import accuracy_score, log_loss
+from trainers import monitor, training
 
 import cnf
 from cnf import datasets
@@ -27,7 +29,7 @@ from cnf.errors import ConfigError, DataError
 from cnf.models import ModelConfig, NeuralODE, ResidualNet, SolverConfig, anode_mlp
 from cnf.objectives import Supervised, assess
 from cnf.solvers import FixedGrid
-from cnf.training import Interrupted, Trainer, loop
+from cnf.training import Interrupted, Trainer
 
 NODE = ModelConfig("node", "mlp", (8,), layer="ignore", nonlinearity="softplus", zero_init=False, augment=1)
 RESNET = ModelConfig("resnet", "mlp", (8,), blocks=2, layer="ignore", nonlinearity="relu", zero_init=False)
@@ -44,7 +46,7 @@ def trainer(folder, *, kind="classification", model=NODE, solver=None, resume=Fa
     data = DATA[kind]
     config = RunConfig("test", DataConfig(), model, solver or SolverConfig(grid_steps=2), TrainConfig(**train))
     info = RunInfo(config, data.event_shape, None, data.context_dim, data.classes, data.columns)
-    return Trainer(info, data, folder, resume=resume, quiet=True)
+    return training(info, data, folder, resume=resume, quiet=True)
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------
@@ -57,14 +59,14 @@ VARIANT = dataclasses.replace(NODE, input_layer=True, data_control=True, adaptiv
     ("classification", NODE, None), ("regression", VARIANT, ADJOINT), ("classification", RESNET, None),
 ])  # fmt: skip
 def test_interrupted_and_resumed_equals_never_stopped(tmp_path, monkeypatch, kind, model, solver):
-    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    monkeypatch.setitem(trainers.RUN, "log_every", 1)
     options = {"kind": kind, "model": model, "solver": solver, "watch_tolerance": 1e-9}
     whole = trainer(tmp_path / "whole", **options)
     assert whole.run() == "steps"
     real = Trainer.update
 
     def update(self):
-        if self.step == 6:
+        if self.state.step == 6:
             os.kill(os.getpid(), signal.SIGINT)
         return real(self)
 
@@ -73,11 +75,11 @@ def test_interrupted_and_resumed_equals_never_stopped(tmp_path, monkeypatch, kin
         with pytest.raises(Interrupted):
             trainer(tmp_path / "parts", **options).run()
     parts = trainer(tmp_path / "parts", resume=True, **options)
-    assert parts.step == 7 and parts.run() == "steps"
-    for name in ("flow", "ema"):
-        one, other = (getattr(run, name).state_dict() for run in (whole, parts))
+    assert parts.state.step == 7 and parts.run() == "steps"
+    for name in ("model", "average"):
+        one, other = (run.snapshot()[name] for run in (whole, parts))
         assert all(torch.equal(one[k], other[k]) for k in one)
-    assert all(torch.equal(whole.best_weights[k], v) for k, v in parts.best_weights.items())
+    assert all(torch.equal(whole.state.best_weights[k], v) for k, v in parts.state.best_weights.items())
     assert logged_rows(whole.folder) == logged_rows(parts.folder)
     last = logged_rows(whole.folder)[-1]
     assert {"loss", "nfe", "nfe_backward", "validation", "validation_nfe"} <= set(last)
@@ -85,23 +87,23 @@ def test_interrupted_and_resumed_equals_never_stopped(tmp_path, monkeypatch, kin
     if model is RESNET:
         assert last["nfe"] == 0 and not any("solver_error" in row for row in logged_rows(whole.folder))
     else:
-        assert whole.watch.refinements > 0 and last["nfe"] > 0
+        assert monitor(whole).refinements > 0 and last["nfe"] > 0
         assert (last["nfe_backward"] > 0) == (solver is ADJOINT)
 
 
 def test_the_watch_measures_the_loss(tmp_path):
     run = trainer(tmp_path / "run")
     with torch.no_grad():
-        for p in run.flow.parameters():
+        for p in run.model.parameters():
             p.mul_(3)
     x, y, _ = run.batches(0)
     found = []
     for steps in (2, 4):
-        run.flow.solver = FixedGrid("rk4", steps)
-        found.append(torch.nn.functional.cross_entropy(run.flow.train()(x), y.argmax(1)).item())
-    run.watch.apply()
+        run.model.solver = FixedGrid("rk4", steps)
+        found.append(torch.nn.functional.cross_entropy(run.model.train()(x), y.argmax(1)).item())
+    monitor(run).apply()
     assert run.objective.solver_error(x, y) == pytest.approx(abs(found[0] - found[1]), rel=1e-3, abs=1e-7)
-    assert run.flow.solver.steps == 2
+    assert run.model.solver.steps == 2
 
 
 # -- losses ------------------------------------------------------------------------------------------------------

@@ -11,11 +11,12 @@ from cnf.continuous import CNF
 from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
 from cnf.flow import Flow
 from cnf.models import ModelConfig, SolverConfig, build
-from cnf.multiscale import Carried, Multiscale, multiscale
+from cnf.multiscale import Multiscale, SharedAugmentedTime, multiscale
 from cnf.noise import Noise
 from cnf.solvers import FixedGrid
 from cnf.trajectory import straightness, trajectory
-from cnf.transforms import Logit, Sequential, Squeeze, Standardize
+from cnf.transforms import Logit, Request, Sequential, Squeeze, Standardize
+from cnf.transforms.request import AugmentedTime
 
 GRID = FixedGrid("dopri5", 12)
 LEVELS = 17
@@ -56,15 +57,16 @@ def by_hand(chain, x):
     """The whole images at the beginning and behind every block, and the places of the blocks whose parts are squeezed."""
     frames, left = [x], []
     for i, scale in enumerate(chain.scales):
-        drive, squeezed = scale.start(x, back=False) if isinstance(scale, Carried) else None, False
+        a, squeezed = scale.transforms[0].initial_augmented_time(x) if isinstance(scale, SharedAugmentedTime) else None, False
         for part in scale.transforms:
             if isinstance(part, CNF):
-                out, drive = part.through(x, part.end_time(x), drive, log_det=False)
-                x = out.value
+                shared = None if a is None else AugmentedTime(part.end_time(x), a)
+                x = part(x, Request(log_det=False, augmented_time=shared)).value
+                a = None if shared is None else shared.value
                 frames.append(assembled(unsqueezed(x) if squeezed else x, left))
             else:
                 x, squeezed = part(x).value, True
-                drive = None if drive is None else scale.between(part, drive)
+                a = None if a is None else scale.between(part, a)
         if i + 1 < len(chain.scales):
             x, out = x.chunk(2, 1)
             left.append(out)
@@ -144,7 +146,7 @@ def test_the_ends_of_a_flows_path_are_the_image_and_its_latent(shape, options):
     for i, leaf in enumerate(flow.transform.transforms):
         if isinstance(leaf, Squeeze | Multiscale | CNF):
             break
-        x = leaf(x, noise=Noise(3).child(i)).value
+        x = leaf(x, Request(noise=Noise(3).child(i))).value
     z = flow.encode(pixels, context, noise=Noise(3))
     if "architecture" not in options:
         z = latent_image(z, flow.transform.transforms[-1].outputs)

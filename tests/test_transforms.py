@@ -13,7 +13,7 @@ from cnf.errors import ConfigError, DataError
 from cnf.fields import MLP, ConvField
 from cnf.noise import Noise
 from cnf.quadratures import Kinetic
-from cnf.transforms import CenterShift, Dequantize, Logit, Sequential, Squeeze, Standardize, leaves
+from cnf.transforms import Dequantize, Logit, Request, Rescale, Sequential, Squeeze, Standardize, iter_leaves
 
 
 def block(field, **options):
@@ -27,7 +27,7 @@ CASES = {
     "dequantize": lambda: (Dequantize(17).double(), uniform(4, 1, 2, 2), None),
     "logit 0.05": lambda: (Logit(0.05), uniform(4, 5), None),
     "logit 1e-6": lambda: (Logit(1e-6), uniform(4, 1, 2, 2), None),
-    "center shift": lambda: (CenterShift(), uniform(4, 3), None),
+    "center shift": lambda: (Rescale(), uniform(4, 3), None),
     "squeeze": lambda: (Squeeze(), normal(2, 3, 2, 4), None),
     "cnf": lambda: (block(MLP(3, (6, 5))), normal(4, 3), None),
     "cnf three hidden": lambda: (block(MLP(2, (5, 4, 5), "concat", "softplus")), normal(4, 2), None),
@@ -39,7 +39,7 @@ CASES = {
     "cnf context rows": lambda: (block(MLP(2, (5,), context_dim=3)), normal(4, 2), uniform(4, 3)),
     "cnf one context": lambda: (block(MLP(2, (5,), "squash", context_dim=3)), normal(4, 2), uniform(3)),
     "chain": lambda: (
-        Sequential([Logit(0.1), Sequential([CenterShift(), block(MLP(4, (5,)))]), Squeeze(), block(ConvField(4, (2,)))]),
+        Sequential([Logit(0.1), Sequential([Rescale(), block(MLP(4, (5,)))]), Squeeze(), block(ConvField(4, (2,)))]),
         uniform(2, 1, 2, 2),
         None,
     ),
@@ -51,18 +51,18 @@ CASES = {
 def test_identities(name):
     transform, x, context = CASES[name]()
     x.requires_grad_()
-    out = transform(x, context)
+    out = transform(x, Request(context))
     assert out.value.dtype == out.log_det.dtype == F64
     assert out.log_det.shape == x.shape[:1]
     assert tuple(out.value.shape[1:]) == transform.latent_shape(tuple(x.shape[1:]))
     truth = torch.linalg.slogdet(jacobian(out.value, x))[1]
     assert torch.allclose(out.log_det, truth, rtol=0, atol=1e-8)
     z = out.value.detach().requires_grad_()
-    back = transform.inverse(z, context)
+    back = transform.inverse(z, Request(context))
     assert torch.allclose(back.value, x, rtol=0, atol=1e-8)
     assert torch.allclose(back.log_det, -out.log_det, rtol=0, atol=1e-8)
     assert torch.allclose(back.log_det, torch.linalg.slogdet(jacobian(back.value, z))[1], rtol=0, atol=1e-8)
-    for one in (transform(x, context, log_det=False), transform(x, context, integrals=False)):
+    for one in (transform(x, Request(context, log_det=False)), transform(x, Request(context, integrals=False))):
         assert torch.allclose(one.value, out.value, rtol=0, atol=1e-9)
     if parameters := list(transform.parameters()):
         (out.value.square().sum() + out.log_det.sum()).backward()
@@ -79,13 +79,13 @@ def test_copies_and_state(name):
             value.fill_(0.5)
     other.load_state_dict(transform.state_dict())
     with torch.no_grad():
-        out = transform(x, context)
+        out = transform(x, Request(context))
         for equal in (twin, other):
-            found = equal(x, context)
+            found = equal(x, Request(context))
             assert torch.equal(found.value, out.value) and torch.equal(found.log_det, out.log_det)
         for p in twin.parameters():
             p.zero_()
-        assert torch.equal(transform(x, context).value, out.value)
+        assert torch.equal(transform(x, Request(context)).value, out.value)
 
 
 def test_sums_along_a_chain():
@@ -100,10 +100,10 @@ def test_sums_along_a_chain():
 
 
 def test_leaves_open_inner_chains():
-    parts = [Logit(0.1), CenterShift(), Squeeze(), CenterShift()]
+    parts = [Logit(0.1), Rescale(), Squeeze(), Rescale()]
     chain = Sequential([parts[0], Sequential([parts[1], Sequential([parts[2]])]), parts[3]])
-    assert list(leaves(chain)) == parts
-    assert list(leaves(parts[0])) == parts[:1]
+    assert [leaf for leaf, _ in iter_leaves(chain)] == parts
+    assert [leaf for leaf, _ in iter_leaves(parts[0])] == parts[:1]
 
 
 def test_standardize_statistics_come_in_batches():
@@ -169,12 +169,12 @@ def test_dequantize_stays_inside_its_grey_level(levels, dtype):
     k = torch.arange(levels, dtype=torch.uint8).repeat(40, 1)
     top = torch.full(k.shape, 1 - torch.finfo(dtype).eps / 2, dtype=dtype)
     for noise in (Noise(0), Noise.replay({"dequantize": torch.zeros(k.shape)}), Noise.replay({"dequantize": top})):
-        out = dequantize(k, noise=noise)
+        out = dequantize(k, Request(noise=noise))
         assert out.value.dtype == out.log_det.dtype == dtype
         assert bool((out.value >= 0).all()) and bool((out.value < 1).all())
         assert torch.equal(dequantize.quantize(out.value), k)
         assert torch.allclose(out.log_det, torch.tensor(-levels * math.log(levels), dtype=dtype), rtol=1e-6)
-    u = dequantize(k, noise=Noise(0)).value * levels - k
+    u = dequantize(k, Request(noise=Noise(0))).value * levels - k
     n = u.numel()
     assert abs(float(u.mean() - 0.5)) < 5 * math.sqrt(1 / 12 / n)
     assert abs(float((u**2).mean() - 1 / 3)) < 5 * math.sqrt(4 / 45 / n)
@@ -237,4 +237,4 @@ def test_squeeze_order_and_refusals():
         with pytest.raises(ConfigError, match="even height and width"):
             Squeeze().latent_shape(shape)
     with pytest.raises(DataError, match="Dequantize"):
-        CenterShift()(torch.zeros(1, 2, dtype=torch.uint8))
+        Rescale()(torch.zeros(1, 2, dtype=torch.uint8))

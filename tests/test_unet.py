@@ -12,6 +12,7 @@ from cnf.fields import Denoiser, Interpolant, UNet
 from cnf.fields.unet_layers import Attention, Dual, GroupNorm
 from cnf.quadratures import JacobianFrobenius
 from cnf.solvers import FixedGrid
+from cnf.transforms import Request
 
 
 def made(kind, context_dim=0, **more):
@@ -58,7 +59,7 @@ def test_the_gradient_of_a_fused_solve_is_the_plain_one(kind):
     found = []
     for wrapped in (copy.deepcopy(field), Plain(copy.deepcopy(field))):
         block = CNF(wrapped, Hutchinson(), FixedGrid("rk4", 2), quadratures=[JacobianFrobenius()]).double()
-        _, log_det, integrals, _ = block(x, noise=Noise(0))
+        _, log_det, integrals, _ = block(x, Request(noise=Noise(0)))
         (log_det.mean() + 0.01 * integrals["jacobian"].mean()).backward()
         found.append((log_det.detach(), [p.grad for p in block.parameters()]))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-10, atol=1e-10)
@@ -79,7 +80,7 @@ def test_the_log_det_is_that_of_the_jacobian(kind):
     block = CNF(field, Exact(), FixedGrid("rk4", 256)).double()
     x = 0.3 * torch.randn(2, 2, 2, 4).double()
     z, log_det, _, _ = block(x)
-    jacobians = torch.func.jacrev(lambda y: block(y[None], log_det=False).value[0].flatten())
+    jacobians = torch.func.jacrev(lambda y: block(y[None], Request(log_det=False)).value[0].flatten())
     truth = torch.stack([torch.linalg.slogdet(jacobians(row).flatten(1)).logabsdet for row in x])
     torch.testing.assert_close(log_det, truth, rtol=1e-6, atol=1e-6)
     back = block.inverse(z)

@@ -12,6 +12,11 @@ from cnf.errors import CNFError, ConfigError, DataError, Interrupted
 __all__ = ["guard", "speaks"]
 
 HUNG_UP = 141  # a shell's exit code for SIGPIPE
+# optional library -> the extra of setup.cfg that installs it
+EXTRAS = {
+    "PIL": "plot", "matplotlib": "plot", "openpyxl": "tables", "pandas": "data", "pyarrow": "tables", "sklearn": "data",
+    "tensorboard": "cli", "torchvision": "data", "tyro": "cli",
+}  # fmt: skip
 
 
 def guard(run: Callable[[], int], *, room: str = "--device cpu, or a machine with more memory") -> int:
@@ -52,10 +57,15 @@ def _outcome(run: Callable[[], int], room: str) -> int:
         return _say(f"error: {error}", 2)
     except CNFError as error:
         return _say(f"failed: {error}", 1)
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in EXTRAS:
+            raise
+        return _say(f"error: this needs {library}, which is not installed: pip install 'cnf[{EXTRAS[library]}]'", 2)
     except (MemoryError, RuntimeError) as error:
-        from cnf.training.memory import exhausted  # needs torch, which has been imported if its memory ran out
+        from cnf.training.memory import is_oom  # needs torch, which has been imported if its memory ran out
 
-        if not exhausted(error):
+        if not is_oom(error):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return _say(f"failed: out of memory ({reason}): try {room}", 1)

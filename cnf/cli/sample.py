@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +67,9 @@ def _joined(options: Any, info: RunInfo, group: Group) -> int:
         if group.main:
             from cnf import plotting
 
-            with drawing(flow, options.method, options.grid_steps):
-                plotting.flow_gif(flow, out, n=n, seed=options.seed, temperature=options.temperature, context=context)
+            plotting.flow_gif(
+                flow, out, n=n, seed=options.seed, temperature=options.temperature, context=context, solver=_solver(options)
+            )
     else:
         x, arrays = _draw(flow, n, context, options, full=out.suffix == ".npz", group=group)
         if not group.main:
@@ -102,18 +101,9 @@ def _joined(options: Any, info: RunInfo, group: Group) -> int:
     return 0
 
 
-@contextmanager
-def drawing(flow: Flow, method: str, steps: int | None) -> Iterator[None]:
-    """Context manager that evaluates a flow on a grid of ``steps`` solver steps; None keeps its own solvers."""
-    kept = [block.eval_solver for block in flow.blocks]
-    try:
-        if steps is not None:
-            for block in flow.blocks:
-                block.eval_solver = FixedGrid(method, steps)
-        yield
-    finally:
-        for block, solver in zip(flow.blocks, kept, strict=True):
-            block.eval_solver = solver
+def _solver(options: Any) -> FixedGrid | None:
+    """Return the solver of ``--grid-steps``; None for the run's own."""
+    return None if options.grid_steps is None else FixedGrid(options.method, options.grid_steps)
 
 
 def _explain(info: RunInfo, out: Path) -> None:
@@ -180,11 +170,8 @@ def _draw(flow: Flow, n: int, context: Tensor | None, options: Any, *, full: boo
             count = min(size, n - start)
             noise = Noise(options.seed, "sample", start=start, total=n)
             rows = None if context is None else context[start : start + count]
-            with drawing(flow, options.method, options.grid_steps):
-                if rows is None:
-                    x = flow.sample(count, noise=noise, temperature=options.temperature)
-                else:
-                    x = flow.sample(1, rows, noise=noise, temperature=options.temperature)[0]
+            wanted: dict[str, Any] = {"noise": noise, "temperature": options.temperature, "solver": _solver(options)}
+            x = flow.sample(count, **wanted) if rows is None else flow.sample(1, rows, **wanted)[0]
             part = {"samples": x}
             if full:
                 part["log_prob"] = flow.log_prob(x, rows, noise=noise)

@@ -28,11 +28,10 @@ from cnf.distributed import Group, join
 from cnf.errors import ConfigError, DataError, Interrupted
 from cnf.models import slow_bf16
 from cnf.progress import duration_text
-from cnf.training import Trainer, finish, read_json, summary
-from cnf.training.measure import measure
+from cnf.training import Trainer, finish, from_settings, read_json, summary
+from cnf.training.checkpointer import run_lock
+from cnf.training.cost import measure
 from cnf.training.predictions import PREDICTIONS
-from cnf.training.stages import enter
-from cnf.training.state import owning
 
 __all__ = ["train"]
 
@@ -104,7 +103,7 @@ def _joined(
     if old is not None and dataclasses.replace(info, config=old.config, table=info.table if old.table else ()) != old:
         raise DataError(f"the data are not those that {folder} was trained on ({old.event_shape}): put them back, or start a new run")
     if command.dry_run:
-        return _dry_run(info, data, folder, group)
+        return _dry_run(info, data, group)
     return _train(command, info, data, folder, group)
 
 
@@ -133,31 +132,31 @@ def _describe(config: RunConfig, data: DataSplits) -> RunInfo:
 def _train(command: Command, info: RunInfo, data: DataSplits, folder: Path, group: Group) -> int:
     if info.config.solver.precision == "bf16" and slow_bf16(info.config.train.device):
         print("precision: this CPU has neither AMX nor avx512_bf16, so that bf16 is no faster here than fp32")
-    with owning(folder, group) if command.resume else nullcontext():
-        trainer = Trainer(info, data, folder, resume=command.resume, group=group)
+    with run_lock(folder, group) if command.resume else nullcontext():
+        trainer = from_settings(info, data, folder, resume=command.resume, group=group)
+        step = trainer.state.step
         if command.resume:
             done = trainer.stop_reason()
             # a result of fewer steps belongs to a shorter run that was continued since
-            if done and group.on_rank0(lambda: read_json(folder / "result.json").get("steps") == trainer.step):
-                print(f"{folder} has finished already ({done}, step {trainer.step:,}): more --steps train on, --evaluate scores it again")
+            if done and group.on_rank0(lambda: read_json(folder / "result.json").get("steps") == step):
+                print(f"{folder} has finished already ({done}, step {step:,}): more --steps train on, --evaluate scores it again")
                 return 0
-            print(f"{folder}: from step {trainer.step:,} on" if has_trainer(folder) else f"{folder}: no checkpoint yet, from the beginning")
+            print(f"{folder}: from step {step:,} on" if has_trainer(folder) else f"{folder}: no checkpoint yet, from the beginning")
         group.on_rank0(lambda: _make(folder))
-        with owning(folder, group):
+        with run_lock(folder, group):
             group.on_rank0(lambda: _begin(folder, info, command.resume))
-            return _run(trainer)
+            return _run(trainer, info, data, folder)
 
 
-def _run(trainer: Trainer) -> int:
-    info, data, folder, group = trainer.info, trainer.data, trainer.folder, trainer.group
-    count = sum(p.numel() for p in trainer.flow.parameters())
+def _run(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path) -> int:
+    count = sum(p.numel() for p in trainer.model.parameters())
     print(f"{folder}: {count:,} parameters, {len(data.train):,} items, {info.config.train.steps:,} steps", flush=True)
     trainer.run()
     try:
-        result = finish(trainer)
+        result = finish(trainer, info, data, folder)
     except KeyboardInterrupt:  # training is saved, so --resume only repeats the test
-        raise Interrupted(signal.SIGINT, trainer.step) from None
-    if not group.main:
+        raise Interrupted(signal.SIGINT, trainer.state.step) from None
+    if not trainer.group.main:
         return 0
     print(summary(result))
     if info.config.train.density:
@@ -204,20 +203,16 @@ def _free_folder(config: RunConfig) -> Path:
     raise ConfigError(f"runs/ is full of folders called {stem}: give --out")
 
 
-def _dry_run(info: RunInfo, data: DataSplits, folder: Path, group: Group) -> int:
-    train, trainer = info.config.train, Trainer(info, data, folder, quiet=True, group=group)
-    tunes = not trainer.last_stage
-    stages = [("matching: " if tunes else "", trainer.stage_end, measure(trainer))]
-    if tunes:
-        trainer.step = trainer.stage_end
-        enter(trainer)
-        stages.append(("fine-tuning: ", train.tune_steps, measure(trainer)))
+def _dry_run(info: RunInfo, data: DataSplits, group: Group) -> int:
+    train, costs = info.config.train, measure(info, data, group)
+    tunes = len(costs) > 1
+    stages = [("matching: ", train.steps - train.tune_steps), ("fine-tuning: ", train.tune_steps)] if tunes else [("", train.steps)]
     parts = f" in {train.accumulate} micro-batches, whose memory this is" if train.accumulate > 1 else ""
-    print(f"{stages[0][2].parameters:,} parameters; ", end="")
-    for name, steps, found in stages:
-        print(f"{name}batch {found.batch}{parts}")
-        print(f"memory: {found.kept:,.0f} MiB kept for the backward pass, {found.peak:,.0f} MiB at the peak ({found.where})")
-        print(f"time: {found.seconds:.3g} s a step; {steps:,} steps take about {duration_text(found.seconds * steps)}, validations apart")
+    print(f"{costs[0].parameters:,} parameters; ", end="")
+    for (name, steps), cost in zip(stages, costs, strict=True):
+        print(f"{name}batch {cost.batch}{parts}")
+        print(f"memory: {cost.kept:,.0f} MiB kept for the backward pass, {cost.peak:,.0f} MiB at the peak ({cost.where})")
+        print(f"time: {cost.seconds:.3g} s a step; {steps:,} steps take about {duration_text(cost.seconds * steps)}, validations apart")
     if info.config.solver.adaptive or train.warmup or tunes:
         print("  (measured at the start: an adaptive solver, or a grid that the watch refines, takes longer later)")
     return 0

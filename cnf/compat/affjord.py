@@ -14,8 +14,8 @@ from torch import Tensor
 from cnf.errors import CheckpointError, ConfigError
 from cnf.fields import Conv, TimePath
 from cnf.flow import Flow
-from cnf.multiscale import Carried, Multiscale, scale_shapes
-from cnf.transforms import Sequential, Squeeze, Transform
+from cnf.multiscale import SharedAugmentedTime, scale_shapes
+from cnf.transforms import Squeeze, Transform
 
 __all__ = ["ENTRIES", "GENERATING", "ReleasedScale", "check_path", "fill_path", "released_layer", "squeeze_paths"]
 
@@ -27,7 +27,7 @@ GENERATING = 10
 PATH = {"net.0.weight": "fc1.weight", "net.0.bias": "fc1.bias", "net.2.weight": "fc2.weight", "net.2.bias": "fc2.bias"}
 
 
-class ReleasedScale(Carried):
+class ReleasedScale(SharedAugmentedTime):
     """Blocks of one scale whose augmented time is squeezed along with the image, as released.
 
     The released state of a block is [z*; z]. z* has an image's shape, but is initially zero and has zero derivative
@@ -57,11 +57,11 @@ class ReleasedScale(Carried):
             raise ConfigError(f"an image of shape {tuple(shape)} has fewer than the {ENTRIES} entries that z* needs")
         self.shape = tuple(shape)
 
-    def between(self, transform: Transform, drive: Tensor | None) -> Tensor | None:
+    def between(self, transform: Transform, a: Tensor) -> Tensor:
         """Return the first 20 entries of z* after ``transform``; a squeeze keeps the even entries of a row."""
-        if drive is None or not isinstance(transform, Squeeze):
-            return drive
-        image = F.pad(drive, (0, math.prod(self.shape) - ENTRIES)).reshape(1, *self.shape)
+        if not isinstance(transform, Squeeze):
+            return a
+        image = F.pad(a, (0, math.prod(self.shape) - ENTRIES)).reshape(1, *self.shape)
         squeezed: Tensor = transform(image).value
         return squeezed.flatten(1)[:, :ENTRIES]
 
@@ -147,12 +147,11 @@ def squeeze_paths(flow: Flow) -> None:
     Raises:
         ConfigError: for images of fewer than 20 entries.
     """
-    chain = cast(Sequential, flow.transform).transforms[-1]
-    if isinstance(chain, Multiscale):
-        for i, shape in enumerate(scale_shapes(chain.shape)):
-            chain.scales[i] = ReleasedScale(cast(Any, chain.scales[i]).transforms, shape)
-    elif flow.dim < ENTRIES:
+    scales = [(path, m) for path, m in flow.named_modules() if isinstance(m, SharedAugmentedTime)]
+    if not scales and flow.dim < ENTRIES:
         raise ConfigError(f"images of shape {flow.event_shape} have fewer than the {ENTRIES} entries that z* needs")
+    for (path, scale), shape in zip(scales, scale_shapes(flow.event_shape) if scales else (), strict=True):
+        flow.set_submodule(path, ReleasedScale(cast(Any, scale.transforms), shape))
 
 
 def _check(given: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], prefix: str = "") -> None:

@@ -20,7 +20,7 @@ from cnf.fields.layers import Hyper
 from cnf.flow import Flow
 from cnf.models import ModelConfig, SolverConfig, build
 from cnf.solvers import TABLEAUS, Adaptive
-from cnf.transforms import CenterShift, Logit, Sequential
+from cnf.transforms import Logit, Rescale
 
 __all__ = ["Reference", "load_reference", "read_reference"]
 
@@ -108,8 +108,8 @@ def load_reference(
         raise CheckpointError(f"the checkpoint's arguments do not make a flow: {reason[:300]}") from None
     flow = flow.to(next(iter(found.first[0].values())).dtype)
     if images and reference.args.get("alpha", float, 1e-6) <= 0:  # the released code shifts by 1/2 instead
-        chain = cast(Sequential, flow.transform).transforms
-        chain[next(i for i, m in enumerate(chain) if isinstance(m, Logit))] = CenterShift()
+        path = next(path for path, m in flow.named_modules() if isinstance(m, Logit))
+        flow.set_submodule(path, Rescale())
     _fill(flow, found)
     return flow.eval()
 

@@ -17,7 +17,7 @@ from cnf.errors import ConfigError
 from cnf.fields.maps import Conv, Linear
 from cnf.fields.time import Affine, Constants, TimeLayer, bias_of, planes, weight_of
 
-__all__ = ["AUGMENTED_TIME_LAYERS", "PATH_NONLINEARITIES", "AugmentedTimeConditioning", "Handover", "TimePath", "check_augmented_time", "check_time"]
+__all__ = ["AUGMENTED_TIME_LAYERS", "PATH_NONLINEARITIES", "AugmentedTimeConditioning", "TimePath", "check_augmented_time", "check_time"]
 
 PATH_NONLINEARITIES: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh, "softplus": nn.Softplus, "elu": nn.ELU, "swish": nn.SiLU, "relu": nn.ReLU,
@@ -62,18 +62,6 @@ class TimePath(nn.Module):
         """Return da/dt = g(a) (1, k)."""
         value: Tensor = self.net(a)
         return value
-
-
-class Handover:
-    """Augmented time passed between the blocks of one scale: a block starts from it and stores its own end value in it.
-
-    Args:
-        end: end time () of the block.
-        drive: augmented time (1, k), or None.
-    """
-
-    def __init__(self, end: Tensor, drive: Tensor | None):
-        self.end, self.drive = end, drive
 
 
 @dataclass(frozen=True)

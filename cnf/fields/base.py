@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -11,7 +11,7 @@ from cnf.errors import ConfigError
 from cnf.fields.autodiff import autodiff_jvp
 from cnf.fields.interpolant import Interpolant
 
-__all__ = ["FusedField", "SolveField", "Structure", "VectorField", "consistent", "intact", "structure"]
+__all__ = ["FusedField", "SolveField", "SolveFunctions", "Structure", "VectorField", "consistent", "intact", "structure"]
 
 Structure = dict[str, tuple[type, tuple[str, ...]]]
 
@@ -58,6 +58,28 @@ class SolveField:
         """Compute now what :meth:`divergence` would otherwise compute on first use and keep for all t."""
 
 
+class SolveFunctions(SolveField):
+    """Field of one function ``call(t, x, context)`` and, if there is one, a function in place of :meth:`jvp`.
+
+    Args:
+        call: the function; a module is one.
+        jvp: function with the signature of :meth:`jvp`; autodiff if None.
+    """
+
+    def __init__(self, call: Callable[..., Tensor], jvp: Callable[..., tuple[Tensor, Tensor]] | None = None):
+        self.call, self.own_jvp, self.fused = call, jvp is not None, jvp
+
+    def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.call(t, x, context)
+
+    def jvp(
+        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if self.fused is None:
+            return super().jvp(t, x, v, context, t_dot=t_dot)
+        return self.fused(t, x, v, context, t_dot=t_dot)
+
+
 class VectorField(nn.Module):
     r"""Base class of vector fields dx/dt = f(t, x, context).
 
@@ -67,14 +89,15 @@ class VectorField(nn.Module):
     autodiff. Any ``nn.Module`` with ``forward(t, x, context=None)`` or ``forward(t, x)`` is accepted as a field, too.
 
     Example:
+        >>> import torch
+        >>> from cnf import CNF, Flow, VectorField
         >>> class Field(VectorField):
         ...     context_dim = 0
         ...     def __init__(self):
         ...         super().__init__()
-        ...         self.net = nn.Linear(2, 2)
+        ...         self.net = torch.nn.Linear(2, 2)
         ...     def forward(self, t, x, context=None):
         ...         return torch.tanh(self.net(x)) * (1 - t)
-        >>> from cnf import CNF, Flow
         >>> Flow(CNF(Field()), (2,)).log_prob(torch.zeros(5, 2)).shape
         torch.Size([5])
     """

@@ -6,7 +6,7 @@ import copy
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from cnf.compilation import CompilationWarning
 from cnf.deferral import tracing, vectorized
 from cnf.errors import ConfigError
 from cnf.fields.autodiff import differentiable_attention
-from cnf.fields.base import SolveField, VectorField, consistent, intact
+from cnf.fields.base import SolveField, SolveFunctions, VectorField, consistent, intact
 from cnf.fields.randomness import SolveRandomness, draws_random_numbers
 from cnf.fields.signature import takes_context, wrapped
 from cnf.noise import Noise
@@ -59,7 +59,7 @@ def protect(field: AnyField, noise: Noise | None = None) -> SolveField:
     if isinstance(field, SolveField):
         return field
     if not isinstance(field, nn.Module):
-        return _Called(field)
+        return SolveFunctions(field)
     usable = intact(field)
     return _BuiltIn(field, usable) if usable and _built_in(field) else CustomField(field, noise, usable)
 
@@ -87,17 +87,7 @@ def precompute(
     return bound
 
 
-class _Called(SolveField):
-    """Function or module, called without protection."""
-
-    def __init__(self, call: Callable[..., Tensor]):
-        self.call = call
-
-    def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.call(t, x, context)
-
-
-class _BuiltIn(_Called):
+class _BuiltIn(SolveFunctions):
     """Module with those of its optional methods that agree with its ``forward``.
 
     Args:
@@ -106,20 +96,10 @@ class _BuiltIn(_Called):
     """
 
     def __init__(self, module: nn.Module, usable: bool):
-        super().__init__(module)
-        kind = type(module)
-        self.module: Any = module
+        kind, self.module = type(module), cast(Any, module)
+        super().__init__(module, self.module.jvp if usable and consistent(kind, "jvp") else None)
         self.name = kind.__name__
-        self.own_jvp = usable and consistent(kind, "jvp")
         self.closed_form = usable and consistent(kind, "divergence") and bool(getattr(module, "closed_form", True))
-
-    def jvp(
-        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        if not self.own_jvp:
-            return super().jvp(t, x, v, context, t_dot=t_dot)
-        found: tuple[Tensor, Tensor] = self.module.jvp(t, x, v, context, t_dot=t_dot)
-        return found
 
     def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self.closed_form:

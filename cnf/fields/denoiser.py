@@ -86,13 +86,13 @@ class Denoiser(UNet):
             raise DataError(f"the data's mean square is {mean:g}; expected finite numbers that are not all zero")
         self.data_std.fill_(math.sqrt(mean))
 
-    def value(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+    def value(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return dx/dt (N, C, H, W) at x and t (), or t (N,) with one time per row."""
         a, b, r = self._scales(t)
         return self._field(x, super().value(t, self._seen(x, a, b, r), context), a, b, r)
 
     def tangents(
-        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None, t_dot: Tensor | None = None
+        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None, *, t_dot: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return f (N, C, H, W) and J v + t_dot ∂f/∂t (K, N, C, H, W); see :meth:`cnf.fields.UNet.jvp`."""
         a, b, r = self._scales(t)

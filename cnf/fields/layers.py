@@ -18,8 +18,7 @@ __all__ = ["LAYERS", "Hyper", "LayerFactory", "time_layer"]
 class Ignore(TimeLayer):
     """W x + b, independent of t."""
 
-    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
-        super().__init__(map, context_dim, context_gate=context_gate)
+    def build(self, map: Linear | Conv) -> None:
         self.core = map.module()
 
     def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
@@ -32,8 +31,7 @@ class Ignore(TimeLayer):
 class Concat(TimeLayer):
     """W [t; x] + b with time first; in a convolution t is plane 0, zero-padded like x (FFJORD, 1810.01367)."""
 
-    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
-        super().__init__(map, context_dim, context_gate=context_gate)
+    def build(self, map: Linear | Conv) -> None:
         self.core = map.module(extra=1)
 
     def constants(self, size: tuple[int, ...]) -> Constants:
@@ -51,8 +49,7 @@ class Concat(TimeLayer):
 class ConcatCoord(TimeLayer):
     """Convolution of [x; t; row; column] with integer pixel indices; for vectors the same as concat."""
 
-    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
-        super().__init__(map, context_dim, context_gate=context_gate)
+    def build(self, map: Linear | Conv) -> None:
         self.core = map.module(extra=3 if map.spatial else 1)
 
     def constants(self, size: tuple[int, ...]) -> Constants:
@@ -87,8 +84,7 @@ class Squash(TimeLayer):
 
     has_gate = True
 
-    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
-        super().__init__(map, context_dim, context_gate=context_gate)
+    def build(self, map: Linear | Conv) -> None:
         self.core = map.module()
         self.gate = nn.Linear(1, map.outputs)
 
@@ -104,8 +100,8 @@ class Squash(TimeLayer):
 class ConcatSquash(Squash):
     """(W x + b) sigmoid(a t + c) + u t: FFJORD's layer for vectors (1810.01367)."""
 
-    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
-        super().__init__(map, context_dim, context_gate=context_gate)
+    def build(self, map: Linear | Conv) -> None:
+        super().build(map)
         self.drift = nn.Linear(1, map.outputs, bias=False)
 
     def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
@@ -122,8 +118,7 @@ class Blend(TimeLayer):
 
     time_weights = True
 
-    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
-        super().__init__(map, context_dim, context_gate=context_gate)
+    def build(self, map: Linear | Conv) -> None:
         self.core0, self.core1 = map.module(), map.module()
 
     def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
@@ -147,8 +142,7 @@ class Hyper(TimeLayer):
     time_weights = True
     hidden = 8  # width of the published generator
 
-    def __init__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True):
-        super().__init__(map, context_dim, context_gate=context_gate)
+    def build(self, map: Linear | Conv) -> None:
         self.numel = torch.Size(map.weight_shape()).numel()
         total = self.numel + map.outputs
         self.generator: nn.Module

@@ -58,6 +58,10 @@ class TimeLayer(nn.Module):
         self.context_shift = nn.Linear(context_dim, map.outputs, bias=False) if context_dim else None
         gated = context_dim and context_gate and self.has_gate
         self.context_gate = nn.Linear(context_dim, map.outputs, bias=False) if gated else None
+        self.build(map)
+
+    def build(self, map: Linear | Conv) -> None:
+        """Create the layer's own modules and parameters; nothing by default."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

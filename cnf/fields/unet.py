@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnf.errors import ConfigError
-from cnf.fields.base import SolveField, VectorField, intact, structure
+from cnf.fields.base import SolveField, SolveFunctions, VectorField, intact, structure
 from cnf.fields.unet_layers import Attention, Dual, GroupNorm, ResidualBlock, convolve, joined, silu
 
 __all__ = ["TimeEmbedding", "UNet"]
@@ -118,13 +118,13 @@ class UNet(VectorField):
         """Return dx/dt (N, C, H, W) at x and t (), or t (N,) with one time per row."""
         return self.value(t, x, context)
 
-    def value(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+    def value(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return dx/dt; subclasses override it together with :meth:`tangents`."""
         return self._run(Dual(self._placed(x)), self.embedding(t, context)).value
 
     def precompute(self, x: Tensor, context: Tensor | None = None) -> SolveField:
-        """Return the field for one solve."""
-        return _Solved(self)
+        """Return the field for one solve: hooks and replaced layers are looked for once, not at every evaluation."""
+        return SolveFunctions(self.value, self.tangents)
 
     def jvp(
         self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
@@ -132,10 +132,10 @@ class UNet(VectorField):
         """Return f (N, C, H, W) and J v + t_dot ∂f/∂t (K, N, C, H, W) for K stacked tangents v; f is computed once."""
         if not intact(self):
             return super().jvp(t, x, v, context, t_dot=t_dot)
-        return self.tangents(t, x, v, context, t_dot)
+        return self.tangents(t, x, v, context, t_dot=t_dot)
 
     def tangents(
-        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None, t_dot: Tensor | None = None
+        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None, *, t_dot: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return what :meth:`jvp` returns, for a field whose layers :func:`intact` has checked."""
         out = self._run(Dual(self._placed(x), self._placed(v.flatten(0, 1))), self.embedding(t, context))
@@ -180,23 +180,6 @@ class UNet(VectorField):
     def _placed(x: Tensor) -> Tensor:
         """Return x channels-last."""
         return x.movedim(-3, -1).contiguous().movedim(-1, -3)
-
-
-class _Solved(SolveField):
-    """U-Net for one solve: hooks and replaced layers are looked for once, not at every evaluation."""
-
-    own_jvp = True
-
-    def __init__(self, net: UNet):
-        self.net = net
-
-    def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.net.value(t, x, context)
-
-    def jvp(
-        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self.net.tangents(t, x, v, context, t_dot)
 
 
 def _twice(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Likelihood evaluation: bits/dim or nats of a split, its numerical errors, rankings of rows, and costs of columns."""
 
-from cnf.likelihood.checks import Check, block_errors, check, integral_2d, refined, round_trip_error, solver_error
+from cnf.likelihood.checks import Check, block_errors, check, integral_2d, round_trip_error, solver_error
 from cnf.likelihood.columns import Column, column_report, conditional_log_prob, spacing_entropy
 from cnf.likelihood.evaluation import DEQUANTISATIONS, Evaluation, default_batch_size, evaluate
 from cnf.likelihood.items import ItemNoise
@@ -21,7 +21,6 @@ __all__ = [
     "evaluate",
     "integral_2d",
     "rank",
-    "refined",
     "round_trip_error",
     "solver_error",
     "spacing_entropy",

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from cnf.continuous import CNF
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.flow import Flow
 from cnf.likelihood.evaluation import Evaluation, default_batch_size, evaluate
 from cnf.likelihood.items import ItemNoise
 from cnf.noise import Noise
 from cnf.solvers import Solution, Solver
-from cnf.solvers.base import RHS, State
-from cnf.transforms import Standardize, leaves
+from cnf.solvers.base import RHS, State, refined, solver_of
+from cnf.transforms import Standardize, iter_leaves
 from cnf.validation import context_rows
 
 __all__ = ["Check", "block_errors", "check", "integral_2d", "refined", "round_trip_error", "solver_error"]
@@ -38,19 +38,6 @@ class Check:
     """Largest absolute change of a single row."""
     round_trip: float
     """max |x - inverse(forward(x))|, as :func:`round_trip_error` scales it."""
-
-
-@contextmanager
-def refined(flow: Flow) -> Iterator[None]:
-    """Context manager that refines the flow's solvers: ten times tighter tolerances, or twice the steps of a grid."""
-    kept = [(block, block.solver, block.eval_solver) for block in flow.blocks]
-    try:
-        for block, solver, eval_solver in kept:
-            block.solver, block.eval_solver = solver.refined(), eval_solver.refined()
-        yield
-    finally:
-        for block, solver, eval_solver in kept:
-            block.solver, block.eval_solver = solver, eval_solver
 
 
 @torch.no_grad()
@@ -89,11 +76,11 @@ def check(
     def solve(part: int) -> Evaluation:
         return evaluate(
             flow, x, context, dequantisation=dequantisation, seed=seed, batch_size=batch_size, index=index, group=group,
-            progress=partial(report, part),
+            progress=partial(report, part), solver=refined if part else None,
         )  # fmt: skip
 
     before = solve(0)
-    with refined(flow), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # on rows that cannot be solved: the first solve has warned
         moved = solve(1).per_item - before.per_item
     solved = moved.isfinite()  # the evaluation reports the others
@@ -138,8 +125,7 @@ def solver_error(
 def _moves(flow: Flow, x: Tensor, context: Tensor | None, noise: Noise | None) -> Tensor:
     """Return the change of each row's log p (N,) with every block's solver refined."""
     before = flow.log_prob(x, context, noise=noise)
-    with refined(flow):
-        return flow.log_prob(x, context, noise=noise) - before
+    return flow.log_prob(x, context, noise=noise, solver=refined) - before
 
 
 class _Recorded:
@@ -179,25 +165,16 @@ def block_errors(
             move = _moves(flow, x, context, noise).abs()
         return [group.mean(move) / scale]
     blocks = flow.blocks
-    kept = [block.solver for block in blocks]
-    recorded = [_Recorded(solver) for solver in kept]
+    recorded = {block: _Recorded(solver_of(block)) for block in blocks}
     moves = []
-    try:
-        with group.together():
-            for block, one in zip(blocks, recorded, strict=True):
-                block.solver = one
-            before = flow.log_prob(x, context, noise=noise)
-            for block, solver in zip(blocks, kept, strict=True):
-                block.solver = solver
-            for i, block in enumerate(blocks):
-                block.solver = kept[i].refined()
-                moves.append((flow.log_prob(x, context, noise=noise) - before).abs())
-                block.solver = recorded[i]  # restores the input of the next blocks
-                for one in recorded[: i + 1]:
-                    one.place = 0
-    finally:
-        for block, solver in zip(blocks, kept, strict=True):
-            block.solver = solver
+    with group.together():
+        before = flow.log_prob(x, context, noise=noise, solver=lambda one: recorded[one])
+        for i, block in enumerate(blocks):
+            for earlier in blocks[:i]:  # replays the input of this block
+                recorded[earlier].place = 0
+            chosen: dict[CNF, Solver] = {block: refined(block), **{earlier: recorded[earlier] for earlier in blocks[:i]}}
+            moved = flow.log_prob(x, context, noise=noise, solver=lambda one, chosen=chosen: chosen.get(one) or solver_of(one))  # type: ignore[misc]
+            moves.append((moved - before).abs())
     return [group.mean(move) / scale for move in moves]
 
 
@@ -214,7 +191,7 @@ def round_trip_error(flow: Flow, x: Tensor, context: Tensor | None = None, *, no
     z = flow.encode(x, context, noise=noise)
     apart = (flow.decode(z, context, noise=noise) - x).abs()
     if flow.levels is None:
-        apart = apart / next((leaf.std.to(x) for leaf in leaves(flow.transform) if isinstance(leaf, Standardize)), 1.0)
+        apart = apart / next((leaf.std.to(x) for leaf, _ in iter_leaves(flow.transform) if isinstance(leaf, Standardize)), 1.0)
     return float(apart.max())
 
 

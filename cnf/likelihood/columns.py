@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cnf.divergence import Exact
+from cnf.continuous import CNF
+from cnf.divergence import Divergence, Exact
 from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
 from cnf.validation import context_rows
@@ -45,17 +45,9 @@ class Column:
     """Mean absolute change of ``given_others`` with every other point of the quadrature (its error is far smaller)."""
 
 
-@contextmanager
-def _exact_trace(flow: Flow) -> Iterator[None]:
-    """Context manager with the exact trace in every block: the noise of an estimate would bias the integral."""
-    kept = [(block, block.divergence) for block in flow.blocks]
-    try:
-        for block, divergence in kept:
-            block.divergence = divergence if isinstance(divergence, Exact) else Exact()
-        yield
-    finally:
-        for block, divergence in kept:
-            block.divergence = divergence
+def _exact(block: CNF) -> Divergence:
+    """Return the exact trace of a block: the noise of an estimate would bias the integral."""
+    return block.divergence if isinstance(block.divergence, Exact) else Exact()
 
 
 @torch.no_grad()
@@ -113,11 +105,10 @@ def conditional_log_prob(
     per_row = None if context is None or context.ndim == 1 else context.repeat_interleave(points, 0)
     parts = []
     flat = rows.flatten(0, 1)
-    with _exact_trace(flow):
-        for start in range(0, len(flat), batch_size):
-            given = context if per_row is None else per_row[start : start + batch_size]
-            parts.append(flow.log_prob(flat[start : start + batch_size], given).double())
-        joint = flow.log_prob(x, context).double()
+    for start in range(0, len(flat), batch_size):
+        given = context if per_row is None else per_row[start : start + batch_size]
+        parts.append(flow.log_prob(flat[start : start + batch_size], given, divergence=_exact).double())
+    joint = flow.log_prob(x, context, divergence=_exact).double()
     terms = torch.cat(parts).reshape(len(x), points) + weights
     terms[:, 0] -= math.log(2)
     terms[:, -1] -= math.log(2)

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from cnf.likelihood.groups import sorted_rows
 from cnf.likelihood.items import ItemNoise
 from cnf.noise import Noise
 from cnf.solvers import Stats
-from cnf.transforms import Dequantize
-from cnf.validation import context_rows
+from cnf.solvers.base import SolverOverride
+from cnf.transforms import Dequantize, Request
+from cnf.validation import check_unit_interval, context_rows
 
 __all__ = ["DEQUANTISATIONS", "Evaluation", "ItemNoise", "default_batch_size", "evaluate"]
 
@@ -115,6 +116,7 @@ def evaluate(
     group: Group = SINGLE_PROCESS,
     steps: Tensor | None = None,
     progress: Callable[[int, int], object] | None = None,
+    solver: SolverOverride = None,
 ) -> Evaluation:
     r"""Evaluate the negative log-likelihood of every row, with sums in double precision.
 
@@ -140,6 +142,7 @@ def evaluate(
             a step. The mean of the draws' log-densities is a lower bound on ln of the mean density over a step.
         progress: called with the number of this process's finished solves and of all its solves, before the first and
             after each (such as :meth:`cnf.progress.Progress.update`).
+        solver: solver of every block, or a function of the block; the blocks' own if None.
 
     Raises:
         SolverError: if a solve fails without naming rows, for more than 16 rows of a batch, or for all; on all ranks.
@@ -165,7 +168,7 @@ def evaluate(
     else:
         steps = None
     if flow.levels is not None:
-        flow.require_unit_interval(x)
+        check_unit_interval(x)
     spread = kind in ("uniform", *OWN.values())
     if importance > 1 and not spread:
         raise ConfigError(f"importance={importance} weighs samples of dequantisation noise, but dequantisation is {kind!r}: leave it 1")
@@ -190,7 +193,7 @@ def evaluate(
             total: Tensor | None = None
             for sample in range(importance):
                 own = None if steps is None else steps[rows]
-                one, stats, why = _solved(flow, x[rows], given, (seed, items, number, sample), kind, own)
+                one, stats, why = _solved(flow, x[rows], given, (seed, items, number, sample), kind, own, solver)
                 reason = reason or why
                 cost[:, place, sample] = torch.tensor([stats.nfe, stats.products])
                 total = one if total is None else torch.logaddexp(total, one)
@@ -251,7 +254,7 @@ def _kind(flow: Flow, x: Tensor, wanted: str | None) -> str:
 
 
 def _solved(
-    flow: Flow, x: Tensor, context: Tensor | None, noise: tuple[int, Sequence[int], int, int], kind: str, steps: Tensor | None
+    flow: Flow, x: Tensor, context: Tensor | None, noise: tuple[int, Sequence[int], int, int], kind: str, steps: Tensor | None, solver: Any
 ) -> tuple[Tensor, Stats, str]:
     """Return :func:`_log_prob` of the rows that can be solved, NaN for the others, and why the first of them cannot.
 
@@ -266,7 +269,7 @@ def _solved(
         try:
             part = ItemNoise(seed, [items[i] for i in keep], number, sample)
             own = None if steps is None else steps[keep]
-            value[keep], stats = _log_prob(flow, x if len(keep) == len(x) else x[keep], given, part, kind, own)
+            value[keep], stats = _log_prob(flow, x if len(keep) == len(x) else x[keep], given, part, kind, own, solver)
             return value, stats, reason
         except SolverError as error:
             reason = reason or error.cause or str(error)
@@ -277,7 +280,7 @@ def _solved(
 
 
 def _log_prob(
-    flow: Flow, x: Tensor, context: Tensor | None, noise: Noise, kind: str, steps: Tensor | None = None
+    flow: Flow, x: Tensor, context: Tensor | None, noise: Noise, kind: str, steps: Tensor | None, solver: Any
 ) -> tuple[Tensor, Stats]:
     """Return log p (N,), float64 on the CPU, on the pixels' scale for images, and the statistics of the solve."""
     like = flow.like
@@ -290,11 +293,8 @@ def _log_prob(
         if kind == "mid-bin":
             x = (x.to(like.dtype) + 0.5) / flow.levels
         elif kind == "uniform":  # outside the flow, whose own dequantisation may be learned
-            x = Dequantize(flow.levels)(x, noise=noise).value.to(like.dtype)
+            x = Dequantize(flow.levels)(x, Request(noise=noise)).value.to(like.dtype)
         shift = -flow.dim * math.log(flow.levels)
-    out = flow.evaluate(x, context, noise=noise, integrals=False)
-    base = flow.base_log_prob(out.value).double()
-    if not bool(base.isfinite().all()):  # squares overflow float32 far from the data
-        base = flow.base_log_prob(out.value.double())
-    log_prob = base + out.log_det.double()
-    return log_prob.cpu() + shift, out.stats
+    out = flow.evaluate(x, Request(context, noise, integrals=False, solver=solver))
+    # in double precision, since squares overflow float32 far from the data
+    return flow.density(out.value.double(), out.log_det.double()).cpu() + shift, out.stats

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from cnf.continuous import CNF
 from cnf.distributed import Group
 from cnf.flow import Flow
-from cnf.multiscale import Multiscale
 from cnf.solvers import TABLEAUS, Adaptive
-from cnf.transforms import Transform, leaves
+from cnf.solvers.base import solver_of
+from cnf.transforms import Request, iter_leaves
+from cnf.transforms.chain import input_of
 from cnf.validation import context_rows
 
 __all__ = ["hardness", "sorted_rows"]
@@ -42,7 +41,7 @@ def sorted_rows(flow: Flow, x: Tensor, context: Tensor | None, *, size: int, gro
     """
     rows = torch.arange(len(x))
     first = _first(flow)
-    adaptive = any(isinstance(block.solver if block.training else block.eval_solver, Adaptive) for block in flow.blocks)
+    adaptive = any(isinstance(solver_of(block), Adaptive) for block in flow.blocks)
     if len(x) <= size or first is None or not adaptive:
         return rows
     found = torch.zeros(len(x), dtype=torch.float64)
@@ -75,12 +74,8 @@ def hardness(flow: Flow, x: Tensor, context: Tensor | None = None) -> Tensor:
     flow._check("x", y if x.is_floating_point() else x, flow.event_shape, context)
     if flow.levels is not None and not x.is_floating_point():
         y = (y + 0.5) / flow.levels
-    block: CNF | None = None
-    for leaf in _opened(flow.transform):
-        if isinstance(leaf, CNF):
-            block = leaf
-            break
-        y = leaf(y, context, log_det=False).value
+    y = input_of(flow.transform, y, Request(context, log_det=False), lambda leaf: isinstance(leaf, CNF))
+    block = _first(flow)
     assert block is not None
     end = block.end_time(y)
     slopes = y.new_zeros(len(_ERROR), *y.shape)
@@ -91,22 +86,8 @@ def hardness(flow: Flow, x: Tensor, context: Tensor | None = None) -> Tensor:
     return error.flatten(1).square().sum(1).sqrt().double().cpu()
 
 
-def _opened(transform: Transform) -> Iterator[Transform]:
-    """Yield the leaves of a chain up to a Split, and those of the first scale of a multiscale chain."""
-    for leaf in leaves(transform):
-        if not isinstance(leaf, Multiscale):
-            yield leaf
-            continue
-        for scale in leaf.scales:
-            yield from leaves(scale)  # type: ignore[arg-type]
-            return
-
-
 def _first(flow: Flow) -> CNF | None:
     """Return the first block on a row's way; None if it is inside a transform that is not a chain."""
-    for leaf in _opened(flow.transform):
-        if isinstance(leaf, CNF):
-            return leaf
-        if any(isinstance(m, CNF) for m in leaf.modules()):
-            return None
-    return None
+    holding = (leaf for leaf, _ in iter_leaves(flow.transform) if any(isinstance(m, CNF) for m in leaf.modules()))
+    first = next(holding, None)
+    return first if isinstance(first, CNF) else None

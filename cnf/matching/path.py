@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnf.compilation import compiled
 from cnf.continuous import CNF
@@ -16,10 +16,10 @@ from cnf.errors import ConfigError
 from cnf.fields import Interpolant
 from cnf.fields.custom import precompute, stated
 from cnf.flow import Flow
+from cnf.multiscale import Multiscale
 from cnf.noise import Noise, child
 from cnf.rhs import field_precision
-from cnf.transforms import Transform
-from cnf.transforms.base import placed
+from cnf.transforms import Request, iter_leaves
 from cnf.validation import context_rows
 
 __all__ = ["GROUPS", "MatchingPath"]
@@ -45,18 +45,20 @@ class MatchingPath:
 
     def __init__(self, flow: Flow):
         self.flow = flow
-        chain = list(placed(flow.transform, None))
-        kinds = [isinstance(leaf, CNF) for leaf, _ in chain]
-        if True not in kinds or not all(kinds[kinds.index(True) :]):
-            other = next((type(m).__name__ for (m, _), block in zip(chain, kinds, strict=True) if not block and _holds(m)), None)
+        chain = [leaf for leaf, _ in iter_leaves(flow.transform)]
+        kinds = [isinstance(leaf, CNF) for leaf in chain]
+        closed: list[nn.Module] = [m for m in flow.modules() if isinstance(m, Multiscale)]
+        closed += [leaf for leaf in chain if _holds(leaf) and not isinstance(leaf, CNF)]
+        if closed or True not in kinds or not all(kinds[kinds.index(True) :]):
+            other = type(closed[0]).__name__ if closed else None
             what = f"a {other}" if other else "transforms between or after its blocks" if True in kinds else "no block"
             raise ConfigError(f"flow matching needs blocks on the whole event, one after another, and this flow has {what}: {INSTEAD}")
-        self.blocks = [cast(CNF, leaf) for leaf, _ in chain[kinds.index(True) :]]
+        self.blocks = [cast(CNF, leaf) for leaf in chain[kinds.index(True) :]]
         self.first = kinds.index(True)
         if any(block.learn_end_time or block.steer for block in self.blocks):
             raise ConfigError("flow matching says when a path is at its end, and this flow's end time is learned or random: leave "
                               "--learn-end-time and --steer out")  # fmt: skip
-        if any(isinstance(leaf, VariationalDequantize) for leaf, _ in chain):
+        if any(isinstance(leaf, VariationalDequantize) for leaf in chain):
             raise ConfigError("flow matching trains the field alone, and --dequantize variational is learned too: take uniform, or "
                               "truncated-normal")  # fmt: skip
         interpolants = {stated(block.field, "interpolant") for block in self.blocks}
@@ -76,11 +78,11 @@ class MatchingPath:
     @torch.no_grad()
     def start(self, x: Tensor, noise: Noise | None = None) -> Tensor:
         """Return the data (N, \\*event') at the input of the first block, without the interpolant's noise."""
-        for leaf, own in list(placed(self.flow.transform, noise))[: self.first]:
+        for leaf, own in iter_leaves(self.flow.transform, Request(noise=noise, log_det=False))[: self.first]:
             if self.interpolant.noise and isinstance(leaf, TruncatedNormalDequantize):
                 x = leaf.middle(x)
             else:
-                x = leaf(x, noise=own, log_det=False).value
+                x = leaf(x, own).value
         return x
 
     def velocity(self, t: Tensor, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Tensor:
@@ -123,14 +125,14 @@ class MatchingPath:
     ) -> Tensor:
         """Evaluate the rows of each time together; an augmented time is integrated once, from one time to the next."""
         parts = []
-        now, drive = torch.zeros_like(t[0]), block.start(x)
+        now, a = torch.zeros_like(t[0]), block.initial_augmented_time(x)
         first = 0
         for length in lengths:
             rows = slice(first, first + length)
             time = t[first]
-            if drive is not None:
-                drive, now = block.carry(drive, time - now), time
-                time = drive[0]
+            if a is not None:
+                a, now = block.advance_augmented_time(a, time - now), time
+                time = a[0]
             parts.append(self._evaluated(block, time, x[rows], context_rows(context, rows), child(noise, first)))
             first += length
         return torch.cat(parts)
@@ -150,6 +152,6 @@ def _field(field: Callable[..., Tensor], t: Tensor, x: Tensor, context: Tensor |
     return field(t, x, context)
 
 
-def _holds(transform: Transform) -> bool:
+def _holds(transform: nn.Module) -> bool:
     """Return whether the transform contains blocks."""
     return any(isinstance(m, CNF) for m in transform.modules())

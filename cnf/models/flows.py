@@ -15,7 +15,7 @@ from cnf.flow import Flow
 from cnf.models.augmented import hyper_mlp, layer, time_path
 from cnf.models.solving import autocast, divergence, eval_solver, train_solver
 from cnf.multiscale import multiscale
-from cnf.transforms import CenterShift, Dequantize, Gaussianize, Logit, Sequential, Squeeze, Standardize, Transform
+from cnf.transforms import Dequantize, Gaussianize, Logit, Rescale, Sequential, Squeeze, Standardize, Transform
 
 __all__ = ["build", "count_parameters"]
 
@@ -160,7 +160,7 @@ def build(
         if model.marginals == "gaussianize":
             first.append(Gaussianize(event_shape, levels, model.alpha))
         elif model.marginals == "center":
-            first.append(CenterShift(RANGE))
+            first.append(Rescale(RANGE))
         else:
             first.append(Logit(model.alpha))
         if model.marginals == "standardize":

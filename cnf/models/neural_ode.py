@@ -15,6 +15,7 @@ from cnf.fields.signature import check_signature
 from cnf.models.odenet import ODENet, conv_maps, mlp_maps
 from cnf.models.predictor import Prediction, Predictor
 from cnf.solvers import Adaptive, FixedGrid, Solver, Stats
+from cnf.solvers.base import SolverOverride, solver_of
 
 __all__ = ["NeuralODE", "anode_conv", "anode_mlp"]
 
@@ -137,9 +138,12 @@ class NeuralODE(Predictor):
         x = self.numbers(x)
         return x.flatten(1) if self.flatten else x
 
-    def predict(self, x: Tensor) -> Prediction:
-        """Return outputs (N, outputs), features x(T) (N, \\*state) and solver statistics."""
-        features, stats = self._carry(self.start(x), x, 0.0, 1.0)
+    def predict(self, x: Tensor, *, solver: SolverOverride = None) -> Prediction:
+        """Return outputs (N, outputs), features x(T) (N, \\*state) and solver statistics.
+
+        ``solver`` replaces the model's own for this call: a solver, or a function of the model that returns one.
+        """
+        features, stats = self._advance(self.start(x), x, 0.0, 1.0, solver_of(self, solver))
         return Prediction(self.read(features), features, stats)
 
     @torch.no_grad()
@@ -154,12 +158,12 @@ class NeuralODE(Predictor):
         state, now, frames = self.start(x), 0.0, []
         for time in times.tolist():
             if time > now:
-                state = self._carry(state, x, now, time)[0]
+                state = self._advance(state, x, now, time, solver_of(self))[0]
                 now = time
             frames.append(state)
         return torch.stack(frames)
 
-    def _carry(self, state: Tensor, x: Tensor, start: float, stop: float) -> tuple[Tensor, Stats]:
+    def _advance(self, state: Tensor, x: Tensor, start: float, stop: float, solver: Solver) -> tuple[Tensor, Stats]:
         """Integrate a state from ``start`` to ``stop``, fractions of T, through the pieces in between."""
         count, stats = len(self.fields), Stats()
         end, control = self.end_time(x), None
@@ -169,12 +173,12 @@ class NeuralODE(Predictor):
         for k, field in enumerate(self.fields):
             low, high = max(start, k / count), min(stop, (k + 1) / count)
             if low < high:
-                state, cost = self._piece(field, state, control, end * low, end * (high - low))
+                state, cost = self._piece(field, state, control, end * low, end * (high - low), solver)
                 stats = stats + cost
         return state, stats
 
     def _piece(
-        self, field: nn.Module, state: Tensor, control: Tensor | None, start: Tensor, span: Tensor
+        self, field: nn.Module, state: Tensor, control: Tensor | None, start: Tensor, span: Tensor, solver: Solver
     ) -> tuple[Tensor, Stats]:
         """Solve one piece; ``start`` and ``span`` are (), or (N,) with an end time per row."""
         factor, evaluate = span.reshape(-1, *(1,) * (state.ndim - 1)) if span.ndim else span, protect(field)
@@ -183,7 +187,6 @@ class NeuralODE(Predictor):
             return (factor * evaluate(start + s * span, y[0], control),)
 
         parameters = [*field.parameters(), start, span, *(() if control is None else (control,))]
-        solver = self.solver if self.training else self.eval_solver
         try:
             solution = solver.solve(rhs, (state,), dynamic=1, parameters=parameters)
         except SolverError as error:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cnf.errors import ConfigError, DataError
 from cnf.solvers import Stats
+from cnf.solvers.base import SolverOverride
 
 __all__ = ["HEADS", "Prediction", "Predictor"]
 
@@ -96,8 +97,10 @@ class Predictor(nn.Module):
         out: Tensor = flat[:, : self.outputs] if self.head is None else self.head(flat)
         return out
 
-    def predict(self, x: Tensor) -> Prediction:
+    def predict(self, x: Tensor, *, solver: SolverOverride = None) -> Prediction:
         """Return outputs, features and solver statistics for inputs (N, \\*event).
+
+        ``solver`` replaces a neural ODE's own for this call: a solver, or a function of the model that returns one.
 
         Raises:
             DataError: for inputs of another shape or dtype.

@@ -12,6 +12,7 @@ from cnf.errors import ConfigError
 from cnf.models.odenet import ODENet, mlp_maps
 from cnf.models.predictor import Prediction, Predictor
 from cnf.solvers import Stats
+from cnf.solvers.base import SolverOverride
 
 __all__ = ["ResidualNet", "residual_net"]
 
@@ -64,8 +65,8 @@ class ResidualNet(Predictor):
             ODENet(*mlp_maps(dim, widths, "ignore"), nonlinearity, zero_init) for _ in range(blocks)
         )
 
-    def predict(self, x: Tensor) -> Prediction:
-        """Return outputs (N, outputs), features (N, D) and empty solver statistics (no ODE)."""
+    def predict(self, x: Tensor, *, solver: SolverOverride = None) -> Prediction:
+        """Return outputs (N, outputs), features (N, D) and empty solver statistics (no ODE, so that ``solver`` is not used)."""
         h = self.numbers(x).flatten(1)
         t = h.new_zeros(())
         for field in self.fields:

@@ -13,6 +13,7 @@ from cnf.noise import Noise
 from cnf.objectives.density import DensityObjective
 from cnf.quadratures import JacobianFrobenius, Kinetic, Quadrature, StepError
 from cnf.solvers import FixedGrid, Stats
+from cnf.transforms import Request
 
 __all__ = ["Likelihood"]
 
@@ -105,8 +106,8 @@ class Likelihood(DensityObjective):
 
     def evaluate(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> tuple[dict[str, Tensor], Stats]:
         """Return the terms (see :meth:`forward`) and the statistics of the solve."""
-        out = self.flow.evaluate(x, context, noise=noise)
-        log_prob = self.flow.base_log_prob(out.value) + out.log_det
+        out = self.flow.evaluate(x, Request(context, noise))
+        log_prob = self.flow.density(out.value, out.log_det)
         images = self.flow.levels is not None
         nll = self.flow.to_bits(log_prob, x.is_floating_point()) if images else -log_prob
         loss = nll

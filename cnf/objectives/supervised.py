@@ -15,7 +15,8 @@ from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.errors import ConfigError, DataError
 from cnf.models import NeuralODE, Predictor
 from cnf.noise import Noise
-from cnf.solvers import Solver, Stats
+from cnf.solvers import Solver, Stats, refined
+from cnf.solvers.base import SolverOverride
 
 __all__ = ["KINDS", "Assessment", "Supervised", "assess"]
 
@@ -78,6 +79,7 @@ def assess(
     batch_size: int | None = None,
     group: Group = SINGLE_PROCESS,
     progress: Callable[[int, int], object] | None = None,
+    solver: SolverOverride = None,
 ) -> Assessment:
     """Predict every row of a split and compare with its target.
 
@@ -91,6 +93,7 @@ def assess(
             result.
         progress: called with the number of this process's finished batches and of all its batches, before the first and
             after each.
+        solver: replaces the model's own, see :meth:`cnf.models.NeuralODE.predict`.
 
     Raises:
         DataError: for targets whose shape differs from that of the outputs.
@@ -99,13 +102,14 @@ def assess(
     size = batch_size or max(1, min(4096, BATCH_NUMBERS // model.dim))
     parts = x.split(size)
     joined, nfes = torch.zeros(len(x), model.outputs, dtype=torch.float64), torch.zeros(len(parts), dtype=torch.float64)
+    override = {} if solver is None else {"solver": solver}
     done, own = 0, group.owned(len(parts))
     if progress is not None:
         progress(done, own)
     with group.together():
         for place, part in enumerate(parts):
             if group.owns(place):
-                found = model.predict(part.to(model.like.device))
+                found = model.predict(part.to(model.like.device), **override)
                 joined[place * size : place * size + len(part)], nfes[place] = found.outputs.double().cpu(), found.stats.nfe
                 done += 1
                 if progress is not None:
@@ -166,9 +170,12 @@ class Supervised(nn.Module):
 
     def evaluate(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> tuple[dict[str, Tensor], Stats]:
         """Return the terms (see :meth:`forward`) and the statistics of the solve."""
+        return self._terms(x, context, None)
+
+    def _terms(self, x: Tensor, context: Tensor | None, solver: SolverOverride) -> tuple[dict[str, Tensor], Stats]:
         if context is None:
             raise DataError("there are no targets: a regression or a classification needs them as context (N, outputs)")
-        outputs, _, stats = self.model.predict(x)
+        outputs, _, stats = self.model.predict(x) if solver is None else self.model.predict(x, solver=solver)
         loss, correct = _losses(outputs, context.to(outputs), self.kind)
         return {"loss": loss, **({} if correct is None else {"accuracy": correct.to(loss.dtype)})}, stats
 
@@ -190,15 +197,9 @@ class Supervised(nn.Module):
         self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, group: Group = SINGLE_PROCESS
     ) -> float:
         """Return the absolute change of the mean loss of a batch under a refined training solver."""
-        model = cast(NeuralODE, self.model)
-        used = model.solver
-        try:
-            with group.together():
-                coarse = self.evaluate(x, context, noise)[0]["loss"].double()
-                model.solver = used.refined()
-                moved = self.evaluate(x, context, noise)[0]["loss"].double() - coarse
-        finally:
-            model.solver = used
+        with group.together():
+            coarse = self._terms(x, context, None)[0]["loss"].double()
+            moved = self._terms(x, context, refined)[0]["loss"].double() - coarse
         return abs(group.mean(moved))
 
     def block_errors(

@@ -17,7 +17,8 @@ from cnf.errors import ConfigError
 from cnf.flow import Flow
 from cnf.noise import Noise
 from cnf.plotting.canvas import array, new_figure, subplots, tiles, write
-from cnf.transforms import Squeeze, leaves
+from cnf.solvers.base import SolverOverride
+from cnf.transforms import Squeeze, iter_leaves
 
 __all__ = ["flow_gif"]
 
@@ -32,6 +33,7 @@ def flow_gif(
     seed: int = 0,
     temperature: float = 1.0,
     context: Tensor | None = None,
+    solver: SolverOverride = None,
 ) -> Path:
     """Animate noise flowing to data: by default 2,000 points in the plane, or a grid of 64 images.
 
@@ -43,6 +45,7 @@ def flow_gif(
         seed: seed of the noise.
         temperature: factor on the base's standard deviation.
         context: (n, C), one row per sample.
+        solver: solver of every block for this animation; the flow's own if None.
 
     Raises:
         ConfigError: for vectors of another dimension, or fewer than two frames.
@@ -54,13 +57,13 @@ def flow_gif(
         raise ConfigError(f"frames={frames}; expected at least 2")
     n, noise = n or (64 if images else 2000), Noise(seed, "sample")
     if context is None:
-        x = flow.rsample(n, noise=noise, temperature=temperature)
+        x = flow.rsample(n, noise=noise, temperature=temperature, solver=solver)
     else:
-        x = flow.rsample(1, context, noise=noise, temperature=temperature)[0]
-    way = flow.trajectory(x, torch.linspace(0, 1, frames), context).flip(0)
+        x = flow.rsample(1, context, noise=noise, temperature=temperature, solver=solver)[0]
+    way = flow.trajectory(x, torch.linspace(0, 1, frames), context, solver=solver).flip(0)
     if images:
-        still = itertools.takewhile(lambda leaf: not any(isinstance(m, CNF) for m in leaf.modules()), leaves(flow.transform))
-        before = list(still)
+        leaves = (leaf for leaf, _ in iter_leaves(flow.transform))
+        before = list(itertools.takewhile(lambda leaf: not any(isinstance(m, CNF) for m in leaf.modules()), leaves))
         pictures = []
         for points in way:
             for leaf in before:  # squeezes are undone in the frames

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cnf.continuous import CNF
 from cnf.flow import Flow
-from cnf.multiscale import Carried
 from cnf.plotting.canvas import array, aspect_of, frame, new_figure, subplots, write, xy
+from cnf.transforms import Request, Transform
+from cnf.transforms.chain import State, walk
 
 __all__ = ["density_2d", "trajectories_2d", "vector_field_2d"]
 
@@ -57,22 +59,28 @@ def vector_field_2d(flow: Flow, path: Path, *, times: int = 5, extent: float = 3
         times: panels per block, from t = 0 to T.
         extent: half-width of the square [-extent, extent]².
     """
-    blocks = flow.blocks[:4]
     ticks = torch.linspace(-extent, extent, 18)
     grid = torch.cartesian_prod(ticks, ticks).to(flow.like)
-    panels, drive = [], None
-    carried = [block for part in flow.modules() if isinstance(part, Carried) for block in part.later]
-    for block in blocks:
-        if not any(block is later for later in carried):
-            drive = block.start(grid)
-        for t in torch.linspace(0, 1, times).to(grid) * block.end_time(grid):
-            panels.append((float(t), array(block.velocity(t, grid, drive=drive))))
-        if drive is not None:
-            drive = block.carry(drive, block.end_time(grid))
+    panels: list[tuple[float, np.ndarray]] = []
+
+    def draw(leaf: Transform, state: State, request: Request) -> State:
+        shared = request.augmented_time
+        for block in (m for m in leaf.modules() if isinstance(m, CNF)):
+            if len(panels) == 4 * times:
+                break
+            end, a = block.end_time(grid), None if shared is None else shared.value
+            for t in torch.linspace(0, 1, times).to(grid) * end:
+                panels.append((float(t), array(block.velocity(t, grid, augmented_time=a))))
+            if shared is not None:
+                shared.value = block.advance_augmented_time(shared.value, end)
+        return state
+
+    walk(flow.transform, (grid,), Request(steer=False), draw)
     speeds = np.stack([np.hypot(*v.T) for _, v in panels])
     top = float(np.quantile(speeds, 0.99)) or 1.0
-    figure = new_figure(2.7 * times + 0.8, 2.95 * len(blocks) + 0.3)
-    axes = subplots(figure, len(blocks), times, squeeze=False, sharex=True, sharey=True)
+    rows = len(panels) // times
+    figure = new_figure(2.7 * times + 0.8, 2.95 * rows + 0.3)
+    axes = subplots(figure, rows, times, squeeze=False, sharex=True, sharey=True)
     for number, (axis, (t, v), speed) in enumerate(zip(axes.ravel(), panels, speeds, strict=True)):
         arrows = v.T * 1.5 * (2 * extent / 17) / np.sqrt(top * np.maximum(speed, 1e-12 * top))  # the fastest: one and a half cells
         image = axis.quiver(

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from cnf.continuous import CNF
 from cnf.errors import ConfigError
 from cnf.fields.custom import protect
-from cnf.sensitivity.paths import clock, solver_of
+from cnf.sensitivity.paths import clock
 from cnf.solvers import Solver
-from cnf.solvers.base import State
+from cnf.solvers.base import State, solver_of
 
 __all__ = ["Along", "Values"]
 
@@ -32,7 +32,7 @@ class _Functional(nn.Module):
         """Return d(x, a)/du at the fraction u = ``share`` of the block's time; the initial state for ``share=None``."""
         x, a = point[0], point[1] if len(point) > 1 else None
         if share is None:
-            a = self.block.start(x)
+            a = self.block.initial_augmented_time(x)
             return (x,) if a is None else (x, a)
         end, path = self.block.end_time(x), self.block.path
         dx = end * protect(self.block.field)(clock(end * share, a), x, context)

@@ -12,8 +12,9 @@ from torch import Tensor
 from cnf.continuous import CNF
 from cnf.divergence import Bound
 from cnf.errors import ConfigError
-from cnf.sensitivity.paths import Carry, carry, chunk_size, clock, require_points, units
+from cnf.sensitivity.paths import TangentState, chunk_size, clock, integrate_tangents, require_points, units
 from cnf.solvers import FixedGrid, Solver
+from cnf.transforms import Request
 
 __all__ = ["MagnusSolution", "magnus"]
 
@@ -88,17 +89,17 @@ def magnus(
     h = end / steps
     fractions, tables = _tables(nodes)
     weights = [torch.as_tensor(table, dtype=x.dtype, device=x.device) for table in tables]
-    solver = solver or FixedGrid("dopri5", 2)
-    at = Carry(x, x.new_zeros(0, *x.shape), block.start(x))
+    request = Request(context, solver=solver or FixedGrid("dopri5", 2))
+    at = TangentState(x, x.new_zeros(0, *x.shape), block.initial_augmented_time(x))
     now = torch.zeros_like(end)
     product: Tensor | None = None
     terms = []
     for i in range(steps):
         matrices = []
         for c in fractions:
-            at, now = _reach(block, at, now, h * (i + float(c)), context, solver)
+            at, now = _reach(block, at, now, h * (i + float(c)), request)
             matrices.append(_matrix(block, now, at, context))
-        at, now = _reach(block, at, now, h * (i + 1), context, solver)
+        at, now = _reach(block, at, now, h * (i + 1), request)
         omegas = _terms(h * torch.stack(matrices), weights[:order])
         factor = torch.linalg.matrix_exp(omegas.sum(0))
         product = factor if product is None else factor @ product
@@ -109,13 +110,11 @@ def magnus(
     return MagnusSolution(at.x, product, stacked, trace)
 
 
-def _reach(
-    block: CNF, at: Carry, now: Tensor, then: Tensor, context: Tensor | None, solver: Solver
-) -> tuple[Carry, Tensor]:
-    return carry(block, at, (now, then), context, solver), then
+def _reach(block: CNF, at: TangentState, now: Tensor, then: Tensor, request: Request) -> tuple[TangentState, Tensor]:
+    return integrate_tangents(block, at, (now, then), request), then
 
 
-def _matrix(block: CNF, t: Tensor, at: Carry, context: Tensor | None) -> Tensor:
+def _matrix(block: CNF, t: Tensor, at: TangentState, context: Tensor | None) -> Tensor:
     """Return A = ∂f/∂x (N, D, D)."""
     bound, dim = Bound(block.field, context), at.x.shape[1:].numel()
     size = chunk_size(None, dim, at.x.numel())

@@ -10,15 +10,15 @@ from torch import Tensor
 from cnf.continuous import CNF
 from cnf.divergence import Bound
 from cnf.errors import ConfigError, DataError
-from cnf.solvers import Solver
 from cnf.solvers.base import State
+from cnf.transforms import Request
 
-__all__ = ["Carry", "carry", "chunk_size", "clock", "path_end", "require_points", "solver_of", "units"]
+__all__ = ["TangentState", "chunk_size", "clock", "integrate_tangents", "require_points", "units"]
 
 _CHUNK_NUMEL = 2**22  # tangent entries integrated at once: 32 MB in float64
 
 
-class Carry(NamedTuple):
+class TangentState(NamedTuple):
     """Point x (N, \\*event), K tangents v (K, N, \\*event), augmented time a (1, k) or None."""
 
     x: Tensor
@@ -29,11 +29,6 @@ class Carry(NamedTuple):
 def clock(t: Tensor, a: Tensor | None) -> Tensor:
     """Return the field's time argument: t (), or the augmented time a as a vector (k,)."""
     return t if a is None else a[0]
-
-
-def solver_of(block: CNF, solver: Solver | None) -> Solver:
-    """Return ``solver``, or the block's own in its present mode if None."""
-    return solver or (block.solver if block.training else block.eval_solver)
 
 
 def chunk_size(chunk: int | None, columns: int, numel: int) -> int:
@@ -57,20 +52,14 @@ def require_points(x: Tensor) -> None:
         raise DataError(f"x is {tuple(x.shape)} of {x.dtype}; expected floats (N, *event): a Jacobian is a derivative")
 
 
-def carry(
-    block: CNF,
-    start: Carry,
-    times: tuple[Tensor, Tensor],
-    context: Tensor | None = None,
-    solver: Solver | None = None,
-) -> Carry:
+def integrate_tangents(block: CNF, start: TangentState, times: tuple[Tensor, Tensor], request: Request) -> TangentState:
     """Integrate x, a and V from ``times[0]`` to ``times[1]``: dx/dt = f, da/dt = g(a), dV/dt = A V, A = ∂f/∂x.
 
     Without tangents (K = 0) only the path is integrated. All entries enter an adaptive solver's step size control.
     """
     first, last = times
     span = last - first
-    path, bound, moving = block.path, Bound(block.field, context), start.v.shape[0] > 0
+    path, bound, moving = block.path, Bound(block.field, request.context), start.v.shape[0] > 0
 
     def rhs(s: Tensor, state: State) -> State:
         a = None if start.a is None else state[1]
@@ -87,22 +76,10 @@ def carry(
     entries = [start.x] + ([] if start.a is None else [start.a]) + ([start.v] if moving else [])
     # none derived from another: a learned end time is part of the two times, and would be counted twice
     modules = [block.field, *([] if path is None else [path])]
-    parameters = [p for m in modules for p in m.parameters()] + [first, last, *([] if context is None else [context])]
-    end = solver_of(block, solver).solve(rhs, tuple(entries), dynamic=len(entries), parameters=parameters).state
-    return Carry(end[0], end[-1] if moving else start.v, None if start.a is None else end[1])
-
-
-def path_end(block: CNF, a: Tensor, x: Tensor, solver: Solver | None = None) -> Tensor:
-    """Return a(T) from a(0); the augmented time does not depend on x."""
-    path = block.path
-    assert path is not None
-    end = block.end_time(x)
-
-    def rhs(s: Tensor, state: State) -> State:
-        return (end * path(state[0]),)
-
-    solution = solver_of(block, solver).solve(rhs, (a,), parameters=[*path.parameters(), end])
-    return solution.state[0]
+    parameters = [p for m in modules for p in m.parameters()] + [first, last]
+    parameters += [] if request.context is None else [request.context]
+    end = request.solver_of(block).solve(rhs, tuple(entries), dynamic=len(entries), parameters=parameters).state
+    return TangentState(end[0], end[-1] if moving else start.v, None if start.a is None else end[1])
 
 
 def units(x: Tensor, first: int, count: int) -> Tensor:

@@ -1,9 +1,9 @@
 """Fixed-grid and adaptive ODE solvers over s in [0, 1] with direct, checkpointed, reversible and adjoint gradients."""
 
 from cnf.solvers.adaptive import Adaptive
-from cnf.solvers.base import Solution, Solver, Stats
+from cnf.solvers.base import Solution, Solver, Stats, refined
 from cnf.solvers.fixed import FixedGrid
 from cnf.solvers.reversible import Reversible
 from cnf.solvers.tableaus import TABLEAUS, Tableau
 
-__all__ = ["TABLEAUS", "Adaptive", "FixedGrid", "Reversible", "Solution", "Solver", "Stats", "Tableau"]
+__all__ = ["TABLEAUS", "Adaptive", "FixedGrid", "Reversible", "Solution", "Solver", "Stats", "Tableau", "refined"]

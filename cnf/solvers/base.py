@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from cnf.errors import SolverError
+from cnf.errors import ConfigError, SolverError
 
-__all__ = ["RHS", "Counter", "Solution", "Solver", "State", "Stats", "finite", "largest", "require_finite"]
+__all__ = ["RHS", "Counter", "Solution", "Solver", "SolverOverride", "State", "Stats", "finite", "largest", "refined", "require_finite", "solver_of"]
 
 State = tuple[Tensor, ...]
 RHS = Callable[[Tensor, State], State]
@@ -123,6 +123,34 @@ class Solver(Protocol):
 
     def refined(self) -> Solver:
         """Return a finer version of this solver, the reference for error estimates."""
+
+
+SolverOverride = Solver | Callable[[Any], Solver] | None
+"""Solver of one call: a solver for every block, a function of the block that returns one, or None for the block's own."""
+
+
+def solver_of(block: Any, override: SolverOverride = None) -> Solver:
+    """Return the solver of a block for one call: ``override``, ``override(block)``, or the block's own in its mode.
+
+    Args:
+        block: module with ``solver`` (training) and ``eval_solver``, such as a CNF or a NeuralODE.
+        override: solver, function that returns the solver of a block (such as :func:`refined`), or None.
+
+    Raises:
+        ConfigError: for an override that is neither.
+    """
+    if override is None:
+        own: Solver = block.solver if block.training else block.eval_solver
+        return own
+    if isinstance(override, type) or not (hasattr(override, "solve") or callable(override)):
+        raise ConfigError(f"solver={override!r}: expected a solver such as FixedGrid('rk4', 8), or a function of the block that returns one")
+    chosen: Solver = override if hasattr(override, "solve") else override(block)  # type: ignore[assignment,operator]
+    return chosen
+
+
+def refined(block: Any) -> Solver:
+    """Return the refined solver of a block in its present mode: ten times tighter tolerances, or twice the steps of a grid."""
+    return solver_of(block).refined()
 
 
 def largest(y: State) -> float:

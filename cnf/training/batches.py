@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import zlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,10 +17,18 @@ from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.errors import ConfigError, DataError
 from cnf.noise import Noise
 
-__all__ = ["Batches", "choose_rows", "fingerprint", "shared_settings", "validation_rows"]
+__all__ = ["Batches", "Validation", "choose_rows", "fingerprint", "require_values", "shared_settings", "validation_rows"]
 
-CHUNK = 8192  # rows checked at once
 LOCAL = ("data_root", "download", "device", "threads")  # options that may differ between machines
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Validation rows x (N, \\*event), their context, and their indices in the split, which select their noise."""
+
+    x: Tensor
+    context: Tensor | None
+    index: Tensor
 
 
 class Batches:
@@ -50,7 +59,7 @@ class Batches:
     ):
         self.device, self.dtype = device, dtype
         self.x = data.train.to(device) if _fits(data.train, device) else data.train
-        _require_values(self.x, data.levels)
+        require_values(self.x, data.levels)
         self.context = None if data.train_context is None else data.train_context.to(device, dtype)
         self.seed, self.flip, self.group = seed, data.flip, group
         self._resize(size)
@@ -93,14 +102,19 @@ class Batches:
         return x, None if self.context is None else self.context[sent(rows, self.device)], noise
 
 
-def _require_values(x: Tensor, levels: int | None) -> None:
+def require_values(x: Tensor, levels: int | None, chunk: int = 8192) -> None:
+    """Check ``chunk`` rows at a time for NaN, infinity, and pixels outside the grey levels.
+
+    Raises:
+        DataError: with the first such row.
+    """
     if not x.is_floating_point():
-        if levels is not None and levels < 256 and (most := max(int(part.max()) for part in x.split(CHUNK))) >= levels:
+        if levels is not None and levels < 256 and (most := max(int(part.max()) for part in x.split(chunk))) >= levels:
             raise DataError(f"a pixel of the training data is {most}, but levels={levels}: expected 0 to {levels - 1}")
         return
-    for number, part in enumerate(x.split(CHUNK)):
+    for number, part in enumerate(x.split(chunk)):
         if not bool(part.isfinite().all()):
-            row = number * CHUNK + int((~part.flatten(1).isfinite().all(1)).nonzero()[0])
+            row = number * chunk + int((~part.flatten(1).isfinite().all(1)).nonzero()[0])
             raise DataError(f"the training data hold NaN or infinity, first in row {row}: remove or replace such rows")
 
 

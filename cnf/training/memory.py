@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cnf.errors import CNFError, TrainingError
 from cnf.noise import Noise
+from cnf.solvers import FixedGrid, Solver
 
-if TYPE_CHECKING:
-    from cnf.training.loop import Trainer
-
-__all__ = ["available", "exhausted", "fitting", "kept_bytes"]
+__all__ = ["available", "is_oom", "micro_batch_advice", "oom_advice", "saved_tensor_bytes"]
 
 RESERVE = 1.5  # factor over the saved tensors, for stages, workspaces and fragmentation
 
 
-def kept_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
+def saved_tensor_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
     """Return the bytes that ``forward`` saves for the backward pass, without weights and recomputed tensors.
 
     Example:
         >>> x = torch.zeros(1000, requires_grad=True)
-        >>> kept_bytes(nn.Identity(), lambda: x.exp())
+        >>> saved_tensor_bytes(nn.Identity(), lambda: x.exp())
         4000
     """
     kept: dict[int, int] = {}
@@ -46,11 +44,11 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
     return sum(kept.values())
 
 
-def exhausted(error: BaseException) -> bool:
+def is_oom(error: BaseException) -> bool:
     """Return whether an error reports that the GPU or the CPU is out of memory.
 
     Example:
-        >>> exhausted(MemoryError()), exhausted(RuntimeError("size mismatch"))
+        >>> is_oom(MemoryError()), is_oom(RuntimeError("size mismatch"))
         (True, False)
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -86,11 +84,16 @@ def available(device: torch.device) -> int | None:
 
 
 @contextmanager
-def fitting(trainer: Trainer, x: Tensor, context: Tensor | None, noise: Noise) -> Iterator[None]:
-    """Context manager that turns an out-of-memory error into a TrainingError with advice.
+def oom_advice(step: int, advice: Callable[[], str], release: Callable[[], object]) -> Iterator[None]:
+    """Context manager that turns an out-of-memory error into a TrainingError with ``advice``.
+
+    Args:
+        step: of the training.
+        advice: returns what to do, after the memory was released.
+        release: drops what the step has allocated.
 
     Raises:
-        TrainingError: with the number of micro-batches (``--accumulate``) that would fit.
+        TrainingError: with the error and the advice.
     """
     try:
         yield
@@ -98,34 +101,42 @@ def fitting(trainer: Trainer, x: Tensor, context: Tensor | None, noise: Noise) -
     except CNFError:
         raise
     except (MemoryError, RuntimeError) as error:
-        if not exhausted(error):
+        if not is_oom(error):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
     # outside the handler, whose traceback keeps the tensors alive
-    trainer.optimizer.zero_grad(set_to_none=True)
+    release()
     gc.collect()
-    if trainer.device.type == "cuda":
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    raise TrainingError(f"step {trainer.step}: out of memory: {reason}. {_advice(trainer, x, context, noise)}") from None
+    raise TrainingError(f"step {step}: out of memory: {reason}. {advice()}") from None
 
 
-def _advice(trainer: Trainer, x: Tensor, context: Tensor | None, noise: Noise) -> str:
-    count, rows = max(1, trainer.config.accumulate), len(x)
-    solver, finer = trainer.info.config.solver, ""
-    if not solver.adaptive and solver.gradient == "direct":
-        finer = ", or --gradient checkpoint in a new run"
+def micro_batch_advice(
+    objective: Any, x: Tensor, context: Tensor | None, noise: Noise, count: int, solvers: Sequence[Solver] = (), dashes: str = ""
+) -> str:
+    """Return how many micro-batches would fit.
+
+    Args:
+        objective: the loss, with its model.
+        x, context, noise: the batch.
+        count: micro-batches of the step that did not fit.
+        solvers: the training solvers.
+        dashes: prefix of settings.
+    """
+    rows, option, finer = len(x), f"{dashes}accumulate", ""
+    if any(isinstance(solver, FixedGrid) and solver.gradient == "direct" for solver in solvers):
+        finer = f", or {dashes}gradient checkpoint in a new run"
     now = math.ceil(rows / count)
     if now == 1:
         return f"A single row does not fit: take a smaller model{finer}"
     few = max(1, min(now // 4, 16))
     try:
-        each = kept_bytes(
-            trainer.flow,
-            lambda: trainer.objective.evaluate(x[:few], None if context is None else context[:few], noise.rows(0, rows)),
-        ) / few
+        part = x[:few], None if context is None else context[:few], noise.rows(0, rows)
+        each = saved_tensor_bytes(objective, lambda: objective.evaluate(*part)) / few
     except (MemoryError, RuntimeError):  # even these rows do not fit or cannot be solved
         each = 0.0
-    free = available(trainer.device)
+    free = available(x.device)
     wanted = 2 * count
     measured = ""
     if each:
@@ -136,7 +147,7 @@ def _advice(trainer: Trainer, x: Tensor, context: Tensor | None, noise: Noise) -
     wanted = min(rows, 1 << (wanted - 1).bit_length())
     size = math.ceil(rows / wanted)
     return (
-        f"A {'micro-batch' if count > 1 else 'batch'} of {now:,} rows{measured}: --accumulate {wanted} takes {size:,} rows at a time"
+        f"A {'micro-batch' if count > 1 else 'batch'} of {now:,} rows{measured}: {option} {wanted} takes {size:,} rows at a time"
         + (f" ({each * size / 2**20:,.0f} MiB)" if each else "")
-        + f", with the same gradient (--resume --accumulate {wanted} continues this run){finer}"
+        + f", with the same gradient (resuming with {option} {wanted} continues this run){finer}"
     )

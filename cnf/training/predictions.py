@@ -16,7 +16,7 @@ from cnf.models import NeuralODE, Predictor
 from cnf.objectives import Assessment, assess
 from cnf.progress import Progress
 from cnf.results import figure
-from cnf.solvers import Adaptive
+from cnf.solvers import Adaptive, refined
 from cnf.training.batches import choose_rows
 from cnf.training.files import write_items, write_json
 from cnf.training.loop import Trainer
@@ -107,12 +107,8 @@ def _solver(
         return none
     few = rows_checked(len(x), check)
     used = model.eval_solver
-    try:
-        model.eval_solver = used.refined()
-        with Progress("solver check", "batches", quiet=quiet) as work:
-            finer = assess(model, x[:few], targets[:few], kind, group=group, progress=work.update)
-    finally:
-        model.eval_solver = used
+    with Progress("solver check", "batches", quiet=quiet) as work:
+        finer = assess(model, x[:few], targets[:few], kind, group=group, progress=work.update, solver=refined)
     changed = None if finer.correct is None else int((finer.outputs.argmax(1) != found.outputs[:few].argmax(1)).sum())
     return {
         "solver": used.method if isinstance(used, Adaptive) else repr(used),
@@ -191,26 +187,26 @@ def predictor_pictures(
         plotting.decision_boundary(model, x, marks, plots / "boundary.png", classes=classes)
 
 
-def finish_predictions(trainer: Trainer) -> dict[str, Any]:
+def finish_predictions(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path) -> dict[str, Any]:
     """Score the test split with the best validation's weights; write result.json, test_predictions.npz and plots.
 
     Raises:
         SolverError: if a solve fails.
     """
-    model, info, folder = trainer.best_flow(), trainer.info, trainer.folder
+    model = trainer.best_model()
     result, found, index = score_predictions(
-        model, info, trainer.data, items=info.config.train.test_items, group=trainer.group, quiet=trainer.journal.quiet
+        model, info, data, items=info.config.train.test_items, group=trainer.group, quiet=trainer.quiet
     )
-    solved = [row for row in trainer.metrics if "nfe" in row]
+    solved = [row for row in trainer.history if "nfe" in row]
     result |= {
-        **trained(trainer),
+        **trained(trainer, info, data),
         "nfe_training": solved[-1]["nfe"] if solved else None,
         "nfe_backward_training": solved[-1]["nfe_backward"] if solved else None,
     }
     if not trainer.group.main:
         return result
-    write_predictions(folder / PREDICTIONS, found, index, trainer.data.classes)
+    write_predictions(folder / PREDICTIONS, found, index, data.classes)
     # written last: --resume takes this file as proof that the test is complete
     write_json(folder / "result.json", result)
-    predictor_pictures(model, info, trainer.data, folder, trainer.metrics)
+    predictor_pictures(model, info, data, folder, trainer.history)
     return result

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cnf.checkpoint import RunInfo
 from cnf.datasets import DataSplits
 from cnf.errors import DataError, SolverError
 from cnf.flow import Flow
@@ -16,7 +17,7 @@ from cnf.noise import Noise
 from cnf.objectives import FlowMatching
 from cnf.training.files import write_json
 from cnf.training.loop import Trainer
-from cnf.training.memory import exhausted
+from cnf.training.memory import is_oom
 from cnf.training.predictions import finish_predictions, predicted, predictions_text
 from cnf.training.scoring import score, trained, write_scores
 
@@ -111,32 +112,32 @@ def add_columns(result: dict[str, Any], flow: Flow, data: DataSplits, split: str
     except (DataError, SolverError) as error:
         say(f"no report on the columns: {error}")
     except (MemoryError, RuntimeError) as error:
-        if not exhausted(error):
+        if not is_oom(error):
             raise
         say("no report on the columns: there is not enough memory for it")
 
 
-def finish(trainer: Trainer) -> dict[str, Any]:
+def finish(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path) -> dict[str, Any]:
     """Score the test split with the best validation's weights; write result.json, test_nll.npz and plots.
 
     For tables the result includes the cost of each column. A run of a predictor reports loss and accuracy and writes
     test_predictions.npz. Several processes share the scoring; rank 0 does the rest.
     """
-    if not isinstance(trainer.flow, Flow):
-        return finish_predictions(trainer)
-    flow, info, folder = trainer.best_flow(), trainer.info, trainer.folder
+    if not isinstance(trainer.model, Flow):
+        return finish_predictions(trainer, info, data, folder)
+    flow = trainer.best_model()
     train, group = info.config.train, trainer.group
-    result, found = score(flow, info, trainer.data, draws=train.draws, items=train.test_items, group=group, quiet=trainer.journal.quiet)
-    result |= trained(trainer)
+    result, found = score(flow, info, data, draws=train.draws, items=train.test_items, group=group, quiet=trainer.quiet)
+    result |= trained(trainer, info, data)
     if not group.main:
         return result
     write_scores(folder / TEST_SCORES, found)
     # after the scores: --resume takes this file as proof that the test is complete
     write_json(folder / "result.json", result)
-    add_columns(result, flow, trainer.data, "test", trainer.say)
+    add_columns(result, flow, data, "test", trainer.say)
     write_json(folder / "result.json", result)
     try:
-        pictures(flow, trainer.data, folder, _curves(trainer), trainer.unit)
+        pictures(flow, data, folder, _curves(trainer), trainer.objective.unit)
     except SolverError as error:
         trainer.say(f"some pictures could not be drawn: {error}")
     return result
@@ -148,11 +149,11 @@ def _curves(trainer: Trainer) -> list[dict[str, Any]]:
     A step of flow matching evaluates the field and solves no ODE, so its rows have no ``nfe`` here; where its loss
     bounds the negative log-likelihood, it serves as their ``nll``.
     """
-    first = trainer.stages[0].objective
+    first = trainer.phases[0].objective
     if not isinstance(first, FlowMatching):
-        return trainer.metrics
+        return trainer.history
     rows = []
-    for row in trainer.metrics:
+    for row in trainer.history:
         if "loss" in row and "nll" not in row:
             row = {key: value for key, value in row.items() if key not in ("nfe", "nfe_backward")}
             row |= {"nll": row["loss"]} if first.bounds else {}

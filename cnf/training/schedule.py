@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["AdamW", "Average", "learning_rate", "optimizer"]
+__all__ = ["Average", "adamw", "learning_rate", "masked_step"]
 
 
 def learning_rate(step: int, peak: float, warmup: int, steps: int, schedule: str) -> float:
@@ -26,51 +27,72 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int, schedule: str
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW with a step masked by a tensor on the device, as in mixed precision.
+def adamw(model: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """Return fused AdamW with the default betas and eps (Adam at zero decay); learned end times are not decayed.
 
     Example:
-        >>> weight = nn.Parameter(torch.ones(2))
-        >>> adam = AdamW([{"params": [weight]}], 0.1)
-        >>> weight.grad = torch.tensor([1.0, float("nan")])
-        >>> adam.step_where(weight.grad.isfinite().all())
-        >>> weight.data, adam.state[weight]["step"]
-        (tensor([1., 1.]), tensor(0.))
+        >>> [len(group["params"]) for group in adamw(nn.Linear(2, 2), 1e-3, 0.1).param_groups]
+        [2]
     """
-
-    def __init__(self, groups: list[dict[str, Any]], lr: float):
-        super().__init__(groups, lr=lr, fused=True)
-        self.grad_scale: Tensor | None = None
-        self.found_inf: Tensor | None = None
-        self.register_load_state_dict_pre_hook(_as_fused)
-
-    def step_where(self, taken: Tensor) -> None:
-        """Take one step where ``taken`` () is True; otherwise weights, moments and counters stay unchanged."""
-        self.found_inf = (~taken).float()
-        try:
-            self.step()
-        finally:
-            self.found_inf = None
+    named = list(model.named_parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [p for n, p in named if not n.endswith("sqrt_end_time")], "weight_decay": weight_decay},
+        {"params": [p for n, p in named if n.endswith("sqrt_end_time")], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr, fused=True)
+    optimizer.register_load_state_dict_pre_hook(_as_fused)
+    return optimizer
 
 
-def _as_fused(adam: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+def _as_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """Convert the state of any AdamW implementation to that of the fused one."""
     return {**state, "param_groups": [{**group, "fused": True, "foreach": None} for group in state["param_groups"]]}
 
 
-def optimizer(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
-    """Return AdamW with the default betas and eps (Adam at zero decay); learned end times are not decayed.
+def masked_step(optimizer: Optimizer, taken: Tensor) -> None:
+    """Take one optimiser step where ``taken`` () is True; otherwise weights and the optimiser's state stay unchanged.
+
+    torch's fused Adam and AdamW mask their step themselves, as in mixed precision. Any other optimiser takes its step,
+    and weights and state are put back with ``torch.where``, without synchronisation, at the cost of a copy of both. Only
+    where a step creates state, as the first one does, or changes a plain number or a tensor on another device (``step``
+    of an optimiser without ``capturable`` on a GPU), the host reads ``taken``.
 
     Example:
-        >>> [len(group["params"]) for group in optimizer(nn.Linear(2, 2), 1e-3, 0.1).param_groups]
-        [2]
+        >>> weight = nn.Parameter(torch.ones(2))
+        >>> sgd = torch.optim.SGD([weight], 0.1, momentum=0.9)
+        >>> weight.grad = torch.tensor([1.0, float("nan")])
+        >>> masked_step(sgd, weight.grad.isfinite().all())
+        >>> weight.data, dict(sgd.state)
+        (tensor([1., 1.]), {})
     """
-    named = list(model.named_parameters())
-    groups = [
-        {"params": [p for n, p in named if not n.endswith("sqrt_end_time")], "weight_decay": weight_decay},
-        {"params": [p for n, p in named if n.endswith("sqrt_end_time")], "weight_decay": 0.0},
-    ]
-    return AdamW([g for g in groups if g["params"]], lr)
+    if isinstance(optimizer, torch.optim.Adam) and all(group["fused"] for group in optimizer.param_groups):
+        scaled: Any = optimizer
+        scaled.grad_scale, scaled.found_inf = None, (~taken).float()
+        try:
+            optimizer.step()
+        finally:
+            del scaled.grad_scale, scaled.found_inf
+        return
+    weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    tensors = [p.detach() for p in weights]
+    before = [p.clone() for p in tensors]
+    state = {p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in own.items()} for p, own in optimizer.state.items()}
+    optimizer.step()
+    plain = False  # whether some of the new state cannot be masked on the device
+    for p, own in optimizer.state.items():
+        old = state.get(p, {})
+        for key, value in own.items():
+            if isinstance(value, Tensor) and isinstance(old.get(key), Tensor) and value.device == taken.device:
+                tensors.append(value)
+                before.append(old[key])
+            else:
+                plain |= key not in old or isinstance(value, Tensor) or value != old[key]
+    if plain and not bool(taken):
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        tensors, before = tensors[: len(weights)], before[: len(weights)]
+    with torch.no_grad():
+        torch._foreach_copy_(tensors, [torch.where(taken, new, old) for new, old in zip(tensors, before, strict=True)])
 
 
 class Average(AveragedModel):

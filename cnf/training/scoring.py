@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +28,8 @@ from cnf.results import figure
 from cnf.solvers import Adaptive, FixedGrid
 from cnf.training.batches import choose_rows
 from cnf.training.files import write_items
+from cnf.training.loop import Trainer
 from cnf.transforms import Gaussianize, Logit
-
-if TYPE_CHECKING:
-    from cnf.training.loop import Trainer
 
 __all__ = ["TEST_SEED", "about", "rows_checked", "score", "trained", "write_scores"]
 
@@ -56,17 +54,17 @@ def about(model: Flow | Predictor, info: RunInfo, started: float) -> dict[str, A
     }
 
 
-def trained(trainer: Trainer) -> dict[str, Any]:
+def trained(trainer: Trainer, info: RunInfo, data: DataSplits) -> dict[str, Any]:
     """Return the entries of a finished run's result on its training."""
     return {
-        "validation": trainer.best,
-        "best_step": trainer.best_step,
-        "steps": trainer.step,
+        "validation": trainer.state.best,
+        "best_step": trainer.state.best_step,
+        "steps": trainer.state.step,
         "stopped": trainer.stop_reason() or "max_time",
-        "skipped": trainer.skipped,
-        "seconds": round(trainer.seconds, 3),
-        "notices": list(trainer.data.notices),
-        "config": dataclasses.asdict(trainer.info.config),
+        "skipped": trainer.state.skipped,
+        "seconds": round(trainer.state.seconds, 3),
+        "notices": list(data.notices),
+        "config": dataclasses.asdict(info.config),
     }
 
 

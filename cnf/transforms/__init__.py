@@ -1,19 +1,27 @@
 """Invertible transforms with log-determinants."""
 
-from cnf.transforms.base import Sequential, Transform, Transformed, leaves
+from cnf.aliases import aliases
+from cnf.transforms.base import DeterministicTransform, Transform, TransformOutput
+from cnf.transforms.chain import Chain, Sequential, iter_leaves
 from cnf.transforms.gaussianize import Gaussianize
-from cnf.transforms.images import CenterShift, Dequantize, Logit, Squeeze
+from cnf.transforms.images import Dequantize, Logit, Rescale, Squeeze
+from cnf.transforms.request import Request
 from cnf.transforms.standardize import Standardize
 
 __all__ = [
-    "CenterShift",
+    "Chain",
     "Dequantize",
+    "DeterministicTransform",
     "Gaussianize",
     "Logit",
+    "Request",
+    "Rescale",
     "Sequential",
     "Squeeze",
     "Standardize",
     "Transform",
-    "Transformed",
-    "leaves",
+    "TransformOutput",
+    "iter_leaves",
 ]
+
+__getattr__ = aliases(__name__, CenterShift="Rescale", Plain="DeterministicTransform", Transformed="TransformOutput", leaves="iter_leaves")

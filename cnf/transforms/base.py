@@ -1,23 +1,26 @@
-"""Base classes of transforms, and their composition."""
+"""Base classes of transforms."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cnf.noise import Noise, child
+from cnf.aliases import warn_deprecated
 from cnf.solvers import Stats
+from cnf.transforms.request import DEFAULT, FORMER, Request, as_request
 
-__all__ = ["Plain", "Sequential", "Transform", "Transformed", "leaves", "placed", "zeros"]
+__all__ = ["DeterministicTransform", "Shape", "Transform", "TransformOutput", "zeros"]
 
 Shape = tuple[int, ...]
 
 
-class Transformed(NamedTuple):
+class TransformOutput(NamedTuple):
     """Result of a transform: value (N, \\*event'), log_det (N,) of the map in nats, integrals, solver statistics."""
 
     value: Tensor
@@ -29,58 +32,65 @@ class Transformed(NamedTuple):
 class Transform(nn.Module):
     """Base class of invertible transforms: ``forward`` maps data to noise, ``inverse`` noise to data.
 
-    With ``log_det=False`` no divergence is evaluated and the returned log_det is undefined; with ``integrals=False`` a
-    CNF omits its regularisers. A subclass of another package gets copies of points and context, which it may overwrite.
+    A custom transform defines ``forward(self, x, request)`` and ``inverse(self, z, request)``, which return a
+    :class:`TransformOutput`, and ``latent_shape`` if it changes the shape. It gets copies of points and context, which
+    it may overwrite.
+
+    Example:
+        >>> class Double(Transform):
+        ...     def forward(self, x, request):
+        ...         return TransformOutput(2 * x, zeros(x) + 0.6931 * x[0].numel(), {}, Stats())
+        >>> Double()(torch.ones(3, 2), DEFAULT).log_det
+        tensor([1.3862, 1.3862, 1.3862])
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if cls.__module__.partition(".")[0] != "cnf":
             for name in {"forward", "inverse", "_forward", "_inverse"} & vars(cls).keys():
-                setattr(cls, name, _given_copies(vars(cls)[name]))
+                setattr(cls, name, _guarded(cls, name))
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        noise: Noise | None = None,
-        log_det: bool = True,
-        integrals: bool = True,
-    ) -> Transformed:
+    def forward(self, x: Tensor, request: Request = DEFAULT, **former: Any) -> TransformOutput:
         """Map data x to noise z; log_det is log|det dz/dx| (N,) in nats."""
-        raise NotImplementedError
+        return self._run(x, as_request(request, former), reverse=False)
 
-    def inverse(
-        self,
-        z: Tensor,
-        context: Tensor | None = None,
-        *,
-        noise: Noise | None = None,
-        log_det: bool = True,
-        integrals: bool = True,
-    ) -> Transformed:
+    def inverse(self, z: Tensor, request: Request = DEFAULT, **former: Any) -> TransformOutput:
         """Map noise z to data x; log_det is log|det dx/dz| (N,) in nats."""
-        raise NotImplementedError
+        return self._run(z, as_request(request, former), reverse=True)
+
+    def _run(self, x: Tensor, request: Request, reverse: bool) -> TransformOutput:
+        raise NotImplementedError(f"{type(self).__name__} has no {'inverse' if reverse else 'forward'}")
 
     def latent_shape(self, shape: Shape) -> Shape:
         """Return the shape of z for x of event_shape ``shape``."""
         return shape
 
 
-def _given_copies(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a method of a custom transform to call it with copies of its tensors."""
+def _guarded(cls: type, name: str) -> Callable[..., Any]:
+    """Wrap a custom transform's method to call it with copies of its tensors, and with the former arguments if it takes them."""
+    method = vars(cls)[name]
+    former = not {"context", *FORMER}.isdisjoint(inspect.signature(method).parameters)
+    if former:
+        warn_deprecated(
+            f"{cls.__name__}.{name}(x, context, *, noise, log_det, integrals) will be refused by the next release: write "
+            f"{name}(self, x, request), with cnf.transforms.Request, and read request.context, request.noise, ..."
+        )
 
     @wraps(method)
-    def call(self: Transform, *args: Any, **kwargs: Any) -> Any:
-        copies = [v.clone() if isinstance(v, Tensor) else v for v in args]
-        return method(self, *copies, **{k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()})
+    def call(self: Transform, x: Tensor, request: Request = DEFAULT, **given: Any) -> Any:
+        if name.startswith("_"):
+            return method(self, x.clone())
+        request = as_request(request, given)
+        context = None if request.context is None else request.context.clone()
+        if former:
+            return method(self, x.clone(), context, **{option: getattr(request, option) for option in FORMER})
+        return method(self, x.clone(), replace(request, context=context))
 
     return call
 
 
-class Plain(Transform):
-    """Base class of deterministic transforms without context; subclasses define ``_forward`` and ``_inverse``."""
+class DeterministicTransform(Transform):
+    """Base class of transforms without noise and context; subclasses define ``_forward`` and ``_inverse``."""
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -88,113 +98,8 @@ class Plain(Transform):
     def _inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        noise: Noise | None = None,
-        log_det: bool = True,
-        integrals: bool = True,
-    ) -> Transformed:
-        """Map data to noise."""
-        return Transformed(*self._forward(x), {}, Stats())
-
-    def inverse(
-        self,
-        z: Tensor,
-        context: Tensor | None = None,
-        *,
-        noise: Noise | None = None,
-        log_det: bool = True,
-        integrals: bool = True,
-    ) -> Transformed:
-        """Map noise to data."""
-        return Transformed(*self._inverse(z), {}, Stats())
-
-
-class Sequential(Transform):
-    """Composition of transforms; child i receives ``noise.child(i)``, integrals of the same name are summed.
-
-    Example:
-        >>> from cnf.transforms import CenterShift, Logit
-        >>> chain = Sequential([Logit(0.05), CenterShift()])
-        >>> chain(torch.full((2, 3), 0.5)).value
-        tensor([[-0.5000, -0.5000, -0.5000],
-                [-0.5000, -0.5000, -0.5000]])
-    """
-
-    def __init__(self, transforms: Iterable[Transform]):
-        super().__init__()
-        self.transforms = nn.ModuleList(transforms)
-
-    def _chain(
-        self, x: Tensor, context: Tensor | None, noise: Noise | None, log_det: bool, integrals: bool, back: bool
-    ) -> Transformed:
-        total: Tensor | None = None
-        sums: dict[str, Tensor] = {}
-        stats = Stats()
-        numbered = list(enumerate(self.transforms))
-        for i, module in reversed(numbered) if back else numbered:
-            transform = cast(Transform, module)
-            step = transform.inverse if back else transform  # forward by __call__, so that module hooks run
-            x, one, parts, cost = step(x, context, noise=child(noise, i), log_det=log_det, integrals=integrals)
-            total = one if total is None else total + one
-            stats = stats + cost
-            for name, value in parts.items():
-                sums[name] = sums[name] + value if name in sums else value
-        return Transformed(x, zeros(x) if total is None else total, sums, stats)
-
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        noise: Noise | None = None,
-        log_det: bool = True,
-        integrals: bool = True,
-    ) -> Transformed:
-        """Apply the transforms, first to last."""
-        return self._chain(x, context, noise, log_det, integrals, back=False)
-
-    def inverse(
-        self,
-        z: Tensor,
-        context: Tensor | None = None,
-        *,
-        noise: Noise | None = None,
-        log_det: bool = True,
-        integrals: bool = True,
-    ) -> Transformed:
-        """Apply the inverses, last to first."""
-        return self._chain(z, context, noise, log_det, integrals, back=True)
-
-    def latent_shape(self, shape: Shape) -> Shape:
-        """Compose the ``latent_shape`` of all transforms."""
-        for transform in self.transforms:
-            shape = cast(Transform, transform).latent_shape(shape)
-        return shape
-
-
-def leaves(transform: Transform) -> Iterator[Transform]:
-    """Iterate over the transforms of a chain in order, descending into nested chains.
-
-    Example:
-        >>> from cnf.transforms import CenterShift, Logit
-        >>> chain = Sequential([Sequential([Logit(0.05)]), CenterShift()])
-        >>> [type(leaf).__name__ for leaf in leaves(chain)]
-        ['Logit', 'CenterShift']
-    """
-    return (leaf for leaf, _ in placed(transform, None))
-
-
-def placed(transform: Transform, noise: Noise | None) -> Iterator[tuple[Transform, Noise | None]]:
-    """Yield each leaf of a chain with the noise that the chain passes to it."""
-    if not isinstance(transform, Sequential):
-        yield transform, noise
-        return
-    for i, part in enumerate(transform.transforms):
-        yield from placed(cast(Transform, part), child(noise, i))
+    def _run(self, x: Tensor, request: Request, reverse: bool) -> TransformOutput:
+        return TransformOutput(*(self._inverse(x) if reverse else self._forward(x)), {}, Stats())
 
 
 def zeros(x: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from cnf.deferral import deferred
 from cnf.errors import ConfigError, DataError
-from cnf.transforms.base import Plain, Shape
+from cnf.transforms.base import DeterministicTransform, Shape
 
 __all__ = ["Gaussianize"]
 
 
-class Gaussianize(Plain):
+class Gaussianize(DeterministicTransform):
     r"""Per-pixel marginal Gaussianization z = Φ⁻¹(alpha + (1 − 2 alpha) F(x)) (Gaussianization flows, 2003.01941).
 
     F is the pixel's cumulative distribution function on [0, 1]. Dequantised grey levels are uniform within their bin,

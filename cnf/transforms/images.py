@@ -10,11 +10,12 @@ from torch import Tensor
 
 from cnf.deferral import deferred
 from cnf.errors import ConfigError, DataError
-from cnf.noise import Noise, draw
+from cnf.noise import draw
 from cnf.solvers import Stats
-from cnf.transforms.base import Plain, Shape, Transform, Transformed, zeros
+from cnf.transforms.base import DeterministicTransform, Shape, Transform, TransformOutput, zeros
+from cnf.transforms.request import Request
 
-__all__ = ["CenterShift", "Dequantize", "Logit", "Squeeze"]
+__all__ = ["Dequantize", "Logit", "Rescale", "Squeeze"]
 
 
 class Dequantize(Transform):
@@ -31,7 +32,8 @@ class Dequantize(Transform):
         DataError: for pixels of ``levels`` or more, or an integer type other than uint8.
 
     Example:
-        >>> out = Dequantize(17)(torch.zeros(5, 1, 8, 8, dtype=torch.uint8), noise=Noise(0))
+        >>> from cnf.noise import Noise
+        >>> out = Dequantize(17)(torch.zeros(5, 1, 8, 8, dtype=torch.uint8), Request(noise=Noise(0)))
         >>> bool((out.value < 1 / 17).all()), round(float(out.log_det[0]) / 64, 4)
         (True, -2.8332)
     """
@@ -46,37 +48,20 @@ class Dequantize(Transform):
         # sets the dtype of the pixels: follows .double() and .to(device), not part of the state dict
         self.register_buffer("_one", torch.ones(()), persistent=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        noise: Noise | None = None,
-        log_det: bool = True,
-        integrals: bool = True,
-    ) -> Transformed:
-        """Dequantise uint8 images to floats in [0, 1); floats pass unchanged."""
-        if x.is_floating_point():
-            return Transformed(x, zeros(x), {}, Stats())
+    def _run(self, x: Tensor, request: Request, reverse: bool) -> TransformOutput:
+        """Dequantise uint8 images to floats in [0, 1); floats, and all points on the way back, pass unchanged."""
+        if reverse or x.is_floating_point():
+            return TransformOutput(x, zeros(x), {}, Stats())
         self.check(x)
+        return self._spread(x, request)
+
+    def _spread(self, x: Tensor, request: Request) -> TransformOutput:
         dtype = self._one.dtype
-        u = draw(noise, "dequantize", "uniform", x.shape, dtype=dtype, device=x.device)
+        u = draw(request.noise, "dequantize", "uniform", x.shape, dtype=dtype, device=x.device)
         # for the largest u, k + u would round up to k + 1, the next grey level
         u = u.clamp(max=1 - 2 * self.levels * torch.finfo(dtype).eps)
         total = -math.log(self.levels) * math.prod(x.shape[1:])
-        return Transformed((x.to(dtype) + u) / self.levels, u.new_full(x.shape[:1], total), {}, Stats())
-
-    def inverse(
-        self,
-        z: Tensor,
-        context: Tensor | None = None,
-        *,
-        noise: Noise | None = None,
-        log_det: bool = True,
-        integrals: bool = True,
-    ) -> Transformed:
-        """Return z unchanged; :meth:`quantize` converts to grey levels."""
-        return Transformed(z, zeros(z), {}, Stats())
+        return TransformOutput((x.to(dtype) + u) / self.levels, u.new_full(x.shape[:1], total), {}, Stats())
 
     def check(self, x: Tensor) -> None:
         """Validate grey levels; the range is not checked while value checks are deferred.
@@ -96,7 +81,7 @@ class Dequantize(Transform):
         return k.clamp(0, self.levels - 1).to(torch.uint8)
 
 
-class Logit(Plain):
+class Logit(DeterministicTransform):
     r"""Logit transform logit(alpha + (1 - 2 alpha) x) from [0, 1] to the real line (Real NVP, 1605.08803).
 
     The domain is the slightly larger interval (-margin, 1 + margin), margin = alpha / (1 - 2 alpha): the image of the
@@ -153,7 +138,7 @@ class Logit(Plain):
         return x, log_det
 
 
-class CenterShift(Plain):
+class Rescale(DeterministicTransform):
     """Centring map (x - 1/2) · factor of images in [0, 1].
 
     With factor 1 the published codes use it in place of the logit where alpha <= 0.
@@ -166,7 +151,7 @@ class CenterShift(Plain):
         DataError: for integers.
 
     Example:
-        >>> CenterShift()(torch.tensor([[0.75]])).value
+        >>> Rescale()(torch.tensor([[0.75]])).value
         tensor([[0.2500]])
     """
 
@@ -188,7 +173,7 @@ class CenterShift(Plain):
         return z / self.factor + 0.5, -self._log_det(z)
 
 
-class Squeeze(Plain):
+class Squeeze(DeterministicTransform):
     """Squeeze of (C, H, W) to (4C, H/2, W/2) (Real NVP, 1605.08803).
 
     The output channel is 4c + 2·(row offset) + (column offset).

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from cnf.errors import ConfigError, DataError
-from cnf.transforms.base import Plain
+from cnf.transforms.base import DeterministicTransform
 
 __all__ = ["Standardize"]
 
 
-class Standardize(Plain):
+class Standardize(DeterministicTransform):
     """Standardisation (x - mean) / std per dimension; the statistics are buffers, saved with the weights.
 
     Args:

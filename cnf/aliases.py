@@ -1,0 +1,35 @@
+"""Former names of public things, which warn for one release."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["aliases", "warn_deprecated"]
+
+
+def warn_deprecated(text: str) -> None:
+    """Give a DeprecationWarning at the nearest caller outside cnf and torch."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("cnf", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, DeprecationWarning, stacklevel=level)
+
+
+def aliases(module: str, **names: str) -> Callable[[str], Any]:
+    """Return a module's ``__getattr__`` that resolves former names to new ones with a DeprecationWarning.
+
+    Args:
+        module: the module's ``__name__``.
+        names: new name by former name.
+    """
+
+    def resolve(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warn_deprecated(f"{module}.{name} is called {names[name]}; the former name will be removed by the next release")
+        return getattr(sys.modules[module], names[name])
+
+    return resolve

@@ -1,0 +1,176 @@
+"""A training put together from the settings of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from cnf.checkpoint import RunInfo, write_config
+from cnf.config import TrainConfig
+from cnf.datasets import DataSplits
+from cnf.distributed import SINGLE_PROCESS, Group
+from cnf.errors import ConfigError
+from cnf.flow import Flow
+from cnf.models import Predictor, SolverConfig
+from cnf.objectives import FlowMatching, Likelihood, Objective, Supervised
+from cnf.training.auto_steps import AutoSteps
+from cnf.training.batches import Batches, Validation, fingerprint, shared_settings, validation_rows
+from cnf.training.callbacks import Callback, EarlyStopping, TimeLimit, WeightAverage, replaced
+from cnf.training.checkpointer import Checkpointer
+from cnf.training.loggers import ProgressBar, RunLogger, TensorBoardLogger
+from cnf.training.loop import VALIDATION_SEED, Trainer
+from cnf.training.non_finite import NonFinitePolicy
+from cnf.training.phases import Phase
+from cnf.training.schedule import adamw, learning_rate
+from cnf.training.signals import Signals
+from cnf.training.solver_monitor import SolverMonitor
+from cnf.training.time_sampler import TimeSampler
+
+__all__ = ["advice", "from_settings", "prepare"]
+
+MAX_ERROR = 10.0  # fine-tuning is rolled back above this solver error, as a multiple of the tolerance
+
+
+def from_settings(
+    info: RunInfo,
+    data: DataSplits,
+    folder: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    group: Group = SINGLE_PROCESS,
+    callbacks: Iterable[Callback | type[Callback]] = (),
+    log_every: int = 10,
+    kind: type[Trainer] = Trainer,
+) -> Trainer:
+    """Return the training of a flow or predictor in a run folder; writes only when it resumes.
+
+    Args:
+        info: settings and shape of the data.
+        data: the splits; the test split is never used here.
+        folder: the run folder, with its config.json.
+        resume: continue from the folder's checkpoint.
+        quiet: show neither progress bar nor messages.
+        group: processes that train this run together.
+        callbacks: take the place of the default ones (see :func:`~cnf.training.callbacks.replaced`).
+        log_every: steps between rows of metrics.jsonl.
+        kind: class of the result, a subclass of :class:`~cnf.training.Trainer`.
+
+    Raises:
+        CheckpointError: on resume, for a checkpoint that is damaged, of another model or of other data.
+        ConfigError: for incompatible settings.
+    """
+    model, stages = prepare(info, data, group)
+    config, solver, device = info.config.train, info.config.solver, stages[0].batches.device
+    defaults = default_callbacks(config, solver, stages[-1].objective)
+    if group.main:
+        defaults += [RunLogger(folder), TensorBoardLogger(folder), ProgressBar()]
+    defaults.insert(0, Checkpointer(folder, partial(write_config, info=info), fingerprint(data)))
+    trainer = kind(
+        model,
+        stages,
+        steps=config.steps,
+        validation=Validation(*validation_rows(data, config.validation_items, VALIDATION_SEED, device)),
+        callbacks=replaced(defaults, callbacks),
+        validate_every=config.validate_every,
+        log_every=log_every,
+        accumulate=config.accumulate,
+        max_grad_norm=config.max_grad_norm,
+        tf32=solver.precision == "tf32",
+        group=group,
+        quiet=quiet,
+        dashes="--",
+    )
+    checkpointer = trainer.callback(Checkpointer)
+    if resume and checkpointer is not None:
+        checkpointer.resume()
+    return trainer
+
+
+def prepare(info: RunInfo, data: DataSplits, group: Group = SINGLE_PROCESS) -> tuple[Flow | Predictor, list[Phase]]:
+    """Return the model on its device, with initial weights and statistics, and its training phases.
+
+    Raises:
+        ConfigError: for incompatible settings, or processes that differ.
+    """
+    config = info.config.train
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = torch.device(config.device)
+    torch.manual_seed(config.seed)  # the initial weights
+    model = info.build().to(device)
+    batches = Batches(data, config.batch_size, config.seed, device, group, model.like.dtype)
+    stages = phases(model, config, batches)
+    stages[0].objective.prepare(batches.x)
+    group.check_same(shared_settings(info.config, data))
+    group.broadcast(model.state_dict().values())  # equal already, up to rounding that differs between machines
+    return model, stages
+
+
+def default_callbacks(config: TrainConfig, solver: SolverConfig, objective: Objective) -> list[Callback]:
+    """Return the callbacks of these settings, without those that write and show."""
+    # a preset's automatic_steps concerns its grid, which --adaptive replaces
+    kind = AutoSteps if solver.automatic_steps and not solver.adaptive and objective.solves else SolverMonitor
+    return [
+        WeightAverage(config.ema_decay),
+        TimeSampler(config.watch_every),
+        kind(config.watch_tolerance, config.max_grid_steps, config.watch_every),
+        NonFinitePolicy(max_error=MAX_ERROR * config.watch_tolerance, advice=advice(config, solver)),
+        EarlyStopping(config.patience),
+        TimeLimit(config.max_time),
+        Signals(),
+    ]
+
+
+def phases(model: Flow | Predictor, config: TrainConfig, batches: Batches) -> list[Phase]:
+    """Return the phases in order: two if the objective is ``"both"``, one otherwise.
+
+    Raises:
+        ConfigError: for settings that the model does not support, or that exclude each other.
+    """
+
+    def phase(objective: Objective, batches: Batches, lr: float, warmup: int, steps: int | None = None, message: str = "") -> Phase:
+        rate = partial(learning_rate, peak=1.0, warmup=warmup, schedule=config.schedule)
+        optimizer = partial(adamw, lr=lr, weight_decay=config.weight_decay)
+        return Phase(objective, batches, optimizer, lambda step, steps: rate(step, steps=steps), steps, message)
+
+    if not isinstance(model, Flow):
+        if config.kinetic or config.jacobian or config.step_error:
+            weights = f"kinetic={config.kinetic:g}, jacobian={config.jacobian:g}, step_error={config.step_error:g}"
+            raise ConfigError(f"{weights} are for densities: leave them at 0")
+        return [phase(Supervised(model, config.objective), batches, config.lr, config.warmup)]
+    stages: list[Phase] = []
+    if config.objective in ("flow-matching", "both"):
+        if config.coupling != "independent" and (config.accumulate > 1 or batches.group.size > 1):
+            raise ConfigError(
+                f"coupling={config.coupling!r} assigns the noise of a whole batch, which no process or micro-batch has: leave "
+                "--accumulate at 1 and train in one process, or take coupling='independent'"
+            )
+        matching = FlowMatching(model, config.coupling, config.match_weights, config.match_times)
+        stages.append(phase(matching, batches, config.lr, config.warmup))
+    if config.objective in ("likelihood", "both"):
+        likelihood = Likelihood(model, config.kinetic, config.jacobian, config.regularisers, config.step_error)
+        if config.objective == "likelihood":
+            return [phase(likelihood, batches, config.lr, config.warmup)]
+        own = batches.resized(config.tune_batch_size) if config.tune_batch_size else batches
+        message = f"from here on the likelihood, on batches of {own.size}"
+        stages.append(phase(likelihood, own, config.tune_lr, config.warmup_of_tuning, config.tune_steps, message))
+    return stages
+
+
+def advice(config: TrainConfig, solver: SolverConfig) -> str:
+    """Return the options that may help, with their current values.
+
+    Example:
+        >>> advice(TrainConfig(lr=0.1, warmup=0), SolverConfig(grid_steps=2))
+        'a smaller --lr (now 0.1), a longer --warmup (now 0), --kinetic 0.01 or more (now 0), or more --grid-steps (now 2)'
+    """
+    finer = f"a smaller --rtol (now {solver.rtol:g})" if solver.adaptive else f"more --grid-steps (now {solver.grid_steps})"
+    if config.objective == "flow-matching":
+        return f"a smaller --lr (now {config.lr:g}), or a longer --warmup (now {config.warmup})"
+    kinetic = f"--kinetic 0.01 or more (now {config.kinetic:g}), " if config.objective in ("likelihood", "both") else ""
+    rate = f"--lr (now {config.lr:g})" if config.objective != "both" else f"--lr or --finetune-lr (now {config.lr:g}, {config.tune_lr:g})"
+    return f"a smaller {rate}, a longer --warmup (now {config.warmup}), {kinetic}or {finer}"
