@@ -4,7 +4,7 @@ Both sides have the same trained flow, points and way of taking the exact trace.
 the error, which is the mean |log p - its true value|, in bits/dim, against dopri5 at 1e-10 in float64 with all states in its
 norm. *Products* are evaluations that take a derivative: of a field without a closed form each is D tangents. In the rows
 "defaults" both solve at 1e-5, ours with the default tolerance of the log-det. "sorted" is the same evaluation of all test
-images in batches, cut as they come and in the order of hardness.
+images in batches, cut as they come and in the order of local_error.
 
     python benchmarks/evaluation.py --quick           # short trainings; about a minute on one core
     python benchmarks/evaluation.py --full --json benchmarks/results.json  # or --controlled: the default's error, row by row

@@ -6,11 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cnf.checkpoint import load
+    from cnf.checkpoint import load, save
     from cnf.config import ModelConfig, SolverConfig
     from cnf.continuous import CNF
     from cnf.divergence import Exact, Hutchinson
     from cnf.fields import VectorField
+    from cnf.fitting import FitResult, fit
     from cnf.flow import Flow
     from cnf.models import build
     from cnf.noise import Noise
@@ -22,6 +23,7 @@ __all__ = [
     "CNF",
     "Adaptive",
     "Exact",
+    "FitResult",
     "FixedGrid",
     "Flow",
     "Hutchinson",
@@ -30,17 +32,20 @@ __all__ = [
     "SolverConfig",
     "VectorField",
     "build",
+    "fit",
     "from_velocity",
     "load",
+    "save",
 ]
 
 # public name -> module; imported at first use, so that ``import cnf`` and the settings need no torch (PEP 562)
 _HOMES = {
-    "cnf.checkpoint": ("load",),
+    "cnf.checkpoint": ("load", "save"),
     "cnf.config": ("ModelConfig", "SolverConfig"),
     "cnf.continuous": ("CNF",),
     "cnf.divergence": ("Exact", "Hutchinson"),
     "cnf.fields": ("VectorField",),
+    "cnf.fitting": ("FitResult", "fit"),
     "cnf.flow": ("Flow",),
     "cnf.models": ("build",),
     "cnf.noise": ("Noise",),

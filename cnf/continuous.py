@@ -22,7 +22,7 @@ from cnf.halving import separable, solve_in_halves
 from cnf.noise import Noise, draw, number
 from cnf.quadratures import Quadrature, check_names
 from cnf.refinement import Rows
-from cnf.rhs import OneStage, RightHandSide
+from cnf.rhs import AugmentedDynamics, SampledStage
 from cnf.solvers import Adaptive, FixedGrid, Solution, Solver
 from cnf.transforms import Request, Transform, TransformOutput
 from cnf.transforms.request import DEFAULT
@@ -167,11 +167,11 @@ class CNF(Transform):
         time = t if a is None else self.advance_augmented_time(a, t)[0]
         return protect(self.field)(time, x, context)
 
-    def _one_stage(self, need: frozenset[str], solver: Solver, closed_form: bool, noise: Noise | None) -> OneStage | None:
+    def _sampled_stage(self, need: frozenset[str], solver: Solver, closed_form: bool, noise: Noise | None) -> SampledStage | None:
         """Return a random stage for ‖J‖², an extra product with a closed-form trace; training on a grid only."""
         if not (self.training and "jac_sq" in need and type(solver) is FixedGrid and closed_form):
             return None
-        return OneStage(*solver.stage(number(noise, "stage")))
+        return SampledStage(*solver.stage(number(noise, "stage")))
 
     @outside_inference_mode
     def integrate(
@@ -193,7 +193,7 @@ class CNF(Transform):
         check_derivative(field, divergence, need, now, x, context)
         # drawn once, before the solve and outside any checkpoint: a fixed probe defines one smooth ODE
         probe = divergence.probe(x, noise, need, field)
-        rhs = RightHandSide(
+        rhs = AugmentedDynamics(
             field,
             path,
             divergence,
@@ -205,10 +205,10 @@ class CNF(Transform):
             log_det=log_det,
             autocast=self.autocast if self.training else None,
             compile=self.compiles and self.training and torch.is_grad_enabled() and can_compile(field, self.label),
-            once=self._one_stage(need, solver, closed(divergence, field), noise),
+            sampled_stage=self._sampled_stage(need, solver, closed(divergence, field), noise),
         )
 
-        def rows(index: Tensor) -> RightHandSide:
+        def rows(index: Tensor) -> AugmentedDynamics:
             return rhs.part(index, lambda given: precompute(self.field, x[index], given, noise))
 
         def separate() -> Rows | None:

@@ -18,12 +18,12 @@ from cnf.fields.base import SolveField
 from cnf.quadratures import Quadrature, StepError
 from cnf.validation import context_rows
 
-__all__ = ["OneStage", "RightHandSide", "field_precision"]
+__all__ = ["AugmentedDynamics", "SampledStage", "field_precision"]
 
 State = tuple[Tensor, ...]
 
 
-class OneStage(NamedTuple):
+class SampledStage(NamedTuple):
     """Randomly drawn stage of a grid, the only one that evaluates integrands with a separate Jacobian product.
 
     Their values there are divided by ``share``, the stage's fraction of the stage weights and thus the probability of
@@ -35,7 +35,7 @@ class OneStage(NamedTuple):
     share: float
 
 
-class RightHandSide:
+class AugmentedDynamics:
     """Augmented dynamics of one solve, d state / ds with t = start + s span.
 
     The state is x, a if there is a path, the log-det, and the quadratures. A state of the dynamic entries (x, a) alone
@@ -52,7 +52,7 @@ class RightHandSide:
         log_det: integrate the log-det.
         autocast: dtype of the field's computations, or None for that of x; the state keeps its own.
         compile: compile every evaluation.
-        once: the only stage that evaluates integrands with ``"jac_sq"`` in ``need``; None evaluates them at all stages.
+        sampled_stage: the only stage that evaluates integrands with ``"jac_sq"`` in ``need``; None evaluates them at all stages.
     """
 
     def __init__(
@@ -69,15 +69,15 @@ class RightHandSide:
         log_det: bool,
         autocast: torch.dtype | None = None,
         compile: bool = False,
-        once: OneStage | None = None,
+        sampled_stage: SampledStage | None = None,
     ):
         self.field, self.path, self.divergence, self.quadratures = field, path, divergence, tuple(quadratures)
         self.start, self.span, self.context, self.probe, self.log_det = start, span, context, probe, log_det
-        self.autocast, self.compile, self.once = autocast, compile, once
+        self.autocast, self.compile, self.sampled_stage = autocast, compile, sampled_stage
         self.foreign = tuple(not type(q).__module__.startswith("cnf.") or hasattr(q, "cost") for q in quadratures)
         self.custom = field.custom or any(self.foreign)
         # a tensor: a number would be compiled in, one graph per value; filled on the device, not copied to it
-        self.share = None if once is None else start.new_full((), once.share)
+        self.share = None if sampled_stage is None else start.new_full((), sampled_stage.share)
         errors = [i for i, q in enumerate(self.quadratures) if isinstance(q, StepError)]
         self.step_error = 1 + (path is not None) + log_det + errors[0] if errors else None  # its index in the state
         self.need = frozenset({"div"} if log_det else ()).union(*(q.need for q in self.quadratures))
@@ -91,7 +91,7 @@ class RightHandSide:
         modules = (field, *([] if self.path is None else [self.path]), *learned)
         return list({id(p): p for m in modules for p in m.parameters()}.values())
 
-    def part(self, index: Tensor, field: Callable[[Tensor | None], SolveField]) -> RightHandSide:
+    def part(self, index: Tensor, field: Callable[[Tensor | None], SolveField]) -> AugmentedDynamics:
         """Return the dynamics of the rows ``index`` (R,), with the field that ``field(context)`` returns for them."""
         other = copy.copy(self)
         other.context = context_rows(self.context, index)
@@ -100,11 +100,11 @@ class RightHandSide:
         return other
 
     def __call__(self, s: Tensor, state: State) -> State:
-        return self._run(s, state, sampled=self.once is not None)
+        return self._run(s, state, sampled=self.sampled_stage is not None)
 
     def at(self, step: int, stage: int, s: Tensor, state: State) -> State:
         """Evaluate the dynamics at the given step and stage of a grid."""
-        return self._run(s, state, sampled=self.once is not None and (step, stage) != (self.once.step, self.once.stage))
+        return self._run(s, state, sampled=self.sampled_stage is not None and (step, stage) != (self.sampled_stage.step, self.sampled_stage.stage))
 
     def _run(self, s: Tensor, state: State, sampled: bool) -> State:
         if self.compile:
@@ -121,7 +121,7 @@ def field_precision(kind: torch.dtype | None, x: Tensor) -> AbstractContextManag
     return torch.autocast(x.device.type, kind, cache_enabled=False)
 
 
-def _evaluate(rhs: RightHandSide, s: Tensor, state: State, sampled: bool) -> State:
+def _evaluate(rhs: AugmentedDynamics, s: Tensor, state: State, sampled: bool) -> State:
     """Evaluate the dynamics; ``sampled`` sets integrands that only the drawn stage evaluates to zero."""
     span, x = rhs.span, state[0]
     t = rhs.start + s * span

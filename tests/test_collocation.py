@@ -17,7 +17,7 @@ from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError, DataError, SolverError
 from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
 from cnf.likelihood import evaluate
-from cnf.likelihood.groups import hardness, sorted_rows
+from cnf.likelihood.stiffness_batching import local_error, sorted_rows
 from cnf.models import eval_solver
 from cnf.noise import Noise
 from cnf.quadratures import Directional, JacobianFrobenius, Kinetic, RunningCost, TotalDerivative
@@ -362,13 +362,13 @@ def test_hardness_is_of_the_order_of_one_step_and_zero_where_it_is_exact():
     found = []
     for end in (0.2, 0.1, 0.05):
         one.fixed_end_time = end
-        found.append(hardness(flow, x) * end)  # the step's error itself
+        found.append(local_error(flow, x) * end)  # the step's error itself
     orders = [float((a / b).log2().mean()) for a, b in zip(found, found[1:], strict=False)]
     assert all(4.7 < order < 5.3 for order in orders), orders
     cubic = Own(lambda t, y: torch.ones_like(y) * t**3, lambda t, y: 0 * y[:, 0])
-    assert float(hardness(Flow(CNF(cubic), (3,)), x).max()) < 1e-14
+    assert float(local_error(Flow(CNF(cubic), (3,)), x).max()) < 1e-14
     quartic = Own(lambda t, y: torch.ones_like(y) * t**4, lambda t, y: 0 * y[:, 0])
-    assert float(hardness(Flow(CNF(quartic), (3,)), x).min()) > 1e-5
+    assert float(local_error(Flow(CNF(quartic), (3,)), x).min()) > 1e-5
 
 
 def varied():
@@ -478,7 +478,7 @@ def test_hardness_reaches_the_first_block_of_every_architecture():
         dict(field="mlp", dequantize="variational", marginals="logit"),
     ):
         flow = build(ModelConfig(hidden=(4,), zero_init=False, **more), SolverConfig(), (1, 4, 4), levels=5, context_dim=0).eval()
-        values = hardness(flow, x)
+        values = local_error(flow, x)
         assert values.shape == (7,) and values.dtype == F64 and bool((values > 0).all())
         assert sorted(sorted_rows(flow, x, None, size=2, group=SINGLE_PROCESS).tolist()) == list(range(7))
 

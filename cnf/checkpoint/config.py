@@ -14,9 +14,10 @@ from cnf.checkpoint.files import write_atomic, write_text
 from cnf.config import RunConfig
 from cnf.config.decoding import decode, once
 from cnf.config.rules import setting
-from cnf.errors import CheckpointError
+from cnf.errors import CheckpointError, ConfigError
 from cnf.flow import Flow
 from cnf.models import Predictor, build, build_predictor
+from cnf.models.custom import field_maker
 from cnf.schema import TableColumn, context_width, data_columns
 from cnf.strangers import require_file
 
@@ -32,7 +33,8 @@ class RunInfo:
     """Contents of config.json: the settings and the shape of the data, enough to rebuild the model without the data.
 
     ``context_dim`` is the width of the data set's second tensor: the condition of a flow, or the target of a predictor.
-    ``table`` holds the columns of a user's table, so that later files are read as the training file was.
+    ``table`` holds the columns of a user's table, so that later files are read as the training file was. ``custom_field``
+    names a vector field of the user's own, whose code is not in the folder.
     """
 
     config: RunConfig
@@ -42,15 +44,19 @@ class RunInfo:
     classes: tuple[str, ...]
     columns: tuple[str, ...]
     table: tuple[TableColumn, ...] = setting((), later=True)
+    custom_field: str = setting("", later=True)
 
     def build(self) -> Flow | Predictor:
         """Return the untrained model: a flow, or a predictor for regression and classification."""
         config = self.config
+        field = field_maker(self.custom_field) if self.custom_field else None
+        if field is not None and not config.train.density:
+            raise ConfigError(f"--field {self.custom_field} is for a density: a predictor's field is built from its settings")
         if not config.train.density:
             return build_predictor(
                 config.model, config.solver, self.event_shape, outputs=self.context_dim, levels=self.levels
             )
-        return build(config.model, config.solver, self.event_shape, levels=self.levels, context_dim=self.context_dim)
+        return build(config.model, config.solver, self.event_shape, levels=self.levels, context_dim=self.context_dim, field=field)
 
 
 def config_digest(fields: Mapping[str, Any]) -> str:
@@ -66,18 +72,30 @@ def config_digest(fields: Mapping[str, Any]) -> str:
 
 def write_config(folder: Path, info: RunInfo) -> None:
     """Write config.json with format version and checksum."""
-    fields = dataclasses.asdict(info)
-    text = json.dumps({"format": FORMAT, "sha256": config_digest(fields), **fields}, indent=2)
-    write_atomic(folder / "config.json", lambda p: write_text(p, text))
+    write_fields(folder, dataclasses.asdict(info))
 
 
 def read_config(folder: Path) -> RunInfo:
-    """Read config.json.
+    """Read the config.json of a run that a program has made.
 
     Raises:
         CheckpointError: if it is missing or damaged, if a field is unknown, missing, of the wrong type, or a number
-            that is not finite or too large (the field is named), or if the checksum differs.
+            that is not finite or too large (the field is named), if the checksum differs, or for a model of ``cnf.fit``.
     """
+    path, raw = folder / "config.json", read_fields(folder)
+    if raw.get("kind") == "model":
+        raise CheckpointError(
+            f"{folder} holds a model of cnf.fit or cnf.save ({reprlib.repr(raw.get('model_class'))}), not a run of cnf train: "
+            "load it in Python, cnf.load(folder)"
+        )
+    info: RunInfo = decode(RunInfo, {k: v for k, v in raw.items() if k not in _HEAD}, str(path))
+    _check(info, str(path))
+    check_digest(raw, path)
+    return info
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """Return the fields of config.json, of the format that this version reads; their checksum is not checked yet."""
     path = folder / "config.json"
     if not path.exists():
         raise CheckpointError(f"{folder} is no run folder: it has no config.json")
@@ -91,13 +109,20 @@ def read_config(folder: Path) -> RunInfo:
         told = raw.get("format") if isinstance(raw, dict) else None
         other = f" (this folder was written by another version, in format {told})" if type(told) is int else ""
         raise CheckpointError(f"{path}: this version reads format {FORMAT}{other}")
-    info: RunInfo = decode(RunInfo, {k: v for k, v in raw.items() if k not in _HEAD}, str(path))
-    _check(info, str(path))
+    return raw
+
+
+def write_fields(folder: Path, fields: dict[str, Any]) -> None:
+    """Write config.json with format version and checksum."""
+    text = json.dumps({"format": FORMAT, "sha256": config_digest(fields), **fields}, indent=2)
+    write_atomic(folder / "config.json", lambda p: write_text(p, text))
+
+
+def check_digest(raw: dict[str, Any], path: Path) -> None:
     if raw.get("sha256") != config_digest(raw):
         raise CheckpointError(
             f"{path} is not what was written: its checksum differs. Options are changed on the command line, not in the file"
         )
-    return info
 
 
 def _check(info: RunInfo, where: str) -> None:

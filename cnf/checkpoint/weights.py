@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,18 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cnf.checkpoint.config import RunInfo, read_config
+from cnf.checkpoint.config import read_config
 from cnf.checkpoint.files import one_line, write_atomic
+from cnf.checkpoint.lock import locked
+from cnf.checkpoint.model_info import describe, is_model, read_model_info, write_model_info
 from cnf.checkpoint.shelf import located
+from cnf.config import ModelConfig
 from cnf.errors import CheckpointError, ConfigError
 from cnf.flow import Flow
 from cnf.models import Predictor
 from cnf.strangers import require_file
 
-__all__ = ["load", "load_model", "weights_digest", "write_weights"]
+__all__ = ["load", "load_model", "save", "weights_digest", "write_weights"]
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -47,12 +50,16 @@ def write_weights(folder: Path, flow: nn.Module, *, half: bool = False) -> None:
         half: store float32 parameters in half precision (11 bits, half the size); they load as float32.
     """
     rounded = {name for name, p in flow.named_parameters() if p.dtype == torch.float32} if half else set()
-    tensors = {k: v.detach().cpu().to(torch.float16 if k in rounded else v.dtype).contiguous() for k, v in flow.state_dict().items()}
+    tensors, storages = {}, set()
+    for name, value in flow.state_dict().items():
+        tensor = value.detach().cpu().to(torch.float16 if name in rounded else value.dtype).contiguous()
+        tensors[name] = tensor.clone() if tensor.data_ptr() in storages else tensor  # tied weights, which the file cannot share
+        storages.add(tensor.data_ptr())
     metadata = {"sha256": weights_digest(tensors)}
     write_atomic(folder / "model.safetensors", lambda p: safetensors.torch.save_file(tensors, str(p), metadata))
 
 
-def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Flow | Predictor:
+def load_model(folder: str | Path, device: str | torch.device = "cpu", *, flow: nn.Module | None = None) -> Flow | Predictor:
     """Return the trained model of a run folder, a flow or a predictor, in evaluation mode; no code in the folder runs.
 
     ``pretrained:NAME`` selects a model of the package (:func:`pretrained` lists them).
@@ -67,16 +74,33 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Flow |
         torch.Size([540, 10])
     """
     folder = located(folder)
-    info = read_config(folder)
     path = folder / "model.safetensors"
+    if not (folder / "config.json").exists() or not is_model(folder):
+        info = read_config(folder)
+        if flow is not None:
+            raise ConfigError(f"flow= is for a custom model, and {folder} is a run with all its settings: load it without")
+        make: Callable[[], Any] = info.build
+        settings: ModelConfig | None = info.config.model
+    else:
+        known = read_model_info(folder)
+        if flow is None and known.built is None:
+            custom = ", ".join(known.custom_classes) or "a flow composed by hand"
+            raise CheckpointError(
+                f"{folder} holds {known.model_class} with {custom}, whose code is not in the folder: make it again and give it, "
+                "cnf.load(folder, flow=my_flow)"
+            )
+        if flow is not None and (name := f"{type(flow).__module__}.{type(flow).__qualname__}").rpartition(".")[2] != known.model_class.rpartition(".")[2]:
+            raise CheckpointError(f"{folder} holds {known.model_class}, but flow= is {name}")
+        make, settings = (known.built.build, known.built.model) if known.built is not None and flow is None else (lambda: flow, None)
     if not path.exists():
         raise CheckpointError(f"{path} is missing: the run has not been validated yet")
     require_file(path, CheckpointError, str(path))
     try:
         tensors = _read(path)
-        _check(info, tensors)
-        flow = info.build()
-        flow.load_state_dict(tensors)
+        if settings is not None:
+            _check(settings, make, tensors)
+        model = make()
+        model.load_state_dict(tensors)
     except ConfigError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     except (
@@ -89,14 +113,46 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Flow |
         safetensors.SafetensorError,
     ) as error:
         raise CheckpointError(f"{path} does not hold this model's weights: {one_line(error)}") from None
-    return flow.to(device).eval()
+    loaded: Flow | Predictor = model.to(device).eval()
+    return loaded
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
-    """Return :func:`load_model` without its type.
+def save(flow: nn.Module, folder: str | Path) -> None:
+    """Write a model into a folder, from which :func:`load` rebuilds it.
+
+    A model made by :func:`cnf.build` is recorded with its settings; of any other one, only the names of its classes are,
+    and :func:`load` needs it again. No code is saved.
+
+    Args:
+        flow: the model.
+        folder: made if it is missing; a model of ``save`` or ``cnf.fit`` in it is overwritten.
+
+    Raises:
+        ConfigError: for a folder of a run of ``cnf train``, or one that another process writes.
+        CheckpointError: if it cannot be written.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from cnf import ModelConfig, SolverConfig, build
+        >>> with TemporaryDirectory() as folder:
+        ...     save(build(ModelConfig(hidden=(8,)), SolverConfig(), (2,)), folder)
+        ...     load(folder).event_shape
+        (2,)
+    """
+    folder = Path(folder)
+    with locked(folder):
+        if (folder / "config.json").exists() and not is_model(folder):
+            raise ConfigError(f"{folder} is a run of cnf train, which keeps its own weights: choose another folder")
+        write_weights(folder, flow)
+        write_model_info(folder, describe(flow))
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu", *, flow: nn.Module | None = None) -> Any:
+    """Return :func:`load_model` without its type; no code in the folder runs.
 
     The model is a :class:`~cnf.flow.Flow`, or a :class:`~cnf.models.NeuralODE` or :class:`~cnf.models.ResidualNet` of a
-    run of a predictor.
+    run of a predictor. A custom model, whose classes the folder only names, takes the weights in place:
+    ``load(folder, flow=my_flow)``.
 
     Raises:
         ConfigError: for an unknown NAME of ``pretrained:NAME``.
@@ -108,7 +164,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
         >>> flow.event_shape
         (1, 28, 28)
     """
-    return load_model(folder, device)
+    return load_model(folder, device, flow=flow)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -123,15 +179,15 @@ def _read(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _check(info: RunInfo, tensors: Mapping[str, Tensor]) -> None:
+def _check(model: ModelConfig, build: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> None:
     """Check that model and weights match before memory is allocated: a config may request more than any machine has."""
-    model, count = info.config.model, len(tensors)
+    count = len(tensors)
     stacked = model.depth_terms if model.depth == "stacked" else 0
     for name, asked in (("blocks", model.blocks), ("hidden", len(model.hidden)), ("unet_depth", model.unet_depth), ("stacked pieces", stacked)):
         if asked > count:
             raise ValueError(f"config.json asks for {asked} {name}, but there are {count} tensors in all")
     with torch.device("meta"):
-        flow = info.build()
+        flow = build()
     flow.load_state_dict({name: value.to("meta") for name, value in tensors.items()})
     for name, expected in flow.state_dict().items():
         halved = tensors[name].dtype == torch.float16 and expected.dtype == torch.float32

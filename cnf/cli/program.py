@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from cnf import __version__
+from cnf.cli.custom_field import take_field
 from cnf.cli.exits import guard
 from cnf.cli.help import COMMANDS, overview, short_help
 from cnf.cli.listing import list_presets, list_published
@@ -83,6 +84,7 @@ def _version(program: str) -> int:
 def _train(words: Words, program: str = "cnf train") -> int:
     from cnf.cli.options import CLASSIFIER, DEFAULT, parse, renamed
 
+    words = take_field(words)
     fallback = CLASSIFIER if program == "train_classifier.py" else DEFAULT
     if not program.startswith("cnf ") and "--list" in words:
         return list_presets()
@@ -123,6 +125,7 @@ def _rank(words: Words) -> int:
 def _sample(words: Words, program: str = "cnf sample") -> int:
     from cnf.cli.sample_options import check, parser
 
+    words = take_field(words)
     options = parser(program).parse_args(["--help" if word == "--help-all" else word for word in words])
     check(options)
     _quiet_threads()

@@ -27,6 +27,7 @@ from cnf.datasets import DataSplits, tabular
 from cnf.distributed import Group, join
 from cnf.errors import ConfigError, DataError, Interrupted
 from cnf.models import slow_bf16
+from cnf.models.custom import registered
 from cnf.progress import duration_text
 from cnf.training import Trainer, finish, from_settings, read_json, summary
 from cnf.training.checkpointer import run_lock
@@ -97,9 +98,13 @@ def _joined(
     if not config.train.density and data.kind == "table":
         print("data: columns enter as they are: standardise them beforehand where their units differ")
     info = _describe(config, data)
+    if old is not None and info.custom_field and not old.custom_field:
+        raise ConfigError(f"{folder} was trained with a built-in field: leave --field out")
     if command.evaluate:
         assert old is not None
         return evaluate_run(command, dataclasses.replace(old, config=config), data, group)
+    if old is not None:
+        info = dataclasses.replace(info, custom_field=old.custom_field)
     if old is not None and dataclasses.replace(info, config=old.config, table=info.table if old.table else ()) != old:
         raise DataError(f"the data are not those that {folder} was trained on ({old.event_shape}): put them back, or start a new run")
     if command.dry_run:
@@ -126,7 +131,7 @@ def _described(data: DataSplits) -> str:
 
 
 def _describe(config: RunConfig, data: DataSplits) -> RunInfo:
-    return RunInfo(config, data.event_shape, data.levels, data.context_dim, data.classes, data.columns, data.table)
+    return RunInfo(config, data.event_shape, data.levels, data.context_dim, data.classes, data.columns, data.table, registered())
 
 
 def _train(command: Command, info: RunInfo, data: DataSplits, folder: Path, group: Group) -> int:

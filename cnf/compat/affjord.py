@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -151,7 +150,7 @@ def squeeze_paths(flow: Flow) -> None:
     if not scales and flow.dim < ENTRIES:
         raise ConfigError(f"images of shape {flow.event_shape} have fewer than the {ENTRIES} entries that z* needs")
     for (path, scale), shape in zip(scales, scale_shapes(flow.event_shape) if scales else (), strict=True):
-        flow.set_submodule(path, ReleasedScale(cast(Any, scale.transforms), shape))
+        flow.set_submodule(path, ReleasedScale((part for part, _ in scale.steps()), shape))
 
 
 def _check(given: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], prefix: str = "") -> None:

@@ -17,8 +17,8 @@ from cnf.divergence import Hutchinson
 from cnf.errors import ConfigError, DataError, SolverError
 from cnf.flow import Flow
 from cnf.halving import FAILING
-from cnf.likelihood.groups import sorted_rows
 from cnf.likelihood.items import ItemNoise
+from cnf.likelihood.stiffness_batching import sorted_rows
 from cnf.noise import Noise
 from cnf.solvers import Stats
 from cnf.solvers.base import SolverOverride

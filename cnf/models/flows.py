@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -124,6 +125,7 @@ def build(
     *,
     levels: int | None = None,
     context_dim: int = 0,
+    field: Callable[[tuple[int, ...], int], torch.nn.Module] | None = None,
 ) -> Flow:
     """Build the flow of these settings, for images if ``levels`` is given, otherwise for vectors.
 
@@ -134,6 +136,7 @@ def build(
         levels: grey levels of images, dequantised and mapped according to ``model.marginals`` first; None for vectors,
             which are standardised first, with statistics set by ``flow.fit_statistics``.
         context_dim: size of the context, 0 for none.
+        field: makes the vector field of a block from its event_shape and context_dim, in place of ``model.field``.
 
     Raises:
         ConfigError: for inconsistent settings, or images whose size cannot be squeezed as requested.
@@ -174,7 +177,7 @@ def build(
 
     def block(shape: tuple[int, ...]) -> CNF:
         return CNF(
-            _field(model, shape, context_dim, levels),
+            _field(model, shape, context_dim, levels) if field is None else field(shape, context_dim),
             divergence(solver),
             train_solver(solver),
             end_time=model.end_time,
@@ -194,6 +197,9 @@ def build(
         raise ConfigError(f"steer={solver.steer}: a denoiser's path ends at t = 1: leave it at 0")
     for each in flow.blocks:
         each.eval_solver = eval_solver(solver, flow)
+    # by which cnf.save records it
+    if field is None:
+        flow.__dict__["built"] = {"model": model, "solver": solver, "event_shape": tuple(event_shape), "levels": levels, "width": context_dim, "predicts": False}
     return flow.double() if solver.precision == "fp64" else flow
 
 

@@ -48,8 +48,13 @@ def build_predictor(
     if model.field not in ("mlp", "conv"):
         raise ConfigError(f"field={model.field!r} is for densities: architecture={model.architecture!r} takes 'mlp' or 'conv'")
     if model.architecture == "resnet":
-        return _resnet(model, event_shape, outputs, levels)
-    return _node(model, solver, event_shape, outputs, levels)
+        made: Predictor = _resnet(model, event_shape, outputs, levels)
+    else:
+        made = _node(model, solver, event_shape, outputs, levels)
+    made.__dict__["built"] = {
+        "model": model, "solver": solver, "event_shape": tuple(event_shape), "levels": levels, "width": outputs, "predicts": True,
+    }  # fmt: skip
+    return made
 
 
 def _resnet(model: ModelConfig, event_shape: tuple[int, ...], outputs: int, levels: int | None) -> ResidualNet:

@@ -60,7 +60,8 @@ class Batches:
         self.device, self.dtype = device, dtype
         self.x = data.train.to(device) if _fits(data.train, device) else data.train
         require_values(self.x, data.levels)
-        self.context = None if data.train_context is None else data.train_context.to(device, dtype)
+        self.context = None if data.train_context is None else _cast(data.train_context.to(device), dtype)
+        self.length = len(self.x)
         self.seed, self.flip, self.group = seed, data.flip, group
         self._resize(size)
 
@@ -76,7 +77,7 @@ class Batches:
 
     def _resize(self, size: int) -> None:
         group = self.group
-        self.size = min(size, len(self.x))
+        self.size = min(size, self.length)
         if self.size < group.size:
             raise ConfigError(f"a batch has {self.size} rows, fewer than the {group.size} processes: take a larger --batch-size, or fewer processes")
         self.share, self.joint = group.share(self.size), self.size if group.size > 1 else None
@@ -88,18 +89,26 @@ class Batches:
 
         The N rows are those of this process.
         """
-        epoch, place = divmod(step, len(self.x) // self.size)
+        epoch, place = divmod(step, self.length // self.size)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._order = epoch, sent(torch.randperm(len(self.x), generator=generator), self.x.device)
+            self._order = epoch, sent(torch.randperm(self.length, generator=generator), self.x.device)
         rows = self._order[1][place * self.size : (place + 1) * self.size][self.share]
         noise = Noise(self.seed, "train", step, start=self.share.start, total=self.joint)
-        x = sent(self.x[rows], self.device).contiguous()
-        x = x.to(self.dtype) if x.is_floating_point() else x
+        x, context = self.fetch(rows)
         if self.flip:
             chosen = noise.draw("flip", "uniform", (len(x),), device=x.device) < 0.5
             x = torch.where(chosen[:, None, None, None], x.flip(3), x)
-        return x, None if self.context is None else self.context[sent(rows, self.device)], noise
+        return x, context, noise
+
+    def fetch(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return x and context of some rows, on the device."""
+        x = _cast(sent(self.x[rows], self.device).contiguous(), self.dtype)
+        return x, None if self.context is None else self.context[sent(rows, self.device)]
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
 
 
 def require_values(x: Tensor, levels: int | None, chunk: int = 8192) -> None:

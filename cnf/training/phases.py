@@ -75,6 +75,11 @@ class LearningRate:
             self._put(self.scheduler.get_last_lr())
             self.scheduler.step(value)
 
+    def reset(self) -> None:
+        """Set the peak learning rates again."""
+        if self.scheduler is None:
+            self._put(self.peaks)
+
     def _put(self, rates: Iterable[Any]) -> None:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate

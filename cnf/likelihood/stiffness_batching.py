@@ -14,7 +14,7 @@ from cnf.transforms import Request, iter_leaves
 from cnf.transforms.chain import input_of
 from cnf.validation import context_rows
 
-__all__ = ["hardness", "sorted_rows"]
+__all__ = ["local_error", "sorted_rows"]
 
 _FIFTH = TABLEAUS["dopri5"]
 # Dormand and Prince's weights of order 5 minus those of order 4, the last one at the end of the step
@@ -22,7 +22,7 @@ _ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1
 
 
 def sorted_rows(flow: Flow, x: Tensor, context: Tensor | None, *, size: int, group: Group) -> Tensor:
-    """Return the order (N,) in which to batch the rows: by :func:`hardness`, or unchanged where sorting is useless.
+    """Return the order (N,) in which to batch the rows: by :func:`local_error`, or unchanged where sorting is useless.
 
     Sorting is useless for a single batch, and for solvers whose steps do not depend on the rows. It saved a fifth of
     the evaluations of a trained flow of a checkerboard (batches of 128), a twelfth of one of digits (of 64), none of a
@@ -49,12 +49,12 @@ def sorted_rows(flow: Flow, x: Tensor, context: Tensor | None, *, size: int, gro
         for place, part in enumerate(rows.split(size)):
             if group.owns(place):
                 given = context_rows(context, part)
-                found[part] = hardness(flow, x[part], given)
+                found[part] = local_error(flow, x[part], given)
     return group.sum(found).argsort(stable=True)
 
 
 @torch.no_grad()
-def hardness(flow: Flow, x: Tensor, context: Tensor | None = None) -> Tensor:
+def local_error(flow: Flow, x: Tensor, context: Tensor | None = None) -> Tensor:
     """Return the local error (N,) of one fifth-order step over the whole first block, float64 on the CPU.
 
     It costs seven evaluations of f. On trained flows of digits and of a checkerboard it correlates with the evaluations
@@ -65,7 +65,7 @@ def hardness(flow: Flow, x: Tensor, context: Tensor | None = None) -> Tensor:
     Example:
         >>> from cnf import ModelConfig, SolverConfig, build
         >>> flow = build(ModelConfig(hidden=(8,), zero_init=False), SolverConfig(), (2,)).eval()
-        >>> hardness(flow, torch.randn(5, 2)).shape
+        >>> local_error(flow, torch.randn(5, 2)).shape
         torch.Size([5])
     """
     like = flow.like

@@ -1,0 +1,299 @@
+"""cnf.fit: train any flow, predictor or module with a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from cnf.checkpoint import ModelInfo, describe, has_trainer, leftovers, write_model_info
+from cnf.checkpoint.lock import LOCK
+from cnf.distributed import SINGLE_PROCESS, Group
+from cnf.errors import ConfigError, DataError
+from cnf.flow import Flow
+from cnf.models import Predictor
+from cnf.objectives import CustomLoss, FlowMatching, Likelihood, Objective, Supervised
+from cnf.objectives.custom import LossFunction
+from cnf.training.batches import Batches
+from cnf.training.callbacks import Callback, WeightAverage, replaced
+from cnf.training.checkpointer import Checkpointer
+from cnf.training.fit_data import training_data
+from cnf.training.loggers import ProgressBar, RunLogger, TensorBoardLogger
+from cnf.training.loop import Trainer
+from cnf.training.non_finite import NonFinitePolicy
+from cnf.training.phases import Phase
+from cnf.training.schedule import adamw, learning_rate
+from cnf.training.signals import Signals
+from cnf.training.solver_monitor import SolverMonitor
+from cnf.training.time_sampler import TimeSampler
+from cnf.transforms import Standardize
+
+__all__ = ["FitResult", "fit"]
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+Schedule = Literal["cosine", "constant"] | Callable[[int], float] | LRScheduler
+PRECISIONS = ("float32", "tf32", "bfloat16", "float64")
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Result of :func:`fit`.
+
+    Attributes:
+        flow: the trained model, the same object that was given, with the best weights, in evaluation mode.
+        history: logged rows, as in metrics.jsonl.
+        best: best validation, in ``unit``; infinite without validation data.
+        best_step: its step.
+        reason: why training ended: ``"steps"``, ``"patience"``, ``"max_time"`` or that of a callback.
+        unit: of the validation: bits/dim, nats, squared error, or "" for a loss of one's own.
+        seconds: of training, over all calls.
+        folder: the run folder.
+    """
+
+    flow: Any
+    history: list[dict[str, Any]]
+    best: float
+    best_step: int
+    reason: str
+    unit: str
+    seconds: float
+    folder: Path | None
+
+
+def fit(
+    flow: nn.Module,
+    train: Any,
+    *,
+    validation: Any = None,
+    context: Any = None,
+    loss: Objective | LossFunction | None = None,
+    steps: int = 1000,
+    batch_size: int = 256,
+    optimizer: Optimizer | MakeOptimizer | None = None,
+    schedule: Schedule | None = None,
+    callbacks: Iterable[Callback | type[Callback]] | None = (),
+    folder: str | Path | None = None,
+    resume: bool = False,
+    device: str | torch.device | None = None,
+    compile: bool = False,
+    precision: str = "float32",
+    seed: int = 0,
+    lr: float = 1e-3,
+    warmup: int | None = None,
+    accumulate: int = 1,
+    max_grad_norm: float = 10.0,
+    validate_every: int = 250,
+    log_every: int = 10,
+    quiet: bool = False,
+    group: Group = SINGLE_PROCESS,
+) -> FitResult:
+    """Train a model in place and give it the weights of the best validation.
+
+    Args:
+        flow: a :class:`~cnf.Flow` with any field, a predictor, or any module (then with ``loss``).
+        train: x, or (x, context): a tensor, array or DataFrame, a torch Dataset, or a DataLoader, whose batch size
+            counts. Items are fetched by index, so that the batch of step k is a function of (seed, k); of an
+            IterableDataset, or a DataLoader with its own sampler, the order is its own, and a resumed run takes other
+            batches than one that was never stopped.
+        validation: data of the same kind, or the share of ``train`` to hold out at random. Without it the last weights
+            are the best.
+        context: condition of a flow, or target of a predictor, for each row of ``train``: an array, or column names of
+            the DataFrame.
+        loss: an object of :mod:`cnf.objectives`, or a function ``loss(model, x, context, noise)`` that returns (N,), a
+            scalar, or a dictionary with ``"loss"``. None: the negative log-likelihood of a flow (in bits/dim for
+            images), the squared error of a predictor, or its cross entropy if the targets are integers.
+        steps: optimiser steps.
+        batch_size: rows of a step.
+        optimizer: of the model's parameters, or a function ``parameters -> Optimizer``. None: AdamW without decay, at
+            ``lr``. Steps that are not finite change nothing (see :func:`~cnf.training.schedule.masked_step`).
+        schedule: ``"cosine"`` or ``"constant"``, after ``warmup`` steps, a function ``step -> factor``, or a scheduler of
+            ``optimizer``. None: cosine for the default optimiser, the optimiser's own rates otherwise.
+        callbacks: take the place of the default ones of their class; a class leaves that default out; others are added.
+            None leaves out all of them. The defaults are WeightAverage, TimeSampler, SolverMonitor, NonFinitePolicy and
+            ProgressBar; with a ``folder`` also Checkpointer, RunLogger, TensorBoardLogger and Signals.
+        folder: run folder for checkpoints, logs and the best weights, from which ``cnf.load(folder)`` (of a custom model
+            ``cnf.load(folder, flow=...)``) reads them.
+        resume: continue the run in ``folder``, to the same bits as if it had never stopped; with the same arguments.
+        device: where to train; None leaves the model where it is.
+        compile: compile a flow's fields, or the whole of another module.
+        precision: ``"float32"``, ``"tf32"``, ``"bfloat16"`` (inside the fields, in training), or ``"float64"``.
+        seed: of order and noise. The initial weights are the model's.
+        lr: peak learning rate of the default optimiser.
+        warmup: steps of linear warm-up; a tenth of the steps, at most 100, if None.
+        accumulate: micro-batches of a step.
+        max_grad_norm: gradients are clipped to this norm; 0 leaves them as they are.
+        validate_every: steps between validations.
+        log_every: steps between rows of the history.
+        quiet: show neither messages nor progress.
+        group: processes that train together (:func:`cnf.distributed.join`).
+
+    Raises:
+        ConfigError: for arguments that do not fit the model or each other.
+        DataError: for data that are no numbers, or do not fit the model.
+        CheckpointError: for a folder that cannot be written or resumed.
+        TrainingError: if too many batches in a row are not finite, or one does not fit into memory.
+        Interrupted: after SIGINT or SIGTERM, with everything saved.
+
+    Example:
+        >>> import cnf
+        >>> flow = cnf.build(cnf.ModelConfig(hidden=(16,)), cnf.SolverConfig(), (2,))
+        >>> result = fit(flow, torch.randn(200, 2), validation=0.2, steps=5, quiet=True)
+        >>> result.reason, result.unit, result.flow is flow, result.flow.sample(3).shape
+        ('steps', 'nats', True, torch.Size([3, 2]))
+    """
+    for name, count in (("steps", steps), ("batch_size", batch_size), ("accumulate", accumulate), ("validate_every", validate_every)):
+        if count < 1:
+            raise ConfigError(f"{name}={count}; expected at least 1")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision={precision!r}; expected one of {PRECISIONS}")
+    where = None if folder is None else Path(folder)
+    if resume and where is None:
+        raise ConfigError("resume=True needs the folder of the run: give folder=")
+    if where is not None and not resume:
+        group.on_rank0(lambda: _require_free(where))
+    if precision == "float64":
+        flow.double()
+    if device is not None:
+        flow.to(device)
+    batches, held_out, mark = training_data(flow, train, validation, context, batch_size, seed, group)
+    objective = _objective(flow, loss, batches)
+    if not _fitted(flow) and (where is None or not (resume and group.on_rank0(lambda: has_trainer(where)))):
+        objective.prepare(batches.x)
+    group.broadcast(flow.state_dict().values())
+    make, rates = _optimizer(flow, optimizer, schedule, lr, warmup, steps, batches.device)
+    phase = Phase(objective, batches, make, rates)
+    info = describe(
+        flow, steps=steps, batch_size=batches.size, rows=getattr(batches, "length", 0), loss=_name(objective), seed=seed,
+        optimizer=_name(optimizer) if optimizer is not None else "AdamW",
+    )  # fmt: skip
+    chosen = [] if callbacks is None else replaced(_defaults(where, info, mark, group), callbacks)
+    _set_precision(flow, precision, compile)
+    trainer = Trainer(
+        flow, [phase], steps=steps, validation=held_out, callbacks=chosen, validate_every=validate_every, log_every=log_every,
+        accumulate=accumulate, max_grad_norm=max_grad_norm, tf32=precision == "tf32", group=group, quiet=quiet,
+    )  # fmt: skip
+    with torch.random.fork_rng([batches.device] if batches.device.type == "cuda" else []):  # a loss may seed it
+        reason = _run(trainer, where, info, resume)
+    state = trainer.state
+    flow.load_state_dict(state.best_weights)
+    flow.eval()
+    return FitResult(flow, trainer.history, state.best, state.best_step, reason, objective.unit, state.seconds, where)
+
+
+def _run(trainer: Trainer, folder: Path | None, info: ModelInfo, resume: bool) -> str:
+    checkpointer, monitor = trainer.callback(Checkpointer), trainer.callback(SolverMonitor)
+    if resume and checkpointer is None:
+        raise ConfigError("resume=True needs a Checkpointer: leave it in callbacks")
+    try:
+        if resume and checkpointer is not None:
+            checkpointer.resume()
+        if folder is not None and trainer.group.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_model_info(folder, info)
+        return trainer.run()
+    finally:  # solvers and learning rates of before, from which another call starts
+        trainer.rates.reset()
+        if monitor is not None:
+            monitor.reset()
+
+
+def _fitted(model: nn.Module) -> bool:
+    """Return whether a flow has statistics of data already, which another training keeps."""
+    return any(isinstance(m, Standardize) and bool((m.mean != 0).any() or (m.std != 1).any()) for m in model.modules())
+
+
+def _require_free(folder: Path) -> None:
+    """Refuse a folder that is not empty."""
+    if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - {folder / LOCK, *leftovers(folder)}):
+        hint = "resume=True continues the run in it" if (folder / "config.json").is_file() else "choose another"
+        raise ConfigError(f"folder={str(folder)!r} is not empty; expected a new or an empty folder: {hint}")
+
+
+def _defaults(folder: Path | None, info: ModelInfo, mark: str, group: Group) -> list[Callback]:
+    found: list[Callback] = [WeightAverage(), TimeSampler(), SolverMonitor(), NonFinitePolicy()]
+    if folder is not None:
+        found = [Checkpointer(folder, partial(write_model_info, info=info), mark), *found, Signals()]
+    if group.main:
+        found += [] if folder is None else [RunLogger(folder), TensorBoardLogger(folder)]
+        found.append(ProgressBar())
+    return found
+
+
+def _objective(model: nn.Module, loss: Objective | LossFunction | None, batches: Batches) -> Any:
+    if isinstance(loss, Likelihood | FlowMatching | Supervised | CustomLoss):
+        own = loss.flow if isinstance(loss, Likelihood | FlowMatching) else loss.model
+        if own is not model:
+            raise ConfigError(f"loss is a {type(loss).__name__} of another model than the one to train: make it of this one")
+        return loss
+    if loss is None and isinstance(model, Flow):
+        return Likelihood(model)
+    if loss is None and isinstance(model, Predictor):
+        context = batches.fetch(torch.arange(1))[1]
+        first = None if context is None else getattr(batches, "context", context)
+        if first is None:
+            raise DataError("a predictor needs targets: give context=, or (x, targets)")
+        one_hot = model.outputs > 1 and bool(((first == 0) | (first == 1)).all()) and bool((first.sum(1) == 1).all())
+        return Supervised(model, "classification" if one_hot else "regression")
+    if loss is None:
+        raise ConfigError(f"loss=None is for a cnf.Flow or a predictor, got {type(model).__name__}: give loss=function(model, x, context, noise)")
+    if isinstance(loss, nn.Module) and hasattr(loss, "validate"):
+        return loss
+    if not callable(loss):
+        raise ConfigError(f"loss={loss!r}; expected an object of cnf.objectives, or a function of (model, x, context, noise)")
+    return CustomLoss(model, loss)
+
+
+def _optimizer(
+    model: nn.Module, optimizer: Optimizer | MakeOptimizer | None, schedule: Any, lr: float, warmup: int | None, steps: int, device: torch.device
+) -> tuple[Callable[[nn.Module], Optimizer], Any]:
+    """Return a function that makes the optimiser, and the schedule of its rates."""
+    known = {id(p) for p in model.parameters()}
+
+    def make(model: nn.Module) -> Optimizer:
+        made = adamw(model, lr) if optimizer is None else optimizer if isinstance(optimizer, Optimizer) else optimizer(model.parameters())
+        if not isinstance(made, Optimizer):
+            raise ConfigError(f"optimizer returned {type(made).__name__}; expected a torch.optim.Optimizer")
+        if isinstance(made, torch.optim.LBFGS):
+            raise ConfigError("optimizer=LBFGS evaluates the loss several times a step, which fit does not: choose another one")
+        if any(id(p) not in known for group in made.param_groups for p in group["params"]):
+            raise ConfigError("optimizer has parameters that are not the model's: make it of model.parameters()")
+        for group in made.param_groups:  # counters on the GPU, where a step can be masked without synchronisation
+            if device.type == "cuda" and "capturable" in group and not group.get("fused"):
+                group["capturable"] = True
+        return made
+
+    if isinstance(schedule, LRScheduler):
+        if schedule.optimizer is not optimizer:
+            raise ConfigError("schedule is a scheduler of another optimiser: give optimizer=, the one it was made of")
+        return make, schedule
+    if schedule is None:
+        schedule = "cosine" if optimizer is None else lambda step: 1.0
+    if callable(schedule):
+        return make, lambda step, steps: schedule(step)
+    if schedule not in ("cosine", "constant"):
+        raise ConfigError(f"schedule={schedule!r}; expected 'cosine', 'constant', a function of the step, or a scheduler of torch")
+    rise = min(100, steps // 10) if warmup is None else warmup
+    return make, lambda step, steps: learning_rate(step, 1.0, rise, steps, schedule)
+
+
+def _set_precision(model: nn.Module, precision: str, compile: bool) -> None:
+    blocks = model.blocks if isinstance(model, Flow) else []
+    for block in blocks:
+        block.autocast = torch.bfloat16 if precision == "bfloat16" else block.autocast
+        block.compiles = compile or block.compiles
+    if precision == "bfloat16" and not blocks:
+        raise ConfigError("precision='bfloat16' is for flows, whose fields compute in it: use torch.autocast in the loss")
+    if compile and not blocks:
+        model.compile()
+
+
+def _name(thing: Any) -> str:
+    named = getattr(thing, "function", thing)
+    return str(getattr(named, "__name__", type(named).__name__))

@@ -1,0 +1,94 @@
+"""Data of cnf.fit for a model: training batches, validation rows and a fingerprint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from cnf.datasets import DataSplits
+from cnf.distributed import Group
+from cnf.errors import ConfigError, DataError
+from cnf.flow import Flow
+from cnf.models import Predictor
+from cnf.training.batches import Batches, Validation, fingerprint
+from cnf.training.data import DatasetBatches, StreamBatches, pair, reproducible, split
+
+__all__ = ["training_data"]
+
+
+def training_data(
+    model: nn.Module, train: Any, validation: Any, context: Any, batch_size: int, seed: int, group: Group
+) -> tuple[Batches, Validation | None, str]:
+    """Return the training batches, the validation rows, and the fingerprint of the data."""
+    like = next((v for v in (*model.parameters(), *model.buffers()) if v.is_floating_point()), torch.zeros(()))
+    device, dtype = like.device, like.dtype
+    if isinstance(train, Dataset | DataLoader) and not hasattr(train, "tensors"):
+        if isinstance(validation, float):
+            raise ConfigError(f"validation={validation} takes a share of tensors, arrays or DataFrames: give a Dataset of its own")
+        if context is not None:
+            raise ConfigError("context is part of a Dataset's items, (x, context): leave it out")
+        held_out = None if validation is None else _held_out(*_validation_rows(validation, "validation"), model, like)
+        if not reproducible(train):
+            if group.size > 1:
+                raise ConfigError("several processes need data by index: give a map-style Dataset")
+            loader = train if isinstance(train, DataLoader) else DataLoader(train, batch_size)
+            return StreamBatches(loader, seed, device, dtype), held_out, "stream"
+        dataset: Any = train
+        options: dict[str, Any] = {}
+        if isinstance(train, DataLoader):
+            dataset, batch_size, options = train.dataset, train.batch_size or batch_size, {"collate": train.collate_fn}
+        if hasattr(dataset, "tensors"):
+            return training_data(model, dataset, validation, None, batch_size, seed, group)
+        batches = DatasetBatches(dataset, batch_size, seed, device, group, dtype, **options)
+        some = batches.x.cpu()
+        return batches, held_out, f"{batches.length} {fingerprint(DataSplits('data', 'table', some, some[:0], some[:0]))}"
+    x, c = _prepared(*pair(train, context), model, like)
+    if isinstance(validation, float):
+        rows, held = split(len(x), validation, seed)
+        held_out = Validation(x[held].to(device), None if c is None else c[held].to(device), torch.arange(len(held)))
+        x, c = x[rows], None if c is None else c[rows]
+    else:
+        names = context if isinstance(context, str | list | tuple) and hasattr(train, "columns") else None
+        held_out = None if validation is None else _held_out(*_validation_rows(validation, "validation", names), model, like)
+    other = (x[:0], None) if held_out is None else (held_out.x.cpu(), None if held_out.context is None else held_out.context.cpu())
+    levels = model.levels if isinstance(model, Flow | Predictor) else None
+    data = DataSplits("data", "table" if levels is None else "image", x, other[0], x[:0], c, other[1], levels=levels)
+    return Batches(data, batch_size, seed, device, group, dtype), held_out, fingerprint(data)
+
+
+def _validation_rows(data: Any, name: str, context: Any = None) -> tuple[Tensor, Tensor | None]:
+    """Return validation data as tensors."""
+    if isinstance(data, DataLoader):
+        data = data.dataset
+    if isinstance(data, Dataset) and not hasattr(data, "tensors"):
+        batches = DatasetBatches(data, 1, 0, torch.device("cpu"))
+        return batches.fetch(torch.arange(batches.length))
+    return pair(data, context, name)
+
+
+def _prepared(x: Tensor, context: Tensor | None, model: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Convert rows to the model's types: integers stay for images, and for targets of a module."""
+    if isinstance(model, Flow | Predictor):
+        if not x.is_floating_point() and model.levels is None:
+            x = x.to(like.dtype)
+        if tuple(x.shape[1:]) != tuple(model.event_shape):
+            raise DataError(f"rows have shape {tuple(x.shape[1:])}; expected event_shape={tuple(model.event_shape)}")
+        if isinstance(model, Flow) and context is None and model.context_dim:
+            raise DataError(f"the flow is conditional: give context=, (N, {model.context_dim})")
+        if context is not None:
+            outputs = model.outputs if isinstance(model, Predictor) else 0
+            classes = outputs and not context.is_floating_point() and context.ndim == 1
+            if classes and int(context.max()) >= outputs:
+                raise DataError(f"a target is class {int(context.max())}, but the predictor has {outputs} outputs")
+            context = torch.nn.functional.one_hot(context.long(), outputs) if classes else context
+            context = (context[:, None] if context.ndim == 1 else context).to(like.dtype)
+    x = x.to(like.dtype) if x.is_floating_point() else x
+    return x, context.to(like.dtype) if context is not None and context.is_floating_point() else context
+
+
+def _held_out(x: Tensor, context: Tensor | None, model: nn.Module, like: Tensor) -> Validation:
+    x, context = _prepared(x, context, model, like)
+    return Validation(x.to(like.device), None if context is None else context.to(like.device), torch.arange(len(x)))

@@ -1,0 +1,285 @@
+"""cnf.fit: any model, data and loss; resumed after kill -9 to the same bits; saved and loaded."""
+
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import cnf
+from cnf.errors import CheckpointError, ConfigError, DataError
+from cnf.models import anode_mlp
+from cnf.objectives import FlowMatching, Likelihood
+from cnf.training.callbacks import Callback, EarlyStopping, WeightAverage
+from cnf.training.checkpointer import Checkpointer
+from cnf.training.non_finite import NonFinitePolicy
+from cnf.training.schedule import masked_step
+
+POINTS = torch.randn(80, 2, generator=torch.Generator().manual_seed(3)) * torch.tensor([0.3, 1.0]) + torch.tensor([2.0, 0.0])
+LABELS = (POINTS[:, 1] > 0).long()
+SHORT = {"steps": 6, "batch_size": 16, "validate_every": 3, "quiet": True}
+
+
+class Own(nn.Module):
+    """A field of a user's own."""
+
+    def __init__(self, dim=2, width=8):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(dim + 1, width), nn.Tanh(), nn.Linear(width, dim))
+
+    def forward(self, t, x):
+        return self.net(torch.cat([x, t.expand(len(x), 1)], 1))
+
+
+class Attention(nn.Module):
+    """A field in which the two coordinates attend to each other."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.into, self.out = nn.Linear(2, width), nn.Linear(width, 1)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+
+    def forward(self, t, x):
+        h = self.into(torch.stack([x, t.expand_as(x)], -1))
+        return self.out(h + self.attention(h, h, h, need_weights=True)[0]).squeeze(-1)
+
+
+def own_flow(seed=0, field=Own):
+    torch.manual_seed(seed)
+    return cnf.Flow(cnf.CNF(field(), solver=cnf.FixedGrid("rk4", 2)), (2,))
+
+
+def own_loss(model, x, context, noise):
+    nll = -model.log_prob(x, context, noise=noise)
+    return {"loss": nll + 0.01 * torch.randn(len(x)) * nll, "nll": nll}  # torch's generator is a function of seed and step too
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def logged(folder):
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Deadly(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_update(self, run, taken):
+        if run.state.step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def long_fit(folder, kill=None, resume=False):
+    """A training with a field, loss and optimiser of one's own."""
+    torch.set_num_threads(1)
+    flow = own_flow()
+    adam = torch.optim.NAdam(flow.parameters(), 0.02)
+    own = [Checkpointer] if folder is None else []
+    return cnf.fit(
+        flow, POINTS, validation=0.25, loss=own_loss, optimizer=adam, schedule=torch.optim.lr_scheduler.ExponentialLR(adam, 0.9), steps=12,
+        batch_size=16, validate_every=4, log_every=1, folder=folder, resume=resume, quiet=True, callbacks=own + ([Deadly(kill)] if kill else []),
+    )  # fmt: skip
+
+
+def test_killed_and_resumed_equals_never_stopped(tmp_path):
+    whole = long_fit(tmp_path / "whole")
+    folder = tmp_path / "run"
+    for kill in (6, 10):
+        child = os.fork()
+        if not child:
+            try:
+                long_fit(folder, kill, resume=kill > 6)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    again = long_fit(folder, resume=True)
+    assert torch.equal(weights(whole.flow), weights(again.flow)) and (whole.best, whole.best_step) == (again.best, again.best_step)
+    assert logged(whole.folder) == logged(again.folder) and len(again.history) == 12
+    loaded = cnf.load(folder, flow=own_flow(1))
+    assert torch.equal(weights(loaded), weights(whole.flow)) and loaded.sample(3).shape == (3, 2)
+    with pytest.raises(CheckpointError, match=r"holds cnf\.flow\.Flow with .*Own, whose code is not in the folder.*cnf\.load\(folder, flow=my_flow\)"):
+        cnf.load(folder)
+    with pytest.raises(ConfigError, match="resume=True continues the run"):
+        long_fit(folder)
+
+
+@pytest.mark.parametrize("make", [
+    lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), lambda p: torch.optim.Adam(p, 0.1), lambda p: torch.optim.RMSprop(p, 0.1, momentum=0.5),
+    lambda p: torch.optim.Adagrad(p, 0.1), lambda p: torch.optim.NAdam(p, 0.1), lambda p: torch.optim.SGD(p, 0.1),
+])  # fmt: skip
+def test_any_optimiser_leaves_out_what_is_not_finite(make):
+    torch.manual_seed(0)
+    one, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    other.load_state_dict(one.state_dict())
+    masked, plain = make(one.parameters()), make(other.parameters())
+    for step, good in enumerate([False, True, False, True, True, False, True]):
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        for model in (one, other):
+            model.zero_grad()
+            (model(x).square().mean() * (1.0 if good else math.nan)).backward()
+        masked_step(masked, torch.tensor(good))
+        if good:
+            plain.step()
+    assert torch.equal(weights(one), weights(other))
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        for key, value in plain.state[b].items():
+            assert torch.equal(masked.state[a][key], value) if isinstance(value, torch.Tensor) else masked.state[a][key] == value
+
+
+class Items(Dataset):
+    def __len__(self):
+        return len(POINTS)
+
+    def __getitem__(self, i):
+        return POINTS[i]
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(POINTS)
+
+
+@pytest.mark.parametrize("data", [
+    POINTS.double().numpy(), pd.DataFrame(POINTS.numpy(), columns=["a", "b"]), TensorDataset(POINTS), Items(), DataLoader(Items(), 16, shuffle=True),
+    DataLoader(TensorDataset(POINTS), 16),
+], ids=["array", "frame", "tensors", "items", "loader", "loader of tensors"])  # fmt: skip
+def test_all_kinds_of_data_give_the_same_run(data):
+    plain, other = (cnf.fit(own_flow(), d, validation=POINTS[:8], **SHORT) for d in (POINTS, data))
+    assert torch.equal(weights(plain.flow), weights(other.flow)) and plain.best == other.best
+
+
+def test_a_stream_trains_in_its_own_order():
+    result = cnf.fit(own_flow(), DataLoader(Stream(), 16), **SHORT)
+    assert result.reason == "steps" and result.best == math.inf and result.best_step == 6
+
+
+def test_a_condition_by_name_and_columns_that_are_no_numbers():
+    frame = pd.DataFrame({"x": POINTS[:, 0], "y": POINTS[:, 1], "c": LABELS, "city": ["Rome"] * 80})
+    torch.manual_seed(0)
+    flow = cnf.build(cnf.ModelConfig(hidden=(8,)), cnf.SolverConfig(grid_steps=2), (2,), context_dim=1)
+    with pytest.raises(DataError, match=r"column 'city' of train has type .*: leave it out"):
+        cnf.fit(flow, frame, context="c", **SHORT)
+    result = cnf.fit(flow, frame.drop(columns="city"), context="c", validation=0.2, **SHORT)
+    assert result.unit == "nats" and math.isfinite(result.best)
+    torch.manual_seed(0)
+    flow = cnf.build(cnf.ModelConfig(hidden=(8,)), cnf.SolverConfig(grid_steps=2), (2,), context_dim=1)
+    assert cnf.fit(flow, (POINTS, LABELS[:, None]), validation=0.2, **SHORT).best == result.best
+    with pytest.raises(DataError, match="the flow is conditional"):
+        cnf.fit(flow, POINTS, **SHORT)
+    with pytest.raises(DataError, match="context names 'z'"):
+        cnf.fit(flow, frame, context="z", **SHORT)
+
+
+def test_a_predictor_a_module_and_what_has_no_loss():
+    torch.manual_seed(0)
+    result = cnf.fit(anode_mlp(2, outputs=2, augment=1), POINTS, context=LABELS, validation=0.25, **SHORT)
+    assert result.unit == "nats" and "validation_accuracy" in result.history[-1]
+    assert cnf.fit(anode_mlp(2, outputs=1), POINTS, context=POINTS[:, :1], **SHORT).unit == "squared error"
+    module = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.2), nn.Linear(8, 2))
+    loss = lambda model, x, y, noise: nn.functional.cross_entropy(model(x), y)  # noqa: E731
+    before = torch.get_rng_state()
+    result = cnf.fit(module, POINTS, context=LABELS, validation=0.25, loss=loss, schedule=lambda step: 1.0, lr=0.05, **(SHORT | {"steps": 60}))
+    assert result.best < 0.6 and not result.flow.training and torch.equal(before, torch.get_rng_state())
+    with pytest.raises(ConfigError, match=r"loss=None is for a cnf\.Flow or a predictor, got Sequential"):
+        cnf.fit(module, POINTS, **SHORT)
+    with pytest.raises(ConfigError, match="loss returned float"):
+        cnf.fit(module, POINTS, loss=lambda *a: 1.0, **SHORT)
+    with pytest.raises(ConfigError, match="LBFGS"):
+        cnf.fit(module, POINTS, loss=loss, optimizer=torch.optim.LBFGS, **SHORT)
+
+
+def test_objectives_of_the_package():
+    torch.manual_seed(0)
+    flow = cnf.build(cnf.ModelConfig(hidden=(8,), zero_init=False), cnf.SolverConfig(grid_steps=2), (2,))
+    assert "kinetic" in cnf.fit(flow, POINTS, loss=Likelihood(flow, kinetic=0.01), **SHORT).history[-1]
+    assert cnf.fit(flow, POINTS, loss=FlowMatching(flow), validation=0.1, **SHORT).history[-1]["nfe"] == 1
+    with pytest.raises(ConfigError, match="of another model"):
+        cnf.fit(own_flow(), POINTS, loss=Likelihood(flow), **SHORT)
+
+
+def test_callbacks_are_left_out_replaced_and_added(tmp_path):
+    class Count(Callback):
+        steps = 0
+
+        def on_step(self, run):
+            self.steps += 1
+            return {"counted": self.steps} if run.due else None
+
+        def stop_reason(self, run):
+            return "enough" if self.steps == 4 else None
+
+    count = Count()
+    policy = NonFinitePolicy(max_skips=1)
+    result = cnf.fit(own_flow(), POINTS, callbacks=[count, policy, EarlyStopping(3), WeightAverage], folder=tmp_path / "run", **SHORT)
+    assert result.reason == "enough" and result.history[0]["counted"] == 3
+    state = torch.load(tmp_path / "run" / "trainer.pt", weights_only=True)
+    assert {"Count", "NonFinitePolicy", "SolverMonitor"} <= state["callbacks"].keys() and "WeightAverage" not in state["callbacks"]
+    bare = cnf.fit(own_flow(), POINTS, callbacks=None, **SHORT)
+    assert bare.reason == "steps" and [row["step"] for row in bare.history] == [3, 6]
+
+
+def test_attention_on_moons_in_ten_lines(tmp_path):
+    from sklearn.datasets import make_moons
+
+    x, _ = make_moons(200, noise=0.05, random_state=0)
+    torch.manual_seed(0)
+    solver = cnf.FixedGrid("rk4", 2)
+    flow = cnf.Flow(cnf.CNF(Attention(), cnf.Hutchinson(mode="reverse"), solver), (2,))
+    result = cnf.fit(flow, x, validation=0.2, steps=40, batch_size=64, validate_every=20, lr=0.02, quiet=True, folder=tmp_path / "run")
+    first, last = (row["validation"] for row in result.history if "validation" in row)
+    assert last < first < 10
+    assert np.isfinite(cnf.load(tmp_path / "run", flow=cnf.Flow(cnf.CNF(Attention()), (2,))).sample(5).numpy()).all()
+
+
+def test_what_was_built_is_saved_with_its_settings(tmp_path):
+    torch.manual_seed(0)
+    flow = cnf.build(cnf.ModelConfig(hidden=(8,)), cnf.SolverConfig(grid_steps=2), (2,))
+    result = cnf.fit(flow, POINTS, folder=tmp_path / "run", **SHORT)
+    assert torch.equal(weights(cnf.load(tmp_path / "run")), weights(result.flow))
+    cnf.save(flow, tmp_path / "saved")
+    assert torch.equal(cnf.load(tmp_path / "saved").log_prob(POINTS), flow.log_prob(POINTS))
+    cnf.save(own_flow(), tmp_path / "own")
+    with pytest.raises(CheckpointError, match=r"holds cnf\.flow\.Flow, but flow= is torch\.nn"):
+        cnf.load(tmp_path / "own", flow=nn.Linear(2, 2))
+    with pytest.raises(CheckpointError, match="does not hold this model's weights"):
+        cnf.load(tmp_path / "own", flow=cnf.Flow(cnf.CNF(Own(2, 9)), (2,)))
+    from cnf.checkpoint import read_config
+
+    with pytest.raises(CheckpointError, match="not a run of cnf train: load it in Python"):
+        read_config(tmp_path / "own")
+
+
+def test_a_field_of_ones_own_on_the_command_line(tmp_path, monkeypatch, capsys):
+    from cnf.cli import sample_main, train_main
+    from cnf.models import custom
+
+    monkeypatch.setattr(custom, "_FIELD", {})
+    monkeypatch.setattr("cnf.training.report.pictures", lambda *args: None)
+    code = (
+        "import torch\n\nclass Own(torch.nn.Module):\n    def __init__(self, dim):\n        super().__init__()\n"
+        "        self.net = torch.nn.Linear(dim + 1, dim)\n\n    def forward(self, t, x):\n"
+        "        return self.net(torch.cat([x, t.expand(len(x), 1)], 1)).tanh()\n"
+    )
+    (tmp_path / "own.py").write_text(code)
+    field, out = ["--field", f"{tmp_path / 'own.py'}:Own"], str(tmp_path / "run")
+    small = ["--data", "moons", "--toy-sizes", "60", "20", "20", "--batch-size", "16", "--validate-every", "3", "--out", out]
+    assert train_main(["ffjord-toy", *small, "--steps", "4", *field]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["custom_field"] == "Own"
+    assert train_main(["--resume", "--out", out, "--steps", "6", *field]) == 0
+    assert train_main(["--evaluate", out, f"{field[0]}={field[1]}"]) == 0
+    assert sample_main([out, "-n", "5", *field]) == 0
+    capsys.readouterr()
+    custom._FIELD.clear()  # as in another process
+    for run in (lambda: train_main(["--evaluate", out]), lambda: train_main(["--resume", "--out", out]), lambda: sample_main([out, "-n", "5"])):
+        assert run() != 0
+        assert "trained with a field of your own, Own: give --field FILE.py:Own again" in capsys.readouterr().err
+    assert train_main(["ffjord-toy", "--field", "nowhere.py:Own"]) == 2
+    assert "there is no file nowhere.py" in capsys.readouterr().err
