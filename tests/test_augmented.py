@@ -455,8 +455,8 @@ def test_a_fresh_process_samples_bit_for_bit(tmp_path):
     folder = tmp_path / "run"
     code = train_main(
         ["digits", "--out", str(folder), "--architecture", "multiscale", "--field", "conv", "--hidden", "4",
-         "--drive", "both", "--drive-start", "learned", "--drive-hidden", "3", "--drive-nonlinearity", "elu", "--marginals", "logit", "--steps", "3", "--warmup", "1", "--draws", "1",
-         "--divergence", "hutchinson", "--validation-items", "8", "--test-items", "8", "--watch-every", "1000", "--batch-size", "8"]
+         "--augmented-time", "both", "--augmented-time-start", "learned", "--augmented-time-hidden", "3", "--augmented-time-nonlinearity", "elu", "--preprocess", "logit", "--steps", "3", "--warmup", "1", "--noise-samples", "1",
+         "--divergence", "hutchinson", "--validation-items", "8", "--test-items", "8", "--solver-check-every", "1000", "--batch-size", "8"]
     )  # fmt: skip
     assert code == 0
     flow = cnf.load(folder)

@@ -19,14 +19,15 @@ import cnf
 from cnf.checkpoint import read_config, write_config
 from cnf.cli import classify_main, main, sample_main, train_main
 from cnf.config import PRESETS, RunConfig
+from cnf.config.names import option as option_of
 from cnf.config.presets.counts import PARAMETERS
 from cnf.config.rules import applies
 from cnf.errors import TrainingError
 from cnf.noise import Noise
 from cnf.training import Trainer
 
-TINY = ["--hidden", "8", "--limit", "60", "--steps", "6", "--batch-size", "20", "--warmup", "2", "--validate-every", "3",
-        "--validation-items", "12", "--test-items", "16", "--draws", "2", "--ema-decay", "0.5"]  # fmt: skip
+TINY = ["--hidden", "8", "--max-train-rows", "60", "--steps", "6", "--batch-size", "20", "--warmup", "2", "--validate-every", "3",
+        "--validation-items", "12", "--test-items", "16", "--noise-samples", "2", "--ema-decay", "0.5"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def digits(tmp_path_factory):
 def rows(tmp_path_factory, table):
     """A finished run on the table."""
     folder = tmp_path_factory.mktemp("runs") / "rows"
-    tiny = [word for i, word in enumerate(TINY) if "--draws" not in TINY[max(0, i - 1) : i + 1]]
+    tiny = [word for i, word in enumerate(TINY) if "--noise-samples" not in TINY[max(0, i - 1) : i + 1]]
     assert train_main(["tabular", *tiny, "--data", str(table), "--out", str(folder)]) == 0
     return folder
 
@@ -212,7 +213,7 @@ def test_dry_run_leaves_nothing(tmp_path, monkeypatch, capsys):
 def test_a_dry_run_of_both_objectives_measures_both(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("cnf.training.cost.CostMeter.enough_seconds", 0.0)
     monkeypatch.chdir(tmp_path)
-    both = ["--objective", "both", "--tune-steps", "2", "--tune-batch-size", "10"]
+    both = ["--objective", "both", "--finetune-steps", "2", "--finetune-batch-size", "10"]
     assert train_main(["digits", *TINY, *both, "--dry-run"]) == 0
     said = capsys.readouterr().out
     found = re.findall(r"(\w[\w-]+): batch (\d+)\nmemory: .*\ntime: .* s a step; (\d+) steps", said)
@@ -235,7 +236,7 @@ def test_run_folders_are_named_by_preset_data_and_seed(tmp_path, monkeypatch, ta
 
 def test_preset_may_stand_anywhere(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("cnf.training.cost.CostMeter.enough_seconds", 0.0)
-    small = ["--batch-size", "8", "--limit", "50"]
+    small = ["--batch-size", "8", "--max-train-rows", "50"]
     for arguments in (["ffjord-toy", *small, "--dry-run"], [*small, "--dry-run", "ffjord-toy"], ["--dry-run", *small, "ffjord-toy", "--lr", "1"]):
         assert train_main(arguments) == 0
         assert "9,224 parameters" in capsys.readouterr().out
@@ -246,7 +247,7 @@ def test_preset_fits_the_data_where_none_is_named(tmp_path, monkeypatch, capsys,
     monkeypatch.setattr("cnf.training.cost.CostMeter.enough_seconds", 0.0)
     np.savez(tmp_path / "x.npz", images=np.random.default_rng(0).integers(256, size=(40, size, size), dtype=np.uint8))
     data = {"tabular": table, "ffjord-toy": "moons"}.get(name, tmp_path / "x.npz")
-    words = ["--data", str(data), "--limit", "30", "--dry-run"]
+    words = ["--data", str(data), "--max-train-rows", "30", "--dry-run"]
     assert train_main(words) == 0
     said = capsys.readouterr().out
     assert (f"preset {name}, since {data} is a" in said) == (name != "fm-digits")
@@ -306,9 +307,9 @@ def test_help_shows_every_option_that_applies_and_its_default(capsys, name):
     for part in (config.data, config.model, config.solver, config.train):
         for field in dataclasses.fields(part):
             if not applies(field, config.tags(events="images" if name == "digits" else "vectors")):
-                assert f"│ --{field.name.replace('_', '-')} " not in shown
+                assert f"│ {option_of(field.name)} " not in shown
                 continue
-            option, value = "--" + field.name.replace("_", "-"), getattr(part, field.name)
+            option, value = option_of(field.name), getattr(part, field.name)
             shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
             ending = re.compile(rf".{{,300}}?\(default: {re.escape(shown)}\)")
             assert any(ending.match(said, m.end()) for m in re.finditer(rf"{option}[ ,]", said)), f"{option} {shown}"
@@ -340,18 +341,18 @@ WRONG = {
     "--max-grad-norm -1": r"--max-grad-norm -1\.0: expected zero or more",
     "--ema-decay 1": r"--ema-decay 1\.0: expected 0 \(no averaging\) or more, below 1",
     "--validate-every 0": r"--validate-every 0: expected a positive number",
-    "digits --watch-every 0": r"--watch-every 0: expected a positive number",
+    "digits --solver-check-every 0": r"--solver-check-every 0: expected a positive number",
     "--validation-items 0": r"--validation-items 0: expected a positive number",
     "--test-items -1": r"--test-items -1: expected a positive number",
-    "--draws 0": r"--draws 0: expected a positive number",
+    "--noise-samples 0": r"--noise-samples 0: expected a positive number",
     "--seed -1": r"--seed -1: expected zero or more",
     "--seed 99999999999999999999": r"--seed 9+: expected zero or more, at most",
-    "--limit 0": r"limit=0",
+    "--max-train-rows 0": r"limit=0",
     "digits --kinetic -1": r"--kinetic -1\.0: expected zero or more",
     "digits --alpha 0.7": r"alpha=0\.7; expected a number in \(0, 0\.5\)",
     "--blocks 0": r"--blocks 0: expected a positive number",
     "--hidden 0": r"hidden=\(0,\)",
-    "digits --layer concatsqash": r"concatsqash.*did you mean 'concatsquash'",
+    "digits --time-conditioning concatsqash": r"concatsqash.*did you mean 'concatsquash'",
     "digits --nonlinearity tahn": r"tahn.*did you mean 'tanh'",
     "digits --method rk45": r"rk45.*unknown on a fixed grid",
     "--eval-method rk4": r"rk4.*unknown among adaptive solvers",
@@ -367,13 +368,13 @@ WRONG = {
     "--split train": r"--split is for --evaluate: a training is always tested once",
     # what would do nothing is refused
     "digits --probes 4": r"--probes is for --divergence hutchinson: leave it at 1",
-    "digits --mode reverse": r"--mode is for --divergence hutchinson",
+    "digits --hutchinson-mode reverse": r"--hutchinson-mode is for --divergence hutchinson",
     "digits --rtol 1e-3": r"--rtol is for adaptive solving \(evaluation has --eval-rtol",
     "digits --adaptive --method dopri5 --grid-steps 9": r"--grid-steps is for fixed grids: leave it at 4",
     "--discrete keep": r"discrete='keep' means nothing for 'digits'",
     "ffjord-toy --alpha 0.1": r"--alpha is for images: leave it at 0.01",
-    "ffjord-toy --marginals logit": r"--marginals is for images",
-    "ffjord-toy --draws 3": r"--draws is for likelihoods with noise, and the exact trace of vectors .* has none",
+    "ffjord-toy --preprocess logit": r"--preprocess is for images",
+    "ffjord-toy --noise-samples 3": r"--noise-samples is for likelihoods with noise, and the exact trace of vectors .* has none",
     "ffjord-toy --nbits 5": r"nbits=5",
     "ffjord-toy --split-seed 3": r"--split-seed is for random splits, and that of these data is fixed",
     "--split-seed 3": r"--split-seed is for random splits, and that of these data is fixed",
@@ -444,8 +445,8 @@ def test_evaluate_scores_again_and_overwrites_nothing(tmp_path, capsys, digits):
     first = json.loads((digits / "evaluation-1.json").read_text())
     result = json.loads((digits / "result.json").read_text())
     assert first["bits_per_dim"] == result["bits_per_dim"] and first["items"] == 16
-    other = "--eval-method bosh3 --eval-rtol 1e-4 --divergence hutchinson --probes 3 --mode reverse --split validation --test-items 9"
-    assert train_main(["--evaluate", str(digits), *other.split(), "--draws", "1"]) == 0
+    other = "--eval-method bosh3 --eval-rtol 1e-4 --divergence hutchinson --probes 3 --hutchinson-mode reverse --split validation --test-items 9"
+    assert train_main(["--evaluate", str(digits), *other.split(), "--noise-samples", "1"]) == 0
     second = json.loads((digits / "evaluation-2.json").read_text())
     expected = {"solver": "bosh3", "rtol": 1e-4, "divergence": "hutchinson", "probes": 3, "split": "validation", "items": 9}
     assert {name: second[name] for name in expected} == expected

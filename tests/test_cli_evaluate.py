@@ -40,7 +40,7 @@ def train(folder, *options):
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """A run on digits, tested on 20 images."""
-    return train(tmp_path_factory.mktemp("runs") / "digits", "digits", "--limit", 60, "--test-items", 20, "--draws", 2)
+    return train(tmp_path_factory.mktemp("runs") / "digits", "digits", "--max-train-rows", 60, "--test-items", 20, "--noise-samples", 2)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,8 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory, pictures):
     """A conditional run on those pictures, 16 levels a channel."""
-    options = ("digits", "--data", pictures, "--condition", "label", "--nbits", 4, "--draws", 1, "--kinetic", 0)
-    return train(tmp_path_factory.mktemp("runs") / "classes", *options, "--marginals", "standardize")
+    options = ("digits", "--data", pictures, "--condition", "label", "--nbits", 4, "--noise-samples", 1, "--kinetic", 0)
+    return train(tmp_path_factory.mktemp("runs") / "classes", *options, "--preprocess", "standardize")
 
 
 def run(capsys, folder, *options):
@@ -149,7 +149,7 @@ def test_the_middle_of_each_level_and_finer_checks(capsys, digits):
 
 
 def test_solver_and_trace_are_those_asked_for(capsys, digits):
-    options = "--eval-method bosh3 --eval-rtol 1e-3 --eval-atol 1e-4 --divergence hutchinson --probe gaussian --probes 2 --draws 1"
+    options = "--eval-method bosh3 --eval-rtol 1e-3 --eval-atol 1e-4 --divergence hutchinson --hutchinson-noise gaussian --probes 2 --noise-samples 1"
     options += " --eval-tolerance 2e-3"
     _, result = run(capsys, digits, *options.split(), "--importance", 2, "--test-items", 5)
     flow, data = cnf.load(digits), load("digits")
@@ -250,7 +250,7 @@ def test_other_noise_has_no_reference_and_says_what_it_is(tmp_path, capsys, digi
     assert all(ranked(out)[2]) and len(ranked(out)[0]) == 6 and "almost black" not in out
     tolerances = ("--eval-rtol", "1e-6")
     assert all(ranked(run(capsys, digits, "--score", path, *tolerances)[0])[2])
-    others = (("--draws", 1), ("--importance", 2), ("--divergence", "hutchinson"))
+    others = (("--noise-samples", 1), ("--importance", 2), ("--divergence", "hutchinson"))
     for options in others:
         assert not any(ranked(run(capsys, digits, "--score", path, *options)[0])[2]), options
     out, _ = run(capsys, digits, "--score", path, "--mid-bin")
@@ -267,18 +267,18 @@ def test_other_noise_has_no_reference_and_says_what_it_is(tmp_path, capsys, digi
     [
         ("--importance 0", "--importance 0: expected at least 1"),
         ("--importance 4 --mid-bin", "--mid-bin has none: leave one out"),
-        ("--mid-bin --draws 4", "--draws is for likelihoods with noise, and the exact trace of vectors (or of the middle of each grey level) has none"),
+        ("--mid-bin --noise-samples 4", "--noise-samples is for likelihoods with noise, and the exact trace of vectors (or of the middle of each grey level) has none"),
         ("--per-item x.txt", "--per-item x.txt: expected a file ending in .npz or .csv"),
-        ("--limit 30", "--evaluate does not use --limit"),
+        ("--max-train-rows 30", "--evaluate does not use --max-train-rows"),
         ("--nbits 5", "--evaluate does not use --nbits"),
         ("--score", "--score names no file"),
         ("--score x.npy --split train", "--split is for a split of the data"),
         ("--score x.npy --check", "--check is for a split of the data"),
         ("--score x.npy --test-items 3", "--score does not use --test-items: leave it out"),
-        ("--score x.npy --limit 30", "--score does not use --limit"),
+        ("--score x.npy --max-train-rows 30", "--score does not use --max-train-rows"),
         ("--score x.npy --data 8gaussians --data-root y", "--score does not use --data, --data-root: leave them out"),
         ("--score x.npy --probes 2", "--probes is for --divergence hutchinson"),
-        ("--score x.npy --mid-bin --draws 4", "--draws is for likelihoods with noise"),
+        ("--score x.npy --mid-bin --noise-samples 4", "--noise-samples is for likelihoods with noise"),
         ("--score nowhere.npy", "'nowhere.npy' does not exist"),
         ("--score eight.npy", "has grey levels up to 255, but the model has 17, from 0 to 16"),
         ("--score x.png", "is a picture, of 256 grey levels, but the model has 17"),
@@ -306,7 +306,7 @@ def test_what_does_not_fit_vectors_or_classes(tmp_path, capsys, rows, table, cla
     for options, message in (
         (["--mid-bin"], f"--mid-bin is for images, and {rows} models vectors"),
         (["--importance", 5], f"--importance is for images, and {rows} models vectors"),
-        (["--draws", 5], "--draws is for likelihoods with noise, and the exact trace of vectors"),
+        (["--noise-samples", 5], "--noise-samples is for likelihoods with noise, and the exact trace of vectors"),
         (["--score", tmp_path / "x.npy", "--mid-bin"], "--mid-bin is for images"),
         (["--score", tmp_path / "nan.csv"], f"first in row 1 ({tmp_path / 'nan.csv'}:1), column 1 ('b'): nan"),
         (["--score", tmp_path / "x.npy", tmp_path / "y.npy"], "y.npy' does not exist"),

@@ -476,7 +476,7 @@ def test_the_end_of_one_is_the_end_of_all_and_named(pair, scene, code, words):
 # -- the programs ------------------------------------------------------------------------------------------------
 
 TOY = ["--data", "8gaussians", "--toy-sizes", "120", "40", "60", "--batch-size", "33", "--validate-every", "4", "--grid-steps", "2",
-       "--hidden", "8", "--divergence", "hutchinson", "--draws", "3"]  # fmt: skip
+       "--hidden", "8", "--divergence", "hutchinson", "--noise-samples", "3"]  # fmt: skip
 
 
 def program(*words, processes=1):

@@ -10,7 +10,7 @@ from conftest import F64
 
 from cnf.checkpoint import RunInfo
 from cnf.cli import main
-from cnf.cli.options import parse
+from cnf.cli.options import parse, renamed
 from cnf.config import FFJORD, PRESETS, PUBLISHED, RNODE, preset
 from cnf.config.presets.counts import PARAMETERS
 from cnf.continuous import CNF
@@ -144,7 +144,7 @@ def test_epochs_of_the_presets():
 
 def test_num_blocks_is_another_name_for_blocks():
     for words in (["--num-blocks", "1"], ["--blocks", "1"]):
-        config = parse(["ffjord-mnist", *words])[0].config
+        config = parse(renamed(["ffjord-mnist", *words]))[0].config
         assert config.model == dataclasses.replace(FFJORD, blocks=1)
 
 

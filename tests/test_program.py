@@ -225,3 +225,17 @@ def test_rank_and_sample_are_commands(tmp_path, capsys, run, table):
     assert "least likely" in capsys.readouterr().out
     assert main(["sample", str(run), "-n", "3", "--out", str(tmp_path / "x.npz")]) == 0
     assert np.load(tmp_path / "x.npz")["samples"].shape == (3, 2)
+
+
+def test_former_names_of_options_still_work(tmp_path, capsys, table):
+    words = ["tabular", *TINY, "--data", str(table), "--limit", "40", "--watch-every=9", "--layer", "concat", "--out", str(tmp_path / "run")]
+    assert train_main(words) == 0
+    config = cnf.checkpoint.read_config(tmp_path / "run").config
+    assert (config.data.limit, config.train.watch_every, config.model.layer) == (40, 9, "concat")
+    said = capsys.readouterr().err
+    assert "--limit is now called --max-train-rows" in said and "--layer is now called --time-conditioning" in said
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({"preset": "tabular", "data": {"max_train_rows": 30, "data": str(table)}, "train": {"solver_check_every": 7}}))
+    assert main(["train", "--config", str(path), *TINY, "--out", str(tmp_path / "file")]) == 0
+    config = cnf.checkpoint.read_config(tmp_path / "file").config
+    assert (config.data.limit, config.train.watch_every) == (30, 7)

@@ -128,7 +128,7 @@ def test_the_programs_report_their_evaluations(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("cnf.training.predictions.predictor_pictures", lambda *args: None)
     short = ["--hidden", "4", "--steps", "2", "--batch-size", "20", "--warmup", "1", "--validation-items", "12"]
     run = tmp_path / "run"
-    assert train_main(["digits", *short, "--limit", "60", "--test-items", "12", "--draws", "3", "--out", str(run)]) == 0
+    assert train_main(["digits", *short, "--max-train-rows", "60", "--test-items", "12", "--noise-samples", "3", "--out", str(run)]) == 0
     said = capsys.readouterr().err
     assert re.search("test likelihood: [0-2] of 3 solves in", said) and "validation likelihood" not in said
     assert train_main(["--evaluate", str(run), "--split", "validation", "--importance", "2", "--check"]) == 0

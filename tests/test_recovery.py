@@ -270,7 +270,7 @@ def test_two_processes_on_one_folder(tmp_path, capsys):
         with pytest.raises(ConfigError, match=f"in use by process {owner.pid}"):
             training(settings(), DATA, tmp_path, resume=True, quiet=True)
         capsys.readouterr()
-        assert train_main(["digits", "--limit", "50", "--hidden", "4", "--out", str(tmp_path)]) == 2
+        assert train_main(["digits", "--max-train-rows", "50", "--hidden", "4", "--out", str(tmp_path)]) == 2
         assert f"error: {tmp_path} is in use by process {owner.pid}: " in capsys.readouterr().err
         assert [p.name for p in tmp_path.iterdir()] == [LOCK]
         owner.kill()  # the kernel frees the lock

@@ -230,7 +230,7 @@ def test_a_residual_net_flips_the_line(tmp_path):
 
 @pytest.mark.parametrize(("words", "layer"), [
     ("node-flip --adaptive-depth", "concat"),
-    ("node-flip --adaptive-depth --layer ignore", "ignore"),
+    ("node-flip --adaptive-depth --time-conditioning ignore", "ignore"),
     ("anode-digits --adaptive-depth --depth stacked --depth-terms 2", "concat"),
     ("node-flip", "ignore"),
 ])  # fmt: skip
@@ -252,7 +252,7 @@ def test_the_learned_depth_is_drawn(tmp_path):
     ("node-flip --kinetic 0.1", "--kinetic is for densities"),
     ("node-flip --divergence hutchinson", "--divergence is for densities"),
     ("anode-digits --condition label", "--condition is for densities"),
-    ("anode-digits --draws 3", "--draws is for densities"),
+    ("anode-digits --noise-samples 3", "--noise-samples is for densities"),
     ("node-flip --augment -1", "--augment -1: expected zero or more"),
     ("node-flip --blocks 2", "--blocks is for models of several blocks"),
     ("node-flip --architecture resnet --adaptive-depth", "--adaptive-depth is for --architecture node"),
@@ -272,7 +272,7 @@ def test_wrong_use(tmp_path, capsys, words, message):
 
 
 def test_evaluation_refuses_what_is_for_densities(three, tmp_path, capsys):
-    for words in (["--mid-bin"], ["--importance", "4"], ["--score", str(tmp_path)], ["--draws", "3"]):
+    for words in (["--mid-bin"], ["--importance", "4"], ["--score", str(tmp_path)], ["--noise-samples", "3"]):
         assert classify_main(["--evaluate", str(three), *words]) == 2
         assert re.search("densities|density|likelihood|for images", capsys.readouterr().err)
 

@@ -524,7 +524,7 @@ def test_later_files_are_read_as_training_read_its_own(tmp_path: Path, capsys: p
     new["on"] = False
     new.to_csv(tmp_path / "new.csv")  # with an index, without the identifier, in another order
     scores = tmp_path / "s.csv"
-    assert train_main(["--evaluate", str(run), "--score", str(tmp_path / "new.csv"), "--draws", "3", "--per-item", str(scores)]) == 0
+    assert train_main(["--evaluate", str(run), "--score", str(tmp_path / "new.csv"), "--noise-samples", "3", "--per-item", str(scores)]) == 0
     out = capsys.readouterr().out
     assert "columns 'k', 'day', 'half', 'on' are scored as training saw them" in out
     info, flow = read_config(run), cnf.load(run)
@@ -593,7 +593,7 @@ def test_scores_of_discrete_columns_are_those_of_training(tmp_path: Path, capsys
     words = ["tabular", "--hidden", "24", "24", "--blocks", "1", "--steps", "150", "--batch-size", "128", "--lr", "2e-2", "--warmup", "10", "--validate-every", "75", "--grid-steps", "2"]
     assert train_main([*words, "--data", str(tmp_path / "t.csv"), "--out", str(tmp_path / "run")]) == 0
     test = json.loads((tmp_path / "run" / "result.json").read_text())["nats"]
-    assert train_main(["--evaluate", str(tmp_path / "run"), "--score", str(tmp_path / "new.csv"), "--draws", "4", "--per-item", str(tmp_path / "s.csv")]) == 0
+    assert train_main(["--evaluate", str(tmp_path / "run"), "--score", str(tmp_path / "new.csv"), "--noise-samples", "4", "--per-item", str(tmp_path / "s.csv")]) == 0
     scored = pd.read_csv(tmp_path / "s.csv")["nats"].mean()
     print(test, scored, entropy)
     assert abs(scored - entropy) < 0.25 and abs(scored - test) < 0.25

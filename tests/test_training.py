@@ -456,7 +456,7 @@ def test_watch_leaves_a_good_grid_alone_and_tightens_an_adaptive_solver(tmp_path
     assert rtols == pytest.approx([1e-6, 1e-7, 1e-7, 1e-7])
     assert run.model.blocks[0].solver.rtol == pytest.approx(1e-7)
     said = capsys.readouterr().err
-    assert said.count("not refined any further") == 1 and said.count("above --watch-tolerance") == 2
+    assert said.count("not refined any further") == 1 and said.count("above --solver-check-tolerance") == 2
 
 
 def test_watch_counts_a_failed_solve_as_infinite(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from cnf.cli.listing import columns
 from cnf.config import PRESETS, RunConfig
+from cnf.config.names import option
 
 __all__ = ["COMMANDS", "overview", "short_help"]
 
@@ -63,7 +64,7 @@ EVALUATE = (
     ("--split NAME", "test, validation or train", "test"),
     ("--data DATA", "other data of the same shape", "the run's"),
     ("--test-items N", "score a random subset", "the run's"),
-    ("--draws N", "noise draws for each row", "the run's"),
+    ("--noise-samples N", "noise draws for each row", "the run's"),
     ("--importance K", "images: samples of the importance-weighted bound", "1"),
     ("--mid-bin", "images: score the middle of each grey level; not a bound", ""),
     ("--check", "solve every row again, ten times tighter", "a tenth"),
@@ -128,5 +129,5 @@ def _train_options(config: RunConfig) -> list[tuple[str, str, str]]:
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else "" if value is None else str(value)
         kind = next((word for word in ("int", "float") if word in kinds[name]), "str")
         word = {"int": "N", "float": "X", "str": "VALUE"}[kind] + (" ..." if isinstance(value, tuple) else "")
-        rows.append((f"  --{name.replace('_', '-')} {word}", what, shown))
+        rows.append((f"  {option(name)} {word}", what, shown))
     return rows

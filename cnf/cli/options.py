@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import tyro
 
 from cnf.config import PREDICTIVE, RunConfig, preset, read_settings
+from cnf.config.names import NAMES, field_of, option
 from cnf.config.rules import SettingError, Tags, applies, check_settings, lenient, outside
 from cnf.errors import ConfigError
 from cnf.results import CAUTION
@@ -18,7 +20,7 @@ from cnf.results import CAUTION
 if TYPE_CHECKING:  # parsing and --help need no torch
     from cnf.checkpoint import RunInfo
 
-__all__ = ["CLASSIFIER", "DEFAULT", "Command", "check", "fitting", "option", "parse", "refuse_changes", "refuse_meaningless", "suited"]
+__all__ = ["CLASSIFIER", "DEFAULT", "Command", "check", "fitting", "parse", "refuse_changes", "refuse_meaningless", "renamed", "suited"]
 
 DEFAULT = "fm-digits"
 CLASSIFIER = "anode-digits"  # default preset of train_classifier.py
@@ -76,7 +78,7 @@ class Command:
     resume: Flag = False
     """Continue the run in --out where it stopped. Only --steps, --patience, --max-time, --device, --threads, --accumulate, --compile, --data-root, --download, and --data for the same data elsewhere, may change."""
     evaluate: Path | None = None
-    """Score this run (or pretrained:fm-mnist) again, without training: with another solver, tolerances, trace, --draws, --test-items, --split, --data."""
+    """Score this run (or pretrained:fm-mnist) again, without training: with another solver, tolerances, trace, --noise-samples, --test-items, --split, --data."""
     split: Literal["test", "validation", "train"] = "test"
     """What --evaluate scores."""
     importance: int = 1
@@ -123,8 +125,13 @@ def _tyro(config: RunConfig, arguments: Sequence[str], program: str, tags: Tags 
 
     def shown(part: Any) -> Any:
         hints = get_type_hints(type(part))
-        hidden = [(f.name, hide[hints[f.name]], f.default) for f in dataclasses.fields(part) if tags and not applies(f, tags)]
-        return dataclasses.make_dataclass(type(part).__name__, hidden, bases=(type(part),), frozen=True)(**vars(part))
+        changed: list[Any] = []
+        for f in dataclasses.fields(part):
+            if tags and not applies(f, tags):
+                changed.append((f.name, hide[hints[f.name]], f.default))
+            elif f.name in NAMES:
+                changed.append((f.name, Annotated[hints[f.name], tyro.conf.arg(name=option(f.name)[2:])], f.default))
+        return dataclasses.make_dataclass(type(part).__name__, changed, bases=(type(part),), frozen=True)(**vars(part))
 
     with lenient():
         parts = [shown(part) for part in config.parts]
@@ -169,8 +176,22 @@ def _spelled(words: str) -> str:
 
 def _given(arguments: Sequence[str]) -> frozenset[str]:
     """Return the settings named on a command line."""
-    words = (word.partition("=")[0][2:].removeprefix("no-").replace("-", "_") for word in arguments if word.startswith("--"))
-    return frozenset(words)
+    return frozenset(field_of(word.partition("=")[0][2:].removeprefix("no-")) for word in arguments if word.startswith("--"))
+
+
+def renamed(arguments: Sequence[str]) -> list[str]:
+    """Return a command line with the present names of options; report the former ones on stderr."""
+    words = []
+    for word in arguments:
+        name, equals, value = word.partition("=")
+        former = name[2:].replace("-", "_") if name.startswith("--") else ""
+        if former in NAMES:
+            print(f"{name} is now called {option(former)}", file=sys.stderr)
+            word = option(former) + equals + value
+        elif former == "num_blocks":  # FFJORD's name
+            word = "--blocks" + equals + value
+        words.append(word)
+    return words
 
 
 def parse(
@@ -189,7 +210,6 @@ def parse(
             unusable file of settings, or a folder that is not a run.
         SystemExit: from the parser, for wrong usage (2) or help (0).
     """
-    arguments = [re.sub("^--num-blocks(?==|$)", "--blocks", word) for word in arguments]  # FFJORD's name
     given = typed = _given(arguments)
     first = _tyro(preset(DEFAULT).config, [word for word in arguments if word not in ("-h", "--help")], program)
     _exclude(first)
@@ -272,11 +292,6 @@ def _exclude(command: Command) -> None:
         raise ConfigError(f"{option(idle[0])} is for a split of the data, and --score takes your own items: leave one out")
 
 
-def option(field: str) -> str:
-    """Return the command line option of a setting."""
-    return "--" + field.replace("_", "-")
-
-
 def _changed(old: RunConfig, new: RunConfig, allowed: dict[str, tuple[str, ...]]) -> list[str]:
     found = []
     for part in (f.name for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(getattr(old, f.name))):
@@ -314,4 +329,4 @@ def check(config: RunConfig, *, trains: bool = True) -> None:
     if trains and config.solver.precision == "tf32" and not config.train.device.startswith("cuda"):
         raise ConfigError(f"--precision tf32 is for GPUs, not for --device {config.train.device}: fp32, or bf16, which a CPU may have")
     if objective == "both" and config.train.tune_steps >= config.train.steps:
-        raise ConfigError(f"--tune-steps {config.train.tune_steps}: expected fewer than --steps {config.train.steps}, of which they are the last")
+        raise ConfigError(f"--finetune-steps {config.train.tune_steps}: expected fewer than --steps {config.train.steps}, of which they are the last")

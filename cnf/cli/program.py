@@ -82,7 +82,7 @@ def _version(program: str) -> int:
 
 
 def _train(words: Words, program: str = "cnf train") -> int:
-    from cnf.cli.options import CLASSIFIER, DEFAULT, parse
+    from cnf.cli.options import CLASSIFIER, DEFAULT, parse, renamed
 
     words = take_field(words)
     fallback = CLASSIFIER if program == "train_classifier.py" else DEFAULT
@@ -95,7 +95,7 @@ def _train(words: Words, program: str = "cnf train") -> int:
     if _wants_help(words):
         print(short_help(program, words))
         return 0
-    words = ["--help" if word == "--help-all" else word for word in words]
+    words = renamed(["--help" if word == "--help-all" else word for word in words])
     parsed = parse(words, fallback, program, settled=False)
     _quiet_threads()
     from cnf.cli.train import train

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cnf.cli.options import check, parse, refuse_changes
+from cnf.cli.options import check, parse, refuse_changes, renamed
 from cnf.config import RunConfig
+from cnf.config.names import field_of, option
 from cnf.errors import CNFError, ConfigError, DataError
 from cnf.results import read_json, read_result
 
@@ -29,7 +30,7 @@ def sweep(words: Sequence[str]) -> int:
     Raises:
         ConfigError: for a grid that cannot be, or options that a sweep has no use for.
     """
-    grid, rest, folder = _split(list(words))
+    grid, rest, folder = _split(renamed(words))
     _parse_first(grid, rest)
     runs = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     rows: list[dict[str, Any]] = []
@@ -64,7 +65,7 @@ def _split(words: list[str]) -> tuple[dict[str, list[str]], list[str], Path]:
         if word == "--sweep":
             while at < len(words) and not words[at].startswith("--"):
                 name, equals, values = words[at].partition("=")
-                name = name.replace("_", "-")
+                name = option(field_of(name))[2:]
                 if not equals or not name or not all(values.split(",")):
                     raise ConfigError(f"--sweep {words[at]}: expected NAME=VALUE,VALUE,..., such as lr=1e-3,3e-4")
                 if name in grid:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cnf.config.decoding import decode, once
+from cnf.config.names import field_of
 from cnf.config.presets import preset
 from cnf.config.rules import lenient
 from cnf.config.settings import RunConfig
@@ -52,8 +53,9 @@ def read_settings(path: Path, name: str | None, fallback: str) -> tuple[RunConfi
     if not isinstance(own, str | None):
         raise ConfigError(f"--config {path}: preset is {own!r}; expected a name")
     start = _lists(dataclasses.asdict(preset(name or own or fallback).config))
-    for part, values in found.items():
+    for part, values in list(found.items()):
         if isinstance(start.get(part), dict) and isinstance(values, dict):
+            found[part] = values = {field_of(name): value for name, value in values.items()}
             start[part] |= values
         else:
             start[part] = values

@@ -93,7 +93,7 @@ class TrainConfig:
 
     objective: Literal["likelihood", "flow-matching", "both", "regression", "classification"] = "likelihood"
     """Densities: the likelihood; flow matching, whose training solves no ODE; or both: matching, then the likelihood in the last
-    --tune-steps. With --architecture node or resnet: the data's targets or classes."""
+    --finetune-steps. With --architecture node or resnet: the data's targets or classes."""
     steps: int = setting(3000, POSITIVE)
     """Training steps."""
     coupling: Literal["independent", "optimal-transport"] = setting("independent", given=(MATCHING,))

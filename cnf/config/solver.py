@@ -52,7 +52,7 @@ class SolverConfig:
     steer: float = setting(0.0, given=(DENSITY,))
     """Half-width of a random end time in training (STEER)."""
     automatic_steps: bool = setting(False, given=(GRID, BY_LIKELIHOOD,))
-    """Training, grids: from --grid-steps on, as many steps in each block as --watch-tolerance takes, measured while training."""
+    """Training, grids: from --grid-steps on, as many steps in each block as --solver-check-tolerance takes, measured while training."""
     compile: bool = setting(False, given=(DENSITY,))
     """Training: compile the fields (torch.compile): faster steps, after a minute or so for every shape that a block has."""
     precision: Literal["fp32", "bf16", "tf32", "fp64"] = setting("fp32", given=(DENSITY,))

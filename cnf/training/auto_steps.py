@@ -115,7 +115,7 @@ class AutoSteps(SolverMonitor):
                 steps = self.choose(steps, errors, kept)
                 self._put(steps)
         if max(steps) > max(before):
-            self.say(f"{self._text(step, first)}, above --watch-tolerance {self.tolerance:g}: now {steps_text(steps)} steps")
+            self.say(f"{self._text(step, first)}, above --solver-check-tolerance {self.tolerance:g}: now {steps_text(steps)} steps")
         self._schedule(step, changed=steps != before)
         return {"solver_error": sum(first), "grid_steps": sum(steps) / len(steps), "most_grid_steps": max(steps)}
 

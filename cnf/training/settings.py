@@ -172,5 +172,5 @@ def advice(config: TrainConfig, solver: SolverConfig) -> str:
     if config.objective == "flow-matching":
         return f"a smaller --lr (now {config.lr:g}), or a longer --warmup (now {config.warmup})"
     kinetic = f"--kinetic 0.01 or more (now {config.kinetic:g}), " if config.objective in ("likelihood", "both") else ""
-    rate = f"--lr (now {config.lr:g})" if config.objective != "both" else f"--lr or --tune-lr (now {config.lr:g}, {config.tune_lr:g})"
+    rate = f"--lr (now {config.lr:g})" if config.objective != "both" else f"--lr or --finetune-lr (now {config.lr:g}, {config.tune_lr:g})"
     return f"a smaller {rate}, a longer --warmup (now {config.warmup}), {kinetic}or {finer}"

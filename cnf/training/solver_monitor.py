@@ -130,7 +130,7 @@ class SolverMonitor(Callback):
         if all(s.steps <= self.max_grid_steps if isinstance(s, FixedGrid) else getattr(s, "rtol", 0.0) >= MIN_RTOL for s in finer):
             self.refinements += 1
             self.apply()
-            self.say(f"{text}, above --watch-tolerance {self.tolerance:g}: now {finer[0]!r}")
+            self.say(f"{text}, above --solver-check-tolerance {self.tolerance:g}: now {finer[0]!r}")
         else:
             self._give_up(text, repr(self.solvers(self.refinements)[0]))
 

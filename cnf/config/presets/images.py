@@ -29,7 +29,7 @@ PUBLISHED_TRAIN = TrainConfig(
     ema_decay=0.0,
     draws=1,
 )
-# dopri5 at 1e-5 (both scripts, also for RNODE's tests). Both codes use the vjp eᵀJ (--mode reverse); J e gives the same
+# dopri5 at 1e-5 (both scripts, also for RNODE's tests). Both codes use the vjp eᵀJ (--hutchinson-mode reverse); J e gives the same
 # trace and an equally unbiased norm in less time (rnode-mnist, batch 4: 1.9 s a step instead of 2.2). In both the
 # log-det also controls the step size, here only the state does (Adaptive's quadratures_in_norm); RNODE sets a first
 # step of 1/6, here dopri5 chooses it
