@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cnf.compat.reading import read_reference
+from cnf.compat.reading import check_shapes, read_reference
 from cnf.continuous import CNF
 from cnf.divergence import Exact
 from cnf.errors import CheckpointError, ConfigError
@@ -66,7 +66,7 @@ class ToyField(VectorField):
         """Return W (M, 2) on x, the remaining argument of the tanh (M,), and -U/M (M, 2)."""
         if self.augmented:
             if t.shape != (DIM,):
-                raise ConfigError(f"t has shape {tuple(t.shape)}, but the augmented field takes a ({DIM},) instead")
+                raise ConfigError(f"t has shape {tuple(t.shape)}, expected ({DIM},): the augmented field takes a instead of t")
             entering = t
         else:
             entering = (SPAN - t).reshape(1).float().to(t)
@@ -155,12 +155,9 @@ def load_affjord_toy(source: str | Path | Mapping[str, Any], seed: Tensor | Sequ
     augmented = any(name.startswith("neunet.") for name in state)
     hidden, width = _sizes(state, augmented)
     if augmented and seed is None:
-        raise CheckpointError(
-            "seed=None, but the augmented example learns z* at the data, which its checkpoint does not hold: give its "
-            f"{DIM} numbers"
-        )
+        raise CheckpointError(f"seed=None, but the augmented example learns z* at the data and does not save it: pass its {DIM} numbers")
     if not augmented and seed is not None:
-        raise ConfigError("seed is given, but the checkpoint is the plain model's, which has no z*: leave it out")
+        raise ConfigError(f"seed={seed}, but this checkpoint is of the plain model, which has no z*: leave seed out")
     flow = affjord_toy(augmented, hidden, width).to(state["hyper_net.fc1.weight"].dtype)
     block = flow.blocks[0]
     with torch.no_grad():
@@ -172,7 +169,7 @@ def load_affjord_toy(source: str | Path | Mapping[str, Any], seed: Tensor | Sequ
         if block.path is not None:
             start, given = cast(Tensor, block.path.initial), torch.as_tensor(seed)
             if given.shape != start.shape or not given.is_floating_point() or not bool(given.isfinite().all()):
-                raise ConfigError(f"seed={seed}; expected {DIM} finite floats")
+                raise ConfigError(f"seed={seed}, expected {DIM} finite floats")
             start.copy_(given)
     return flow.eval()
 
@@ -181,7 +178,7 @@ def _sizes(state: Mapping[str, Tensor], augmented: bool) -> tuple[int, int]:
     """Return the generator's width and the number of terms, after validating all shapes."""
     for name in ("hyper_net.fc1.bias", "hyper_net.fc3.bias"):
         if name not in state:
-            raise CheckpointError(f"the checkpoint has no {name}: it is of no 2-D example of AFFJORD's")
+            raise CheckpointError(f"the checkpoint has no {name}: expected one of AFFJORD's 2-D examples")
     hidden = state["hyper_net.fc1.bias"].numel()
     seen, entering = (2 * DIM, DIM) if augmented else (DIM, 1)
     width = max(1, state["hyper_net.fc3.bias"].numel() // (3 * seen + 1))
@@ -192,9 +189,5 @@ def _sizes(state: Mapping[str, Tensor], augmented: bool) -> tuple[int, int]:
     for net, sizes in nets.items():
         for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False), 1):
             wanted |= {f"{net}.fc{i}.weight": (b, a), f"{net}.fc{i}.bias": (b,)}
-    found = {name: tuple(value.shape) for name, value in state.items() if not name.startswith(DEAD)}
-    for name in sorted(wanted.keys() | found.keys()):
-        have, want = found.get(name), wanted.get(name)
-        if have != want:
-            raise CheckpointError(f"the checkpoint has {name} of shape {have}; expected {want}")
+    check_shapes({name: value for name, value in state.items() if not name.startswith(DEAD)}, wanted)
     return hidden, width
