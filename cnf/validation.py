@@ -13,7 +13,7 @@ from torch import Tensor
 from cnf.deferral import deferred
 from cnf.errors import ConfigError, DataError
 
-__all__ = ["as_rows", "check_context", "check_points", "check_unit_interval", "context_rows", "sample_shape"]
+__all__ = ["as_rows", "check_context", "check_points", "check_unit_interval", "context_rows", "match_flow", "sample_shape"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -106,6 +106,11 @@ def as_rows(x: Tensor, shape: tuple[int, ...], context: Tensor | None) -> tuple[
 def context_rows(context: Tensor | None, rows: slice | Tensor | list[int]) -> Tensor | None:
     """Return the context of some rows; one shared by all rows (C,) is returned unchanged."""
     return context if context is None or context.ndim == 1 else context[rows]
+
+
+def match_flow(x: Tensor, context: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Copy points and context to the flow's dtype and device; uint8 images stay uint8."""
+    return x.to(like) if x.is_floating_point() else x.to(like.device), None if context is None else context.to(like)
 
 
 def sample_shape(n: Any) -> tuple[int, ...]:

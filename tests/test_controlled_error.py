@@ -227,7 +227,7 @@ def test_rows_that_cannot_be_solved_are_named_and_the_others_keep_theirs(solver)
     with pytest.raises(SolverError, match="row 0 of 1 cannot be solved"), torch.no_grad():
         flow.log_prob(x[3:4])
     for size in (None, 5):
-        with pytest.warns(UserWarning, match=r"2 of 16 items cannot be solved and are left out of the mean \(items 3, 13\)"):
+        with pytest.warns(UserWarning, match=r"2 of 16 rows cannot be solved and are left out of the mean \(rows 3, 13\)"):
             found = evaluate(flow, x, batch_size=size)
         solved = torch.tensor([i not in (3, 13) for i in range(16)])
         assert found.unsolved == (3, 13) and bool(found.per_item[~solved].isnan().all())

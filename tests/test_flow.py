@@ -444,9 +444,9 @@ def test_refusals_of_images():
     assert bool(flow.log_prob(y).isfinite().all())
     with pytest.raises(DataError, match=r"x spans \[.*, 1.01\]; expected floats in \[0, 1\]"):
         flow.bits_per_dim(y)
-    with pytest.raises(DataError, match="int64: expected uint8"):
+    with pytest.raises(DataError, match="int64, expected uint8"):
         flow.log_prob(torch.zeros(2, 1, 2, 2, dtype=torch.int64))
-    with pytest.raises(DataError, match="levels=17: expected 0 to 16"):
+    with pytest.raises(DataError, match=r"between 0 and 16 \(levels=17\)"):
         flow.log_prob(torch.full((2, 1, 2, 2), 17, dtype=torch.uint8))
     with pytest.raises(DataError, match="the score is a derivative"):
         flow.score(torch.zeros(2, 1, 2, 2, dtype=torch.uint8))
@@ -587,7 +587,7 @@ def test_validation_and_support():
     with pytest.raises(ValueError, match="event"):
         d.log_prob(torch.zeros(1, 2, 3, dtype=F64))
     loose = FlowDistribution(flow, validate_args=False)
-    with pytest.raises(DataError, match="logit transform"):
+    with pytest.raises(DataError, match="Logit takes"):
         loose.log_prob(outside)
     assert torch.allclose(loose.log_prob(inside), d.log_prob(inside))
     with pytest.raises(DataError, match="bounds that of pixels"):

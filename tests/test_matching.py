@@ -178,7 +178,7 @@ def test_times_are_stratified_and_distributed_as_learned():
     assert torch.allclose(shares.double(), times.shares, atol=1e-3) and bool((t.diff() >= 0).all())
     assert float((1 / density).mean()) == pytest.approx(1, abs=1e-3)  # ∫ p (1/p)
     assert float(times.shares.min()) >= 0.1 / 4 - 1e-12
-    with pytest.raises(ConfigError, match="bins=0"):
+    with pytest.raises(ConfigError, match="bins must be at least 1, got 0"):
         TimeDistribution(0)
 
 

@@ -58,10 +58,10 @@ class Along:
         for name, value in values.items():
             if name not in self.own:
                 near = get_close_matches(name, self.own, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else f": it has {sorted(self.own)}"
-                raise ConfigError(f"{name!r} is no parameter of this block{hint}")
+                advice = f"did you mean {near[0]!r}?" if near else f"expected one of {sorted(self.own)}"
+                raise ConfigError(f"{name!r} is no parameter of this block: {advice}")
             if value is not None and value.shape != self.own[name].shape:
-                raise ConfigError(f"{name!r} has shape {tuple(value.shape)}; expected {tuple(self.own[name].shape)}")
+                raise ConfigError(f"{name!r} has shape {tuple(value.shape)}, expected {tuple(self.own[name].shape)}")
 
     def _jvp(
         self, share: Tensor | None, values: Values, unit: Values, point: State, tangents: State

@@ -106,8 +106,8 @@ def _push(reverse: bool) -> Visit:
             return _block(transform, x, v, request, reverse)
         if any(isinstance(m, CNF) for m in transform.modules()):
             raise ConfigError(
-                f"transform has a {type(transform).__name__} with blocks inside: expected CNF, Sequential or "
-                "Multiscale, or transforms without an ODE; take the Jacobian of its parts"
+                f"transform has a {type(transform).__name__} with blocks inside, expected a CNF, Sequential, Multiscale or transforms "
+                "without an ODE: take the Jacobian of its parts"
             )
         return _plain(transform, x, v, request, reverse)
 

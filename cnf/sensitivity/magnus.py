@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cnf.continuous import CNF
 from cnf.divergence import Bound
-from cnf.errors import ConfigError
+from cnf.errors import ConfigError, require_at_least
 from cnf.sensitivity.paths import TangentState, chunk_size, clock, integrate_tangents, require_points, units
 from cnf.solvers import FixedGrid, Solver
 from cnf.transforms import Request
@@ -82,9 +82,9 @@ def magnus(
     """
     require_points(x)
     if order not in (1, 2, 3):
-        raise ConfigError(f"order={order}: expected 1, 2 or 3 terms of the Magnus expansion")
-    if steps < 1 or nodes < 3:
-        raise ConfigError(f"steps={steps}, nodes={nodes}: expected at least 1 step and 3 nodes a step")
+        raise ConfigError(f"order must be 1, 2 or 3, got {order}")
+    require_at_least(1, steps=steps)
+    require_at_least(3, nodes=nodes)
     end = block.end_time(x)
     h = end / steps
     fractions, tables = _tables(nodes)

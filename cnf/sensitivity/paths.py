@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cnf.continuous import CNF
 from cnf.divergence import Bound
-from cnf.errors import ConfigError, DataError
+from cnf.errors import DataError, require_at_least
 from cnf.solvers.base import State
 from cnf.transforms import Request
 
@@ -32,24 +32,15 @@ def clock(t: Tensor, a: Tensor | None) -> Tensor:
 
 
 def chunk_size(chunk: int | None, columns: int, numel: int) -> int:
-    """Return the number of tangents of ``numel`` entries to integrate at once.
-
-    Raises:
-        ConfigError: for a chunk below one.
-    """
-    if chunk is not None and chunk < 1:
-        raise ConfigError(f"chunk={chunk}: expected at least 1 tangent at once, or None to choose by memory")
+    """Return the number of tangents of ``numel`` entries to integrate at once."""
+    require_at_least(1, chunk=chunk)
     return chunk or max(1, min(columns, _CHUNK_NUMEL // max(1, numel)))
 
 
 def require_points(x: Tensor) -> None:
-    """Validate that x is a non-empty batch of floats (N, \\*event).
-
-    Raises:
-        DataError: for any other x.
-    """
+    """Validate that x is a non-empty batch of floats (N, \\*event)."""
     if x.ndim < 2 or len(x) == 0 or not x.is_floating_point():
-        raise DataError(f"x is {tuple(x.shape)} of {x.dtype}; expected floats (N, *event): a Jacobian is a derivative")
+        raise DataError(f"x has shape {tuple(x.shape)} and type {x.dtype}, expected floats (N, *event)")
 
 
 def integrate_tangents(block: CNF, start: TangentState, times: tuple[Tensor, Tensor], request: Request) -> TangentState:
