@@ -261,7 +261,7 @@ def test_context_of_rows_and_of_all_and_floats_in_the_unit_interval():
     assert found.dequantisation == "none" and found.bound is None and found.unit == "bits/dim"
     assert torch.allclose(found.per_item, flow.bits_per_dim(floats, c).detach(), atol=1e-12, rtol=0)
     # the logit reaches a little beyond [0, 1], where nobody's pixels are
-    with pytest.raises(DataError, match=r"spans \[0\.5, 1\.005\]; expected floats in \[0, 1\]"):
+    with pytest.raises(DataError, match=r"spans \[0\.5, 1\.005\], expected floats in \[0, 1\]"):
         evaluate(flow, torch.tensor([0.5, 1.005]).repeat(2).reshape(1, 1, 2, 2), c)
 
 

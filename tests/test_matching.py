@@ -247,7 +247,7 @@ def test_every_parameter_of_the_field_gets_a_gradient(kind):
 
 
 def test_chains_without_such_a_path_are_refused():
-    with pytest.raises(ConfigError, match=r"a Multiscale: the presets fm-digits"):
+    with pytest.raises(ConfigError, match=r"a Multiscale: use --architecture stack, or the preset fm-digits"):
         FlowMatching(build(ModelConfig("multiscale", "conv", (4,)), SolverConfig(), (1, 4, 4), levels=17))
     with pytest.raises(ConfigError, match="between or after"):
         blocks = [CNF(MLP(16, (4,))), Squeeze(), CNF(MLP(16, (4,)))]

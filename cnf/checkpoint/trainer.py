@@ -36,7 +36,7 @@ def save_trainer(folder: Path, state: dict[str, Any]) -> None:
 
     def write(temporary: Path) -> None:
         torch.save(state, temporary)
-        _seal(temporary)
+        _append_checksum(temporary)
 
     write_atomic(path, write)
 
@@ -73,7 +73,7 @@ def load_trainer(folder: Path) -> tuple[dict[str, Any], str]:
     reasons = []
     for name in TRAINER:
         try:
-            _check_seal(folder / name)
+            _verify_checksum(folder / name)
             check_pickle(folder / name)
             state = torch.load(folder / name, map_location="cpu", weights_only=True)
             if not isinstance(state, dict):
@@ -83,11 +83,11 @@ def load_trainer(folder: Path) -> tuple[dict[str, Any], str]:
             continue
         if reasons:  # otherwise the next save would keep the damaged one as the previous
             os.replace(folder / name, folder / TRAINER[0])
-        return state, f"{folder}: going back to the previous checkpoint ({'; '.join(reasons)})" if reasons else ""
+        return state, f"{folder}: using the previous checkpoint ({'; '.join(reasons)})" if reasons else ""
     raise CheckpointError(f"{folder} has no checkpoint that can be read ({'; '.join(reasons)})")
 
 
-def _seal(path: Path) -> None:
+def _append_checksum(path: Path) -> None:
     with path.open("rb+") as file:
         file.seek(-22, os.SEEK_END)
         end = file.read()
@@ -101,7 +101,7 @@ def _seal(path: Path) -> None:
         file.write(_TAIL.to_bytes(2, "little") + _MARK + digest.encode())
 
 
-def _check_seal(path: Path) -> None:
+def _verify_checksum(path: Path) -> None:
     size = require_file(path, CheckpointError, "it")
     digest, rest = hashlib.sha256(), size - _TAIL - 2
     with path.open("rb") as file:
@@ -111,6 +111,6 @@ def _check_seal(path: Path) -> None:
         tail = file.read()
     digest.update(b"\0\0")
     if tail[:-_HEX] != _TAIL.to_bytes(2, "little") + _MARK:
-        raise ValueError("it carries no checksum: it is damaged, half-written or of an earlier version")
+        raise ValueError("it has no checksum: it is damaged, half-written or of an earlier version")
     if tail[-_HEX:] != digest.hexdigest().encode():
         raise ValueError("it is damaged: its checksum differs")

@@ -96,7 +96,7 @@ def layout(reference: Reference) -> Layout:
     ordered = [blocks[place] for place in sorted(blocks)]
     for block in ordered:
         layers = {j for net in block.nets.values() for j in net}
-        complete = all(set(each) == set(range(len(each))) for each in (block.nets, *block.nets.values()))
+        complete = all(keys == set(range(len(keys))) for keys in [set(block.nets), *map(set, block.nets.values())])
         if not layers or not complete or len(block.place) != len(ordered[0].place):
             raise CheckpointError(f"the checkpoint's block {block.name} is incomplete")
     nets = {len(block.nets) for block in ordered}

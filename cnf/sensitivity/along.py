@@ -87,7 +87,7 @@ class Along:
         value, derivative = vmap(push, out_dims=(None, 0), randomness="same")(dict(unit), *tangents)
         return value, derivative
 
-    def still(self, point: State, unit: Values) -> State:
+    def zero_tangents(self, point: State, unit: Values) -> State:
         """Return zero tangents (K, ...) of a state, one for every column of ``unit``."""
         count = next(iter(unit.values())).shape[0] if unit else 0
         return tuple(entry.new_zeros(count, *entry.shape) for entry in point) if count else ()
@@ -95,10 +95,10 @@ class Along:
     def begin(self, x: Tensor, values: Values, unit: Values) -> tuple[State, State]:
         """Return the state at t = 0 and its tangents, which are zero except for a learned initial a."""
         if self.block.path is None:
-            return (x,), self.still((x,), unit)
-        return self._jvp(None, values, unit, (x,), self.still((x,), unit))
+            return (x,), self.zero_tangents((x,), unit)
+        return self._jvp(None, values, unit, (x,), self.zero_tangents((x,), unit))
 
-    def go(
+    def integrate(
         self,
         point: State,
         tangents: State,
