@@ -74,12 +74,12 @@ class SolverError(CNFError, RuntimeError):
 
     def inside(self, block: str, times: tuple[float, float] | None) -> SolverError:
         """Return the same error with the block's name and, if known, its start and stop times in the message."""
-        place = ""
+        where = ""
         if times is not None:
             start, stop = times
-            block, place = f"{block}, t {start:g} to {stop:g}", self.where(start, stop - start)
-        cause = f"{block}: {self.cause}{place}" if self.cause else ""
-        return SolverError(f"{block}: {self}{place}", rows=self.rows, cause=cause)
+            block, where = f"{block}, t {start:g} to {stop:g}", self.where(start, stop - start)
+        cause = f"{block}: {self.cause}{where}" if self.cause else ""
+        return SolverError(f"{block}: {self}{where}", rows=self.rows, cause=cause)
 
     def where(self, start: float, span: float) -> str:
         """Format position, step size and state for the time interval from ``start`` to ``start + span``; "" if unknown.

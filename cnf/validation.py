@@ -19,17 +19,9 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def check_points(name: str, x: Any, shape: tuple[int, ...], like: Tensor, levels: int | None) -> None:
-    """Validate points (\\*lead, \\*shape): type, shape, device and finite values.
+    """Validate points (\\*lead, \\*shape): type, shape, finite values, and dtype and device as ``like``.
 
-    Args:
-        name: name of the argument, for messages.
-        x: the value.
-        shape: shape of one point.
-        like: a tensor with the flow's dtype and device.
-        levels: grey levels of integer images; None if only floats are valid.
-
-    Raises:
-        DataError: stating the error and the expected value.
+    Integers are valid only with grey ``levels``; ``name`` is that of the argument.
     """
     _require_tensor(name, x, like)
     lead = x.ndim - len(shape)
@@ -43,17 +35,7 @@ def check_points(name: str, x: Any, shape: tuple[int, ...], like: Tensor, levels
 
 
 def check_context(context: Any, size: int | None, like: Tensor) -> None:
-    """Validate a context (\\*lead, C).
-
-    Args:
-        context: the value.
-        size: C, 0 for a flow without context, None if unknown.
-        like: a tensor with the flow's dtype and device.
-
-    Raises:
-        ConfigError: for a context given to a flow without context.
-        DataError: stating the error and the expected value.
-    """
+    """Validate a context (\\*lead, C) of C = ``size``: 0 for a flow without context, None if unknown."""
     _require_tensor("context", context, like)
     if size == 0:
         raise ConfigError(f"context has shape {tuple(context.shape)}, but this flow was built without context (context_dim=0): leave it out")
@@ -74,19 +56,11 @@ def check_unit_interval(x: Tensor) -> None:
 
 
 def as_rows(x: Tensor, shape: tuple[int, ...], context: Tensor | None) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
-    """Return points as (N, \\*shape), a context as (N, C), (C,) or None, and the leading shape of the result.
-
-    Leading shapes of points and context are broadcast as in torch.distributions.
-
-    Raises:
-        DataError: for leading shapes that cannot be broadcast.
-    """
+    """Return points as (N, \\*shape), a context as (N, C), (C,) or None, and the broadcast leading shape of the result."""
     lead: tuple[int, ...] = tuple(x.shape[: x.ndim - len(shape)])
     if context is None or context.ndim == 1:
         return (x if len(lead) == 1 else x.reshape(math.prod(lead), *shape)), context, lead
     given = tuple(context.shape[:-1])
-    if lead == given and len(lead) == 1:
-        return x, context, lead
     try:
         lead = tuple(torch.broadcast_shapes(lead, given))
     except RuntimeError:
@@ -111,9 +85,6 @@ def match_flow(x: Tensor, context: Tensor | None, like: Tensor) -> tuple[Tensor,
 
 def sample_shape(n: Any) -> tuple[int, ...]:
     """Convert a count or a shape of samples to a shape.
-
-    Raises:
-        ConfigError: for anything else, such as a negative or fractional count.
 
     Example:
         >>> sample_shape(5), sample_shape((3, 2)), sample_shape(())

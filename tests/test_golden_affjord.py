@@ -304,7 +304,7 @@ def test_toy_files(tmp_path):
     with pytest.raises(CheckpointError, match="load_affjord_toy"):
         load_reference(file)
     for bad in (torch.zeros(3), torch.tensor([math.nan, 0]), torch.tensor([1, 2])):
-        with pytest.raises(ConfigError, match="expected 2 finite"):
+        with pytest.raises(ConfigError, match="seed must be 2 finite floats"):
             load_affjord_toy(state, bad)
     plain = {k: v for k, v in state.items() if k.startswith("hyper_net.")}
     with pytest.raises(CheckpointError, match=r"hyper_net.fc1.weight has shape \(5, 2\)"):
@@ -439,7 +439,7 @@ def test_stacks_begin_each_block_afresh():
     again = torch.sigmoid(z).sub(1e-6).div(1 - 2e-6)
     close(flow.encode(x).flatten(1), released_chain(single, again, "hyper", 1, 2), 1e-9)
     small = make((1, 4, 4), (3,), "hyper")
-    with pytest.raises(CheckpointError, match="fewer than the 20 entries"):
+    with pytest.raises(CheckpointError, match="images must have at least 20 entries"):
         load_reference(small)
 
 

@@ -10,34 +10,10 @@ from cnf.checkpoint.trainer import has_trainer, load_trainer, save_trainer
 from cnf.checkpoint.weights import load, save, weights_digest, write_weights
 
 __all__ = [
-    "FORMAT",
-    "LOCK",
-    "PREFIX",
-    "ModelInfo",
-    "RunInfo",
-    "config_digest",
-    "describe",
-    "has_trainer",
-    "is_model",
-    "leftovers",
-    "load",
-    "load_trainer",
-    "located",
-    "locked",
-    "one_line",
-    "outputs",
-    "pretrained",
-    "read_config",
-    "read_model_info",
-    "renew",
-    "save",
-    "save_trainer",
-    "weights_digest",
-    "write_atomic",
-    "write_config",
-    "write_model_info",
-    "write_text",
-    "write_weights",
-]
+    "FORMAT", "LOCK", "PREFIX", "ModelInfo", "RunInfo", "config_digest", "describe", "has_trainer", "is_model",
+    "leftovers", "load", "load_trainer", "located", "locked", "one_line", "outputs", "pretrained", "read_config",
+    "read_model_info", "renew", "save", "save_trainer", "weights_digest", "write_atomic", "write_config",
+    "write_model_info", "write_text", "write_weights",
+]  # fmt: skip
 
 __getattr__ = aliases(__name__, load_model="load")

@@ -110,12 +110,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def renew(folder: Path) -> None:
-    """Take the lock of a folder again that was removed and recreated while locked.
-
-    Raises:
-        ConfigError: if another process took it first.
-        CheckpointError: if the folder cannot be written.
-    """
+    """Take the lock of a folder again that was removed and recreated while locked; errors as :func:`locked`."""
     held = _held.get(_key(folder))
     if held is not None and not held.current():
         held.lock.release()  # of the removed file

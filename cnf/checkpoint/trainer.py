@@ -25,11 +25,7 @@ _TAIL = len(_MARK) + _HEX
 
 
 def save_trainer(folder: Path, state: dict[str, Any]) -> None:
-    """Write trainer.pt and keep the previous one as trainer.previous.pt.
-
-    Raises:
-        CheckpointError: if it cannot be written; the previous state is intact.
-    """
+    """Write trainer.pt and keep the previous one as trainer.previous.pt, intact if the new one cannot be written."""
     path = folder / TRAINER[0]
     if path.exists():
         _keep_previous(path, folder / TRAINER[1])
@@ -66,9 +62,7 @@ def has_trainer(folder: Path) -> bool:
 def load_trainer(folder: Path) -> tuple[dict[str, Any], str]:
     """Return the resume state, and a notice if trainer.pt is damaged and the previous one replaces it.
 
-    Raises:
-        CheckpointError: if neither can be read. No code in them runs: torch's ``weights_only`` reader accepts only
-            tensors and plain values.
+    No code in them runs: torch's ``weights_only`` reader accepts only tensors and plain values.
     """
     reasons = []
     for name in TRAINER:
@@ -92,9 +86,7 @@ def _append_checksum(path: Path) -> None:
         file.seek(-22, os.SEEK_END)
         end = file.read()
         if end[:4] != b"PK\x05\x06" or end[-2:] != b"\0\0":
-            raise CheckpointError(
-                f"{path}: torch.save wrote no zip file that can take a checksum; use torch 2.6 or later"
-            )
+            raise CheckpointError(f"{path}: torch.save wrote no zip file that can take a checksum: use torch 2.6 or later")
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(-2, os.SEEK_END)

@@ -54,7 +54,7 @@ class ReleasedScale(SharedAugmentedTime):
     def __init__(self, transforms: Iterable[Transform], shape: tuple[int, ...]):
         super().__init__(transforms)
         if math.prod(shape) < ENTRIES:
-            raise ConfigError(f"an image of shape {tuple(shape)} has fewer than the {ENTRIES} entries that z* needs")
+            raise ConfigError(f"images must have at least {ENTRIES} entries, which z* needs, got shape {tuple(shape)}")
         self.shape = tuple(shape)
 
     def between(self, transform: Transform, a: Tensor) -> Tensor:
@@ -139,13 +139,9 @@ def fill_path(path: TimePath, given: Mapping[str, Tensor]) -> None:
 
 
 def squeeze_paths(flow: Flow) -> None:
-    """Squeeze the augmented time of every scale of a multiscale flow along with the image, as released.
-
-    Raises:
-        ConfigError: for images of fewer than 20 entries.
-    """
+    """Squeeze the augmented time of every scale of a multiscale flow along with the image, as released."""
     scales = [(path, m) for path, m in flow.named_modules() if isinstance(m, SharedAugmentedTime)]
     if not scales and flow.dim < ENTRIES:
-        raise ConfigError(f"images of shape {flow.event_shape} have fewer than the {ENTRIES} entries that z* needs")
+        raise ConfigError(f"images must have at least {ENTRIES} entries, which z* needs, got shape {flow.event_shape}")
     for (path, scale), shape in zip(scales, scale_shapes(flow.event_shape) if scales else (), strict=True):
         flow.set_submodule(path, ReleasedScale((part for part, _ in scale.steps()), shape))

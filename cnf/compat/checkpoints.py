@@ -187,9 +187,7 @@ def _solver(arch: Layout, args: Arguments, model: ModelConfig) -> SolverConfig:
     if known and model.end_time / step > LONGEST:
         raise CheckpointError(f"args.step_size must be at least {model.end_time / LONGEST:g}, got {step}")
     # the multiscale script records --divergence_fn but ignores it; vectors are evaluated with the exact trace
-    exact = not arch.images or (
-        arch.kind == "stack" and args.get("divergence_fn", str, "approximate") == "brute_force"
-    )
+    exact = not arch.images or (arch.kind == "stack" and args.get("divergence_fn", str, "approximate") == "brute_force")
     return SolverConfig(
         method=method if known or method in Adaptive.METHODS else "dopri5",
         grid_steps=max(1, math.ceil(model.end_time / step - 1e-9)) if known else 1,

@@ -23,11 +23,11 @@ SCALED, CHAINED = re.compile(r"transforms\.(\d+)\.chain\.(\d+)\.(.+)"), re.compi
 class Block:
     """Released CNF block.
 
-    ``place`` is its position in the chain, ``root`` the square root of its end time, ``nets`` the parameters of each
+    ``position`` is its index in the chain and, if there are scales, its scale's before, ``root`` the square root of its end time, ``nets`` the parameters of each
     net's layers by released name, and ``path`` those of AFFJORD's augmented time.
     """
 
-    place: tuple[int, ...]
+    position: tuple[int, ...]
     root: Tensor | None = None
     nets: dict[int, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
     path: dict[str, Tensor] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Block:
     @property
     def name(self) -> str:
         """Position in the chain, for messages."""
-        return ".".join(map(str, self.place))
+        return ".".join(map(str, self.position))
 
 
 @dataclass
@@ -56,28 +56,27 @@ class Layout:
     @property
     def images(self) -> bool:
         """True for image models: a logit (without parameters) comes first; AFFJORD's is outside the model."""
-        return self.affjord or self.kind != "stack" or self.blocks[0].place != (0,)
+        return self.affjord or self.kind != "stack" or self.blocks[0].position != (0,)
 
 
 def layout(reference: Reference) -> Layout:
     """Infer the architecture from the names of the weights.
 
-    Raises:
-        CheckpointError: for names of another architecture (batch normalisation, an autoencoder, Swish's learned factor,
-            spectral norm, a VAE, AFFJORD's parallel model and 2-D models).
+    Unsupported are batch normalisation, an autoencoder, Swish's learned factor, spectral norm, a VAE, AFFJORD's parallel
+    model and 2-D models.
     """
     blocks: dict[tuple[int, ...], Block] = {}
     unknown = []
-    place: tuple[int, ...]
+    position: tuple[int, ...]
     for name, value in reference.state.items():
         if outer := SCALED.fullmatch(name):
-            place, rest = (int(outer[1]), int(outer[2])), outer[3]
+            position, rest = (int(outer[1]), int(outer[2])), outer[3]
         elif outer := CHAINED.fullmatch(name):
-            place, rest = (int(outer[1]),), outer[2]
+            position, rest = (int(outer[1]),), outer[2]
         else:
             unknown.append(name)
             continue
-        block = blocks.setdefault(place, Block(place))
+        block = blocks.setdefault(position, Block(position))
         if rest == "sqrt_end_time":
             block.root = value
         elif inner := NET.fullmatch(rest):
@@ -93,14 +92,14 @@ def layout(reference: Reference) -> Layout:
             f"the checkpoint's architecture has no counterpart here: {len(unknown)} of {len(reference.state)} weights, such as "
             f"{sorted(unknown)[:3]}, belong to none of FFJORD's, RNODE's or AFFJORD's multiscale, parallel, convolutional or vector flows"
         )
-    ordered = [blocks[place] for place in sorted(blocks)]
+    ordered = [blocks[position] for position in sorted(blocks)]
     for block in ordered:
         layers = {j for net in block.nets.values() for j in net}
         complete = all(keys == set(range(len(keys))) for keys in [set(block.nets), *map(set, block.nets.values())])
-        if not layers or not complete or len(block.place) != len(ordered[0].place):
+        if not layers or not complete or len(block.position) != len(ordered[0].position):
             raise CheckpointError(f"the checkpoint's block {block.name} is incomplete")
     nets = {len(block.nets) for block in ordered}
-    kind = "parallel" if nets != {1} else "multiscale" if len(ordered[0].place) == 2 else "stack"
+    kind = "parallel" if nets != {1} else "multiscale" if len(ordered[0].position) == 2 else "stack"
     net = ordered[0].nets[0]
     if any(block.path for block in ordered):
         if kind == "parallel":

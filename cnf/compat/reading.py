@@ -57,11 +57,7 @@ class Arguments:
         return value
 
     def sizes(self, name: str) -> tuple[int, ...]:
-        """Parse a list of integers such as "64,64,64" or "64-64-64".
-
-        Raises:
-            CheckpointError: for any other value.
-        """
+        """Parse a list of integers such as "64,64,64" or "64-64-64"."""
         text = self.get(name, str)
         try:
             # strides may be negative, so a dash separates only if there is no comma
@@ -108,11 +104,7 @@ def read_reference(
 def check_shapes(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str = "the checkpoint", advice: str = ""
 ) -> None:
-    """Validate names and shapes of weights.
-
-    Raises:
-        CheckpointError: naming the first weight that is missing, unknown or of another shape, after ``where``.
-    """
+    """Validate names and shapes of weights; raise a CheckpointError for the first that differs."""
     for name in sorted(shapes.keys() | tensors.keys()):
         shape = tuple(tensors[name].shape) if name in tensors else None
         if shape != shapes.get(name):

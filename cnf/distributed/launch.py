@@ -27,11 +27,7 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 def launched() -> tuple[int, int]:
-    """Return rank and number of processes from torchrun's environment (RANK, WORLD_SIZE); (0, 1) without it.
-
-    Raises:
-        ConfigError: for an incomplete or inconsistent environment.
-    """
+    """Return rank and number of processes from torchrun's environment (RANK, WORLD_SIZE); (0, 1) without it."""
     size = os.environ.get("WORLD_SIZE", "1")
     rank = os.environ.get("RANK", "0" if size == "1" else "")
     if not (size.isdecimal() and rank.isdecimal() and int(rank) < int(size)):
@@ -105,11 +101,7 @@ def _named(store: dist.Store) -> dist.Store:  # type: ignore[name-defined]
 
 
 def _meet(rank: int, size: int) -> dist.Store:  # type: ignore[name-defined]
-    """Return the store of the run after every rank has joined.
-
-    Raises:
-        TrainingError: with the missing ranks.
-    """
+    """Return the store of the run after every rank has joined."""
     address, names = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", [f"come/{other}" for other in range(size)]
     seconds = COMING.total_seconds()
     try:

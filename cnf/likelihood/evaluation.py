@@ -254,11 +254,7 @@ def _kind(flow: Flow, x: Tensor, wanted: str | None) -> str:
 def _solve(
     flow: Flow, x: Tensor, context: Tensor | None, noise: ItemNoise, kind: str, solver: SolverOverride
 ) -> tuple[Tensor, Stats, str]:
-    """Return :func:`_log_prob` of the rows that can be solved, NaN for the others, and why the first of them cannot.
-
-    Raises:
-        SolverError: if a solve fails without naming rows, or for more than :data:`FAILING` rows.
-    """
+    """Return :func:`_log_prob` of the rows that can be solved, NaN for at most FAILING others, and why the first cannot."""
     keep, reason = list(range(len(x))), ""
     value, stats = torch.full((len(x),), math.nan, dtype=torch.float64), Stats()
     while keep:

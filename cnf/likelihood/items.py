@@ -42,15 +42,15 @@ class ItemNoise(Noise):
     def _draw(self, name: str, kind: Kind, shape: Sequence[int], batch_dim: int | None, like: Like) -> Tensor:
         purpose = f"{self.purpose}/{self.sample}" if name == "dequantize" else self.purpose
 
-        def one(item: int, part: Sequence[int]) -> Tensor:
-            noise = Noise(self.seed, purpose, item)
+        def draw_row(index: int, shape: Sequence[int]) -> Tensor:
+            noise = Noise(self.seed, purpose, index)
             noise.place = self.place
-            return noise.draw(name, kind, part, dtype=like.dtype, device=like.device, batch_dim=None)
+            return noise.draw(name, kind, shape, dtype=like.dtype, device=like.device, batch_dim=None)
 
         if batch_dim is None:
-            return one(-1, shape)
-        part = list(shape)
-        rows = part.pop(batch_dim)
+            return draw_row(-1, shape)
+        row_shape = list(shape)
+        rows = row_shape.pop(batch_dim)
         if rows != len(self.items):
             raise ConfigError(f"ItemNoise has noise for {len(self.items)} rows, but {rows} rows were requested")
-        return torch.stack([one(int(item), part) for item in self.items], batch_dim)
+        return torch.stack([draw_row(int(index), row_shape) for index in self.items], batch_dim)

@@ -30,14 +30,9 @@ def sorted_rows(flow: Flow, x: Tensor, context: Tensor | None, *, size: int, gro
     little.
 
     Args:
-        flow: in evaluation mode.
-        x: points (N, \\*event), images as floats or uint8.
-        context: (N, C), (C,) or None.
+        flow, x, context: as for :func:`~cnf.likelihood.evaluate`.
         size: rows of a batch.
         group: processes that share the work; each gets the same order.
-
-    Raises:
-        SolverError: if a learned time cannot be solved.
     """
     rows = torch.arange(len(x))
     first = _first(flow)

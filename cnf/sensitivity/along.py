@@ -50,11 +50,7 @@ class Along:
         self.own = dict(block.named_parameters())
 
     def check(self, values: Mapping[str, Tensor | None]) -> None:
-        """Validate the names and shapes of parameters.
-
-        Raises:
-            ConfigError: for names that are not parameters of the block, or values of another shape.
-        """
+        """Validate the names and shapes of parameters."""
         for name, value in values.items():
             if name not in self.own:
                 near = get_close_matches(name, self.own, 1)

@@ -79,8 +79,7 @@ def piecewise_jacobian(
     (AFFJORD, 2306.02731, app. C): forward sensitivity within piece k, whose columns then follow the cable rule to T.
 
     Args:
-        pieces: parameters of each piece by name (as in ``block.named_parameters()``); the block's own are used for
-            missing names.
+        pieces: parameters of each piece by name; the block's own are used for missing names.
         names: parameters to differentiate by; None for all that require a gradient, except a learned end time.
         block, x, context, chunk, solver: as for :func:`parameter_jacobian`.
 
@@ -88,10 +87,8 @@ def piecewise_jacobian(
         z (N, \*event), and by name (K, N, \*event, \*θ.shape).
 
     Raises:
-        ConfigError: without pieces or names, for the end time or a name that is not a parameter of the block, values of
-            another shape, or a chunk below one.
-        DataError: for x that is not a batch of floats.
-        SolverError: if a solve fails.
+        ConfigError: without pieces, for the end time, or values of another shape; other errors as
+            :func:`parameter_jacobian`.
 
     Example:
         >>> from cnf.fields import MLP
@@ -130,8 +127,7 @@ def response(
     functions need a solver with ``gradient="direct"``.
 
     Args:
-        perturbation: returns δθ by name (as in ``block.named_parameters()``) at t () in [0, T]; the same names at every
-            t.
+        perturbation: returns δθ by name at t () in [0, T]; the same names at every t.
         parameters: returns θ by name at t, the point of linearisation; None, or a missing name, uses the block's own.
         block, x, context, solver: as for :func:`parameter_jacobian`.
 
@@ -139,9 +135,7 @@ def response(
         z and δz, (N, \*event) each.
 
     Raises:
-        ConfigError: for the end time or a name that is not a parameter of the block, or values of another shape.
-        DataError: for x that is not a batch of floats.
-        SolverError: if a solve fails.
+        ConfigError: for the end time, or values of another shape; other errors as :func:`parameter_jacobian`.
 
     Example:
         >>> from cnf.fields import MLP

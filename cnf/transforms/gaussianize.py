@@ -62,11 +62,7 @@ class Gaussianize(DeterministicTransform):
 
     @torch.no_grad()
     def fit_batches(self, batches: Iterable[Tensor]) -> None:
-        """Estimate the marginals of dequantised data in [0, 1] from batches (n, \\*event).
-
-        Raises:
-            DataError: for a shape other than the image's, integers, or no rows.
-        """
+        """Estimate the marginals of dequantised data in [0, 1] from batches (n, \\*event)."""
         counts = torch.zeros(self.mass.shape, dtype=torch.float64, device=self.mass.device)
         for batch in batches:
             self._check(batch)

@@ -76,11 +76,7 @@ class Dequantize(Transform):
         return u, zeros(u)
 
     def check(self, x: Tensor) -> None:
-        """Validate grey levels; the range is not checked while value checks are deferred.
-
-        Raises:
-            DataError: for an integer type other than uint8, or pixels of ``levels`` or more.
-        """
+        """Validate grey levels; the range is not checked while value checks are deferred."""
         if x.dtype != torch.uint8:
             raise DataError(f"images have type {x.dtype}, expected uint8 grey levels, or floats in [0, 1]")
         if x.numel() and not deferred(x) and int(x.max()) >= self.levels:

@@ -68,11 +68,7 @@ class Request:
         return solver_of(block, self.solver)
 
     def divergence_of(self, block: Any) -> Any:
-        """Return the divergence strategy of a block for this call.
-
-        Raises:
-            ConfigError: for a ``divergence`` that is neither a strategy nor a function of the block.
-        """
+        """Return the divergence strategy of a block for this call."""
         given = self.divergence
         if given is None:
             return block.divergence
@@ -86,11 +82,7 @@ FORMER = ("noise", "log_det", "integrals")  # keyword arguments of transforms be
 
 
 def as_request(request: Any, former: Mapping[str, Any]) -> Request:
-    """Return the request of a call, converted with a warning from the former arguments (context, noise=, ...).
-
-    Raises:
-        TypeError: for unknown arguments.
-    """
+    """Return the request of a call, converted with a warning from the former arguments (context, noise=, ...)."""
     if isinstance(request, Request) and not former:
         return request
     if unknown := former.keys() - {"context", *FORMER}:
