@@ -107,18 +107,14 @@ class SharedAugmentedTime(Sequential):
             raise ConfigError("SharedAugmentedTime takes blocks with an augmented time: build every CNF in it with a path")
         if any(isinstance(m, CNF) for part in self.transforms if not isinstance(part, CNF) for m in part.modules()):
             raise ConfigError("SharedAugmentedTime takes blocks directly, got a transform with blocks inside: pass its blocks instead")
-        for block in self.later:
-            if block.path is not None and block.path is not self._blocks[0].path:
+        first = self._blocks[0].path
+        for block in self._blocks:
+            if block.path is not None and block.path is not first:
                 block.path.initial = None
 
     @property
     def _blocks(self) -> list[CNF]:
         return [part for part in self.transforms if isinstance(part, CNF)]
-
-    @property
-    def later(self) -> list[CNF]:
-        """Blocks after the first, which continue the augmented time."""
-        return [block for block in self._blocks if block is not self._blocks[0]]
 
     def between(self, transform: Transform, a: Tensor) -> Tensor:
         """Return the augmented time after a transform without an ODE."""

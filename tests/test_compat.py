@@ -448,7 +448,7 @@ def test_a_multiscale_checkpoint_of_another_size():
     assert config["data_shape"] == [1, 8, 8]
     with pytest.raises(CheckpointError, match="give 5 blocks, but the checkpoint has 3: check args"):
         load_reference(substate(data), args)
-    with pytest.raises(CheckpointError, match="cannot be squeezed"):
+    with pytest.raises(CheckpointError, match="must be multiples of"):
         load_reference(substate(data), args | {"imagesize": 30})
 
 
