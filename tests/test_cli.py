@@ -371,7 +371,7 @@ WRONG = {
     "digits --hutchinson-mode reverse": r"--hutchinson-mode is for --divergence hutchinson",
     "digits --rtol 1e-3": r"--rtol is for adaptive solving \(evaluation has --eval-rtol",
     "digits --adaptive --method dopri5 --grid-steps 9": r"--grid-steps is for fixed grids: leave it at 4",
-    "--discrete keep": r"discrete='keep' means nothing for 'digits'",
+    "--discrete keep": r"discrete='keep' does not apply to 'digits'",
     "ffjord-toy --alpha 0.1": r"--alpha is for images: leave it at 0.01",
     "ffjord-toy --preprocess logit": r"--preprocess is for images",
     "ffjord-toy --noise-samples 3": r"--noise-samples is for likelihoods with noise, and the exact trace of vectors .* has none",

@@ -471,18 +471,18 @@ def test_bad_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"flip": True, "path": "t.npy"}, "flip mean nothing"),
-        ({"nbits": 5, "path": "t.npy"}, "nbits and flip mean nothing"),
-        ({"image_size": 4, "path": "x.npy"}, "folder of pictures"),
+        ({"flip": True, "path": "t.npy"}, "flip do not apply"),
+        ({"nbits": 5, "path": "t.npy"}, "nbits and flip do not apply"),
+        ({"image_size": 4, "path": "x.npy"}, "folder of images"),
         ({"path": "moons", "flip": True}, "is for images"),
         ({"path": "digits", "duplicates": "keep"}, "your own data"),
         ({"path": "digits", "validation_fraction": 0.2}, "your own data"),
         ({"path": "digits", "discrete": "keep"}, "your own tables"),
         ({"path": "digits", "sizes": (5, 5, 5)}, "toy sets"),
-        ({"path": "x.npy", "invert": True}, "density of a picture"),
-        ({"path": "two.npy", "test_fraction": 0.2}, "test_fraction=0.2 means nothing here, since the data bring their own"),
-        ({"path": "three.npy", "validation_fraction": 0.2}, "validation_fraction=0.2 means nothing here"),
-        ({"path": "three.npy", "split_seed": 3}, "split_seed=3 means nothing here"),
+        ({"path": "x.npy", "invert": True}, "density of an image"),
+        ({"path": "two.npy", "test_fraction": 0.2}, "test_fraction=0.2 does not apply, since the data bring their own"),
+        ({"path": "three.npy", "validation_fraction": 0.2}, "validation_fraction=0.2 does not apply"),
+        ({"path": "three.npy", "split_seed": 3}, "split_seed=3 does not apply"),
     ],
 )
 def test_options_that_would_do_nothing(tmp_path: Path, options: dict[str, Any], message: str) -> None:

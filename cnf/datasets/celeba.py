@@ -42,16 +42,16 @@ def celeba_picture(picture: Image.Image, size: int) -> Image.Image:
     return picture.resize((size, height), Image.Resampling.BILINEAR).crop((0, top, size, top + size))
 
 
-def load_celeba(options: Options) -> DataSplits:
+def load_celeba(name: str, options: Options) -> DataSplits:
     """Load CelebA in its official partition, decoded on first use into ``root/celeba/prepared``.
 
     Raises:
         DataError: for files that are missing, damaged, or not the aligned images.
         ConfigError: for an ``image_size`` above that of the aligned images.
     """
-    size, folder = options.image_size or SIZE, Path(options.root).expanduser() / "celeba"
+    size, folder = options.image_size or SIZE, options.folder / name
     if size > ALIGNED[0]:
-        raise ConfigError(f"image_size={size} is larger than celeba's pictures, {ALIGNED[0]}x{ALIGNED[1]}")
+        raise ConfigError(f"image_size must be at most {ALIGNED[0]}, the width of celeba's images, got {size}")
     lists = [folder / f"list_eval_partition.{suffix}" for suffix in ("txt", "csv")]
     inner = folder / "img_align_celeba"  # some archives nest this folder in a folder of the same name
     sources = [inner / inner.name, inner, folder / "img_align_celeba.zip"]
@@ -74,7 +74,7 @@ def load_celeba(options: Options) -> DataSplits:
     notices.append(f"official partition; shorter side resized to {size}, centre cropped to {size}x{size}")
     if [len(n) for n in names] != [162_770, 19_867, 19_962]:
         notices.append("the published partition has 162,770, 19,867 and 19,962 pictures: figures do not compare")
-    return assemble("celeba", "image", images, options, levels=2**options.nbits, notices=notices, flip=True)
+    return assemble(name, "image", images, options, levels=2**options.nbits, notices=notices, flip=True)
 
 
 def _partition(path: Path) -> list[list[str]]:

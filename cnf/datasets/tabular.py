@@ -52,7 +52,7 @@ def load_tabular(name: str, options: Options) -> DataSplits:
         raise ConfigError(
             f"discrete and duplicates are fixed by the published protocol of {name!r}; leave them at their defaults"
         )
-    parts, notices = _READERS[name](Path(options.root).expanduser())
+    parts, notices = _READERS[name](options.folder)
     width = parts[0].shape[1]
     if width != WIDTH[name]:
         notices.append(f"{width} columns, where the published preprocessing has {WIDTH[name]}: figures do not compare")
