@@ -347,7 +347,7 @@ WRONG = {
     "--noise-samples 0": r"--noise-samples 0: expected a positive number",
     "--seed -1": r"--seed -1: expected zero or more",
     "--seed 99999999999999999999": r"--seed 9+: expected zero or more, at most",
-    "--max-train-rows 0": r"limit=0",
+    "--max-train-rows 0": r"limit must be at least 1, got 0",
     "digits --kinetic -1": r"--kinetic -1\.0: expected zero or more",
     "digits --alpha 0.7": r"alpha=0\.7; expected a number in \(0, 0\.5\)",
     "--blocks 0": r"--blocks 0: expected a positive number",

@@ -321,7 +321,7 @@ def test_supervised_sets():
         datasets.load("flip")
     with pytest.raises(ConfigError, match="condition must be None, 'label' or 'target'"):
         datasets.load("flip", condition="targets")
-    with pytest.raises(ConfigError, match="n=2 points"):
+    with pytest.raises(ConfigError, match="n must be at least 3, got 2"):
         sample_supervised("flip", 2)
     with pytest.raises(DataError, match="is unknown"):
         sample_supervised("spheres4", 9)
