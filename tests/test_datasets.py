@@ -428,7 +428,7 @@ BAD_ARRAYS = [
     (np.zeros((20, 0)), "at least one column"),
     (table().astype(complex), "real numbers"),
     (np.array([["a", "b"]] * 20), "real numbers"),
-    (table().reshape(50, 4, 3), "expected uint8"),
+    (table().reshape(50, 4, 3), "must be uint8"),
     (np.array([[1.0], [np.nan]] * 20, dtype=np.float32), "20 values that are NaN"),
     (table().reshape(10, 5, 4, 3, 1), "must be a table"),
 ]
@@ -444,17 +444,17 @@ def test_bad_arrays(tmp_path: Path, array: np.ndarray, message: str) -> None:
 BAD_NPZ: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"y": table()}, {}, "expected exactly one of"),
     ({"x": table(), "images": images()}, {}, "expected exactly one of"),
-    ({"x": table(), "labels": np.zeros(3)}, {}, r"shape \(3,\); expected \(200,\)"),
+    ({"x": table(), "labels": np.zeros(3)}, {}, r"must have shape \(200,\), one for each row, got \(3,\)"),
     ({"x": table(), "labels": table(200, 1)[:, 0]}, {"condition": "label"}, "integers or strings"),
     ({"x": table(1500), "labels": np.arange(1500)}, {"condition": "label"}, "at most 1000 classes"),
-    ({"x": np.float64(3), "labels": np.zeros(1)}, {}, r"expected \(\), one for each row"),
+    ({"x": np.float64(3), "labels": np.zeros(1)}, {}, r"must have shape \(\), one for each row, got \(1,\)"),
     ({"x": np.float64(3)}, {}, r"shape \(\)"),
     ({"x": table()}, {"condition": "label"}, "needs labels"),
     ({"x_train": table(), "x_validation": table()}, {}, "lacks test"),
     ({"x_test": table(), "x_val": table()}, {}, "lacks train"),
     ({"x_train": table(), "x_test": table(), "labels_test": np.zeros(200)}, {}, "labels for test but not for train"),
     ({"x_train": table(2), "x_test": table(30)}, {}, "too few to hold some out"),
-    ({"x_train": table(), "x_test": table(), "x_validation": table(20, 2)}, {}, "differ in item shape"),
+    ({"x_train": table(), "x_test": table(), "x_validation": table(20, 2)}, {}, "differ in row shape"),
     ({"x_train": table(), "x_test": table()[:0], "x_validation": table(20)}, {}, "test part .*is empty"),
 ]
 
@@ -558,7 +558,7 @@ def test_power(tmp_path: Path) -> None:
     np.random.RandomState(42).shuffle(order)  # the minute, without noise, shows the published shuffle
     assert np.allclose(data.test[:, 5], (order[900:] - order[:810].mean()) / order[:810].std(), atol=1e-5)
     np.save(tmp_path / "power" / "data.npy", raw[:, :7])
-    with pytest.raises(DataError, match="expected 8"):
+    with pytest.raises(DataError, match="must have 8 columns"):
         datasets.load("power", root=tmp_path)
 
 

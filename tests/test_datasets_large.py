@@ -135,7 +135,7 @@ def test_bad_zip_files(tmp_path: Path) -> None:
     with zipfile.ZipFile(archive, "w") as file:
         for name in list(kept)[1:]:
             file.writestr(name, kept[name])
-    with pytest.raises(DataError, match=r"lacks the picture"):
+    with pytest.raises(DataError, match=r"lacks the image"):
         datasets.load("celeba", root=tmp_path)
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr(next(iter(kept)), bytes(2**24 + 1))
