@@ -363,7 +363,7 @@ def test_a_missing_file(tmp_path):
     ({"dims": (3, 4)}, "args.dims is a tuple; expected a str"),
     ({"alpha": torch.tensor(0.1)}, "args.alpha is a Tensor; expected a float"),
     ({"alpha": "0.1"}, "args.alpha is '0.1'; expected a float"),
-    ({"alpha": 0.7}, "alpha=0.7"),
+    ({"alpha": 0.7}, r"alpha must be inside \(0, 0.5\), got 0.7"),
     ({"alpha": math.nan}, "args.alpha is nan; expected a finite number"),
     ({"alpha": 10**400}, "args.alpha is inf; expected a finite number"),
     ({"rtol": math.nan}, "args.rtol is nan; expected a finite number"),

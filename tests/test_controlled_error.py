@@ -233,7 +233,7 @@ def test_rows_that_cannot_be_solved_are_named_and_the_others_keep_theirs(solver)
         assert found.unsolved == (3, 13) and bool(found.per_item[~solved].isnan().all())
         torch.testing.assert_close(found.log_prob[solved], whole[solved], rtol=0, atol=1e-4)
         assert found.mean == pytest.approx(-float(whole[solved].mean()), abs=1e-4) and math.isfinite(found.standard_error)
-    with pytest.raises(SolverError, match="items 3, 13"):
+    with pytest.raises(SolverError, match="rows 3, 13"):
         found.require_solved()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
