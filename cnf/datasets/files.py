@@ -59,7 +59,7 @@ def load_path(path: Path, options: Options) -> DataSplits:
 def _read_file(path: Path, options: Options) -> Parts:
     name = str(path)
     if options.image_size is not None:
-        raise ConfigError(f"image_size={options.image_size} means nothing for {name!r}; it is for a folder of pictures")
+        raise ConfigError(f"image_size={options.image_size} does not apply to {name!r}; it is for a folder of images")
     suffix = path.suffix.lower()
     if is_table(path):
         frame, notices = read_frame(path)
@@ -114,9 +114,10 @@ def _read_split(folder: Path, options: Options) -> Parts | None:
 
 
 def _images(rows: list[Rows], labels: Array | None, name: str, options: Options, notices: list[str]) -> DataSplits:
-    idle = [n for n in ("columns", "drop_columns", "missing", "dependent") if getattr(options, n) != getattr(Options(), n)]
-    if idle or options.condition not in (None, "label", "target"):
-        raise ConfigError(f"{idle[0] if idle else 'condition'}={getattr(options, idle[0] if idle else 'condition')!r} is for tables, and {name!r} holds images")
+    columns_given = options.condition not in (None, "label", "target")
+    idle = options.changed(("columns", "drop_columns", "missing", "dependent")) or ("condition" if columns_given else None)
+    if idle:
+        raise ConfigError(f"{idle}={getattr(options, idle)!r} is for tables, and {name!r} holds images")
     pieces = [r.x for r in rows]
     sizes = [len(x) for x in pieces]
     kept, said = drop_duplicates(duplicate_rows(pieces, labels), sizes, options)
@@ -131,12 +132,6 @@ def _images(rows: list[Rows], labels: Array | None, name: str, options: Options,
     train, parts[0] = keep_rows(pieces[0], parts[0])
     if options.nbits != 8 and is_mapped(train):
         notices.append(f"nbits={options.nbits}: the training images are read into memory; those of 8 bits are mapped")
-    return assemble(
-        name,
-        "image",
-        [reduce_bits(x, options.nbits) for x in (train, *images)],
-        options,
-        **classes_of(labels, parts),
-        levels=2**options.nbits,
-        notices=[*notices, *said, notice],
-    )
+    reduced = [reduce_bits(x, options.nbits) for x in (train, *images)]
+    notices = [*notices, *said, notice]
+    return assemble(name, "image", reduced, options, **classes_of(labels, parts), levels=2**options.nbits, notices=notices)

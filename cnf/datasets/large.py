@@ -58,7 +58,7 @@ def load_large(name: str, options: Options) -> DataSplits:
     Raises:
         DataError: for missing or damaged files, or images of another size or number of channels.
     """
-    spec, folder = _SETS[name], Path(options.root).expanduser() / name
+    spec, folder = _SETS[name], options.folder / name
     found = part_entries(folder) if folder.is_dir() else {}
     if "test" not in found and "validation" in found:
         found["test"] = found.pop("validation")  # papers report on the published validation set
