@@ -573,7 +573,7 @@ def test_the_mean_over_a_step_is_the_integral() -> None:
     assert torch.equal(found.per_item, evaluate(flow, x, draws=150, steps=steps, seed=3).per_item)
     none = evaluate(flow, x, draws=150, steps=torch.zeros(3, 2))
     assert none.draws == 1 and none.dequantisation == "none"
-    with pytest.raises(ConfigError, match="steps have shape"):
+    with pytest.raises(ConfigError, match="steps has shape"):
         evaluate(flow, x, steps=torch.ones(3))
 
 
