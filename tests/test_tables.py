@@ -526,7 +526,7 @@ def test_later_files_are_read_as_training_read_its_own(tmp_path: Path, capsys: p
     scores = tmp_path / "s.csv"
     assert train_main(["--evaluate", str(run), "--score", str(tmp_path / "new.csv"), "--noise-samples", "3", "--per-item", str(scores)]) == 0
     out = capsys.readouterr().out
-    assert "columns 'k', 'day', 'half', 'on' are scored as training saw them" in out
+    assert "columns 'k', 'day', 'half', 'on' are dequantised as in training" in out
     info, flow = read_config(run), cnf.load(run)
     x = {c.name: c for c in info.table}["x"]
     context = np.c_[(new["x"] - x.mean) / x.std, np.tile([0, 0, 1.0], (50, 1))]
