@@ -148,5 +148,5 @@ def test_what_no_model_could_score(tmp_path):
     image = picture(tmp_path / "x.png", grey(0))
     with pytest.raises(DataError, match=r"x\.png' holds images, but the model has rows of 3 numbers"):
         read_items([image], (3,))
-    with pytest.raises(DataError, match="no file: no items"):
+    with pytest.raises(DataError, match="no file: no rows or images"):
         read_items([], (3,))

@@ -189,7 +189,7 @@ def _scored(columns: Columns, path: Path) -> tuple[Array, Array, list[str]]:
     if step.any():
         dequantised = ", ".join(repr(modelled[j].name) for j in np.flatnonzero(step))
         notices.append(
-            f"columns {dequantised} are dequantised as in training: uniform noise over one step, the mean over draws; the figure is a "
+            f"columns {dequantised} are dequantised like the training rows: uniform noise over one step, the mean over draws; the figure is a "
             "density, of a step of 1 also the probability"
         )
     return x, step, notices
