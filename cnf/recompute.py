@@ -15,7 +15,7 @@ from cnf.errors import ConfigError
 __all__ = ["Recompute", "differentiable_once", "final", "present_autocast"]
 
 State = tuple[Tensor, ...]
-KEPT = 4  # states of a chain stored for the backward pass; RNODE's four steps are then recomputed only once
+KEPT = 4  # states of a sequence stored for the backward pass; RNODE's four steps are then recomputed only once
 
 
 class Recompute:
@@ -52,7 +52,7 @@ class Recompute:
         result: State = _Repeated.apply(self, function, len(state), *state, *self.parameters)
         return result
 
-    def chain(self, functions: Sequence[Callable[..., State]], state: State) -> State:
+    def checkpoint_sequential(self, functions: Sequence[Callable[..., State]], state: State) -> State:
         """Apply functions one after another in memory independent of their number.
 
         At most :data:`KEPT` states are stored. With more functions the backward pass first recomputes a whole segment,
@@ -64,7 +64,7 @@ class Recompute:
             state = self(partial(_run, stretch, each), state)
         return state
 
-    def strangers(self, outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> list[weakref.ref[Tensor]]:
+    def untracked_leaves(self, outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> list[weakref.ref[Tensor]]:
         """Return unlisted leaves that outputs depend on; first call only, as all calls share their closure."""
         if self.checked:
             return []
@@ -85,7 +85,7 @@ class Recompute:
             todo.extend(n for n, _ in node.next_functions)
         return found
 
-    def pull(
+    def vjp(
         self,
         function: Callable[..., State],
         state: Sequence[Tensor],
@@ -112,13 +112,13 @@ class Recompute:
         used = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad and g is not None]
         if not used or not any(needed):
             return values, [None] * len(needed)
-        strangers = self.strangers((o for o, _ in used), entries)
+        untracked = self.untracked_leaves((o for o, _ in used), entries)
         wanted = [t for t, n in zip((*entries, *self.parameters), needed, strict=True) if n]
         ends, given = zip(*used, strict=True)
         # retain_graph: the next step uses the graph of what was computed before the solve again
         found = iter(torch.autograd.grad(ends, wanted, given, retain_graph=True, allow_unused=True))
         del outputs, used, ends
-        self.refuse(strangers)
+        self.refuse(untracked)
         return values, [next(found) if n else None for n in needed]
 
     def unnamed(self, function: Callable[..., State], state: Sequence[Tensor]) -> list[Tensor]:
@@ -126,24 +126,23 @@ class Recompute:
         with torch.enable_grad():
             entries = [t.detach().requires_grad_() for t in state]
             outputs = function(*entries)
-        strangers = self.strangers((o for o in outputs if o.requires_grad), entries)
+        untracked = self.untracked_leaves((o for o in outputs if o.requires_grad), entries)
         del outputs
-        return [leaf for reference in strangers if (leaf := reference()) is not None]
+        return [leaf for reference in untracked if (leaf := reference()) is not None]
 
-    def refuse(self, strangers: Iterable[weakref.ref[Tensor]]) -> None:
+    def refuse(self, untracked: Iterable[weakref.ref[Tensor]]) -> None:
         """Raise a ConfigError for leaves that outlive the function's graph; temporary leaves are freed with it."""
-        for reference in strangers:
+        for reference in untracked:
             leaf = reference()
             if leaf is not None:
                 raise ConfigError(
-                    f"gradient={self.gradient!r}: the right-hand side uses a tensor of shape {tuple(leaf.shape)} that wants "
-                    "a gradient but is not among the solver's parameters, so it would get none: name it there, or take "
-                    "gradient='direct'"
+                    f"gradient={self.gradient!r}: the right-hand side uses a tensor of shape {tuple(leaf.shape)} that requires a "
+                    "gradient but is not in parameters of solve(): add it there, or use gradient='direct'"
                 )
 
 
 def _run(functions: Sequence[Callable[..., State]], each: Recompute, *state: Tensor) -> State:
-    """Run a segment of a chain; with gradients and several functions each is checkpointed again."""
+    """Run a segment of a sequence; with gradients and several functions each is checkpointed again."""
     nested = torch.is_grad_enabled() and len(functions) > 1
     for function in functions:
         state = each(function, state) if nested else function(*state)
@@ -157,7 +156,7 @@ def present_autocast(like: Tensor) -> torch.autocast:
 
 
 def _refused(gradient: str) -> ConfigError:
-    return ConfigError(f"gradient={gradient!r} can be differentiated once, and a second derivative was requested: take gradient='direct'")
+    return ConfigError(f"gradient={gradient!r} can be differentiated once, and a second derivative was requested: use gradient='direct'")
 
 
 class _Final(torch.autograd.Function):
@@ -218,5 +217,5 @@ class _Repeated(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         state = ctx.saved_tensors[: ctx.count]
         with torch.no_grad():
-            _, found = ctx.owner.pull(ctx.function, state, gradients, ctx.needs_input_grad[3:], ctx.autocast)
+            _, found = ctx.owner.vjp(ctx.function, state, gradients, ctx.needs_input_grad[3:], ctx.autocast)
         return (None, None, None, *final(ctx.owner.gradient, found))

@@ -246,7 +246,7 @@ def test_squeeze_first_and_the_order_of_blocks():
         x = torch.randn(1, c, 4, 4, dtype=F64)
         assert torch.allclose(block.field(t, x), net(t, x), atol=1e-12)
         assert (
-            block.divergence.probes == 2 and block.divergence.noise == "gaussian" and block.divergence.mode == "reverse"
+            block.divergence.probes == 2 and block.divergence.distribution == "gaussian" and block.divergence.mode == "reverse"
         )
 
 
@@ -270,7 +270,7 @@ def test_solvers_and_traces_as_recorded():
     for block in flow.blocks:
         assert isinstance(block.solver, FixedGrid) and (block.solver.method, block.solver.steps) == ("rk4", 4)
         assert (block.eval_solver.method, block.eval_solver.rtol, block.eval_solver.atol) == ("bosh3", 1e-6, 1e-4)
-        assert isinstance(block.divergence, Hutchinson) and block.divergence.noise == "rademacher"
+        assert isinstance(block.divergence, Hutchinson) and block.divergence.distribution == "rademacher"
     flow = load_reference(checkpoint(solver="adams", divergence_fn="brute_force")[0])
     for block in flow.blocks:
         assert isinstance(block.solver, Adaptive) and (block.solver.method, block.solver.rtol) == ("dopri5", 1e-3)

@@ -149,7 +149,7 @@ def test_bad_arguments_are_named():
         MLP(2, (3,), context_dim=2)(torch.tensor(0.0), torch.randn(1, 2))
     with pytest.raises(ConfigError, match="dim=2"):
         MLP(2)(torch.tensor(0.0), torch.randn(1, 3))
-    with pytest.raises(ConfigError, match="probes=0"):
+    with pytest.raises(ConfigError, match="probes must be at least 1, got 0"):
         Hutchinson(probes=0)
     with pytest.raises(ConfigError, match="need="):
         linearize(MLP(2), torch.tensor(0.0), torch.randn(1, 2), None, None, {"nonsense"}, Exact())

@@ -420,7 +420,7 @@ def test_a_checkpoint_is_the_released_function(kind, shape, blocks):
     # torch's softplus is x itself above 20, which is off by e^-20 there; ours is not
     close(flow.encode(x), released_chain(content, x, kind, blocks, 3), 1e-10)
     assert flow.levels == 256 and not flow.training
-    assert all(b.divergence.noise == "rademacher" and b.learn_end_time for b in flow.blocks)
+    assert all(b.divergence.distribution == "rademacher" and b.learn_end_time for b in flow.blocks)
 
 
 def test_stacks_begin_each_block_afresh():

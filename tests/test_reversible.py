@@ -10,7 +10,7 @@ import torch
 from conftest import F64, ROOT, TIGHT, LinearField, perturbed
 
 from cnf.continuous import CNF
-from cnf.deferral import deferred_checks
+from cnf.deferral import defer_checks
 from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError, SolverError
 from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
@@ -335,7 +335,7 @@ def test_a_state_that_is_not_met_again_is_an_error_or_no_number_where_checks_are
 
     with pytest.raises(SolverError, match=r"walked back.*missed.*more steps"):
         solve().backward()
-    with deferred_checks():
+    with defer_checks():
         loss = solve()
     loss.backward()
     assert bool(loss.isfinite()) and bool(w.grad.isnan())

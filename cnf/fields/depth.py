@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import ConfigError
+from cnf.errors import ConfigError, unknown_name
 from cnf.fields.maps import Conv, Linear
 from cnf.fields.time import Affine, Constants, TimeLayer
 
@@ -38,9 +38,9 @@ BASES: dict[str, Callable[[Tensor, int], Tensor]] = {"chebyshev": _chebyshev, "f
 
 def _known(name: str, terms: int) -> None:
     if name not in BASES:
-        raise ConfigError(f"basis={name!r} is unknown: expected {' or '.join(map(repr, BASES))}")
+        raise unknown_name("basis", name, BASES)
     if terms < 1:
-        raise ConfigError(f"terms={terms}: a basis needs at least 1")
+        raise ConfigError(f"terms must be at least 1, got {terms}")
 
 
 def basis(name: str, u: Tensor, terms: int) -> Tensor:

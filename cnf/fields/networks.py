@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import ConfigError
+from cnf.errors import ConfigError, unknown_name
 from cnf.fields.activations import activation
 from cnf.fields.base import FusedField, intact, structure
 from cnf.fields.layers import LayerFactory, time_layer
@@ -37,7 +37,7 @@ class Stack(FusedField):
         self.layers = nn.ModuleList(layers)
         self.activation = activation(nonlinearity)
         if residual not in ("none", "minus", "linear"):
-            raise ConfigError(f"residual={residual!r} is unknown: expected 'none', 'minus' or 'linear'")
+            raise unknown_name("residual", residual, ("none", "minus", "linear"))
         if residual == "linear" and layers[0].map.spatial:
             raise ConfigError("residual='linear' is for vector fields; a convolutional field takes 'none' or 'minus'")
         self.residual = residual

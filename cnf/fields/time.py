@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from cnf.errors import ConfigError
@@ -110,9 +109,6 @@ class TimeLayer(nn.Module):
         """Reshape (..., out) to broadcast with the layer's output."""
         return v[..., None, None] if self.map.spatial else v
 
-    def _gate(self, gate: nn.Linear, t: Tensor, logits: Tensor | None) -> Tensor:
-        own = t[..., None] * gate.weight[:, 0] + gate.bias
-        return self._spread(torch.sigmoid(own if logits is None else own + logits))
 
 
 def _given(context: Tensor | None) -> Tensor:

@@ -71,7 +71,6 @@ class Reversible(FixedGrid):
     """
 
     GRADIENTS = ("reversible", "direct")
-    KIND = "reversible grid"
 
     def __init__(
         self, method: str = "rk4", steps: int = 4, coupling: float | None = None, gradient: str = "reversible"
@@ -199,12 +198,12 @@ class _Walk:
             else:
                 y = [p + c for p, c in zip(z, d, strict=True)]
                 ga = [u - v for u, v in zip(gd, gz, strict=True)]
-                a, found = self.motion.pull(partial(self.behind, i), y, ga, wanted, autocast)
+                a, found = self.motion.vjp(partial(self.behind, i), y, ga, wanted, autocast)
                 gy = [torch.zeros_like(p) if g is None else g for g, p in zip(found, z, strict=False)]
                 total = [_sum(u, v) for u, v in zip(total, found[k:], strict=True)]
                 z = [p + e for p, e in zip(z, a, strict=True)]
             gb = [u + v for u, v in zip(gy, gd, strict=True)]
-            b, found = self.whole.pull(partial(self.ahead, i), z, (*gb, *gq), wanted, autocast)
+            b, found = self.whole.vjp(partial(self.ahead, i), z, (*gb, *gq), wanted, autocast)
             gz = [cast(Tensor, _sum(u + v, w)) for u, v, w in zip(gz, gy, found, strict=False)]
             gd = [coupling * g for g in gb]
             total = [_sum(u, v) for u, v in zip(total, found[k:], strict=True)]
