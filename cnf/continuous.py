@@ -87,9 +87,9 @@ class CNF(Transform):
     ):
         super().__init__()
         if not (math.isfinite(end_time) and end_time > 0):
-            raise ConfigError(f"end_time={end_time}; expected a positive number")
+            raise ConfigError(f"end_time must be positive and finite, got {end_time}")
         if not 0 <= steer < end_time:
-            raise ConfigError(f"steer={steer}; expected 0 <= steer < end_time={end_time}")
+            raise ConfigError(f"steer must be at least 0 and less than end_time={end_time}, got {steer}")
         check_names(quadratures)
         check_signature(field)
         check_augmented_time(field, path)
@@ -209,7 +209,7 @@ class CNF(Transform):
         )
 
         def rows(index: Tensor) -> AugmentedDynamics:
-            return rhs.part(index, lambda given: precompute(self.field, x[index], given, noise))
+            return rhs.part(index, lambda some: precompute(self.field, x[index], some, noise))
 
         def separate() -> Rows | None:
             return rows if separable(field, self.field, now, x, context) else None

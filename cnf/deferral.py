@@ -13,6 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
+from cnf.aliases import aliases
+
 __all__ = ["defer_checks", "deferred", "outside_inference_mode", "to_device", "tracing", "vectorized"]
 
 P = ParamSpec("P")
@@ -89,8 +91,8 @@ def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
         if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             return function(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad():
-            given: Any = tree_map(lambda v: v.clone() if isinstance(v, Tensor) and v.is_inference() else v, (args, kwargs))
-            return function(*given[0], **given[1])
+            copies: Any = tree_map(lambda v: v.clone() if isinstance(v, Tensor) and v.is_inference() else v, (args, kwargs))
+            return function(*copies[0], **copies[1])
 
     return run
 
@@ -98,3 +100,6 @@ def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """Copy to the device asynchronously (pinned memory)."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+
+
+__getattr__ = aliases(__name__, deferred_checks="defer_checks", sent="to_device")

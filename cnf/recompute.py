@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -49,8 +49,7 @@ class Recompute:
         Raises:
             ConfigError: from the backward pass, for a tensor that requires a gradient and is not among the parameters.
         """
-        result: State = _Repeated.apply(self, function, len(state), *state, *self.parameters)
-        return result
+        return cast(State, _Repeated.apply(self, function, len(state), *state, *self.parameters))
 
     def checkpoint_sequential(self, functions: Sequence[Callable[..., State]], state: State) -> State:
         """Apply functions one after another in memory independent of their number.
@@ -73,7 +72,7 @@ class Recompute:
         leaves = {id(t) for t in known}
         seen: set[Any] = {t.grad_fn for t in known} | {None}
         todo: list[Any] = [t.grad_fn for t in outputs]
-        found = []
+        untracked = []
         while todo:
             node = todo.pop()
             if node in seen:
@@ -81,9 +80,9 @@ class Recompute:
             seen.add(node)
             leaf = getattr(node, "variable", None)
             if leaf is not None and id(leaf) not in leaves:
-                found.append(weakref.ref(leaf))
+                untracked.append(weakref.ref(leaf))
             todo.extend(n for n, _ in node.next_functions)
-        return found
+        return untracked
 
     def vjp(
         self,
@@ -95,15 +94,8 @@ class Recompute:
     ) -> tuple[State, list[Tensor | None]]:
         """Recompute function(*state); return its values and the vector-Jacobian products for state and parameters.
 
-        Args:
-            function: as in :meth:`__call__`.
-            state: the entries, of which only the values are used.
-            gradients: gradient of each value; None if nothing depends on it.
-            needed: whether each gradient is needed, those of the entries first, then those of the parameters.
-            autocast: autocast state of the forward pass; derivatives run outside of it.
-
-        Raises:
-            ConfigError: for a tensor that requires a gradient and is not among the parameters.
+        ``gradients`` are those of the values, None if nothing depends on one; ``needed`` says for each entry and then
+        each parameter whether its gradient is needed; ``autocast`` is the forward pass's, outside of which derivatives run.
         """
         with torch.enable_grad(), autocast:
             entries = [t.detach().requires_grad_(n) for t, n in zip(state, needed, strict=False)]
@@ -114,12 +106,12 @@ class Recompute:
             return values, [None] * len(needed)
         untracked = self.untracked_leaves((o for o, _ in used), entries)
         wanted = [t for t, n in zip((*entries, *self.parameters), needed, strict=True) if n]
-        ends, given = zip(*used, strict=True)
+        ends, weights = zip(*used, strict=True)
         # retain_graph: the next step uses the graph of what was computed before the solve again
-        found = iter(torch.autograd.grad(ends, wanted, given, retain_graph=True, allow_unused=True))
+        products = iter(torch.autograd.grad(ends, wanted, weights, retain_graph=True, allow_unused=True))
         del outputs, used, ends
         self.refuse(untracked)
-        return values, [next(found) if n else None for n in needed]
+        return values, [next(products) if n else None for n in needed]
 
     def unnamed(self, function: Callable[..., State], state: Sequence[Tensor]) -> list[Tensor]:
         """Evaluate function(*state) once and return the leaves that require a gradient but are not parameters."""
@@ -172,13 +164,13 @@ class _Final(torch.autograd.Function):
         raise _refused(ctx.gradient)
 
 
-def final(gradient: str, found: Sequence[Tensor | None]) -> list[Tensor | None]:
+def final(gradient: str, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Return the gradients of a backward pass; differentiating them raises a ConfigError if they are recorded."""
     if not torch.is_grad_enabled():
-        return list(found)
+        return list(gradients)
     anchor = torch.zeros((), requires_grad=True)
-    marked = iter(_Final.apply(gradient, anchor, *(g for g in found if g is not None)))
-    return [None if g is None else next(marked) for g in found]
+    marked = iter(_Final.apply(gradient, anchor, *(g for g in gradients if g is not None)))
+    return [None if g is None else next(marked) for g in gradients]
 
 
 class _Once(torch.autograd.Function):
@@ -199,8 +191,7 @@ class _Once(torch.autograd.Function):
 
 def differentiable_once(gradient: str, state: State) -> State:
     """Return the state with a backward pass that cannot be recorded, for gradients that :func:`final` cannot mark."""
-    found: State = _Once.apply(gradient, *state)
-    return found
+    return cast(State, _Once.apply(gradient, *state))
 
 
 class _Repeated(torch.autograd.Function):
@@ -217,5 +208,5 @@ class _Repeated(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         state = ctx.saved_tensors[: ctx.count]
         with torch.no_grad():
-            _, found = ctx.owner.vjp(ctx.function, state, gradients, ctx.needs_input_grad[3:], ctx.autocast)
-        return (None, None, None, *final(ctx.owner.gradient, found))
+            _, products = ctx.owner.vjp(ctx.function, state, gradients, ctx.needs_input_grad[3:], ctx.autocast)
+        return (None, None, None, *final(ctx.owner.gradient, products))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cnf.errors import ConfigError, unknown_name
 from cnf.fields.maps import Conv, Linear
-from cnf.fields.time import Affine, Constants, TimeLayer, bias_of, planes, weight_of
+from cnf.fields.time import Affine, Constants, TimeLayer, planes
 
 __all__ = ["AUGMENTED_TIME_LAYERS", "PATH_NONLINEARITIES", "AugmentedTimeConditioning", "TimePath", "check_augmented_time", "check_time"]
 
@@ -147,7 +147,7 @@ class AugmentedTimeConcat(_AugmentedTimeLayer):
         self.core = map.module(extra=conditioning.k)
 
     def constants(self, size: tuple[int, ...]) -> Constants:
-        weight, bias = weight_of(self.core), bias_of(self.core)  # respects functional_call
+        weight, bias = self.core.weight, self.core.bias  # respects functional_call
         time_weight, rest = self.map.split(weight, self.conditioning.k)
         # constant planes enter linearly: map k planes of ones once for all times, (k, out, *size)
         one = torch.eye(self.conditioning.k, dtype=weight.dtype, device=weight.device)

@@ -12,7 +12,7 @@ from cnf.errors import ConfigError
 from cnf.fields.augmented import AugmentedTimeConditioning, check_time
 from cnf.fields.maps import Linear
 from cnf.fields.networks import MLP, Stack
-from cnf.fields.time import Affine, Constants, TimeLayer
+from cnf.fields.time import Affine, Constants, TimeLayer, require_one_time
 
 __all__ = ["Generated", "HyperMLP"]
 
@@ -57,8 +57,8 @@ class Generated(TimeLayer):
     def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         if self.conditioning is not None:
             check_time(t, self.conditioning, rows=False)
-        elif t.ndim:
-            raise ConfigError(f"t has shape {tuple(t.shape)}, but a field with generated weights takes a single t ()")
+        else:
+            require_one_time(t, "hyper")
         entering = t.reshape(1) if self.conditioning is None else t[: self.conditioning.m]
         flat: Tensor = self.head(self._generator[0](entering))
         weight = flat[: self.numel].reshape(self.map.outputs, -1)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from cnf.errors import unknown_name
 from cnf.fields.maps import Conv, Linear
-from cnf.fields.time import Affine, Constants, TimeLayer, bias_of, planes, require_one_time, weight_of
+from cnf.fields.time import Affine, Constants, LayerFactory, TimeLayer, planes, require_one_time
 
 __all__ = ["LAYERS", "Hyper", "LayerFactory", "time_layer"]
 
@@ -21,7 +21,7 @@ class Ignore(TimeLayer):
         self.core = map.module()
 
     def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
-        return Affine(weight_of(self.core), None, self._spread(bias_of(self.core)))
+        return Affine(self.core.weight, None, self._spread(self.core.bias))
 
     def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
         return cast(Tensor, self.core(x))
@@ -34,9 +34,9 @@ class Concat(TimeLayer):
         self.core = map.module(extra=1)
 
     def constants(self, size: tuple[int, ...]) -> Constants:
-        time, weight = self.map.split(weight_of(self.core), 1)
+        time, weight = self.map.split(self.core.weight, 1)
         # the map of a constant plane t is t times that of ones: one small map for all times, not one per row
-        return weight, self.map.apply(time, time.new_ones(1, 1, *size))[0], self._spread(bias_of(self.core))
+        return weight, self.map.apply(time, time.new_ones(1, 1, *size))[0], self._spread(self.core.bias)
 
     def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         weight, plane, rest = constants
@@ -55,10 +55,10 @@ class ConcatCoord(Concat):
     def constants(self, size: tuple[int, ...]) -> Constants:
         if not self.map.spatial:
             return super().constants(size)
-        weight, extra = self.map.split(weight_of(self.core), self.map.inputs)
+        weight, extra = self.map.split(self.core.weight, self.map.inputs)
         time, coordinates = self.map.split(extra, 1)
         plane = self.map.apply(time, time.new_ones(1, 1, *size))[0]
-        return weight, plane, self.map.apply(coordinates, _pixels(size, time))[0] + self._spread(bias_of(self.core))
+        return weight, plane, self.map.apply(coordinates, _pixels(size, time))[0] + self._spread(self.core.bias)
 
     def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
         if not self.map.spatial:
@@ -81,10 +81,10 @@ class Squash(TimeLayer):
         slope = self.gate.weight[:, 0]
         own = t[..., None] * slope + self.gate.bias
         gate = self._spread(torch.sigmoid(own if logits is None else own + logits))
-        shift = gate * self._spread(bias_of(self.core))
+        shift = gate * self._spread(self.core.bias)
         if self.drift is not None:
             shift = shift + self._spread(t[..., None] * self.drift.weight[:, 0])
-        return Affine(weight_of(self.core), gate, shift)
+        return Affine(self.core.weight, gate, shift)
 
     def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
         own = self.gate(t[..., None])
@@ -110,8 +110,8 @@ class Blend(TimeLayer):
 
     def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         require_one_time(t, "blend")
-        weight = torch.lerp(weight_of(self.core0), weight_of(self.core1), t)
-        shift = torch.lerp(bias_of(self.core0), bias_of(self.core1), t)
+        weight = torch.lerp(self.core0.weight, self.core1.weight, t)
+        shift = torch.lerp(self.core0.bias, self.core1.bias, t)
         return Affine(weight, None, self._spread(shift))
 
     def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
@@ -167,13 +167,6 @@ LAYERS: dict[str, type[TimeLayer]] = {
     "blend": Blend,
     "hyper": Hyper,
 }
-
-
-class LayerFactory(Protocol):
-    """Factory of layers around a linear map; a field takes one in place of a layer's name."""
-
-    def __call__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True) -> TimeLayer:
-        """Return the layer."""
 
 
 def time_layer(

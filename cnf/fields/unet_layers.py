@@ -152,7 +152,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, heads: int = 4):
         super().__init__()
         if channels % heads:
-            raise ConfigError(f"attention with {heads} heads needs channels that they divide, not {channels}")
+            raise ConfigError(f"channels must be a multiple of the {heads} attention heads, got {channels}")
         self.heads = heads
         self.norm = GroupNorm(channels)
         self.qkv, self.project = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)

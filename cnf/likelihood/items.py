@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cnf.errors import ConfigError
-from cnf.noise import Kind, Like, Noise
+from cnf.noise import Kind, Noise
 
 __all__ = ["ItemNoise"]
 
@@ -38,13 +39,13 @@ class ItemNoise(Noise):
         super().__init__(seed, f"evaluation/{draw}")
         self.items, self.number, self.sample = items, draw, sample
 
-    def _draw(self, name: str, kind: Kind, shape: Sequence[int], batch_dim: int | None, like: Like) -> Tensor:
+    def draw(self, name: str, kind: Kind, shape: Sequence[int], *, batch_dim: int | None = 0, **options: Any) -> Tensor:
         purpose = f"{self.purpose}/{self.sample}" if name == "dequantize" else self.purpose
 
         def one(item: int, part: Sequence[int]) -> Tensor:
             noise = Noise(self.seed, purpose, item)
-            noise.place = self.place
-            return noise.draw(name, kind, part, dtype=like.dtype, device=like.device, batch_dim=None)
+            noise.path = self.path
+            return noise.draw(name, kind, part, batch_dim=None, **options)
 
         if batch_dim is None:
             return one(-1, shape)

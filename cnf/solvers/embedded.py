@@ -16,8 +16,8 @@ __all__ = ["embedded"]
 
 SAFETY, GROWTH, SHRINKING = 0.9, 10.0, 0.2  # torchdiffeq's step control
 VMAP = (
-    "an adaptive solve under torch.func.vmap would need steps of its own for every row: give the CNF eval_solver=FixedGrid(...), or call "
-    "the flow on the whole batch (log_prob takes any leading shape)"
+    "torch.func.vmap is not supported by adaptive solvers, whose steps depend on values: use eval_solver=FixedGrid(...), or call the flow "
+    "on the whole batch (log_prob takes any leading shape)"
 )
 
 
@@ -32,16 +32,7 @@ def embedded(
     norm: Callable[[State], Tensor],
     max_steps: int,
 ) -> State:
-    """Return the state at s = 1 with torchdiffeq's tableau and step control; steps depend on values only.
-
-    Args:
-        method: an adaptive Runge-Kutta method of torchdiffeq.
-        rhs: slopes of the state.
-        state: state at s = 0.
-        counter: counts evaluations and steps.
-        rtol, atol: tolerances.
-        norm: norm of the errors relative to the tolerances.
-        max_steps: maximum number of solver steps.
+    """Return the state at s = 1 with torchdiffeq's tableau and step control; ``norm`` is that of errors over tolerances.
 
     Raises:
         SolverError: under ``vmap``, for too many steps, an underflowing step, or a non-finite state.

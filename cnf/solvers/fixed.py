@@ -45,8 +45,8 @@ def stages(
     sampling = number is not None and getattr(rhs, "sampled_stage", None) is not None
     for i, (c, a) in enumerate(zip(tableau.c, tableau.a, strict=True)):
         counter.count()
-        place: tuple[Any, ...] = ((number, i),) if sampling else ()
-        slopes.append(rhs(s + c * h, _axpy(y, h, a, slopes), *place))
+        stage: tuple[Any, ...] = ((number, i),) if sampling else ()
+        slopes.append(rhs(s + c * h, _axpy(y, h, a, slopes), *stage))
     return slopes
 
 
@@ -137,17 +137,17 @@ class FixedGrid:
     ) -> State:
         """Return the state at s = 1; with ``check`` (without gradient) the state is checked after every step."""
 
-        place = getattr(rhs, "step_error", None) if self.tableau.error else None
+        error_entry = getattr(rhs, "step_error", None) if self.tableau.error else None
 
         def step(i: int, s: Tensor, h: Tensor, *y: Tensor) -> State:
             slopes = stages(self.tableau, rhs, s, h, y, counter, i)
             after = _axpy(y, h, self.tableau.b, slopes)
-            if place is None or len(y) <= place:
+            if error_entry is None or len(y) <= error_entry:
                 return after
             apart = weighted(0, self.tableau.error, slopes)
             assert apart is not None
             size = h * torch.linalg.vector_norm((h * apart).flatten(1), dim=1)  # |h| ‖E‖
-            return *after[:place], after[place] + size, *after[place + 1 :]
+            return *after[:error_entry], after[error_entry] + size, *after[error_entry + 1 :]
 
         parts = [partial(step, i, nodes[i], nodes[i + 1] - nodes[i]) for i in range(self.steps)]
         if self.gradient == "checkpoint" and torch.is_grad_enabled() and not tracing(*state):
