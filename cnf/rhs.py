@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
@@ -35,55 +36,48 @@ class SampledStage(NamedTuple):
     share: float
 
 
+@dataclass(eq=False)
 class AugmentedDynamics:
     """Augmented dynamics of one solve, d state / ds with t = start + s span.
 
     The state is x, a if there is a path, the log-det, and the quadratures. A state of the dynamic entries (x, a) alone
     returns their derivatives alone.
-
-    Args:
-        field: vector field bound to this solve (see :func:`cnf.fields.custom.precompute`).
-        path: augmented time, or None.
-        divergence: divergence strategy.
-        quadratures: further integrands.
-        start, span: t at s = 0, and the length of the time interval, negative for the inverse; ().
-        context: (N, C), (C,) or None.
-        probe: probe of the divergence, fixed during the solve.
-        log_det: integrate the log-det.
-        autocast: dtype of the field's computations, or None for that of x; the state keeps its own.
-        compile: compile every evaluation.
-        sampled_stage: the only stage that evaluates integrands with ``"jac_sq"`` in ``need``; None evaluates them at all stages.
     """
 
-    def __init__(
-        self,
-        field: SolveField,
-        path: TimePath | None,
-        divergence: Divergence,
-        quadratures: Sequence[Quadrature],
-        *,
-        start: Tensor,
-        span: Tensor,
-        context: Tensor | None,
-        probe: Tensor | None,
-        log_det: bool,
-        autocast: torch.dtype | None = None,
-        compile: bool = False,
-        sampled_stage: SampledStage | None = None,
-    ):
-        self.field, self.path, self.divergence, self.quadratures = field, path, divergence, tuple(quadratures)
-        self.start, self.span, self.context, self.probe, self.log_det = start, span, context, probe, log_det
-        self.autocast, self.compile, self.sampled_stage = autocast, compile, sampled_stage
-        self.foreign = tuple(not type(q).__module__.startswith("cnf.") or hasattr(q, "cost") for q in quadratures)
-        self.custom = field.custom or any(self.foreign)
+    field: SolveField
+    """Vector field bound to this solve (see :func:`cnf.fields.custom.precompute`)."""
+    path: TimePath | None
+    """Augmented time."""
+    divergence: Divergence
+    quadratures: tuple[Quadrature, ...]
+    start: Tensor
+    """t () at s = 0."""
+    span: Tensor
+    """Length () of the time interval, negative for the inverse."""
+    context: Tensor | None
+    """(N, C) or (C,)."""
+    probe: Tensor | None
+    """Probe of the divergence, fixed during the solve."""
+    log_det: bool
+    """Integrate the log-det."""
+    autocast: torch.dtype | None = None
+    """Dtype of the field's computations, or None for that of x; the state keeps its own."""
+    compile: bool = False
+    """Compile every evaluation."""
+    sampled_stage: SampledStage | None = None
+    """The only stage that evaluates integrands with ``"jac_sq"`` in ``need``; None evaluates them at all stages."""
+
+    def __post_init__(self) -> None:
+        self.foreign = tuple(not type(q).__module__.startswith("cnf.") or hasattr(q, "cost") for q in self.quadratures)
+        self.custom = self.field.custom or any(self.foreign)
         # a tensor: a number would be compiled in, one graph per value; filled on the device, not copied to it
-        self.share = None if sampled_stage is None else start.new_full((), sampled_stage.share)
+        self.share = None if self.sampled_stage is None else self.start.new_full((), self.sampled_stage.share)
         errors = [i for i, q in enumerate(self.quadratures) if isinstance(q, StepError)]
-        self.step_error = 1 + (path is not None) + log_det + errors[0] if errors else None  # its index in the state
-        self.need = checked_need(frozenset({"div"} if log_det else ()).union(*(q.need for q in self.quadratures)))
-        if compile and "div" in self.need:
+        self.step_error = 1 + (self.path is not None) + self.log_det + errors[0] if errors else None  # its index in the state
+        self.need = checked_need(frozenset({"div"} if self.log_det else ()).union(*(q.need for q in self.quadratures)))
+        if self.compile and "div" in self.need:
             # at any t; within the compiled part it would be recomputed at every evaluation
-            field.keep_kernel(start if path is None else start.new_zeros(path.k))
+            self.field.keep_kernel(self.start if self.path is None else self.start.new_zeros(self.path.k))
 
     def weights(self, field: nn.Module) -> list[Tensor]:
         """Return the parameters of the field, the augmented time and learned running costs, without duplicates."""

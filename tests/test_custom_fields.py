@@ -647,7 +647,7 @@ def test_a_tensor_that_a_field_closes_over_gets_its_gradient_or_an_error(solver)
         flow.transform.field.seen = encoder(torch.randn(4, 3, dtype=F64))
         loss = flow.log_prob(torch.randn(4, 2, dtype=F64)).sum()
         if kind in ("checkpoint", "reversible"):
-            with pytest.raises(ConfigError, match="wants a gradient but is not among the solver's parameters"):
+            with pytest.raises(ConfigError, match="requires a gradient but is not in parameters"):
                 loss.backward()
             return
         loss.backward()

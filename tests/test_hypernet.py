@@ -147,7 +147,7 @@ def test_every_parameter_has_had_a_gradient_within_ten_adam_steps(drive, zero):
     (lambda: HyperMLP(0), ("dim=0",)),
     (lambda: HyperMLP(2, augmented_time=AugmentedTimeConditioning("concat", k=3)), ("'concat'", "'both'")),
     (lambda: HyperMLP(2, augmented_time=AugmentedTimeConditioning("both", k=3, m=2, rank=1)), ("rank=1",)),
-    (lambda: HyperMLP(2)(torch.zeros(5), torch.zeros(5, 2)), ("(5,)", "single t")),
+    (lambda: HyperMLP(2)(torch.zeros(5), torch.zeros(5, 2)), ("(5,)", "single time")),
     (lambda: HyperMLP(2)(torch.zeros(()), torch.zeros(5, 3)), ("(5, 3)", "HyperMLP", "dim=2")),
     (lambda: HyperMLP(2, augmented_time=AugmentedTimeConditioning("both", k=3, m=2))(torch.zeros(()), torch.zeros(5, 2)), ("()", "(3,)")),
     (lambda: CNF(HyperMLP(2, augmented_time=AugmentedTimeConditioning("both", k=3, m=2))), ("path=TimePath(3)",)),
