@@ -17,7 +17,7 @@ from cnf.fields.autodiff import NoForwardMode, differentiable_attention
 from cnf.fields.custom import AnyField, protect
 from cnf.noise import Kind, Noise, draw
 
-__all__ = ["Bound", "Divergence", "Exact", "Hutchinson", "Linearization", "checked_need", "closed", "jacobian_product", "linearize"]
+__all__ = ["Bound", "Divergence", "Exact", "Hutchinson", "Linearization", "checked_need", "closed", "jacobian_product"]
 
 NEEDS = ("div", "jac_sq")
 _CHUNK_NUMEL = 2**22  # entries of tangents per chunk of the exact trace: 16 MB in float32
@@ -45,42 +45,16 @@ class Divergence(Protocol):
     def linearize(
         self, field: AnyField, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
     ) -> Linearization:
-        """Evaluate the field once; see :func:`linearize`."""
+        """Return f, div f and ‖J‖²_F at one point, computing only what ``need`` lists.
 
-
-def linearize(
-    field: AnyField,
-    t: Tensor,
-    x: Tensor,
-    probe: Tensor | None,
-    context: Tensor | None,
-    need: Iterable[str],
-    divergence: Divergence,
-) -> Linearization:
-    """Return f, div f and ‖J‖²_F at one point, computing only what ``need`` lists.
-
-    Args:
-        field: vector field, called as ``field(t, x, context)``.
-        t: time ().
-        x: point (N, \\*event).
-        probe: result of ``divergence.probe``.
-        context: (N, C), (C,) or None.
-        need: any of ``"div"``, ``"jac_sq"``.
-        divergence: :class:`Exact` or :class:`Hutchinson`.
-
-    Raises:
-        ConfigError: for an unknown name in ``need``.
-
-    Example:
-        >>> from cnf.fields import MLP
-        >>> x = torch.randn(3, 2)
-        >>> linearize(MLP(2), torch.tensor(0.0), x, None, None, {"div"}, Exact()).div.shape
-        torch.Size([3])
-    """
-    field, wanted = protect(field), checked_need(need)
-    if not wanted:
-        return Linearization(field(t, x, context).to(x.dtype))
-    return divergence.linearize(field, t, x, probe, context, wanted)
+        Args:
+            field: vector field, called as ``field(t, x, context)``.
+            t: time ().
+            x: point (N, \\*event).
+            probe: result of :meth:`probe`.
+            context: (N, C), (C,) or None.
+            need: one or both of ``"div"`` and ``"jac_sq"``.
+        """
 
 
 def checked_need(need: Iterable[str]) -> frozenset[str]:
@@ -157,7 +131,7 @@ class Exact:
     def linearize(
         self, field: AnyField, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
     ) -> Linearization:
-        """Evaluate the field once; see :func:`linearize`."""
+        """Evaluate the field once; see :meth:`Divergence.linearize`."""
         field = protect(field)
         if self.closed_form and field.closed_form:
             dx, div = (part.to(x.dtype) for part in field.divergence(t, x, context))
@@ -275,7 +249,7 @@ class Hutchinson:
     def linearize(
         self, field: AnyField, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
     ) -> Linearization:
-        """Evaluate the field once; see :func:`linearize`."""
+        """Evaluate the field once; see :meth:`Divergence.linearize`."""
         if probe is None:
             raise ConfigError("probe=None, but Hutchinson's estimate needs a probe: pass the result of divergence.probe(...)")
         dx, product = jacobian_product(Bound(field, context), t, x, probe, self.mode)

@@ -218,7 +218,7 @@ def test_refusals():
         flow, _ = linear(2, images=False, quadratures=[RunningCost(name, lambda t, x: x.sum(1))])
         with pytest.raises(ConfigError, match=f"'{name}' is taken by the objective"):
             Likelihood(flow)
-    with pytest.raises(ConfigError, match="must be unique.*'kinetic'"):
+    with pytest.raises(ConfigError, match=r"must be unique.*'kinetic'"):
         linear(2, images=False, quadratures=[Kinetic(), Kinetic()])
     with pytest.raises(ConfigError, match="must be unique and not 'log_det'"):
         linear(2, images=False, quadratures=[RunningCost("log_det", lambda t, x: x.sum(1))])
