@@ -259,9 +259,8 @@ def test_what_was_built_is_saved_with_its_settings(tmp_path):
 
 def test_a_field_of_ones_own_on_the_command_line(tmp_path, monkeypatch, capsys):
     from cnf.cli import sample_main, train_main
-    from cnf.models import custom
 
-    monkeypatch.setattr(custom, "_FIELD", {})
+
     monkeypatch.setattr("cnf.training.report.pictures", lambda *args: None)
     code = (
         "import torch\n\nclass Own(torch.nn.Module):\n    def __init__(self, dim):\n        super().__init__()\n"
@@ -277,9 +276,34 @@ def test_a_field_of_ones_own_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert train_main(["--evaluate", out, f"{field[0]}={field[1]}"]) == 0
     assert sample_main([out, "-n", "5", *field]) == 0
     capsys.readouterr()
-    custom._FIELD.clear()  # as in another process
     for run in (lambda: train_main(["--evaluate", out]), lambda: train_main(["--resume", "--out", out]), lambda: sample_main([out, "-n", "5"])):
         assert run() != 0
         assert "trained with a field of your own, Own: give --field FILE.py:Own again" in capsys.readouterr().err
     assert train_main(["ffjord-toy", "--field", "nowhere.py:Own"]) == 2
     assert "there is no file nowhere.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [
+    lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), lambda p: torch.optim.RMSprop(p, 0.1), lambda p: torch.optim.Adam(p, 0.1),
+])  # fmt: skip
+def test_a_masked_step_reads_nothing_once_the_optimiser_has_its_state(make):
+    from test_hostfree import WAITING
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Reads(TorchDispatchMode):
+        found = ()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            # Adam's own step counters are read on a CPU, by torch
+            if any(part in str(function) for part in WAITING) and args[0].dtype == torch.bool:
+                self.found = (*self.found, str(function))
+            return function(*args, **(kwargs or {}))
+
+    model = nn.Linear(3, 2)
+    optimizer, taken = make(model.parameters()), torch.tensor(True)
+    model(torch.ones(1, 3)).sum().backward()
+    with Reads() as first:
+        masked_step(optimizer, taken)
+    with Reads() as later:
+        masked_step(optimizer, taken)
+    assert first.found and not later.found

@@ -239,3 +239,14 @@ def test_former_names_of_options_still_work(tmp_path, capsys, table):
     assert main(["train", "--config", str(path), *TINY, "--out", str(tmp_path / "file")]) == 0
     config = cnf.checkpoint.read_config(tmp_path / "file").config
     assert (config.data.limit, config.train.watch_every) == (30, 7)
+
+
+def test_advice_on_memory_is_of_the_command(monkeypatch, capsys, run, table):
+    def full(*args, **kwargs):
+        raise MemoryError
+
+    for name in ("sample.load", "evaluate.load", "train.load_splits"):
+        monkeypatch.setattr(f"cnf.cli.{name}", full)
+    for words, advice in ((["sample", str(run)], "fewer samples"), (["rank", str(run), str(table)], "--device cpu"), (["train", "digits"], "--accumulate 4")):
+        assert main(words) == 1
+        assert f"out of memory (MemoryError): try {advice}" in capsys.readouterr().err

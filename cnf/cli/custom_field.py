@@ -18,6 +18,8 @@ def take_field(words: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: for a file that cannot be loaded, or that has no such class.
     """
+    if (known := sys.modules.get("cnf.models.custom")) is not None:  # an earlier call in this process; no torch for a help
+        known.forget_fields()
     for place, word in enumerate(words):
         name, equals, value = word.partition("=")
         if name != "--field":

@@ -26,7 +26,7 @@ Words = list[str]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program cnf and return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    return guard(lambda: _main(words))
+    return guard(lambda: _main(words), room=_room(words, f"cnf {words[0] if words else ''}"))
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +55,8 @@ def _room(words: Words, program: str) -> str:
     """Return the advice for a run that does not fit into memory."""
     if "sample" in program:
         return SAMPLE_ROOM
+    if program in ("cnf evaluate", "cnf rank"):
+        return EVALUATION_ROOM
     return EVALUATION_ROOM if any(word.partition("=")[0] == "--evaluate" for word in words) else TRAINING_ROOM
 
 

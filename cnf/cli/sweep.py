@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cnf.cli.options import check, parse, refuse_changes, renamed
+from cnf.cli.changes import check, refuse_changes
+from cnf.cli.options import parse, renamed
 from cnf.config import RunConfig
 from cnf.config.names import field_of, option
 from cnf.errors import CNFError, ConfigError, DataError

@@ -9,16 +9,15 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from cnf.checkpoint import LOCK, RunInfo, has_trainer, leftovers, write_config
+from cnf.cli.changes import check, refuse_changes
 from cnf.cli.common import load_splits, usable_device
 from cnf.cli.evaluate import evaluate_run, score_items
 from cnf.cli.options import (
     CLASSIFIER,
     DEFAULT,
     Command,
-    check,
     fitting,
     parse,
-    refuse_changes,
     refuse_meaningless,
     suited,
 )

@@ -11,7 +11,7 @@ from torch import nn
 
 from cnf.errors import ConfigError
 
-__all__ = ["field_maker", "register_field", "registered"]
+__all__ = ["field_maker", "forget_fields", "register_field", "registered"]
 
 _FIELD: dict[str, Callable[..., nn.Module]] = {}
 
@@ -20,6 +20,11 @@ def register_field(name: str, field: Callable[..., nn.Module]) -> None:
     """Use ``field`` in the flows of this process whose settings name it; it takes the place of an earlier one."""
     _FIELD.clear()
     _FIELD[name] = field
+
+
+def forget_fields() -> None:
+    """Forget the registered field."""
+    _FIELD.clear()
 
 
 def registered() -> str:
@@ -40,6 +45,7 @@ def field_maker(name: str) -> Callable[[tuple[int, ...], int], nn.Module]:
         >>> register_field("Zero", lambda: nn.Identity())
         >>> field_maker("Zero")((2,), 0)
         Identity()
+        >>> forget_fields()
     """
     if name not in _FIELD:
         other = f", not {registered()}" if _FIELD else ""

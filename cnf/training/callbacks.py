@@ -50,35 +50,48 @@ class Run(Protocol):
     quiet: bool
 
     @property
-    def objective(self) -> Objective: ...
+    def objective(self) -> Objective:
+        """The objective of the current phase."""
 
     @property
-    def batches(self) -> Batches: ...
+    def batches(self) -> Batches:
+        """The batches of the current phase."""
 
     @property
-    def phase_end(self) -> int: ...
+    def phase_end(self) -> int:
+        """The step at which the current phase ends."""
 
     @property
-    def last_phase(self) -> bool: ...
+    def last_phase(self) -> bool:
+        """Whether the current phase is the last one."""
 
     @property
-    def due(self) -> bool: ...
+    def due(self) -> bool:
+        """Whether this step gets a row in metrics.jsonl."""
 
-    def say(self, line: str) -> None: ...
+    def say(self, line: str) -> None:
+        """Print a message."""
 
-    def callback(self, kind: type[C]) -> C | None: ...
+    def callback(self, kind: type[C]) -> C | None:
+        """Return the callback of a class; None if there is none."""
 
-    def averaged(self) -> nn.Module: ...
+    def averaged(self) -> nn.Module:
+        """Return the model that is validated."""
 
-    def best_model(self) -> Any: ...
+    def best_model(self) -> Any:
+        """Return a copy of the model with the best weights."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state of :class:`TrainState`."""
 
-    def snapshot(self) -> dict[str, Any]: ...
+    def snapshot(self) -> dict[str, Any]:
+        """Return the state_dicts of weights, their average and optimiser."""
 
-    def restore(self, snapshot: Mapping[str, Any]) -> None: ...
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Put a snapshot back."""
 
-    def explain(self, result: StepResult) -> str: ...
+    def explain(self, result: StepResult) -> str:
+        """Return why a step was skipped."""
 
 
 class Callback:

@@ -19,9 +19,11 @@ __all__ = ["Pending", "Stateful", "TrainState", "upgrade"]
 class Stateful(Protocol):
     """An object with a state for checkpoints."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values."""
 
-    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> Any:
+        """Restore :meth:`state_dict`."""
 
 
 @dataclass
