@@ -62,8 +62,8 @@ def solve_in_halves(solve: Callable[[Tensor], Solution], x: Tensor, dynamic: int
                 parts.append((index, solve(index)))
                 continue
             except SolverError as failure:
-                if len(index) == 1:
-                    reason = reason if rows else failure
+                if len(index) == 1 and not rows:
+                    reason = failure
         failed = False
         if len(index) > 1:
             left += reversed(index.tensor_split(2))

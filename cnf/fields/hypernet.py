@@ -23,14 +23,8 @@ class Generated(TimeLayer):
     W(θ) [x; a] + b(θ). The last layer has no bias, gates every weight by a sigmoid, and averages over its inputs:
     (U σ(G)) h / M.
 
-    Args:
-        map: the linear map.
-        generator: net from t (1,) or a[:m] to the features.
-        features: number of features.
-        conditioning: conditioning on the augmented time in place of t; None generates from t.
-        first: whether this is the first layer of the field, which takes a as an input for "both".
-        last: whether this is the last layer of the field.
-        context_dim: size of the context; 0 for none.
+    The generator maps t (1,), or with ``conditioning`` a[:m], to the features. The first layer of the field takes a as
+    an input for "both".
     """
 
     time_weights = True

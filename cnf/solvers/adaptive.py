@@ -126,7 +126,7 @@ class Adaptive:
             SolverError: for too many steps, an underflowing step, or a non-finite state.
         """
         if vectorized():
-            return self._embedded(rhs, state, dynamic)
+            return embedded(self.method, rhs, state, self._tolerances(state[0]), self._norm(state, dynamic), self.max_steps)
         ends = torch.tensor([0.0, 1.0], dtype=state[0].dtype, device=state[0].device)
         path, stats = self.path(rhs, state, ends, dynamic=dynamic, parameters=parameters)
         return Solution(tuple(entry[-1] for entry in path), stats)
@@ -200,16 +200,6 @@ class Adaptive:
         rows = entry.reshape(len(entry) if self.norm == "row" else 1, -1)
         size: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) / math.sqrt(rows.shape[1])
         return size.max().clamp(max=LARGEST)
-
-    def _embedded(self, rhs: RHS, state: State, dynamic: int) -> Solution:
-        """Solve with the same steps inside a transform of torch.func; the gradient is always the direct one."""
-        counter = Counter()
-        rtol, atol = self._tolerances(state[0])
-        y = embedded(
-            self.method, rhs, state, counter, rtol=rtol, atol=atol, norm=self._norm(state, dynamic), max_steps=self.max_steps
-        )
-        counter.backward = True
-        return Solution(y, Stats([counter]))
 
     def _failed(self, reason: str, function: _Function) -> SolverError:
         counter, where = function.counter, dict[str, Any]()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchdiffeq._impl.odeint import SOLVERS
 
 from cnf.errors import SolverError
-from cnf.solvers.base import RHS, Counter, State
+from cnf.solvers.base import RHS, Counter, Solution, State, Stats
 
 __all__ = ["embedded"]
 
@@ -22,21 +22,14 @@ VMAP = (
 
 
 def embedded(
-    method: str,
-    rhs: RHS,
-    state: State,
-    counter: Counter,
-    *,
-    rtol: float,
-    atol: float,
-    norm: Callable[[State], Tensor],
-    max_steps: int,
-) -> State:
+    method: str, rhs: RHS, state: State, tolerances: tuple[float, float], norm: Callable[[State], Tensor], max_steps: int
+) -> Solution:
     """Return the state at s = 1 with torchdiffeq's tableau and step control; ``norm`` is that of errors over tolerances.
 
     Raises:
         SolverError: under ``vmap``, for too many steps, an underflowing step, or a non-finite state.
     """
+    counter, (rtol, atol) = Counter(), tolerances
     kind: Any = SOLVERS[method]
     tableau, order = kind.tableau, float(kind.order)
     nodes, rows = [0.0, *tableau.alpha.tolist()], [[], *(row.tolist() for row in tableau.beta)]
@@ -71,7 +64,8 @@ def embedded(
         else:
             counter.rejected += 1
         h = h * (GROWTH if apart == 0 else min(GROWTH, max(SAFETY / apart ** (1 / order), 1.0 if apart < 1 else SHRINKING)))
-    return y
+    counter.backward = True
+    return Solution(y, Stats([counter]))
 
 
 def _moved(y: State, h: float, coefficients: list[float], slopes: list[State]) -> State:
