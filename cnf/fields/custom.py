@@ -121,18 +121,18 @@ class CustomField(_BuiltIn):
 
     def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         with self.randomness.at(x.device), differentiable_attention(vectorized()):
-            out = self.module(*self._copies(t, x, context))
+            out = self.module(*self._arguments(t, x, context))
         return self._checked(out, x, "returned")
 
-    def _copies(self, t: Tensor, x: Tensor, context: Tensor | None) -> tuple[Any, ...]:
+    def _arguments(self, t: Tensor, x: Tensor, context: Tensor | None) -> tuple[Any, ...]:
         if self.takes_context:
-            return t.clone(), x.clone(), None if context is None else context.clone()
+            return _clones(t, x, context)
         if context is not None:
             raise ConfigError(
                 f"context must be None for {self.name}.forward(t, x), got shape {tuple(context.shape)}: add a third argument, "
                 "forward(t, x, context=None)"
             )
-        return t.clone(), x.clone()
+        return _clones(t, x)
 
     def _checked(self, out: Any, x: Tensor, what: str, lead: tuple[int, ...] = ()) -> Tensor:
         if not isinstance(out, Tensor):
@@ -149,14 +149,14 @@ class CustomField(_BuiltIn):
         if not self.own_jvp:
             return super().jvp(t, x, v, context, t_dot=t_dot)
         with self.randomness.at(x.device), differentiable_attention():
-            dx, product = self.module.jvp(t.clone(), x.clone(), v.clone(), None if context is None else context.clone(), t_dot=t_dot)
+            dx, product = self.module.jvp(*_clones(t, x, v, context), t_dot=t_dot)
         return self._checked(dx, x, "returned from jvp"), self._checked(product, x, "returned from jvp a product of", v.shape[:1])
 
     def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self.closed_form:
             return super().divergence(t, x, context)
         with self.randomness.at(x.device), differentiable_attention():
-            dx, div = self.module.divergence(t.clone(), x.clone(), None if context is None else context.clone())
+            dx, div = self.module.divergence(*_clones(t, x, context))
         return self._checked(dx, x, "returned from divergence"), self._checked(div, x.flatten(1)[:, 0], "returned a divergence of")
 
     def check(self, t: Tensor, x: Tensor, context: Tensor | None) -> None:
@@ -207,14 +207,18 @@ class CustomField(_BuiltIn):
         values = []
         with draws_random_numbers(x.device) as drew:
             for rows in sorted({min(2, max(1, len(x) - 1)), len(x)}):
-                given = context_rows(context, slice(rows))
-                values.append(self._checked(self.module(*self._copies(t, x[:rows], given)), x[:rows], "returned"))
+                arguments = self._arguments(t, x[:rows], context_rows(context, slice(rows)))
+                values.append(self._checked(self.module(*arguments), x[:rows], "returned"))
             calls = torch.stack([self(t, x, context_rows(context, slice(len(x)))) for _ in range(_CALLS)])
         size = float(values[-1].abs().max())
         if not 0 < size < float("inf"):  # zero at initialisation: checked again later
             return drew[0], None, 0.0
         again = float((calls - calls[0]).abs().max()) / size
         return drew[0], None if len(x) < 2 else float((values[1][0] - values[0][0]).abs().max()) / size, again
+
+
+def _clones(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if v is None else v.clone() for v in tensors)
 
 
 def _copy(module: nn.Module) -> nn.Module:
