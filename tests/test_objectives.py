@@ -223,5 +223,5 @@ def test_refusals():
     with pytest.raises(ConfigError, match="must be unique and not 'log_det'"):
         linear(2, images=False, quadratures=[RunningCost("log_det", lambda t, x: x.sum(1))])
     flow, _ = linear(2, images=False, quadratures=[RunningCost("bad", lambda t, x: x)])
-    with pytest.raises(ConfigError, match=r"'bad' returned shape \(3, 2\); expected \(3,\)"):
+    with pytest.raises(ConfigError, match=r"'bad' must return shape \(3,\), one value per row, got \(3, 2\)"):
         Likelihood(flow)(torch.zeros(3, 2, dtype=F64))
