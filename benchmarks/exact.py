@@ -175,7 +175,7 @@ class Redrawn(Noise):
     def draw(self, name: str, kind: Kind, shape: Any, **options: Any) -> Tensor:
         """Draw by name."""
         noise = Noise(self.seed, self.purpose, self.step if name in self.moving else 0)
-        noise.place = self.place
+        noise.path = self.path
         return noise.draw(name, kind, shape, **options)
 
 
