@@ -378,7 +378,7 @@ def test_a_missing_file(tmp_path):
     ({"dims": "3,4,4"}, "makes 4 layers|strides"),
     ({"dims": "3,999999999999"}, "do not make a flow|arguments make it"),
     ({"dims": "3,99999999999999999999999999"}, "do not make a flow|arguments make it"),
-    ({"dims": "3,-4"}, "every size must be"),
+    ({"dims": "3,-4"}, "must be whole numbers of at least 1"),
     ({"strides": "1,0,1"}, "of shape"),
     ({"num_blocks": 1}, "make 1 blocks, but the checkpoint has 2"),
     ({"num_blocks": 10**12}, "the checkpoint has 2 blocks in all"),
