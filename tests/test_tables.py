@@ -494,7 +494,7 @@ def test_samples_have_the_table_s_columns_and_types(tmp_path: Path, capsys: pyte
         ("", "this run is p(others | x, z): give them by --given x=...,z=..."),
         ("--given x=1", "'z' is missing; expected x=...,z=..."),
         ("--given x=1,z=low,q=2", "not conditioned on 'q'"),
-        ("--given x=1,z=big", "--given z=big: this category is unknown; expected one of high, low, mid"),
+        ("--given x=1,z=big", "--given z=big: category must be one of high, low, mid"),
         ("--given x=one,z=low", "--given x=one: expected a finite number"),
         ("--given x=nan,z=low", "--given x=nan: expected a finite number"),
         ("--given x=1,x=2,z=low", "'x' is there twice"),

@@ -36,11 +36,11 @@ def load_path(path: Path, options: Options) -> DataSplits:
     rows = [parts[p] for p in ("all", "train", "validation", "test") if p in parts]
     shapes = {p: parts[p].x.shape[1:] for p in parts}
     if len(set(shapes.values())) > 1:
-        raise DataError(f"the parts of {name!r} differ in the shape of an item: {shapes}")
+        raise DataError(f"the parts of {name!r} differ in the shape of a row: {shapes}")
     with_labels = [r.labels is not None for r in rows]
     if any(with_labels) and not all(with_labels):
         raise DataError(f"some parts of {name!r} have labels and others none; expected all or none")
-    labels = np.concatenate([r.labels for r in rows if r.labels is not None]) if all(with_labels) else None
+    labels = np.concatenate([r.labels for r in rows]) if all(with_labels) else None
     notices = list(dict.fromkeys(n for r in rows for n in r.notices))
     if labels is not None and options.condition is None:
         try:
@@ -90,8 +90,8 @@ def _read_split(folder: Path, options: Options) -> Parts | None:
     if "test" not in found:
         given = ", ".join(p.name for p in sorted(ours))
         raise DataError(
-            f"folder {str(folder)!r} gives its own split by {given} but no test part; expected train..., test... and "
-            "perhaps val...: rename the latter to test, and validation will be split off the training part"
+            f"folder {str(folder)!r} gives its own split by {given} but no test part; rename val... to test..., and validation "
+            "is split off the training part"
         )
     parts = {}
     for part, entries in found.items():
@@ -103,9 +103,7 @@ def _read_split(folder: Path, options: Options) -> Parts | None:
             continue
         inner = _read_file(entries[0], options)
         if list(inner) != ["all"]:
-            raise DataError(
-                f"{str(entries[0])!r} is a {part} part and brings a split of its own; give that file itself"
-            )
+            raise DataError(f"{str(entries[0])!r} is a {part} part and brings a split of its own; give that file itself")
         parts[part] = inner["all"]
     return parts
 

@@ -131,7 +131,7 @@ def _read(path: Path, image_size: int | None) -> tuple[Rows, list[str]]:
         files = found.pictures if found else [path]
         if not files:
             hint = f" (give {found.arrays[0].name} itself)" if found and found.arrays else ""
-            raise DataError(f"folder {name!r} holds no picture; expected {', '.join(SUFFIXES)} files{hint}")
+            raise DataError(f"folder {name!r} holds no image; expected {', '.join(SUFFIXES)} files{hint}")
         x, notices = stack_pictures(files, image_size, name)
         labels = np.array(found.labels) if found and found.labels else None
         return Rows(x, labels, (), notices), [str(f) for f in files]
