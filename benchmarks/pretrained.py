@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from cnf.checkpoint import load_model, read_config, shelf, write_config, write_weights
+from cnf.checkpoint import load, read_config, shelf, write_config, write_weights
 from cnf.config import PRESETS, DataConfig, RunConfig, TrainConfig
 
 EVALUATION = ("eval_method", "eval_rtol", "eval_atol", "eval_tolerance")
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     info = read_config(options.run)
     folder = shelf.SHELF / (options.name or info.config.name)
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(folder, load_model(options.run), half=True)
+    write_weights(folder, load(options.run), half=True)
     write_config(folder, replace(info, config=portable(info.config)))
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{folder.name}: {size:,} bytes in {folder}")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnf.errors import ConfigError, DataError
+from cnf.errors import DataError, require_at_least, require_inside
 from cnf.noise import draw
 from cnf.solvers import Stats
 from cnf.transforms import Dequantize, Request, TransformOutput
@@ -45,8 +45,7 @@ class TruncatedNormalDequantize(Dequantize):
 
     def __init__(self, levels: int = 256, tau: float = 3.0):
         super().__init__(levels)
-        if not 0 < tau < 6:
-            raise ConfigError(f"tau={tau}; expected a number between 0 and 6, such as 3")
+        require_inside(0, 6, tau=tau)
         self.tau = tau
 
     @property
@@ -119,21 +118,14 @@ class VariationalDequantize(Dequantize):
 
     def __init__(self, levels: int = 256, channels: int = 1, hidden: int = 32, couplings: int = 2):
         super().__init__(levels)
-        if min(channels, hidden, couplings) < 1:
-            raise ConfigError(f"channels={channels}, hidden={hidden}, couplings={couplings}: each must be at least 1")
+        require_at_least(1, channels=channels, hidden=hidden, couplings=couplings)
         self.channels = channels
         self.networks = nn.ModuleList(_network(2 * channels, hidden, 2 * channels) for _ in range(couplings))
 
-    def _spread(self, x: Tensor, request: Request) -> TransformOutput:
+    def _noise(self, x: Tensor, request: Request) -> tuple[Tensor, Tensor]:
         if x.ndim != 4 or x.shape[1] != self.channels:
-            raise DataError(f"images have shape {tuple(x.shape)}; expected (N, {self.channels}, H, W)")
-        dtype = self._one.dtype
-        e = draw(request.noise, "dequantize", "uniform", x.shape, dtype=dtype, device=x.device)
-        u, log_q = self.spread(x, e)
-        # as in Dequantize: k + u must not round up into the next grey level
-        u = u.clamp(max=1 - 2 * self.levels * torch.finfo(dtype).eps)
-        total = math.prod(x.shape[1:]) * math.log(self.levels)
-        return TransformOutput((x.to(dtype) + u) / self.levels, -log_q - total, {}, Stats())
+            raise DataError(f"images have shape {tuple(x.shape)}, expected (N, {self.channels}, H, W)")
+        return self.spread(x, draw(request.noise, "dequantize", "uniform", x.shape, dtype=self._one.dtype, device=x.device))
 
     def spread(self, pixels: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         """Return the learned noise u (N, C, H, W) in [0, 1] of uniform ``e``, and log q(u | pixels) (N,) in nats."""

@@ -87,9 +87,9 @@ class FlowDistribution(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p in nats of ``value`` (\\*sample, \\*batch, \\*event); a missing batch is broadcast."""
         if not isinstance(value, Tensor):
-            raise DataError(f"value is a {type(value).__name__}; expected a torch.Tensor")
+            raise DataError(f"value is a {type(value).__name__}, expected a torch.Tensor")
         if not value.is_floating_point():
-            raise DataError(f"value has type {value.dtype}; a density takes floats: flow.log_prob bounds that of pixels")
+            raise DataError(f"value has type {value.dtype}, expected floats: flow.log_prob bounds the log-probability of pixels")
         if self._validate_args and value.numel():  # torch's check fails for empty values
             self._validate_sample(value)
         given = value.shape[: value.ndim - len(self.event_shape)]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
-__all__ = ["CNFError", "CheckpointError", "ConfigError", "DataError", "Interrupted", "SolverError", "TrainingError", "unknown_name"]
+__all__ = [
+    "CNFError", "CheckpointError", "ConfigError", "DataError", "Interrupted", "SolverError", "TrainingError", "require_at_least",
+    "require_inside", "unknown_name",
+]  # fmt: skip
 
 
 class CNFError(Exception):
@@ -28,6 +32,27 @@ def unknown_name(argument: str, value: object, expected: Iterable[str]) -> Confi
     hint = f"; did you mean {near[0]!r}?" if near else ""
     listed = " or ".join([", ".join(map(repr, names[:-1])), repr(names[-1])] if len(names) > 1 else map(repr, names))
     return ConfigError(f"{argument}={value!r} is unknown: expected {listed}{hint}")
+
+
+def require_at_least(least: int, **arguments: int | None) -> None:
+    """Raise a ConfigError for the first argument below ``least``; None passes.
+
+    Example:
+        >>> require_at_least(1, draws=3, batch_size=0)
+        Traceback (most recent call last):
+        cnf.errors.ConfigError: batch_size must be at least 1, got 0
+    """
+    for name, value in arguments.items():
+        if value is not None and value < least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}")
+
+
+def require_inside(low: float, high: float, **arguments: float) -> None:
+    """Raise a ConfigError for the first argument outside the open interval (low, high)."""
+    for name, value in arguments.items():
+        if not low < value < high:
+            expected = "positive and finite" if (low, high) == (0, math.inf) else f"inside ({low:g}, {high:g})"
+            raise ConfigError(f"{name} must be {expected}, got {value}")
 
 
 class DataError(CNFError, ValueError):
@@ -64,12 +89,12 @@ class SolverError(CNFError, RuntimeError):
 
     def inside(self, block: str, times: tuple[float, float] | None) -> SolverError:
         """Return the same error with the block's name and, if known, its start and stop times in the message."""
-        place = ""
+        where = ""
         if times is not None:
             start, stop = times
-            block, place = f"{block}, t {start:g} to {stop:g}", self.where(start, stop - start)
-        cause = f"{block}: {self.cause}{place}" if self.cause else ""
-        return SolverError(f"{block}: {self}{place}", rows=self.rows, cause=cause)
+            block, where = f"{block}, t {start:g} to {stop:g}", self.where(start, stop - start)
+        cause = f"{block}: {self.cause}{where}" if self.cause else ""
+        return SolverError(f"{block}: {self}{where}", rows=self.rows, cause=cause)
 
     def where(self, start: float, span: float) -> str:
         """Format position, step size and state for the time interval from ``start`` to ``start + span``; "" if unknown.

@@ -15,7 +15,7 @@ from cnf.continuous import CNF
 from cnf.deferral import outside_inference_mode
 from cnf.distribution import FlowDistribution
 from cnf.divergence import Divergence
-from cnf.errors import ConfigError, DataError
+from cnf.errors import ConfigError, DataError, require_inside
 from cnf.fields.custom import context_size
 from cnf.noise import Noise, draw
 from cnf.solvers import Stats
@@ -57,10 +57,9 @@ class Flow(nn.Module):
 
     def __init__(self, transform: Transform, event_shape: tuple[int, ...], *, base_std: float = 1.0):
         super().__init__()
-        if not 0 < base_std < math.inf:
-            raise ConfigError(f"base_std={base_std}; expected a positive number")
+        require_inside(0, math.inf, base_std=base_std)
         if not isinstance(event_shape, Sequence) or not event_shape or any(n < 1 for n in event_shape):
-            raise ConfigError(f"event_shape={event_shape}; expected the shape of one point, such as (2,) or (1, 8, 8)")
+            raise ConfigError(f"event_shape must be the shape of one point, such as (2,) or (1, 8, 8), got {event_shape}")
         self.transform = transform
         self.event_shape = tuple(event_shape)
         self.latent_shape = transform.latent_shape(self.event_shape)
@@ -116,7 +115,7 @@ class Flow(nn.Module):
         if context is None and (size := self.context_dim) != 0:
             if size is None:
                 raise ConfigError(
-                    "flow(v) could be points or a context, since the field does not state context_dim: call flow.log_prob(x) or "
+                    "flow(v) is ambiguous, points or context, since the field does not state context_dim: call flow.log_prob(x) or "
                     "flow.distribution(context), or set context_dim on the field (0 for none)"
                 )
             return self.distribution(x)
@@ -184,7 +183,7 @@ class Flow(nn.Module):
             DataError: for a flow without Dequantize, or floats outside [0, 1].
         """
         if self.levels is None:
-            raise DataError("bits_per_dim is for images (a flow with Dequantize): vectors have log_prob, in nats")
+            raise DataError("bits_per_dim is for images (a flow with Dequantize): use log_prob, in nats, for vectors")
         self._check("x", x, self.event_shape, context)
         check_unit_interval(x)
         return self.to_bits(self.log_prob(x, context, noise=noise, solver=solver, divergence=divergence), x.is_floating_point())
@@ -211,8 +210,7 @@ class Flow(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Shape]:
         """Return z, the context as rows, and the leading shape of the samples."""
         lead = sample_shape(n)
-        if not 0 < temperature < math.inf:
-            raise ConfigError(f"temperature={temperature}; expected a positive number")
+        require_inside(0, math.inf, temperature=temperature)
         if context is not None:
             check_context(context, self.context_dim, self.like)
             if context.ndim > 1:
@@ -251,7 +249,7 @@ class Flow(nn.Module):
             solver: solver of every block for this call; see :class:`~cnf.transforms.Request`.
         """
         if quantize and self.levels is None:
-            raise ConfigError("quantize=True is for images: this flow has no Dequantize")
+            raise ConfigError("quantize=True is for images, but this flow has no Dequantize: leave it out")
         x = self.rsample(n, context, noise=noise, temperature=temperature, solver=solver)
         return x if self.levels is None else Dequantize(self.levels).quantize(x) if quantize else x.clamp(0, 1)
 
@@ -271,7 +269,7 @@ class Flow(nn.Module):
         """Return the score ∇ log p(x) in nats per unit of x, (\\*lead, \\*event) as x; x must be floating-point."""
         self._check("x", x, self.event_shape, context)
         if not x.is_floating_point():
-            raise DataError(f"x has type {x.dtype}; the score is a derivative and takes floats")
+            raise DataError(f"x has type {x.dtype}, expected floats: the score is a derivative")
         with torch.enable_grad():
             point = x.detach().requires_grad_()
             log_prob = self.log_prob(point, context, noise=noise, solver=solver, divergence=divergence)
@@ -296,5 +294,5 @@ class Flow(nn.Module):
         if context is not None:
             check_context(context, self.context_dim, self.like)
         elif self.context_dim:
-            raise ConfigError(f"context=None, but this flow is conditional: give a context ({self.context_dim},) or (N, {self.context_dim})")
+            raise ConfigError(f"context is missing, expected shape ({self.context_dim},) or (N, {self.context_dim}) for this conditional flow")
         return FlowDistribution(self, context)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cnf.aliases import aliases
 from cnf.continuous import CNF
-from cnf.errors import ConfigError, DataError
+from cnf.errors import ConfigError, DataError, require_at_least
 from cnf.transforms import Chain, Request, Sequential, Squeeze, Transform
 from cnf.transforms.chain import State, Visit
 from cnf.transforms.request import AugmentedTime
@@ -43,14 +43,14 @@ class Split(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Split (\\*lead, 2C, H, W) into the continuing and the factored-out half, (\\*lead, C, H, W) each."""
         if x.ndim < 4 or x.shape[-3] % 2:
-            raise DataError(f"split halves the channels of (N, C, H, W), but x has shape {tuple(x.shape)}")
+            raise DataError(f"x has shape {tuple(x.shape)}, expected (N, C, H, W) with an even number of channels")
         half = x.shape[-3] // 2
         return x[..., :half, :, :], x[..., half:, :, :]
 
     def inverse(self, on: Tensor, out: Tensor) -> Tensor:
         """Concatenate the two halves."""
         if on.shape != out.shape or on.ndim < 4:
-            raise DataError(f"halves of shapes {tuple(on.shape)} and {tuple(out.shape)} do not belong to one split")
+            raise DataError(f"on has shape {tuple(on.shape)} and out {tuple(out.shape)}, expected the same shape (N, C, H, W)")
         return torch.cat([on, out], -3)
 
 
@@ -65,22 +65,18 @@ def scale_shapes(shape: Shape) -> list[Shape]:
         [(1, 28, 28), (2, 14, 14), (4, 7, 7)]
     """
     if len(shape) != 3:
-        raise ConfigError(f"a multiscale chain takes images (C, H, W), not events of shape {shape}")
+        raise ConfigError(f"a multiscale chain takes images (C, H, W), got event_shape {shape}")
     channels, height, width = shape
     if min(height, width) < SMALLEST:
-        raise ConfigError(
-            f"images of {height}x{width} are too small for a multiscale chain, which takes at least "
-            f"{SMALLEST}x{SMALLEST}: use architecture='stack'"
-        )
+        raise ConfigError(f"images for a multiscale chain must be at least {SMALLEST}x{SMALLEST}, got {height}x{width}: use architecture='stack'")
     count = 0
     while min(height >> count, width >> count) >= SMALLEST:
         count += 1
     unit = 2 ** (count - 1)
     if height % unit or width % unit:
         raise ConfigError(
-            f"images of {height}x{width} cannot be squeezed {count - 1} times: expected height and width to be "
-            f"multiples of {unit}; crop or pad them (such as to {height // unit * unit}x{width // unit * unit}), or use "
-            "architecture='stack'"
+            f"height and width must be multiples of {unit} to be squeezed {count - 1} times, got {height}x{width}: crop or pad the "
+            f"images (such as to {height // unit * unit}x{width // unit * unit}), or use architecture='stack'"
         )
     return [(channels * 2**i, height >> i, width >> i) for i in range(count)]
 
@@ -108,21 +104,17 @@ class SharedAugmentedTime(Sequential):
     def __init__(self, transforms: Iterable[Transform]):
         super().__init__(transforms)
         if not self._blocks or any(block.path is None for block in self._blocks):
-            raise ConfigError("a carried chain takes blocks with an augmented time: give every CNF in it a path")
+            raise ConfigError("SharedAugmentedTime takes blocks with an augmented time: build every CNF in it with a path")
         if any(isinstance(m, CNF) for part in self.transforms if not isinstance(part, CNF) for m in part.modules()):
-            raise ConfigError("a carried chain hands its augmented time from block to block: give it no chain with blocks inside")
-        for block in self.later:
-            if block.path is not None and block.path is not self._blocks[0].path:
+            raise ConfigError("SharedAugmentedTime takes blocks directly, got a transform with blocks inside: pass its blocks instead")
+        first = self._blocks[0].path
+        for block in self._blocks:
+            if block.path is not None and block.path is not first:
                 block.path.initial = None
 
     @property
     def _blocks(self) -> list[CNF]:
         return [part for part in self.transforms if isinstance(part, CNF)]
-
-    @property
-    def later(self) -> list[CNF]:
-        """Blocks after the first, which continue the augmented time."""
-        return [block for block in self._blocks if block is not self._blocks[0]]
 
     def between(self, transform: Transform, a: Tensor) -> Tensor:
         """Return the augmented time after a transform without an ODE."""
@@ -187,14 +179,12 @@ class Multiscale(Chain):
         self.shape = tuple(shape)
         self.outputs: list[Shape] = []
         if len(self.scales) == 0:
-            raise ConfigError("scales is empty: expected at least one transform")
+            raise ConfigError("scales is empty, expected at least one transform")
         for i, scale in enumerate(self._scales):
             shape = scale.latent_shape(tuple(shape))
             if i + 1 < len(self.scales):
                 if len(shape) != 3 or shape[0] % 2:
-                    raise ConfigError(
-                        f"scale {i} leaves events of shape {shape}: a split takes an even number of channels"
-                    )
+                    raise ConfigError(f"scale {i} ends with events of shape {shape}, expected (C, H, W) with an even number of channels")
                 shape = (shape[0] // 2, *shape[1:])
             self.outputs.append(shape)
 
@@ -205,7 +195,7 @@ class Multiscale(Chain):
     def latent_shape(self, shape: Shape) -> Shape:
         """Return (D,), the shape of the flat latent."""
         if tuple(shape) != self.shape:
-            raise ConfigError(f"this multiscale chain was built for events of shape {self.shape}, not {tuple(shape)}")
+            raise ConfigError(f"this multiscale chain takes events of shape {self.shape}, got {tuple(shape)}")
         return (math.prod(shape),)
 
     def through(self, state: State, request: Request, visit: Visit, reverse: bool = False) -> State:
@@ -226,7 +216,7 @@ class Multiscale(Chain):
         """Visit the scales last to first, from entries (\\*lead, D)."""
         sizes = [math.prod(shape) for shape in self.outputs]
         if state and (state[0].ndim != 2 or state[0].shape[-1] != sum(sizes)):
-            raise DataError(f"z has shape {tuple(state[0].shape)}; expected (N, {sum(sizes)}), the scales' outputs one after another")
+            raise DataError(f"z has shape {tuple(state[0].shape)}, expected (N, {sum(sizes)}), the scales' concatenated outputs")
         pieces = [entry.split(sizes, -1) for entry in state]
         parts = [tuple(piece[i].unflatten(-1, shape) for piece in pieces) for i, shape in enumerate(self.outputs)]
         state = parts[-1]
@@ -259,8 +249,7 @@ def multiscale(shape: Shape, block: Callable[[Shape], Transform], num_blocks: in
         >>> chain.outputs, sum(isinstance(m, CNF) for m in chain.modules())
         ([(2, 4, 4), (2, 4, 4)], 3)
     """
-    if num_blocks < 1:
-        raise ConfigError(f"num_blocks={num_blocks}; expected at least 1 block in each group")
+    require_at_least(1, num_blocks=num_blocks)
     shapes = scale_shapes(shape)
     scales = []
     for i, entering in enumerate(shapes):

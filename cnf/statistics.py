@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import count
 
 import torch
 from torch import Tensor
@@ -31,18 +30,15 @@ def fit_statistics(transform: Transform, x: Tensor, batch_size: int = 8192) -> N
         DataError: for fewer than two rows, non-finite values, or a constant dimension.
     """
 
-    leaves = [leaf for leaf, _ in iter_leaves(transform)]
-
-    def arriving(at: int) -> Iterator[Tensor]:
+    def inputs(target: Transform) -> Iterator[Tensor]:
         for number, part in enumerate(x.split(batch_size)):
-            reached = count()
             request = Request(noise=Noise(0, "statistics", number))
-            yield input_of(transform, part, request, lambda leaf, reached=reached: next(reached) == at)  # type: ignore[misc]
+            yield input_of(transform, part, request, lambda leaf: leaf is target)
 
-    for i, leaf in enumerate(leaves):
+    for leaf, _ in iter_leaves(transform):
         if any(isinstance(m, CNF) for m in leaf.modules()):
             if isinstance(leaf, CNF) and isinstance(field := wrapped(leaf.field), VectorField):
-                field.fit_batches(arriving(i))
+                field.fit_batches(inputs(leaf))
             return
         if isinstance(leaf, Standardize | Gaussianize):
-            leaf.fit_batches(arriving(i))
+            leaf.fit_batches(inputs(leaf))

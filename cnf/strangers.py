@@ -52,10 +52,10 @@ def zip_members(archive: zipfile.ZipFile, size: int, *, stored: bool = False) ->
         zipfile.BadZipFile: for members that share a name or bytes, are encrypted or compressed by an unsupported
             method, or unpack to more than 256 MiB and 500 times the archive's size (a decompression bomb).
     """
-    found = archive.infolist()
-    if len({m.filename for m in found}) < len(found):
+    members = archive.infolist()
+    if len({m.filename for m in members}) < len(members):
         raise zipfile.BadZipFile("two of its members have one name")
-    for member in found:
+    for member in members:
         # other methods do not bound the output of one read
         allowed = (zipfile.ZIP_STORED,) if stored else (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
         if member.flag_bits & 1 or member.compress_type not in allowed:
@@ -63,14 +63,12 @@ def zip_members(archive: zipfile.ZipFile, size: int, *, stored: bool = False) ->
             raise zipfile.BadZipFile(f"its member {member.filename[:80]!r} is {kind}; expected plain or deflated bytes")
         if member.compress_type == zipfile.ZIP_STORED and member.file_size != member.compress_size:
             raise zipfile.BadZipFile(f"its member {member.filename[:80]!r} claims two sizes")
-    if sum(m.compress_size for m in found) > size:
+    if sum(m.compress_size for m in members) > size:
         raise zipfile.BadZipFile("its members claim more bytes than the file has, or share them")
-    total = sum(m.file_size for m in found)
+    total = sum(m.file_size for m in members)
     if total > BOMB_BYTES and total > BOMB_RATIO * size:
-        raise zipfile.BadZipFile(
-            f"it claims to unpack to {total:,} bytes, {total // max(size, 1):,} times its size: a bomb?"
-        )
-    return [m for m in found if not m.is_dir()]
+        raise zipfile.BadZipFile(f"it claims to unpack to {total:,} bytes, {total // max(size, 1):,} times its size: a bomb?")
+    return [m for m in members if not m.is_dir()]
 
 
 def check_pickle(path: Path) -> None:

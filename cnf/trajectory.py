@@ -51,12 +51,12 @@ def trajectory(
     """
     inside = bool(((times >= 0) & (times <= 1)).all())
     if times.ndim != 1 or len(times) == 0 or not inside or bool((times.diff() < 0).any()):
-        raise ConfigError(f"times={times.tolist()}: expected increasing times in [0, 1]")
+        raise ConfigError(f"times must be increasing in [0, 1], got {times.tolist()}")
     blocks = sum(isinstance(leaf, CNF) for leaf, _ in iter_leaves(transform))
     recorder = _Recorder(times, blocks, x)
     walk(transform, (x, recorder.places), Request(context, noise, log_det=False, solver=solver, steer=False), recorder)
     if not recorder.frames:
-        raise ConfigError("a trajectory needs at least one block, but this flow has none")
+        raise ConfigError("a trajectory needs at least one block, but this flow has none: use encode")
     return torch.stack(recorder.frames)
 
 
@@ -85,7 +85,7 @@ class _Recorder:
         if any(isinstance(m, CNF) for m in transform.modules()):
             raise ConfigError(
                 f"a trajectory needs blocks in Sequential, SharedAugmentedTime or Multiscale, but this flow has a "
-                f"{type(transform).__name__} with blocks inside"
+                f"{type(transform).__name__} with blocks inside: make it a Chain"
             )
         x = transform(x, request).value
         if isinstance(transform, Squeeze):
@@ -94,7 +94,7 @@ class _Recorder:
             if self.done or places.numel() < self.places.numel():
                 raise ConfigError(
                     f"a trajectory needs one shape between blocks, but {type(transform).__name__} makes {tuple(x.shape[1:])} of "
-                    f"{tuple(places.shape[1:])}, and only Squeeze and Split say where each entry goes"
+                    f"{tuple(places.shape[1:])}: use only Squeeze and Split there"
                 )
             self._begin(x)
             places = self.places
@@ -153,8 +153,7 @@ def straightness(
 
     Example:
         >>> from cnf.fields import MLP
-        >>> found = straightness(CNF(MLP(2, zero_init=True)), torch.zeros(5, 2))
-        >>> found.kinetic
+        >>> straightness(CNF(MLP(2, zero_init=True)), torch.zeros(5, 2)).kinetic
         0.0
     """
     moves = trajectory(transform, x, torch.linspace(0, 1, POINTS), context, noise=noise).diff(dim=0).flatten(2)

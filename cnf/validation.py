@@ -13,84 +13,54 @@ from torch import Tensor
 from cnf.deferral import deferred
 from cnf.errors import ConfigError, DataError
 
-__all__ = ["as_rows", "check_context", "check_points", "check_unit_interval", "context_rows", "sample_shape"]
+__all__ = ["as_rows", "check_context", "check_points", "check_unit_interval", "context_rows", "match_flow", "sample_shape"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
 def check_points(name: str, x: Any, shape: tuple[int, ...], like: Tensor, levels: int | None) -> None:
-    """Validate points (\\*lead, \\*shape): type, shape, device and finite values.
+    """Validate points (\\*lead, \\*shape): type, shape, finite values, and dtype and device as ``like``.
 
-    Args:
-        name: name of the argument, for messages.
-        x: the value.
-        shape: shape of one point.
-        like: a tensor with the flow's dtype and device.
-        levels: grey levels of integer images; None if only floats are valid.
-
-    Raises:
-        DataError: stating the error and the expected value.
+    Integers are valid only with grey ``levels``; ``name`` is that of the argument.
     """
     _require_tensor(name, x, like)
     lead = x.ndim - len(shape)
     if lead < 0 or tuple(x.shape[lead:]) != shape:
-        raise DataError(f"{name} has shape {tuple(x.shape)}; expected (N, {', '.join(map(str, shape))}), with any leading shape N")
+        raise DataError(f"{name} has shape {tuple(x.shape)}, expected (N, {', '.join(map(str, shape))}), with any leading shape N")
     if x.is_floating_point():
         _require_type(name, x, like)
         _require_finite(name, x, lead)
     elif levels is None:
-        raise DataError(f"{name} has type {x.dtype}; expected floats")
+        raise DataError(f"{name} has type {x.dtype}, expected floats")
 
 
 def check_context(context: Any, size: int | None, like: Tensor) -> None:
-    """Validate a context (\\*lead, C).
-
-    Args:
-        context: the value.
-        size: C, 0 for a flow without context, None if unknown.
-        like: a tensor with the flow's dtype and device.
-
-    Raises:
-        ConfigError: for a context given to a flow without context.
-        DataError: stating the error and the expected value.
-    """
+    """Validate a context (\\*lead, C) of C = ``size``: 0 for a flow without context, None if unknown."""
     _require_tensor("context", context, like)
     if size == 0:
-        raise ConfigError(f"context has shape {tuple(context.shape)}, but this flow was built without context (context_dim=0)")
+        raise ConfigError(f"context has shape {tuple(context.shape)}, but this flow was built without context (context_dim=0): leave it out")
     if not context.is_floating_point():
-        raise DataError(f"context has type {context.dtype}; expected floats, a label as a one-hot row")
+        raise DataError(f"context has type {context.dtype}, expected floats: encode a label as a one-hot row")
     if context.ndim == 0 or (size is not None and context.shape[-1] != size):
         width = "C" if size is None else size
-        raise DataError(f"context has shape {tuple(context.shape)}; expected ({width},), or (N, {width})")
+        raise DataError(f"context has shape {tuple(context.shape)}, expected ({width},) or (N, {width})")
     _require_type("context", context, like)
     _require_finite("context", context, context.ndim - 1)
 
 
 def check_unit_interval(x: Tensor) -> None:
-    """Check that float images lie in [0, 1].
-
-    Raises:
-        DataError: for floats outside [0, 1], where bits/dim are undefined (the density extends slightly further).
-    """
+    """Check that float images lie in [0, 1], where bits/dim are defined (the density extends slightly further)."""
     if x.is_floating_point() and x.numel() and not bool(((x >= 0) & (x <= 1)).all()):
         low, high = (float(v) for v in x.detach().aminmax())
-        raise DataError(f"x spans [{low:g}, {high:g}]; expected floats in [0, 1], or uint8 grey levels")
+        raise DataError(f"x spans [{low:g}, {high:g}], expected floats in [0, 1], or uint8 grey levels")
 
 
 def as_rows(x: Tensor, shape: tuple[int, ...], context: Tensor | None) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
-    """Return points as (N, \\*shape), a context as (N, C), (C,) or None, and the leading shape of the result.
-
-    Leading shapes of points and context are broadcast as in torch.distributions.
-
-    Raises:
-        DataError: for leading shapes that cannot be broadcast.
-    """
+    """Return points as (N, \\*shape), a context as (N, C), (C,) or None, and the broadcast leading shape of the result."""
     lead: tuple[int, ...] = tuple(x.shape[: x.ndim - len(shape)])
     if context is None or context.ndim == 1:
         return (x if len(lead) == 1 else x.reshape(math.prod(lead), *shape)), context, lead
     given = tuple(context.shape[:-1])
-    if lead == given and len(lead) == 1:
-        return x, context, lead
     try:
         lead = tuple(torch.broadcast_shapes(lead, given))
     except RuntimeError:
@@ -108,11 +78,13 @@ def context_rows(context: Tensor | None, rows: slice | Tensor | list[int]) -> Te
     return context if context is None or context.ndim == 1 else context[rows]
 
 
+def match_flow(x: Tensor, context: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Copy points and context to the flow's dtype and device; uint8 images stay uint8."""
+    return x.to(like) if x.is_floating_point() else x.to(like.device), None if context is None else context.to(like)
+
+
 def sample_shape(n: Any) -> tuple[int, ...]:
     """Convert a count or a shape of samples to a shape.
-
-    Raises:
-        ConfigError: for anything else, such as a negative or fractional count.
 
     Example:
         >>> sample_shape(5), sample_shape((3, 2)), sample_shape(())
@@ -123,27 +95,27 @@ def sample_shape(n: Any) -> tuple[int, ...]:
     except TypeError:
         shape = (-1,)
     if any(k < 0 for k in shape):
-        raise ConfigError(f"n={n}: expected a count of samples, or a shape such as (3, 2)")
+        raise ConfigError(f"n must be a number of samples, or a shape such as (3, 2), got {n}")
     return shape
 
 
 def _require_tensor(name: str, x: Any, like: Tensor) -> None:
     if not isinstance(x, Tensor):
-        raise DataError(f"{name} is a {type(x).__name__}; expected a torch.Tensor: torch.as_tensor({name}, dtype={like.dtype})")
+        raise DataError(f"{name} is a {type(x).__name__}, expected a torch.Tensor: use torch.as_tensor({name}, dtype={like.dtype})")
     if x.layout != torch.strided:
-        raise DataError(f"{name} has layout {x.layout}; expected a dense tensor: give {name}.to_dense()")
+        raise DataError(f"{name} has layout {x.layout}, expected a dense tensor: use {name}.to_dense()")
     if x.device != like.device and not (x.device.type == like.device.type and None in (x.device.index, like.device.index)):
-        raise DataError(f"{name} is on {x.device}, but the flow is on {like.device}: give {name}.to({str(like.device)!r})")
+        raise DataError(f"{name} is on {x.device}, but the flow is on {like.device}: use {name}.to({str(like.device)!r})")
 
 
 def _require_type(name: str, x: Tensor, like: Tensor) -> None:
     if like.dtype in _HALF:
         raise DataError(
-            f"the flow's weights are {like.dtype}, in which no ODE is solved: convert it by flow.float(), and compute the field alone in "
+            f"the flow's weights are {like.dtype}, in which no ODE is solved: convert it by flow.float(), and compute only the field in "
             "reduced precision (CNF(autocast=torch.bfloat16))"
         )
     if x.dtype != like.dtype:
-        raise DataError(f"{name} has type {x.dtype}, but the flow computes in {like.dtype}: give {name}.to({like.dtype}), or convert the flow")
+        raise DataError(f"{name} has type {x.dtype}, but the flow computes in {like.dtype}: use {name}.to({like.dtype}), or convert the flow")
 
 
 def _require_finite(name: str, x: Tensor, lead: int) -> None:

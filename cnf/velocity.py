@@ -90,8 +90,8 @@ def from_velocity(
     """
     if time not in DIRECTIONS:
         raise ConfigError(
-            f"time={time!r}: expected 'noise-to-data' where noise is at t=0 (torchcfm, flow_matching), or 'data-to-noise' "
-            "where the data are"
+            "time must be 'noise-to-data' if the noise is at t=0 (torchcfm, flow_matching), or 'data-to-noise' if the data are, "
+            f"got {time!r}"
         )
     field = _Velocity(v, time == "noise-to-data", velocity_takes_context(v))
     return Flow(CNF(field, divergence, eval_solver=eval_solver), event_shape, base_std=base_std).eval()

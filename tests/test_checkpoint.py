@@ -159,7 +159,7 @@ def test_truncated_trainer_falls_back_and_the_previous_takes_its_place(run):
             save_trainer(run, {"step": step})
         path.write_bytes(whole[:length])
         state, notice = load_trainer(run)
-        assert state == {"step": 1} and "going back to the previous checkpoint" in notice and "trainer.pt: " in notice
+        assert state == {"step": 1} and "using the previous checkpoint" in notice and "trainer.pt: " in notice
         assert load_trainer(run) == ({"step": 1}, "")
         assert not (run / "trainer.previous.pt").exists()
 

@@ -412,7 +412,7 @@ def test_items_far_out_are_scored_and_those_that_cannot_be_solved_come_last(tmp_
     monkeypatch.setattr(
         cnf.fields.precomputed.PrecomputedField, "__call__", lambda self, t, y, *more: own(self, t, y, *more) / (y.abs().amax(1, keepdim=True) < 1e3)
     )
-    with pytest.warns(UserWarning, match=r"2 of 12 items cannot be solved .*items 4, 9"):
+    with pytest.warns(UserWarning, match=r"2 of 12 rows cannot be solved .*rows 4, 9"):
         out, _ = run(capsys, rows, "--score", path)
     assert re.findall(r"^  (\S+) +nan$", out, re.M) == [f"{path}:4", f"{path}:9"]
     assert f"without a likelihood, ranked last: {path}:4, {path}:9, whose ODE cannot be solved: block 1" in out

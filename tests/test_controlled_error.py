@@ -227,20 +227,20 @@ def test_rows_that_cannot_be_solved_are_named_and_the_others_keep_theirs(solver)
     with pytest.raises(SolverError, match="row 0 of 1 cannot be solved"), torch.no_grad():
         flow.log_prob(x[3:4])
     for size in (None, 5):
-        with pytest.warns(UserWarning, match=r"2 of 16 items cannot be solved and are left out of the mean \(items 3, 13\)"):
+        with pytest.warns(UserWarning, match=r"2 of 16 rows cannot be solved and are left out of the mean \(rows 3, 13\)"):
             found = evaluate(flow, x, batch_size=size)
         solved = torch.tensor([i not in (3, 13) for i in range(16)])
         assert found.unsolved == (3, 13) and bool(found.per_item[~solved].isnan().all())
         torch.testing.assert_close(found.log_prob[solved], whole[solved], rtol=0, atol=1e-4)
         assert found.mean == pytest.approx(-float(whole[solved].mean()), abs=1e-4) and math.isfinite(found.standard_error)
-    with pytest.raises(SolverError, match="items 3, 13"):
+    with pytest.raises(SolverError, match="rows 3, 13"):
         found.require_solved()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ranking = rank(flow, x, [f"n{i}" for i in range(16)])
         assert set(ranking.names[-2:]) == {"n3", "n13"} and "ranked last: n3, n13" in ranking.text(3)
         assert check(flow, x).items == 14
-        with pytest.raises(SolverError, match="none of 2 items can be solved"):
+        with pytest.raises(SolverError, match="none of 2 rows can be solved"):
             evaluate(flow, x[[3, 13]])
 
 

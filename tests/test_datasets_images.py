@@ -248,19 +248,19 @@ def test_lossless_conversion_to_grey_levels(tmp_path: Path, convert: Any, notice
 
 F = images(30).astype(np.float32)
 BAD_IMAGES = [
-    (F / 255 * 1.01, "outside .0, 1"),
-    (F / 255 - 0.1, r"from -0.1 to .*expected uint8 grey levels 0 to 255, or floats in \[0, 1\]"),
+    (F / 255 * 1.01, "got floats from 0 to 1.01 that are no whole grey levels"),
+    (F / 255 - 0.1, r"must be uint8 grey levels 0 to 255, or floats in \[0, 1\], got values from -0.1 to"),
     (F * 1.001, "values from 0 to 255.2"),
-    (F * 0.9, "outside .0, 1. and no whole grey levels"),
-    ((F + 0.5) / 256, "between the 256 grey levels"),
+    (F * 0.9, "got floats from 0 to 229.5 that are no whole grey levels"),
+    ((F + 0.5) / 256, "must be multiples of 1/255"),
     (np.where(F.max() == F, np.nan, F) / 255, "NaN or infinite"),
     (F.astype(np.int16) * 2, "values from 0 to 510"),
     (F > 100, "dtype bool.*nbits=1"),
     (F.astype(complex), "dtype complex64|dtype complex128"),
-    (images(20, (6, 5, 4)), r"\(20, 6, 5, 4\).*neither.*x\[..., :-1\] drops it"),
-    (images(20, (2, 6, 5)), r"\(20, 2, 6, 5\): neither"),
-    (images(20, (3, 6, 3)), "does not say where the channels are"),
-    (images(20, (0, 5)), "not one pixel"),
+    (images(20, (6, 5, 4)), r"on one of the two axes, got \(20, 6, 5, 4\).*x\[..., :-1\] drops it"),
+    (images(20, (2, 6, 5)), r"on one of the two axes, got \(20, 2, 6, 5\)"),
+    (images(20, (3, 6, 3)), "on only one of the two axes"),
+    (images(20, (0, 5)), "at least one pixel"),
     (images(9), "9 rows.*at least 10"),
 ]
 
@@ -336,7 +336,7 @@ def test_a_file_pair_is_a_split(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="split of its own"):
         datasets.load(tmp_path / "pair")
     np.savez(tmp_path / "pair" / "val.npz", images=x[:0], labels=labels[:0])
-    with pytest.raises(DataError, match=r"not one pixel|validation part .* is empty"):
+    with pytest.raises(DataError, match=r"at least one pixel|validation part .* is empty"):
         datasets.load(tmp_path / "pair")
 
 
@@ -430,32 +430,32 @@ def test_orientation_transparency_and_other_files(tmp_path: Path) -> None:
         picture.save(tmp_path / f"{i}.png", exif=exif)
     (tmp_path / "notes.gif").write_bytes(b"")
     data = datasets.load(tmp_path)
-    assert data.event_shape == (3, 7, 4) and any("left aside (notes.gif" in n for n in data.notices)
+    assert data.event_shape == (3, 7, 4) and any("ignored (notes.gif" in n for n in data.notices)
     stored = {np.rot90(np.asarray(Image.open(p)), -1).tobytes() for p in tmp_path.glob("*.png")}
     assert {x.permute(1, 2, 0).numpy().tobytes() for x in torch.cat([data.train, data.validation, data.test])} == stored
     (tmp_path / "alpha").mkdir()
     for i in range(12):
         Image.fromarray(rng.integers(256, size=(4, 7, 4), dtype=np.uint8)).save(tmp_path / "alpha" / f"{i}.png")
-    assert any(n.startswith("12 pictures have transparency") for n in datasets.load(tmp_path / "alpha").notices)
+    assert any(n.startswith("12 images have transparency") for n in datasets.load(tmp_path / "alpha").notices)
 
 
 def test_bad_folders(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no picture"):
+    with pytest.raises(DataError, match="holds no image"):
         datasets.load(tmp_path / "empty")
     np.save(tmp_path / "empty" / "a.npy", images())
     with pytest.raises(DataError, match=r"a\.npy, give the file itself"):
         datasets.load(tmp_path / "empty")
     (tmp_path / "gif").mkdir()
     (tmp_path / "gif" / "a.gif").write_bytes(b"")
-    with pytest.raises(DataError, match=r"a\.gif is none"):
+    with pytest.raises(DataError, match=r"a\.gif is not one"):
         datasets.load(tmp_path / "gif")
     folder(tmp_path / "mixed", ("a",))
     folder(tmp_path / "mixed", ("b",), size=(7, 7))
     with pytest.raises(DataError, match=r"6x5.*7x7.*image_size"):
         datasets.load(tmp_path / "mixed")
     Image.new("L", (6, 5)).save(tmp_path / "mixed" / "loose.png")
-    with pytest.raises(DataError, match="beside sub-folders"):
+    with pytest.raises(DataError, match="got both"):
         datasets.load(tmp_path / "mixed")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n nonsense")
@@ -471,18 +471,18 @@ def test_bad_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"flip": True, "path": "t.npy"}, "flip mean nothing"),
-        ({"nbits": 5, "path": "t.npy"}, "nbits and flip mean nothing"),
-        ({"image_size": 4, "path": "x.npy"}, "folder of pictures"),
+        ({"flip": True, "path": "t.npy"}, "flip do not apply"),
+        ({"nbits": 5, "path": "t.npy"}, "nbits and flip do not apply"),
+        ({"image_size": 4, "path": "x.npy"}, "folder of images"),
         ({"path": "moons", "flip": True}, "is for images"),
         ({"path": "digits", "duplicates": "keep"}, "your own data"),
         ({"path": "digits", "validation_fraction": 0.2}, "your own data"),
         ({"path": "digits", "discrete": "keep"}, "your own tables"),
         ({"path": "digits", "sizes": (5, 5, 5)}, "toy sets"),
-        ({"path": "x.npy", "invert": True}, "density of a picture"),
-        ({"path": "two.npy", "test_fraction": 0.2}, "test_fraction=0.2 means nothing here, since the data bring their own"),
-        ({"path": "three.npy", "validation_fraction": 0.2}, "validation_fraction=0.2 means nothing here"),
-        ({"path": "three.npy", "split_seed": 3}, "split_seed=3 means nothing here"),
+        ({"path": "x.npy", "invert": True}, "density of an image"),
+        ({"path": "two.npy", "test_fraction": 0.2}, "test_fraction=0.2 does not apply, since the data bring their own"),
+        ({"path": "three.npy", "validation_fraction": 0.2}, "validation_fraction=0.2 does not apply"),
+        ({"path": "three.npy", "split_seed": 3}, "split_seed=3 does not apply"),
     ],
 )
 def test_options_that_would_do_nothing(tmp_path: Path, options: dict[str, Any], message: str) -> None:

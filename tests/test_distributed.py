@@ -457,9 +457,9 @@ def test_samples_of_two_ranks_are_those_of_one(pair, found, monkeypatch, double)
 @pytest.mark.parametrize(
     ("scene", "code", "words"),
     [
-        ("killed", -signal.SIGKILL, "has gone"),
-        ("headless", -signal.SIGKILL, "has gone"),
-        ("frozen", -signal.SIGKILL, "has gone"),
+        ("killed", -signal.SIGKILL, "is lost"),
+        ("headless", -signal.SIGKILL, "is lost"),
+        ("frozen", -signal.SIGKILL, "is lost"),
         ("failed", 1, "failed: the disk is full"),
     ],
 )
@@ -563,7 +563,7 @@ def test_torchrun_stops_and_loses_one(tmp_path):
     os.kill(killed, signal.SIGKILL)
     _, errors = running.communicate(timeout=60)
     assert time.monotonic() - started < 60 and running.returncode
-    assert f"(pid {killed} on" in errors and "has gone" in errors
+    assert f"(pid {killed} on" in errors and "is lost" in errors
 
 
 # -- without a pair ----------------------------------------------------------------------------------------------
@@ -600,7 +600,7 @@ def test_environments_that_torchrun_did_not_make(monkeypatch):
         pass
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="expected cpu or cuda"), join("cuda:1"):
+    with pytest.raises(ConfigError, match="--device must be cpu or cuda"), join("cuda:1"):
         pass
 
 
@@ -614,7 +614,7 @@ def test_who_does_not_come_is_not_waited_for_for_hours(monkeypatch, rank):
                         ("TORCHELASTIC_USE_AGENT_STORE", "True"), ("TORCHELASTIC_RESTART_COUNT", rank)):  # fmt: skip
         monkeypatch.setenv(name, str(value))
     others = ", ".join(str(r) for r in range(3) if r != rank)
-    with pytest.raises(TrainingError, match=rf"rank {others} of 3 did not come within 0\.3 s: .* reaches 127\.0\.0\.1:{agent.port}"), join("cpu"):
+    with pytest.raises(TrainingError, match=rf"rank {others} of 3 did not join within 0\.3 s: .* reaches 127\.0\.0\.1:{agent.port}"), join("cpu"):
         pass
 
 

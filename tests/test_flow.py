@@ -342,7 +342,7 @@ def test_trajectory_refuses():
     flow, _ = CASES["vector"]()
     x = points(flow)
     for times in ([], [-0.1, 0.5], [0.5, 1.1], [0.5, 0.2], [math.nan]):
-        with pytest.raises(ConfigError, match="increasing times"):
+        with pytest.raises(ConfigError, match="times must be increasing"):
             flow.trajectory(x, torch.tensor(times))
     with pytest.raises(ConfigError, match="at least one block"):
         Flow(Logit(0.1), (2,)).trajectory(torch.rand(3, 2), torch.linspace(0, 1, 3))
@@ -407,7 +407,7 @@ def test_refusals_of_points():
     x = points(flow)
     for call in (flow.log_prob, flow.encode, flow.score, lambda y: flow.trajectory(y, torch.linspace(0, 1, 2))):
         for shape in ((4, 2), (2,), (), (3, 4)):
-            with pytest.raises(DataError, match=r"x has shape .*; expected \(N, 3\)"):
+            with pytest.raises(DataError, match=r"x has shape .*, expected \(N, 3\)"):
                 call(torch.zeros(shape, dtype=F64))
         bad = x.clone()
         bad[2, 1] = math.nan
@@ -419,7 +419,7 @@ def test_refusals_of_points():
         single.log_prob(x)
     with pytest.raises(DataError, match="expected floats"):
         flow.log_prob(torch.zeros(4, 3, dtype=torch.int64))
-    with pytest.raises(DataError, match=r"z has shape \(4, 2\); expected \(N, 3\)"):
+    with pytest.raises(DataError, match=r"z has shape \(4, 2\), expected \(N, 3\)"):
         flow.decode(torch.zeros(4, 2, dtype=F64))
     with pytest.raises(DataError, match="z holds NaN"):
         flow.decode(torch.full((4, 3), math.inf, dtype=F64))
@@ -428,7 +428,7 @@ def test_refusals_of_points():
     with pytest.raises(ConfigError, match="quantize=True is for images"):
         flow.sample(3, quantize=True)
     for n, temperature in ((-1, 1.0), (3, 0.0), (3, -1.0), (3, math.nan)):
-        with pytest.raises(ConfigError, match=f"n={n}: expected" if n < 0 else f"temperature={temperature}; expected"):
+        with pytest.raises(ConfigError, match=f"n must be .*, got {n}" if n < 0 else f"temperature must be positive and finite, got {temperature}"):
             flow.sample(n, temperature=temperature)
 
 
@@ -442,11 +442,11 @@ def test_refusals_of_images():
             flow.log_prob(y)
     y[1, 0, 0, 0] = 1.01  # inside the logit's margin: it has a density, but no bits that a pixel could cost
     assert bool(flow.log_prob(y).isfinite().all())
-    with pytest.raises(DataError, match=r"x spans \[.*, 1.01\]; expected floats in \[0, 1\]"):
+    with pytest.raises(DataError, match=r"x spans \[.*, 1.01\], expected floats in \[0, 1\]"):
         flow.bits_per_dim(y)
-    with pytest.raises(DataError, match="int64: expected uint8"):
+    with pytest.raises(DataError, match="int64, expected uint8"):
         flow.log_prob(torch.zeros(2, 1, 2, 2, dtype=torch.int64))
-    with pytest.raises(DataError, match="levels=17: expected 0 to 16"):
+    with pytest.raises(DataError, match=r"between 0 and 16 \(levels=17\)"):
         flow.log_prob(torch.full((2, 1, 2, 2), 17, dtype=torch.uint8))
     with pytest.raises(DataError, match="the score is a derivative"):
         flow.score(torch.zeros(2, 1, 2, 2, dtype=torch.uint8))
@@ -464,7 +464,7 @@ def test_refusals_of_contexts():
         with pytest.raises(DataError, match="one-hot"):
             call(torch.zeros(4, 3, dtype=torch.int64))
     for call in (lambda c: flow.sample(2, c), flow.distribution, lambda c: flow.sample_and_log_prob(2, c)):
-        with pytest.raises(DataError, match=r"expected \(3,\), or \(N, 3\)"):
+        with pytest.raises(DataError, match=r"expected \(3,\) or \(N, 3\)"):
             call(torch.zeros(4, 2, dtype=F64))
     with pytest.raises(ConfigError, match="pass context"):
         flow.log_prob(x)
@@ -587,10 +587,10 @@ def test_validation_and_support():
     with pytest.raises(ValueError, match="event"):
         d.log_prob(torch.zeros(1, 2, 3, dtype=F64))
     loose = FlowDistribution(flow, validate_args=False)
-    with pytest.raises(DataError, match="logit transform"):
+    with pytest.raises(DataError, match="Logit takes"):
         loose.log_prob(outside)
     assert torch.allclose(loose.log_prob(inside), d.log_prob(inside))
-    with pytest.raises(DataError, match="bounds that of pixels"):
+    with pytest.raises(DataError, match="bounds the log-probability of pixels"):
         d.log_prob(torch.zeros(3, 1, 2, 2, dtype=torch.uint8))
     vectors = FlowDistribution(coarse("vector")[0], validate_args=True)
     assert bool(vectors.support.check(torch.full((3,), 1e6))) and not bool(vectors.support.check(torch.full((3,), math.nan)))

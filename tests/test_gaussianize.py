@@ -82,7 +82,7 @@ def test_bad_input_is_named():
             transform(bad)
     with pytest.raises(DataError, match=r"expected \(N, 1, 2, 3\)"):
         transform(torch.rand(2, 3))
-    with pytest.raises(DataError, match="no rows"):
+    with pytest.raises(DataError, match="x has no rows"):
         transform.fit(torch.rand(0, 1, 2, 3))
     for options in ({"alpha": 0.5}, {"prior": 0.0}, {"levels": 1}):
         with pytest.raises(ConfigError, match=next(iter(options))):

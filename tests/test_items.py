@@ -138,8 +138,8 @@ def test_what_no_model_could_score(tmp_path):
         ("none.npy", (3,), None, r"none\.npy: no items to score"),
         ("complex.npy", (3,), None, r"dtype complex"),
         ("split.npz", (3,), None, r"brings a split \(train, test\)"),
-        ("empty", (1, 8, 8), 256, r"holds no picture"),
-        ("arrays", (3,), None, r"holds no picture.*\(give x\.npy itself\)"),
+        ("empty", (1, 8, 8), 256, r"holds no image"),
+        ("arrays", (3,), None, r"holds no image.*\(give x\.npy itself\)"),
         ("text.txt", (3,), None, r"no known kind of data"),
         ("bad.npy", (3,), None, r"cannot be read as a NumPy file"),
     ):

@@ -178,7 +178,7 @@ def test_times_are_stratified_and_distributed_as_learned():
     assert torch.allclose(shares.double(), times.shares, atol=1e-3) and bool((t.diff() >= 0).all())
     assert float((1 / density).mean()) == pytest.approx(1, abs=1e-3)  # ∫ p (1/p)
     assert float(times.shares.min()) >= 0.1 / 4 - 1e-12
-    with pytest.raises(ConfigError, match="bins=0"):
+    with pytest.raises(ConfigError, match="bins must be at least 1, got 0"):
         TimeDistribution(0)
 
 
@@ -247,7 +247,7 @@ def test_every_parameter_of_the_field_gets_a_gradient(kind):
 
 
 def test_chains_without_such_a_path_are_refused():
-    with pytest.raises(ConfigError, match=r"a Multiscale: the presets fm-digits"):
+    with pytest.raises(ConfigError, match=r"a Multiscale: use --architecture stack, or the preset fm-digits"):
         FlowMatching(build(ModelConfig("multiscale", "conv", (4,)), SolverConfig(), (1, 4, 4), levels=17))
     with pytest.raises(ConfigError, match="between or after"):
         blocks = [CNF(MLP(16, (4,))), Squeeze(), CNF(MLP(16, (4,)))]

@@ -241,26 +241,26 @@ def test_parallel_field_is_the_sum_of_its_nets(layer):
 
 def test_shapes_that_cannot_be():
     for shape, match in (
-        ((1, 30, 28), "multiples of 4; crop or pad them"),
-        ((1, 3, 28), "too small"),
+        ((1, 30, 28), "multiples of 4 to be squeezed 2 times, got 30x28: crop or pad"),
+        ((1, 3, 28), "must be at least 4x4, got 3x28"),
         ((64,), "takes images"),
     ):
         with pytest.raises(ConfigError, match=match):
             scale_shapes(shape)
-    with pytest.raises(ConfigError, match="num_blocks=0"):
+    with pytest.raises(ConfigError, match="num_blocks must be at least 1, got 0"):
         multiscale((1, 8, 8), lambda shape: Sequential([]), 0)
     with pytest.raises(ConfigError, match="scales is empty"):
         Multiscale([], (1, 8, 8))
     with pytest.raises(ConfigError, match="even number of channels"):
         Multiscale([Sequential([]), Sequential([])], (1, 8, 8))
     chain = Multiscale([Squeeze(), Sequential([])], (1, 8, 8))
-    with pytest.raises(ConfigError, match="built for events of shape"):
+    with pytest.raises(ConfigError, match="takes events of shape"):
         chain.latent_shape((1, 8, 4))
     with pytest.raises(DataError, match=r"expected \(N, 64\)"):
         chain.inverse(torch.zeros(2, 1, 8, 8))
-    with pytest.raises(DataError, match="split halves"):
+    with pytest.raises(DataError, match="even number of channels"):
         Split()(torch.zeros(1, 3, 2, 2))
-    with pytest.raises(DataError, match="do not belong"):
+    with pytest.raises(DataError, match="expected the same shape"):
         Split().inverse(torch.zeros(1, 2, 2, 2), torch.zeros(1, 1, 2, 2))
     assert isinstance(chain, Transform)
 

@@ -68,10 +68,10 @@ def test_both_programs_take_its_name_and_leave_its_folder_alone(tiny, tmp_path, 
 
 
 def test_a_name_that_is_not_there(tiny, capsys):
-    with pytest.raises(ConfigError, match="pretrained:large does not come with the package: expected pretrained:tiny"):
+    with pytest.raises(ConfigError, match="pretrained:large is not a pretrained model: expected pretrained:tiny"):
         cnf.load("pretrained:large")
     assert sample_main(["pretrained:large"]) == 2
-    assert "pretrained:large does not come with the package" in capsys.readouterr().err
+    assert "pretrained:large is not a pretrained model" in capsys.readouterr().err
     assert train_main(["--evaluate", "pretrained:../run"]) == 2
     assert train_main(["--out", "pretrained:mine", "--steps", "1"]) == 2
     assert "--out pretrained:mine: a name with pretrained: is a model of the package's" in capsys.readouterr().err

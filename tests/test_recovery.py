@@ -92,8 +92,8 @@ def forked(function):
 # -- files -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", files.PLACES)
-@pytest.mark.parametrize("number, word", [(errno.ENOSPC, "the disk is full: make room"), (errno.EROFS, "read-only: make it writable")])
+@pytest.mark.parametrize("place", files.STAGES)
+@pytest.mark.parametrize("number, word", [(errno.ENOSPC, "the disk is full: free some space"), (errno.EROFS, "read-only: make it writable")])
 def test_a_write_that_fails_names_the_path_and_what_to_try(tmp_path, monkeypatch, place, number, word):
     save_trainer(tmp_path, {"step": 1})
 
@@ -172,7 +172,7 @@ def test_training_goes_on_while_the_disk_is_full_and_saves_when_it_is_not(tmp_pa
     full(monkeypatch, ("trainer.pt", "model.safetensors"), lambda: run.state.step >= 12)
     assert run.run() == "steps"
     said = capsys.readouterr().err
-    assert said.count("no checkpoint:") == 2 and "the disk is full: make room on it" in said and "training goes on" in said
+    assert said.count("no checkpoint:") == 2 and "the disk is full: free some space" in said and "training goes on" in said
     same(whole, run)
     assert load_trainer(run.folder)[0]["numbers"]["step"] == 12
     assert all(torch.equal(v, run.state.best_weights[k]) for k, v in load(run.folder).state_dict().items())
@@ -323,7 +323,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_computed(
         return real(path, *arguments, **options)
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(CheckpointError, match=rf"run cannot be written: .* \(.*{word}, or take another folder\)"):
+    with pytest.raises(CheckpointError, match=rf"run cannot be written: .* \(.*{word}, or use another folder\)"):
         trainer(tmp_path / "run", resume=True)
     assert load(tmp_path / "run") is not None  # reading needs no lock
 
@@ -333,7 +333,7 @@ def test_a_link_in_a_strangers_folder_has_its_target_untouched(tmp_path):
     target.write_text("precious")
     folder.mkdir()
     (folder / LOCK).symlink_to(target)
-    with pytest.raises(CheckpointError, match=r"run/\.lock cannot be written: .*a link stands there, which is not followed"), locked(folder):
+    with pytest.raises(CheckpointError, match=r"run/\.lock cannot be written: .*it is a link, which is not followed"), locked(folder):
         pass
     files.temporary_name(folder / "a.txt").symlink_to(target)
     files.write_atomic(folder / "a.txt", lambda p: files.write_text(p, "whole"))

@@ -51,7 +51,7 @@ def test_overrides_by_block_and_by_mode():
         with pytest.raises(ConfigError, match=r"solver=.*expected a solver such as"):
             flow.log_prob(x, solver=wrong)
     for wrong in (Exact, 3):
-        with pytest.raises(ConfigError, match=r"divergence=.*expected a strategy such as"):
+        with pytest.raises(ConfigError, match="divergence must be a strategy such as"):
             flow.log_prob(x, divergence=wrong)
 
 
@@ -94,7 +94,7 @@ def test_former_transforms_and_calls_work_with_a_warning():
         assert torch.equal(chain.transforms[0].inverse(truth, context=shift).value, (truth - 1) / 2)
     with pytest.warns(DeprecationWarning):
         assert torch.equal(Doubling()(x, shift, noise=Noise(3)).value, 3 * x + 1)
-    with pytest.raises(TypeError, match="'steps' is no argument of a transform"):
+    with pytest.raises(TypeError, match="a transform takes no argument 'steps'"):
         chain(x, steps=3)
 
 

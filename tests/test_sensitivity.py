@@ -540,11 +540,11 @@ def test_errors():
             self.block = block
 
     for call, message in [
-        (lambda: jacobian(block, x, chunk=0), "chunk=0"),
+        (lambda: jacobian(block, x, chunk=0), "chunk must be at least 1, got 0"),
         (lambda: jacobian(Wrapped(), x), "Wrapped"),
-        (lambda: magnus(block, x, order=4), "order=4"),
-        (lambda: magnus(block, x, steps=0), "steps=0"),
-        (lambda: magnus(block, x, nodes=2), "nodes=2"),
+        (lambda: magnus(block, x, order=4), "order must be 1, 2 or 3, got 4"),
+        (lambda: magnus(block, x, steps=0), "steps must be at least 1"),
+        (lambda: magnus(block, x, nodes=2), "nodes must be at least 3, got 2"),
         (lambda: parameter_jacobian(block, x, names=[name + "s"]), "did you mean"),
         (lambda: parameter_jacobian(block, x, names=[]), "names is empty"),
         (lambda: piecewise_jacobian(block, x, []), "pieces is empty"),

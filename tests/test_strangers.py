@@ -596,7 +596,7 @@ def test_torch_files_that_lie(run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         archive.writestr("a/version", "3")
     for content, message in [(bombed, "compressed by method 8"), (asking.getvalue(), "bytearray"), (script.getvalue(), "TorchScript")]:
         path.write_bytes(content)
-        trainer_file._seal(path)
+        trainer_file._append_checksum(path)
         with pytest.raises(CheckpointError, match=rf"trainer\.pt: .*{message}"):
             load_trainer(run)
         path.write_bytes(content)

@@ -259,9 +259,9 @@ def test_the_learned_depth_is_drawn(tmp_path):
     ("node-flip --adaptive-depth --depth fourier --depth-terms 3", "depth='fourier' has one set of weights per time"),
     ("anode-digits --alpha 0.1", "--alpha is for densities"),
     ("anode-digits --objective regression", "--objective regression needs targets, and 'digits' has none"),
-    ("node-flip --objective classification", "'flip' is for a regression"),
+    ("node-flip --objective classification", "'flip' has regression targets"),
     ("anode-three-spheres --architecture resnet --hidden 8 --augment 0 --rtol 0.1", "--rtol is for training that solves an ODE"),
-    ("ffjord-toy --data spheres2", "'spheres2' is for a regression (--objective regression, as the preset anode-spheres"),
+    ("ffjord-toy --data spheres2", "'spheres2' has regression targets: set condition='target' (--objective regression, as the preset anode-spheres"),
     ("ffjord-toy --augment 2", "--augment is for --architecture node"),
 ])  # fmt: skip
 def test_wrong_use(tmp_path, capsys, words, message):
@@ -317,11 +317,11 @@ def test_supervised_sets():
     assert len({tuple(r) for r in torch.cat([again.train, again.validation, again.test]).tolist()}) == 180
     limited = datasets.load("spheres2", condition="target", sizes=(90, 30, 60), limit=20)
     assert torch.equal(limited.train_context[:, 0] > 0, limited.train.norm(dim=1) > 0.75)
-    with pytest.raises(ConfigError, match="'flip' is for a regression"):
+    with pytest.raises(ConfigError, match="'flip' has regression targets"):
         datasets.load("flip")
-    with pytest.raises(ConfigError, match="expected None, 'label' or 'target'"):
+    with pytest.raises(ConfigError, match="condition must be None, 'label' or 'target'"):
         datasets.load("flip", condition="targets")
-    with pytest.raises(ConfigError, match="n=2 points"):
+    with pytest.raises(ConfigError, match="n must be at least 3, got 2"):
         sample_supervised("flip", 2)
     with pytest.raises(DataError, match="is unknown"):
         sample_supervised("spheres4", 9)

@@ -43,7 +43,7 @@ def test_the_density_is_that_which_the_velocity_transports_to(v, time, other):
 
 def test_the_direction_has_no_default():
     for given in ((), ("forward",), (None,)):
-        with pytest.raises(ConfigError, match=r"expected 'noise-to-data' where noise is at t=0 \(torchcfm, flow_matching\)"):
+        with pytest.raises(ConfigError, match=r"time must be 'noise-to-data' if the noise is at t=0 \(torchcfm, flow_matching\)"):
             from_velocity(noise_first, (3,), *given)
 
 

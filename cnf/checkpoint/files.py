@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 
 from cnf.errors import CheckpointError, CNFError
 
-__all__ = ["PLACES", "leftovers", "one_line", "sweep", "sync_folder", "temporary_name", "why", "write_atomic", "write_text"]
+__all__ = ["STAGES", "leftovers", "one_line", "remove_temporary", "sync_folder", "temporary_name", "why", "write_atomic", "write_text"]
 
-# set by tests only, to fail or exit at one of PLACES; called there with the file
+# set by tests only, to fail or exit at one of STAGES; called there with the file
 hook: Callable[[str, Path], None] | None = None
-PLACES = ("before", "written", "synced", "renamed", "done")
+STAGES = ("before", "written", "synced", "renamed", "done")
 
 _TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")
 # files that only the owner of a run folder writes (see cnf.checkpoint.lock): under the lock their temporaries are stale
@@ -27,15 +27,15 @@ _OWN = (
     "trainer.previous.pt", "trainer.pt",
 )  # fmt: skip
 _ADVICE = {
-    errno.ENOSPC: "the disk is full: make room on it",
-    errno.EDQUOT: "your quota is used up: make room in it",
-    errno.EFBIG: "files may not become so large here: raise the limit (ulimit -f)",
-    errno.EROFS: "the file system is read-only: make it writable, or take another folder",
-    errno.EACCES: "you may not write there: change the folder's permissions, or take another folder",
-    errno.EPERM: "you may not write there: change the folder's permissions, or take another folder",
-    errno.ENOENT: "its folder is gone: put it back",
-    errno.ENOTDIR: "its folder is a file: put the folder back",
-    errno.ELOOP: "a link stands there, which is not followed: remove it",
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "your quota is used up: free some space",
+    errno.EFBIG: "the file exceeds the size limit: raise it (ulimit -f)",
+    errno.EROFS: "the file system is read-only: make it writable, or use another folder",
+    errno.EACCES: "you may not write there: change the folder's permissions, or use another folder",
+    errno.EPERM: "you may not write there: change the folder's permissions, or use another folder",
+    errno.ENOENT: "its folder was removed: restore it",
+    errno.ENOTDIR: "its folder is a file: replace it by a folder",
+    errno.ELOOP: "it is a link, which is not followed: remove it",
 }
 
 
@@ -105,15 +105,12 @@ def why(path: Path, error: BaseException) -> str:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Return the temporary files of a killed process in a run folder.
-
-    Only those of files that the folder's owner alone writes are returned.
-    """
-    found = (_TEMPORARY.fullmatch(p.name) for p in folder.iterdir())
-    return sorted(folder / m.string for m in found if m is not None and m[1] in _OWN)
+    """Return a killed process's temporary files in a run folder, of those files that only the folder's owner writes."""
+    names = (_TEMPORARY.fullmatch(p.name) for p in folder.iterdir())
+    return sorted(folder / m.string for m in names if m is not None and m[1] in _OWN)
 
 
-def sweep(folder: Path) -> None:
+def remove_temporary(folder: Path) -> None:
     """Remove :func:`leftovers`; requires the folder's lock."""
     with suppress(OSError):
         for path in leftovers(folder):
@@ -131,6 +128,6 @@ def one_line(error: BaseException, length: int = 300) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def _at(place: str, path: Path) -> None:
+def _at(stage: str, path: Path) -> None:
     if hook is not None:
-        hook(place, path)
+        hook(stage, path)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from cnf.checkpoint.files import sweep, why
+from cnf.checkpoint.files import remove_temporary, why
 from cnf.errors import CheckpointError, ConfigError
 
 __all__ = ["LOCK", "locked", "renew"]
@@ -67,7 +67,7 @@ class _Held:
         process, _, host = _owner(self.path).partition(" ")
         who = f"process {process}" if process.isdecimal() else "another process"
         who += f" on {host}" if process.isdecimal() and host not in ("", socket.gethostname()) else ""
-        raise ConfigError(f"{self.path.parent} is in use by {who}: wait for it, stop it, or take another folder")
+        raise ConfigError(f"{self.path.parent} is in use by {who}: wait for it, stop it, or use another folder")
 
 
 _held: dict[tuple[int, str], _Held] = {}  # by process, since a forked child inherits the dictionary but not the locks
@@ -97,7 +97,7 @@ def locked(folder: Path) -> Iterator[None]:
     key = _key(folder)
     if key not in _held:
         _held[key] = _Held(folder)
-        sweep(folder)
+        remove_temporary(folder)
     held = _held[key]
     held.depth += 1
     try:
@@ -110,12 +110,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def renew(folder: Path) -> None:
-    """Take the lock of a folder again that was removed and recreated while locked.
-
-    Raises:
-        ConfigError: if another process took it first.
-        CheckpointError: if the folder cannot be written.
-    """
+    """Take the lock of a folder again that was removed and recreated while locked; errors as :func:`locked`."""
     held = _held.get(_key(folder))
     if held is not None and not held.current():
         held.lock.release()  # of the removed file

@@ -95,11 +95,7 @@ def is_model(folder: Path) -> bool:
 
 
 def read_model_info(folder: Path) -> ModelInfo:
-    """Read config.json.
-
-    Raises:
-        CheckpointError: if it is missing or damaged.
-    """
+    """Read config.json; a CheckpointError says what is missing or damaged."""
     raw: dict[str, Any] = read_fields(folder)
     info: ModelInfo = decode(ModelInfo, {k: v for k, v in raw.items() if k not in ("format", "sha256")}, str(folder / "config.json"))
     check_digest(raw, folder / "config.json")

@@ -37,7 +37,7 @@ def located(run: str | Path) -> Path:
         return Path(run)
     name = text.removeprefix(PREFIX)
     if name not in pretrained():
-        raise ConfigError(f"{text} does not come with the package: expected {' or '.join(PREFIX + n for n in pretrained())}, or a run folder")
+        raise ConfigError(f"{text} is not a pretrained model: expected {' or '.join(PREFIX + n for n in pretrained())}, or a run folder")
     return SHELF / name
 
 

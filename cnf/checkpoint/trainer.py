@@ -25,18 +25,14 @@ _TAIL = len(_MARK) + _HEX
 
 
 def save_trainer(folder: Path, state: dict[str, Any]) -> None:
-    """Write trainer.pt and keep the previous one as trainer.previous.pt.
-
-    Raises:
-        CheckpointError: if it cannot be written; the previous state is intact.
-    """
+    """Write trainer.pt and keep the previous one as trainer.previous.pt, intact if the new one cannot be written."""
     path = folder / TRAINER[0]
     if path.exists():
         _keep_previous(path, folder / TRAINER[1])
 
     def write(temporary: Path) -> None:
         torch.save(state, temporary)
-        _seal(temporary)
+        _append_checksum(temporary)
 
     write_atomic(path, write)
 
@@ -66,14 +62,12 @@ def has_trainer(folder: Path) -> bool:
 def load_trainer(folder: Path) -> tuple[dict[str, Any], str]:
     """Return the resume state, and a notice if trainer.pt is damaged and the previous one replaces it.
 
-    Raises:
-        CheckpointError: if neither can be read. No code in them runs: torch's ``weights_only`` reader accepts only
-            tensors and plain values.
+    No code in them runs: torch's ``weights_only`` reader accepts only tensors and plain values.
     """
     reasons = []
     for name in TRAINER:
         try:
-            _check_seal(folder / name)
+            _verify_checksum(folder / name)
             check_pickle(folder / name)
             state = torch.load(folder / name, map_location="cpu", weights_only=True)
             if not isinstance(state, dict):
@@ -83,25 +77,23 @@ def load_trainer(folder: Path) -> tuple[dict[str, Any], str]:
             continue
         if reasons:  # otherwise the next save would keep the damaged one as the previous
             os.replace(folder / name, folder / TRAINER[0])
-        return state, f"{folder}: going back to the previous checkpoint ({'; '.join(reasons)})" if reasons else ""
+        return state, f"{folder}: using the previous checkpoint ({'; '.join(reasons)})" if reasons else ""
     raise CheckpointError(f"{folder} has no checkpoint that can be read ({'; '.join(reasons)})")
 
 
-def _seal(path: Path) -> None:
+def _append_checksum(path: Path) -> None:
     with path.open("rb+") as file:
         file.seek(-22, os.SEEK_END)
         end = file.read()
         if end[:4] != b"PK\x05\x06" or end[-2:] != b"\0\0":
-            raise CheckpointError(
-                f"{path}: torch.save wrote no zip file that can take a checksum; use torch 2.6 or later"
-            )
+            raise CheckpointError(f"{path}: torch.save wrote no zip file that can take a checksum: use torch 2.6 or later")
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(-2, os.SEEK_END)
         file.write(_TAIL.to_bytes(2, "little") + _MARK + digest.encode())
 
 
-def _check_seal(path: Path) -> None:
+def _verify_checksum(path: Path) -> None:
     size = require_file(path, CheckpointError, "it")
     digest, rest = hashlib.sha256(), size - _TAIL - 2
     with path.open("rb") as file:
@@ -111,6 +103,6 @@ def _check_seal(path: Path) -> None:
         tail = file.read()
     digest.update(b"\0\0")
     if tail[:-_HEX] != _TAIL.to_bytes(2, "little") + _MARK:
-        raise ValueError("it carries no checksum: it is damaged, half-written or of an earlier version")
+        raise ValueError("it has no checksum: it is damaged, half-written or of an earlier version")
     if tail[-_HEX:] != digest.hexdigest().encode():
         raise ValueError("it is damaged: its checksum differs")

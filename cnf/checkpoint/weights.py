@@ -19,11 +19,9 @@ from cnf.checkpoint.model_info import describe, is_model, read_model_info, write
 from cnf.checkpoint.shelf import located
 from cnf.config import ModelConfig
 from cnf.errors import CheckpointError, ConfigError
-from cnf.flow import Flow
-from cnf.models import Predictor
 from cnf.strangers import require_file
 
-__all__ = ["load", "load_model", "save", "weights_digest", "write_weights"]
+__all__ = ["load", "save", "weights_digest", "write_weights"]
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -59,62 +57,62 @@ def write_weights(folder: Path, flow: nn.Module, *, half: bool = False) -> None:
     write_atomic(folder / "model.safetensors", lambda p: safetensors.torch.save_file(tensors, str(p), metadata))
 
 
-def load_model(folder: str | Path, device: str | torch.device = "cpu", *, flow: nn.Module | None = None) -> Flow | Predictor:
-    """Return the trained model of a run folder, a flow or a predictor, in evaluation mode; no code in the folder runs.
+def load(folder: str | Path, device: str | torch.device = "cpu", *, flow: nn.Module | None = None) -> Any:
+    """Return the trained model of a folder in evaluation mode; no code in the folder runs.
 
-    ``pretrained:NAME`` selects a model of the package (:func:`pretrained` lists them).
+    The model is a :class:`~cnf.flow.Flow`, or a :class:`~cnf.models.NeuralODE` or :class:`~cnf.models.ResidualNet` of a
+    run of a predictor. A custom model, whose classes the folder only names, takes the weights in place:
+    ``load(folder, flow=my_flow)``. ``pretrained:NAME`` selects a model of the package (:func:`pretrained` lists them).
 
     Raises:
-        ConfigError: for an unknown NAME.
+        ConfigError: for an unknown NAME of ``pretrained:NAME``.
         CheckpointError: if the folder, its config or its weights are missing, damaged (by their checksums), or do not
             match.
 
     Example:
-        >>> load_model("runs/anode-digits-0")(images).shape  # doctest: +SKIP
-        torch.Size([540, 10])
+        >>> flow = load("pretrained:fm-mnist")
+        >>> flow.event_shape
+        (1, 28, 28)
     """
     folder = located(folder)
     path = folder / "model.safetensors"
-    if not (folder / "config.json").exists() or not is_model(folder):
-        info = read_config(folder)
-        if flow is not None:
-            raise ConfigError(f"flow= is for a custom model, and {folder} is a run with all its settings: load it without")
-        make: Callable[[], Any] = info.build
-        settings: ModelConfig | None = info.config.model
-    else:
-        known = read_model_info(folder)
-        if flow is None and known.built is None:
-            custom = ", ".join(known.custom_classes) or "a flow composed by hand"
-            raise CheckpointError(
-                f"{folder} holds {known.model_class} with {custom}, whose code is not in the folder: make it again and give it, "
-                "cnf.load(folder, flow=my_flow)"
-            )
-        if flow is not None and (name := f"{type(flow).__module__}.{type(flow).__qualname__}").rpartition(".")[2] != known.model_class.rpartition(".")[2]:
-            raise CheckpointError(f"{folder} holds {known.model_class}, but flow= is {name}")
-        make, settings = (known.built.build, known.built.model) if known.built is not None and flow is None else (lambda: flow, None)
+    build, settings = _builder(folder, flow)
     if not path.exists():
         raise CheckpointError(f"{path} is missing: the run has not been validated yet")
     require_file(path, CheckpointError, str(path))
     try:
         tensors = _read(path)
         if settings is not None:
-            _check(settings, make, tensors)
-        model = make()
+            _check(settings, build, tensors)
+        model = build()
         model.load_state_dict(tensors)
     except ConfigError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
-    except (
-        OSError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        OverflowError,
-        safetensors.SafetensorError,
-    ) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, OverflowError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} does not hold this model's weights: {one_line(error)}") from None
-    loaded: Flow | Predictor = model.to(device).eval()
-    return loaded
+    return model.to(device).eval()
+
+
+def _builder(folder: Path, flow: nn.Module | None) -> tuple[Callable[[], nn.Module], ModelConfig | None]:
+    """Return a function that builds the untrained model of a folder, and the settings of a built-in one."""
+    if not (folder / "config.json").exists() or not is_model(folder):
+        info = read_config(folder)
+        if flow is not None:
+            raise ConfigError(f"flow= is for a custom model, but {folder} is a run with all its settings: leave flow out")
+        return info.build, info.config.model
+    known = read_model_info(folder)
+    if flow is None:
+        if known.built is None:
+            custom = ", ".join(known.custom_classes) or "a flow composed by hand"
+            raise CheckpointError(
+                f"{folder} holds {known.model_class} with {custom}, whose code is not in the folder: build the model and call "
+                "cnf.load(folder, flow=my_flow)"
+            )
+        return known.built.build, known.built.model
+    name = f"{type(flow).__module__}.{type(flow).__qualname__}"
+    if name.rpartition(".")[2] != known.model_class.rpartition(".")[2]:
+        raise CheckpointError(f"flow= is {name}, but {folder} holds {known.model_class}")
+    return lambda: flow, None
 
 
 def save(flow: nn.Module, folder: str | Path) -> None:
@@ -125,7 +123,7 @@ def save(flow: nn.Module, folder: str | Path) -> None:
 
     Args:
         flow: the model.
-        folder: made if it is missing; a model of ``save`` or ``cnf.fit`` in it is overwritten.
+        folder: created if missing; a model of ``save`` or ``cnf.fit`` in it is overwritten.
 
     Raises:
         ConfigError: for a folder of a run of ``cnf train``, or one that another process writes.
@@ -142,29 +140,9 @@ def save(flow: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     with locked(folder):
         if (folder / "config.json").exists() and not is_model(folder):
-            raise ConfigError(f"{folder} is a run of cnf train, which keeps its own weights: choose another folder")
+            raise ConfigError(f"{folder} is a run of cnf train, which keeps its own weights: use another folder")
         write_weights(folder, flow)
         write_model_info(folder, describe(flow))
-
-
-def load(folder: str | Path, device: str | torch.device = "cpu", *, flow: nn.Module | None = None) -> Any:
-    """Return :func:`load_model` without its type; no code in the folder runs.
-
-    The model is a :class:`~cnf.flow.Flow`, or a :class:`~cnf.models.NeuralODE` or :class:`~cnf.models.ResidualNet` of a
-    run of a predictor. A custom model, whose classes the folder only names, takes the weights in place:
-    ``load(folder, flow=my_flow)``.
-
-    Raises:
-        ConfigError: for an unknown NAME of ``pretrained:NAME``.
-        CheckpointError: if the folder, its config or its weights are missing, damaged (by their checksums), or do not
-            match.
-
-    Example:
-        >>> flow = load("pretrained:fm-mnist")
-        >>> flow.event_shape
-        (1, 28, 28)
-    """
-    return load_model(folder, device, flow=flow)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -173,7 +151,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         known = (file.metadata() or {}).get("sha256")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     if known is None:
-        raise ValueError("it carries no checksum")
+        raise ValueError("it has no checksum")
     if weights_digest(tensors) != known:
         raise ValueError("it is damaged: its checksum differs")
     return tensors

@@ -213,10 +213,10 @@ def score_items(command: Command, info: RunInfo, group: Group = SINGLE_PROCESS) 
     if not group.main:
         return 0
     if command.per_item is not None:
-        write_scores(command.per_item, ranking.found, names=items.names)
+        write_scores(command.per_item, ranking.evaluation, names=items.names)
     print(ranking.text())
-    if ranking.found.note is not None:
-        print(f"(not a bound: {ranking.found.note})")
+    if ranking.evaluation.note is not None:
+        print(f"(not a bound: {ranking.evaluation.note})")
     if reference is not None:
         print(f"(the reference is the run's own test: {len(reference):,} items)")
     if command.per_item is not None:

@@ -5,12 +5,6 @@ from cnf.compat.checkpoints import Reference, load_reference, read_reference
 from cnf.compat.regularisers import FFJORD_REGULARISERS, RNODE_REGULARISERS, released
 
 __all__ = [
-    "FFJORD_REGULARISERS",
-    "RNODE_REGULARISERS",
-    "Reference",
-    "affjord_toy",
-    "load_affjord_toy",
-    "load_reference",
-    "read_reference",
-    "released",
-]
+    "FFJORD_REGULARISERS", "RNODE_REGULARISERS", "Reference", "affjord_toy", "load_affjord_toy", "load_reference",
+    "read_reference", "released",
+]  # fmt: skip

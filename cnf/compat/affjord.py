@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnf.errors import CheckpointError, ConfigError
+from cnf.compat.reading import check_shapes
+from cnf.errors import ConfigError
 from cnf.fields import Conv, TimePath
 from cnf.flow import Flow
 from cnf.multiscale import SharedAugmentedTime, scale_shapes
@@ -53,7 +54,7 @@ class ReleasedScale(SharedAugmentedTime):
     def __init__(self, transforms: Iterable[Transform], shape: tuple[int, ...]):
         super().__init__(transforms)
         if math.prod(shape) < ENTRIES:
-            raise ConfigError(f"an image of shape {tuple(shape)} has fewer than the {ENTRIES} entries that z* needs")
+            raise ConfigError(f"images must have at least {ENTRIES} entries, which z* needs, got shape {tuple(shape)}")
         self.shape = tuple(shape)
 
     def between(self, transform: Transform, a: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ class ReleasedScale(SharedAugmentedTime):
 
 
 def released_layer(
-    given: Mapping[str, Tensor], conv: Conv, *, first: bool = False, last: bool = False
+    given: Mapping[str, Tensor], conv: Conv, *, first: bool = False, last: bool = False, where: str = "the layer"
 ) -> dict[str, Tensor]:
     """Convert the parameters of a released ConcatConv2d or HyperConv2d to those of one of our layers.
 
@@ -80,6 +81,7 @@ def released_layer(
         conv: the convolution of our layer.
         first: the released layer takes as many zeros before its inputs, whose weights are omitted.
         last: the released layer has twice the outputs, of which the first half is used (of two channels the second).
+        where: name of the layer in messages.
 
     Returns:
         ``core.weight`` and ``core.bias`` of an :class:`~cnf.fields.time.Ignore`, or ``weight``, ``bias``, ``move`` and
@@ -99,7 +101,7 @@ def released_layer(
     numel, out = math.prod(shape), whole.outputs
     own: dict[str, Tensor]
     if "_hypernet.weight" in given:
-        _check(given, {"_hypernet.weight": (numel + out, GENERATING), "_hypernet.bias": (numel + out,)})
+        check_shapes(given, {"_hypernet.weight": (numel + out, GENERATING), "_hypernet.bias": (numel + out,)}, where)
         constant, linear = given["_hypernet.bias"], given["_hypernet.weight"]
         own = {
             "weight": constant[:numel].reshape(shape),
@@ -108,7 +110,7 @@ def released_layer(
             "move_bias": linear[:out],
         }
     else:
-        _check(given, {"_layer.weight": shape, "_layer.bias": (out,)})
+        check_shapes(given, {"_layer.weight": shape, "_layer.bias": (out,)}, where)
         own = {"core.weight": given["_layer.weight"], "core.bias": given["_layer.bias"]}
     rows, columns = (1, 0) if conv.transposed else (0, 1)
     for name, value in own.items():
@@ -122,15 +124,11 @@ def released_layer(
     return own
 
 
-def check_path(given: Mapping[str, Tensor]) -> None:
-    """Validate the parameters of the released Aug_Cnn (``fc1.*``, ``fc2.*``).
-
-    Raises:
-        CheckpointError: naming the first parameter that does not fit, and its shape.
-    """
+def check_path(given: Mapping[str, Tensor], where: str) -> None:
+    """Validate the parameters of the released Aug_Cnn (``fc1.*``, ``fc2.*``)."""
     shapes: dict[str, tuple[int, ...]] = {"weight": (ENTRIES, ENTRIES), "bias": (ENTRIES,)}
     wanted = {f"fc{i}.{name}": shape for i in (1, 2) for name, shape in shapes.items()}
-    _check({name: value for name, value in given.items() if name.startswith("fc")}, wanted, "aug_cnn.")
+    check_shapes({name: value for name, value in given.items() if name.startswith("fc")}, wanted, f"{where}, aug_cnn")
 
 
 @torch.no_grad()
@@ -141,20 +139,9 @@ def fill_path(path: TimePath, given: Mapping[str, Tensor]) -> None:
 
 
 def squeeze_paths(flow: Flow) -> None:
-    """Squeeze the augmented time of every scale of a multiscale flow along with the image, as released.
-
-    Raises:
-        ConfigError: for images of fewer than 20 entries.
-    """
+    """Squeeze the augmented time of every scale of a multiscale flow along with the image, as released."""
     scales = [(path, m) for path, m in flow.named_modules() if isinstance(m, SharedAugmentedTime)]
     if not scales and flow.dim < ENTRIES:
-        raise ConfigError(f"images of shape {flow.event_shape} have fewer than the {ENTRIES} entries that z* needs")
+        raise ConfigError(f"images must have at least {ENTRIES} entries, which z* needs, got shape {flow.event_shape}")
     for (path, scale), shape in zip(scales, scale_shapes(flow.event_shape) if scales else (), strict=True):
         flow.set_submodule(path, ReleasedScale((part for part, _ in scale.steps()), shape))
-
-
-def _check(given: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], prefix: str = "") -> None:
-    for name in sorted(wanted.keys() | given.keys()):
-        have = tuple(given[name].shape) if name in given else None
-        if have != wanted.get(name):
-            raise CheckpointError(f"{prefix}{name} is of shape {have}, but the arguments make it {wanted.get(name)}")

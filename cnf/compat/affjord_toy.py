@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from cnf.compat.reading import read_reference
+from cnf.compat.reading import check_shapes, read_reference
 from cnf.continuous import CNF
 from cnf.divergence import Exact
 from cnf.errors import CheckpointError, ConfigError
@@ -26,8 +26,9 @@ DIM = 2  # dimension of a point, and of its z* if there is one
 BASE_VARIANCE = 0.1
 STEPS = 20  # solver steps of the released grid
 DEAD = "hyper_net2."  # a second hypernetwork, never called
-LAYERS = {"generator.0.": "hyper_net.fc1.", "generator.2.": "hyper_net.fc2.", "generator.4.": "hyper_net.fc3."}
-PATH = {"net.0.": "neunet.fc1.", "net.2.": "neunet.fc2."}
+# our parameter names -> the released ones
+NAMES = {f"field.generator.{2 * i}.": f"hyper_net.fc{i + 1}." for i in range(3)}
+NAMES |= {f"path.net.{2 * i}.": f"neunet.fc{i + 1}." for i in range(2)}
 
 
 class ToyField(VectorField):
@@ -66,7 +67,7 @@ class ToyField(VectorField):
         """Return W (M, 2) on x, the remaining argument of the tanh (M,), and -U/M (M, 2)."""
         if self.augmented:
             if t.shape != (DIM,):
-                raise ConfigError(f"t has shape {tuple(t.shape)}, but the augmented field takes a ({DIM},) instead")
+                raise ConfigError(f"t has shape {tuple(t.shape)}, expected ({DIM},): the augmented field takes a instead of t")
             entering = t
         else:
             entering = (SPAN - t).reshape(1).float().to(t)
@@ -154,47 +155,38 @@ def load_affjord_toy(source: str | Path | Mapping[str, Any], seed: Tensor | Sequ
     state = read_reference(source).state
     augmented = any(name.startswith("neunet.") for name in state)
     hidden, width = _sizes(state, augmented)
+    with torch.device("meta"):  # a wrong size must not allocate memory
+        shapes = {name: tuple(p.shape) for name, p in _released_parameters(affjord_toy(augmented, hidden, width))}
+    check_shapes({name: value for name, value in state.items() if not name.startswith(DEAD)}, shapes)
     if augmented and seed is None:
-        raise CheckpointError(
-            "seed=None, but the augmented example learns z* at the data, which its checkpoint does not hold: give its "
-            f"{DIM} numbers"
-        )
+        raise CheckpointError(f"seed=None, but the augmented example learns z* at the data and does not save it: pass its {DIM} numbers")
     if not augmented and seed is not None:
-        raise ConfigError("seed is given, but the checkpoint is the plain model's, which has no z*: leave it out")
+        raise ConfigError(f"seed={seed}, but this checkpoint is of the plain model, which has no z*: leave seed out")
     flow = affjord_toy(augmented, hidden, width).to(state["hyper_net.fc1.weight"].dtype)
-    block = flow.blocks[0]
+    path = flow.blocks[0].path
     with torch.no_grad():
-        for module, names in ((block.field, LAYERS), (block.path, PATH)):
-            for name, parameter in module.named_parameters() if module is not None else ():
-                for ours, theirs in names.items():
-                    if name.startswith(ours):
-                        parameter.copy_(state[theirs + name.removeprefix(ours)])
-        if block.path is not None:
-            start, given = cast(Tensor, block.path.initial), torch.as_tensor(seed)
+        for name, parameter in _released_parameters(flow):
+            parameter.copy_(state[name])
+        if path is not None:
+            start, given = cast(Tensor, path.initial), torch.as_tensor(seed)
             if given.shape != start.shape or not given.is_floating_point() or not bool(given.isfinite().all()):
-                raise ConfigError(f"seed={seed}; expected {DIM} finite floats")
+                raise ConfigError(f"seed must be {DIM} finite floats, got {seed}")
             start.copy_(given)
     return flow.eval()
 
 
 def _sizes(state: Mapping[str, Tensor], augmented: bool) -> tuple[int, int]:
-    """Return the generator's width and the number of terms, after validating all shapes."""
+    """Return the generator's width and the number of terms."""
     for name in ("hyper_net.fc1.bias", "hyper_net.fc3.bias"):
         if name not in state:
-            raise CheckpointError(f"the checkpoint has no {name}: it is of no 2-D example of AFFJORD's")
-    hidden = state["hyper_net.fc1.bias"].numel()
-    seen, entering = (2 * DIM, DIM) if augmented else (DIM, 1)
-    width = max(1, state["hyper_net.fc3.bias"].numel() // (3 * seen + 1))
-    wanted: dict[str, tuple[int, ...]] = {}
-    nets = {"hyper_net": [entering, hidden, hidden, (3 * seen + 1) * width]}
-    if augmented:
-        nets["neunet"] = [DIM, DIM + 1, DIM]
-    for net, sizes in nets.items():
-        for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False), 1):
-            wanted |= {f"{net}.fc{i}.weight": (b, a), f"{net}.fc{i}.bias": (b,)}
-    found = {name: tuple(value.shape) for name, value in state.items() if not name.startswith(DEAD)}
-    for name in sorted(wanted.keys() | found.keys()):
-        have, want = found.get(name), wanted.get(name)
-        if have != want:
-            raise CheckpointError(f"the checkpoint has {name} of shape {have}; expected {want}")
-    return hidden, width
+            raise CheckpointError(f"the checkpoint has no {name}: expected one of AFFJORD's 2-D examples")
+    terms = 3 * (2 * DIM if augmented else DIM) + 1
+    return state["hyper_net.fc1.bias"].numel(), max(1, state["hyper_net.fc3.bias"].numel() // terms)
+
+
+def _released_parameters(flow: Flow) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters by released name, without the initial z*."""
+    for name, parameter in flow.blocks[0].named_parameters():
+        for ours, theirs in NAMES.items():
+            if name.startswith(ours):
+                yield theirs + name.removeprefix(ours), parameter

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cnf.compat.affjord import ENTRIES, GENERATING, check_path, fill_path, released_layer, squeeze_paths
 from cnf.compat.layout import Block, Layout, layout
-from cnf.compat.reading import Arguments, Reference, read_reference
+from cnf.compat.reading import Arguments, Reference, check_shapes, read_reference
 from cnf.errors import CheckpointError, ConfigError
 from cnf.fields import Conv, SqueezeSum, Stack, TimeLayer
 from cnf.fields.layers import Hyper
@@ -80,24 +80,21 @@ def load_reference(
         >>> flow.bits_per_dim(images).mean()  # doctest: +SKIP
     """
     reference = read_reference(source, args)
-    found = layout(reference)
-    shape = _event_shape(found, reference.args, event_shape)
-    model = _model(found, reference.args)
-    images = found.images
+    arch = layout(reference)
+    shape = _event_shape(arch, reference.args, event_shape)
+    model = _model(arch, reference.args)
     nbits = reference.args.get("nbits", int, 8)
     if not 1 <= nbits <= 8:
-        raise CheckpointError(f"args.nbits is {nbits}; expected 1 to 8")
-    levels = 2**nbits if images else None
-    solver = _solver(found, reference.args, model)
-    if model.blocks > len(found.blocks):
-        raise CheckpointError(
-            f"args.num_blocks is {model.blocks}, but the checkpoint has {len(found.blocks)} blocks in all"
-        )
+        raise CheckpointError(f"args.nbits must be between 1 and 8, got {nbits}")
+    levels = 2**nbits if arch.images else None
+    solver = _solver(arch, reference.args, model)
+    if model.blocks > len(arch.blocks):
+        raise CheckpointError(f"args.num_blocks is {model.blocks}, but the checkpoint has only {len(arch.blocks)} blocks")
     try:
         # first on the meta device: arguments that request more than the file holds must not allocate memory (with
         # levels, so that no statistics of vectors are inspected)
         with torch.device("meta"):
-            _check(build(model, solver, shape, levels=256), found)
+            _check(build(model, solver, shape, levels=256), arch)
         flow = build(model, solver, shape, levels=levels)
         if model.drive != "none":
             squeeze_paths(flow)
@@ -105,20 +102,20 @@ def load_reference(
         raise
     except (ConfigError, RuntimeError, OverflowError, TypeError) as error:  # torch's, for absurd sizes
         reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"the checkpoint's arguments do not make a flow: {reason[:300]}") from None
-    flow = flow.to(next(iter(found.first[0].values())).dtype)
-    if images and reference.args.get("alpha", float, 1e-6) <= 0:  # the released code shifts by 1/2 instead
+        raise CheckpointError(f"no flow can be built from the checkpoint's args: {reason[:300]}") from None
+    flow = flow.to(next(iter(arch.first[0].values())).dtype)
+    if arch.images and reference.args.get("alpha", float, 1e-6) <= 0:  # the released code shifts by 1/2 instead
         path = next(path for path, m in flow.named_modules() if isinstance(m, Logit))
         flow.set_submodule(path, Rescale())
-    _fill(flow, found)
+    _fill(flow, arch)
     return flow.eval()
 
 
-def _event_shape(found: Layout, args: Arguments, given: tuple[int, ...] | None) -> tuple[int, ...]:
+def _event_shape(arch: Layout, args: Arguments, given: tuple[int, ...] | None) -> tuple[int, ...]:
     if given is not None:
         return tuple(given)
-    if not found.images:
-        last = found.first[max(found.first)]
+    if not arch.images:
+        last = arch.first[max(arch.first)]
         for name in ("_layer.bias", "_layer0.bias"):
             if name in last:
                 return (last[name].numel(),)
@@ -127,49 +124,49 @@ def _event_shape(found: Layout, args: Arguments, given: tuple[int, ...] | None) 
         return (numbers // (args.sizes("dims")[-1] + 1),)
     data = args.get("data", str)
     if data not in IMAGES:
-        raise CheckpointError(f"args.data is {data!r}: the size of its images is not known; give event_shape=(C, H, W)")
+        raise CheckpointError(f"args.data is {data!r}, whose image size is not known: pass event_shape=(C, H, W)")
     channels, size = IMAGES[data]
     size = args.get("imagesize", int, size) if data != "imagenet64" else size
     if not 1 <= size <= LARGEST:
-        raise CheckpointError(f"args.imagesize is {size}; expected 1 to {LARGEST}")
+        raise CheckpointError(f"args.imagesize must be between 1 and {LARGEST}, got {size}")
     return (channels, size, size)
 
 
-def _model(found: Layout, args: Arguments) -> ModelConfig:
+def _model(arch: Layout, args: Arguments) -> ModelConfig:
     hidden = args.sizes("dims")
-    if found.affjord and args.get("residual", bool, False):
-        raise CheckpointError("args.residual is True, with which the released AFFJORD cannot run")
+    if arch.affjord and args.get("residual", bool, False):
+        raise CheckpointError("args.residual is True, which AFFJORD's released code does not support")
     driven: dict[str, Any] = {"drive": "hyper", "drive_dim": ENTRIES, "drive_entries": GENERATING}
     rnode = "zero_last" in args or "div_samples" in args
     strides: tuple[int, ...] = ()
     # FFJORD's multiscale script records --strides but ignores it
-    if found.conv and found.kind != "parallel" and (found.kind == "stack" or rnode):
+    if arch.conv and arch.kind != "parallel" and (arch.kind == "stack" or rnode):
         strides = args.sizes("strides") if "strides" in args else ()
     alpha = args.get("alpha", float, 1e-6)
     return ModelConfig(
-        architecture=cast(Any, found.kind),
-        field="conv" if found.conv else "mlp",
+        architecture=cast(Any, arch.kind),
+        field="conv" if arch.conv else "mlp",
         hidden=hidden,
         blocks=args.get("num_blocks", int, 2 if rnode else 1),
         strides=() if set(strides) == {1} else strides,
         squeeze_first=args.get("squeeze_first", bool, False),
-        layer=found.layer,
-        nonlinearity="softplus" if found.kind == "parallel" else args.get("nonlinearity", str, "softplus"),
+        layer=arch.layer,
+        nonlinearity="softplus" if arch.kind == "parallel" else args.get("nonlinearity", str, "softplus"),
         residual="minus" if args.get("residual", bool, False) else "none",
         zero_init=False,
-        end_time=_end_time(found, args),
+        end_time=_end_time(arch, args),
         learn_end_time=args.get("train_T", bool, False),
         alpha=alpha if alpha > 0 else 0.25,  # a shift replaces the logit later
         marginals="logit",
-        **(driven if found.affjord and found.layer == "hyper" else {}),
+        **(driven if arch.affjord and arch.layer == "hyper" else {}),
     )
 
 
-def _end_time(found: Layout, args: Arguments) -> float:
+def _end_time(arch: Layout, args: Arguments) -> float:
     """Return T as recorded, since the weights hold its rounded root, or that of the weights if T was trained."""
-    roots = [float(block.root) for block in found.blocks if block.root is not None and block.root.numel() == 1]
-    if len(roots) != len(found.blocks):
-        raise CheckpointError("the checkpoint lacks the end time (sqrt_end_time) of a block")
+    roots = [float(block.root) for block in arch.blocks if block.root is not None and block.root.numel() == 1]
+    if len(roots) != len(arch.blocks):
+        raise CheckpointError("the checkpoint lacks a block's end time (sqrt_end_time)")
     squares = [root * root for root in roots]
     wanted: float = args.get("time_length", float, squares[0])
     if all(math.isclose(square, wanted, rel_tol=1e-5) for square in squares):
@@ -179,20 +176,18 @@ def _end_time(found: Layout, args: Arguments) -> float:
     return squares[0]
 
 
-def _solver(found: Layout, args: Arguments, model: ModelConfig) -> SolverConfig:
+def _solver(arch: Layout, args: Arguments, model: ModelConfig) -> SolverConfig:
     method = args.get("solver", str, "dopri5")
     rtol, atol = (args.get(name, float, 1e-5) for name in ("rtol", "atol"))
     test = args.get("test_solver", str, method)
     known = method in TABLEAUS and method != "dopri5"
     step = args.get("step_size", float, model.end_time)
     if not step > 0:
-        raise CheckpointError(f"args.step_size is {step}; expected a positive number")
+        raise CheckpointError(f"args.step_size must be positive, got {step}")
     if known and model.end_time / step > LONGEST:
-        raise CheckpointError(f"args.step_size is {step}; expected at least {model.end_time / LONGEST:g}")
+        raise CheckpointError(f"args.step_size must be at least {model.end_time / LONGEST:g}, got {step}")
     # the multiscale script records --divergence_fn but ignores it; vectors are evaluated with the exact trace
-    exact = not found.images or (
-        found.kind == "stack" and args.get("divergence_fn", str, "approximate") == "brute_force"
-    )
+    exact = not arch.images or (arch.kind == "stack" and args.get("divergence_fn", str, "approximate") == "brute_force")
     return SolverConfig(
         method=method if known or method in Adaptive.METHODS else "dopri5",
         grid_steps=max(1, math.ceil(model.end_time / step - 1e-9)) if known else 1,
@@ -214,53 +209,38 @@ def _nets(field: nn.Module) -> list[Stack]:
     return [cast(Stack, net) for net in field.nets] if isinstance(field, SqueezeSum) else [cast(Stack, field)]
 
 
-def _pairs(flow: Flow, found: Layout) -> Iterable[tuple[Block, TimeLayer, dict[str, Tensor]]]:
+def _pairs(flow: Flow, arch: Layout) -> Iterable[tuple[Block, TimeLayer, dict[str, Tensor]]]:
     """Yield every layer of the flow with its released block and parameters."""
-    if len(flow.blocks) != len(found.blocks):
+    if len(flow.blocks) != len(arch.blocks):
         raise CheckpointError(
-            f"args and data make {len(flow.blocks)} blocks, but the checkpoint has {len(found.blocks)}: "
-            "another size of image, or another num_blocks"
+            f"args and image size give {len(flow.blocks)} blocks, but the checkpoint has {len(arch.blocks)}: check args.num_blocks "
+            "and event_shape"
         )
-    for ours, block in zip(flow.blocks, found.blocks, strict=True):
+    for ours, block in zip(flow.blocks, arch.blocks, strict=True):
         nets = _nets(ours.field)
         if len(nets) != len(block.nets):
-            raise CheckpointError(
-                f"the field sums {len(block.nets)} nets in the checkpoint, but {len(nets)} for images of this size"
-            )
+            raise CheckpointError(f"the checkpoint's fields sum {len(block.nets)} nets, but images of this size take {len(nets)}")
         for k, net in enumerate(nets):
             if len(net.time_layers) != len(block.nets[k]):
                 raise CheckpointError(
-                    f"args.dims makes {len(net.time_layers)} layers, but the checkpoint's block {_where(block)} has "
-                    f"{len(block.nets[k])}"
+                    f"args.dims gives {len(net.time_layers)} layers, but the checkpoint's block {block.name} has {len(block.nets[k])}"
                 )
             for j, layer in enumerate(net.time_layers):
-                given = block.nets[k][j]
-                yield block, layer, _converted(block, j, layer, given) if found.affjord else given
+                weights = block.nets[k][j]
+                if arch.affjord:
+                    where = f"the checkpoint's block {block.name}, layer {j}"
+                    check_path(block.path, where)
+                    last = j + 1 == len(block.nets[0])
+                    weights = released_layer(weights, cast(Conv, layer.map), first=j == 0, last=last, where=where)
+                yield block, layer, weights
 
 
-def _converted(block: Block, j: int, layer: TimeLayer, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the parameters of a released AFFJORD layer, without those that cannot reach the image."""
-    try:
-        check_path(block.path)
-        return released_layer(given, cast(Conv, layer.map), first=j == 0, last=j + 1 == len(block.nets[0]))
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"the checkpoint's block {_where(block)}, layer {j}: {error}: another architecture, dims or size of image"
-        ) from None
-
-
-def _check(flow: Flow, found: Layout) -> None:
+def _check(flow: Flow, arch: Layout) -> None:
     """Validate the names and shapes of the weights."""
-    for block, layer, given in _pairs(flow, found):
-        wanted = {_name(name, given): p.shape for name, p in layer.named_parameters()}
-        for name in sorted(wanted.keys() | given.keys()):
-            have = tuple(given[name].shape) if name in given else None
-            want = tuple(wanted[name]) if name in wanted else None
-            if have != want:
-                raise CheckpointError(
-                    f"the checkpoint's block {_where(block)} has {name} of shape {have}, but the arguments make it "
-                    f"{want}: another architecture, dims, strides or size of image"
-                )
+    for block, layer, weights in _pairs(flow, arch):
+        shapes = {_name(name, weights): tuple(p.shape) for name, p in layer.named_parameters()}
+        advice = ": the architecture differs, or args.dims, args.strides or event_shape is wrong"
+        check_shapes(weights, shapes, f"the checkpoint's block {block.name}", advice)
 
 
 def _name(ours: str, given: Mapping[str, Tensor]) -> str:
@@ -272,22 +252,18 @@ def _name(ours: str, given: Mapping[str, Tensor]) -> str:
     return name if name in given or start != "gate." else name.replace("_hyper_gate", "_hyper")
 
 
-def _where(block: Block) -> str:
-    return ".".join(map(str, block.place))
-
-
 @torch.no_grad()
-def _fill(flow: Flow, found: Layout) -> None:
+def _fill(flow: Flow, arch: Layout) -> None:
     """Copy the released weights into the flow."""
-    for _, layer, given in _pairs(flow, found):
+    for _, layer, weights in _pairs(flow, arch):
         for name, parameter in layer.named_parameters():
-            parameter.copy_(given[_name(name, given)])
+            parameter.copy_(weights[_name(name, weights)])
         if isinstance(layer, Hyper) and layer.map.spatial:
             # the released bias is the generator's first entries, the start of the weight; ours are the last ones
             out = layer.map.outputs
             for parameter in layer.generator.parameters():
                 parameter[-out:] = parameter[:out].clone()
-    for ours, block in zip(flow.blocks, found.blocks, strict=True):
+    for ours, block in zip(flow.blocks, arch.blocks, strict=True):
         if ours.path is not None:
             fill_path(ours.path, block.path)
         if ours.learn_end_time:

@@ -23,14 +23,19 @@ SCALED, CHAINED = re.compile(r"transforms\.(\d+)\.chain\.(\d+)\.(.+)"), re.compi
 class Block:
     """Released CNF block.
 
-    ``place`` is its position in the chain, ``root`` the square root of its end time, ``nets`` the parameters of each
+    ``position`` is its index in the chain and, if there are scales, its scale's before, ``root`` the square root of its end time, ``nets`` the parameters of each
     net's layers by released name, and ``path`` those of AFFJORD's augmented time.
     """
 
-    place: tuple[int, ...]
+    position: tuple[int, ...]
     root: Tensor | None = None
     nets: dict[int, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
     path: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Position in the chain, for messages."""
+        return ".".join(map(str, self.position))
 
 
 @dataclass
@@ -51,28 +56,27 @@ class Layout:
     @property
     def images(self) -> bool:
         """True for image models: a logit (without parameters) comes first; AFFJORD's is outside the model."""
-        return self.affjord or self.kind != "stack" or self.blocks[0].place != (0,)
+        return self.affjord or self.kind != "stack" or self.blocks[0].position != (0,)
 
 
 def layout(reference: Reference) -> Layout:
     """Infer the architecture from the names of the weights.
 
-    Raises:
-        CheckpointError: for names of another architecture (batch normalisation, an autoencoder, Swish's learned factor,
-            spectral norm, a VAE, AFFJORD's parallel model and 2-D models).
+    Unsupported are batch normalisation, an autoencoder, Swish's learned factor, spectral norm, a VAE, AFFJORD's parallel
+    model and 2-D models.
     """
     blocks: dict[tuple[int, ...], Block] = {}
     unknown = []
-    place: tuple[int, ...]
+    position: tuple[int, ...]
     for name, value in reference.state.items():
-        if found := SCALED.fullmatch(name):
-            place, rest = (int(found[1]), int(found[2])), found[3]
-        elif found := CHAINED.fullmatch(name):
-            place, rest = (int(found[1]),), found[2]
+        if outer := SCALED.fullmatch(name):
+            position, rest = (int(outer[1]), int(outer[2])), outer[3]
+        elif outer := CHAINED.fullmatch(name):
+            position, rest = (int(outer[1]),), outer[2]
         else:
             unknown.append(name)
             continue
-        block = blocks.setdefault(place, Block(place))
+        block = blocks.setdefault(position, Block(position))
         if rest == "sqrt_end_time":
             block.root = value
         elif inner := NET.fullmatch(rest):
@@ -82,33 +86,30 @@ def layout(reference: Reference) -> Layout:
         else:
             unknown.append(name)
     if unknown and all(TOY.fullmatch(name) for name in unknown):
-        raise CheckpointError("the checkpoint is of AFFJORD's 2-D examples: load it with cnf.compat.load_affjord_toy")
+        raise CheckpointError("the checkpoint is one of AFFJORD's 2-D examples: load it with cnf.compat.load_affjord_toy")
     if unknown or not blocks:
         raise CheckpointError(
-            f"the checkpoint is of an architecture that has no counterpart here: {len(unknown)} of "
-            f"{len(reference.state)} names, such as {sorted(unknown)[:3]}, are none of FFJORD's, RNODE's or AFFJORD's "
-            "multiscale, parallel, convolutional or vector flows"
+            f"the checkpoint's architecture has no counterpart here: {len(unknown)} of {len(reference.state)} weights, such as "
+            f"{sorted(unknown)[:3]}, belong to none of FFJORD's, RNODE's or AFFJORD's multiscale, parallel, convolutional or vector flows"
         )
-    ordered = [blocks[place] for place in sorted(blocks)]
+    ordered = [blocks[position] for position in sorted(blocks)]
     for block in ordered:
         layers = {j for net in block.nets.values() for j in net}
-        complete = set(block.nets) == set(range(len(block.nets))) and all(
-            set(net) == set(range(len(net))) for net in block.nets.values()
-        )
-        if not block.nets or not layers or not complete or len(block.place) != len(ordered[0].place):
-            raise CheckpointError(f"the checkpoint's block {'.'.join(map(str, block.place))} is not complete")
+        complete = all(keys == set(range(len(keys))) for keys in [set(block.nets), *map(set, block.nets.values())])
+        if not layers or not complete or len(block.position) != len(ordered[0].position):
+            raise CheckpointError(f"the checkpoint's block {block.name} is incomplete")
     nets = {len(block.nets) for block in ordered}
-    kind = "parallel" if nets != {1} else "multiscale" if len(ordered[0].place) == 2 else "stack"
+    kind = "parallel" if nets != {1} else "multiscale" if len(ordered[0].position) == 2 else "stack"
     net = ordered[0].nets[0]
     if any(block.path for block in ordered):
         if kind == "parallel":
-            raise CheckpointError("the checkpoint is of AFFJORD's parallel model, which has no counterpart here")
+            raise CheckpointError("the checkpoint is AFFJORD's parallel model, which has no counterpart here")
         for block in ordered:
             for values in block.nets[0].values():
                 for name in [name for name in values if MIXER.fullmatch(name)]:
                     del values[name]
         if (layer := _layer(net)) not in ("ignore", "hyper"):
-            raise CheckpointError(f"the checkpoint has an augmented time beside layers of type {layer!r}")
+            raise CheckpointError(f"the checkpoint combines an augmented time with layers of type {layer!r}, expected ignore or hyper")
         return Layout(kind, ordered, layer, conv=True, affjord=True)
     return Layout(kind, ordered, _layer(net), _conv(net))
 
@@ -132,15 +133,11 @@ def _layer(net: dict[int, dict[str, Tensor]]) -> str:
         kinds = {0: "ignore", 1: "concat", 3: "concatcoord"}
         if (extra := inputs - before.numel()) in kinds:
             return kinds[extra]
-    raise CheckpointError(
-        f"a layer has the parameters {sorted(net[0])}, which belong to no layer type that can be loaded"
-    )
+    raise CheckpointError(f"a layer has the parameters {sorted(net[0])}, which belong to no layer type that can be loaded")
 
 
 def _conv(net: dict[int, dict[str, Tensor]]) -> bool:
     weights = [v for name, v in net[0].items() if name.endswith("weight") and name.startswith("_layer")]
     if weights:
         return weights[0].ndim == 4
-    return (
-        "_hypernet.weight" in net[0]
-    )  # a convolution's generator is a linear layer, a linear layer's a small net
+    return "_hypernet.weight" in net[0]  # a convolution's generator is a linear layer, a linear layer's a small net

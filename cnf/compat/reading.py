@@ -15,7 +15,7 @@ from torch import Tensor
 from cnf.errors import CheckpointError
 from cnf.strangers import check_pickle, refusal, require_file
 
-__all__ = ["Arguments", "Reference", "read_reference"]
+__all__ = ["Arguments", "Reference", "check_shapes", "read_reference"]
 
 PLAIN = (int, float, str, bool)
 COUNTERS = ("_num_evals",)  # evaluation counts, which released modules keep in a buffer
@@ -45,9 +45,7 @@ class Arguments:
             raise CheckpointError(f"args.{name} is a {self.other[name]}; expected a {kind.__name__}")
         if name not in self.values:
             if default is None:
-                raise CheckpointError(
-                    f"args has no {name!r}, which the architecture depends on: give args={{{name!r}: ...}}"
-                )
+                raise CheckpointError(f"args has no {name!r}, which determines the architecture: pass args={{{name!r}: ...}}")
             return default
         value = self.values[name]
         if kind is float and type(value) is int:
@@ -59,11 +57,7 @@ class Arguments:
         return value
 
     def sizes(self, name: str) -> tuple[int, ...]:
-        """Parse a list of integers such as "64,64,64" or "64-64-64".
-
-        Raises:
-            CheckpointError: for any other value.
-        """
+        """Parse a list of integers such as "64,64,64" or "64-64-64"."""
         text = self.get(name, str)
         try:
             # strides may be negative, so a dash separates only if there is no comma
@@ -96,24 +90,27 @@ def read_reference(
     """
     content = _load(Path(source)) if isinstance(source, (str, Path)) else source
     if not isinstance(content, Mapping):
-        raise CheckpointError(
-            f"the checkpoint holds a {type(content).__name__}; expected a dictionary with 'state_dict' and 'args'"
-        )
+        raise CheckpointError(f"the checkpoint holds a {type(content).__name__}; expected a dictionary with 'state_dict' and 'args'")
     state = content.get("state_dict", content.get("func_state_dict", content))  # the latter in AFFJORD's 2-D models
     if not isinstance(state, Mapping):
-        raise CheckpointError(
-            f"the checkpoint's state_dict is a {type(state).__name__}; expected a dictionary of tensors"
-        )
-    merged = {**_values(content.get("args")), **_values(args)}
-    tensors: dict[str, Tensor] = {}
-    for key, value in state.items():
-        name = str(key).removeprefix("module.")
-        if name.rsplit(".", 1)[-1] in COUNTERS:
-            continue
-        tensors[name] = _checked(name, value)
+        raise CheckpointError(f"the checkpoint's state_dict is a {type(state).__name__}; expected a dictionary of tensors")
+    named = {str(key).removeprefix("module."): value for key, value in state.items()}
+    tensors = {name: _checked(name, value) for name, value in named.items() if name.rpartition(".")[2] not in COUNTERS}
     if not tensors:
         raise CheckpointError("the checkpoint has no weights")
-    return Reference(tensors, Arguments(merged))
+    return Reference(tensors, Arguments({**_values(content.get("args")), **_values(args)}))
+
+
+def check_shapes(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str = "the checkpoint", advice: str = ""
+) -> None:
+    """Validate names and shapes of weights; raise a CheckpointError for the first that differs."""
+    for name in sorted(shapes.keys() | tensors.keys()):
+        shape = tuple(tensors[name].shape) if name in tensors else None
+        if shape != shapes.get(name):
+            fault = "is missing" if shape is None else f"has shape {shape}"
+            expected = f"expected {shapes[name]}" if name in shapes else "expected no such weight"
+            raise CheckpointError(f"{where}: {name} {fault}, {expected}{advice}")
 
 
 def _load(path: Path) -> Any:
@@ -133,10 +130,10 @@ def _load(path: Path) -> Any:
 def _values(args: Any) -> dict[str, Any]:
     if args is None:
         return {}
-    found = vars(args) if isinstance(args, argparse.Namespace) else args
-    if not isinstance(found, Mapping):
+    values = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(values, Mapping):
         raise CheckpointError(f"the checkpoint's args is a {type(args).__name__}; expected an argparse.Namespace")
-    return {str(k): v for k, v in found.items()}
+    return {str(k): v for k, v in values.items()}
 
 
 def _checked(name: str, value: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ __all__ = ["FFJORD_REGULARISERS", "RNODE_REGULARISERS", "Released", "released"]
 Integrand = Callable[[Tensor, Tensor, Linearization, Bound], Tensor]
 
 
+@dataclass(frozen=True)
 class Released:
     """Released regulariser, evaluated at time t () and points x (N, \\*event) to (N,).
 
@@ -26,22 +28,20 @@ class Released:
     integral. RNODE keeps one value per row, as here.
     """
 
-    def __init__(self, name: str, integrand: Integrand, need: frozenset[str] = frozenset()):
-        self.name, self.need, self._integrand = name, need, integrand
+    name: str
+    integrand: Integrand
+    need: frozenset[str] = frozenset()
 
     def __call__(self, t: Tensor, x: Tensor, linearization: Linearization, field: Bound) -> Tensor:
         """Return the integrand (N,)."""
-        return self._integrand(t, x, linearization, field)
-
-    def __repr__(self) -> str:
-        return f"released({self.name!r})"
+        return self.integrand(t, x, linearization, field)
 
 
 def _mean(v: Tensor) -> Tensor:
     return v.flatten(1).square().mean(1)
 
 
-def _pulled(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
+def _vjp(t: Tensor, x: Tensor, field: Bound) -> Tensor:
     """Return Jᵀf (N, \\*event) by plain autograd, which works inside a checkpointed step."""
     recording = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -77,12 +77,12 @@ def _jacobian_norm2(t: Tensor, x: Tensor, parts: Linearization, field: Bound) ->
 
 
 def _directional(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
-    return 0.5 * _mean(_pulled(t, x, parts, field))
+    return 0.5 * _mean(_vjp(t, x, field))
 
 
 def _total(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
-    moved = field.jvp(t, x, torch.zeros_like(x)[None], t_dot=torch.ones_like(t))[1][0]
-    return 0.5 * _mean(_pulled(t, x, parts, field) + moved)
+    time_derivative = field.jvp(t, x, torch.zeros_like(x)[None], t_dot=torch.ones_like(t))[1][0]
+    return 0.5 * _mean(_vjp(t, x, field) + time_derivative)
 
 
 # FFJORD (1810.01367's code)
@@ -97,7 +97,7 @@ def _l2(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
 
 
 def _dl2(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
-    return _mean(_pulled(t, x, parts, field)).sqrt()
+    return _mean(_vjp(t, x, field)).sqrt()
 
 
 def _frobenius(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
@@ -116,22 +116,20 @@ def _off_diagonal(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> T
     return (j.square().sum((1, 2)) - j[:, :, 0].square().sum(1)) / (d * (d - 1))
 
 
-RNODE_REGULARISERS = {
-    "kinetic_energy": Released("kinetic_energy", _kinetic),
-    "jacobian_norm2": Released("jacobian_norm2", _jacobian_norm2, frozenset({"jac_sq"})),
-    "directional_penalty": Released("directional_penalty", _directional),
-    "total_deriv": Released("total_deriv", _total),
-}
+_RNODE = {"kinetic_energy": _kinetic, "directional_penalty": _directional, "total_deriv": _total}
+RNODE_REGULARISERS = {name: Released(name, integrand) for name, integrand in _RNODE.items()}
 """RNODE's regularisers by command-line name."""
+RNODE_REGULARISERS["jacobian_norm2"] = Released("jacobian_norm2", _jacobian_norm2, frozenset({"jac_sq"}))
 
-FFJORD_REGULARISERS = {
-    "l1int": Released("l1int", _l1),
-    "l2int": Released("l2int", _l2),
-    "dl2int": Released("dl2int", _dl2),
-    "JFrobint": Released("JFrobint", _frobenius),
-    "JdiagFrobint": Released("JdiagFrobint", _diagonal),
-    "JoffdiagFrobint": Released("JoffdiagFrobint", _off_diagonal),
+_FFJORD = {
+    "l1int": _l1,
+    "l2int": _l2,
+    "dl2int": _dl2,
+    "JFrobint": _frobenius,
+    "JdiagFrobint": _diagonal,
+    "JoffdiagFrobint": _off_diagonal,
 }
+FFJORD_REGULARISERS = {name: Released(name, integrand) for name, integrand in _FFJORD.items()}
 """FFJORD's regularisers by command-line name."""
 
 
@@ -153,5 +151,5 @@ def released(name: str) -> Released:
     """
     known = RNODE_REGULARISERS | FFJORD_REGULARISERS
     if name not in known:
-        raise ConfigError(f"regulariser {name!r} is unknown: the released ones are {', '.join(known)}")
+        raise ConfigError(f"regulariser {name!r} is unknown: expected one of {', '.join(known)}")
     return known[name]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from cnf.datasets import celeba, images, large, pictures, supervised, tabular, toy
 from cnf.datasets.files import load_path
 from cnf.datasets.splits import DataSplits, Options
 from cnf.errors import ConfigError, DataError
-from cnf.schema import TableColumn
 
 __all__ = ["DataSplits", "load", "names"]
 
@@ -27,41 +27,30 @@ _ALIASES = {
 }
 
 
+_LOADERS: tuple[tuple[str, dict[str, str], Callable[[str, Options], DataSplits]], ...] = (
+    ("image", images.NAMES, images.load_images),
+    ("celeba", celeba.NAMES, celeba.load_celeba),
+    ("image", large.NAMES, large.load_large),
+    ("toy", toy.NAMES, toy.load_toy),
+    ("toy", supervised.NAMES, supervised.load_supervised),
+    ("tabular", tabular.NAMES, tabular.load_tabular),
+)
+
+
 def names() -> dict[str, str]:
     """Return the named data sets with a one-line description each (files and folders are loaded by path)."""
-    return images.NAMES | celeba.NAMES | large.NAMES | toy.NAMES | supervised.NAMES | tabular.NAMES
+    return {name: line for _, sets, _ in _LOADERS for name, line in sets.items()}
 
 
-def load(
-    name_or_path: str | Path,
-    *,
-    root: str | Path = "data",
-    seed: int = 0,
-    split_seed: int = 0,
-    condition: str | None = None,
-    discrete: str = "dequantize",
-    duplicates: str = "drop",
-    download: bool = True,
-    limit: int | None = None,
-    validation_fraction: float = 0.1,
-    test_fraction: float = 0.1,
-    nbits: int = 8,
-    image_size: int | None = None,
-    invert: bool = False,
-    flip: bool | None = None,
-    sizes: tuple[int, int, int] = (50_000, 5_000, 10_000),
-    columns: str | Sequence[str] | None = None,
-    drop_columns: str | Sequence[str] | None = None,
-    missing: str = "error",
-    dependent: str = "error",
-    table: tuple[TableColumn, ...] = (),
-) -> DataSplits:
+def load(name_or_path: str | Path, **options: Any) -> DataSplits:
     """Load a data set by name or path.
 
     Args:
         name_or_path: one of :func:`names`; an .npz or .npy file; a table (.csv, .tsv, .csv.gz, .parquet, .xlsx); a
             folder of PNG, JPEG, WebP, BMP or TIFF images; a folder with parts called train... and test... (files or
             folders); or one image, optionally as ``picture:path``, whose darkness defines a density in the plane.
+
+    Options:
         root: folder of the named data sets, also the download target (data/README.md gives the layout).
         seed: seed of toy samples and of the dequantisation noise of discrete columns.
         split_seed: seed of random splits and of the rows that ``limit`` keeps; separate from ``seed``, so that runs
@@ -92,37 +81,20 @@ def load(
         >>> load("digits").event_shape
         (1, 8, 8)
     """
-    options = Options(
-        str(root), seed, split_seed, condition, discrete, duplicates, download, limit,
-        validation_fraction, test_fraction, nbits, image_size, invert, flip, sizes, columns, drop_columns, missing, dependent, table,
-    )  # fmt: skip
-    name = str(name_or_path)
-    known = names()
+    settings, name, known = Options(**options), str(name_or_path), names()
     plain = name.lower().replace("_", "-")
     plain = _ALIASES.get(plain, plain)
-    is_picture = name.startswith(PICTURE_PREFIX) or (plain not in known and name.lower().endswith(pictures.SUFFIXES))
     path = Path(name.removeprefix(PICTURE_PREFIX)).expanduser()
-    if plain in images.NAMES | celeba.NAMES | large.NAMES:
-        kind = "image"
-    else:
-        kind = "toy" if is_picture or plain in toy.NAMES | supervised.NAMES else "tabular" if plain in tabular.NAMES else "own"
-    _refuse_idle(options, name, kind, plain if plain in celeba.NAMES else "picture" if is_picture else "")
-    if is_picture:
-        return pictures.load_picture(path, options)
-    if plain in images.NAMES:
-        return images.load_images(plain, options)
-    if plain in celeba.NAMES:
-        return celeba.load_celeba(options)
-    if plain in large.NAMES:
-        return large.load_large(plain, options)
-    if plain in toy.NAMES:
-        return toy.load_toy(plain, options)
-    if plain in supervised.NAMES:
-        return supervised.load_supervised(plain, options)
-    if plain in tabular.NAMES:
-        return tabular.load_tabular(plain, options)
+    if name.startswith(PICTURE_PREFIX) or (plain not in known and name.lower().endswith(pictures.SUFFIXES)):
+        _refuse_idle(settings, name, "picture")
+        return pictures.load_picture(path, settings)
+    for kind, sets, loader in _LOADERS:
+        if plain in sets:
+            _refuse_idle(settings, name, kind)
+            return loader(plain, settings)
+    _refuse_idle(settings, name, "own")
     if path.exists():
-        return load_path(path, options)
+        return load_path(path, settings)
     if path.suffix or len(path.parts) > 1:
         raise DataError(f"data {name!r} does not exist (looked for {str(path.resolve())!r}), nor is it a known name")
     near = get_close_matches(plain, known, 1)
@@ -130,14 +102,13 @@ def load(
     raise DataError(f"data {name!r} is neither a known name nor a file or folder: {hint}")
 
 
-# option -> kinds of data that it applies to (image, toy, tabular, own; celeba is one image set, picture one kind of
-# toy set), and their description in messages
-_MEANT_FOR = {
-    "nbits": (("image", "own"), "images"),
-    "flip": (("image", "own"), "images"),
-    "image_size": (("own", "celeba"), "a folder of pictures and celeba"),
-    "invert": (("picture",), "the density of a picture"),
-    "sizes": (("toy",), "toy sets"),
+# option -> kinds of data that it applies to, and their description in messages
+_APPLIES_TO = {
+    "nbits": (("image", "celeba", "own"), "images"),
+    "flip": (("image", "celeba", "own"), "images"),
+    "image_size": (("own", "celeba"), "a folder of images and celeba"),
+    "invert": (("picture",), "the density of an image"),
+    "sizes": (("toy", "picture"), "toy sets"),
     "duplicates": (("own", "tabular"), "your own data"),
     "discrete": (("own", "tabular"), "your own tables"),
     "columns": (("own",), "your own tables"),
@@ -149,11 +120,10 @@ _MEANT_FOR = {
 }
 
 
-def _refuse_idle(options: Options, name: str, kind: str, special: str) -> None:
+def _refuse_idle(options: Options, name: str, kind: str) -> None:
     """Reject options without effect on this kind of data."""
     if options.condition not in (None, "label", "target") and kind != "own":
-        raise ConfigError(f"condition={options.condition!r} is not known; expected None, 'label' or 'target' (columns are for your own tables)")
-    for option, (kinds, what) in _MEANT_FOR.items():
-        value = getattr(options, option)
-        if value != getattr(Options(), option) and kind not in kinds and special not in kinds:
-            raise ConfigError(f"{option}={value!r} means nothing for {name!r}; it is for {what}")
+        raise ConfigError(f"condition must be None, 'label' or 'target' for {name!r}, got {options.condition!r} (columns are for your own tables)")
+    idle = options.changed(option for option, (kinds, _) in _APPLIES_TO.items() if kind not in kinds)
+    if idle:
+        raise ConfigError(f"{idle}={getattr(options, idle)!r} does not apply to {name!r}; it is for {_APPLIES_TO[idle][1]}")

@@ -13,19 +13,16 @@ from cnf.datasets.splits import MAXIMUM_CLASSES, Rows
 from cnf.errors import DataError
 from cnf.strangers import memory, require_file, zip_members
 
-__all__ = ["MAP_FROM", "PARTS", "as_images", "read_numpy", "rows_of_keys"]
+__all__ = ["MAP_FROM", "as_images", "read_numpy", "rows_of_keys"]
 
 MAP_FROM = 2**31  # bytes; an .npy file of this size or more is memory-mapped
 MANY_OF_NOTHING = 2**24  # largest dimension of an array with zero elements
-PARTS = ("train", "validation", "test")
 
 _SPELLINGS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
 _KEYS = ("images", "x", "data")
 _LABELS = ("labels", "y")
 _DARK = 32  # a highest grey level below this suggests a scale other than 0 to 255
-_WHAT = (
-    "expected exactly one of 'images', 'x', 'data' (or x_train, x_test and perhaps x_validation), optionally 'labels'"
-)
+_WHAT = "expected exactly one of 'images', 'x', 'data' (or x_train, x_test and perhaps x_validation), optionally 'labels'"
 
 
 def read_numpy(path: Path) -> dict[str, Array]:
@@ -94,56 +91,43 @@ def rows_of_keys(arrays: dict[str, Array], name: str) -> dict[str, Rows]:
         DataError: for missing or ambiguous keys, parts of different shape or dtype, labels that do not match, or
             unusable images.
     """
-    whole = [k for k in _KEYS if k in arrays]
-    split = {k: found for k in _KEYS if (found := _parts_of(arrays, k))}
-    if len(whole) + len(split) != 1:
+    candidates = [keys for stem in _KEYS for keys in ({"all": stem} if stem in arrays else {}, _parts_of(arrays, stem)) if keys]
+    if len(candidates) != 1:
         raise DataError(f"{name!r} holds the keys {sorted(arrays)}; {_WHAT}")
-    if whole:
-        found = {"all": whole[0]}
-        key = next((k for k in _LABELS if k in arrays and _usable(k, arrays[k])), None)
-        labels = {"all": key} if key else {}
-    else:
-        found = next(iter(split.values()))
-        missing = [p for p in ("train", "test") if p not in found]
-        if missing:
-            raise DataError(
-                f"{name!r} gives its own split by {', '.join(found.values())} but lacks {', '.join(missing)}; {_WHAT}"
-            )
-        named = [_parts_of(arrays, k) for k in _LABELS]
-        labels = next((n for n in named if n and all(_usable(k, arrays[k]) for k in n.values())), {})
-        absent = [p for p in found if p not in labels]
-        if labels and absent:
-            raise DataError(
-                f"{name!r} has labels for {', '.join(labels)} but not for {', '.join(absent)}; expected all or none"
-            )
-        items = {p: (arrays[k].shape[1:], str(arrays[k].dtype)) for p, k in found.items()}
-        if len(set(items.values())) != 1:
-            raise DataError(f"{', '.join(found.values())} of {name!r} differ in item shape or dtype: {items}")
-    idle = sorted(set(arrays) - {*found.values(), *labels.values()})
+    keys = candidates[0]
+    missing = [part for part in ("train", "test") if part not in keys]
+    if "all" not in keys and missing:
+        raise DataError(f"{name!r} gives its own split by {', '.join(keys.values())} but lacks {', '.join(missing)}; {_WHAT}")
+    named = [{"all": stem} if "all" in keys and stem in arrays else _parts_of(arrays, stem) for stem in _LABELS]
+    labels = next((n for n in named if n and all(_usable(k, arrays[k]) for k in n.values())), {})
+    absent = [part for part in keys if part not in labels]
+    if labels and absent:
+        raise DataError(f"{name!r} has labels for {', '.join(labels)} but not for {', '.join(absent)}; expected all or none")
+    kinds = {part: (arrays[key].shape[1:], str(arrays[key].dtype)) for part, key in keys.items()}
+    if len(set(kinds.values())) != 1:
+        raise DataError(f"{', '.join(keys.values())} of {name!r} differ in row shape or dtype: {kinds}")
+    idle = sorted(set(arrays) - {*keys.values(), *labels.values()})
     notices = [f"keys of the file that were not used: {', '.join(idle)}"] if idle else []
     parts = {}
-    for part, key in found.items():
-        x, own = arrays[key], arrays[labels[part]] if part in labels else None
+    for part, key in keys.items():
+        x, own = arrays[key], arrays[labels[part]] if labels else None
         if own is not None and own.ndim == 2 and own.shape[1] == 1:
             own = own[:, 0]
         if own is not None and own.shape != x.shape[:1]:
-            raise DataError(
-                f"{labels[part]} of {name!r} has shape {own.shape}; expected {x.shape[:1]}, one for each row"
-            )
-        what = name if part == "all" else f"{name} [{key}]"
-        images, found_out = as_images(x, what) if x.ndim in (3, 4) else (x, [])
-        parts[part] = Rows(images, own, (), notices + found_out)
+            raise DataError(f"{labels[part]} of {name!r} must have shape {x.shape[:1]}, one for each row, got {own.shape}")
+        images, said = as_images(x, name if part == "all" else f"{name} [{key}]") if x.ndim in (3, 4) else (x, [])
+        parts[part] = Rows(images, own, (), notices + said)
     return parts
 
 
 def _parts_of(arrays: dict[str, Array], stem: str) -> dict[str, str]:
     """Return keys such as x_train or train_x, by part."""
-    found = {}
-    for part in PARTS:
-        keys = [k for s in _SPELLINGS[part] for k in (f"{stem}_{s}", f"{s}_{stem}") if k in arrays]
-        if keys:
-            found[part] = keys[0]
-    return found
+    keys: dict[str, str] = {}
+    for part, spellings in _SPELLINGS.items():
+        matching = [key for s in spellings for key in (f"{stem}_{s}", f"{s}_{stem}") if key in arrays]
+        if matching:
+            keys[part] = matching[0]
+    return keys
 
 
 def _usable(key: str, values: Array) -> bool:
@@ -169,26 +153,21 @@ def as_images(x: Array, name: str) -> tuple[Array, list[str]]:
         x = x[:, None]
     else:
         first, last = x.shape[1] in (1, 3), x.shape[3] in (1, 3)
-        if first and last:
+        if first == last:
+            hint = "; is the last channel transparency? x[..., :-1] drops it" if x.shape[3] in (2, 4) else ""
             raise DataError(
-                f"images of {name!r} have shape {x.shape}, which does not say where the channels are; expected "
-                "(N, H, W), (N, H, W, C) or (N, C, H, W), with 1 or 3 in only one of the two places"
-            )
-        if not (first or last):
-            hint = "; is it transparency? x[..., :-1] drops it" if x.shape[3] in (2, 4) else ""
-            raise DataError(
-                f"images of {name!r} have shape {x.shape}: neither the second nor the last place holds 1 (grey) or 3 "
-                f"(colour) channels; expected (N, H, W), (N, H, W, C) or (N, C, H, W){hint}"
+                f"images of {name!r} must have shape (N, H, W), (N, H, W, C) or (N, C, H, W), with C = 1 or 3 channels on "
+                f"{'only ' if first else ''}one of the two axes, got {x.shape}{hint}"
             )
         x = x if first else x.transpose(0, 3, 1, 2)
     if x.size == 0:
-        raise DataError(f"images of {name!r} have shape {x.shape}: there is not one pixel")
+        raise DataError(f"images of {name!r} must have at least one pixel, got shape {x.shape}")
     x, notices = _grey_levels(x, name)
     highest = int(x[:: max(1, len(x) // 10_000)].max())
     if highest < _DARK:
         notices.append(
-            f"the highest grey level is {highest}: almost black on the scale of 0 to 255, on which images are read; if "
-            f"{highest} is meant as white, stretch them to 255 in the file and say by nbits how many levels they have"
+            f"the highest grey level is {highest}, almost black on the scale of 0 to 255; if {highest} is meant as white, "
+            "stretch the images to 255 in the file and set nbits to their number of bits"
         )
     return x, notices
 
@@ -197,19 +176,15 @@ def _grey_levels(x: Array, name: str) -> tuple[Array, list[str]]:
     """Convert to uint8 without loss; also return notices."""
     if x.dtype == np.uint8:
         return x, []
+    expected = f"images of {name!r} must be uint8 grey levels 0 to 255, or floats in [0, 1]"
     if x.dtype.kind not in "iuf":
-        raise DataError(
-            f"images of {name!r} have dtype {x.dtype}; expected uint8 grey levels 0 to 255"
-            + (" (black and white: (255 * x).astype('uint8'), and nbits=1)" if x.dtype.kind == "b" else "")
-        )
+        hint = " (black and white: (255 * x).astype('uint8'), and nbits=1)" if x.dtype.kind == "b" else ""
+        raise DataError(f"{expected}, got dtype {x.dtype}{hint}")
     low, high = x.min(), x.max()
     if not np.isfinite([low, high]).all():
-        raise DataError(f"images of {name!r} hold NaN or infinite values; expected grey levels")
+        raise DataError(f"{expected}, got NaN or infinite values")
     if low < 0 or high > 255:
-        raise DataError(
-            f"images of {name!r} have values from {low:g} to {high:g}; expected uint8 grey levels 0 to 255, or floats "
-            "in [0, 1]"
-        )
+        raise DataError(f"{expected}, got values from {low:g} to {high:g}")
     factor, allowed = (255.0, 1e-3) if x.dtype.kind == "f" and high <= 1 else (1.0, 0.0)
     if x.dtype.kind == "f" and factor > 1:
         allowed += 0.5 * 255 * float(np.finfo(x.dtype).eps)
@@ -219,13 +194,10 @@ def _grey_levels(x: Array, name: str) -> tuple[Array, list[str]]:
         rounded = np.rint(values)
         if np.abs(values - rounded).max() > allowed:
             if factor == 1.0:
-                raise DataError(
-                    f"images of {name!r} are floats from {low:g} to {high:g}, outside [0, 1] and no whole grey levels; "
-                    "expected uint8 grey levels 0 to 255, or floats in [0, 1]: rescale them in the file"
-                )
+                raise DataError(f"{expected}, got floats from {low:g} to {high:g} that are no whole grey levels; rescale them in the file")
             raise DataError(
-                f"images of {name!r} are floats in [0, 1] between the 256 grey levels k/255; bits/dim are defined for "
-                "grey levels: round them, (255 * x).round().astype('uint8')"
+                f"images of {name!r} must be multiples of 1/255 if they are floats in [0, 1], since bits/dim are defined for grey "
+                "levels; round them: (255 * x).round().astype('uint8')"
             )
         out[start : start + 4096] = rounded
     how = "floats k/255" if factor > 1 else f"whole numbers of type {x.dtype}"

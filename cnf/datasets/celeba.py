@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from cnf.datasets.folders import rgb
 from cnf.datasets.pictures import open_picture
 from cnf.datasets.prepared import Blocks, prepare, stamp
-from cnf.datasets.rows import Array
+from cnf.datasets.rows import Array, reading
 from cnf.datasets.splits import DataSplits, Options, assemble
 from cnf.errors import ConfigError, DataError
 from cnf.progress import progress
@@ -42,25 +41,25 @@ def celeba_picture(picture: Image.Image, size: int) -> Image.Image:
     return picture.resize((size, height), Image.Resampling.BILINEAR).crop((0, top, size, top + size))
 
 
-def load_celeba(options: Options) -> DataSplits:
+def load_celeba(name: str, options: Options) -> DataSplits:
     """Load CelebA in its official partition, decoded on first use into ``root/celeba/prepared``.
 
     Raises:
         DataError: for files that are missing, damaged, or not the aligned images.
         ConfigError: for an ``image_size`` above that of the aligned images.
     """
-    size, folder = options.image_size or SIZE, Path(options.root).expanduser() / "celeba"
+    size, folder = options.image_size or SIZE, options.folder / name
     if size > ALIGNED[0]:
-        raise ConfigError(f"image_size={size} is larger than celeba's pictures, {ALIGNED[0]}x{ALIGNED[1]}")
+        raise ConfigError(f"image_size must be at most {ALIGNED[0]}, the width of celeba's images, got {size}")
     lists = [folder / f"list_eval_partition.{suffix}" for suffix in ("txt", "csv")]
     inner = folder / "img_align_celeba"  # some archives nest this folder in a folder of the same name
     sources = [inner / inner.name, inner, folder / "img_align_celeba.zip"]
     partition, source = (next((p for p in paths if p.exists()), None) for paths in (lists, sources))
     if partition is None or source is None:
-        lacking = [what for what, got in ((lists[0].name, partition), (inner.name, source)) if got is None]
+        lacking = [file for file, path in ((lists[0].name, partition), (inner.name, source)) if path is None]
         raise DataError(
-            f"celeba needs img_align_celeba (a folder, or the .zip as it is) and list_eval_partition.txt in "
-            f"{str(folder.resolve())!r}; {' and '.join(lacking)} not there. data/README.md says where to get them"
+            f"celeba needs img_align_celeba (a folder, or its .zip) and list_eval_partition.txt in {str(folder.resolve())!r}; "
+            f"{' and '.join(lacking)} not there. data/README.md says where to get them"
         )
     names = _partition(partition)
     mark = stamp([partition, source], size)
@@ -68,23 +67,21 @@ def load_celeba(options: Options) -> DataSplits:
     for part, wanted in zip(("train", "validation", "test"), names, strict=True):
         stem = f"{part}-{size}x{size}-{options.nbits}bit"
         blocks = _faces(source, wanted, part, size)
-        found, said = prepare(folder / "prepared", stem, mark, blocks, (3, size, size), options.nbits)
-        images.append(found)
+        part_images, said = prepare(folder / "prepared", stem, mark, blocks, (3, size, size), options.nbits)
+        images.append(part_images)
         notices += [f"{part}: {notice}" for notice in said]
     notices.append(f"official partition; shorter side resized to {size}, centre cropped to {size}x{size}")
     if [len(n) for n in names] != [162_770, 19_867, 19_962]:
         notices.append("the published partition has 162,770, 19,867 and 19,962 pictures: figures do not compare")
-    return assemble("celeba", "image", images, options, levels=2**options.nbits, notices=notices, flip=True)
+    return assemble(name, "image", images, options, levels=2**options.nbits, notices=notices, flip=True)
 
 
 def _partition(path: Path) -> list[list[str]]:
     """Return the file names of the three parts, from lines such as ``000001.jpg 0`` (or with a comma)."""
     names: list[list[str]] = [[], [], []]
     require_file(path, DataError)
-    try:
+    with reading(path, "text"):
         lines = path.read_text(encoding="utf-8").replace(",", " ").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{str(path)!r} cannot be read: {error}") from None
     for i, line in enumerate(lines, start=1):
         words = line.split()
         if not words or (i == 1 and words[-1] == "partition"):
@@ -104,8 +101,8 @@ def _faces(source: Path, names: list[str], part: str, size: int) -> Blocks:
             picture = open_picture(path, opened(name))
             if picture.size != ALIGNED:
                 raise DataError(
-                    f"picture {str(path)!r} is {picture.width}x{picture.height}; expected the aligned "
-                    f"{ALIGNED[0]}x{ALIGNED[1]}. Pictures of your own: data={str(source)!r} with image_size={size}"
+                    f"image {str(path)!r} is {picture.width}x{picture.height}; expected the aligned "
+                    f"{ALIGNED[0]}x{ALIGNED[1]}. Load your own images by data={str(source)!r} with image_size={size}"
                 )
             yield rgb(celeba_picture(picture.convert("RGB"), size))
 
@@ -113,28 +110,22 @@ def _faces(source: Path, names: list[str], part: str, size: int) -> Blocks:
         if source.is_dir():
             yield from from_files(lambda name: None)
             return
-        with ExitStack() as stack:  # members are decoded from the archive, never unpacked to disk
-            try:
-                size_of_zip = require_file(source, DataError)
-                archive = stack.enter_context(zipfile.ZipFile(source))
+        # members are decoded from the archive, never unpacked to disk
+        with reading(source, "a zip file"):
+            size_of_zip = require_file(source, DataError)
+            archive = zipfile.ZipFile(source)
+        with archive:
+            with reading(source, "a zip file"):
                 members = {Path(m.filename).name: m for m in zip_members(archive, size_of_zip)}
-            except DataError:
-                raise
-            except Exception as error:  # zipfile raises many exception types for damaged files
-                raise DataError(f"{str(source)!r} cannot be read as a zip file: {error}") from None
-            yield from from_files(lambda name: _member(archive, members.get(name), name))
+            yield from from_files(lambda name: _member(archive, source, members.get(name), name))
 
     return blocks
 
 
-def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo | None, name: str) -> IO[bytes]:
+def _member(archive: zipfile.ZipFile, path: Path, member: zipfile.ZipInfo | None, name: str) -> IO[bytes]:
     if member is None:
-        raise DataError(f"{archive.filename!r} lacks the picture {name!r}")
+        raise DataError(f"{str(path)!r} lacks the image {name!r}")
     if member.file_size > MAX_MEMBER:
-        raise DataError(
-            f"{member.filename!r} in {archive.filename!r} claims {member.file_size:,} bytes and was not read: a bomb?"
-        )
-    try:
+        raise DataError(f"{member.filename!r} in {str(path)!r} claims {member.file_size:,} bytes and was not read: a bomb?")
+    with reading(path, "a zip file"):
         return io.BytesIO(archive.read(member))
-    except Exception as error:
-        raise DataError(f"{archive.filename!r} cannot be read as a zip file: {error}") from None

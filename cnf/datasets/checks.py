@@ -11,21 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cnf.datasets.lattice import few_distinct, lattice_step
-from cnf.datasets.rows import Array
+from cnf.datasets.rows import Array, Table
 from cnf.datasets.splits import Options
 from cnf.errors import DataError
 from cnf.schema import TableColumn, snap
 
-__all__ = ["Table", "as_numbers", "column_name", "dequantize", "duplicate_rows", "find_lattices", "require_table", "require_usable"]
-
-Table = NDArray[np.float64]
+__all__ = ["as_numbers", "column_name", "dequantize", "duplicate_rows", "find_lattices", "require_finite", "require_table", "require_usable"]
 
 DEQUANTIZE_STREAM = 1  # second word of the generator's seed, distinct from the toy sets' streams
 ATOM_SHARE = 0.05
+UNBOUNDED = "its density is unbounded and the likelihood is not to be trusted"
 DIGEST_BYTES = 256  # wider rows are compared by digest, to save memory
 
 
-def column_name(columns: tuple[str, ...], j: int) -> str:
+def column_name(columns: Sequence[str], j: int) -> str:
     """Return the description of column ``j`` for messages: its number, and its name if it has one."""
     return f"column {j}" if columns[j] == f"column {j}" else f"column {j} ({columns[j]!r})"
 
@@ -38,13 +37,13 @@ def require_table(x: Array, name: str) -> None:
     """
     if x.ndim != 2:
         raise DataError(
-            f"{name!r} holds an array of shape {x.shape}; expected a table (rows, columns), or uint8 images of shape "
-            "(N, H, W), (N, H, W, C) or (N, C, H, W). A single column is reshape(-1, 1)"
+            f"{name!r} must be a table (rows, columns), or uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W), got shape "
+            f"{x.shape}; reshape a single column to (-1, 1)"
         )
     if x.dtype.kind not in "biuf":
-        raise DataError(f"{name!r} has dtype {x.dtype}; expected real numbers")
+        raise DataError(f"{name!r} must hold real numbers, got dtype {x.dtype}")
     if x.shape[1] == 0:
-        raise DataError(f"{name!r} has no columns; expected at least one")
+        raise DataError(f"{name!r} must have at least one column, got none")
 
 
 def as_numbers(x: Array, name: str) -> Table:
@@ -57,40 +56,53 @@ def as_numbers(x: Array, name: str) -> Table:
     return x.astype(np.float64)
 
 
-def require_usable(table: Table, columns: tuple[str, ...], name: str) -> None:
+def require_finite(table: Table, columns: Sequence[str], name: str, *, scored: bool = False) -> None:
+    """Check that all values (N, D) are finite.
+
+    Args:
+        table: the values.
+        columns: names of the columns.
+        name: name of the data set, for messages.
+        scored: check in float32, and name the row as scores do.
+
+    Raises:
+        DataError: for NaN or infinite values.
+    """
+    with np.errstate(over="ignore"):
+        bad = ~np.isfinite(table.astype(np.float32) if scored else table)
+    if bad.any():
+        row, j = (int(i) for i in np.argwhere(bad)[0])
+        kinds, where = ("NaN, infinite or beyond float32", f" ({name}:{row})") if scored else ("NaN or infinite", "")
+        raise DataError(
+            f"{name!r} has {int(bad.sum()):,} values that are {kinds}, the first in row {row}{where}, "
+            f"{column_name(columns, j)}: {table[row, j]:g}; remove those rows or fill them in"
+        )
+
+
+def require_usable(table: Table, columns: Sequence[str], name: str) -> None:
     """Check that a density can be fitted to a table (N, D).
 
     Raises:
         DataError: for NaN or infinite values, no rows, a constant column, or a column that float32 cannot resolve.
     """
-    bad = ~np.isfinite(table)
-    if bad.any():
-        row, j = (int(i) for i in np.argwhere(bad)[0])
-        raise DataError(
-            f"{name!r} has {int(bad.sum()):,} values that are NaN or infinite, the first in row {row}, "
-            f"{column_name(columns, j)}: {table[row, j]}; remove those rows or fill them in"
-        )
+    require_finite(table, columns, name)
     if len(table) == 0:
         raise DataError(f"{name!r} has no rows")
-    for j in range(table.shape[1]):
-        column = table[:, j]
+    for j, column in enumerate(table.T):
+        label = f"{column_name(columns, j)} of {name!r}"
         if column.min() == column.max():
-            flat = (
-                len(columns) >= 64 and table.min() >= 0 and table.max() <= 255 and bool((table == np.rint(table)).all())
-            )
+            flat = len(columns) >= 64 and table.min() >= 0 and table.max() <= 255 and bool((table == np.rint(table)).all())
             hint = " (if the rows are flattened images, reshape them to (N, height, width) in the file)" if flat else ""
-            raise DataError(
-                f"{column_name(columns, j)} of {name!r} is constant ({column[0]:g}); it has no density: remove it (--drop-columns){hint}"
-            )
+            raise DataError(f"{label} is constant ({column[0]:g}), so it has no density; remove it (--drop-columns){hint}")
         largest = np.abs(column).max()
         with np.errstate(over="ignore"):
             std = column.std()
         if largest > np.finfo(np.float32).max:
-            raise DataError(f"{column_name(columns, j)} of {name!r} has values up to {largest:g}, beyond float32 (3.4e+38); correct or rescale them in the file")
+            raise DataError(f"{label} has values up to {largest:g}, beyond float32 (3.4e+38); correct or rescale them in the file")
         if np.spacing(np.float32(largest)) > 1e-3 * std:
             raise DataError(
-                f"{column_name(columns, j)} of {name!r} has values up to {largest:g} but spreads by {std:g} "
-                "only: float32 cannot resolve it; subtract its mean (or rescale it) in the file"
+                f"{label} has values up to {largest:g} but a standard deviation of {std:g}, which float32 cannot resolve; "
+                "subtract its mean (or rescale it) in the file"
             )
 
 
@@ -126,8 +138,7 @@ def _plain_keys(x: Array) -> NDArray[np.uint8]:
 
 def _digests(x: Array) -> NDArray[np.uint8]:
     """Return a 16-byte digest of each row; among a billion rows the collision probability is about 1e-21."""
-    floating = x.dtype.kind == "f"
-    rows = b"".join(blake2b((row + 0.0 if floating else row).tobytes(), digest_size=16).digest() for row in x)
+    rows = b"".join(blake2b(_plain_keys(row[None]).data, digest_size=16).digest() for row in x)
     return np.frombuffer(rows, dtype=np.uint8).reshape(len(x), 16)
 
 
@@ -149,44 +160,31 @@ def find_lattices(
     Raises:
         DataError: if a column is discrete and ``discrete="error"``.
     """
-    notices, found, out = [], [], []
+    notices, discrete, out = [], [], []
     names = tuple(c.name for c in columns)
     for j, known in enumerate(columns):
         column, label = table[:, j], column_name(names, j)
         distinct, counts = np.unique(column, return_counts=True)
         step = known.step or lattice_step(column, epsilon)
+        repeated = f"{label} has {len(counts):,} distinct values in {len(column):,} rows"
         if step is not None:
-            found.append(label)
-            origin = float(distinct[0])
-            whole = bool((distinct == np.rint(distinct)).all())
-            step = _snapped(step, whole)
-            what = (
-                f"{label} has {len(counts):,} distinct values in {len(column):,} rows, on a lattice of step {step:.6g}"
-            )
+            discrete.append(label)
+            step = _snapped(step, bool((distinct == np.rint(distinct)).all()))
             spread = options.discrete == "dequantize"
-            if spread:
-                notices.append(f"{what}: dequantised by one step of uniform noise, seed {options.seed}")
-            else:
-                notices.append(f"{what}: kept, so its density is unbounded and the likelihood is not to be trusted")
+            treatment = f"dequantised by one step of uniform noise, seed {options.seed}" if spread else f"kept, so {UNBOUNDED}"
+            notices.append(f"{repeated}, on a lattice of step {step:.6g}: {treatment}")
             kind: Literal["date", "discrete"] = "date" if known.kind == "date" else "discrete"
-            known = replace(known, kind=kind, step=step, origin=origin, dequantised=spread)
+            known = replace(known, kind=kind, step=step, origin=float(distinct[0]), dequantised=spread)
         elif few_distinct(len(column), len(counts)):
-            found.append(label)
-            notices.append(
-                f"{label} has {len(counts):,} distinct values in {len(column):,} rows but on no lattice: its density "
-                "is unbounded and the likelihood is not to be trusted; encode it as integers, or remove it"
-            )
+            discrete.append(label)
+            notices.append(f"{repeated} but on no lattice: {UNBOUNDED}; encode it as integers, or remove it")
         elif counts.max() >= max(2.0, ATOM_SHARE * len(column)):
-            value = distinct[counts.argmax()]
-            notices.append(
-                f"{label} is {value:g} in {counts.max() / len(column):.0%} of the rows: a spike there can make "
-                "the density as high as it likes; read the likelihood with care"
-            )
+            share = f"{distinct[counts.argmax()]:g} in {counts.max() / len(column):.0%} of the rows"
+            notices.append(f"{label} is {share}: the density has a spike there, and a likelihood can grow without bound")
         out.append(known)
-    if found and options.discrete == "error":
+    if discrete and options.discrete == "error":
         raise DataError(
-            f"{', '.join(found)} of {name!r}: discrete values, whose density is unbounded; expected continuous columns "
-            "with discrete='error'; try discrete='dequantize', or remove them"
+            f"{', '.join(discrete)} of {name!r} must be continuous with discrete='error', got discrete values; set discrete='dequantize', or remove them"
         )
     return tuple(out), notices
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cnf.datasets.cells import typed
-from cnf.datasets.checks import Table, column_name
+from cnf.datasets.checks import column_name
 from cnf.datasets.identifiers import UNNAMED, are_days, identifies, is_index, is_text, is_whole
-from cnf.datasets.rows import Array
+from cnf.datasets.rows import Array, Table
 from cnf.datasets.splits import Options
 from cnf.errors import ConfigError, DataError
 from cnf.schema import MAXIMUM_CATEGORIES, TableColumn, conditions, data_columns, split_names
@@ -47,6 +47,11 @@ class Columns:
     def names(self) -> tuple[str, ...]:
         """Names of the modelled columns."""
         return tuple(c.name for c in data_columns(self.schema))
+
+    @property
+    def joint(self) -> Table:
+        """Modelled columns, then conditions, (N, D + number of conditions)."""
+        return np.column_stack([self.table, *self.given.values()])
 
 
 def own_names(columns: Sequence[str]) -> bool:
@@ -242,18 +247,18 @@ def _was_integer(series: pd.Series) -> bool:
 def _condition(column: str, series: pd.Series, name: str, classes: bool) -> TableColumn:
     kind = _type(series)
     if kind in ("text", "bool") or (classes and is_whole(series)):
-        found = np.unique(series.to_numpy() if kind == "bool" else series.to_numpy(dtype=np.int64) if kind != "text" else series.to_numpy(dtype=str))
-        if not 2 <= len(found) <= MAXIMUM_CATEGORIES:
-            raise DataError(f"condition: column {column!r} of {name!r} has {len(found):,} categories; expected 2 to {MAXIMUM_CATEGORIES:,}")
-        return TableColumn(column, "condition", "categorical", kind, categories=tuple(str(v) for v in found))
+        categories = np.unique(series.to_numpy(dtype={"text": str, "bool": bool}.get(kind, np.int64)))
+        if not 2 <= len(categories) <= MAXIMUM_CATEGORIES:
+            raise DataError(f"condition: column {column!r} of {name!r} must have 2 to {MAXIMUM_CATEGORIES:,} categories, got {len(categories):,}")
+        return TableColumn(column, "condition", "categorical", kind, categories=tuple(map(str, categories)))
     if kind in ("date", "datetime"):
         return TableColumn(column, "condition", "date", kind, epoch=_epoch(series))
     return TableColumn(column, "condition", "continuous", kind)
 
 
 def _few(series: pd.Series) -> str:
-    found = sorted(map(str, series.unique()[:1000]))
-    return ", ".join(map(repr, found[:3])) + (f", ... {series.nunique():,} in all" if len(found) > 3 else "")
+    values = sorted(map(str, series.unique()[:1000]))
+    return ", ".join(map(repr, values[:3])) + (f", ... {series.nunique():,} in all" if len(values) > 3 else "")
 
 
 def _numbers(series: pd.Series, column: TableColumn, name: str) -> Array:
@@ -267,19 +272,19 @@ def _numbers(series: pd.Series, column: TableColumn, name: str) -> Array:
         if series.dtype.kind in "iuf" and is_whole(series):
             series = series.astype(np.int64)
         codes = {category: code for code, category in enumerate(column.categories)}
-        found = series.map(str)
-        unknown = ~(found.isin(list(codes)) | series.isna()).to_numpy()
+        numbers = series.map(lambda value: codes.get(str(value)))
+        unknown = (numbers.isna() & series.notna()).to_numpy()
         if unknown.any():
-            raise DataError(f"{where} has the category {found.iloc[int(unknown.argmax())]!r}, which training did not see; known are {', '.join(column.categories)}")
-        return np.asarray(found.map(codes), dtype=np.float64)
+            value = str(series[unknown].iloc[0])
+            raise DataError(f"{where} must hold the categories of training, {', '.join(column.categories)}, got {value!r}")
+        return np.asarray(numbers, dtype=np.float64)
     if column.kind == "date":
         if series.dtype.kind != "M":
-            raise DataError(f"{where} holds {_few(series)}; expected dates, as in training")
+            raise DataError(f"{where} must hold dates, as in training, got {_few(series)}")
         # microseconds, since nanoseconds are limited to the years 1677 to 2262
         days = (series.to_numpy().astype("datetime64[us]") - np.datetime64(column.epoch, "D")) / DAY
         return np.asarray(days, dtype=np.float64)
-    if series.dtype.kind == "O" and set(map(type, series.dropna())) <= {bool, np.bool_}:  # booleans with missing values
-        series = series.map(lambda v: float(v) if v is True or v is False or isinstance(v, np.bool_) else np.nan)
-    if series.dtype.kind not in "biuf":
-        raise DataError(f"{where} holds {_few(series)}; expected numbers, as in training")
-    return np.asarray(series, dtype=np.float64)
+    booleans = series.dtype.kind == "O" and set(map(type, series.dropna())) <= {bool, np.bool_}  # some are missing
+    if series.dtype.kind not in "biuf" and not booleans:
+        raise DataError(f"{where} must hold numbers, as in training, got {_few(series)}")
+    return np.asarray(series.to_numpy(dtype=np.float64, na_value=np.nan))

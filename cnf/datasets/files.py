@@ -36,11 +36,11 @@ def load_path(path: Path, options: Options) -> DataSplits:
     rows = [parts[p] for p in ("all", "train", "validation", "test") if p in parts]
     shapes = {p: parts[p].x.shape[1:] for p in parts}
     if len(set(shapes.values())) > 1:
-        raise DataError(f"the parts of {name!r} differ in the shape of an item: {shapes}")
+        raise DataError(f"the parts of {name!r} differ in the shape of a row: {shapes}")
     with_labels = [r.labels is not None for r in rows]
     if any(with_labels) and not all(with_labels):
         raise DataError(f"some parts of {name!r} have labels and others none; expected all or none")
-    labels = np.concatenate([r.labels for r in rows if r.labels is not None]) if all(with_labels) else None
+    labels = np.concatenate([r.labels for r in rows]) if all(with_labels) else None
     notices = list(dict.fromkeys(n for r in rows for n in r.notices))
     if labels is not None and options.condition is None:
         try:
@@ -59,7 +59,7 @@ def load_path(path: Path, options: Options) -> DataSplits:
 def _read_file(path: Path, options: Options) -> Parts:
     name = str(path)
     if options.image_size is not None:
-        raise ConfigError(f"image_size={options.image_size} means nothing for {name!r}; it is for a folder of pictures")
+        raise ConfigError(f"image_size={options.image_size} does not apply to {name!r}; it is for a folder of images")
     suffix = path.suffix.lower()
     if is_table(path):
         frame, notices = read_frame(path)
@@ -90,8 +90,8 @@ def _read_split(folder: Path, options: Options) -> Parts | None:
     if "test" not in found:
         given = ", ".join(p.name for p in sorted(ours))
         raise DataError(
-            f"folder {str(folder)!r} gives its own split by {given} but no test part; expected train..., test... and "
-            "perhaps val...: rename the latter to test, and validation will be split off the training part"
+            f"folder {str(folder)!r} gives its own split by {given} but no test part; rename val... to test..., and validation "
+            "is split off the training part"
         )
     parts = {}
     for part, entries in found.items():
@@ -103,9 +103,7 @@ def _read_split(folder: Path, options: Options) -> Parts | None:
             continue
         inner = _read_file(entries[0], options)
         if list(inner) != ["all"]:
-            raise DataError(
-                f"{str(entries[0])!r} is a {part} part and brings a split of its own; give that file itself"
-            )
+            raise DataError(f"{str(entries[0])!r} is a {part} part and brings a split of its own; give that file itself")
         parts[part] = inner["all"]
     return parts
 
@@ -114,9 +112,10 @@ def _read_split(folder: Path, options: Options) -> Parts | None:
 
 
 def _images(rows: list[Rows], labels: Array | None, name: str, options: Options, notices: list[str]) -> DataSplits:
-    idle = [n for n in ("columns", "drop_columns", "missing", "dependent") if getattr(options, n) != getattr(Options(), n)]
-    if idle or options.condition not in (None, "label", "target"):
-        raise ConfigError(f"{idle[0] if idle else 'condition'}={getattr(options, idle[0] if idle else 'condition')!r} is for tables, and {name!r} holds images")
+    columns_given = options.condition not in (None, "label", "target")
+    idle = options.changed(("columns", "drop_columns", "missing", "dependent")) or ("condition" if columns_given else None)
+    if idle:
+        raise ConfigError(f"{idle}={getattr(options, idle)!r} is for tables, and {name!r} holds images")
     pieces = [r.x for r in rows]
     sizes = [len(x) for x in pieces]
     kept, said = drop_duplicates(duplicate_rows(pieces, labels), sizes, options)
@@ -131,12 +130,6 @@ def _images(rows: list[Rows], labels: Array | None, name: str, options: Options,
     train, parts[0] = keep_rows(pieces[0], parts[0])
     if options.nbits != 8 and is_mapped(train):
         notices.append(f"nbits={options.nbits}: the training images are read into memory; those of 8 bits are mapped")
-    return assemble(
-        name,
-        "image",
-        [reduce_bits(x, options.nbits) for x in (train, *images)],
-        options,
-        **classes_of(labels, parts),
-        levels=2**options.nbits,
-        notices=[*notices, *said, notice],
-    )
+    reduced = [reduce_bits(x, options.nbits) for x in (train, *images)]
+    notices = [*notices, *said, notice]
+    return assemble(name, "image", reduced, options, **classes_of(labels, parts), levels=2**options.nbits, notices=notices)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnf.datasets.dialect import DATE, is_number, is_numbered, unique_names
+from cnf.datasets.rows import reading
 from cnf.datasets.text import HEAD_LINES, read_text
 from cnf.errors import DataError
 from cnf.strangers import BOMB_BYTES, BOMB_RATIO, memory, require_file, zip_members
@@ -57,21 +58,18 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     parquet = _reader("pyarrow.parquet", "pyarrow", path)
     import pandas as pd
 
-    try:
-        with path.open("rb") as raw:
-            file = parquet.ParquetFile(raw)
-            rows, width = file.metadata.num_rows, file.metadata.num_columns
-            claimed = max(8 * rows * width, sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)))
-            if rows < 0 or claimed > memory() or (claimed > BOMB_BYTES and claimed > BOMB_RATIO * size):
-                raise ValueError(f"it claims {rows:,} rows of {width:,} columns, {claimed:,} bytes: a bomb?")
-            # pandas metadata is ignored: it would hide an index, and name types to construct
-            table = file.read()
-            frame: pd.DataFrame = table.to_pandas(ignore_metadata=True, date_as_object=False)
-            for j, column in enumerate(table.columns):
-                if column.null_count and str(column.type).startswith(("int", "uint")):  # pandas would convert to float
-                    frame.isetitem(j, column.to_pandas(types_mapper=lambda _: pd.Int64Dtype()))
-    except Exception as error:  # pyarrow raises many exception types for damaged files
-        raise DataError(f"{str(path)!r} cannot be read as a Parquet file: {error or type(error).__name__}") from None
+    with reading(path, "a Parquet file"), path.open("rb") as raw:
+        file = parquet.ParquetFile(raw)
+        rows, width = file.metadata.num_rows, file.metadata.num_columns
+        claimed = max(8 * rows * width, sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)))
+        if rows < 0 or claimed > memory() or (claimed > BOMB_BYTES and claimed > BOMB_RATIO * size):
+            raise ValueError(f"it claims {rows:,} rows of {width:,} columns, {claimed:,} bytes: a bomb?")
+        # pandas metadata is ignored: it would hide an index, and name types to construct
+        table = file.read()
+        frame: pd.DataFrame = table.to_pandas(ignore_metadata=True, date_as_object=False)
+        for j, column in enumerate(table.columns):
+            if column.null_count and str(column.type).startswith(("int", "uint")):  # pandas would convert to float
+                frame.isetitem(j, column.to_pandas(types_mapper=lambda _: pd.Int64Dtype()))
     frame.columns = pd.Index(unique_names([str(c).strip() for c in frame.columns], frame.shape[1]), dtype=object)
     return frame
 
@@ -81,24 +79,21 @@ def _read_excel(path: Path) -> tuple[pd.DataFrame, list[str]]:
     openpyxl = _reader("openpyxl", "openpyxl", path)
     import pandas as pd
 
-    try:
-        with path.open("rb") as raw, zipfile.ZipFile(raw) as archive:
-            total = sum(m.file_size for m in zip_members(archive, size))
-            if total > memory():
-                raise ValueError(f"it unpacks to {total:,} bytes, more than the memory has")
-            book = openpyxl.load_workbook(raw, read_only=True, data_only=True, keep_links=False)
-            if not book.worksheets:
-                raise ValueError("it has no sheet of cells")
-            rows, places, count = [], [], 0
-            for number, cells in enumerate(book.worksheets[0].iter_rows(values_only=True), 1):
-                count += 1 + len(cells)  # a file may claim cells that it does not contain
-                if count > MANY_CELLS and count > CELLS_RATIO * size:
-                    raise ValueError(f"its first sheet claims more than {count:,} cells: a bomb?")
-                if any(cell is not None for cell in cells):
-                    places.append(number)
-                    rows.append(cells)
-    except Exception as error:  # zipfile, the XML parser and openpyxl raise many exception types
-        raise DataError(f"{str(path)!r} cannot be read as an Excel file: {error or type(error).__name__}") from None
+    with reading(path, "an Excel file"), path.open("rb") as raw, zipfile.ZipFile(raw) as archive:
+        total = sum(m.file_size for m in zip_members(archive, size))
+        if total > memory():
+            raise ValueError(f"it unpacks to {total:,} bytes, more than the memory has")
+        book = openpyxl.load_workbook(raw, read_only=True, data_only=True, keep_links=False)
+        if not book.worksheets:
+            raise ValueError("it has no sheet of cells")
+        rows, numbers, count = [], [], 0
+        for number, cells in enumerate(book.worksheets[0].iter_rows(values_only=True), 1):
+            count += 1 + len(cells)  # a file may claim cells that it does not contain
+            if count > MANY_CELLS and count > CELLS_RATIO * size:
+                raise ValueError(f"its first sheet claims more than {count:,} cells: a bomb?")
+            if any(cell is not None for cell in cells):
+                numbers.append(number)
+                rows.append(cells)
     if not rows:
         raise DataError(f"{str(path)!r} has no rows of numbers")
     head = [cell.strip() if isinstance(cell, str) else cell for cell in rows[0]]
@@ -108,7 +103,7 @@ def _read_excel(path: Path) -> tuple[pd.DataFrame, list[str]]:
     if not named and all(isinstance(cell, int | float | None) and not isinstance(cell, bool) for cell in head):
         named = is_numbered(["" if cell is None else str(cell) for cell in head], [[str(c) for c in row] for row in body[1:HEAD_LINES]], str(path))
         head, body = [cell if cell is None else str(cell) for cell in head], body[named:]
-    frame = pd.DataFrame(body, columns=range(width), dtype=object, index=pd.Index(places[named:], name="sheet row"))
+    frame = pd.DataFrame(body, columns=range(width), dtype=object, index=pd.Index(numbers[named:], name="sheet row"))
     used = [j for j in range(width) if not frame[j].isna().all() or (named and j < len(head) and head[j])]
     names = [head[j] or "" if j < len(head) else "" for j in used] if named else None
     frame = frame[used].infer_objects()

@@ -31,7 +31,10 @@ TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CI
 _FOLDER = {"mnist": "MNIST/raw", "fashion-mnist": "FashionMNIST/raw", "cifar10": "cifar-10-batches-py", "svhn": "."}
 _SHAPE = {"mnist": (1, 28, 28), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32), "svhn": (3, 32, 32)}
 _VALIDATION = {"mnist": 10_000, "fashion-mnist": 10_000, "cifar10": 5_000, "svhn": 5_000}
-_TEN = tuple("0123456789")
+_CLASSES = {
+    "fashion-mnist": ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+}
 # raised by torchvision for missing, truncated or damaged files, and for network errors
 _FAILURES = (
     RuntimeError, OSError, ValueError, TypeError, LookupError, AssertionError, EOFError, HTTPException, ArithmeticError,
@@ -55,25 +58,16 @@ def _digits(options: Options) -> DataSplits:
     from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
 
     if options.nbits != 8:
-        raise ConfigError(
-            f"nbits={options.nbits} means nothing for digits, which have {DIGITS_LEVELS} levels; leave it at 8"
-        )
+        raise ConfigError(f"nbits={options.nbits} does not apply to digits, which have {DIGITS_LEVELS} levels; leave it at 8")
     raw = load_digits()
     images: Array = raw.images.astype(np.uint8)[:, None]
     labels: Array = raw.target.astype(np.int64)
     rest, test = train_test_split(np.arange(len(labels)), test_size=540, random_state=0, stratify=labels)
     train, validation = train_test_split(rest, test_size=180, random_state=0, stratify=labels[rest])
     parts = (train, validation, test)
-    return assemble(
-        "digits",
-        "image",
-        [images[i] for i in parts],
-        options,
-        codes=[labels[i] for i in parts],
-        classes=_TEN,
-        levels=DIGITS_LEVELS,
-        notices=["fixed stratified split (random_state 0), independent of all seeds"],
-    )
+    notices = ["fixed stratified split (random_state 0), independent of all seeds"]
+    codes, classes = [labels[i] for i in parts], tuple("0123456789")
+    return assemble("digits", "image", [images[i] for i in parts], options, codes=codes, classes=classes, levels=DIGITS_LEVELS, notices=notices)
 
 
 def _torchvision(name: str, options: Options) -> DataSplits:
@@ -83,16 +77,12 @@ def _torchvision(name: str, options: Options) -> DataSplits:
     if len(images) <= held_out:
         raise DataError(f"{name} has {len(images)} training images; expected more than {held_out}: files are missing")
     train, validation = hold_out(len(images), held_out, options.split_seed)
+    parts = [reduce_bits(x, options.nbits) for x in (images[train], images[validation], test)]
+    codes = [labels[train], labels[validation], test_labels]
+    notices = [f"official test set; validation split off the training set by split_seed {options.split_seed}"]
+    classes = _CLASSES.get(name, tuple("0123456789"))
     return assemble(
-        name,
-        "image",
-        [reduce_bits(x, options.nbits) for x in (images[train], images[validation], test)],
-        options,
-        codes=[labels[train], labels[validation], test_labels],
-        classes=_classes(name),
-        levels=2**options.nbits,
-        notices=[f"official test set; validation split off the training set by split_seed {options.split_seed}"],
-        flip=name == "cifar10",
+        name, "image", parts, options, codes=codes, classes=classes, levels=2**options.nbits, notices=notices, flip=name == "cifar10"
     )
 
 
@@ -100,7 +90,7 @@ def _read(name: str, train: bool, options: Options) -> tuple[Array, Array]:
     """Read uint8 images (N, C, H, W) and int64 labels (N,) of one official part."""
     from torchvision import datasets  # type: ignore[import-untyped]
 
-    root = Path(options.root).expanduser()
+    root = options.folder
     # not torchvision's own CIFAR-10 reader, which executes pickles
     make: Any = read_cifar10 if name == "cifar10" else getattr(datasets, TORCHVISION[name])
     part: dict[str, Any] = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
@@ -116,32 +106,27 @@ def _read(name: str, train: bool, options: Options) -> tuple[Array, Array]:
             found = make(root, download=True, **part)
     except PermissionError as error:
         raise DataError(
-            f"{name} cannot be unpacked or stored under {str(root.resolve())!r}: {error}. Copy the files to a folder "
-            "that can be written, and name that as the root"
+            f"{name} cannot be unpacked or stored under {str(root.resolve())!r}: {error}. Set root to a folder that can be written"
         ) from error
     except _FAILURES as error:
         where = (root / _FOLDER[name]).resolve()
         tried = "downloading it failed" if options.download else "download=False forbids fetching it"
         raise DataError(
-            f"{name} was not found complete in {str(where)!r} (root={options.root!r}) and {tried}: "
-            f"{error or type(error).__name__}. Put the original files there (data/README.md lists them; delete what is "
-            "damaged) or connect to the network and let torchvision fetch them"
+            f"{name} was not found complete in {str(where)!r} (root={str(options.root)!r}) and {tried}: {error or type(error).__name__}. "
+            "Put the original files there (data/README.md lists them; delete what is damaged), or let torchvision download them"
         ) from error
     labels = np.asarray(found.labels if name == "svhn" else found.targets, dtype=np.int64)
     images: Array = np.asarray(found.data)
-    if images.dtype != np.uint8:
-        raise DataError(f"{name} under {str(root.resolve())!r} has {images.dtype} images: put the original files there")
     if images.ndim == 3:
         images = images[:, None]
     elif images.shape[-1] == 3 and images.shape[1] != 3:
         images = images.transpose(0, 3, 1, 2)
-    if images.shape[1:] != _SHAPE[name] or labels.shape != (len(images),):
+    usual = images.dtype == np.uint8 and images.shape[1:] == _SHAPE[name] and labels.shape == (len(images),)
+    if not usual or labels.min(initial=0) < 0 or labels.max(initial=0) > 9:
         raise DataError(
-            f"{name} under {str(root.resolve())!r} has {len(images)} images of shape {images.shape[1:]} and "
-            f"{len(labels)} labels; expected {_SHAPE[name]}, and a label for each: put the original files there"
+            f"{name} under {str(root.resolve())!r} has {len(images)} {images.dtype} images of shape {images.shape[1:]} and {len(labels)} "
+            f"labels; expected {_SHAPE[name]} in uint8, and a label 0 to 9 for each: put the original files there"
         )
-    if len(labels) and (labels.min() < 0 or labels.max() > 9):
-        raise DataError(f"{name} under {str(root.resolve())!r} has labels beyond 0 to 9: put the original files there")
     return images, labels
 
 
@@ -157,23 +142,4 @@ def _refuse_links(name: str, root: Path, intact: Sequence[str] = ()) -> None:
     """Reject symbolic links, since a download would write to their targets; ``intact`` files are not written."""
     for path in (*(root / _FOLDER[name]).glob("*"), *root.glob("*.gz")):
         if path.is_symlink() and path.name not in intact and (path.suffix in (".gz", ".mat") or name != "svhn"):
-            raise DataError(f"{str(path)!r} is a link, and {name} is to be downloaded over it: remove it, or mend its target")
-
-
-def _classes(name: str) -> tuple[str, ...]:
-    if name == "fashion-mnist":
-        return (
-            "T-shirt/top",
-            "Trouser",
-            "Pullover",
-            "Dress",
-            "Coat",
-            "Sandal",
-            "Shirt",
-            "Sneaker",
-            "Bag",
-            "Ankle boot",
-        )
-    if name == "cifar10":
-        return ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    return _TEN
+            raise DataError(f"{str(path)!r} is a link that the download of {name} would overwrite; remove it, or repair its target")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cnf.datasets.arrays import read_numpy, rows_of_keys
-from cnf.datasets.checks import column_name
+from cnf.datasets.checks import require_finite
 from cnf.datasets.columns import Columns, by_schema, own_names
 from cnf.datasets.folders import ARRAYS, list_folder, stack_pictures
 from cnf.datasets.frames import TABLES, is_table, read_frame
@@ -89,7 +89,7 @@ def read_items(
             x = _image(rows.x, event_shape, levels, path, called)
         else:
             found = _rows(rows, schema, path)
-            x, said = _finite(found, schema, path), [*found.notices]
+            x, said = _finite(found, path), [*found.notices]
             odd_columns = off_lattice(data_columns(schema), found.table)
             for j, column in enumerate(data_columns(schema)):
                 if column.dequantised and column.name not in odd_columns:
@@ -131,7 +131,7 @@ def _read(path: Path, image_size: int | None) -> tuple[Rows, list[str]]:
         files = found.pictures if found else [path]
         if not files:
             hint = f" (give {found.arrays[0].name} itself)" if found and found.arrays else ""
-            raise DataError(f"folder {name!r} holds no picture; expected {', '.join(SUFFIXES)} files{hint}")
+            raise DataError(f"folder {name!r} holds no image; expected {', '.join(SUFFIXES)} files{hint}")
         x, notices = stack_pictures(files, image_size, name)
         labels = np.array(found.labels) if found and found.labels else None
         return Rows(x, labels, (), notices), [str(f) for f in files]
@@ -196,21 +196,11 @@ def _rows(rows: Rows, schema: Sequence[TableColumn], path: Path) -> Columns:
     return by_schema(frame, schema, name)
 
 
-def _finite(found: Columns, schema: Sequence[TableColumn], path: Path) -> Array:
+def _finite(found: Columns, path: Path) -> Array:
     """Return the modelled columns in float32.
 
     Raises:
         DataError: for values that are not finite in float32, including those of conditions.
     """
-    name, labels = str(path), tuple(c.name for c in (*data_columns(schema), *conditions(schema)))
-    table = np.column_stack([found.table, *found.given.values()]) if found.given else found.table
-    with np.errstate(over="ignore"):
-        x = table.astype(np.float32)
-    bad = np.argwhere(~np.isfinite(x))
-    if len(bad):
-        row, j = (int(i) for i in bad[0])
-        raise DataError(
-            f"{name!r} has {len(bad):,} values that are NaN, infinite or beyond float32, the first in row {row} "
-            f"({name}:{row}), {column_name(labels, j)}: {table[row, j]:g}; remove those rows or fill them in"
-        )
-    return x[:, : found.table.shape[1]]
+    require_finite(found.joint, (*found.names, *found.given), str(path), scored=True)
+    return found.table.astype(np.float32)

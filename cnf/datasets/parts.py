@@ -50,12 +50,11 @@ def split(sizes: list[int], kept: Array, options: Options) -> tuple[list[Array],
     fixed = ["test_fraction"] if len(sizes) == 2 else ["test_fraction", "validation_fraction"]
     if len(sizes) == 3 and options.limit is None:
         fixed.append("split_seed")
-    for option in fixed:
-        if getattr(options, option) != getattr(Options(), option):
-            raise ConfigError(f"{option}={getattr(options, option)} means nothing here, since the data bring their own split")
+    if idle := options.changed(fixed):
+        raise ConfigError(f"{idle}={getattr(options, idle)} does not apply, since the data bring their own split")
     ends = np.cumsum(sizes)
     if min(sizes) == 0:
-        part = ("train", "validation", "test")[sizes.index(0)] if len(sizes) == 3 else ("train", "test")[sizes.index(0)]
+        part = (("train", "validation", "test") if len(sizes) == 3 else ("train", "test"))[sizes.index(0)]
         raise DataError(f"the {part} part that was given is empty; expected at least one row")
     if len(sizes) == 3:
         return [np.arange(e - n, e) for e, n in zip(ends, sizes, strict=True)], "split as it is given"

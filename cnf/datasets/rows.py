@@ -1,15 +1,32 @@
-"""Row selection in arrays and memory maps."""
+"""Row selection in arrays and memory maps, and errors of readers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "hold_out", "is_mapped", "keep_rows"]
+from cnf.errors import DataError
+
+__all__ = ["Array", "Table", "hold_out", "is_mapped", "keep_rows", "reading"]
 
 Array = NDArray[Any]
+Table = NDArray[np.float64]
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Raise any failure of the block as a DataError that names the file; a DataError passes."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # readers raise many exception types for damaged files
+        raise DataError(f"{str(path)!r} cannot be read as {what}: {error or type(error).__name__}") from None
 
 
 def is_mapped(x: Array) -> bool:

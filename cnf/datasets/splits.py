@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,16 +15,7 @@ from cnf.datasets.rows import Array, is_mapped
 from cnf.errors import ConfigError, DataError
 from cnf.schema import TableColumn
 
-__all__ = [
-    "Array",
-    "DataSplits",
-    "Kind",
-    "Options",
-    "Rows",
-    "assemble",
-    "encode_labels",
-    "split_rows",
-]
+__all__ = ["Array", "DataSplits", "Options", "Rows", "assemble", "encode_labels", "split_rows"]
 
 Kind = Literal["toy", "image", "table"]
 
@@ -88,9 +80,9 @@ class DataSplits:
 
 @dataclass(frozen=True)
 class Options:
-    """Validated options of :func:`cnf.datasets.load`."""
+    """Validated options of :func:`cnf.datasets.load`, which documents them."""
 
-    root: str = "data"
+    root: str | Path = "data"
     seed: int = 0
     split_seed: int = 0
     condition: str | None = None
@@ -112,32 +104,32 @@ class Options:
     table: tuple[TableColumn, ...] = ()
 
     def __post_init__(self) -> None:
-        _one_of("missing", self.missing, ("error", "drop"))
-        _one_of("dependent", self.dependent, ("error", "keep"))
-        _one_of("discrete", self.discrete, ("dequantize", "keep", "error"))
-        _one_of("duplicates", self.duplicates, ("drop", "keep"))
-        for name in ("seed", "split_seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} is negative; expected zero or more")
-        for name in ("limit", "image_size"):
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+        for name, least in (("seed", 0), ("split_seed", 0), ("limit", 1), ("image_size", 1)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} is too small; expected at least 1, or None")
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
         if not 1 <= self.nbits <= 8:
-            raise ConfigError(f"nbits={self.nbits} cannot be; expected 1 to 8 bits a channel")
+            raise ConfigError(f"nbits must be between 1 and 8, got {self.nbits}")
         fractions = (self.validation_fraction, self.test_fraction)
         if not (min(fractions) > 0.0 and sum(fractions) < 1.0):
-            raise ConfigError(
-                f"validation_fraction={fractions[0]} and test_fraction={fractions[1]} leave no sensible split; "
-                "expected both positive with a sum below 1"
-            )
+            raise ConfigError(f"validation_fraction and test_fraction must be positive with a sum below 1, got {fractions[0]} and {fractions[1]}")
         if len(self.sizes) != 3 or min(self.sizes) < 1:
-            raise ConfigError(f"sizes={self.sizes} of a toy set's splits must be three positive numbers")
+            raise ConfigError(f"sizes must be three positive numbers (training, validation, test), got {self.sizes}")
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the named data sets."""
+        return Path(self.root).expanduser()
+
+    def changed(self, names: Iterable[str]) -> str | None:
+        """Return the first of these options that differs from its default, or None."""
+        return next((name for name in names if getattr(self, name) != getattr(Options, name)), None)
 
 
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name}={value!r} is not known; expected one of {', '.join(map(repr, allowed))}")
+_CHOICES = {"missing": ("error", "drop"), "dependent": ("error", "keep"), "discrete": ("dequantize", "keep", "error"), "duplicates": ("drop", "keep")}
 
 
 @dataclass
@@ -175,8 +167,7 @@ def split_rows(n: int, options: Options) -> tuple[list[Array], str]:
     parts = [order[test + validation :], order[test : test + validation], order[:test]]
     if len(parts[0]) < 2:
         raise DataError(f"{n} rows leave fewer than two for training; lower validation_fraction or test_fraction")
-    notice = f"split at random by split_seed {options.split_seed}"
-    return parts, notice
+    return parts, f"split at random by split_seed {options.split_seed}"
 
 
 def encode_labels(labels: Array) -> tuple[Array, tuple[str, ...]]:
@@ -188,13 +179,10 @@ def encode_labels(labels: Array) -> tuple[Array, tuple[str, ...]]:
     if labels.dtype.kind == "f" and np.array_equal(labels, np.rint(labels)):
         labels = labels.astype(np.int64)
     if labels.dtype.kind not in "iubU":
-        raise DataError(f"labels have dtype {labels.dtype}; expected integers or strings, one for each row")
+        raise DataError(f"labels must be integers or strings, one for each row, got dtype {labels.dtype}")
     values, codes = np.unique(labels, return_inverse=True)
     if len(values) > MAXIMUM_CLASSES:
-        raise DataError(
-            f"labels take {len(values)} different values; expected at most {MAXIMUM_CLASSES} classes "
-            "(a continuous quantity belongs among the columns)"
-        )
+        raise DataError(f"labels must have at most {MAXIMUM_CLASSES} classes, got {len(values)} (a continuous quantity belongs among the columns)")
     return codes.reshape(-1), tuple(str(v) for v in values)
 
 
@@ -208,17 +196,17 @@ def assemble(
     targets: Sequence[Array] | None = None,
     given: Sequence[Array] | None = None,
     classes: tuple[str, ...] = (),
-    columns: tuple[str, ...] = (),
-    levels: int | None = None,
-    entropy: float | None = None,
     notices: Sequence[str] = (),
     flip: bool = False,
-    table: tuple[TableColumn, ...] = (),
-    report: str = "",
+    **metadata: Any,
 ) -> DataSplits:
     """Build the :class:`DataSplits`: apply ``limit`` and ``condition``, convert to tensors, report the sizes.
 
-    ``given`` holds the encoded conditions of each part of a table; ``report`` describes the columns.
+    Args:
+        name, kind, classes, notices, flip, metadata: see :class:`DataSplits`.
+        parts: training, validation and test rows.
+        options: see :func:`cnf.datasets.load`.
+        codes, targets, given: class indices, regression targets or encoded conditions of each part.
 
     Raises:
         DataError: if ``condition`` requests labels (targets) and there are none, or a part is empty.
@@ -231,12 +219,8 @@ def assemble(
     if options.limit is not None and options.limit < len(train):
         kept = np.random.default_rng(options.split_seed).permutation(len(train))[: options.limit]
         train = train[kept]
-        codes = None if codes is None else [codes[0][kept], *codes[1:]]
-        targets = None if targets is None else [targets[0][kept], *targets[1:]]
-        given = None if given is None else [given[0][kept], *given[1:]]
-        said.append(
-            f"only {options.limit:,} of the training rows are used (limit), chosen by split_seed {options.split_seed}"
-        )
+        codes, targets, given = (x if x is None else [x[0][kept], *x[1:]] for x in (codes, targets, given))
+        said.append(f"only {options.limit:,} of the training rows are used (limit), chosen by split_seed {options.split_seed}")
     contexts: list[Tensor | None] = [None, None, None]
     if given is not None:
         contexts = [_tensor(c) for c in given]
@@ -262,13 +246,9 @@ def assemble(
         contexts[1],
         contexts[2],
         classes=classes,
-        columns=columns,
-        levels=levels,
-        entropy=entropy,
         notices=tuple(said),
         flip=flip if options.flip is None else options.flip,
-        table=table,
-        report=report,
+        **metadata,
     )
 
 

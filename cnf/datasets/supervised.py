@@ -100,9 +100,9 @@ def sample_supervised(name: str, n: int, seed: int | np.random.Generator = 0) ->
         ((3000, 2), (3000, 1), 1000)
     """
     if name not in _DRAWS:
-        raise DataError(f"set {name!r} is unknown: expected one of {', '.join(NAMES)}")
+        raise DataError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
     if n < 3:
-        raise ConfigError(f"n={n} points cannot be drawn; expected at least 3")
+        raise ConfigError(f"n must be at least 3, got {n}")
     x, y = _DRAWS[name](n, np.random.default_rng(seed))
     return x.astype(np.float32), y.astype(np.float32) if y.ndim == 2 else y.astype(np.int64)
 
@@ -115,17 +115,9 @@ def load_supervised(name: str, options: Options) -> DataSplits:
     """
     classes = CLASSES.get(name, ())
     if not classes and options.condition != "target":
-        raise ConfigError(f"{name!r} is for a regression (--objective regression, as the preset anode-{name.rstrip('12')} has it)")
+        raise ConfigError(f"{name!r} has regression targets: set condition='target' (--objective regression, as the preset anode-{name.rstrip('12')} does)")
     drawn = [sample_supervised(name, n, np.random.default_rng([options.seed, 1, i])) for i, n in enumerate(options.sizes)]
     xs, ys = [x for x, _ in drawn], [y for _, y in drawn]
-    return assemble(
-        name,
-        "toy",
-        xs,
-        options,
-        codes=ys if classes else None,
-        targets=None if classes else ys,
-        classes=classes,
-        columns=("x", "y")[: xs[0].shape[1]],
-        notices=[f"drawn once by seed {options.seed}"],
-    )
+    outputs = {"codes": ys, "classes": classes} if classes else {"targets": ys}
+    notices = [f"drawn once by seed {options.seed}"]
+    return assemble(name, "toy", xs, options, **outputs, columns=("x", "y")[: xs[0].shape[1]], notices=notices)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cnf.datasets.checks import dequantize, duplicate_rows, find_lattices, require_table, require_usable
+from cnf.datasets.checks import dequantize, duplicate_rows, find_lattices, require_finite, require_table, require_usable
 from cnf.datasets.columns import Columns, by_schema, own_names, understand
 from cnf.datasets.dependence import dependent_columns
 from cnf.datasets.parts import classes_of, drop_duplicates, split
@@ -57,7 +57,7 @@ def load_table(rows: Sequence[Rows], labels: Array | None, name: str, options: O
         ConfigError: for options that apply to images only.
     """
     if options.nbits != 8 or options.flip is not None:
-        raise ConfigError(f"nbits and flip mean nothing for {name!r}, which is a table")
+        raise ConfigError(f"nbits and flip do not apply to {name!r}, which is a table")
     frame, parts_of_rows = _joined([as_frame(r, name) for r in rows], name)
     label = options.condition == "label" and labels is None and "label" in frame.columns
     if options.table:
@@ -68,12 +68,10 @@ def load_table(rows: Sequence[Rows], labels: Array | None, name: str, options: O
     table, given, names = columns.table, columns.given, columns.names
     labels = None if labels is None else labels[columns.rows]
     sizes = [int((parts_of_rows[columns.rows] == part).sum()) for part in range(len(rows))]
-    if options.table:
-        _require_finite(columns, name)
-    else:
+    require_finite(columns.joint, (*names, *given), name)
+    if not options.table:
         require_usable(table, names, name)
-    keys = np.column_stack([table, *given.values()]) if given else table
-    kept, dropped = drop_duplicates(duplicate_rows([keys], labels), sizes, options)
+    kept, dropped = drop_duplicates(duplicate_rows([columns.joint], labels), sizes, options)
     parts, how = split(sizes, kept, options)
     # lattices are detected, and noise is drawn, on the kept rows only
     place = np.empty(1 + int(kept.max()), dtype=np.int64)
@@ -85,25 +83,13 @@ def load_table(rows: Sequence[Rows], labels: Array | None, name: str, options: O
     else:
         schema, said = _complete(raw, given, parts[0], columns, options, _epsilon(rows), name)
     table = dequantize(raw, data_columns(schema), options.seed)
-    more: dict[str, Any] = classes_of(labels, parts)
+    more: dict[str, Any] = classes_of(labels, parts) | {"columns": names, "table": schema, "report": _report(schema, raw, given)}
     if given:
         context = encode(schema, given)
-        more = {"given": [context[i] for i in parts], "classes": next((c.categories for c in schema if _is_label(c, options)), ())}
-    return assemble(
-        name,
-        "table",
-        [table[i] for i in parts],
-        options,
-        **more,
-        columns=names,
-        notices=[*notices, *columns.notices, *dropped, *said, how],
-        table=schema,
-        report=_report(schema, raw, given),
-    )
-
-
-def _is_label(column: TableColumn, options: Options) -> bool:
-    return options.condition == "label" and column.name == "label" and column.role == "condition"
+        classes = next((c.categories for c in conditions(schema) if c.name == options.condition == "label"), ())
+        more |= {"given": [context[i] for i in parts], "codes": None, "classes": classes}
+    notices = [*notices, *columns.notices, *dropped, *said, how]
+    return assemble(name, "table", [table[i] for i in parts], options, notices=notices, **more)
 
 
 def _joined(frames: list[pd.DataFrame], name: str) -> tuple[pd.DataFrame, Array]:
@@ -130,25 +116,12 @@ def _epsilon(rows: Sequence[Rows]) -> float:
 
 def _without_missing(columns: Columns) -> Columns:
     """Drop the rows with missing values."""
-    good = ~np.isnan(np.column_stack([columns.table, *columns.given.values()])).any(1)
-    if good.all():
+    good, total = np.flatnonzero(~np.isnan(columns.joint).any(1)), len(columns.rows)
+    if len(good) == total:
         return columns
-    said = f"{int((~good).sum()):,} of {len(good):,} rows dropped, since they have missing values (missing='drop')"
+    said = f"{total - len(good):,} of {total:,} rows dropped, since they have missing values (missing='drop')"
     given = {c: v[good] for c, v in columns.given.items()}
     return Columns(columns.schema, columns.table[good], given, columns.rows[good], [*columns.notices, said])
-
-
-def _require_finite(columns: Columns, name: str) -> None:
-    for column, values in zip(columns.names, columns.table.T, strict=True):
-        _finite(values, column, name)
-    for column, values in columns.given.items():
-        _finite(values, column, name)
-
-
-def _finite(values: Array, column: str, name: str) -> None:
-    bad = ~np.isfinite(values)
-    if bad.any():
-        raise DataError(f"column {column!r} of {name!r} has {int(bad.sum()):,} values that are NaN or infinite, the first in row {int(bad.argmax())}")
 
 
 def off_lattice(columns: Sequence[TableColumn], table: Array) -> list[str]:
@@ -176,7 +149,6 @@ def _complete(
     for column in conditions(columns.schema):
         if not column.categories:
             values = given[column.name][train]
-            _finite(given[column.name], column.name, name)
             if values.min() == values.max():
                 raise DataError(f"condition: column {column.name!r} of {name!r} is constant ({values[0]:g}) in the training rows; leave it out")
             column = replace(column, mean=float(values.mean()), std=float(values.std()))

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cnf.datasets.arrays import read_numpy
 from cnf.datasets.checks import as_numbers, require_usable
+from cnf.datasets.rows import Table, reading
 from cnf.datasets.splits import DataSplits, Options, assemble
 from cnf.datasets.text import bounded_lines, read_csv
 from cnf.errors import ConfigError, DataError
@@ -19,7 +19,6 @@ from cnf.strangers import memory, require_file
 
 __all__ = ["NAMES", "load_tabular"]
 
-Table = NDArray[np.float64]
 Parts = tuple[Table, Table, Table]
 
 NAMES = {
@@ -32,7 +31,7 @@ NAMES = {
 WIDTH = {"power": 6, "gas": 8, "hepmass": 21, "miniboone": 43, "bsds300": 63}
 _HEPMASS_FEATURES = 27
 _CONVERT_GAS = (
-    "the published ethylene_CO.pickle is never opened, because a pickle can run code; where you trust it, convert it "
+    "; the published ethylene_CO.pickle is never opened, because a pickle can run code; where you trust it, convert it "
     "once: python -c \"import pandas; pandas.read_pickle('ethylene_CO.pickle').to_csv('ethylene_CO.csv', index=False)\""
 )
 
@@ -49,19 +48,15 @@ def load_tabular(name: str, options: Options) -> DataSplits:
         ConfigError: for non-default ``discrete`` or ``duplicates``, which the published protocol fixes.
     """
     if options.discrete != "dequantize" or options.duplicates != "drop":
-        raise ConfigError(
-            f"discrete and duplicates are fixed by the published protocol of {name!r}; leave them at their defaults"
-        )
-    parts, notices = _READERS[name](Path(options.root).expanduser())
+        raise ConfigError(f"discrete and duplicates are fixed by the published protocol of {name!r}; leave them at their defaults")
+    parts, notices = _READERS[name](options.folder)
     width = parts[0].shape[1]
     if width != WIDTH[name]:
         notices.append(f"{width} columns, where the published preprocessing has {WIDTH[name]}: figures do not compare")
     columns = tuple(f"column {j}" for j in range(width))
     for part, table in zip(("training", "validation", "test"), parts, strict=True):
         if len(table) == 0 or not np.isfinite(table).all():
-            raise DataError(
-                f"the {part} part of {name!r} is empty or holds NaN; expected the published files, complete"
-            )
+            raise DataError(f"the {part} part of {name!r} is empty or holds NaN; expected the published files, complete")
     require_usable(parts[0], columns, name)
     if name != "bsds300":
         mean, std = parts[0].mean(0), parts[0].std(0)
@@ -77,10 +72,7 @@ def _find(name: str, folders: tuple[Path, ...], files: tuple[str, ...], advice: 
             if (folder / file).is_file():
                 return folder / file
     wanted = " or ".join(repr(str((folders[0] / f).resolve())) for f in files)
-    raise DataError(
-        f"{name} needs {wanted}, which is not there; data/README.md says where to get it"
-        + (f"; {advice}" if advice else "")
-    )
+    raise DataError(f"{name} needs {wanted}, which does not exist; data/README.md says where to get it{advice}")
 
 
 def _tenths(table: Table, notices: list[str]) -> Parts:
@@ -101,19 +93,14 @@ def _array(path: Path) -> Table:
 def _power(root: Path) -> tuple[Parts, list[str]]:
     table = _array(_find("power", (root / "power",), ("data.npy",)))
     if table.shape[1] != 8:
-        raise DataError(
-            f"power/data.npy has {table.shape[1]} columns; expected 8 (active and reactive power, voltage, intensity, "
-            "3 meters, minute)"
-        )
+        raise DataError(f"power/data.npy must have 8 columns (active and reactive power, voltage, intensity, 3 meters, minute), got {table.shape[1]}")
     rng = np.random.RandomState(42)
     rng.shuffle(table)
     table = np.delete(table, [1, 3], axis=1)
     n = len(table)
     voltage, active, meters = 0.01 * rng.rand(n, 1), 0.001 * rng.rand(n, 1), rng.rand(n, 3)
     table = table + np.hstack([active, voltage, meters, np.zeros((n, 1))])
-    notices = [
-        "uniform noise of 0.001, 0.01 and 1 on power, voltage and meters (published); the minute stays on its lattice"
-    ]
+    notices = ["uniform noise of 0.001, 0.01 and 1 on power, voltage and meters (published); the minute stays on its lattice"]
     return _tenths(table, notices), notices
 
 
@@ -127,11 +114,9 @@ def _gas(root: Path) -> tuple[Parts, list[str]]:
     if table.shape[1] == 19:  # the UCI file, with time and two concentrations first
         table = table[:, 3:]
     if table.shape[1] != 16:
-        raise DataError(
-            f"{str(path)!r} has {table.shape[1]} sensor columns; expected 16 (or 19 with Time, Meth and Eth first)"
-        )
+        raise DataError(f"{str(path)!r} must have 16 sensor columns (or 19 with Time, Meth and Eth first), got {table.shape[1]}")
     if len(table) < 3:
-        raise DataError(f"{str(path)!r} has {len(table)} rows; expected the published 4 million")
+        raise DataError(f"{str(path)!r} must have the published 4 million rows, got {len(table)}")
     while True:  # drop the first column that correlates above 0.98 with another, until none does
         crowded = (np.atleast_2d(np.corrcoef(table, rowvar=False)) > 0.98).sum(1) > 1
         if not crowded.any():
@@ -145,18 +130,10 @@ def _hepmass(root: Path) -> tuple[Parts, list[str]]:
     tables = []
     for part in ("train", "test"):
         path = _find("hepmass", (root / "hepmass",), (f"1000_{part}.csv",))
-        try:
-            # label and 27 features; the trailing columns (a mass, a stray delimiter) differ between the two files
-            with path.open(encoding="utf-8") as file:
-                table = np.loadtxt(
-                    bounded_lines(file), delimiter=",", skiprows=1, usecols=range(1 + _HEPMASS_FEATURES), ndmin=2
-                )
-        except DataError:
-            raise
-        except (OSError, ValueError, StopIteration) as error:
-            raise DataError(
-                f"{str(path)!r} cannot be read: {error}; expected a header, a label and 27 features a row"
-            ) from error
+        # label and 27 features; the trailing columns (a mass, a stray delimiter) differ between the two files
+        used = range(1 + _HEPMASS_FEATURES)
+        with reading(path, "a header, then rows of a label and 27 features"), path.open(encoding="utf-8") as file:
+            table = np.loadtxt(bounded_lines(file), delimiter=",", skiprows=1, usecols=used, ndmin=2)
         tables.append(table[table[:, 0] == 1.0, 1:])
     if min(map(len, tables)) == 0:
         raise DataError("hepmass has no rows of class 1; expected the published files")
@@ -166,9 +143,7 @@ def _hepmass(root: Path) -> tuple[Parts, list[str]]:
         raise DataError("hepmass has no continuous feature; expected the published files")
     rest, test = tables[0][:, keep], tables[1][:, keep]
     cut = len(rest) - len(rest) // 10
-    return (rest[:cut], rest[cut:], test), [
-        "class 1 only; the last tenth of the training file is validation (published split)"
-    ]
+    return (rest[:cut], rest[cut:], test), ["class 1 only; the last tenth of the training file is validation (published split)"]
 
 
 def _miniboone(root: Path) -> tuple[Parts, list[str]]:
@@ -183,14 +158,11 @@ def _bsds300(root: Path) -> tuple[Parts, list[str]]:
         h5py: Any = importlib.import_module("h5py")
     except ImportError:
         raise DataError("bsds300 is an HDF5 file and needs the package h5py: pip install h5py") from None
-    try:
-        with h5py.File(path, "r") as file:
-            parts = [file[k] for k in ("train", "validation", "test")]
-            if any(p.ndim != 2 or p.dtype.kind not in "iuf" for p in parts) or sum(8 * p.size for p in parts) > memory():
-                raise ValueError("they are no tables of numbers, or more than the memory holds")
-            train, validation, test = (np.asarray(p, dtype=np.float64) for p in parts)
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise DataError(f"{str(path)!r} cannot be read as HDF5 with train, validation and test: {error}") from error
+    with reading(path, "HDF5 with train, validation and test"), h5py.File(path, "r") as file:
+        parts = [file[k] for k in ("train", "validation", "test")]
+        if any(p.ndim != 2 or p.dtype.kind not in "iuf" for p in parts) or sum(8 * p.size for p in parts) > memory():
+            raise ValueError("they are no tables of numbers, or more than the memory holds")
+        train, validation, test = (np.asarray(p, dtype=np.float64) for p in parts)
     return (train, validation, test), ["split and preprocessed by the file"]
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cnf.datasets.rows import Array
 from cnf.datasets.splits import DataSplits, Options, assemble
 from cnf.errors import ConfigError, DataError
 
 __all__ = ["ENTROPY", "NAMES", "TOYS", "load_toy", "sample"]
 
-Array = NDArray[Any]
 Sampler = Callable[[int, np.random.Generator], Array]
 
 
@@ -84,13 +83,7 @@ def _hash(n: int, rng: np.random.Generator) -> Array:
 
 # H and L, each bar (left, right, bottom, top), and three Gaussians between them
 _BARS = np.array(
-    [
-        (-1.5, -1.3, -0.8, 0.8),
-        (-0.7, -0.5, -0.8, 0.8),
-        (-1.3, -0.7, -0.1, 0.1),
-        (0.5, 0.7, -0.8, 0.8),
-        (0.7, 1.5, -0.8, -0.6),
-    ]
+    [(-1.5, -1.3, -0.8, 0.8), (-0.7, -0.5, -0.8, 0.8), (-1.3, -0.7, -0.1, 0.1), (0.5, 0.7, -0.8, 0.8), (0.7, 1.5, -0.8, -0.6)]
 )
 _BLOBS = np.array([(0.0, 0.0), (1.2, 0.5), (-1.0, 1.3)])
 
@@ -114,35 +107,22 @@ def _cos(n: int, rng: np.random.Generator) -> Array:
     return np.stack([x, np.sin(x) * 2.5 + 0.1 * rng.standard_normal(n)], 1)
 
 
-TOYS: dict[str, Sampler] = {
-    "8gaussians": _8gaussians,
-    "2spirals": _2spirals,
-    "checkerboard": _checkerboard,
-    "rings": _rings,
-    "moons": _moons,
-    "circles": _circles,
-    "pinwheel": _pinwheel,
-    "swissroll": _swissroll,
-    "hash-gaussian": _hash,
-    "letters-gaussian": _letters,
-    "line": _line,
-    "cos": _cos,
+_SETS: dict[str, tuple[Sampler, str]] = {
+    "8gaussians": (_8gaussians, "2-D: eight Gaussians on a circle"),
+    "2spirals": (_2spirals, "2-D: two intertwined spirals"),
+    "checkerboard": (_checkerboard, "2-D: uniform on eight squares"),
+    "rings": (_rings, "2-D: four concentric rings"),
+    "moons": (_moons, "2-D: two half moons"),
+    "circles": (_circles, "2-D: two concentric circles"),
+    "pinwheel": (_pinwheel, "2-D: five bent arms"),
+    "swissroll": (_swissroll, "2-D: one spiral"),
+    "hash-gaussian": (_hash, "2-D: four crossing bars and five Gaussians"),
+    "letters-gaussian": (_letters, "2-D: the letters H and L and three Gaussians"),
+    "line": (_line, "2-D: a straight line with noise"),
+    "cos": (_cos, "2-D: a sine wave with noise"),
 }
-
-NAMES = {
-    "8gaussians": "2-D: eight Gaussians on a circle",
-    "2spirals": "2-D: two intertwined spirals",
-    "checkerboard": "2-D: uniform on eight squares",
-    "rings": "2-D: four concentric rings",
-    "moons": "2-D: two half moons",
-    "circles": "2-D: two concentric circles",
-    "pinwheel": "2-D: five bent arms",
-    "swissroll": "2-D: one spiral",
-    "hash-gaussian": "2-D: four crossing bars and five Gaussians",
-    "letters-gaussian": "2-D: the letters H and L and three Gaussians",
-    "line": "2-D: a straight line with noise",
-    "cos": "2-D: a sine wave with noise",
-}
+TOYS = {name: sampler for name, (sampler, _) in _SETS.items()}
+NAMES = {name: line for name, (_, line) in _SETS.items()}
 
 _WAVE = float(np.log(5.0) + 0.5 * np.log(2 * np.pi * np.e * 0.1**2))
 
@@ -185,9 +165,9 @@ def sample(name: str, n: int, seed: int | np.random.Generator = 0) -> NDArray[np
         (5, 2)
     """
     if name not in TOYS:
-        raise DataError(f"toy set {name!r} is unknown: expected one of {', '.join(TOYS)}")
+        raise DataError(f"name must be one of {', '.join(TOYS)}, got {name!r}")
     if n < 0:
-        raise ConfigError(f"n={n} points cannot be drawn; expected zero or more")
+        raise ConfigError(f"n must be at least 0, got {n}")
     points = TOYS[name](n, np.random.default_rng(seed)) if n else np.zeros((0, 2))
     return points.astype(np.float32)
 

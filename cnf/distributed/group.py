@@ -75,8 +75,7 @@ class Group:
         """Return the maximum of each number over ranks."""
         if self.size == 1:
             return list(values)
-        found: list[float] = self._reduced(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.MAX).tolist()
-        return found
+        return list(self._reduced(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.MAX).tolist())
 
     def mean(self, values: Tensor) -> float:
         """Return the mean over the rows (N,) of all ranks, in double precision."""
@@ -107,7 +106,7 @@ class Group:
         if self.size == 1:
             return figures, failure
         if len(figures) > FIGURES:
-            raise ConfigError(f"an objective of {len(figures)} terms: at most {FIGURES} can be reported by several processes")
+            raise ConfigError(f"the objective has {len(figures)} terms, but several processes report at most {FIGURES}: drop some")
         own = list(parameters)
         dtype = max((p.dtype for p in own), key=lambda d: d.itemsize)
         device = own[0].device
@@ -159,17 +158,17 @@ class Group:
         """Return every rank's value, on all ranks."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        self._call(lambda: dist.all_gather_object(found, value))
-        return found
+        values: list[Any] = [None] * self.size
+        self._call(lambda: dist.all_gather_object(values, value))
+        return values
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's value on rank 0, an empty list elsewhere."""
         if self.size == 1:
             return [value]
-        found: list[Any] | None = [None] * self.size if self.main else None
-        self._call(lambda: dist.gather_object(value, found, dst=0))
-        return found or []
+        values: list[Any] | None = [None] * self.size if self.main else None
+        self._call(lambda: dist.gather_object(value, values, dst=0))
+        return values or []
 
     def on_rank0(self, function: Callable[[], T]) -> T:
         """Call ``function`` on rank 0 and return its result, or raise its exception, on all ranks."""
@@ -184,8 +183,8 @@ class Group:
         self._call(lambda: dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu")))
         if outcome[1] is not None:
             raise outcome[1]
-        found: T = outcome[0]
-        return found
+        result: T = outcome[0]
+        return result
 
     def rank0_first(self, function: Callable[[], T]) -> T:
         """Call ``function`` on rank 0, then on the first rank of each machine, then on all others.
@@ -204,9 +203,9 @@ class Group:
                     value.append(function())
                 except (CNFError, OSError) as caught:
                     error = caught
-            found = next((e for e in self.all_gather(error) if e is not None), None)
-            if found is not None:
-                raise found
+            for each in self.all_gather(error):
+                if each is not None:
+                    raise each
         return value[0]
 
     def check_same(self, values: Mapping[str, object]) -> None:
@@ -220,8 +219,8 @@ class Group:
             for name, value in others.items():
                 if value != gathered[0].get(name):
                     raise ConfigError(
-                        f"{name} is {value} on rank {rank}, but {gathered[0].get(name)} on rank 0: every process needs the same "
-                        "files, versions and options"
+                        f"{name} is {value} on rank {rank}, but {gathered[0].get(name)} on rank 0: give every process the same files, "
+                        "versions and options"
                     )
 
     @torch.no_grad()
@@ -261,8 +260,8 @@ class Group:
         except RuntimeError as error:  # a connection broke or timed out; the error does not name the rank at fault
             who = None if self.heartbeat is None else self.heartbeat.culprit()
             raise TrainingError(
-                f"{who or f'rank {self.rank} could not reach the others ({str(error).splitlines()[0]})'}; the last checkpoint "
-                "is whole, and --resume continues from there, with any number of processes"
+                f"{who or f'rank {self.rank} could not reach the others ({str(error).splitlines()[0]})'}; the last checkpoint is "
+                "intact: continue from it with --resume, with any number of processes"
             ) from None
 
 

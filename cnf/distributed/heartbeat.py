@@ -50,7 +50,7 @@ class Heartbeat:
 
     def start(self) -> None:
         """Start the thread, after the first beat of every rank."""
-        self._tell()
+        self._write()
         self._read()  # blocks until every rank has beaten once
         self._thread.start()
 
@@ -72,21 +72,21 @@ class Heartbeat:
         """
         silence = SILENCE if silence is None else silence
         if self._broken >= 3:
-            return f"{self.name(0)} has gone, or the launcher of its node: their store does not answer"
+            return f"{self.name(0)} is lost, or the launcher of its node: their store does not answer"
         others = [r for r in range(self.size) if r != self.rank and self.seen[r]]
         for rank in others:
             if self.seen[rank]["state"] == "failed":
                 return f"{self.name(rank)} failed: {self.seen[rank]['text']}"
         for rank in others:
             if time.monotonic() - self._changed[rank] > silence:
-                return f"{self.name(rank)} has gone: it gives no sign of life"
+                return f"{self.name(rank)} is lost: it stopped responding"
         return None
 
     def culprit(self) -> str | None:
         """Return which rank made a collective fail, after waiting for some missed beats; None if all are alive."""
         for _ in range(round((BEATS * INTERVAL + GRACE) / 0.1)):
-            if (found := self.lost(BEATS * INTERVAL)) is not None:
-                return found
+            if (lost := self.lost(BEATS * INTERVAL)) is not None:
+                return lost
             time.sleep(0.1)
         return None
 
@@ -108,7 +108,7 @@ class Heartbeat:
             time.sleep(0.05)
         return True
 
-    def _tell(self) -> None:
+    def _write(self) -> None:
         self._own["beat"] += 1
         self.store.set(f"beat/{self.rank}", json.dumps(self._own))
 
@@ -122,7 +122,7 @@ class Heartbeat:
     def _beat(self) -> bool:
         """Write and read once; return whether the store answered."""
         try:
-            self._tell()
+            self._write()
             self._read()
         except (RuntimeError, ValueError):  # torch's network errors are RuntimeErrors
             self._broken += 1
@@ -137,8 +137,8 @@ class Heartbeat:
             if self.lost() is None or self._stop.wait(GRACE):
                 continue
             self._beat()
-            if (found := self.lost()) is not None:
+            if (lost := self.lost()) is not None:
                 alive = [r for r, changed in enumerate(self._changed) if time.monotonic() - changed < SILENCE or r == self.rank]
                 if self.rank == min(alive):
-                    print(f"failed: {found}; every process of the run ends", file=sys.stderr, flush=True)
+                    print(f"failed: {lost}; every process of the run ends", file=sys.stderr, flush=True)
                 os._exit(1)  # the main thread may be inside a collective that never returns

@@ -27,15 +27,11 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 def launched() -> tuple[int, int]:
-    """Return rank and number of processes from torchrun's environment (RANK, WORLD_SIZE); (0, 1) without it.
-
-    Raises:
-        ConfigError: for an incomplete or inconsistent environment.
-    """
+    """Return rank and number of processes from torchrun's environment (RANK, WORLD_SIZE); (0, 1) without it."""
     size = os.environ.get("WORLD_SIZE", "1")
     rank = os.environ.get("RANK", "0" if size == "1" else "")
     if not (size.isdecimal() and rank.isdecimal() and int(rank) < int(size)):
-        raise ConfigError(f"the environment has RANK={rank!r}, WORLD_SIZE={size!r}: start several processes by torchrun, or unset both")
+        raise ConfigError(f"the environment has RANK={rank!r}, WORLD_SIZE={size!r}: start several processes with torchrun, or unset both")
     return int(rank), int(size)
 
 
@@ -78,13 +74,13 @@ def join(device: str) -> Iterator[Group]:
 def _start(device: str, rank: int, size: int) -> Group:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if name not in os.environ]
     if missing:
-        raise ConfigError(f"WORLD_SIZE={size}, but {', '.join(missing)} is not set: start several processes by torchrun, or unset it")
+        raise ConfigError(f"WORLD_SIZE={size}, but {', '.join(missing)} is not set: start several processes with torchrun, or unset WORLD_SIZE")
     local = int(os.environ["LOCAL_RANK"])
     if device not in BACKENDS:
-        raise ConfigError(f"--device {device} in {size} processes: expected cpu or cuda, of which each takes its own")
+        raise ConfigError(f"--device must be cpu or cuda for {size} processes, got {device}: each process selects its own GPU")
     if device == "cuda":
         if local >= (count := torch.cuda.device_count()):
-            raise ConfigError(f"--device cuda: process {local} of this machine has no GPU of its own, there are {count}: take --nproc-per-node {max(1, count)}")
+            raise ConfigError(f"--device cuda needs one GPU per process, but this machine has {count} for process {local}: use --nproc-per-node {max(1, count)}")
         torch.cuda.set_device(local)
     # Its functions have the group as a default argument: imported after the group exists (torch.optim does so, late),
     # it keeps the group and its threads alive, and a thread that outlives the interpreter aborts the process.
@@ -105,25 +101,20 @@ def _named(store: dist.Store) -> dist.Store:  # type: ignore[name-defined]
 
 
 def _meet(rank: int, size: int) -> dist.Store:  # type: ignore[name-defined]
-    """Return the store of the run after every rank has joined.
-
-    Raises:
-        TrainingError: with the missing ranks.
-    """
-    place, names = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", [f"come/{other}" for other in range(size)]
+    """Return the store of the run after every rank has joined."""
+    address, names = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", [f"come/{other}" for other in range(size)]
     seconds = COMING.total_seconds()
     try:
         store = _named(next(dist.rendezvous("env://", rank, size, timeout=COMING))[0])  # type: ignore[attr-defined]
         store.set(names[rank], "yes")
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:200]
-        raise TrainingError(f"the {size} processes did not meet at {place} within {seconds:g} s: {reason}") from None
+        raise TrainingError(f"the {size} processes did not meet at {address} within {seconds:g} s: {reason}") from None
     try:
         store.wait(names, COMING)
     except RuntimeError:
         missing = ", ".join(str(other) for other, name in enumerate(names) if not store.check([name]))
         raise TrainingError(
-            f"rank {missing} of {size} did not come within {seconds:g} s: see what it said when it ended, and whether its machine "
-            f"reaches {place}"
+            f"rank {missing} of {size} did not join within {seconds:g} s: see its own output, and check that its machine reaches {address}"
         ) from None
     return store

@@ -7,21 +7,7 @@ from cnf.likelihood.items import ItemNoise
 from cnf.likelihood.ranking import Ranking, rank
 
 __all__ = [
-    "DEQUANTISATIONS",
-    "Check",
-    "Column",
-    "Evaluation",
-    "ItemNoise",
-    "Ranking",
-    "block_errors",
-    "check",
-    "column_report",
-    "conditional_log_prob",
-    "default_batch_size",
-    "evaluate",
-    "integral_2d",
-    "rank",
-    "round_trip_error",
-    "solver_error",
-    "spacing_entropy",
-]
+    "DEQUANTISATIONS", "Check", "Column", "Evaluation", "ItemNoise", "Ranking", "block_errors", "check",
+    "column_report", "conditional_log_prob", "default_batch_size", "evaluate", "integral_2d", "rank",
+    "round_trip_error", "solver_error", "spacing_entropy",
+]  # fmt: skip

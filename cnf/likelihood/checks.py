@@ -20,9 +20,9 @@ from cnf.noise import Noise
 from cnf.solvers import Solution, Solver
 from cnf.solvers.base import RHS, State, refined, solver_of
 from cnf.transforms import Standardize, iter_leaves
-from cnf.validation import context_rows
+from cnf.validation import context_rows, match_flow
 
-__all__ = ["Check", "block_errors", "check", "integral_2d", "refined", "round_trip_error", "solver_error"]
+__all__ = ["Check", "block_errors", "check", "integral_2d", "round_trip_error", "solver_error"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def check(
     Example:
         >>> from cnf import ModelConfig, SolverConfig, build
         >>> flow = build(ModelConfig(hidden=(8,)), SolverConfig(), (2,)).eval()
-        >>> found = check(flow, torch.randn(10, 2))
-        >>> found.items, found.unit, found.round_trip < 1e-4
+        >>> result = check(flow, torch.randn(10, 2))
+        >>> result.items, result.unit, result.round_trip < 1e-4
         (10, 'nats', True)
     """
 
@@ -82,28 +82,22 @@ def check(
     before = solve(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # on rows that cannot be solved: the first solve has warned
-        moved = solve(1).per_item - before.per_item
-    solved = moved.isfinite()  # the evaluation reports the others
-    x, index, moved = x[solved], before.index[solved], moved[solved]
-    context = context_rows(context, solved)
-    size = batch_size or default_batch_size(flow)
-    starts = range(0, len(x), size)
-    trips = torch.zeros(len(starts), dtype=torch.float64)
-    done, own = 0, group.owned(len(starts))
+        change = solve(1).per_item - before.per_item
+    solved = change.isfinite()  # the evaluation reports the others
+    change = change[solved]
+    parts = solved.nonzero()[:, 0].split(batch_size or default_batch_size(flow))
+    errors = torch.zeros(len(parts), dtype=torch.float64)
+    done, own = 0, group.owned(len(parts))
     with group.together():
-        for place, start in enumerate(starts):
-            if not group.owns(place):
+        for number, rows in enumerate(parts):
+            if not group.owns(number):
                 continue
-            rows = slice(start, start + size)
-            given = context_rows(context, rows)
-            noise = ItemNoise(seed, index[rows].tolist())
-            given = None if given is None else given.to(flow.like)
-            part = x[rows].to(flow.like) if x.is_floating_point() else x[rows].to(flow.like.device)
-            trips[place] = round_trip_error(flow, part, given, noise=noise)
+            points, given = match_flow(x[rows], context_rows(context, rows), flow.like)
+            errors[number] = round_trip_error(flow, points, given, noise=ItemNoise(seed, before.index[rows].tolist()))
             done += 1
             report(2, done, own)
-    trips = group.sum(trips)
-    return Check(len(x), before.unit, float(moved.mean()), float(moved.abs().max()), float(trips.max()))
+    errors = group.sum(errors)
+    return Check(len(change), before.unit, float(change.mean()), float(change.abs().max()), float(errors.max()))
 
 
 @torch.no_grad()
@@ -117,12 +111,12 @@ def solver_error(
     joint error.
     """
     with group.together():
-        moved = _moves(flow, x, context, noise)
-    difference = abs(group.mean(moved)) / flow.dim
+        change = _changes(flow, x, context, noise)
+    difference = abs(group.mean(change)) / flow.dim
     return difference / math.log(2) if flow.levels is not None else difference
 
 
-def _moves(flow: Flow, x: Tensor, context: Tensor | None, noise: Noise | None) -> Tensor:
+def _changes(flow: Flow, x: Tensor, context: Tensor | None, noise: Noise | None) -> Tensor:
     """Return the change of each row's log p (N,) with every block's solver refined."""
     before = flow.log_prob(x, context, noise=noise)
     return flow.log_prob(x, context, noise=noise, solver=refined) - before
@@ -132,14 +126,14 @@ class _Recorded:
     """A block's solver that records its solutions and replays them."""
 
     def __init__(self, solver: Solver):
-        self.solver, self.solutions, self.place = solver, list[Solution](), -1
+        self.solver, self.solutions, self.position = solver, list[Solution](), -1
 
     def solve(self, rhs: RHS, state: State, *, dynamic: int = 1, parameters: Sequence[Tensor] = ()) -> Solution:
-        if self.place < 0:
+        if self.position < 0:
             self.solutions.append(self.solver.solve(rhs, state, dynamic=dynamic, parameters=parameters))
             return self.solutions[-1]
-        self.place += 1
-        return self.solutions[self.place - 1]
+        self.position += 1
+        return self.solutions[self.position - 1]
 
     def refined(self) -> Solver:
         return self.solver.refined()
@@ -160,22 +154,22 @@ def block_errors(
         x, context, noise, group: as for :func:`solver_error`.
     """
     scale = flow.dim * (math.log(2) if flow.levels is not None else 1.0)
-    if whole:
-        with group.together():
-            move = _moves(flow, x, context, noise).abs()
-        return [group.mean(move) / scale]
     blocks = flow.blocks
     recorded = {block: _Recorded(solver_of(block)) for block in blocks}
-    moves = []
+    changes = []
     with group.together():
-        before = flow.log_prob(x, context, noise=noise, solver=lambda one: recorded[one])
+        if whole:
+            changes = [_changes(flow, x, context, noise)]
+            blocks = []
+        else:
+            before = flow.log_prob(x, context, noise=noise, solver=lambda block: recorded[block])
         for i, block in enumerate(blocks):
             for earlier in blocks[:i]:  # replays the input of this block
-                recorded[earlier].place = 0
+                recorded[earlier].position = 0
             chosen: dict[CNF, Solver] = {block: refined(block), **{earlier: recorded[earlier] for earlier in blocks[:i]}}
-            moved = flow.log_prob(x, context, noise=noise, solver=lambda one, chosen=chosen: chosen.get(one) or solver_of(one))  # type: ignore[misc]
-            moves.append((moved - before).abs())
-    return [group.mean(move) / scale for move in moves]
+            after = flow.log_prob(x, context, noise=noise, solver=lambda one, chosen=chosen: chosen.get(one) or solver_of(one))  # type: ignore[misc]
+            changes.append(after - before)
+    return [group.mean(change.abs()) / scale for change in changes]
 
 
 @torch.no_grad()
@@ -189,10 +183,10 @@ def round_trip_error(flow: Flow, x: Tensor, context: Tensor | None = None, *, no
         assert flow.levels is not None
         x = (x.to(flow.like.dtype) + 0.5) / flow.levels
     z = flow.encode(x, context, noise=noise)
-    apart = (flow.decode(z, context, noise=noise) - x).abs()
+    error = (flow.decode(z, context, noise=noise) - x).abs()
     if flow.levels is None:
-        apart = apart / next((leaf.std.to(x) for leaf, _ in iter_leaves(flow.transform) if isinstance(leaf, Standardize)), 1.0)
-    return float(apart.max())
+        error = error / next((leaf.std.to(x) for leaf, _ in iter_leaves(flow.transform) if isinstance(leaf, Standardize)), 1.0)
+    return float(error.max())
 
 
 @torch.no_grad()

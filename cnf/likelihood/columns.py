@@ -11,9 +11,9 @@ from torch import Tensor
 
 from cnf.continuous import CNF
 from cnf.divergence import Divergence, Exact
-from cnf.errors import ConfigError, DataError
+from cnf.errors import ConfigError, DataError, require_at_least
 from cnf.flow import Flow
-from cnf.validation import context_rows
+from cnf.validation import context_rows, match_flow
 
 __all__ = ["Column", "column_report", "conditional_log_prob", "spacing_entropy"]
 
@@ -43,6 +43,11 @@ class Column:
     """ln of the column's standard deviation: the part of both costs that depends on units."""
     quadrature_error: float
     """Mean absolute change of ``given_others`` with every other point of the quadrature (its error is far smaller)."""
+
+
+def _require_table(x: Tensor) -> None:
+    if x.ndim != 2:
+        raise DataError(f"x has shape {tuple(x.shape)}, expected a table (N, D)")
 
 
 def _exact(block: CNF) -> Divergence:
@@ -85,15 +90,13 @@ def conditional_log_prob(
         DataError: for events that are not vectors, or a row outside the support.
         ConfigError: for fewer than five points.
     """
-    if x.ndim != 2:
-        raise DataError(f"columns are those of a table (N, D), but x has shape {tuple(x.shape)}")
-    if points < 5:
-        raise ConfigError(f"points={points}; expected at least 5 for the quadrature")
+    _require_table(x)
+    require_at_least(5, points=points)
     points += 1 - points % 2  # odd, so that every other point includes both ends
     own = x[:, column].double()
     low, high = support
     if float(own.min()) < low or float(own.max()) > high:
-        raise DataError(f"column {column} spans [{own.min():g}, {own.max():g}], beyond the support [{low:g}, {high:g}]")
+        raise DataError(f"column {column} spans [{own.min():g}, {own.max():g}], beyond support=({low:g}, {high:g}): widen it")
     a = FINEST * scale
     left, right = -torch.asinh((own - low) / a), torch.asinh((high - own) / a)
     steps = torch.linspace(0, 1, points, dtype=torch.float64, device=x.device)
@@ -102,12 +105,11 @@ def conditional_log_prob(
     grid = (own[:, None] + a * torch.sinh(v)).to(x.dtype)
     rows = x[:, None].repeat(1, points, 1)
     rows[:, :, column] = grid
-    per_row = None if context is None or context.ndim == 1 else context.repeat_interleave(points, 0)
-    parts = []
-    flat = rows.flatten(0, 1)
-    for start in range(0, len(flat), batch_size):
-        given = context if per_row is None else per_row[start : start + batch_size]
-        parts.append(flow.log_prob(flat[start : start + batch_size], given, divergence=_exact).double())
+    owner = torch.arange(len(x), device=x.device).repeat_interleave(points).split(batch_size)  # row of each point
+    parts = [
+        flow.log_prob(part, context_rows(context, own), divergence=_exact).double()
+        for part, own in zip(rows.flatten(0, 1).split(batch_size), owner, strict=True)
+    ]
     joint = flow.log_prob(x, context, divergence=_exact).double()
     terms = torch.cat(parts).reshape(len(x), points) + weights
     terms[:, 0] -= math.log(2)
@@ -136,7 +138,7 @@ def spacing_entropy(values: Tensor, m: int | None = None) -> float:
     """
     n = len(values)
     if n < 3:
-        raise DataError(f"the entropy of a column takes at least 3 items, not {n}")
+        raise DataError(f"values must have at least 3 rows, got {n}")
     m = m or max(1, round(math.sqrt(n)))
     ordered = values.double().cpu().sort().values
     spacings = ordered[m:] - ordered[:-m]
@@ -169,24 +171,20 @@ def column_report(
         DataError: for events that are not vectors, fewer than three rows, or a constant column.
         ConfigError: for a number of names other than that of the columns, or too few items or points.
     """
-    if x.ndim != 2:
-        raise DataError(f"columns are those of a table (N, D), but x has shape {tuple(x.shape)}")
+    _require_table(x)
     n, dim = x.shape
     if names and len(names) != dim:
-        raise ConfigError(f"names={tuple(names)} are {len(names)}, but the table has {dim} columns")
-    if items is not None and items < 2:
-        raise ConfigError(f"items={items}; expected at least 2 rows")
+        raise ConfigError(f"names={tuple(names)} has {len(names)} entries, expected {dim}, one per column")
+    require_at_least(2, items=items)
     count = min(n, items or max(16, min(256, BUDGET // (dim * points))))
     chosen = torch.linspace(0, n - 1, count).round().long()
-    rows = x[chosen].to(flow.like)
-    given = context_rows(context, chosen)
-    given = None if given is None else given.to(flow.like)
+    rows, given = match_flow(x[chosen], context_rows(context, chosen), flow.like)
     report = []
     for j in range(dim):
         column = x[:, j].double()
         scale, low, high = float(column.std()), float(column.min()), float(column.max())
         if not scale > 0:
-            raise DataError(f"column {j} is constant: it has no density")
+            raise DataError(f"column {j} is constant and has no density: drop it")
         alone = spacing_entropy(column)
         pad = (high - low) / 2  # for tails beyond these rows
         full, half = conditional_log_prob(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -14,23 +14,22 @@ from torch import Tensor
 from cnf.dequantization import TruncatedNormalDequantize, VariationalDequantize
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.divergence import Hutchinson
-from cnf.errors import ConfigError, DataError, SolverError
+from cnf.errors import ConfigError, DataError, SolverError, require_at_least
 from cnf.flow import Flow
 from cnf.halving import FAILING
 from cnf.likelihood.items import ItemNoise
 from cnf.likelihood.stiffness_batching import sorted_rows
-from cnf.noise import Noise
 from cnf.solvers import Stats
 from cnf.solvers.base import SolverOverride
 from cnf.transforms import Dequantize, Request
-from cnf.validation import check_unit_interval, context_rows
+from cnf.validation import check_unit_interval, context_rows, match_flow
 
-__all__ = ["DEQUANTISATIONS", "Evaluation", "ItemNoise", "default_batch_size", "evaluate"]
+__all__ = ["DEQUANTISATIONS", "Evaluation", "default_batch_size", "evaluate"]
 
 DEQUANTISATIONS = ("uniform", "variational", "truncated-normal", "mid-bin")
 OWN = {VariationalDequantize: "variational", TruncatedNormalDequantize: "truncated-normal"}  # part of a flow
-MID_BIN_NOTE = "the density at the middle of each grey level, which is no bound on the pixels' likelihood"
-INFLATED_NOTE = "Hutchinson's noise inflates the mean over importance samples, which is no bound: take the exact trace"
+MID_BIN_NOTE = "the density at the middle of each grey level is no bound on the pixels' likelihood"
+INFLATED_NOTE = "Hutchinson's noise inflates the mean over importance samples: use the exact trace for a bound"
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Evaluation:
             return None
         count = len(self.unsolved)
         shown = ", ".join(map(str, self.unsolved[:10])) + (", ..." if count > 10 else "")
-        return f"{count:,} of {len(self.per_item):,} items cannot be solved and are left out of the mean (items {shown}): {self.reason}"
+        return f"{count:,} of {len(self.per_item):,} rows cannot be solved and are left out of the mean (rows {shown}): {self.reason}"
 
     def require_solved(self) -> Evaluation:
         """Return this evaluation.
@@ -152,18 +151,17 @@ def evaluate(
     Example:
         >>> from cnf import ModelConfig, SolverConfig, build
         >>> flow = build(ModelConfig(hidden=(8,)), SolverConfig(), (1, 2, 2), levels=4).eval()
-        >>> found = evaluate(flow, torch.randint(0, 4, (5, 1, 2, 2), dtype=torch.uint8), importance=3)
-        >>> found.unit, found.dequantisation, found.bound, tuple(found.per_item.shape)
+        >>> evaluation = evaluate(flow, torch.randint(0, 4, (5, 1, 2, 2), dtype=torch.uint8), importance=3)
+        >>> evaluation.unit, evaluation.dequantisation, evaluation.bound, tuple(evaluation.per_item.shape)
         ('bits/dim', 'uniform', True, (5,))
     """
     if len(x) == 0:
-        raise DataError("there is nothing to evaluate: x has no items")
-    if draws < 1 or importance < 1 or (batch_size is not None and batch_size < 1):
-        raise ConfigError(f"draws={draws}, importance={importance}, batch_size={batch_size}: each must be at least 1")
+        raise DataError("x has no rows, expected at least one to evaluate")
+    require_at_least(1, draws=draws, importance=importance, batch_size=batch_size)
     kind = _kind(flow, x, dequantisation)
     if steps is not None and bool((steps > 0).any()):
         if flow.levels is not None or steps.shape != x.shape:
-            raise ConfigError(f"steps have shape {tuple(steps.shape)}, but x has {tuple(x.shape)}; they are for vectors, one for each value")
+            raise ConfigError(f"steps has shape {tuple(steps.shape)}, expected that of x, {tuple(x.shape)}, for vectors only")
         kind = "uniform"
     else:
         steps = None
@@ -171,44 +169,44 @@ def evaluate(
         check_unit_interval(x)
     spread = kind in ("uniform", *OWN.values())
     if importance > 1 and not spread:
-        raise ConfigError(f"importance={importance} weighs samples of dequantisation noise, but dequantisation is {kind!r}: leave it 1")
+        raise ConfigError(f"importance={importance} needs dequantisation noise, but dequantisation is {kind!r}: use importance=1")
     probed = any(isinstance(getattr(m, "divergence", None), Hutchinson) for m in flow.modules())
     draws = draws if spread or probed else 1
     size = batch_size or default_batch_size(flow)
     index = torch.arange(len(x)) if index is None else index.cpu()
     table = torch.zeros(draws, len(x), dtype=torch.float64)
     parts = sorted_rows(flow, x, context, size=size, group=group).split(size)
-    work = [(number, rows) for number in range(draws) for rows in parts]
+    work = [(draw, rows) for draw in range(draws) for rows in parts]
     cost = torch.zeros(2, len(work), importance, dtype=torch.float64)
     done, solves = 0, group.owned(len(work)) * importance
-    if progress is not None:
-        progress(done, solves)
+    report = progress or (lambda done, total: None)
+    report(done, solves)
     reason = ""
     with group.together():
-        for place, (number, rows) in enumerate(work):
-            if not group.owns(place):
+        for number, (draw, rows) in enumerate(work):
+            if not group.owns(number):
                 continue
-            given = context_rows(context, rows)
-            items = cast(list[int], index[rows].tolist())
-            total: Tensor | None = None
+            samples = []
             for sample in range(importance):
-                own = None if steps is None else steps[rows]
-                one, stats, why = _solved(flow, x[rows], given, (seed, items, number, sample), kind, own, solver)
+                noise, points = ItemNoise(seed, index[rows].tolist(), draw, sample), x[rows]
+                if steps is not None:
+                    u = noise.draw("dequantize", "uniform", points.shape, dtype=x.dtype, device=x.device)
+                    points = points + steps[rows].to(x) * u
+                value, stats, why = _solve(flow, points, context_rows(context, rows), noise, kind, solver)
+                samples.append(value)
+                cost[:, number, sample] = torch.tensor([stats.nfe, stats.products])
                 reason = reason or why
-                cost[:, place, sample] = torch.tensor([stats.nfe, stats.products])
-                total = one if total is None else torch.logaddexp(total, one)
                 done += 1
-                if progress is not None:
-                    progress(done, solves)
-            table[number, rows] = cast(Tensor, total) - math.log(importance)
+                report(done, solves)
+            table[draw, rows] = reduce(torch.logaddexp, samples) - math.log(importance)
     table, cost = group.sum(table), group.sum(cost)
     log_prob = table.mean(0)
     lost = log_prob.isnan()
-    unsolved = tuple(cast(list[int], index[lost].tolist()))
+    unsolved = tuple(index[lost].tolist())
     if unsolved:
         reason = next(filter(None, group.all_gather(reason)), "")
         if len(unsolved) == len(x):
-            raise SolverError(f"none of {len(x):,} items can be solved: {reason}")
+            raise SolverError(f"none of {len(x):,} rows can be solved: {reason}")
     scale = -1 / (flow.dim * math.log(2)) if flow.levels is not None else -1.0
     per_item = scale * log_prob
     solved = per_item[~lost]
@@ -217,7 +215,7 @@ def evaluate(
     if spread or probed:
         # rows draw independent noise, so their variances add: far steadier than the variance of a few means
         noise_error = abs(scale) * math.sqrt(float(table[:, ~lost].var(0).mean()) / (draws * n)) if draws > 1 else None
-    found = Evaluation(
+    evaluation = Evaluation(
         mean=float(solved.mean()),
         standard_error=float(solved.std()) / math.sqrt(n) if n > 1 else math.nan,
         noise_standard_error=noise_error,
@@ -235,65 +233,53 @@ def evaluate(
         reason=reason,
     )
     if unsolved:
-        warnings.warn(str(found.unsolved_note), stacklevel=3)  # the caller's line, outside no_grad
-    return found
+        warnings.warn(str(evaluation.unsolved_note), stacklevel=3)  # the caller's line, outside no_grad
+    return evaluation
 
 
 def _kind(flow: Flow, x: Tensor, wanted: str | None) -> str:
     """Return the dequantisation of this evaluation."""
     if wanted is not None and wanted not in DEQUANTISATIONS:
-        raise ConfigError(f"dequantisation={wanted!r} is unknown: expected one of {', '.join(DEQUANTISATIONS)}")
+        raise ConfigError(f"dequantisation must be one of {', '.join(DEQUANTISATIONS)}, got {wanted!r}")
     if flow.levels is None or x.is_floating_point():
         if wanted is not None:
-            raise ConfigError(f"dequantisation={wanted!r} is for uint8 images; these data are {x.dtype}")
+            raise ConfigError(f"dequantisation={wanted!r} is for uint8 images, got {x.dtype}: leave it out")
         return "none"
     own = next((name for m in flow.modules() for kind, name in OWN.items() if isinstance(m, kind)), "uniform")
     if wanted in OWN.values() and own != wanted:
-        raise ConfigError(f"dequantisation={wanted!r}, but this flow was built without it: give 'uniform' or 'mid-bin'")
+        raise ConfigError(f"dequantisation={wanted!r}, but this flow was built without it: use 'uniform' or 'mid-bin'")
     return wanted or own
 
 
-def _solved(
-    flow: Flow, x: Tensor, context: Tensor | None, noise: tuple[int, Sequence[int], int, int], kind: str, steps: Tensor | None, solver: Any
+def _solve(
+    flow: Flow, x: Tensor, context: Tensor | None, noise: ItemNoise, kind: str, solver: SolverOverride
 ) -> tuple[Tensor, Stats, str]:
-    """Return :func:`_log_prob` of the rows that can be solved, NaN for the others, and why the first of them cannot.
-
-    Raises:
-        SolverError: if a solve fails without naming rows, or for more than :data:`FAILING` rows.
-    """
-    seed, items, number, sample = noise
+    """Return :func:`_log_prob` of the rows that can be solved, NaN for at most FAILING others, and why the first cannot."""
     keep, reason = list(range(len(x))), ""
-    value = torch.full((len(x),), math.nan, dtype=torch.float64)
+    value, stats = torch.full((len(x),), math.nan, dtype=torch.float64), Stats()
     while keep:
-        given = context_rows(context, keep)
         try:
-            part = ItemNoise(seed, [items[i] for i in keep], number, sample)
-            own = None if steps is None else steps[keep]
-            value[keep], stats = _log_prob(flow, x if len(keep) == len(x) else x[keep], given, part, kind, own, solver)
-            return value, stats, reason
+            value[keep], stats = _log_prob(flow, x[keep], context_rows(context, keep), noise.select(keep), kind, solver)
+            break
         except SolverError as error:
             reason = reason or error.cause or str(error)
             if not error.rows or len(x) - len(keep) + len(error.rows) > FAILING:
                 raise
             keep = [row for i, row in enumerate(keep) if i not in error.rows]
-    return value, Stats(), reason
+    return value, stats, reason
 
 
 def _log_prob(
-    flow: Flow, x: Tensor, context: Tensor | None, noise: Noise, kind: str, steps: Tensor | None, solver: Any
+    flow: Flow, x: Tensor, context: Tensor | None, noise: ItemNoise, kind: str, solver: SolverOverride
 ) -> tuple[Tensor, Stats]:
     """Return log p (N,), float64 on the CPU, on the pixels' scale for images, and the statistics of the solve."""
-    like = flow.like
-    if steps is not None:
-        x = x + steps.to(x) * noise.draw("dequantize", "uniform", x.shape, dtype=x.dtype, device=x.device)
-    x = x.to(like) if x.is_floating_point() else x.to(like.device)
-    context = None if context is None else context.to(like)
+    x, context = match_flow(x, context, flow.like)
     shift = 0.0
     if flow.levels is not None and kind not in OWN.values():
         if kind == "mid-bin":
-            x = (x.to(like.dtype) + 0.5) / flow.levels
+            x = (x.to(flow.like.dtype) + 0.5) / flow.levels
         elif kind == "uniform":  # outside the flow, whose own dequantisation may be learned
-            x = Dequantize(flow.levels)(x, Request(noise=noise)).value.to(like.dtype)
+            x = Dequantize(flow.levels)(x, Request(noise=noise)).value.to(flow.like.dtype)
         shift = -flow.dim * math.log(flow.levels)
     out = flow.evaluate(x, Request(context, noise, integrals=False, solver=solver))
     # in double precision, since squares overflow float32 far from the data

@@ -26,9 +26,6 @@ class ItemNoise(Noise):
         draw: index of the noise draw.
         sample: index of the importance sample within the draw.
 
-    Raises:
-        ConfigError: from a draw of another number of rows than ``items``.
-
     Example:
         >>> whole = ItemNoise(0, range(8)).draw("dequantize", "uniform", (8, 3))
         >>> bool((ItemNoise(0, [6, 2]).draw("dequantize", "uniform", (2, 3)) == whole[[6, 2]]).all())
@@ -39,18 +36,22 @@ class ItemNoise(Noise):
         super().__init__(seed, f"evaluation/{draw}")
         self.items, self.number, self.sample = items, draw, sample
 
+    def select(self, rows: Sequence[int]) -> ItemNoise:
+        """Return the noise of some rows of the batch."""
+        return ItemNoise(self.seed, [self.items[i] for i in rows], self.number, self.sample)
+
     def draw(self, name: str, kind: Kind, shape: Sequence[int], *, batch_dim: int | None = 0, **options: Any) -> Tensor:
         purpose = f"{self.purpose}/{self.sample}" if name == "dequantize" else self.purpose
 
-        def one(item: int, part: Sequence[int]) -> Tensor:
-            noise = Noise(self.seed, purpose, item)
+        def draw_row(index: int, shape: Sequence[int]) -> Tensor:
+            noise = Noise(self.seed, purpose, index)
             noise.path = self.path
-            return noise.draw(name, kind, part, batch_dim=None, **options)
+            return noise.draw(name, kind, shape, batch_dim=None, **options)
 
         if batch_dim is None:
-            return one(-1, shape)
-        part = list(shape)
-        rows = part.pop(batch_dim)
+            return draw_row(-1, shape)
+        row_shape = list(shape)
+        rows = row_shape.pop(batch_dim)
         if rows != len(self.items):
-            raise ConfigError(f"noise for {rows} rows was asked of ItemNoise, which has {len(self.items)} items")
-        return torch.stack([one(int(item), part) for item in self.items], batch_dim)
+            raise ConfigError(f"ItemNoise has noise for {len(self.items)} rows, but {rows} rows were requested")
+        return torch.stack([draw_row(int(index), row_shape) for index in self.items], batch_dim)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,22 +29,23 @@ class Ranking:
     """(N,) index of each row in the input."""
     below: Tensor | None
     """(N,) fraction of the reference's rows that are less likely."""
-    found: Evaluation
+    evaluation: Evaluation
 
     def text(self, limit: int | None = 20) -> str:
         """Format the first ``limit`` rows (all if None) as lines, with the caution."""
         count = len(self.names) if limit is None else min(limit, len(self.names))
-        lines = [f"{len(self.names):,} items by likelihood, least likely first ({self.found.unit}, lower is likelier):"]
+        lines = [f"{len(self.names):,} items by likelihood, least likely first ({self.evaluation.unit}, lower is likelier):"]
         width = max((len(name) for name in self.names[:count]), default=0)
         for i in range(count):
-            known = self.below is not None and not bool(self.scores[i].isnan())
-            share = "" if not known else f"   {100 * float(cast(Tensor, self.below)[i]):5.1f} % of the reference is less likely"
+            share = ""
+            if self.below is not None and not bool(self.scores[i].isnan()):
+                share = f"   {100 * float(self.below[i]):5.1f} % of the reference is less likely"
             lines.append(f"  {self.names[i]:{width}}  {float(self.scores[i]):10.4f}{share}")
         if count < len(self.names):
             lines.append(f"  ... and {len(self.names) - count:,} more")
-        if lost := self.names[len(self.names) - len(self.found.unsolved) :]:
+        if lost := self.names[len(self.names) - len(self.evaluation.unsolved) :]:
             shown = ", ".join(lost[:10]) + (", ..." if len(lost) > 10 else "")
-            lines.append(f"  without a likelihood, ranked last: {shown}, whose ODE cannot be solved: {self.found.reason}")
+            lines.append(f"  without a likelihood, ranked last: {shown}, whose ODE cannot be solved: {self.evaluation.reason}")
         return "\n".join([*lines, CAUTION])
 
 
@@ -93,16 +93,16 @@ def rank(
         ('far', 'near')
     """
     if names is not None and len(names) != len(x):
-        raise ConfigError(f"names are {len(names)}, but there are {len(x)} items")
-    found = evaluate(
+        raise ConfigError(f"names has {len(names)} entries, expected {len(x)}, one per row")
+    evaluation = evaluate(
         flow, x, context, draws=draws, importance=importance, dequantisation=dequantisation, seed=seed,
         batch_size=batch_size, group=group, steps=steps, progress=progress,
     )  # fmt: skip
-    order = found.per_item.nan_to_num(nan=-math.inf, posinf=math.inf).argsort(descending=True, stable=True)
-    scores = found.per_item[order]
+    order = evaluation.per_item.nan_to_num(nan=-math.inf, posinf=math.inf).argsort(descending=True, stable=True)
+    scores = evaluation.per_item[order]
     labels = [str(i) for i in range(len(x))] if names is None else list(names)
     below = None
     if reference is not None and len(reference):
         known = reference.double().cpu().sort().values
         below = (len(known) - torch.searchsorted(known, scores, right=True)).double() / len(known)
-    return Ranking(tuple(labels[int(i)] for i in order), scores, order, below, found)
+    return Ranking(tuple(labels[int(i)] for i in order), scores, order, below, evaluation)

@@ -30,27 +30,21 @@ def sorted_rows(flow: Flow, x: Tensor, context: Tensor | None, *, size: int, gro
     little.
 
     Args:
-        flow: in evaluation mode.
-        x: points (N, \\*event), images as floats or uint8.
-        context: (N, C), (C,) or None.
+        flow, x, context: as for :func:`~cnf.likelihood.evaluate`.
         size: rows of a batch.
         group: processes that share the work; each gets the same order.
-
-    Raises:
-        SolverError: if a learned time cannot be solved.
     """
     rows = torch.arange(len(x))
     first = _first(flow)
     adaptive = any(isinstance(solver_of(block), Adaptive) for block in flow.blocks)
     if len(x) <= size or first is None or not adaptive:
         return rows
-    found = torch.zeros(len(x), dtype=torch.float64)
+    errors = torch.zeros(len(x), dtype=torch.float64)
     with group.together():
-        for place, part in enumerate(rows.split(size)):
-            if group.owns(place):
-                given = context_rows(context, part)
-                found[part] = local_error(flow, x[part], given)
-    return group.sum(found).argsort(stable=True)
+        for number, part in enumerate(rows.split(size)):
+            if group.owns(number):
+                errors[part] = local_error(flow, x[part], context_rows(context, part))
+    return group.sum(errors).argsort(stable=True)
 
 
 @torch.no_grad()

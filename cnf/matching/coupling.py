@@ -37,9 +37,9 @@ def couple(x: Tensor, z: Tensor, context: Tensor | None = None, kind: str = "opt
         [1.0, 4.0]
     """
     if kind not in COUPLINGS:
-        raise ConfigError(f"coupling={kind!r} is unknown: expected {' or '.join(map(repr, COUPLINGS))}")
+        raise ConfigError(f"coupling must be {' or '.join(map(repr, COUPLINGS))}, got {kind!r}")
     if x.shape != z.shape:
-        raise ConfigError(f"x has shape {tuple(x.shape)} and z {tuple(z.shape)}: expected one of each for every pair")
+        raise ConfigError(f"x has shape {tuple(x.shape)} and z {tuple(z.shape)}, expected the same shape")
     if kind == "independent":
         return z
     cost = torch.cdist(x.flatten(1).double(), z.flatten(1).double()).square().cpu().numpy()

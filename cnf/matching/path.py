@@ -25,7 +25,7 @@ from cnf.validation import context_rows
 __all__ = ["GROUPS", "MatchingPath"]
 
 GROUPS = 8  # distinct times in a batch whose evaluations take one time each
-INSTEAD = "the presets fm-digits and fm-mnist have one, and so has --architecture stack"
+INSTEAD = "use --architecture stack, or the preset fm-digits or fm-mnist"
 
 
 class MatchingPath:
@@ -49,21 +49,22 @@ class MatchingPath:
         kinds = [isinstance(leaf, CNF) for leaf in chain]
         closed: list[nn.Module] = [m for m in flow.modules() if isinstance(m, Multiscale)]
         closed += [leaf for leaf in chain if _holds(leaf) and not isinstance(leaf, CNF)]
-        if closed or True not in kinds or not all(kinds[kinds.index(True) :]):
-            other = type(closed[0]).__name__ if closed else None
-            what = f"a {other}" if other else "transforms between or after its blocks" if True in kinds else "no block"
-            raise ConfigError(f"flow matching needs blocks on the whole event, one after another, and this flow has {what}: {INSTEAD}")
-        self.blocks = [cast(CNF, leaf) for leaf in chain[kinds.index(True) :]]
-        self.first = kinds.index(True)
+        self.first = kinds.index(True) if True in kinds else 0
+        if closed or not all(kinds[self.first :]) or True not in kinds:
+            fault = f"a {type(closed[0]).__name__}" if closed else "transforms between or after its blocks" if True in kinds else "no block"
+            raise ConfigError(f"flow matching needs consecutive blocks on the whole event, but this flow has {fault}: {INSTEAD}")
+        self.blocks = [cast(CNF, leaf) for leaf in chain[self.first :]]
         if any(block.learn_end_time or block.steer for block in self.blocks):
-            raise ConfigError("flow matching says when a path is at its end, and this flow's end time is learned or random: leave "
-                              "--learn-end-time and --steer out")  # fmt: skip
+            raise ConfigError(
+                "flow matching needs a fixed end time, but this flow's end time is learned or random: leave out --learn-end-time and --steer"
+            )
         if any(isinstance(leaf, VariationalDequantize) for leaf in chain):
-            raise ConfigError("flow matching trains the field alone, and --dequantize variational is learned too: take uniform, or "
-                              "truncated-normal")  # fmt: skip
+            raise ConfigError(
+                "flow matching trains only the field, but --dequantize variational is learned too: use uniform or truncated-normal"
+            )
         interpolants = {stated(block.field, "interpolant") for block in self.blocks}
         if len(interpolants) > 1 or (len(self.blocks) > 1 and next(iter(interpolants)).noise):
-            raise ConfigError(f"blocks with interpolants {sorted(map(repr, interpolants))}: a path with noise has one block")
+            raise ConfigError(f"a path with noise needs exactly one block, got interpolants {sorted(map(repr, interpolants))}")
         self.interpolant: Interpolant = interpolants.pop()
 
     @property
@@ -115,10 +116,10 @@ class MatchingPath:
         local = to_device((t * count - k).clamp(0, 1).to(x.dtype), x.device) * end
         if self.together:
             lengths = torch.unique_consecutive(t, return_counts=True)[1].tolist()
-            found = self._grouped(block, local, lengths, x, context, noise)
+            dx = self._grouped(block, local, lengths, x, context, noise)
         else:
-            found = self._evaluated(block, local, x, context, noise)
-        return found * (end * count)
+            dx = self._evaluated(block, local, x, context, noise)
+        return dx * (end * count)
 
     def _grouped(
         self, block: CNF, t: Tensor, lengths: Sequence[int], x: Tensor, context: Tensor | None, noise: Noise | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cnf.errors import ConfigError
+from cnf.errors import require_at_least
 from cnf.noise import Noise, draw, number
 
 __all__ = ["TimeDistribution", "stratified"]
@@ -29,10 +29,10 @@ def stratified(noise: Noise | None, rows: int, groups: int | None = None) -> Ten
     start, total = (0, None) if noise is None else (noise.start, noise.total)
     count = total or rows
     # a random order: no row's time depends on its position, as in data sorted by class
-    place = draw(noise, "order", "uniform", (count,), dtype=torch.float64, batch_dim=None).argsort()[start : start + rows].double()
+    order = draw(noise, "order", "uniform", (count,), dtype=torch.float64, batch_dim=None).argsort()[start : start + rows].double()
     if groups is not None and groups < count:
-        place, count = (place * groups / count).floor(), groups
-    return (place + number(noise, "time")) / count
+        order, count = (order * groups / count).floor(), groups
+    return (order + number(noise, "time")) / count
 
 
 class TimeDistribution:
@@ -51,8 +51,7 @@ class TimeDistribution:
     """
 
     def __init__(self, bins: int = BINS):
-        if bins < 1:
-            raise ConfigError(f"bins={bins}; expected at least 1")
+        require_at_least(1, bins=bins)
         self.square = torch.full((bins,), torch.nan, dtype=torch.float64)
         """Running mean of the squared loss in each bin; NaN before its first measurement."""
 
@@ -70,9 +69,9 @@ class TimeDistribution:
         """Return the times (N,) of quantiles u in [0, 1), increasing in u, and the density there."""
         shares = self.shares
         ends = torch.cat([shares.new_zeros(1), shares.cumsum(0)])
-        place = torch.searchsorted(ends, u, right=True).sub(1).clamp(0, len(shares) - 1)
-        within = ((u - ends[place]) / shares[place]).clamp(0, 1)
-        return (place + within) / len(shares), shares[place] * len(shares)
+        bins = torch.searchsorted(ends, u, right=True).sub(1).clamp(0, len(shares) - 1)
+        within = ((u - ends[bins]) / shares[bins]).clamp(0, 1)
+        return (bins + within) / len(shares), shares[bins] * len(shares)
 
     def learn(self, t: Tensor, loss: Tensor) -> None:
         """Update the running means from losses (N,) at times t (N,), see :meth:`sums`."""
@@ -83,13 +82,13 @@ class TimeDistribution:
 
         Both add up over processes.
         """
-        place = (t.double().cpu() * len(self.square)).long().clamp(0, len(self.square) - 1)
+        bins = (t.double().cpu() * len(self.square)).long().clamp(0, len(self.square) - 1)
         loss = loss.double().cpu()
         good = loss.isfinite()
-        total = torch.zeros_like(self.square).index_add_(0, place[good], loss[good].square())
-        return total, torch.zeros_like(self.square).index_add_(0, place[good], torch.ones_like(loss[good]))
+        total = torch.zeros_like(self.square).index_add_(0, bins[good], loss[good].square())
+        return total, torch.zeros_like(self.square).index_add_(0, bins[good], torch.ones_like(loss[good]))
 
     def take(self, total: Tensor, count: Tensor) -> None:
         """Update the running means from the totals of :meth:`sums`."""
-        found = torch.where(count > 0, total / count.clamp(min=1), self.square)
-        self.square = torch.where(self.square.isnan(), found, MEMORY * self.square + (1 - MEMORY) * found)
+        mean = torch.where(count > 0, total / count.clamp(min=1), self.square)
+        self.square = torch.where(self.square.isnan(), mean, MEMORY * self.square + (1 - MEMORY) * mean)

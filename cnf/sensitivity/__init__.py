@@ -4,12 +4,4 @@ from cnf.sensitivity.cable import jacobian, log_det
 from cnf.sensitivity.magnus import MagnusSolution, magnus
 from cnf.sensitivity.parameters import parameter_jacobian, piecewise_jacobian, response
 
-__all__ = [
-    "MagnusSolution",
-    "jacobian",
-    "log_det",
-    "magnus",
-    "parameter_jacobian",
-    "piecewise_jacobian",
-    "response",
-]
+__all__ = ["MagnusSolution", "jacobian", "log_det", "magnus", "parameter_jacobian", "piecewise_jacobian", "response"]

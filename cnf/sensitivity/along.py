@@ -50,18 +50,14 @@ class Along:
         self.own = dict(block.named_parameters())
 
     def check(self, values: Mapping[str, Tensor | None]) -> None:
-        """Validate the names and shapes of parameters.
-
-        Raises:
-            ConfigError: for names that are not parameters of the block, or values of another shape.
-        """
+        """Validate the names and shapes of parameters."""
         for name, value in values.items():
             if name not in self.own:
                 near = get_close_matches(name, self.own, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else f": it has {sorted(self.own)}"
-                raise ConfigError(f"{name!r} is no parameter of this block{hint}")
+                advice = f"did you mean {near[0]!r}?" if near else f"expected one of {sorted(self.own)}"
+                raise ConfigError(f"{name!r} is no parameter of this block: {advice}")
             if value is not None and value.shape != self.own[name].shape:
-                raise ConfigError(f"{name!r} has shape {tuple(value.shape)}; expected {tuple(self.own[name].shape)}")
+                raise ConfigError(f"{name!r} has shape {tuple(value.shape)}, expected {tuple(self.own[name].shape)}")
 
     def _jvp(
         self, share: Tensor | None, values: Values, unit: Values, point: State, tangents: State
@@ -87,7 +83,7 @@ class Along:
         value, derivative = vmap(push, out_dims=(None, 0), randomness="same")(dict(unit), *tangents)
         return value, derivative
 
-    def still(self, point: State, unit: Values) -> State:
+    def zero_tangents(self, point: State, unit: Values) -> State:
         """Return zero tangents (K, ...) of a state, one for every column of ``unit``."""
         count = next(iter(unit.values())).shape[0] if unit else 0
         return tuple(entry.new_zeros(count, *entry.shape) for entry in point) if count else ()
@@ -95,10 +91,10 @@ class Along:
     def begin(self, x: Tensor, values: Values, unit: Values) -> tuple[State, State]:
         """Return the state at t = 0 and its tangents, which are zero except for a learned initial a."""
         if self.block.path is None:
-            return (x,), self.still((x,), unit)
-        return self._jvp(None, values, unit, (x,), self.still((x,), unit))
+            return (x,), self.zero_tangents((x,), unit)
+        return self._jvp(None, values, unit, (x,), self.zero_tangents((x,), unit))
 
-    def go(
+    def integrate(
         self,
         point: State,
         tangents: State,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cnf.continuous import CNF
 from cnf.errors import ConfigError
-from cnf.sensitivity.paths import TangentState, chunk_size, integrate_tangents, require_points, units
+from cnf.sensitivity.paths import TangentState, integrate_tangents, require_points, unit_tangents
 from cnf.solvers import Solver
 from cnf.transforms import Request, Transform
 from cnf.transforms.chain import State, Visit, walk
@@ -60,15 +60,9 @@ def jacobian(
         torch.Size([5, 2, 2])
     """
     require_points(x)
-    dim = x.shape[1:].numel()
-    size = chunk_size(chunk, dim, x.numel())
     request = Request(context, log_det=False, integrals=False, solver=solver, steer=False)
-    values, columns = [], []
-    for first in range(0, dim, size):
-        value, tangents = walk(transform, (x, units(x, first, min(size, dim - first))), request, _push(back), back)
-        values.append(value)
-        columns.append(tangents.flatten(2))
-    return values[0], torch.cat(columns).permute(1, 2, 0)
+    ends = [walk(transform, (x, unit), request, _push(back), back) for unit in unit_tangents(x, chunk)]
+    return ends[0][0], torch.cat([tangents.flatten(2) for _, tangents in ends]).permute(1, 2, 0)
 
 
 def log_det(
@@ -106,8 +100,8 @@ def _push(reverse: bool) -> Visit:
             return _block(transform, x, v, request, reverse)
         if any(isinstance(m, CNF) for m in transform.modules()):
             raise ConfigError(
-                f"transform has a {type(transform).__name__} with blocks inside: expected CNF, Sequential or "
-                "Multiscale, or transforms without an ODE; take the Jacobian of its parts"
+                f"transform has a {type(transform).__name__} with blocks inside, expected a CNF, Sequential, Multiscale or transforms "
+                "without an ODE: take the Jacobian of its parts"
             )
         return _plain(transform, x, v, request, reverse)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cnf.continuous import CNF
 from cnf.divergence import Bound
-from cnf.errors import ConfigError
-from cnf.sensitivity.paths import TangentState, chunk_size, clock, integrate_tangents, require_points, units
+from cnf.errors import ConfigError, require_at_least
+from cnf.sensitivity.paths import TangentState, clock, integrate_tangents, require_points, unit_tangents
 from cnf.solvers import FixedGrid, Solver
 from cnf.transforms import Request
 
@@ -82,9 +82,9 @@ def magnus(
     """
     require_points(x)
     if order not in (1, 2, 3):
-        raise ConfigError(f"order={order}: expected 1, 2 or 3 terms of the Magnus expansion")
-    if steps < 1 or nodes < 3:
-        raise ConfigError(f"steps={steps}, nodes={nodes}: expected at least 1 step and 3 nodes a step")
+        raise ConfigError(f"order must be 1, 2 or 3, got {order}")
+    require_at_least(1, steps=steps)
+    require_at_least(3, nodes=nodes)
     end = block.end_time(x)
     h = end / steps
     fractions, tables = _tables(nodes)
@@ -96,10 +96,11 @@ def magnus(
     terms = []
     for i in range(steps):
         matrices = []
-        for c in fractions:
-            at, now = _reach(block, at, now, h * (i + float(c)), request)
-            matrices.append(_matrix(block, now, at, context))
-        at, now = _reach(block, at, now, h * (i + 1), request)
+        for c in (*fractions, 1.0):
+            then = h * (i + float(c))
+            at, now = integrate_tangents(block, at, (now, then), request), then
+            if c < 1:
+                matrices.append(_matrix(block, now, at, context))
         omegas = _terms(h * torch.stack(matrices), weights[:order])
         factor = torch.linalg.matrix_exp(omegas.sum(0))
         product = factor if product is None else factor @ product
@@ -110,18 +111,10 @@ def magnus(
     return MagnusSolution(at.x, product, stacked, trace)
 
 
-def _reach(block: CNF, at: TangentState, now: Tensor, then: Tensor, request: Request) -> tuple[TangentState, Tensor]:
-    return integrate_tangents(block, at, (now, then), request), then
-
-
 def _matrix(block: CNF, t: Tensor, at: TangentState, context: Tensor | None) -> Tensor:
     """Return A = ∂f/∂x (N, D, D)."""
-    bound, dim = Bound(block.field, context), at.x.shape[1:].numel()
-    size = chunk_size(None, dim, at.x.numel())
-    columns = [
-        bound.jvp(clock(t, at.a), at.x, units(at.x, first, min(size, dim - first)))[1].flatten(2)
-        for first in range(0, dim, size)
-    ]
+    bound = Bound(block.field, context)
+    columns = [bound.jvp(clock(t, at.a), at.x, unit)[1].flatten(2) for unit in unit_tangents(at.x)]
     return torch.cat(columns).permute(1, 2, 0)
 
 

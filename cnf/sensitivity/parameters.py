@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from cnf.continuous import CNF
 from cnf.errors import ConfigError
 from cnf.sensitivity.along import Along, Values
-from cnf.sensitivity.paths import chunk_size, require_points
+from cnf.sensitivity.paths import chunk_size, require_points, unit_rows
 from cnf.solvers import Solver
 from cnf.solvers.base import State
 
@@ -80,23 +79,16 @@ def piecewise_jacobian(
     (AFFJORD, 2306.02731, app. C): forward sensitivity within piece k, whose columns then follow the cable rule to T.
 
     Args:
-        block: a CNF.
-        x: floats (N, \*event).
-        pieces: parameters of each piece by name (as in ``block.named_parameters()``); the block's own are used for
-            missing names.
-        context: (N, C), (C,) or None.
+        pieces: parameters of each piece by name; the block's own are used for missing names.
         names: parameters to differentiate by; None for all that require a gradient, except a learned end time.
-        chunk: columns integrated at once; None chooses by memory.
-        solver: solver of each piece; None uses the block's own in its present mode.
+        block, x, context, chunk, solver: as for :func:`parameter_jacobian`.
 
     Returns:
         z (N, \*event), and by name (K, N, \*event, \*θ.shape).
 
     Raises:
-        ConfigError: without pieces or names, for the end time or a name that is not a parameter of the block, values of
-            another shape, or a chunk below one.
-        DataError: for x that is not a batch of floats.
-        SolverError: if a solve fails.
+        ConfigError: without pieces, for the end time, or values of another shape; other errors as
+            :func:`parameter_jacobian`.
 
     Example:
         >>> from cnf.fields import MLP
@@ -108,11 +100,11 @@ def piecewise_jacobian(
         torch.Size([2, 5, 2, 2])
     """
     if not pieces:
-        raise ConfigError("pieces is empty: expected the parameters of at least one piece, [{}] for the block's own")
+        raise ConfigError("pieces is empty, expected the parameters of at least one piece: [{}] for the block's own")
     if names is None:
         names = [name for name, p in block.named_parameters() if p.requires_grad and name != END]
     if END in {*names, *(name for piece in pieces for name in piece)}:
-        raise ConfigError(f"{END!r} belongs to the whole block and not to a piece of it: see parameter_jacobian")
+        raise ConfigError(f"{END!r} belongs to the whole block, not to a piece: differentiate by it with parameter_jacobian")
     return _pieces(block, x, pieces, context, names, chunk, solver)
 
 
@@ -135,21 +127,15 @@ def response(
     functions need a solver with ``gradient="direct"``.
 
     Args:
-        block: a CNF.
-        x: floats (N, \*event).
-        perturbation: returns δθ by name (as in ``block.named_parameters()``) at t () in [0, T]; the same names at every
-            t.
-        context: (N, C), (C,) or None.
+        perturbation: returns δθ by name at t () in [0, T]; the same names at every t.
         parameters: returns θ by name at t, the point of linearisation; None, or a missing name, uses the block's own.
-        solver: None uses the block's own solver in its present mode.
+        block, x, context, solver: as for :func:`parameter_jacobian`.
 
     Returns:
         z and δz, (N, \*event) each.
 
     Raises:
-        ConfigError: for the end time or a name that is not a parameter of the block, or values of another shape.
-        DataError: for x that is not a batch of floats.
-        SolverError: if a solve fails.
+        ConfigError: for the end time, or values of another shape; other errors as :func:`parameter_jacobian`.
 
     Example:
         >>> from cnf.fields import MLP
@@ -165,13 +151,13 @@ def response(
     for values in (perturbation(zero), base(zero)):
         along.check(values)
         if END in values:
-            raise ConfigError(f"{END!r} belongs to the whole block and is no function of time: see parameter_jacobian")
+            raise ConfigError(f"{END!r} belongs to the whole block, not to a time t: differentiate by it with parameter_jacobian")
 
     def direction(t: Tensor) -> Values:
         return {name: value[None] for name, value in perturbation(t).items()}
 
     point, tangents = along.begin(x, base(zero), direction(zero))
-    point, tangents = along.go(point, tangents, (0.0, 1.0), base, direction)
+    point, tangents = along.integrate(point, tangents, (0.0, 1.0), base, direction)
     return point[0], tangents[0][0]
 
 
@@ -190,32 +176,27 @@ def _pieces(
     along.check(dict.fromkeys(names))
     for piece in pieces:
         along.check(piece)
+    if not names:
+        raise ConfigError("names is empty, expected at least one of the block's parameters")
     shapes = [along.own[name].shape for name in names]
-    total = sum(shape.numel() for shape in shapes)
-    bounds = list(accumulate((shape.numel() for shape in shapes), initial=0))
-    size = chunk_size(chunk, total, max(x.numel(), total))
+    sizes = [shape.numel() for shape in shapes]
+    size = chunk_size(chunk, sum(sizes), max(x.numel(), sum(sizes)))
+
+    def unflatten(flat: Tensor) -> Values:
+        parts = zip(names, flat.split(sizes, -1), shapes, strict=True)
+        return {name: part.reshape(*part.shape[:-1], *shape) for name, part, shape in parts}
 
     def run(k: int, point: State, tangents: State, unit: Values) -> tuple[State, State]:
-        edges = k / len(pieces), (k + 1) / len(pieces)
-        return along.go(point, tangents, edges, lambda t: pieces[k], lambda t: unit)
+        shares = k / len(pieces), (k + 1) / len(pieces)
+        return along.integrate(point, tangents, shares, lambda t: pieces[k], lambda t: unit)
 
-    def columns(first: int) -> Values:
-        count = min(size, total - first)
-        flat = torch.zeros(count, total, dtype=x.dtype, device=x.device)
-        flat[torch.arange(count), torch.arange(first, first + count)] = 1
-        parts = [flat[:, a:b].reshape(count, *shape) for a, b, shape in zip(bounds, bounds[1:], shapes, strict=False)]
-        return dict(zip(names, parts, strict=True))
-
-    if not names:
-        raise ConfigError("names is empty: expected at least one of the block's parameters")
     start, _ = along.begin(x, pieces[0], {})
     z: Tensor | None = None
     rows = []
     for k in range(len(pieces)):
         row = []
-        for first in range(0, total, size):
-            unit = columns(first)
-            point, tangents = along.begin(x, pieces[0], unit) if k == 0 else (start, along.still(start, unit))
+        for unit in map(unflatten, unit_rows(sum(sizes), size, x)):
+            point, tangents = along.begin(x, pieces[0], unit) if k == 0 else (start, along.zero_tangents(start, unit))
             point, tangents = run(k, point, tangents, unit)
             for later in range(k + 1, len(pieces)):
                 point, tangents = run(later, point, tangents, {})
@@ -225,7 +206,4 @@ def _pieces(
         if k + 1 < len(pieces):
             start, _ = run(k, start, (), {})
     assert z is not None
-    split = torch.stack(rows).movedim(1, -1).split([shape.numel() for shape in shapes], -1)
-    return z, {
-        name: part.reshape(*part.shape[:-1], *shape) for name, part, shape in zip(names, split, shapes, strict=True)
-    }
+    return z, dict(unflatten(torch.stack(rows).movedim(1, -1)))

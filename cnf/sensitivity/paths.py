@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -9,11 +10,11 @@ from torch import Tensor
 
 from cnf.continuous import CNF
 from cnf.divergence import Bound
-from cnf.errors import ConfigError, DataError
+from cnf.errors import DataError, require_at_least
 from cnf.solvers.base import State
 from cnf.transforms import Request
 
-__all__ = ["TangentState", "chunk_size", "clock", "integrate_tangents", "require_points", "units"]
+__all__ = ["TangentState", "chunk_size", "clock", "integrate_tangents", "require_points", "unit_rows", "unit_tangents"]
 
 _CHUNK_NUMEL = 2**22  # tangent entries integrated at once: 32 MB in float64
 
@@ -32,24 +33,15 @@ def clock(t: Tensor, a: Tensor | None) -> Tensor:
 
 
 def chunk_size(chunk: int | None, columns: int, numel: int) -> int:
-    """Return the number of tangents of ``numel`` entries to integrate at once.
-
-    Raises:
-        ConfigError: for a chunk below one.
-    """
-    if chunk is not None and chunk < 1:
-        raise ConfigError(f"chunk={chunk}: expected at least 1 tangent at once, or None to choose by memory")
+    """Return the number of tangents of ``numel`` entries to integrate at once."""
+    require_at_least(1, chunk=chunk)
     return chunk or max(1, min(columns, _CHUNK_NUMEL // max(1, numel)))
 
 
 def require_points(x: Tensor) -> None:
-    """Validate that x is a non-empty batch of floats (N, \\*event).
-
-    Raises:
-        DataError: for any other x.
-    """
+    """Validate that x is a non-empty batch of floats (N, \\*event)."""
     if x.ndim < 2 or len(x) == 0 or not x.is_floating_point():
-        raise DataError(f"x is {tuple(x.shape)} of {x.dtype}; expected floats (N, *event): a Jacobian is a derivative")
+        raise DataError(f"x has shape {tuple(x.shape)} and type {x.dtype}, expected floats (N, *event)")
 
 
 def integrate_tangents(block: CNF, start: TangentState, times: tuple[Tensor, Tensor], request: Request) -> TangentState:
@@ -82,8 +74,16 @@ def integrate_tangents(block: CNF, start: TangentState, times: tuple[Tensor, Ten
     return TangentState(end[0], end[-1] if moving else start.v, None if start.a is None else end[1])
 
 
-def units(x: Tensor, first: int, count: int) -> Tensor:
-    """Return ``count`` unit tangents from dimension ``first`` on, (count, N, \\*event), equal for every row."""
-    unit = torch.zeros(count, x.shape[1:].numel(), dtype=x.dtype, device=x.device)
-    unit[torch.arange(count), torch.arange(first, first + count)] = 1
-    return unit.reshape(count, 1, *x.shape[1:]).expand(count, *x.shape)
+def unit_tangents(x: Tensor, chunk: int | None = None) -> Iterator[Tensor]:
+    """Yield the unit tangents of all dimensions, (K, N, \\*event) at a time, equal for every row."""
+    dim = x.shape[1:].numel()
+    for unit in unit_rows(dim, chunk_size(chunk, dim, x.numel()), x):
+        yield unit.reshape(len(unit), 1, *x.shape[1:]).expand(len(unit), *x.shape)
+
+
+def unit_rows(dim: int, size: int, like: Tensor) -> Iterator[Tensor]:
+    """Yield the rows of the identity (dim, dim), ``size`` at a time."""
+    for first in range(0, dim, size):
+        unit = torch.zeros(min(size, dim - first), dim, dtype=like.dtype, device=like.device)
+        unit.diagonal(first).fill_(1)
+        yield unit

@@ -9,19 +9,8 @@ from cnf.transforms.request import Request
 from cnf.transforms.standardize import Standardize
 
 __all__ = [
-    "Chain",
-    "Dequantize",
-    "DeterministicTransform",
-    "Gaussianize",
-    "Logit",
-    "Request",
-    "Rescale",
-    "Sequential",
-    "Squeeze",
-    "Standardize",
-    "Transform",
-    "TransformOutput",
-    "iter_leaves",
-]
+    "Chain", "Dequantize", "DeterministicTransform", "Gaussianize", "Logit", "Request", "Rescale", "Sequential",
+    "Squeeze", "Standardize", "Transform", "TransformOutput", "iter_leaves",
+]  # fmt: skip
 
 __getattr__ = aliases(__name__, CenterShift="Rescale", Plain="DeterministicTransform", Transformed="TransformOutput", leaves="iter_leaves")

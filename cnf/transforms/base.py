@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from cnf.aliases import warn_deprecated
+from cnf.deferral import deferred
+from cnf.errors import DataError
 from cnf.solvers import Stats
 from cnf.transforms.request import DEFAULT, FORMER, Request, as_request
 
-__all__ = ["DeterministicTransform", "Shape", "Transform", "TransformOutput", "zeros"]
+__all__ = ["DeterministicTransform", "Shape", "Transform", "TransformOutput", "require_floats", "require_unit", "zeros"]
 
 Shape = tuple[int, ...]
 
@@ -100,6 +103,20 @@ class DeterministicTransform(Transform):
 
     def _run(self, x: Tensor, request: Request, reverse: bool) -> TransformOutput:
         return TransformOutput(*(self._inverse(x) if reverse else self._forward(x)), {}, Stats())
+
+
+def require_floats(transform: str, x: Tensor) -> None:
+    """Raise a DataError for images of integers."""
+    if not x.is_floating_point():
+        raise DataError(f"{transform} takes floats in [0, 1], got {x.dtype}: put Dequantize before it")
+
+
+def require_unit(transform: str, x: Tensor, s: Tensor) -> None:
+    """Raise a DataError for images x whose image s leaves (0, 1), unless value checks are deferred."""
+    if s.numel() and not deferred(s) and not bool(((s > 0) & (s < 1)).all()):
+        low, high = (float(v) for v in x.detach().aminmax())
+        fault = "holds NaN" if math.isnan(low) else f"spans [{low:g}, {high:g}]"
+        raise DataError(f"{transform} takes x in [0, 1], but x {fault}: rescale the data")
 
 
 def zeros(x: Tensor) -> Tensor:

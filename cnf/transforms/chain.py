@@ -89,14 +89,14 @@ def iter_leaves(transform: Transform, request: Request = DEFAULT) -> list[tuple[
         >>> [type(leaf).__name__ for leaf, _ in iter_leaves(chain)]
         ['Logit', 'Rescale']
     """
-    found: list[tuple[Transform, Request]] = []
+    leaves: list[tuple[Transform, Request]] = []
 
     def note(leaf: Transform, state: State, own: Request) -> State:
-        found.append((leaf, own))
+        leaves.append((leaf, own))
         return state
 
     walk(transform, (), request, note)
-    return found
+    return leaves
 
 
 class _Arrived(Exception):
@@ -105,20 +105,17 @@ class _Arrived(Exception):
 
 def input_of(transform: Transform, x: Tensor, request: Request, where: Callable[[Transform], bool]) -> Tensor:
     """Return the input (N, \\*event') of the first leaf for which ``where`` is true; the chain's output if there is none."""
-    found = x
 
     def step(leaf: Transform, state: State, own: Request) -> State:
-        nonlocal found
-        (found,) = state
         if where(leaf):
-            raise _Arrived
-        found = leaf(found, own).value
-        return (found,)
+            raise _Arrived(state[0])
+        return (leaf(state[0], own).value,)
 
     try:
         return walk(transform, (x,), request, step)[0]
-    except _Arrived:
-        return found
+    except _Arrived as arrived:
+        value: Tensor = arrived.args[0]
+        return value
 
 
 def sum_outputs(value: Tensor, outputs: Iterable[TransformOutput]) -> TransformOutput:

@@ -8,9 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from cnf.deferral import deferred
-from cnf.errors import ConfigError, DataError
-from cnf.transforms.base import DeterministicTransform, Shape
+from cnf.errors import DataError, require_at_least, require_inside
+from cnf.transforms.base import DeterministicTransform, Shape, require_floats, require_unit
 
 __all__ = ["Gaussianize"]
 
@@ -45,12 +44,9 @@ class Gaussianize(DeterministicTransform):
 
     def __init__(self, event_shape: Shape, levels: int, alpha: float = 1e-4, prior: float = 1.0):
         super().__init__()
-        if levels < 2:
-            raise ConfigError(f"levels={levels}; expected at least 2")
-        if not 0 < alpha < 0.5:
-            raise ConfigError(f"alpha={alpha}; expected a number in (0, 0.5), such as 1e-4")
-        if not (math.isfinite(prior) and prior > 0):
-            raise ConfigError(f"prior={prior}; expected a positive number of observations, such as 1")
+        require_at_least(2, levels=levels)
+        require_inside(0, 0.5, alpha=alpha)
+        require_inside(0, math.inf, prior=prior)
         self.event_shape, self.levels, self.alpha, self.prior = tuple(event_shape), levels, alpha, prior
         self.register_buffer("mass", torch.full((*event_shape, levels), 1 / levels))
 
@@ -66,11 +62,7 @@ class Gaussianize(DeterministicTransform):
 
     @torch.no_grad()
     def fit_batches(self, batches: Iterable[Tensor]) -> None:
-        """Estimate the marginals of dequantised data in [0, 1] from batches (n, \\*event).
-
-        Raises:
-            DataError: for a shape other than the image's, integers, or no rows.
-        """
+        """Estimate the marginals of dequantised data in [0, 1] from batches (n, \\*event)."""
         counts = torch.zeros(self.mass.shape, dtype=torch.float64, device=self.mass.device)
         for batch in batches:
             self._check(batch)
@@ -78,16 +70,15 @@ class Gaussianize(DeterministicTransform):
             cells = bins + self.levels * torch.arange(bins.shape[1], device=bins.device)
             counts += torch.bincount(cells.flatten(), minlength=counts.numel()).reshape(counts.shape)
         if not counts.any():
-            raise DataError("marginals of no rows: expected at least one")
+            raise DataError("x has no rows, expected at least one to estimate the marginals")
         pooled = counts.reshape(-1, self.levels).sum(0)
         counts += self.prior * (0.5 * pooled / pooled.sum() + 0.5 / self.levels)
         self.mass.copy_(counts / counts.sum(-1, keepdim=True))
 
     def _check(self, x: Tensor) -> None:
         if tuple(x.shape[1:]) != self.event_shape:
-            raise DataError(f"x has shape {tuple(x.shape)}; expected (N, {', '.join(map(str, self.event_shape))})")
-        if not x.is_floating_point():
-            raise DataError(f"Gaussianize takes floats in [0, 1], not {x.dtype}: put Dequantize before it")
+            raise DataError(f"x has shape {tuple(x.shape)}, expected (N, {', '.join(map(str, self.event_shape))})")
+        require_floats("Gaussianize", x)
 
     def _bins(self, x: Tensor) -> Tensor:
         return (x.detach() * self.levels).floor().clamp(0, self.levels - 1).long()
@@ -115,10 +106,7 @@ class Gaussianize(DeterministicTransform):
         bins = self._bins(x)
         left, mass = self._piece(bins, *self._pieces())
         s = self.alpha + (1 - 2 * self.alpha) * (left + mass * (x.double() * self.levels - bins))
-        if s.numel() and not deferred(s) and not bool(((s > 0) & (s < 1)).all()):
-            low, high = (float(v) for v in x.detach().aminmax())
-            what = "x holds NaN" if math.isnan(low) else f"x spans [{low:g}, {high:g}]"
-            raise DataError(f"Gaussianize takes x in [0, 1], but {what}: rescale the data")
+        require_unit("Gaussianize", x, s)
         z = torch.special.ndtri(s)
         return z.to(x), self._log_slope(z, mass).to(x)
 

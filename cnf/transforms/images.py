@@ -9,10 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnf.deferral import deferred
-from cnf.errors import ConfigError, DataError
+from cnf.errors import ConfigError, DataError, require_inside
 from cnf.noise import draw
 from cnf.solvers import Stats
-from cnf.transforms.base import DeterministicTransform, Shape, Transform, TransformOutput, zeros
+from cnf.transforms.base import (
+    DeterministicTransform,
+    Shape,
+    Transform,
+    TransformOutput,
+    require_floats,
+    require_unit,
+    zeros,
+)
 from cnf.transforms.request import Request
 
 __all__ = ["Dequantize", "Logit", "Rescale", "Squeeze"]
@@ -43,7 +51,7 @@ class Dequantize(Transform):
     def __init__(self, levels: int = 256):
         super().__init__()
         if not 2 <= levels <= 256:
-            raise ConfigError(f"levels={levels}; expected 2 to 256 grey levels")
+            raise ConfigError(f"levels must be between 2 and 256, got {levels}")
         self.levels = levels
         # sets the dtype of the pixels: follows .double() and .to(device), not part of the state dict
         self.register_buffer("_one", torch.ones(()), persistent=False)
@@ -56,23 +64,23 @@ class Dequantize(Transform):
         return self._spread(x, request)
 
     def _spread(self, x: Tensor, request: Request) -> TransformOutput:
-        dtype = self._one.dtype
-        u = draw(request.noise, "dequantize", "uniform", x.shape, dtype=dtype, device=x.device)
+        u, log_q = self._noise(x, request)
         # for the largest u, k + u would round up to k + 1, the next grey level
-        u = u.clamp(max=1 - 2 * self.levels * torch.finfo(dtype).eps)
-        total = -math.log(self.levels) * math.prod(x.shape[1:])
-        return TransformOutput((x.to(dtype) + u) / self.levels, u.new_full(x.shape[:1], total), {}, Stats())
+        u = u.clamp(max=1 - 2 * self.levels * torch.finfo(u.dtype).eps)
+        total = math.prod(x.shape[1:]) * math.log(self.levels)
+        return TransformOutput((x.to(u.dtype) + u) / self.levels, -log_q - total, {}, Stats())
+
+    def _noise(self, x: Tensor, request: Request) -> tuple[Tensor, Tensor]:
+        """Return the noise u (N, C, H, W) in [0, 1) and log q(u | x) (N,)."""
+        u = draw(request.noise, "dequantize", "uniform", x.shape, dtype=self._one.dtype, device=x.device)
+        return u, zeros(u)
 
     def check(self, x: Tensor) -> None:
-        """Validate grey levels; the range is not checked while value checks are deferred.
-
-        Raises:
-            DataError: for an integer type other than uint8, or pixels of ``levels`` or more.
-        """
+        """Validate grey levels; the range is not checked while value checks are deferred."""
         if x.dtype != torch.uint8:
-            raise DataError(f"images of type {x.dtype}: expected uint8 grey levels, or floats in [0, 1]")
+            raise DataError(f"images have type {x.dtype}, expected uint8 grey levels, or floats in [0, 1]")
         if x.numel() and not deferred(x) and int(x.max()) >= self.levels:
-            raise DataError(f"a pixel is {int(x.max())}, but levels={self.levels}: expected 0 to {self.levels - 1}")
+            raise DataError(f"pixels must be between 0 and {self.levels - 1} (levels={self.levels}), got {int(x.max())}")
 
     def quantize(self, x: Tensor) -> Tensor:
         """Quantise floats in [0, 1] to uint8 grey levels; values outside are clamped."""
@@ -102,8 +110,7 @@ class Logit(DeterministicTransform):
 
     def __init__(self, alpha: float):
         super().__init__()
-        if not 0 < alpha < 0.5:
-            raise ConfigError(f"alpha={alpha}; expected a number in (0, 0.5), such as 0.05 or 1e-6")
+        require_inside(0, 0.5, alpha=alpha)
         self.alpha = alpha
 
     @property
@@ -117,15 +124,10 @@ class Logit(DeterministicTransform):
         return -self.margin, 1 + self.margin
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not x.is_floating_point():
-            raise DataError(f"the logit transform takes floats in [0, 1], not {x.dtype}: put Dequantize before it")
+        require_floats("Logit", x)
         scale = 1 - 2 * self.alpha
         s = self.alpha + scale * x
-        low, high = (float(v) for v in s.detach().aminmax()) if s.numel() and not deferred(s) else (0.5, 0.5)
-        if not (low > 0 and high < 1):
-            low, high = (float(v) for v in x.detach().aminmax())
-            what = "x holds NaN" if math.isnan(low) else f"x spans [{low:g}, {high:g}]"
-            raise DataError(f"the logit transform takes x in [0, 1], but {what}: rescale the data")
+        require_unit("Logit", x, s)
         y = torch.log(s) - torch.log1p(-s)
         # ds/dx = scale and dy/ds = 1 / (s (1 - s))
         log_det = (math.log(scale) - torch.log(s) - torch.log1p(-s)).flatten(1).sum(1)
@@ -157,16 +159,14 @@ class Rescale(DeterministicTransform):
 
     def __init__(self, factor: float = 1.0):
         super().__init__()
-        if not 0 < factor < math.inf:
-            raise ConfigError(f"factor={factor}; expected a positive number")
+        require_inside(0, math.inf, factor=factor)
         self.factor = factor
 
     def _log_det(self, x: Tensor) -> Tensor:
         return zeros(x) + math.log(self.factor) * math.prod(x.shape[1:])
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not x.is_floating_point():
-            raise DataError(f"the shift to the centre takes floats in [0, 1], not {x.dtype}: put Dequantize before it")
+        require_floats("Rescale", x)
         return (x - 0.5) * self.factor, self._log_det(x)
 
     def _inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,17 +189,17 @@ class Squeeze(DeterministicTransform):
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.ndim != 4 or x.shape[2] % 2 or x.shape[3] % 2:
-            raise DataError(f"squeeze halves height and width, but x has shape {tuple(x.shape)}: give even sizes")
-        # the shape by hand: of no images torch leaves it as it was
+            raise DataError(f"x has shape {tuple(x.shape)}, expected (N, C, H, W) of even height and width")
+        # explicit shape: torch leaves that of zero images unchanged
         return F.pixel_unshuffle(x, 2).reshape(len(x), *self.latent_shape(tuple(x.shape[1:]))), zeros(x)
 
     def _inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         if z.ndim != 4 or z.shape[1] % 4:
-            raise DataError(f"unsqueezing takes (N, 4C, H, W), but z has shape {tuple(z.shape)}")
+            raise DataError(f"z has shape {tuple(z.shape)}, expected (N, 4C, H, W)")
         return F.pixel_shuffle(z, 2).reshape(len(z), z.shape[1] // 4, 2 * z.shape[2], 2 * z.shape[3]), zeros(z)
 
     def latent_shape(self, shape: Shape) -> Shape:
         """Return (4C, H/2, W/2)."""
         if len(shape) != 3 or shape[1] % 2 or shape[2] % 2:
-            raise ConfigError(f"squeeze takes images (C, H, W) of even height and width, not events of shape {shape}")
+            raise ConfigError(f"Squeeze takes images (C, H, W) of even height and width, got event_shape {shape}")
         return (4 * shape[0], shape[1] // 2, shape[2] // 2)

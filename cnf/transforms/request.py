@@ -68,16 +68,12 @@ class Request:
         return solver_of(block, self.solver)
 
     def divergence_of(self, block: Any) -> Any:
-        """Return the divergence strategy of a block for this call.
-
-        Raises:
-            ConfigError: for a ``divergence`` that is neither a strategy nor a function of the block.
-        """
+        """Return the divergence strategy of a block for this call."""
         given = self.divergence
         if given is None:
             return block.divergence
         if isinstance(given, type) or not (hasattr(given, "linearize") or callable(given)):
-            raise ConfigError(f"divergence={given!r}: expected a strategy such as Exact(), or a function of the block that returns one")
+            raise ConfigError(f"divergence must be a strategy such as Exact(), or a function of the block that returns one, got {given!r}")
         return given if hasattr(given, "linearize") else given(block)
 
 
@@ -86,15 +82,11 @@ FORMER = ("noise", "log_det", "integrals")  # keyword arguments of transforms be
 
 
 def as_request(request: Any, former: Mapping[str, Any]) -> Request:
-    """Return the request of a call, converted with a warning from the former arguments (context, noise=, ...).
-
-    Raises:
-        TypeError: for unknown arguments.
-    """
+    """Return the request of a call, converted with a warning from the former arguments (context, noise=, ...)."""
     if isinstance(request, Request) and not former:
         return request
     if unknown := former.keys() - {"context", *FORMER}:
-        raise TypeError(f"{min(unknown)!r} is no argument of a transform: expected transform(x, Request(...))")
+        raise TypeError(f"a transform takes no argument {min(unknown)!r}: call transform(x, Request(...))")
     warn_deprecated(
         "the arguments (x, context, *, noise, log_det, integrals) of a transform will be refused by the next release: write "
         "transform(x, Request(context=..., noise=..., ...)), with cnf.transforms.Request"

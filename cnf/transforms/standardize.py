@@ -36,11 +36,11 @@ class Standardize(DeterministicTransform):
     def __init__(self, mean: Tensor, std: Tensor):
         super().__init__()
         if mean.shape != std.shape:
-            raise ConfigError(f"mean has shape {tuple(mean.shape)} and std {tuple(std.shape)}: give both of one shape")
+            raise ConfigError(f"mean has shape {tuple(mean.shape)} and std {tuple(std.shape)}, expected the same shape")
         for name, value, good in (("mean", mean, mean.isfinite()), ("std", std, (std > 0) & std.isfinite())):
             if not good.is_meta and (where := _first(~good)) is not None:
-                expected = "a finite number" if name == "mean" else "a finite, positive number"
-                raise ConfigError(f"{name} is {float(value[tuple(where)]):g} at index {where}; expected {expected}")
+                expected = "finite" if name == "mean" else "positive and finite"
+                raise ConfigError(f"{name} must be {expected}, got {float(value[tuple(where)]):g} at index {where}")
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", std.clone())
 
@@ -60,7 +60,7 @@ class Standardize(DeterministicTransform):
         for batch in batches:
             part = batch.to(self.mean.device, torch.float64)
             if part.shape[1:] != self.mean.shape:
-                raise DataError(f"data have shape {tuple(part.shape)}; expected (N, {', '.join(map(str, self.mean.shape))})")
+                raise DataError(f"x has shape {tuple(part.shape)}, expected (N, {', '.join(map(str, self.mean.shape))})")
             if len(part) == 0:
                 continue
             total, own = count + len(part), part.mean(0)
@@ -70,16 +70,14 @@ class Standardize(DeterministicTransform):
             mean = mean.to(own) + shift * (len(part) / total)
             count = total
         if count < 2:
-            raise DataError(f"statistics of {count} row(s): expected at least 2")
+            raise DataError(f"x must have at least 2 rows for a standard deviation, got {count}")
         if (where := _first(~(mean.isfinite() & square.isfinite()))) is not None:
-            raise DataError(f"the data hold a NaN or an infinity in dimension {where}: remove or replace those rows")
+            raise DataError(f"x holds NaN or infinity in dimension {where}: remove or replace such rows")
         std = (square / (count - 1)).sqrt()
         # the mean of a constant column is rounded, which leaves a std of about eps |mean|
         floor = 4 * torch.finfo(torch.float64).eps * mean.abs()
         if (where := _first(~((std > floor) & (std.to(self.std) > 0)))) is not None:
-            raise DataError(
-                f"dimension {where} is constant at {float(mean[tuple(where)]):g}: it has no density; drop it, or add noise"
-            )
+            raise DataError(f"dimension {where} is constant at {float(mean[tuple(where)]):g} and has no density: drop it, or add noise")
         self.mean.copy_(mean)
         self.std.copy_(std)
 
@@ -89,9 +87,7 @@ class Standardize(DeterministicTransform):
         try:
             whole = std.expand(x.shape[1:])
         except RuntimeError:
-            raise DataError(
-                f"x has shape {tuple(x.shape)}; expected (N, {', '.join(map(str, self.mean.shape))}), as the statistics have"
-            ) from None
+            raise DataError(f"x has shape {tuple(x.shape)}, expected (N, {', '.join(map(str, self.mean.shape))})") from None
         return mean, std, whole.log().sum()
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,5 +101,5 @@ class Standardize(DeterministicTransform):
 
 def _first(bad: Tensor) -> list[int] | None:
     """Return the index of the first True, or None."""
-    found = bad.nonzero()
-    return [int(i) for i in found[0]] if len(found) else None
+    where = bad.nonzero()
+    return [int(i) for i in where[0]] if len(where) else None
