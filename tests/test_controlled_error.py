@@ -240,7 +240,7 @@ def test_rows_that_cannot_be_solved_are_named_and_the_others_keep_theirs(solver)
         ranking = rank(flow, x, [f"n{i}" for i in range(16)])
         assert set(ranking.names[-2:]) == {"n3", "n13"} and "ranked last: n3, n13" in ranking.text(3)
         assert check(flow, x).items == 14
-        with pytest.raises(SolverError, match="none of 2 items can be solved"):
+        with pytest.raises(SolverError, match="none of 2 rows can be solved"):
             evaluate(flow, x[[3, 13]])
 
 

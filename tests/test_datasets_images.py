@@ -430,32 +430,32 @@ def test_orientation_transparency_and_other_files(tmp_path: Path) -> None:
         picture.save(tmp_path / f"{i}.png", exif=exif)
     (tmp_path / "notes.gif").write_bytes(b"")
     data = datasets.load(tmp_path)
-    assert data.event_shape == (3, 7, 4) and any("left aside (notes.gif" in n for n in data.notices)
+    assert data.event_shape == (3, 7, 4) and any("ignored (notes.gif" in n for n in data.notices)
     stored = {np.rot90(np.asarray(Image.open(p)), -1).tobytes() for p in tmp_path.glob("*.png")}
     assert {x.permute(1, 2, 0).numpy().tobytes() for x in torch.cat([data.train, data.validation, data.test])} == stored
     (tmp_path / "alpha").mkdir()
     for i in range(12):
         Image.fromarray(rng.integers(256, size=(4, 7, 4), dtype=np.uint8)).save(tmp_path / "alpha" / f"{i}.png")
-    assert any(n.startswith("12 pictures have transparency") for n in datasets.load(tmp_path / "alpha").notices)
+    assert any(n.startswith("12 images have transparency") for n in datasets.load(tmp_path / "alpha").notices)
 
 
 def test_bad_folders(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no picture"):
+    with pytest.raises(DataError, match="holds no image"):
         datasets.load(tmp_path / "empty")
     np.save(tmp_path / "empty" / "a.npy", images())
     with pytest.raises(DataError, match=r"a\.npy, give the file itself"):
         datasets.load(tmp_path / "empty")
     (tmp_path / "gif").mkdir()
     (tmp_path / "gif" / "a.gif").write_bytes(b"")
-    with pytest.raises(DataError, match=r"a\.gif is none"):
+    with pytest.raises(DataError, match=r"a\.gif is not one"):
         datasets.load(tmp_path / "gif")
     folder(tmp_path / "mixed", ("a",))
     folder(tmp_path / "mixed", ("b",), size=(7, 7))
     with pytest.raises(DataError, match=r"6x5.*7x7.*image_size"):
         datasets.load(tmp_path / "mixed")
     Image.new("L", (6, 5)).save(tmp_path / "mixed" / "loose.png")
-    with pytest.raises(DataError, match="beside sub-folders"):
+    with pytest.raises(DataError, match="got both"):
         datasets.load(tmp_path / "mixed")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n nonsense")

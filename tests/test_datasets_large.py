@@ -235,15 +235,15 @@ def test_bad_large_sets(tmp_path: Path) -> None:
 
     refused("no such folder.*README")
     root.mkdir()
-    refused("found: nothing")
+    refused("got nothing")
     np.save(root / "train.npy", pixels(20, 64))
-    refused(r"found: train\.npy")
+    refused(r"got train\.npy")
     np.save(root / "val.npy", pixels(5, 32))
-    refused(r"val\.npy.* = \(3, 32, 32\); expected \(3, 64, 64\)")
+    refused(r"val\.npy.* = \(3, 64, 64\), got \(3, 32, 32\)")
     np.save(root / "val.npy", pixels(5, 64)[:, :1])
     refused(r"\(1, 64, 64\)")
     np.save(root / "val.npy", pixels(5, 64) / 255.0)
-    refused("float64 images; expected uint8")
+    refused("must hold uint8 images .*, got float64")
     np.save(root / "val.npy", pixels(5, 64).reshape(5, -1)[:, :100])
     refused(r"shape \(5, 100\)")
     np.save(root / "val.npy", np.array([{}]), allow_pickle=True)
@@ -253,12 +253,12 @@ def test_bad_large_sets(tmp_path: Path) -> None:
     refused(r"keys \['y'\]")
     (root / "val.npz").unlink()
     (root / "val").mkdir()
-    refused("neither pictures nor arrays")
+    refused("either images or arrays, got neither")
     png(root / "val" / "a.png", pixels(1, 48)[0])
     refused(r"a\.png' is 48x48; imagenet64 has 64x64.*image_size=64")
     png(root / "val" / "a.png", pixels(1, 64)[0])
     np.save(root / "val" / "b.npy", pixels(5, 64))
-    refused("both pictures and arrays")
+    refused("either images or arrays, got both")
     (root / "val" / "b.npy").unlink()
     np.save(root / "train.npy", pixels(9, 64))
     refused("9 training images")
@@ -290,9 +290,9 @@ def test_prepared_file_is_whole_or_not_there(tmp_path: Path) -> None:
     assert np.array_equal(found, images // 8) and "into memory" in said[0]
     with pytest.raises(DataError, match=r"damaged.*delete"):
         prepared.prepare(tmp_path / "p", "train", "a", lambda: blocks(10), (3, 16, 16), 8)
-    with pytest.raises(DataError, match="not one image"):
+    with pytest.raises(DataError, match="at least one image, got none"):
         prepared.prepare(tmp_path / "q", "train", "a", lambda: iter(()), shape, 8)
-    with pytest.raises(DataError, match="expected uint8"):
+    with pytest.raises(DataError, match="must be uint8"):
         prepared.prepare(tmp_path / "q", "train", "a", lambda: blocks(10), (1, 32, 32), 8)
 
 

@@ -247,7 +247,7 @@ def test_what_was_built_is_saved_with_its_settings(tmp_path):
     cnf.save(flow, tmp_path / "saved")
     assert torch.equal(cnf.load(tmp_path / "saved").log_prob(POINTS), flow.log_prob(POINTS))
     cnf.save(own_flow(), tmp_path / "own")
-    with pytest.raises(CheckpointError, match=r"holds cnf\.flow\.Flow, but flow= is torch\.nn"):
+    with pytest.raises(CheckpointError, match=r"flow= is torch\.nn.*holds cnf\.flow\.Flow"):
         cnf.load(tmp_path / "own", flow=nn.Linear(2, 2))
     with pytest.raises(CheckpointError, match="does not hold this model's weights"):
         cnf.load(tmp_path / "own", flow=cnf.Flow(cnf.CNF(Own(2, 9)), (2,)))

@@ -38,7 +38,8 @@ def typed(column: pd.Series, name: str) -> tuple[pd.Series, list[str]]:
     if kind in "fiu" or (kind == "b" and not column.isna().any()):
         return column, []
     if kind == "M":
-        return _naive(column), _zone(column)
+        zone = column.dt.tz
+        return _naive(column), [] if zone is None else [f"column {label!r} has the time zone {zone}: converted to UTC"]
     if kind in "cmV":
         raise DataError(f"{where} has the type {column.dtype}; expected numbers, text or dates: convert it, or leave it out (--drop-columns {label})")
     filled = column.dropna()
@@ -56,13 +57,13 @@ def typed(column: pd.Series, name: str) -> tuple[pd.Series, list[str]]:
     blank = (text == "").to_numpy(dtype=bool)
     text = text[~blank]
     text.attrs = column.attrs
-    found, notices = _of_text(text, name, label)
-    if len(found) < len(column):
-        empty = {"f": np.nan, "M": np.datetime64("NaT")}.get(found.dtype.kind)
-        values = np.full(len(column), empty, dtype=found.dtype)
-        values[np.flatnonzero(present)[~blank]] = found.to_numpy()
-        found = pd.Series(values, index=column.index, name=label)
-    return found, notices
+    converted, notices = _of_text(text, name)
+    if len(converted) < len(column):
+        empty = {"f": np.nan, "M": np.datetime64("NaT")}.get(converted.dtype.kind)
+        values = np.full(len(column), empty, dtype=converted.dtype)
+        values[np.flatnonzero(present)[~blank]] = converted.to_numpy()
+        converted = pd.Series(values, index=column.index, name=label)
+    return converted, notices
 
 
 def _naive(column: pd.Series) -> pd.Series:
@@ -93,7 +94,14 @@ def _as_float(value: Any) -> float:
         return np.inf if value > 0 else -np.inf
 
 
-def _of_text(text: pd.Series, name: str, label: Any) -> tuple[pd.Series, list[str]]:
+def _first(text: pd.Series, chosen: Array, name: str) -> str:
+    """Return the first of the chosen cells with its row and column, for messages."""
+    i = int(chosen.argmax())
+    return f"row {text.index[i]}, column {text.name!r} of {name!r} is {text.iloc[i]!r}"
+
+
+def _of_text(text: pd.Series, name: str) -> tuple[pd.Series, list[str]]:
+    """Convert stripped cells to numbers or dates, or keep them as text."""
     import pandas as pd
 
     if not len(text):
@@ -105,66 +113,50 @@ def _of_text(text: pd.Series, name: str, label: Any) -> tuple[pd.Series, list[st
         return plain.astype(np.float64), []
     comma = text.str.fullmatch(COMMA_NUMBER.pattern).to_numpy(dtype=bool) & ~good
     if (good | comma).all():
-        return _with_commas(text, comma, name, label)
+        return _with_commas(text, comma, name)
     dates = text.str.fullmatch(DATE.pattern).to_numpy(dtype=bool)
     if dates.all():
         return _dates(text, name)
     if dates.mean() > NUMBERS_SHARE:
-        place = int((~dates).argmax())
         raise DataError(
-            f"row {text.index[place]}, column {label!r} of {name!r} is {text.iloc[place]!r}; expected a date, as in the other rows (correct it, leave it "
-            f"empty for --missing drop, or leave the column out: --drop-columns {label})"
+            f"{_first(text, ~dates, name)}; expected a date, as in the other rows (correct it, leave it empty for --missing drop, or leave "
+            f"the column out: --drop-columns {text.name})"
         )
     thousands = text.str.fullmatch(THOUSANDS.pattern).to_numpy(dtype=bool) & ~good
     if thousands.any() and (good | comma | thousands).all():
-        place = int(thousands.argmax())
-        raise DataError(f"row {text.index[place]}, column {label!r} of {name!r} is {text.iloc[place]!r}; expected numbers without separators of thousands")
+        raise DataError(f"{_first(text, thousands, name)}; expected numbers without separators of thousands")
     if good.mean() >= NUMBERS_SHARE:
-        place = int((~good).argmax())
-        cell = text.iloc[place]
-        advice = f"correct it, encode categories as integers, or leave the column out: --drop-columns {label}"
-        if comma[place]:
+        advice = f"correct it, encode categories as integers, or leave the column out: --drop-columns {text.name}"
+        if comma[~good][0]:
             advice = "write all decimals with a point, or all with a comma"
-        elif is_number(re.sub(r"[,. ']", "", cell)):
+        elif is_number(re.sub(r"[,. ']", "", text[~good].iloc[0])):
             advice = "write numbers without separators of thousands"
         raise DataError(
-            f"row {text.index[place]}, column {label!r} of {name!r} is {cell!r}; expected a number ({advice}; a header is the first row, with no "
-            "title above and no number in it)"
+            f"{_first(text, ~good, name)}; expected a number ({advice}; a header is the first row, with no title above and no number in it)"
         )
     return text, []
 
 
-def _with_commas(text: pd.Series, comma: Array, name: str, label: Any) -> tuple[pd.Series, list[str]]:
+def _with_commas(text: pd.Series, comma: Array, name: str) -> tuple[pd.Series, list[str]]:
     """Convert decimal commas; return the numbers and notices."""
-    place = int(comma.argmax())
-    cell, where = text.iloc[place], f"row {text.index[place]}, column {label!r} of {name!r} is {text.iloc[place]!r}"
+    cell = _first(text, comma, name)
     if bool(text[~comma].str.contains(".", regex=False).any()):
-        raise DataError(f"{where}, and other cells have a decimal point; expected decimals with a point, and thousands without a separator")
+        raise DataError(f"{cell}, and other cells have a decimal point; expected decimals with a point, and thousands without a separator")
     if not text.attrs.get("comma") and bool(text[comma].str.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}").all()):
-        raise DataError(
-            f"{where}, whose comma may be a decimal comma or part thousands; expected decimals with a point and thousands without a separator"
-        )
-    found = text.str.replace(",", ".", regex=False).astype(np.float64)
-    return found, [f"column {label!r} has decimal commas: {cell!r} is read as {found.iloc[place]:g}"]
-
-
-def _zone(column: pd.Series) -> list[str]:
-    return [] if column.dt.tz is None else [f"column {column.name!r} has the time zone {column.dt.tz}: converted to UTC"]
+        raise DataError(f"{cell}, whose comma may be a decimal comma or part thousands; expected decimals with a point and thousands without a separator")
+    values = text.str.replace(",", ".", regex=False).astype(np.float64)
+    return values, [f"column {text.name!r} has decimal commas: {text[comma].iloc[0]!r} is read as {values[comma].iloc[0]:g}"]
 
 
 def _dates(text: pd.Series, name: str) -> tuple[pd.Series, list[str]]:
-    """Convert dates, all in one format; return them and notices.
-
-    Raises:
-        DataError: if no format fits, or several fit with different dates.
-    """
+    """Convert dates, all in one unambiguous format; return them and notices."""
     import pandas as pd
 
     where = f"column {text.name!r} of {name!r}"
     try:
-        found = _naive(pd.to_datetime(text, format="ISO8601", utc=True))
+        times = _naive(pd.to_datetime(text, format="ISO8601", utc=True))
         zones = text.str.fullmatch(r".*(?:Z|:\d\d.*[+-]\d\d(?::?\d\d)?)").any()
-        return found, [f"column {text.name!r} has times with a time zone: converted to UTC"] if zones else []
+        return times, [f"column {text.name!r} has times with a time zone: converted to UTC"] if zones else []
     except (ValueError, OverflowError):
         pass
     fits = []
@@ -172,7 +164,7 @@ def _dates(text: pd.Series, name: str) -> tuple[pd.Series, list[str]]:
     for date in DATE_FORMATS:
         for time in TIMES:
             try:
-                fits.append((date, pd.to_datetime(plain, format=date + time)))
+                fits.append(pd.to_datetime(plain, format=date + time))
                 break
             except (ValueError, OverflowError):
                 continue
@@ -181,11 +173,11 @@ def _dates(text: pd.Series, name: str) -> tuple[pd.Series, list[str]]:
         formats = [date + time for date in ("%Y-%m-%d", *DATE_FORMATS) for time in TIMES]
         bad = min((pd.to_datetime(plain, format=one, errors="coerce").isna().to_numpy() for one in formats), key=np.sum)
         if not bad.all():
-            raise DataError(f"row {text.index[int(bad.argmax())]}, {where} is {text[bad].iloc[0]!r}; expected dates in one format, such as {text[~bad].iloc[0]!r}")
+            raise DataError(f"{_first(text, bad, name)}; expected dates in one format, such as {text[~bad].iloc[0]!r}")
         raise DataError(f"{where} holds dates such as {cell!r} in no known format; expected 2024-01-31, or 2024-01-31 12:30:00")
-    if any(not found.equals(fits[0][1]) for _, found in fits[1:]):
+    if any(not dates.equals(fits[0]) for dates in fits[1:]):
         raise DataError(f"{where} holds dates such as {cell!r}, whose day and month are ambiguous; expected 2024-01-31")
-    return fits[0][1], []
+    return fits[0], []
 
 
 def numbers(frame: pd.DataFrame, name: str) -> Array:

@@ -85,30 +85,33 @@ def read_cifar10(root: Path, train: bool, download: bool) -> SimpleNamespace:
         contents = _from_archive(archive, CIFAR10.tgz_md5, [f"{CIFAR10.base_folder}/{name}" for name, _ in listed])
     else:
         contents = [_from_file(folder / name) for name, _ in listed]
-    for (name, known), content in zip(listed, contents, strict=True):
-        if hashlib.md5(content, usedforsecurity=False).hexdigest() != known:
-            raise RuntimeError(f"{name} is not the published file: its checksum differs")
+    for (name, md5), content in zip(listed, contents, strict=True):
+        _require_checksum(name, io.BytesIO(content), md5)
         parts.append(parse_batch(content))
-    return SimpleNamespace(
-        data=np.concatenate([x for x, _ in parts]), targets=[n for _, labels in parts for n in labels]
-    )
+    return SimpleNamespace(data=np.concatenate([x for x, _ in parts]), targets=[n for _, labels in parts for n in labels])
+
+
+def _require_checksum(name: str, file: io.BufferedIOBase, md5: str) -> None:
+    if hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() != md5:
+        raise RuntimeError(f"{name} is not the published file: its checksum differs")
+
+
+def _size(path: Path) -> int:
+    if not path.exists():
+        raise RuntimeError(f"{path.name} is missing")
+    return require_file(path, DataError)
 
 
 def _from_file(path: Path) -> bytes:
-    if not path.exists():
-        raise RuntimeError(f"{path.name} is missing")
-    if require_file(path, DataError) > LARGEST:
+    if _size(path) > LARGEST:
         raise RuntimeError(f"{path.name} is larger than any batch")
     return path.read_bytes()
 
 
-def _from_archive(path: Path, known: str, names: list[str]) -> list[bytes]:
-    if not path.exists():
-        raise RuntimeError(f"{path.name} is missing")
-    require_file(path, DataError)
+def _from_archive(path: Path, md5: str, names: list[str]) -> list[bytes]:
+    _size(path)
     with path.open("rb") as file:
-        if hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() != known:
-            raise RuntimeError(f"{path.name} is not the published file: its checksum differs")
+        _require_checksum(path.name, file, md5)
     found: dict[str, bytes] = {}
     with tarfile.open(path, "r|gz") as archive:  # a stream: members are read in order
         for member in archive:

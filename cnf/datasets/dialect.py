@@ -7,6 +7,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,8 +56,8 @@ def unique_names(names: Sequence[str] | None, width: int) -> list[str]:
         return [f"column {j}" for j in range(width)]
     named = [name or f"Unnamed: {j}" for j, name in enumerate(names)]
     count = Counter(named)
-    found = [f"{name} ({j})" if count[name] > 1 else name for j, name in enumerate(named)]
-    return found if len(set(found)) == len(found) else [f"{name} ({j})" for j, name in enumerate(named)]
+    unique = [f"{name} ({j})" if count[name] > 1 else name for j, name in enumerate(named)]
+    return unique if len(set(unique)) == len(unique) else [f"{name} ({j})" for j, name in enumerate(named)]
 
 
 def is_number(cell: str) -> bool:
@@ -129,24 +130,23 @@ def find_dialect(lines: Sequence[str]) -> Dialect:
     text = "".join(lines)
     single = '"' not in text and re.match(r"\s*'[^']*'\s*[;\t|,\r\n]", text) is not None
     quote = "'" if single else '"'
-    best, found = (0.0, 0.0), None
-    for delimiter in DELIMITERS:
-        dialect = Dialect(delimiter, quote)
-        rows = []
-        for line in lines:
-            try:
-                rows.append(dialect.cells([line]))
-            except csv.Error:  # a cell that contains a line end
-                continue
-        widths = Counter(len(row) for row in rows if len(row) > 1)
-        if not widths:
-            continue
-        cells = [cell.strip() for row in rows for cell in row]
-        score = max(widths.values()) / len(rows), sum(map(is_number, cells)) / len(cells)
-        if score > best:
-            best, found = score, dialect
-    if found is None and lines and lines[-1].strip():
-        widths = Counter(len(line.split()) for line in lines)
-        if len(widths) == 1 and len(lines[-1].split()) > 1 and all(map(is_number, lines[-1].split())):
-            return Dialect(" ", quote)
-    return found or Dialect(",", quote)
+    candidates = [Dialect(delimiter, quote) for delimiter in DELIMITERS]
+    scores = [_score(dialect, lines) for dialect in candidates]
+    if max(scores) > (0.0, 0.0):
+        return candidates[scores.index(max(scores))]
+    words = [line.split() for line in lines]
+    spaced = bool(words) and len(words[0]) > 1 and len(set(map(len, words))) == 1 and all(map(is_number, words[-1]))
+    return Dialect(" " if spaced else ",", quote)
+
+
+def _score(dialect: Dialect, lines: Sequence[str]) -> tuple[float, float]:
+    """Return the share of rows of the most frequent width, and of numeric cells; zeros if no row has two cells."""
+    rows = []
+    for line in lines:
+        with suppress(csv.Error):  # a cell that contains a line end
+            rows.append(dialect.cells([line]))
+    widths = Counter(len(row) for row in rows if len(row) > 1)
+    if not widths:
+        return 0.0, 0.0
+    cells = [cell.strip() for row in rows for cell in row]
+    return max(widths.values()) / len(rows), sum(map(is_number, cells)) / len(cells)

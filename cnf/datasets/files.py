@@ -17,7 +17,7 @@ from cnf.datasets.splits import DataSplits, Options, Rows, assemble, encode_labe
 from cnf.datasets.tables import load_table
 from cnf.errors import ConfigError, DataError
 
-__all__ = ["load_path"]
+__all__ = ["load_path", "read_file"]
 
 Parts = dict[str, Rows]  # keys: "all", or "train", "test" and optionally "validation"
 
@@ -30,17 +30,15 @@ def load_path(path: Path, options: Options) -> DataSplits:
         ConfigError: for options that do not apply to this kind of data.
     """
     name = str(path)
-    parts = _read_split(path, options) if path.is_dir() else None
-    if parts is None:
-        parts = {"all": read_folder(path, options.image_size)} if path.is_dir() else _read_file(path, options)
+    parts = _read_split(path, options) if path.is_dir() else _read_part(path, options)
     rows = [parts[p] for p in ("all", "train", "validation", "test") if p in parts]
     shapes = {p: parts[p].x.shape[1:] for p in parts}
     if len(set(shapes.values())) > 1:
-        raise DataError(f"the parts of {name!r} differ in the shape of an item: {shapes}")
+        raise DataError(f"the parts of {name!r} differ in the shape of a row: {shapes}")
     with_labels = [r.labels is not None for r in rows]
     if any(with_labels) and not all(with_labels):
         raise DataError(f"some parts of {name!r} have labels and others none; expected all or none")
-    labels = np.concatenate([r.labels for r in rows if r.labels is not None]) if all(with_labels) else None
+    labels = np.concatenate([r.labels for r in rows]) if all(with_labels) else None
     notices = list(dict.fromkeys(n for r in rows for n in r.notices))
     if labels is not None and options.condition is None:
         try:
@@ -56,14 +54,16 @@ def load_path(path: Path, options: Options) -> DataSplits:
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-def _read_file(path: Path, options: Options) -> Parts:
-    name = str(path)
-    if options.image_size is not None:
-        raise ConfigError(f"image_size={options.image_size} does not apply to {name!r}; it is for a folder of images")
-    suffix = path.suffix.lower()
+def read_file(path: Path) -> Parts:
+    """Read a table or an array file without conversion.
+
+    Raises:
+        DataError: for an unreadable file, or one of another kind.
+    """
+    name, suffix = str(path), path.suffix.lower()
     if is_table(path):
         frame, notices = read_frame(path)
-        return {"all": Rows(frame, columns=tuple(frame.columns), notices=notices)}
+        return {"all": Rows(frame, notices=notices)}
     if suffix in ARRAYS:
         return rows_of_keys(read_numpy(path), name)
     pickled = suffix in (".pkl", ".pickle", ".pt", ".pth")
@@ -72,8 +72,16 @@ def _read_file(path: Path, options: Options) -> Parts:
     raise DataError(f"{name!r} is no known kind of data; expected .npz, .npy, {', '.join(TABLES)}, .png, .jpg, .webp, .bmp, .tif or a folder{extra}")
 
 
-def _read_split(folder: Path, options: Options) -> Parts | None:
-    """Read a folder with files or sub-folders called train... and test...; return None for any other folder.
+def _read_part(path: Path, options: Options) -> Parts:
+    if path.is_dir():
+        return {"all": read_folder(path, options.image_size)}
+    if options.image_size is not None:
+        raise ConfigError(f"image_size={options.image_size} does not apply to {str(path)!r}; it is for a folder of images")
+    return read_file(path)
+
+
+def _read_split(folder: Path, options: Options) -> Parts:
+    """Read a folder with files or sub-folders called train... and test..., or any other folder as one part.
 
     If there are other sub-folders, all sub-folders are classes (one may be called "train").
     """
@@ -86,26 +94,21 @@ def _read_split(folder: Path, options: Options) -> Parts | None:
     except OSError as error:
         raise DataError(f"folder {str(folder)!r} cannot be read: {error}") from None
     if "train" not in found or len(found) < 2 or others:
-        return None
+        return _read_part(folder, options)
     if "test" not in found:
         given = ", ".join(p.name for p in sorted(ours))
         raise DataError(
-            f"folder {str(folder)!r} gives its own split by {given} but no test part; expected train..., test... and "
-            "perhaps val...: rename the latter to test, and validation will be split off the training part"
+            f"folder {str(folder)!r} gives its own split by {given} but no test part; rename val... to test..., and validation "
+            "is split off the training part"
         )
     parts = {}
     for part, entries in found.items():
         if len(entries) > 1:
             several = ", ".join(p.name for p in entries)
             raise DataError(f"folder {str(folder)!r} has several {part} parts: {several}; expected one")
-        if entries[0].is_dir():
-            parts[part] = read_folder(entries[0], options.image_size)
-            continue
-        inner = _read_file(entries[0], options)
+        inner = _read_part(entries[0], options)
         if list(inner) != ["all"]:
-            raise DataError(
-                f"{str(entries[0])!r} is a {part} part and brings a split of its own; give that file itself"
-            )
+            raise DataError(f"{str(entries[0])!r} is a {part} part and brings a split of its own; give that file itself")
         parts[part] = inner["all"]
     return parts
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["ARRAYS", "Listing", "list_folder", "part_entries", "read_folder", "rgb", "stack_pictures"]
 
 ARRAYS = (".npy", ".npz")
+RESIZE = "image_size=S crops the centre and resizes"
 _PART = re.compile(r"(train|training|validation|valid|val|testing|test)(?![a-z])")
 
 
@@ -33,9 +34,9 @@ def part_entries(folder: Path, endings: tuple[str, ...] = ARRAYS) -> dict[str, l
     """
     parts: dict[str, list[Path]] = {}
     for entry in sorted(folder.iterdir(), key=_natural):
-        found = _PART.match(entry.name.lower())
-        if found and (entry.is_dir() or entry.name.lower().endswith(endings)):
-            word = found[1]
+        match = _PART.match(entry.name.lower())
+        if match and (entry.is_dir() or entry.name.lower().endswith(endings)):
+            word = match[1]
             part = "validation" if word.startswith("val") else "train" if word.startswith("train") else "test"
             parts.setdefault(part, []).append(entry)
     return parts
@@ -78,8 +79,8 @@ def list_folder(folder: Path) -> Listing:
     labelled = [(label, p) for label, p in inside if p.suffix.lower() in SUFFIXES]
     if loose and labelled:
         raise DataError(
-            f"folder {str(folder)!r} has pictures ({loose[0].name}) beside sub-folders with pictures "
-            f"({labelled[0][0]}); expected either pictures only or one sub-folder for each class"
+            f"folder {str(folder)!r} must hold either images or one sub-folder of images for each class, got both: "
+            f"{loose[0].name} and {labelled[0][0]}"
         )
     others = [p.name for p in [*files, *(p for _, p in inside)] if p.suffix.lower() not in (*SUFFIXES, *ARRAYS)]
     return Listing(
@@ -93,8 +94,8 @@ def list_folder(folder: Path) -> Listing:
 def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
     """Return the files and sub-folders of a folder, sorted by name, without a ``stat`` call for each."""
     with os.scandir(folder) as entries:
-        found = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
-    return [folder / n for n, is_folder in found if not is_folder], [folder / n for n, is_folder in found if is_folder]
+        kinds = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
+    return [folder / n for n, is_folder in kinds if not is_folder], [folder / n for n, is_folder in kinds if is_folder]
 
 
 def rgb(picture: Image.Image) -> Array:
@@ -120,22 +121,19 @@ def read_folder(folder: Path, image_size: int | None = None) -> Rows:
     Raises:
         DataError: for no images, images both in the folder and in sub-folders, mixed sizes, or an unreadable image.
     """
-    found = list_folder(folder)
-    if not found.pictures:
+    listing = list_folder(folder)
+    if not listing.pictures:
         hint = ""
-        if found.arrays:
-            hint = f" (for {found.arrays[0].name}, give the file itself; files named train... and test... are a split)"
-        elif found.others:
-            hint = f" ({found.others[0]} is none)"
-        raise DataError(
-            f"folder {str(folder)!r} holds no picture; expected {', '.join(SUFFIXES)} files, or sub-folders of "
-            f"them{hint}"
-        )
-    images, notices = stack_pictures(found.pictures, image_size, str(folder))
-    if found.others or found.arrays:
-        names = [*found.others, *(p.name for p in found.arrays)]
-        notices.append(f"{len(names):,} files that are no {FORMATS} image were left aside ({names[0]}, ...)")
-    return Rows(images, np.array(found.labels) if found.labels else None, notices=notices)
+        if listing.arrays:
+            hint = f" (for {listing.arrays[0].name}, give the file itself; files named train... and test... are a split)"
+        elif listing.others:
+            hint = f" ({listing.others[0]} is not one)"
+        raise DataError(f"folder {str(folder)!r} holds no image; expected {', '.join(SUFFIXES)} files, or sub-folders of them{hint}")
+    images, notices = stack_pictures(listing.pictures, image_size, str(folder))
+    ignored = [*listing.others, *(p.name for p in listing.arrays)]
+    if ignored:
+        notices.append(f"{len(ignored):,} files that are no {FORMATS} image were ignored ({ignored[0]}, ...)")
+    return Rows(images, np.array(listing.labels) if listing.labels else None, notices=notices)
 
 
 def stack_pictures(files: Sequence[Path], image_size: int | None, name: str) -> tuple[Array, list[str]]:
@@ -159,16 +157,10 @@ def stack_pictures(files: Sequence[Path], image_size: int | None, name: str) -> 
             try:
                 images = np.empty(shape, dtype=np.uint8)
             except MemoryError:
-                raise DataError(
-                    f"{len(files):,} pictures of {size[0]}x{size[1]} (in {name!r}) are more than the memory holds; "
-                    "image_size=S crops the centre and resizes"
-                ) from None
+                raise DataError(f"{len(files):,} images of {size[0]}x{size[1]} (in {name!r}) exceed the memory; {RESIZE}") from None
         if picture.size != size:
             sizes = ["x".join(map(str, s)) for s in (size, picture.size)]
-            raise DataError(
-                f"pictures differ in size: {files[0].name!r} is {sizes[0]}, {file.name!r} is {sizes[1]} (in {name!r}); "
-                "image_size=S crops the centre and resizes"
-            )
+            raise DataError(f"images of {name!r} must have one size, got {sizes[0]} in {files[0].name!r} and {sizes[1]} in {file.name!r}; {RESIZE}")
         mixed += grey == (images.shape[1] == 3)
         if not grey and images.shape[1] == 1:  # the first colour image: earlier grey images become RGB
             images = np.repeat(images, 3, axis=1)
@@ -176,9 +168,9 @@ def stack_pictures(files: Sequence[Path], image_size: int | None, name: str) -> 
         images[i] = pixels if grey else pixels.transpose(2, 0, 1)
     notices = []
     if image_size is not None:
-        notices.append(f"pictures cropped to the central square and resized to {image_size}x{image_size}")
+        notices.append(f"images cropped to the central square and resized to {image_size}x{image_size}")
     if mixed:
-        notices.append("grey and colour pictures are mixed: all read as RGB")
+        notices.append("grey and colour images are mixed: all read as RGB")
     if transparent:
-        notices.append(f"{transparent:,} pictures have transparency, which was ignored: their hidden colours show")
+        notices.append(f"{transparent:,} images have transparency, which is ignored: their hidden colours show")
     return images, notices

@@ -106,32 +106,27 @@ def _read(name: str, train: bool, options: Options) -> tuple[Array, Array]:
             found = make(root, download=True, **part)
     except PermissionError as error:
         raise DataError(
-            f"{name} cannot be unpacked or stored under {str(root.resolve())!r}: {error}. Copy the files to a folder "
-            "that can be written, and name that as the root"
+            f"{name} cannot be unpacked or stored under {str(root.resolve())!r}: {error}. Set root to a folder that can be written"
         ) from error
     except _FAILURES as error:
         where = (root / _FOLDER[name]).resolve()
         tried = "downloading it failed" if options.download else "download=False forbids fetching it"
         raise DataError(
-            f"{name} was not found complete in {str(where)!r} (root={str(options.root)!r}) and {tried}: "
-            f"{error or type(error).__name__}. Put the original files there (data/README.md lists them; delete what is "
-            "damaged) or connect to the network and let torchvision fetch them"
+            f"{name} was not found complete in {str(where)!r} (root={str(options.root)!r}) and {tried}: {error or type(error).__name__}. "
+            "Put the original files there (data/README.md lists them; delete what is damaged), or let torchvision download them"
         ) from error
     labels = np.asarray(found.labels if name == "svhn" else found.targets, dtype=np.int64)
     images: Array = np.asarray(found.data)
-    if images.dtype != np.uint8:
-        raise DataError(f"{name} under {str(root.resolve())!r} has {images.dtype} images: put the original files there")
     if images.ndim == 3:
         images = images[:, None]
     elif images.shape[-1] == 3 and images.shape[1] != 3:
         images = images.transpose(0, 3, 1, 2)
-    if images.shape[1:] != _SHAPE[name] or labels.shape != (len(images),):
+    usual = images.dtype == np.uint8 and images.shape[1:] == _SHAPE[name] and labels.shape == (len(images),)
+    if not usual or labels.min(initial=0) < 0 or labels.max(initial=0) > 9:
         raise DataError(
-            f"{name} under {str(root.resolve())!r} has {len(images)} images of shape {images.shape[1:]} and "
-            f"{len(labels)} labels; expected {_SHAPE[name]}, and a label for each: put the original files there"
+            f"{name} under {str(root.resolve())!r} has {len(images)} {images.dtype} images of shape {images.shape[1:]} and {len(labels)} "
+            f"labels; expected {_SHAPE[name]} in uint8, and a label 0 to 9 for each: put the original files there"
         )
-    if len(labels) and (labels.min() < 0 or labels.max() > 9):
-        raise DataError(f"{name} under {str(root.resolve())!r} has labels beyond 0 to 9: put the original files there")
     return images, labels
 
 
@@ -147,4 +142,4 @@ def _refuse_links(name: str, root: Path, intact: Sequence[str] = ()) -> None:
     """Reject symbolic links, since a download would write to their targets; ``intact`` files are not written."""
     for path in (*(root / _FOLDER[name]).glob("*"), *root.glob("*.gz")):
         if path.is_symlink() and path.name not in intact and (path.suffix in (".gz", ".mat") or name != "svhn"):
-            raise DataError(f"{str(path)!r} is a link, and {name} is to be downloaded over it: remove it, or mend its target")
+            raise DataError(f"{str(path)!r} is a link that the download of {name} would overwrite; remove it, or repair its target")

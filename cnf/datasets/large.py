@@ -28,19 +28,12 @@ NAMES = {
 
 @dataclass(frozen=True)
 class _Set:
-    """Protocol of a large image set.
+    """Protocol of a large image set."""
 
-    Attributes:
-        size: height and width of an image.
-        held_out: number of training images held out for validation, since the published validation set is the test set.
-        flip: whether the published protocol flips training images.
-        published: known sizes of the training and test set.
-    """
-
-    size: int
-    held_out: int
-    flip: bool
-    published: tuple[tuple[int, int], ...]
+    size: int  # height and width of an image
+    held_out: int  # training images held out for validation, since the published validation set is the test set
+    flip: bool  # whether the published protocol flips training images
+    published: tuple[tuple[int, int], ...]  # known sizes of the training and test set
 
 
 # two downsampling methods share the name: arXiv 1707.08819, and PixelRNN (arXiv 1601.06759)
@@ -65,8 +58,8 @@ def load_large(name: str, options: Options) -> DataSplits:
     if "train" not in found or "test" not in found:
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) if folder.is_dir() else "no such folder"
         raise DataError(
-            f"{name} needs files or folders called train... and val... (or test...) in {str(folder.resolve())!r}, .npy "
-            f"or .npz arrays or {FORMATS} images; found: {there or 'nothing'}. data/README.md lists the layouts"
+            f"{name} needs files or folders called train... and val... (or test...) in {str(folder.resolve())!r}, .npy or .npz "
+            f"arrays or {FORMATS} images, got {there or 'nothing'}. data/README.md lists the layouts"
         )
     images, notices = {}, []
     for part, entries in found.items():
@@ -76,9 +69,7 @@ def load_large(name: str, options: Options) -> DataSplits:
     counts = len(train), len(test)
     if counts not in spec.published:
         known = " or ".join(f"{a:,} and {b:,}" for a, b in spec.published)
-        notices.append(
-            f"{counts[0]:,} training and {counts[1]:,} test images, where {known} are published: figures do not compare"
-        )
+        notices.append(f"{counts[0]:,} training and {counts[1]:,} test images, where {known} are published: figures do not compare")
     if "validation" in images:
         validation = images["validation"]
         notices.append("split as the folder gives it")
@@ -90,16 +81,13 @@ def load_large(name: str, options: Options) -> DataSplits:
         validation = np.array(train[np.sort(taken)])
         train, _ = keep_rows(train, rest)
         notices.append(
-            "what was published as validation is the test set; validation is split off the training set by split_seed "
-            f"{options.split_seed}"
+            f"the published validation set is the test set; validation is split off the training set by split_seed {options.split_seed}"
         )
     parts = [train, validation, test]
     return assemble(name, "image", parts, options, levels=2**options.nbits, notices=notices, flip=spec.flip)
 
 
-def _read_part(
-    name: str, part: str, entries: list[Path], folder: Path, size: int, nbits: int
-) -> tuple[Array, list[str]]:
+def _read_part(name: str, part: str, entries: list[Path], folder: Path, size: int, nbits: int) -> tuple[Array, list[str]]:
     """Read the images of one part, uint8 (N, 3, size, size), and notices."""
     shape, mark = (3, size, size), stamp(entries, size)
     prepared, stem = folder / "prepared", f"{part}-{size}x{size}-{nbits}bit"
@@ -112,9 +100,8 @@ def _read_part(
         pictures += listing.pictures
         arrays += listing.arrays
     if bool(pictures) == bool(arrays):
-        what = "both pictures and arrays" if arrays else "neither pictures nor arrays"
-        given = ", ".join(p.name for p in entries)
-        raise DataError(f"{name}: {given} in {str(folder)!r} hold {what}; expected one of the two")
+        kinds = "both images and arrays" if arrays else "neither"
+        raise DataError(f"{name}: {', '.join(p.name for p in entries)} in {str(folder)!r} must hold either images or arrays, got {kinds}")
     if len(arrays) == 1 and arrays[0].suffix.lower() == ".npy":
         images = _array(arrays[0], size)
         if nbits == 8 or not is_mapped(images):
@@ -131,8 +118,8 @@ def _read_part(
             picture = open_picture(path)
             if picture.size != (size, size):
                 raise DataError(
-                    f"picture {str(path)!r} is {picture.width}x{picture.height}; {name} has {size}x{size}. To crop and "
-                    f"resize pictures of your own: data={str(path.parent)!r} with image_size={size}"
+                    f"image {str(path)!r} is {picture.width}x{picture.height}; {name} has {size}x{size}. Load, crop and resize "
+                    f"your own images by data={str(path.parent)!r} with image_size={size}"
                 )
             yield rgb(picture)
 
@@ -149,13 +136,9 @@ def _array(path: Path, size: int) -> Array:
     x = arrays[keys[0]]
     if x.ndim == 2 and x.shape[1] == 3 * size * size:
         x = x.reshape(-1, 3, size, size)
-    if x.ndim != 4:
-        raise DataError(f"{str(path)!r} holds an array of shape {x.shape}; expected images (N, {size}, {size}, 3)")
-    if x.dtype != np.uint8:
-        raise DataError(f"{str(path)!r} holds {x.dtype} images; expected uint8 grey levels 0 to 255")
+    if x.ndim != 4 or x.dtype != np.uint8:
+        raise DataError(f"{str(path)!r} must hold uint8 images (N, {size}, {size}, 3), got {x.dtype} of shape {x.shape}")
     images, _ = as_images(x, str(path))
     if images.shape[1:] != (3, size, size):
-        raise DataError(
-            f"{str(path)!r} holds images (channels, height, width) = {images.shape[1:]}; expected {(3, size, size)}"
-        )
+        raise DataError(f"{str(path)!r} must hold images (channels, height, width) = {(3, size, size)}, got {images.shape[1:]}")
     return images

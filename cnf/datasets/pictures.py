@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cnf.datasets.rows import Table
 from cnf.datasets.splits import DataSplits, Options, assemble
 from cnf.errors import DataError
 from cnf.strangers import require_file
@@ -42,25 +44,19 @@ def open_picture(path: Path, file: IO[bytes] | None = None) -> Image.Image:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if file is None:
-        require_file(path, DataError, f"picture {str(path)!r}")
+        require_file(path, DataError, f"image {str(path)!r}")
     try:
-        if file is None:
-            with path.open("rb") as own:
-                picture = _decode(own)
-        else:
-            picture = _decode(file)
+        with path.open("rb") if file is None else nullcontext(file) as source:
+            picture = _decode(source)
     except Image.DecompressionBombError:
-        raise DataError(
-            f"picture {str(path)!r} claims more than {MAX_PIXELS:,} pixels and was not opened (decompression bomb?); "
-            "shrink it first"
-        ) from None
+        raise DataError(f"image {str(path)!r} claims more than {MAX_PIXELS:,} pixels and was not opened (decompression bomb?); shrink it first") from None
     except _Refused as error:
-        raise DataError(f"picture {str(path)!r} {error}") from None
+        raise DataError(f"image {str(path)!r} {error}") from None
     except UnidentifiedImageError:
-        why = "it is none of them, or damaged, or a JPEG of more than 8 bits a channel"
-        raise DataError(f"picture {str(path)!r} cannot be read as {FORMATS}: {why}") from None
+        reason = "it is none of them, or damaged, or a JPEG of more than 8 bits a channel"
+        raise DataError(f"image {str(path)!r} cannot be read as {FORMATS}: {reason}") from None
     except Exception as error:  # Pillow raises many exception types for damaged files
-        raise DataError(f"picture {str(path)!r} cannot be read as {FORMATS}: {error}") from error
+        raise DataError(f"image {str(path)!r} cannot be read as {FORMATS}: {error}") from error
     try:
         return ImageOps.exif_transpose(picture)
     except Exception:  # a damaged EXIF block; the pixels are intact and kept as stored
@@ -85,7 +81,7 @@ def _decode(file: IO[bytes]) -> Image.Image:
         if picture.width * picture.height > MAX_PIXELS:
             raise Image.DecompressionBombError
         if picture.format != "MPO" and getattr(picture, "is_animated", False):  # MPO: a camera's JPEG with previews
-            raise _Refused("has several pages or frames; expected one image: save the one that is meant by itself")
+            raise _Refused("has several pages or frames; expected one image: save one of them in a file of its own")
         scans_allowed = MAX_SCANS
         if picture.format == "PNG":
             _refuse_deep(_png_depth(file))
@@ -168,11 +164,8 @@ class PictureDensity:
         grey = np.asarray(Image.alpha_composite(paper, picture).convert("L"), dtype=np.float64)
         mass = grey - grey.min() if invert else grey.max() - grey
         if mass.sum() == 0.0:
-            raise DataError(
-                f"picture {str(path)!r} has one grey value everywhere ({grey.flat[0]:g}); expected dark shapes "
-                "on a light ground"
-            )
-        self.mass: NDArray[np.float64] = mass / mass.sum()
+            raise DataError(f"image {str(path)!r} must have dark shapes on a light ground, got one grey value everywhere ({grey.flat[0]:g})")
+        self.mass: Table = mass / mass.sum()
         self.side = 8.0 / max(mass.shape)
         filled = self.mass[self.mass > 0.0]
         self.entropy = float(-(filled * np.log(filled)).sum() + 2.0 * np.log(self.side))
@@ -193,5 +186,5 @@ def load_picture(path: Path, options: Options) -> DataSplits:
     density = PictureDensity(path, invert=options.invert)
     parts = [density.sample(n, np.random.default_rng([options.seed, 0, i])) for i, n in enumerate(options.sizes)]
     dense = "light is dense" if options.invert else "dark is dense"
-    notice = f"the density of the picture {path.name} ({dense}), drawn once by seed {options.seed}"
+    notice = f"the density of the image {path.name} ({dense}), drawn once by seed {options.seed}"
     return assemble(str(path), "toy", parts, options, columns=("x", "y"), entropy=density.entropy, notices=[notice])

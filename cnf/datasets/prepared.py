@@ -65,9 +65,7 @@ def find_prepared(folder: Path, stem: str, mark: str, shape: tuple[int, int, int
     return images
 
 
-def prepare(
-    folder: Path, stem: str, mark: str, blocks: Blocks, shape: tuple[int, int, int], nbits: int
-) -> tuple[Array, list[str]]:
+def prepare(folder: Path, stem: str, mark: str, blocks: Blocks, shape: tuple[int, int, int], nbits: int) -> tuple[Array, list[str]]:
     """Return images, uint8 (N, C, H, W), and notices; read ``folder/stem-mark.npy``, or decode and write it first.
 
     The file is written under a temporary name and renamed when complete; it can be deleted at any time. If it cannot be
@@ -94,9 +92,8 @@ def prepare(
         _write(temporary, _checked(blocks, shape, nbits), shape)
         os.replace(temporary, path)
     except OSError as error:
-        kept = list(_checked(blocks, shape, nbits))
-        again = "decoded into memory, and again at the next start"
-        return np.concatenate(kept), [f"{again}, because {str(folder)!r} cannot be written: {error}"]
+        again = f"decoded into memory, and again at the next start, because {str(folder)!r} cannot be written: {error}"
+        return np.concatenate(list(_checked(blocks, shape, nbits))), [again]
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -107,11 +104,11 @@ def _checked(blocks: Blocks, shape: tuple[int, int, int], nbits: int) -> Iterato
     count = 0
     for block in blocks():
         if block.dtype != np.uint8 or block.shape[1:] != shape:
-            raise DataError(f"images are {block.dtype} of shape {block.shape[1:]}; expected uint8 {shape}")
+            raise DataError(f"images must be uint8 of shape {shape}, got {block.dtype} of shape {block.shape[1:]}")
         count += len(block)
         yield reduce_bits(block, nbits)
     if count == 0:
-        raise DataError("there is not one image")
+        raise DataError("the set must hold at least one image, got none")
 
 
 def _write(path: Path, blocks: Iterator[Array], shape: tuple[int, int, int]) -> None:

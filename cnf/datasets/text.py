@@ -8,7 +8,7 @@ import io
 import re
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TextIO, cast
@@ -38,9 +38,7 @@ def bounded_lines(file: TextIO) -> Iterator[str]:
     Raises:
         DataError: for a line of more than 16 million characters, which may not end.
     """
-    number = 0
-    while line := file.readline(LONGEST):
-        number += 1
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST), ""), 1):
         if len(line) == LONGEST and not line.endswith("\n"):
             raise DataError(f"line {number} of {file.name!r} has more than {LONGEST:,} characters; expected rows of numbers")
         yield line
@@ -104,29 +102,22 @@ def _encodings(path: Path) -> tuple[str, ...]:
 
 
 class _Table:
-    """Rows of a text file, checked for equal numbers of cells, and their dialect.
-
-    Args:
-        path: path of the file.
-        size: file size in bytes.
-        file: the file, opened as text.
-    """
+    """Rows of a text file of ``size`` bytes, checked for equal numbers of cells, and their dialect."""
 
     def __init__(self, path: Path, size: int, file: TextIO):
         self.path, self.size, self.number = path, size, 0
-        self.lines = self._checked(file)
         head, length = [], 0
-        for line in self.lines:
+        for line in self._checked(file):
             head.append(line)
             length += len(line)
             if len(head) == HEAD_LINES or length > HEAD_CHARACTERS:
                 break
-        self.number = 0
+        file.seek(0)
+        self.lines = self._checked(file)
         begun = [line for line in head if line.strip(" \r\n") and not line.startswith("#")]
         declared = re.fullmatch(r'"?sep=(.)"?\s*', begun[0], re.IGNORECASE) if begun else None
         self.dialect = Dialect(declared[1]) if declared else find_dialect(begun)
         self.head = [cells for line in begun[declared is not None :] if (cells := self._split(line))]
-        self.lines = self._numbered(chain(head, self.lines))
         self.names: list[str] | None = None
         self.notices: list[str] = []
         self.width, self.comments = 0, 0
@@ -141,17 +132,12 @@ class _Table:
 
     def _checked(self, file: TextIO) -> Iterator[str]:
         limit, total = memory(), 0
-        for number, line in enumerate(bounded_lines(file), 1):
+        for self.number, line in enumerate(bounded_lines(file), 1):
             total += len(line)
             if total > limit or (total > BOMB_BYTES and total > BOMB_RATIO * self.size):
                 raise DataError(f"{str(self.path)!r} unpacks to more than {total:,} characters, {total // max(self.size, 1):,} times its size: a bomb?")
             if _CONTROL.search(line):
-                raise DataError(f"{str(self.path)!r} cannot be read as a csv file: line {number} holds a control character, which no text has")
-            yield line
-
-    def _numbered(self, lines: Iterable[str]) -> Iterator[str]:
-        for line in lines:
-            self.number += 1
+                raise DataError(f"{str(self.path)!r} cannot be read as a csv file: line {self.number} holds a control character, which no text has")
             yield line
 
     def _records(self, declared: bool) -> Iterator[str]:
@@ -194,10 +180,8 @@ class _Table:
 
     def _take_header(self, cells: list[str], comment: str) -> bool:
         """Return whether the first row is a header; set ``names`` from it, or from NumPy's comment line above."""
-        if not any(is_number(cell) or DATE.fullmatch(cell) for cell in cells):
-            self.names = cells
-            return True
-        if not comment and is_numbered(cells, self.head[1:], str(self.path)):
+        named = not any(is_number(cell) or DATE.fullmatch(cell) for cell in cells)
+        if named or (not comment and is_numbered(cells, self.head[1:], str(self.path))):
             self.names = cells
             return True
         if comment:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cnf.datasets.rows import Array
+from cnf.datasets.rows import Array, Table
 from cnf.errors import ConfigError
 from cnf.schema import TableColumn, data_columns, to_lattice
 
@@ -30,7 +29,7 @@ def as_numbers_of(samples: Array, table: Sequence[TableColumn]) -> Array:
     return out if any(c.kind == "date" for c in data_columns(table)) else out.astype(samples.dtype)
 
 
-def _exact(samples: Array, table: Sequence[TableColumn]) -> NDArray[np.float64]:
+def _exact(samples: Array, table: Sequence[TableColumn]) -> Table:
     columns = data_columns(table)
     out = samples.astype(np.float64)
     for j, column in enumerate(columns):
@@ -52,25 +51,24 @@ def sampled_frame(samples: Array, table: Sequence[TableColumn], given: Mapping[s
     """
     import pandas as pd
 
-    numbers = _exact(samples, table)
-    places = {c.name: j for j, c in enumerate(data_columns(table))}
-    found = {}
+    numbers = dict(zip([c.name for c in data_columns(table)], _exact(samples, table).T, strict=True))
+    series = {}
     for column in table:
         if column.role == "left out":
             continue
         if column.role == "condition":
-            found[column.name] = pd.Series(given[column.name], index=range(len(samples)))
+            series[column.name] = pd.Series(given[column.name], index=range(len(samples)))
             continue
-        values = numbers[:, places[column.name]]
+        values = numbers[column.name]
         if column.kind == "date":
             days = np.clip(values, FIRST_DAY, LAST_DAY)
             time = np.rint(days * SECONDS) if column.type == "datetime" else np.floor(days) * SECONDS
-            found[column.name] = pd.Series(time.astype(np.int64).astype("datetime64[s]"))
+            series[column.name] = pd.Series(time.astype(np.int64).astype("datetime64[s]"))
         elif column.type in ("int", "bool") and np.abs(values).max(initial=0) < 2**62:
-            found[column.name] = pd.Series(values.astype(np.int64 if column.type == "int" else bool))
+            series[column.name] = pd.Series(values.astype(np.int64 if column.type == "int" else bool))
         else:
-            found[column.name] = pd.Series(values if column.step else values.astype(samples.dtype))
-    return pd.DataFrame(found)
+            series[column.name] = pd.Series(values if column.step else values.astype(samples.dtype))
+    return pd.DataFrame(series)
 
 
 def write_frame(frame: pd.DataFrame, path: Path, ending: str) -> None:
@@ -91,7 +89,7 @@ def require_writer(path: Path) -> None:
         try:
             importlib.import_module("pyarrow")
         except ImportError:
-            raise ConfigError(f"--out {path} needs the package pyarrow: pip install pyarrow, or give a .csv file") from None
+            raise ConfigError(f"--out {path} needs the package pyarrow: pip install pyarrow, or name a .csv file") from None
 
 
 def category_value(column: TableColumn, category: str) -> int | bool | str:
@@ -124,7 +122,7 @@ def given_values(texts: Mapping[str, str], table: Sequence[TableColumn]) -> tupl
         text = texts[column.name]
         if column.categories:
             if text not in column.categories:
-                raise ConfigError(f"--given {column.name}={text}: this category is unknown; expected one of {', '.join(column.categories)}")
+                raise ConfigError(f"--given {column.name}={text}: category must be one of {', '.join(column.categories)}")
             numbers[column.name] = np.array([float(column.categories.index(text))])
             values[column.name] = category_value(column, text)
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,29 @@ from torch import Tensor
 
 from cnf.checkpoint import write_atomic
 
-__all__ = ["array", "aspect_of", "frame", "new_figure", "subplots", "tiles", "write", "xy"]
+__all__ = ["Box", "array", "aspect_of", "box_around", "new_figure", "save_figure", "set_loss_limits", "subplots", "tiles", "write", "xy"]
+
+Box = tuple[float, float, float, float]  # left, right, bottom, top
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> Path:
-    """Write a file atomically."""
-
-    def whole(temporary: Path) -> None:
-        save(temporary)
-
-    write_atomic(path, whole)
+    """Write a file atomically; return its path."""
+    write_atomic(path, lambda temporary: save(temporary))
     return path
+
+
+def save_figure(figure: Figure, path: Path, handles: Sequence[Any] = (), fontsize: int = 9) -> Path:
+    """Write a figure as PNG, with a legend of the handles below it; return the path."""
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(10, len(handles)), fontsize=fontsize, frameon=False)
+    return write(path, lambda p: figure.savefig(p, format="png"))
+
+
+def set_loss_limits(axis: Any, values: Sequence[float], quantile: float) -> None:
+    """Limit the y axis to the values up to a quantile, since the first steps would compress the rest."""
+    low, high = min(values), float(np.quantile(values, quantile))
+    margin = max(0.05 * (high - low), 1e-6)
+    axis.set_ylim(low - margin, high + margin)
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -49,14 +61,15 @@ def xy(points: Any) -> Any:
     return array(points).T
 
 
-def frame(points: Tensor, margin: float = 0.05) -> tuple[float, float, float, float]:
-    """Return left, right, bottom and top of a frame around points (N, 2)."""
+def box_around(points: Any, margin: float = 0.05) -> Box:
+    """Return a box around points (N, 2), with margins in units of its sides."""
     low, high = array(points).min(0), array(points).max(0)
     room = margin * np.maximum(high - low, 1e-6)
-    return float(low[0] - room[0]), float(high[0] + room[0]), float(low[1] - room[1]), float(high[1] + room[1])
+    (left, bottom), (right, top) = (low - room).tolist(), (high + room).tolist()
+    return left, right, bottom, top
 
 
-def aspect_of(box: tuple[float, float, float, float]) -> str:
+def aspect_of(box: Box) -> str:
     """Return the aspect: equal axes, or automatic ones for a side ratio of 3 or more (columns of different units)."""
     ratio = (box[1] - box[0]) / (box[3] - box[2])
     return "equal" if 1 / 3 < ratio < 3 else "auto"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cnf.plotting.canvas import new_figure, subplots, write
+from cnf.plotting.canvas import new_figure, save_figure, set_loss_limits, subplots
 
 __all__ = ["learning_curves", "validation_curves"]
 
@@ -46,15 +46,13 @@ def learning_curves(metrics: list[dict[str, Any]], path: Path, *, unit: str, nam
     shown = [value for key, *_ in losses for _, value in rows[key]]
     if name == "loss" and shown and min(shown) > 0 and max(shown) > 100 * min(shown):  # it falls by orders of magnitude
         top.set_yscale("log")
-    elif shown:  # the first steps would compress the rest
-        low, high = min(shown), float(np.quantile(shown, 0.97))
-        room = max(0.05 * (high - low), 1e-6)
-        top.set_ylim(low - room, high + room)
+    elif shown:
+        set_loss_limits(top, shown, 0.97)
     top.set(ylabel=unit, title="learning curves")
     for bottom in below:
         bottom.set_ylabel("evaluations a solve")
         bottom.set_ylim(bottom=0)
-    return write(path, lambda p: figure.savefig(p, format="png"))
+    return save_figure(figure, path)
 
 
 def validation_curves(curves: Mapping[str, Sequence[tuple[int, float]]], path: Path, *, unit: str) -> Path:
@@ -69,11 +67,8 @@ def validation_curves(curves: Mapping[str, Sequence[tuple[int, float]]], path: P
     axis = subplots(figure, 1, 1)
     for name, rows in curves.items():
         axis.plot(*zip(*rows, strict=True), label=name, lw=1.4, marker="o", ms=3.5)
-    low = min(value for rows in curves.values() for _, value in rows)
-    high = float(np.quantile([value for rows in curves.values() for _, value in rows], 0.9))  # first steps would compress the rest
-    room = max(0.05 * (high - low), 1e-6)
-    axis.set_ylim(low - room, high + room)
+    set_loss_limits(axis, [value for rows in curves.values() for _, value in rows], 0.9)
     axis.set(xlabel="step", ylabel=unit, title="validation")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="best")
-    return write(path, lambda p: figure.savefig(p, format="png"))
+    return save_figure(figure, path)

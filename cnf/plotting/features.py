@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from torch import Tensor
 
 from cnf.errors import ConfigError
 from cnf.models import NeuralODE, Predictor
-from cnf.plotting.canvas import array, aspect_of, frame, new_figure, subplots, write
+from cnf.plotting.canvas import Box, array, aspect_of, box_around, new_figure, save_figure, subplots
 
 __all__ = ["decision_boundary", "feature_evolution", "learned_depth", "paths_1d"]
 
@@ -34,13 +35,6 @@ def _colours(marks: Tensor, classes: Sequence[str]) -> tuple[Any, list[Line2D]]:
         palette = ["tab:blue", "tab:red", "tab:green", "tab:orange", "tab:purple", "tab:brown"]
     handles = [Line2D([], [], color=palette[i], marker="o", ls="", ms=5, label=name) for i, name in enumerate(names)]
     return np.array(palette)[codes], handles
-
-
-def _written(figure: Any, handles: Sequence[Any], path: Path) -> Path:
-    """Write a figure as PNG, with a legend below it if there are handles; return the path."""
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
-    return write(path, lambda p: figure.savefig(p, format="png"))
 
 
 def _plane(states: Any) -> tuple[Any, tuple[str, str]]:
@@ -84,7 +78,7 @@ def feature_evolution(
         ConfigError: for fewer than two panels.
     """
     if times < 2:
-        raise ConfigError(f"times={times}; expected at least 2 panels")
+        raise ConfigError(f"times must be at least 2 panels, got {times}")
     ticks = torch.linspace(0, 1, times)
     states = array(model.trajectory(x.to(model.like.device), ticks).flatten(2))
     colours, handles = _colours(marks, classes)
@@ -101,7 +95,7 @@ def feature_evolution(
     else:
         points, names = _plane(states)
         for axis, state in zip(axes, points, strict=True):
-            box = frame(torch.from_numpy(np.ascontiguousarray(points if shared else state).reshape(-1, 2)))
+            box = box_around((points if shared else state).reshape(-1, 2))
             axis.scatter(*state.T, 5, c=colours, alpha=0.6, linewidths=0)
             axis.set(xlim=box[:2], ylim=box[2:], aspect=aspect_of(box) if shared else "auto")
             axis.set_xlabel(names[0], fontsize=8)
@@ -109,9 +103,7 @@ def feature_evolution(
         axes[0].set_ylabel(names[1], fontsize=8)
     for axis, tick in zip(axes, ticks.tolist(), strict=True):
         axis.set_title(f"t = {tick:g} T" + ("(x)" if model.depth is not None else ""), fontsize=9)
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(10, len(handles)), fontsize=8, frameon=False)
-    return write(path, lambda p: figure.savefig(p, format="png"))
+    return save_figure(figure, path, handles, fontsize=8)
 
 
 def paths_1d(model: NeuralODE, x: Tensor, marks: Tensor, path: Path) -> Path:
@@ -138,9 +130,10 @@ def paths_1d(model: NeuralODE, x: Tensor, marks: Tensor, path: Path) -> Path:
         axis.plot(times[:, i if model.depth is not None else 0], states[:, i], color=colour, lw=0.6, alpha=0.5)
         if model.depth is not None:
             axis.plot(times[-1, i], states[-1, i], ".", color=colour, ms=4)
-    axis.set(xlabel="t / T" if model.depth is None else "$t$, from 0 to $T(x)$", ylabel="$x(t)$" if model.augment == 0 else "first entry of the state", title="trajectories")
+    across = "t / T" if model.depth is None else "$t$, from 0 to $T(x)$"
+    axis.set(xlabel=across, ylabel="$x(t)$" if model.augment == 0 else "first entry of the state", title="trajectories")
     axis.grid(alpha=0.3)
-    return _written(figure, handles, path)
+    return save_figure(figure, path, handles)
 
 
 @torch.no_grad()
@@ -164,7 +157,7 @@ def learned_depth(
         ConfigError: for a model without adaptive depth.
     """
     if model.depth is None:
-        raise ConfigError("adaptive_depth=False: the end time is the same for all events, and there is no T(x) to draw")
+        raise ConfigError("model must have adaptive depth, so that T(x) depends on x; got adaptive_depth=False")
     colours, handles = _colours(marks, classes)
     figure = new_figure(6.2, 4.6)
     axis = subplots(figure)
@@ -186,9 +179,7 @@ def learned_depth(
         _histograms(axis, ends, array(marks), np.linspace(ends.min() - 1e-6, ends.max() + 1e-6, 41), handles)
         axis.set(xlabel="$T(x)$", ylabel="events")
     axis.set_title("learned depth")
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(10, len(handles)), fontsize=9, frameon=False)
-    return write(path, lambda p: figure.savefig(p, format="png"))
+    return save_figure(figure, path, handles)
 
 
 def _line(model: Predictor, x: Tensor) -> Tensor:
@@ -198,9 +189,9 @@ def _line(model: Predictor, x: Tensor) -> Tensor:
     return torch.linspace(low - room, high + room, 400)[:, None].to(model.like)
 
 
-def _grid(model: Predictor, x: Tensor, resolution: int) -> tuple[tuple[float, float, float, float], Tensor]:
+def _grid(model: Predictor, x: Tensor, resolution: int) -> tuple[Box, Tensor]:
     """Return a frame around inputs (N, 2), and the points (resolution**2, 2) of a grid on it."""
-    box = frame(x, 0.1)
+    box = box_around(x, 0.1)
     ticks = [torch.linspace(low, high, resolution) for low, high in (box[:2], box[2:])]
     return box, torch.cartesian_prod(*ticks).to(model.like)
 
@@ -226,7 +217,7 @@ def decision_boundary(
         ConfigError: for inputs of another dimension.
     """
     if model.event_shape not in ((1,), (2,)):
-        raise ConfigError(f"a decision boundary is drawn in one or two dimensions, not for events {model.event_shape}")
+        raise ConfigError(f"model must have inputs of one or two dimensions for a decision boundary, got event shape {model.event_shape}")
     colours, handles = _colours(marks, classes)
     figure = new_figure(6.2, 5.2)
     axis = subplots(figure)
@@ -237,8 +228,6 @@ def decision_boundary(
         out = torch.cat([model(part) for part in grid.split(20_000)]).double().cpu()
         if classes:
             probability, chosen = out.softmax(1).max(1)
-            from matplotlib.colors import to_rgb
-
             palette = np.array([to_rgb(f"C{i}") for i in range(len(classes))])
             strength = 0.55 * array(probability)[:, None]  # white where no class is probable
             picture = 1 - strength * (1 - palette[array(chosen)])
@@ -253,7 +242,7 @@ def decision_boundary(
         axis.scatter(*array(x).T, 9, c=colours, edgecolors="black", linewidths=0.25)
         axis.set(xlabel="$x_1$", ylabel="$x_2$", aspect=aspect_of(box))
     axis.set_title("decision boundary" if classes else "prediction")
-    return _written(figure, handles, path)
+    return save_figure(figure, path, handles)
 
 
 def _curves(model: Predictor, x: Tensor, marks: Tensor, axis: Any, colours: Any, classes: Sequence[str]) -> None:

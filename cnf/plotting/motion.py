@@ -52,9 +52,9 @@ def flow_gif(
     """
     images = len(flow.event_shape) == 3
     if not images and flow.event_shape != (2,):
-        raise ConfigError(f"a GIF shows images or points in the plane, but an event of this flow has shape {flow.event_shape}")
+        raise ConfigError(f"flow must have images or points in the plane for a GIF, got event shape {flow.event_shape}")
     if frames < 2:
-        raise ConfigError(f"frames={frames}; expected at least 2")
+        raise ConfigError(f"frames must be at least 2, got {frames}")
     n, noise = n or (64 if images else 2000), Noise(seed, "sample")
     if context is None:
         x = flow.rsample(n, noise=noise, temperature=temperature, solver=solver)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cnf.continuous import CNF
 from cnf.flow import Flow
-from cnf.plotting.canvas import array, aspect_of, frame, new_figure, subplots, write, xy
+from cnf.plotting.canvas import array, aspect_of, box_around, new_figure, save_figure, subplots, xy
 from cnf.transforms import Request, Transform
 from cnf.transforms.chain import State, walk
 
@@ -28,7 +28,7 @@ def density_2d(flow: Flow, data: Tensor, path: Path, *, extent: float | None = N
         extent: half-width of the square [-extent, extent]²; a frame around the data if None.
         resolution: cells along each axis.
     """
-    box = frame(data, 0.1) if extent is None else (-extent, extent, -extent, extent)
+    box = box_around(data, 0.1) if extent is None else (-extent, extent, -extent, extent)
     cells = [low + (torch.arange(resolution) + 0.5) * (high - low) / resolution for low, high in (box[:2], box[2:])]
     grid = torch.cartesian_prod(*cells).to(flow.like)
     p = array(torch.cat([flow.log_prob(part).exp() for part in grid.split(20_000)]).reshape(resolution, resolution))
@@ -44,7 +44,7 @@ def density_2d(flow: Flow, data: Tensor, path: Path, *, extent: float | None = N
         image = axis.imshow(values.T, origin="lower", extent=box, cmap="magma", vmin=0, vmax=top, aspect=aspect_of(box))
         axis.set_title(title)
     figure.colorbar(image, ax=list(pair), shrink=0.85, label="density p(x)", extend="max")
-    return write(path, lambda q: figure.savefig(q, format="png"))
+    return save_figure(figure, path)
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def vector_field_2d(flow: Flow, path: Path, *, times: int = 5, extent: float = 3
         axis.tick_params(labelsize=7)
     figure.colorbar(image, ax=list(axes.ravel()), label="speed |f|", shrink=0.8, pad=0.01, extend="max")
     figure.supxlabel("standardised coordinates", fontsize=9)
-    return write(path, lambda p: figure.savefig(p, format="png"))
+    return save_figure(figure, path)
 
 
 def trajectories_2d(flow: Flow, data: Tensor, path: Path, *, n: int = 200) -> Path:
@@ -103,4 +103,4 @@ def trajectories_2d(flow: Flow, data: Tensor, path: Path, *, n: int = 200) -> Pa
     axis.scatter(*xy(paths[-1]), 8, color="tab:blue", label="latent (t = T)", zorder=3)
     axis.set(aspect="equal", title="trajectories (standardised coordinates)")
     figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    return write(path, lambda p: figure.savefig(p, format="png"))
+    return save_figure(figure, path)

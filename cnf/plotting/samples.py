@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from cnf.plotting.canvas import array, aspect_of, frame, new_figure, subplots, tiles, write, xy
+from cnf.plotting.canvas import array, aspect_of, box_around, new_figure, save_figure, subplots, tiles, write, xy
 
 __all__ = ["image_grid", "samples_beside_data"]
 
@@ -23,8 +23,8 @@ def image_grid(images: Tensor, path: Path, *, columns: int | None = None, levels
         ...     Image.open(path).size  # 4 x 4 tiles, enlarged eightfold, a line between them
         (261, 261)
     """
-    picture = Image.fromarray(tiles(images, columns, levels))
-    return write(path, lambda p: picture.save(p, format="PNG"))
+    grid = Image.fromarray(tiles(images, columns, levels))
+    return write(path, lambda p: grid.save(p, format="PNG"))
 
 
 def samples_beside_data(
@@ -49,7 +49,7 @@ def samples_beside_data(
             axis.axis("off")
     elif samples.shape[1] == 2:
         figure = new_figure(5 * len(parts), 4.8)
-        box = frame(guide)
+        box = box_around(guide)
         for axis, (x, title) in zip(subplots(figure, 1, len(parts), squeeze=False)[0], parts, strict=True):
             axis.scatter(*xy(x), min(12.0, max(2.5, 12_000 / len(x))), alpha=0.6, linewidths=0)
             axis.set(title=title, xlim=box[:2], ylim=box[2:], aspect=aspect_of(box))
@@ -77,4 +77,4 @@ def samples_beside_data(
         axes[0].legend(fontsize=8)
         if count < samples.shape[1]:
             figure.supxlabel(f"the first {count} of {samples.shape[1]} columns", fontsize=9)
-    return write(path, lambda p: figure.savefig(p, format="png"))
+    return save_figure(figure, path)
