@@ -38,9 +38,8 @@ class ModelConfig:
     """Blocks one after another; FFJORD's and RNODE's multiscale chain; blocks whose fields sum nets at 4 sizes. To predict: a
     neural ODE with a linear head (--augment makes it an ANODE), or a residual net (--blocks of them)."""
     field: Literal["mlp", "conv", "unet", "hypernet"] = "mlp"
-    """Vector field: fully connected; for images also convolutional, or a U-Net (a denoiser with --dequantize truncated-normal); hypernet:
-    a net whose weights another one generates from t (from a with --augmented-time). FILE.py:CLASS: a custom field,
-    whose code is run; give it again to resume, evaluate and sample."""
+    """Vector field: fully connected; for images also convolutional, or a U-Net; hypernet: weights generated from t (from a with
+    --augmented-time). FILE.py:CLASS: a custom field, whose code is run; give it again to resume, evaluate and sample."""
     hidden: tuple[int, ...] = (64, 64)
     """Widths (or channels) of the hidden layers; one or two give an MLP a closed-form exact trace. U-Net: channels at each size."""
     blocks: int = setting(1, POSITIVE, when=(BLOCKS,))
