@@ -35,7 +35,7 @@ from cnf.checkpoint import RunInfo
 from cnf.cli.common import load_splits
 from cnf.config import RunConfig, preset
 from cnf.datasets import DataSplits
-from cnf.deferral import deferred_checks
+from cnf.deferral import defer_checks
 from cnf.divergence import Exact
 from cnf.likelihood import Evaluation, evaluate
 from cnf.models import SolverConfig, build
@@ -175,7 +175,7 @@ class Redrawn(Noise):
     def draw(self, name: str, kind: Kind, shape: Any, **options: Any) -> Tensor:
         """Draw by name."""
         noise = Noise(self.seed, self.purpose, self.step if name in self.moving else 0)
-        noise.place = self.place
+        noise.path = self.path
         return noise.draw(name, kind, shape, **options)
 
 
@@ -216,7 +216,7 @@ def timed(case: str, trainers: dict[str, Timed], turns: int) -> list[dict[str, A
 
     def loss(trainer: Timed) -> Tensor:
         x, _, noise = trainer.batches(trainer.state.step)
-        with deferred_checks():
+        with defer_checks():
             return trainer.objective(x, noise=noise)["loss"].mean()
 
     steps = {}

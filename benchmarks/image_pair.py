@@ -20,7 +20,7 @@ from stopwatch import graphs
 from torch import Tensor
 
 from cnf import load
-from cnf.deferral import deferred_checks
+from cnf.deferral import defer_checks
 from cnf.errors import CNFError
 from cnf.noise import Noise
 
@@ -116,7 +116,7 @@ def difference(a: Tensor, b: Tensor | None) -> float:
 
 def _loss(one: Ours, x: Tensor, number: int) -> Tensor:
     """Of one training step, as the trainer has it: whether the states are finite is not asked within the step."""
-    with deferred_checks():
+    with defer_checks():
         return one.objective(x, noise=Noise(0, "speed", number))["loss"].mean()
 
 

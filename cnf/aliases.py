@@ -5,9 +5,13 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["aliases", "warn_deprecated"]
+__all__ = ["aliases", "renamed_arguments", "warn_deprecated"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def warn_deprecated(text: str) -> None:
@@ -33,3 +37,23 @@ def aliases(module: str, **names: str) -> Callable[[str], Any]:
         return getattr(sys.modules[module], names[name])
 
     return resolve
+
+
+def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator that accepts former keyword names with a DeprecationWarning.
+
+    Args:
+        names: new name by former name.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for former in names.keys() & kwargs.keys():
+                warn_deprecated(f"the argument {former!r} is called {names[former]!r}; the former name will be removed by the next release")
+                kwargs[names[former]] = kwargs.pop(former)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate

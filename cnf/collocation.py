@@ -251,10 +251,10 @@ class _Slopes:
         times = torch.linspace(0, 1, panels + 1, dtype=self.times.dtype, device=self.times.device)
         path, stats = self.solver.path(self.rhs, self.start, times, dynamic=len(self.start))
         self.solves = self.solves + stats
-        found, self.further = refine(
+        integrals, self.further = refine(
             self.rhs, path, self.rest, unsettled.nonzero()[:, 0], tolerance, rows and rows(), most=NODES_A_STEP * self.solver.max_steps
         )
-        return values.masked_scatter(unsettled, found)
+        return values.masked_scatter(unsettled, integrals)
 
     def cost(self) -> Stats:
         """Return the cost of solves and nodes, as that of one solve."""

@@ -87,9 +87,9 @@ class CNF(Transform):
     ):
         super().__init__()
         if not (math.isfinite(end_time) and end_time > 0):
-            raise ConfigError(f"end_time={end_time}; expected a positive number")
+            raise ConfigError(f"end_time must be positive and finite, got {end_time}")
         if not 0 <= steer < end_time:
-            raise ConfigError(f"steer={steer}; expected 0 <= steer < end_time={end_time}")
+            raise ConfigError(f"steer must be at least 0 and less than end_time={end_time}, got {steer}")
         check_names(quadratures)
         check_signature(field)
         check_augmented_time(field, path)
@@ -173,7 +173,6 @@ class CNF(Transform):
             return None
         return SampledStage(*solver.stage(number(noise, "stage")))
 
-    @outside_inference_mode
     def integrate(
         self, x: Tensor, times: tuple[Tensor, Tensor], request: Request = DEFAULT, *, augmented_time: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor], Solution]:
@@ -181,6 +180,8 @@ class CNF(Transform):
 
         ``augmented_time`` (1, k) is its value at ``times[0]`` if there is a path; None integrates it up to there.
         """
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            return outside_inference_mode(self.integrate)(x, times, request, augmented_time=augmented_time)
         start, stop = (time.view_as(time) for time in times)  # distinct tensors for ``parameters`` below
         span = stop - start
         path, a, context, noise, log_det = self.path, augmented_time, request.context, request.noise, request.log_det
@@ -198,18 +199,18 @@ class CNF(Transform):
             path,
             divergence,
             quadratures,
-            start=start,
-            span=span,
-            context=context,
-            probe=probe,
-            log_det=log_det,
+            start,
+            span,
+            context,
+            probe,
+            log_det,
             autocast=self.autocast if self.training else None,
             compile=self.compiles and self.training and torch.is_grad_enabled() and can_compile(field, self.label),
             sampled_stage=self._sampled_stage(need, solver, closed(divergence, field), noise),
         )
 
         def rows(index: Tensor) -> AugmentedDynamics:
-            return rhs.part(index, lambda given: precompute(self.field, x[index], given, noise))
+            return rhs.part(index, lambda some: precompute(self.field, x[index], some, noise))
 
         def separate() -> Rows | None:
             return rows if separable(field, self.field, now, x, context) else None

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
-__all__ = ["deferred", "deferred_checks", "outside_inference_mode", "sent", "tracing", "vectorized"]
+__all__ = ["defer_checks", "deferred", "outside_inference_mode", "to_device", "tracing", "vectorized"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,7 +49,7 @@ def deferred(*tensors: Tensor) -> bool:
 
 
 @contextmanager
-def deferred_checks() -> Iterator[None]:
+def defer_checks() -> Iterator[None]:
     """Defer value checks in this thread, to avoid host synchronisation; a failed solve returns non-finite values.
 
     Non-finite data and states, grey levels and ranges are not checked, and a fixed grid raises no SolverError: the
@@ -60,7 +60,7 @@ def deferred_checks() -> Iterator[None]:
         >>> from cnf import CNF, Flow
         >>> from cnf.fields import MLP
         >>> flow, x = Flow(CNF(MLP(2)), (2,)).train(), torch.tensor([[0.0, float("nan")]])
-        >>> with deferred_checks():
+        >>> with defer_checks():
         ...     flow.log_prob(x).isnan()
         tensor([True])
         >>> flow.log_prob(x)
@@ -89,12 +89,18 @@ def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
         if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             return function(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad():
-            given: Any = tree_map(lambda v: v.clone() if isinstance(v, Tensor) and v.is_inference() else v, (args, kwargs))
-            return function(*given[0], **given[1])
+            copies: Any = tree_map(lambda v: v.clone() if isinstance(v, Tensor) and v.is_inference() else v, (args, kwargs))
+            return function(*copies[0], **copies[1])
 
     return run
 
 
-def sent(x: Tensor, device: torch.device) -> Tensor:
+def to_device(x: Tensor, device: torch.device) -> Tensor:
     """Copy to the device asynchronously (pinned memory)."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+
+
+def __getattr__(name: str) -> Any:
+    from cnf.aliases import aliases  # not on import: this module is at the bottom
+
+    return aliases(__name__, deferred_checks="defer_checks", sent="to_device")(name)

@@ -44,16 +44,16 @@ def check_derivative(
         context = context_rows(context, slice(len(x)))
     try:
         with draws_random_numbers(x.device):
-            found, quotient, sure = _compare(Bound(field.twin(), context), mode, t.detach(), x.detach())
+            exact, quotient, sure = _compare(Bound(field.twin(), context), mode, t.detach(), x.detach())
     except Exception:  # the solve itself reports what is wrong
         known.add(key)
         return
-    wrong = sure & ((found - quotient).abs() > WRONG * quotient.abs())
+    wrong = sure & ((exact - quotient).abs() > WRONG * quotient.abs())
     if 2 * int(wrong.sum()) > int(sure.sum()):
         row = int(wrong.nonzero()[0])
         raise ConfigError(
-            f"field {type(field.module).__name__} has another derivative than its values: {float(found[row]):.3g} by autodiff and "
-            f"{float(quotient[row]):.3g} by differences, so that the log-det would be wrong. Take out what cuts or changes gradients "
+            f"field {type(field.module).__name__} has a derivative that does not match its values: {float(exact[row]):.3g} by autodiff and "
+            f"{float(quotient[row]):.3g} by differences, so that the log-det would be wrong: remove what cuts or changes gradients "
             "(detach, torch.no_grad, inference_mode, NumPy, rounding, backward hooks)"
         )
     known.add(key)
@@ -74,8 +74,8 @@ def _compare(field: Bound, mode: str, t: Tensor, x: Tensor) -> tuple[Tensor, Ten
     def quotient(h: Tensor) -> Tensor:
         return along((field(t, x + h * e) - field(t, x - h * e)) / (2 * h))
 
-    value, given = jacobian_product(field, t, x, e[None], mode)
+    value, product = jacobian_product(field, t, x, e[None], mode)
     wide, narrow = quotient(step), quotient(step / 2)
     rounding = 100 * eps * value.abs().flatten(1).sum(1) / step.flatten()
     sure = ((wide - narrow).abs() <= AGREE * narrow.abs()) & (narrow.abs() > rounding) & narrow.isfinite()
-    return along(given[0]), narrow, sure
+    return along(product[0]), narrow, sure

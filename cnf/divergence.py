@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
+from cnf.aliases import renamed_arguments
 from cnf.deferral import vectorized
-from cnf.errors import ConfigError
+from cnf.errors import ConfigError, unknown_name
 from cnf.fields.autodiff import NoForwardMode, differentiable_attention
 from cnf.fields.custom import AnyField, protect
 from cnf.noise import Kind, Noise, draw
 
-__all__ = ["AugmentedTimeBound", "Bound", "Divergence", "Exact", "Hutchinson", "Linearization", "closed", "jacobian_product", "linearize"]
+__all__ = ["Bound", "Divergence", "Exact", "Hutchinson", "Linearization", "checked_need", "closed", "jacobian_product"]
 
 NEEDS = ("div", "jac_sq")
 _CHUNK_NUMEL = 2**22  # entries of tangents per chunk of the exact trace: 16 MB in float32
@@ -44,83 +45,49 @@ class Divergence(Protocol):
     def linearize(
         self, field: AnyField, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
     ) -> Linearization:
-        """Evaluate the field once; see :func:`linearize`."""
+        """Return f, div f and ‖J‖²_F at one point, computing only what ``need`` lists.
+
+        Args:
+            field: vector field, called as ``field(t, x, context)``.
+            t: time ().
+            x: point (N, \\*event).
+            probe: result of :meth:`probe`.
+            context: (N, C), (C,) or None.
+            need: one or both of ``"div"`` and ``"jac_sq"``.
+        """
 
 
-def linearize(
-    field: AnyField,
-    t: Tensor,
-    x: Tensor,
-    probe: Tensor | None,
-    context: Tensor | None,
-    need: Iterable[str],
-    divergence: Divergence,
-) -> Linearization:
-    """Return f, div f and ‖J‖²_F at one point, computing only what ``need`` lists.
-
-    Args:
-        field: vector field, called as ``field(t, x, context)``.
-        t: time ().
-        x: point (N, \\*event).
-        probe: result of ``divergence.probe``.
-        context: (N, C), (C,) or None.
-        need: any of ``"div"``, ``"jac_sq"``.
-        divergence: :class:`Exact` or :class:`Hutchinson`.
-
-    Raises:
-        ConfigError: for an unknown name in ``need``.
-
-    Example:
-        >>> from cnf.fields import MLP
-        >>> x = torch.randn(3, 2)
-        >>> linearize(MLP(2), torch.tensor(0.0), x, None, None, {"div"}, Exact()).div.shape
-        torch.Size([3])
-    """
-    field, wanted = protect(field), frozenset(need)
+def checked_need(need: Iterable[str]) -> frozenset[str]:
+    """Return the terms that integrands need, or raise a ConfigError for an unknown one."""
+    wanted = frozenset(need)
     if unknown := wanted - set(NEEDS):
-        raise ConfigError(f"need={sorted(unknown)} is unknown: a quadrature may need {NEEDS}")
-    if not wanted:
-        return Linearization(field(t, x, context).to(x.dtype))
-    return divergence.linearize(field, t, x, probe, context, wanted)
+        raise unknown_name("need", min(unknown), NEEDS)
+    return wanted
 
 
 class Bound:
-    """Field with a fixed context, as passed to quadratures: ``f(t, x)`` and ``f.jvp(t, x, v)``."""
-
-    def __init__(self, field: AnyField, context: Tensor | None = None):
-        self.field, self.context = protect(field), context
-
-    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        """Return f(t, x) (N, \\*event)."""
-        return self.field(t, x, self.context).to(x.dtype)
-
-    def jvp(self, t: Tensor, x: Tensor, v: Tensor, *, t_dot: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return f and J v + t_dot ∂f/∂t for K stacked tangents v (K, N, \\*event); never vᵀJ."""
-        dx, product = self.field.jvp(t, x, v, self.context, t_dot=t_dot)
-        return dx.to(x.dtype), product.to(x.dtype)
-
-
-class AugmentedTimeBound(Bound):
-    """Field conditioned on an augmented time, as passed to quadratures: evaluated at the current a (k,) for any t.
+    """Field with a fixed context, as passed to quadratures: ``f(t, x)`` and ``f.jvp(t, x, v)``.
 
     Args:
-        field: field that takes a in place of t.
+        field: vector field.
         context: (N, C), (C,) or None.
-        time: a (k,).
+        time: augmented time a (k,), at which the field is evaluated for any t; None if it takes t.
         drift: da/dt (k,), so that derivatives in t follow a.
     """
 
-    def __init__(self, field: AnyField, context: Tensor | None, time: Tensor, drift: Tensor):
-        super().__init__(field, context)
-        self.time, self.drift = time, drift
+    def __init__(self, field: AnyField, context: Tensor | None = None, time: Tensor | None = None, drift: Tensor | None = None):
+        self.field, self.context, self.time, self.drift = protect(field), context, time, drift
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        """Return f(a, x) (N, \\*event)."""
-        return super().__call__(self.time, x)
+        """Return f(t, x) (N, \\*event)."""
+        return self.field(t if self.time is None else self.time, x, self.context).to(x.dtype)
 
     def jvp(self, t: Tensor, x: Tensor, v: Tensor, *, t_dot: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return f and J v + t_dot ∂f/∂a · da/dt for K stacked tangents v (K, N, \\*event)."""
-        return super().jvp(self.time, x, v, t_dot=None if t_dot is None else t_dot * self.drift)
+        """Return f and J v + t_dot ∂f/∂t for K stacked tangents v (K, N, \\*event); never vᵀJ."""
+        if self.time is not None:
+            t, t_dot = self.time, None if t_dot is None or self.drift is None else t_dot * self.drift
+        dx, product = self.field.jvp(t, x, v, self.context, t_dot=t_dot)
+        return dx.to(x.dtype), product.to(x.dtype)
 
 
 class Exact:
@@ -149,7 +116,7 @@ class Exact:
 
     def __init__(self, chunk: int | None = None, closed_form: bool = True):
         if chunk is not None and chunk < 1:
-            raise ConfigError(f"chunk={chunk}: expected at least 1 tangent at once, or None to choose by memory")
+            raise ConfigError(f"chunk must be at least 1 (tangents at once) or None (chosen by memory), got {chunk}")
         self.chunk, self.closed_form = chunk, closed_form
 
     def __repr__(self) -> str:
@@ -164,14 +131,14 @@ class Exact:
     def linearize(
         self, field: AnyField, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
     ) -> Linearization:
-        """Evaluate the field once; see :func:`linearize`."""
+        """Evaluate the field once; see :meth:`Divergence.linearize`."""
         field = protect(field)
-        if closed(self, field):
+        if self.closed_form and field.closed_form:
             dx, div = (part.to(x.dtype) for part in field.divergence(t, x, context))
             if "jac_sq" not in need:
                 return Linearization(dx, div)
             if probe is None:
-                raise ConfigError("probe=None, but ‖J‖²_F beside a closed-form trace needs one: pass divergence.probe()")
+                raise ConfigError("probe=None, but ‖J‖²_F with a closed-form trace needs a probe: pass the result of divergence.probe(...)")
             product = Bound(field, context).jvp(t, x, probe)[1]
             return Linearization(dx, div, _mean_square(product), product)
         return self._tangents(Bound(field, context), t, x)
@@ -204,9 +171,7 @@ class Exact:
 
 def closed(divergence: Divergence, field: AnyField) -> bool:
     """Return whether the trace of this field is computed in closed form."""
-    if not (isinstance(divergence, Exact) and divergence.closed_form):
-        return False
-    return protect(field).closed_form
+    return isinstance(divergence, Exact) and divergence.closed_form and protect(field).closed_form
 
 
 def jacobian_product(field: Bound, t: Tensor, x: Tensor, v: Tensor, mode: str = "forward") -> tuple[Tensor, Tensor]:
@@ -223,18 +188,18 @@ def jacobian_product(field: Bound, t: Tensor, x: Tensor, v: Tensor, mode: str = 
             if not field.field.custom:
                 raise
             field.field.reverse = True
-    return _pull(field, t, x, v)
+    return _vjp(field, t, x, v)
 
 
-def _pull(field: Bound, t: Tensor, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
+def _vjp(field: Bound, t: Tensor, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
     """Return f and eᵀJ for every probe, by plain autograd: torch.func.vjp does not run inside a checkpoint."""
     recording = torch.is_grad_enabled()
     with torch.enable_grad(), differentiable_attention(field.field.custom):
         point = x if recording and x.requires_grad else x.detach().requires_grad_()
         dx = field(t, point)
         if dx.requires_grad:  # a field may not depend on x (a drift, for example): its derivative is then zero
-            pull: dict[str, bool] = {"create_graph": recording, "retain_graph": True, "materialize_grads": True}
-            product = torch.stack([torch.autograd.grad(dx, point, e, **pull)[0] for e in probe])
+            options: dict[str, bool] = {"create_graph": recording, "retain_graph": True, "materialize_grads": True}
+            product = torch.stack([torch.autograd.grad(dx, point, e, **options)[0] for e in probe])
         else:
             product = torch.zeros_like(probe)
     return (dx, product) if recording else (dx.detach(), product)
@@ -247,45 +212,46 @@ class Hutchinson:
     :math:`\|J\|_F^2 \approx \|e^\top J\|^2` (reverse mode) or :math:`\|J e\|^2` (forward mode).
 
     Args:
-        noise: ``"rademacher"`` (lower variance for a dominant diagonal) or ``"gaussian"``.
+        distribution: of the probe, ``"rademacher"`` (lower variance for a dominant diagonal) or ``"gaussian"``.
         mode: ``"forward"`` computes J e together with f in one pass; ``"reverse"`` computes eᵀJ, as the published codes
             do. Trace and norm are unbiased in both; for the same probe both give the same trace.
         probes: number of probes to average.
 
     Raises:
-        ConfigError: for an unknown noise or mode, or fewer than one probe.
+        ConfigError: for an unknown distribution or mode, or fewer than one probe.
     """
 
+    @renamed_arguments(noise="distribution")
     def __init__(
         self,
-        noise: Literal["rademacher", "gaussian"] = "rademacher",
+        distribution: Literal["rademacher", "gaussian"] = "rademacher",
         mode: Literal["forward", "reverse"] = "forward",
         probes: int = 1,
     ):
-        if noise not in ("rademacher", "gaussian"):
-            raise ConfigError(f"noise={noise!r} is unknown: expected 'rademacher' or 'gaussian'")
+        if distribution not in ("rademacher", "gaussian"):
+            raise unknown_name("distribution", distribution, ("rademacher", "gaussian"))
         if mode not in ("forward", "reverse"):
-            raise ConfigError(f"mode={mode!r} is unknown: expected 'forward' or 'reverse'")
+            raise unknown_name("mode", mode, ("forward", "reverse"))
         if probes < 1:
-            raise ConfigError(f"probes={probes}: expected at least 1")
-        self.noise, self.mode, self.probes = noise, mode, probes
+            raise ConfigError(f"probes must be at least 1, got {probes}")
+        self.distribution, self.mode, self.probes = distribution, mode, probes
 
     def __repr__(self) -> str:
-        return f"Hutchinson(noise={self.noise!r}, mode={self.mode!r}, probes={self.probes})"
+        return f"Hutchinson(distribution={self.distribution!r}, mode={self.mode!r}, probes={self.probes})"
 
     def probe(self, x: Tensor, noise: Noise | None, need: frozenset[str], field: AnyField) -> Tensor | None:
         """Draw the probe (P, N, \\*event) of one solve; None if nothing is requested."""
         if not need:
             return None
-        kind: Kind = "normal" if self.noise == "gaussian" else "rademacher"
+        kind: Kind = "normal" if self.distribution == "gaussian" else "rademacher"
         return draw(noise, "probe", kind, (self.probes, *x.shape), dtype=x.dtype, device=x.device, batch_dim=1)
 
     def linearize(
         self, field: AnyField, t: Tensor, x: Tensor, probe: Tensor | None, context: Tensor | None, need: frozenset[str]
     ) -> Linearization:
-        """Evaluate the field once; see :func:`linearize`."""
+        """Evaluate the field once; see :meth:`Divergence.linearize`."""
         if probe is None:
-            raise ConfigError("probe=None: Hutchinson's estimate needs one; pass what divergence.probe(...) gave")
+            raise ConfigError("probe=None, but Hutchinson's estimate needs a probe: pass the result of divergence.probe(...)")
         dx, product = jacobian_product(Bound(field, context), t, x, probe, self.mode)
         div = (product * probe).flatten(2).sum(2).mean(0) if "div" in need else None
         return Linearization(dx, div, _mean_square(product) if "jac_sq" in need else None, product)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 __all__ = [
     "CNFError", "CheckpointError", "ConfigError", "DataError", "Interrupted", "SolverError", "TrainingError", "require_at_least",
-    "require_inside",
+    "require_inside", "unknown_name",
 ]  # fmt: skip
 
 
@@ -17,6 +18,20 @@ class CNFError(Exception):
 
 class ConfigError(CNFError, ValueError):
     """Raised for an invalid value of an argument or option."""
+
+
+def unknown_name(argument: str, value: object, expected: Iterable[str]) -> ConfigError:
+    """Return the error for a value that is none of the expected names; it suggests the nearest one.
+
+    Example:
+        >>> unknown_name("method", "rk5", ["euler", "rk4"])
+        ConfigError("method='rk5' is unknown: expected 'euler' or 'rk4'; did you mean 'rk4'?")
+    """
+    names = list(expected)
+    near = get_close_matches(str(value), names, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    listed = " or ".join([", ".join(map(repr, names[:-1])), repr(names[-1])] if len(names) > 1 else map(repr, names))
+    return ConfigError(f"{argument}={value!r} is unknown: expected {listed}{hint}")
 
 
 def require_at_least(least: int, **arguments: int | None) -> None:

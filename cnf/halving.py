@@ -45,11 +45,8 @@ def separable(field: SolveField, module: nn.Module, t: Tensor, x: Tensor, contex
 def solve_in_halves(solve: Callable[[Tensor], Solution], x: Tensor, dynamic: int, error: SolverError) -> Solution:
     """Return the solution for all rows of x (N, \\*event) from parts; the first part gives entries without rows.
 
-    Args:
-        solve: returns the solution of the rows of an index.
-        x: the point.
-        dynamic: number of dynamic entries of the state, the point first; the others are integrals (N,).
-        error: the error of the whole batch.
+    ``solve`` returns the solution of the rows of an index, ``error`` is that of the whole batch, and ``dynamic`` the number
+    of dynamic entries of the state.
 
     Raises:
         SolverError: listing the rows that cannot be solved alone, at most :data:`FAILING`.
@@ -64,9 +61,9 @@ def solve_in_halves(solve: Callable[[Tensor], Solution], x: Tensor, dynamic: int
             try:
                 parts.append((index, solve(index)))
                 continue
-            except SolverError as found:
-                if len(index) == 1:
-                    reason = reason if rows else found
+            except SolverError as failure:
+                if len(index) == 1 and not rows:
+                    reason = failure
         failed = False
         if len(index) > 1:
             left += reversed(index.tensor_split(2))

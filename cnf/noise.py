@@ -5,30 +5,23 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from cnf.errors import ConfigError
+from cnf.errors import ConfigError, unknown_name
 
-__all__ = ["Kind", "Like", "Noise", "child", "draw", "number"]
+__all__ = ["Kind", "Noise", "child", "draw", "number"]
 
 Kind = Literal["uniform", "normal", "rademacher"]
 
 
-class Like(NamedTuple):
-    """Type and device of a draw."""
-
-    dtype: torch.dtype | None = None
-    device: torch.device | str | None = None
-
-
 class Noise:
-    r"""Random source whose draws are a pure function of (seed, purpose, step, place, row of the joint batch).
+    r"""Random source whose draws are a pure function of (seed, purpose, step, path, row of the joint batch).
 
-    The place is the path of the drawing module (``Sequential`` passes ``noise.child(i)`` to child i) and the name of
-    the draw. A process that holds rows ``start .. start + n`` of a joint batch of ``total`` rows draws exactly its rows
+    The path is that of the drawing module (``Sequential`` passes ``noise.child(i)`` to child i), with the name of the
+    draw. A process that holds rows ``start .. start + n`` of a joint batch of ``total`` rows draws exactly its rows
     of the joint draw: ranks and micro-batches reproduce a single process, and a resumed run needs no generator state.
 
     Args:
@@ -50,15 +43,15 @@ class Noise:
 
     def __init__(self, seed: int, purpose: str = "train", step: int = 0, *, start: int = 0, total: int | None = None):
         if start < 0 or (total is None and start) or (total is not None and total < start):
-            raise ConfigError(f"start={start}, total={total}: expected 0 <= start <= total, the joint batch's size")
+            raise ConfigError(f"start must be between 0 and total (the joint batch's rows), got start={start}, total={total}")
         self.seed, self.purpose, self.step = int(seed), purpose, int(step)
         self.start, self.total = int(start), total
-        self.place: tuple[int, ...] = ()
+        self.path: tuple[int, ...] = ()
 
     def child(self, i: int) -> Noise:
         """Return the noise of child module ``i``."""
         other = copy.copy(self)
-        other.place = (*self.place, int(i))
+        other.path = (*self.path, int(i))
         return other
 
     def rows(self, start: int, total: int) -> Noise:
@@ -75,8 +68,8 @@ class Noise:
 
     def __repr__(self) -> str:
         rows = "" if self.total is None else f", start={self.start}, total={self.total}"
-        place = "".join(f".child({i})" for i in self.place)
-        return f"Noise({self.seed}, {self.purpose!r}, {self.step}{rows}){place}"
+        path = "".join(f".child({i})" for i in self.path)
+        return f"Noise({self.seed}, {self.purpose!r}, {self.step}{rows}){path}"
 
     def draw(
         self,
@@ -103,21 +96,17 @@ class Noise:
         Raises:
             ConfigError: for an unknown kind, or rows beyond the joint batch.
         """
-        return self._draw(name, kind, shape, batch_dim, Like(dtype, device))
-
-    def _draw(self, name: str, kind: Kind, shape: Sequence[int], batch_dim: int | None, like: Like) -> Tensor:
-        """Draw what :meth:`draw` returns; overridden by noise of another origin."""
         joint, start = list(shape), 0
         if batch_dim is not None and self.total is not None:
             if self.start + joint[batch_dim] > self.total:
                 raise ConfigError(
-                    f"noise for rows {self.start}..{self.start + joint[batch_dim]} was asked for, but the joint batch "
-                    f"has total={self.total} rows; give Noise the joint batch's size"
+                    f"total={self.total} is less than the rows {self.start} to {self.start + joint[batch_dim]} that are drawn: "
+                    "pass the joint batch's size to Noise"
                 )
             start, joint[batch_dim] = self.start, self.total
-        generator = torch.Generator(device=like.device if like.device is not None else "cpu")
+        generator = torch.Generator(device=device if device is not None else "cpu")
         generator.manual_seed(self._key(name))
-        value = _sample(kind, joint, like, generator)
+        value = _sample(kind, joint, dtype, device, generator)
         if joint == list(shape):
             return value
         assert batch_dim is not None
@@ -131,13 +120,13 @@ class Noise:
         return self._key(f"{name}/{self.start}")
 
     def _key(self, name: str) -> int:
-        text = repr((self.seed, self.purpose, self.step, self.place, name))
+        text = repr((self.seed, self.purpose, self.step, self.path, name))
         # manual_seed takes 64 bits; 63 keep it a non-negative Python int on every backend
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
     @staticmethod
     def replay(tensors: Mapping[str, Tensor]) -> Noise:
-        """Return noise that replays the given tensors, keyed by place and name: ``{"1/probe": e, "0/dequantize": u}``.
+        """Return noise that replays the given tensors, keyed by path and name: ``{"1/probe": e, "0/dequantize": u}``.
 
         Dimensions of size one may be missing or added: a probe (N, D) also serves as (1, N, D).
 
@@ -161,18 +150,19 @@ class _Replay(Noise):
     def seed_of(self, name: str) -> int | None:
         return None
 
-    def _draw(self, name: str, kind: Kind, shape: Sequence[int], batch_dim: int | None, like: Like) -> Tensor:
-        key = "/".join([*map(str, self.place), name])
+    def draw(self, name: str, kind: Kind, shape: Sequence[int], *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        key = "/".join([*map(str, self.path), name])
         if key not in self.tensors:
-            raise ConfigError(f"noise to replay has no tensor {key!r}; it holds {sorted(self.tensors)}")
-        value = self.tensors[key].to(dtype=like.dtype or torch.get_default_dtype(), device=like.device)
+            raise ConfigError(f"noise to replay has no tensor {key!r}, only {sorted(self.tensors)}")
+        value = self.tensors[key].to(dtype=dtype or torch.get_default_dtype(), device=options.get("device"))
         if [n for n in value.shape if n != 1] != [n for n in shape if n != 1]:
-            raise ConfigError(f"noise to replay: {key!r} has shape {tuple(value.shape)}, but {tuple(shape)} is needed")
+            raise ConfigError(f"noise to replay: {key!r} has shape {tuple(value.shape)}; expected {tuple(shape)}")
         return value.reshape(tuple(shape))
 
 
-def _sample(kind: Kind, shape: Sequence[int], like: Like, generator: torch.Generator | None) -> Tensor:
-    dtype, device = like
+def _sample(
+    kind: Kind, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device | str | None, generator: torch.Generator | None
+) -> Tensor:
     if kind == "uniform":
         return torch.rand(tuple(shape), dtype=dtype, device=device, generator=generator)
     if kind == "normal":
@@ -180,7 +170,7 @@ def _sample(kind: Kind, shape: Sequence[int], like: Like, generator: torch.Gener
     if kind == "rademacher":
         bits = torch.randint(0, 2, tuple(shape), dtype=torch.int8, device=device, generator=generator)
         return (2 * bits - 1).to(dtype or torch.get_default_dtype())
-    raise ConfigError(f"noise kind is {kind!r}; expected 'uniform', 'normal' or 'rademacher'")
+    raise unknown_name("kind", kind, ("uniform", "normal", "rademacher"))
 
 
 def child(noise: Noise | None, i: int) -> Noise | None:
@@ -200,7 +190,7 @@ def draw(
 ) -> Tensor:
     """Return ``noise.draw(...)``; ``None`` draws from torch's global generator."""
     if noise is None:
-        return _sample(kind, shape, Like(dtype, device), None)
+        return _sample(kind, shape, dtype, device, None)
     return noise.draw(name, kind, shape, dtype=dtype, device=device, batch_dim=batch_dim)
 
 

@@ -113,21 +113,16 @@ class RunningCost:
         value = self.cost(t, x)
         if value.shape != x.shape[:1]:
             raise ConfigError(
-                f"running cost {self.name!r} returned shape {tuple(value.shape)}; expected ({x.shape[0]},), one a row"
+                f"running cost {self.name!r} must return shape ({x.shape[0]},), one value per row, got {tuple(value.shape)}"
             )
         return value
 
 
 def check_names(quadratures: Sequence[Quadrature]) -> None:
-    """Validate that the names are unique and none is ``log_det``.
-
-    Raises:
-        ConfigError: naming the duplicate or reserved name.
-    """
+    """Raise a ConfigError if the names are not unique or one is ``log_det``."""
     names = [q.name for q in quadratures]
-    for name in names:
-        if name == "log_det" or names.count(name) > 1:
-            raise ConfigError(f"quadrature name {name!r} is taken: give each integral its own name")
+    if "log_det" in names or len(set(names)) < len(names):
+        raise ConfigError(f"names of quadratures must be unique and not 'log_det', got {names}")
 
 
 def _square(v: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from cnf.errors import ConfigError
 __all__ = ["Recompute", "differentiable_once", "final", "present_autocast"]
 
 State = tuple[Tensor, ...]
-KEPT = 4  # states of a chain stored for the backward pass; RNODE's four steps are then recomputed only once
+KEPT = 4  # states of a sequence stored for the backward pass; RNODE's four steps are then recomputed only once
 
 
 class Recompute:
@@ -49,10 +49,9 @@ class Recompute:
         Raises:
             ConfigError: from the backward pass, for a tensor that requires a gradient and is not among the parameters.
         """
-        result: State = _Repeated.apply(self, function, len(state), *state, *self.parameters)
-        return result
+        return cast(State, _Repeated.apply(self, function, len(state), *state, *self.parameters))
 
-    def chain(self, functions: Sequence[Callable[..., State]], state: State) -> State:
+    def checkpoint_sequential(self, functions: Sequence[Callable[..., State]], state: State) -> State:
         """Apply functions one after another in memory independent of their number.
 
         At most :data:`KEPT` states are stored. With more functions the backward pass first recomputes a whole segment,
@@ -64,7 +63,7 @@ class Recompute:
             state = self(partial(_run, stretch, each), state)
         return state
 
-    def strangers(self, outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> list[weakref.ref[Tensor]]:
+    def untracked_leaves(self, outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> list[weakref.ref[Tensor]]:
         """Return unlisted leaves that outputs depend on; first call only, as all calls share their closure."""
         if self.checked:
             return []
@@ -73,7 +72,7 @@ class Recompute:
         leaves = {id(t) for t in known}
         seen: set[Any] = {t.grad_fn for t in known} | {None}
         todo: list[Any] = [t.grad_fn for t in outputs]
-        found = []
+        untracked = []
         while todo:
             node = todo.pop()
             if node in seen:
@@ -81,11 +80,11 @@ class Recompute:
             seen.add(node)
             leaf = getattr(node, "variable", None)
             if leaf is not None and id(leaf) not in leaves:
-                found.append(weakref.ref(leaf))
+                untracked.append(weakref.ref(leaf))
             todo.extend(n for n, _ in node.next_functions)
-        return found
+        return untracked
 
-    def pull(
+    def vjp(
         self,
         function: Callable[..., State],
         state: Sequence[Tensor],
@@ -95,15 +94,8 @@ class Recompute:
     ) -> tuple[State, list[Tensor | None]]:
         """Recompute function(*state); return its values and the vector-Jacobian products for state and parameters.
 
-        Args:
-            function: as in :meth:`__call__`.
-            state: the entries, of which only the values are used.
-            gradients: gradient of each value; None if nothing depends on it.
-            needed: whether each gradient is needed, those of the entries first, then those of the parameters.
-            autocast: autocast state of the forward pass; derivatives run outside of it.
-
-        Raises:
-            ConfigError: for a tensor that requires a gradient and is not among the parameters.
+        ``gradients`` are those of the values, None if nothing depends on one; ``needed`` says for each entry and then
+        each parameter whether its gradient is needed; ``autocast`` is the forward pass's, outside of which derivatives run.
         """
         with torch.enable_grad(), autocast:
             entries = [t.detach().requires_grad_(n) for t, n in zip(state, needed, strict=False)]
@@ -112,38 +104,37 @@ class Recompute:
         used = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad and g is not None]
         if not used or not any(needed):
             return values, [None] * len(needed)
-        strangers = self.strangers((o for o, _ in used), entries)
+        untracked = self.untracked_leaves((o for o, _ in used), entries)
         wanted = [t for t, n in zip((*entries, *self.parameters), needed, strict=True) if n]
-        ends, given = zip(*used, strict=True)
+        ends, weights = zip(*used, strict=True)
         # retain_graph: the next step uses the graph of what was computed before the solve again
-        found = iter(torch.autograd.grad(ends, wanted, given, retain_graph=True, allow_unused=True))
+        products = iter(torch.autograd.grad(ends, wanted, weights, retain_graph=True, allow_unused=True))
         del outputs, used, ends
-        self.refuse(strangers)
-        return values, [next(found) if n else None for n in needed]
+        self.refuse(untracked)
+        return values, [next(products) if n else None for n in needed]
 
     def unnamed(self, function: Callable[..., State], state: Sequence[Tensor]) -> list[Tensor]:
         """Evaluate function(*state) once and return the leaves that require a gradient but are not parameters."""
         with torch.enable_grad():
             entries = [t.detach().requires_grad_() for t in state]
             outputs = function(*entries)
-        strangers = self.strangers((o for o in outputs if o.requires_grad), entries)
+        untracked = self.untracked_leaves((o for o in outputs if o.requires_grad), entries)
         del outputs
-        return [leaf for reference in strangers if (leaf := reference()) is not None]
+        return [leaf for reference in untracked if (leaf := reference()) is not None]
 
-    def refuse(self, strangers: Iterable[weakref.ref[Tensor]]) -> None:
+    def refuse(self, untracked: Iterable[weakref.ref[Tensor]]) -> None:
         """Raise a ConfigError for leaves that outlive the function's graph; temporary leaves are freed with it."""
-        for reference in strangers:
+        for reference in untracked:
             leaf = reference()
             if leaf is not None:
                 raise ConfigError(
-                    f"gradient={self.gradient!r}: the right-hand side uses a tensor of shape {tuple(leaf.shape)} that wants "
-                    "a gradient but is not among the solver's parameters, so it would get none: name it there, or take "
-                    "gradient='direct'"
+                    f"gradient={self.gradient!r}: the right-hand side uses a tensor of shape {tuple(leaf.shape)} that requires a "
+                    "gradient but is not in parameters of solve(): add it there, or use gradient='direct'"
                 )
 
 
 def _run(functions: Sequence[Callable[..., State]], each: Recompute, *state: Tensor) -> State:
-    """Run a segment of a chain; with gradients and several functions each is checkpointed again."""
+    """Run a segment of a sequence; with gradients and several functions each is checkpointed again."""
     nested = torch.is_grad_enabled() and len(functions) > 1
     for function in functions:
         state = each(function, state) if nested else function(*state)
@@ -157,7 +148,7 @@ def present_autocast(like: Tensor) -> torch.autocast:
 
 
 def _refused(gradient: str) -> ConfigError:
-    return ConfigError(f"gradient={gradient!r} can be differentiated once, and a second derivative was requested: take gradient='direct'")
+    return ConfigError(f"gradient={gradient!r} can be differentiated once, and a second derivative was requested: use gradient='direct'")
 
 
 class _Final(torch.autograd.Function):
@@ -173,13 +164,13 @@ class _Final(torch.autograd.Function):
         raise _refused(ctx.gradient)
 
 
-def final(gradient: str, found: Sequence[Tensor | None]) -> list[Tensor | None]:
+def final(gradient: str, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Return the gradients of a backward pass; differentiating them raises a ConfigError if they are recorded."""
     if not torch.is_grad_enabled():
-        return list(found)
+        return list(gradients)
     anchor = torch.zeros((), requires_grad=True)
-    marked = iter(_Final.apply(gradient, anchor, *(g for g in found if g is not None)))
-    return [None if g is None else next(marked) for g in found]
+    marked = iter(_Final.apply(gradient, anchor, *(g for g in gradients if g is not None)))
+    return [None if g is None else next(marked) for g in gradients]
 
 
 class _Once(torch.autograd.Function):
@@ -200,8 +191,7 @@ class _Once(torch.autograd.Function):
 
 def differentiable_once(gradient: str, state: State) -> State:
     """Return the state with a backward pass that cannot be recorded, for gradients that :func:`final` cannot mark."""
-    found: State = _Once.apply(gradient, *state)
-    return found
+    return cast(State, _Once.apply(gradient, *state))
 
 
 class _Repeated(torch.autograd.Function):
@@ -218,5 +208,5 @@ class _Repeated(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         state = ctx.saved_tensors[: ctx.count]
         with torch.no_grad():
-            _, found = ctx.owner.pull(ctx.function, state, gradients, ctx.needs_input_grad[3:], ctx.autocast)
-        return (None, None, None, *final(ctx.owner.gradient, found))
+            _, products = ctx.owner.vjp(ctx.function, state, gradients, ctx.needs_input_grad[3:], ctx.autocast)
+        return (None, None, None, *final(ctx.owner.gradient, products))

@@ -136,5 +136,5 @@ class _Field:
         if self.rows is not None:
             rhs = self.rhs if len(where) == len(self.rest[0]) else self.rows(where)
             return tuple(rhs(time, (point, *others, *(entry[where] for entry in self.rest))))
-        found = self.rhs(time, (self.path[0][0].index_copy(0, where, point), *others, *self.rest))
-        return tuple(e if 0 < i < count else e[where] for i, e in enumerate(found))
+        slopes = self.rhs(time, (self.path[0][0].index_copy(0, where, point), *others, *self.rest))
+        return tuple(e if 0 < i < count else e[where] for i, e in enumerate(slopes))

@@ -9,7 +9,7 @@ from trainers import stop_at
 
 import cnf
 from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson
-from cnf.deferral import deferred_checks
+from cnf.deferral import defer_checks
 from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
 from cnf.models import ModelConfig, SolverConfig, anode_conv, build
 from cnf.multiscale import multiscale
@@ -182,7 +182,7 @@ def test_matching_launched_as_one_graph_has_the_plain_gradients(count):
         objective, steps = FlowMatching(flow.cuda().train()), []
         for step in range(5):
             flow.zero_grad()
-            with tensor_cores(False), deferred_checks():
+            with tensor_cores(False), defer_checks():
                 assert not gradient(objective, x, None, cnf.Noise(0, "graphs", step), count=count).failure
             steps.append(torch.cat([p.grad.flatten() for p in flow.parameters()]).clone())
         found.append(torch.stack(steps))

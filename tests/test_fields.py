@@ -4,9 +4,11 @@ import pytest
 import torch
 from conftest import F64, perturbed
 
-from cnf.divergence import Exact, Hutchinson, linearize
+from cnf.continuous import CNF
+from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError
 from cnf.fields import LAYERS, MLP, ConvField
+from cnf.quadratures import RunningCost
 
 
 def jacobian(field, t, x, context=None):
@@ -42,7 +44,7 @@ def test_mlp_tangents_and_closed_form(layer, hidden, context):
         with pytest.raises(ConfigError, match="at most two hidden layers"):
             field.divergence(t, x, c)
     for exact in (Exact(chunk=3, closed_form=False), Exact(closed_form=False)):
-        found = linearize(field, t, x, None, c, {"div", "jac_sq"}, exact)
+        found = exact.linearize(field, t, x, None, c, frozenset({"div", "jac_sq"}))
         assert torch.allclose(found.div, trace, atol=1e-12)
         assert torch.allclose(found.jac_sq, j.square().sum((1, 2)), atol=1e-11)
 
@@ -90,7 +92,7 @@ def test_hutchinson_is_unbiased(mode, noise):
     estimate = Hutchinson(noise, mode)
     rows = x.expand(20_000, 4)
     need = frozenset({"div", "jac_sq"})
-    found = linearize(field, t, rows, estimate.probe(rows, None, need, field), None, need, estimate)
+    found = estimate.linearize(field, t, rows, estimate.probe(rows, None, need, field), None, need)
     for values, truth in ((found.div, j.trace()), (found.jac_sq, j.square().sum())):
         z = (values.mean() - truth) / (values.std() / len(values) ** 0.5)
         assert abs(z) < 5
@@ -111,9 +113,9 @@ def test_both_modes_agree_on_the_trace_for_one_probe_and_generic_fields_work():
     x, t = torch.randn(5, 3, dtype=F64), torch.tensor(0.7, dtype=F64)
     need = frozenset({"div", "jac_sq"})
     probe = Hutchinson(probes=2).probe(x, None, need, Plain())
-    a, b = (linearize(Plain(), t, x, probe, None, need, Hutchinson(mode=m, probes=2)).div for m in ("forward", "reverse"))
+    a, b = (Hutchinson(mode=m, probes=2).linearize(Plain(), t, x, probe, None, need).div for m in ("forward", "reverse"))
     assert torch.allclose(a, b, atol=1e-13)
-    exact = linearize(Plain(), t, x, None, None, need, Exact())
+    exact = Exact().linearize(Plain(), t, x, None, None, need)
     j = jacobian(Plain(), t, x)
     assert torch.allclose(exact.div, j.diagonal(dim1=1, dim2=2).sum(1), atol=1e-13)
 
@@ -131,7 +133,7 @@ def test_a_field_that_leaves_x_out_has_no_divergence():
     need = frozenset({"div", "jac_sq"})
     for estimate in (Hutchinson(probes=2), Hutchinson(mode="reverse", probes=2), Exact()):
         for field in (Drift(True), Drift(False)):
-            found = linearize(field, t, x, estimate.probe(x, None, need, field), None, need, estimate)
+            found = estimate.linearize(field, t, x, estimate.probe(x, None, need, field), None, need)
             assert torch.equal(found.dx, field(t, x))
             assert not found.div.any() and not found.jac_sq.any() and found.div.shape == (5,)
 
@@ -149,10 +151,12 @@ def test_bad_arguments_are_named():
         MLP(2, (3,), context_dim=2)(torch.tensor(0.0), torch.randn(1, 2))
     with pytest.raises(ConfigError, match="dim=2"):
         MLP(2)(torch.tensor(0.0), torch.randn(1, 3))
-    with pytest.raises(ConfigError, match="probes=0"):
+    with pytest.raises(ConfigError, match="probes must be at least 1, got 0"):
         Hutchinson(probes=0)
-    with pytest.raises(ConfigError, match="need="):
-        linearize(MLP(2), torch.tensor(0.0), torch.randn(1, 2), None, None, {"nonsense"}, Exact())
+    cost = RunningCost("cost", lambda t, x: x.sum(1))
+    cost.need = frozenset({"nonsense"})
+    with pytest.raises(ConfigError, match="need='nonsense'"):
+        CNF(MLP(2), quadratures=[cost])(torch.randn(1, 2))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 2), (2, 3), (3, 2), (4, 5), (6, 3)])
@@ -182,7 +186,7 @@ def test_conv_closed_form_of_every_layer_and_its_gradient(layer, context):
             field.divergence(t, x, c)
         return
     ways = [Exact(), Exact(closed_form=False)]
-    found = [linearize(field, t, x, None, c, {"div"}, way).div for way in ways]
+    found = [way.linearize(field, t, x, None, c, frozenset({"div"})).div for way in ways]
     assert torch.allclose(*found, rtol=0, atol=1e-12)
     weights = torch.randn(2, dtype=F64)
     gradients = [

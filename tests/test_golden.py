@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from cnf.compat import load_reference, released
 from cnf.continuous import CNF
-from cnf.divergence import Bound, Exact, Hutchinson, linearize
+from cnf.divergence import Bound, Exact, Hutchinson
 from cnf.fields import MLP, Conv, Linear, time_layer
 from cnf.fields.activations import ACTIVATIONS
 from cnf.noise import Noise
@@ -149,7 +149,7 @@ def test_vector_flows(path):
     t = torch.tensor(config["field_t"], dtype=torch.float64)
     for i, block in enumerate(flow.transforms):
         x = data[f"rk4/cnf/{i}/state_in"]
-        exact = linearize(block.field, t, x, None, None, {"div"}, Exact())
+        exact = Exact().linearize(block.field, t, x, None, None, frozenset({"div"}))
         close(exact.dx, data[f"field/{i}/f"], 1e-12)
         close(-exact.div[:, None], data[f"field/{i}/minus_div"], 1e-12)
         one = block(x)
@@ -184,7 +184,7 @@ def test_released_regularisers(path):
     t = torch.tensor(config["field_t"], dtype=torch.float64)
     for i, block in enumerate(flow.transforms):
         x = data[f"rk4/cnf/{i}/state_in"]
-        parts = linearize(block.field, t, x, None, None, (), Exact())
+        parts = Exact().linearize(block.field, t, x, None, None, frozenset())
         for name in config["regs"]:
             value = released(name)(t, x, parts, Bound(block.field))
             close(value.mean(), data[f"field/{i}/reg/{name}"], 1e-12)
@@ -246,7 +246,7 @@ def test_image_models_load_and_agree(path):
     need = frozenset({"div", "jac_sq"})
     for i, block in enumerate(flow.blocks):
         x = data[f"rk4/cnf/{i}/state_in"]
-        parts = linearize(block.field, t, x, data[f"probe/{i}"].reshape(-1, *x.shape), None, need, block.divergence)
+        parts = block.divergence.linearize(block.field, t, x, data[f"probe/{i}"].reshape(-1, *x.shape), None, need)
         close(parts.dx, data[f"field/{i}/f"], 1e-12)
         close(-parts.div[:, None], data[f"field/{i}/minus_div"], 1e-12)
         for name in regs:

@@ -13,7 +13,7 @@ from test_golden import close, files, grid, loaded, read, substate, truth
 from cnf.compat import affjord_toy, load_affjord_toy, load_reference
 from cnf.compat.affjord import ENTRIES, fill_path, released_layer
 from cnf.config import preset
-from cnf.divergence import Exact, linearize
+from cnf.divergence import Exact
 from cnf.errors import CheckpointError, ConfigError
 from cnf.fields import AugmentedTimeConditioning, Conv, TimePath, time_layer
 from cnf.models import build
@@ -90,7 +90,7 @@ def test_images_load_and_agree(path):
         state = data[f"rk4/cnf/{i}/state_in"]
         z, u, f = point(state), entries(state), data[f"field/{i}/f"]
         time = t if block.path is None else u[0]
-        parts = linearize(block.field, time, z, data[f"probe/{i}"][None], None, {"div"}, block.divergence)
+        parts = block.divergence.linearize(block.field, time, z, data[f"probe/{i}"][None], None, frozenset({"div"}))
         close(parts.dx, point(f), 1e-12)
         close(-parts.div[:, None], data[f"field/{i}/minus_div"], 1e-12)
         close(g(u), entries(f), 1e-12)
@@ -205,7 +205,7 @@ def test_toys(path):
     t = torch.tensor(10 - config["field_t"], dtype=F64)  # reversed, and so is the field's sign
     time = block.initial_augmented_time(x)[0] if augmented else t
     for exact in (Exact(), Exact(closed_form=False)):
-        parts = linearize(block.field, time, x, None, None, {"div"}, exact)
+        parts = exact.linearize(block.field, time, x, None, None, frozenset({"div"}))
         close(-parts.dx, data["field/f"][:, :2], 1e-12)
         close(parts.div[:, None], data["field/minus_div"], 1e-12)
     if augmented:
@@ -420,7 +420,7 @@ def test_a_checkpoint_is_the_released_function(kind, shape, blocks):
     # torch's softplus is x itself above 20, which is off by e^-20 there; ours is not
     close(flow.encode(x), released_chain(content, x, kind, blocks, 3), 1e-10)
     assert flow.levels == 256 and not flow.training
-    assert all(b.divergence.noise == "rademacher" and b.learn_end_time for b in flow.blocks)
+    assert all(b.divergence.distribution == "rademacher" and b.learn_end_time for b in flow.blocks)
 
 
 def test_stacks_begin_each_block_afresh():

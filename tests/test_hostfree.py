@@ -21,7 +21,7 @@ from cnf import CNF, FixedGrid, Flow
 from cnf.checkpoint import RunInfo
 from cnf.config import DataConfig, RunConfig, TrainConfig, preset
 from cnf.datasets import DataSplits
-from cnf.deferral import deferred, deferred_checks
+from cnf.deferral import defer_checks, deferred
 from cnf.divergence import Exact
 from cnf.errors import DataError, SolverError, TrainingError
 from cnf.fields import MLP
@@ -556,8 +556,8 @@ def blown_up():
 def test_checks_are_deferred_inside_and_in_this_thread_alone():
     flow, x = blown_up(), torch.ones(3, 2)
     seen = []
-    with deferred_checks():
-        with deferred_checks():
+    with defer_checks():
+        with defer_checks():
             assert deferred()
         assert deferred() and not bool(flow.log_prob(x).isfinite().any())
         thread = threading.Thread(target=lambda: seen.append(deferred()))
@@ -566,7 +566,7 @@ def test_checks_are_deferred_inside_and_in_this_thread_alone():
     assert seen == [False] and not deferred()
     with pytest.raises(SolverError, match="not finite after step 1 of 2"):
         flow.log_prob(x)
-    with pytest.raises(ZeroDivisionError), deferred_checks():
+    with pytest.raises(ZeroDivisionError), defer_checks():
         _ = 1 / 0
     assert not deferred()
 
@@ -574,7 +574,7 @@ def test_checks_are_deferred_inside_and_in_this_thread_alone():
 @pytest.mark.parametrize("transform", [Logit(0.01), Gaussianize((2,), 4)])
 def test_what_lies_outside_comes_out_not_finite(transform):
     x = torch.tensor([[0.5, 0.5], [0.5, 1.5], [math.nan, 0.5]])
-    with deferred_checks():
+    with defer_checks():
         value, log_det, *_ = transform(x)
     assert (value.isfinite().all(1) & log_det.isfinite()).tolist() == [True, False, False]
     with pytest.raises(DataError):
@@ -583,7 +583,7 @@ def test_what_lies_outside_comes_out_not_finite(transform):
 
 def test_shapes_and_types_are_checked_all_the_same():
     flow = Flow(CNF(MLP(2)), (2,))
-    with deferred_checks():
+    with defer_checks():
         for wrong in (torch.ones(3, 3), torch.ones(3, 2).long(), torch.ones(3, 2).double()):
             with pytest.raises(DataError):
                 flow.log_prob(wrong)

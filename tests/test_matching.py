@@ -103,7 +103,7 @@ def test_the_schedule_is_a_straight_line_with_its_own_derivatives(sigma):
     inside = t[1:-1]
     _, change = torch.func.jvp(lambda s: schedule(s).b.log() - schedule(s).a.log(), (inside,), (torch.ones_like(inside),))
     assert torch.allclose(schedule.likelihood_weight(inside), 1 / (schedule(inside).b ** 2 * change), rtol=1e-10)
-    with pytest.raises(ConfigError, match=r"noise=1"):
+    with pytest.raises(ConfigError, match=r"got 1.0"):
         Interpolant(1.0)
 
 

@@ -124,7 +124,7 @@ def test_presets_are_the_published_settings(name, shape, levels, blocks):
     assert solver.automatic_steps == grid
     for block in flow.blocks:
         assert isinstance(block.divergence, Hutchinson) and block.divergence.probes == 1
-        assert block.divergence.noise == ("gaussian" if rnode else "rademacher")
+        assert block.divergence.distribution == ("gaussian" if rnode else "rademacher")
         if grid:
             assert isinstance(block.solver, FixedGrid) and (block.solver.method, block.solver.steps) == ("rk4", 1)
         else:

@@ -218,10 +218,10 @@ def test_refusals():
         flow, _ = linear(2, images=False, quadratures=[RunningCost(name, lambda t, x: x.sum(1))])
         with pytest.raises(ConfigError, match=f"'{name}' is taken by the objective"):
             Likelihood(flow)
-    with pytest.raises(ConfigError, match="'kinetic' is taken"):
+    with pytest.raises(ConfigError, match=r"must be unique.*'kinetic'"):
         linear(2, images=False, quadratures=[Kinetic(), Kinetic()])
-    with pytest.raises(ConfigError, match="'log_det' is taken"):
+    with pytest.raises(ConfigError, match="must be unique and not 'log_det'"):
         linear(2, images=False, quadratures=[RunningCost("log_det", lambda t, x: x.sum(1))])
     flow, _ = linear(2, images=False, quadratures=[RunningCost("bad", lambda t, x: x)])
-    with pytest.raises(ConfigError, match=r"'bad' returned shape \(3, 2\); expected \(3,\)"):
+    with pytest.raises(ConfigError, match=r"'bad' must return shape \(3,\), one value per row, got \(3, 2\)"):
         Likelihood(flow)(torch.zeros(3, 2, dtype=F64))

@@ -77,7 +77,7 @@ def test_a_chain_keeps_few_states_and_has_the_plain_gradient(steps):
         return one
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
-        state = Recompute([w]).chain([step] * steps, start)
+        state = Recompute([w]).checkpoint_sequential([step] * steps, start)
     assert step.calls == steps
     states = {one.tensor.data_ptr() for one in held if one.tensor.shape == (2, 3)}
     assert len(states) == min(steps, 4)
@@ -94,7 +94,7 @@ def test_a_chain_keeps_few_states_and_has_the_plain_gradient(steps):
 def test_a_long_chain_refuses_a_tensor_that_would_get_no_gradient():
     w, v = weight(), weight()
     start = torch.ones(2, 3, dtype=F64), torch.zeros(2)
-    loss = Recompute([w]).chain([lambda y, total: (y @ w @ v, total)] * 16, start)
+    loss = Recompute([w]).checkpoint_sequential([lambda y, total: (y @ w @ v, total)] * 16, start)
     with pytest.raises(ConfigError, match="parameters"):
         loss[0].sum().backward()
 

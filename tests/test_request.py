@@ -59,8 +59,8 @@ def test_a_request_is_frozen_and_belongs_to_its_place():
     request = Request(noise=Noise(3), log_det=False)
     with pytest.raises(dataclasses.FrozenInstanceError):
         request.log_det = True
-    assert request.child(4).noise.place == (4,) and not request.child(4).log_det
-    assert [own.noise.place for _, own in iter_leaves(Sequential([Sequential([CNF(MLP(2))]), CNF(MLP(2))]), request)] == [(0, 0), (1,)]
+    assert request.child(4).noise.path == (4,) and not request.child(4).log_det
+    assert [own.noise.path for _, own in iter_leaves(Sequential([Sequential([CNF(MLP(2))]), CNF(MLP(2))]), request)] == [(0, 0), (1,)]
 
 
 def test_a_request_inside_torch_transformations():

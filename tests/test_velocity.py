@@ -116,8 +116,8 @@ def test_what_is_no_velocity_is_refused():
         (Joint(), r"v takes \(x\); expected \(t, x\): pass a function"),
         (Swapped(), r"v takes \(x, t\), the time second; expected \(t, x\): pass lambda t, x: v\(x"),
         (lambda x_t, timesteps: x_t, "the time second"),
-        (needs, r"v needs \(t, x, context, more\)"),
-        (lambda t, x, *, label: x, "v needs"),
+        (needs, r"v requires \(t, x, context, more\)"),
+        (lambda t, x, *, label: x, "v requires"),
         (3, "v is a int"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -1,8 +1,6 @@
 """Vector fields f(t, x) and their time layers."""
 
-import warnings
-from typing import Any
-
+from cnf.aliases import aliases
 from cnf.fields.augmented import AUGMENTED_TIME_LAYERS, AugmentedTimeConditioning, TimePath
 from cnf.fields.base import VectorField
 from cnf.fields.denoiser import PERIODS, Denoiser
@@ -37,11 +35,4 @@ __all__ = [
     "time_layer",
 ]
 
-_OLD = {"Drive": "AugmentedTimeConditioning", "DRIVES": "AUGMENTED_TIME_LAYERS", "Schedule": "Interpolant"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _OLD:
-        warnings.warn(f"cnf.fields.{name} is called {_OLD[name]}", DeprecationWarning, stacklevel=2)
-        return globals()[_OLD[name]]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = aliases(__name__, Drive="AugmentedTimeConditioning", DRIVES="AUGMENTED_TIME_LAYERS", Schedule="Interpolant")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnf.errors import ConfigError
+from cnf.errors import unknown_name
 
 __all__ = ["ACTIVATIONS", "Activation", "activation"]
 
@@ -118,7 +117,5 @@ def activation(name: str) -> Activation:
         (tensor(9.), tensor(6.))
     """
     if name not in ACTIVATIONS:
-        near = get_close_matches(str(name), ACTIVATIONS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"activation={name!r} is unknown: expected one of {', '.join(ACTIVATIONS)}{hint}")
+        raise unknown_name("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]

@@ -7,15 +7,14 @@ of a, computed once per evaluation; fused tangents, closed-form traces and conte
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import ConfigError
+from cnf.errors import ConfigError, unknown_name
 from cnf.fields.maps import Conv, Linear
-from cnf.fields.time import Affine, Constants, TimeLayer, bias_of, planes, weight_of
+from cnf.fields.time import Affine, Constants, TimeLayer, planes
 
 __all__ = ["AUGMENTED_TIME_LAYERS", "PATH_NONLINEARITIES", "AugmentedTimeConditioning", "TimePath", "check_augmented_time", "check_time"]
 
@@ -47,9 +46,9 @@ class TimePath(nn.Module):
         super().__init__()
         width = k if hidden is None else hidden
         if k < 1 or width < 1:
-            raise ConfigError(f"k={k}, hidden={hidden}: the augmented time needs sizes of at least 1")
+            raise ConfigError(f"k and hidden must be at least 1, got k={k}, hidden={hidden}")
         if nonlinearity not in PATH_NONLINEARITIES:
-            raise ConfigError(f"nonlinearity={nonlinearity!r} is unknown: expected one of {', '.join(PATH_NONLINEARITIES)}")
+            raise unknown_name("nonlinearity", nonlinearity, PATH_NONLINEARITIES)
         self.k = k
         self.net = nn.Sequential(nn.Linear(k, width), PATH_NONLINEARITIES[nonlinearity](), nn.Linear(width, k))
         self.initial = nn.Parameter(torch.zeros(k)) if learn_start else None
@@ -96,15 +95,13 @@ class AugmentedTimeConditioning:
 
     def __post_init__(self) -> None:
         if self.kind not in AUGMENTED_TIME_LAYERS:
-            near = get_close_matches(str(self.kind), AUGMENTED_TIME_LAYERS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"drive={self.kind!r} is unknown: expected one of {', '.join(AUGMENTED_TIME_LAYERS)}{hint}")
+            raise unknown_name("kind", self.kind, AUGMENTED_TIME_LAYERS)
         if self.k < 1:
-            raise ConfigError(f"drive k={self.k}: the augmented time needs a size of at least 1")
+            raise ConfigError(f"k must be at least 1, got k={self.k}")
         if self.kind != "concat" and not 1 <= self.m <= self.k:
-            raise ConfigError(f"drive m={self.m}: expected 1 to k={self.k} entries of a, from which weights are generated")
+            raise ConfigError(f"m must be between 1 and k={self.k}, got m={self.m}: it is the number of entries of a that generate weights")
         if self.rank < 0:
-            raise ConfigError(f"drive rank={self.rank}: expected 0 (a full generator) or the rank of its factors")
+            raise ConfigError(f"rank must be 0 (a full generator) or the rank of its factors, got rank={self.rank}")
 
     @property
     def after_first(self) -> AugmentedTimeConditioning:
@@ -116,54 +113,54 @@ class AugmentedTimeConditioning:
         return AUGMENTED_TIME_LAYERS[self.kind](map, self, context_dim)
 
 
-def check_time(a: Tensor, drive: AugmentedTimeConditioning, rows: bool) -> None:
+def check_time(a: Tensor, conditioning: AugmentedTimeConditioning, rows: bool) -> None:
     """Check that ``a`` is an augmented time (k,), or with ``rows`` one per row (N, k).
 
     Raises:
         ConfigError: with the actual and the expected shape.
     """
-    if a.shape[-1:] == (drive.k,) and a.ndim == 2 and not rows:
+    if a.shape[-1:] == (conditioning.k,) and a.ndim == 2 and not rows:
         raise ConfigError(
-            f"t has shape {tuple(a.shape)}, but a layer driven by {drive.kind!r} has one set of weights per time: "
-            f"pass a single augmented time ({drive.k},)"
+            f"t has shape {tuple(a.shape)}, but a layer with weights from the augmented time ({conditioning.kind!r}) has one set of "
+            f"weights per time: pass a single augmented time ({conditioning.k},)"
         )
-    if a.shape[-1:] != (drive.k,) or a.ndim > 1 + rows:
+    if a.shape[-1:] != (conditioning.k,) or a.ndim > 1 + rows:
         raise ConfigError(
-            f"t has shape {tuple(a.shape)}, but a layer driven by {drive.kind!r} takes the augmented time a "
-            f"({drive.k},) in place of t: give the CNF path=TimePath({drive.k})"
+            f"t has shape {tuple(a.shape)}, but a layer conditioned on the augmented time ({conditioning.kind!r}) takes a "
+            f"({conditioning.k},) in place of t: give the CNF path=TimePath({conditioning.k})"
         )
 
 
 class _AugmentedTimeLayer(TimeLayer):
     """Base class of layers conditioned on a in place of t."""
 
-    def __init__(self, map: Linear | Conv, drive: AugmentedTimeConditioning, context_dim: int = 0):
+    def __init__(self, map: Linear | Conv, conditioning: AugmentedTimeConditioning, context_dim: int = 0):
         super().__init__(map, context_dim)
-        self.drive, self.augmented_time = drive, drive.k
+        self.conditioning, self.augmented_time = conditioning, conditioning.k
 
 
 class AugmentedTimeConcat(_AugmentedTimeLayer):
     """W [a; x] + b, with a first."""
 
-    def __init__(self, map: Linear | Conv, drive: AugmentedTimeConditioning, context_dim: int = 0):
-        super().__init__(map, drive, context_dim)
-        self.core = map.module(extra=drive.k)
+    def __init__(self, map: Linear | Conv, conditioning: AugmentedTimeConditioning, context_dim: int = 0):
+        super().__init__(map, conditioning, context_dim)
+        self.core = map.module(extra=conditioning.k)
 
     def constants(self, size: tuple[int, ...]) -> Constants:
-        weight, bias = weight_of(self.core), bias_of(self.core)  # respects functional_call
-        driven, rest = self.map.split(weight, self.drive.k)
+        weight, bias = self.core.weight, self.core.bias  # respects functional_call
+        time_weight, rest = self.map.split(weight, self.conditioning.k)
         # constant planes enter linearly: map k planes of ones once for all times, (k, out, *size)
-        one = torch.eye(self.drive.k, dtype=weight.dtype, device=weight.device)
-        planes = self.map.apply(driven, one.reshape(*one.shape, *(1,) * len(size)).expand(-1, -1, *size))
-        return rest, planes, self._spread(bias)
+        one = torch.eye(self.conditioning.k, dtype=weight.dtype, device=weight.device)
+        time_planes = self.map.apply(time_weight, one.reshape(*one.shape, *(1,) * len(size)).expand(-1, -1, *size))
+        return rest, time_planes, self._spread(bias)
 
     def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
-        check_time(t, self.drive, rows=True)
-        weight, driven, bias = constants
-        return Affine(weight, None, torch.tensordot(t, driven, 1) + bias)
+        check_time(t, self.conditioning, rows=True)
+        weight, time_planes, bias = constants
+        return Affine(weight, None, torch.tensordot(t, time_planes, 1) + bias)
 
     def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
-        check_time(t, self.drive, rows=True)
+        check_time(t, self.conditioning, rows=True)
         return cast(Tensor, self.core(torch.cat([planes(t, x), x], 1)))
 
 
@@ -173,15 +170,15 @@ class AugmentedTimeHyper(_AugmentedTimeLayer):
     time_weights = True
     takes_a = False  # whether a is also an input of the layer
 
-    def __init__(self, map: Linear | Conv, drive: AugmentedTimeConditioning, context_dim: int = 0):
-        super().__init__(map, drive, context_dim)
-        m, r = drive.m, drive.rank
+    def __init__(self, map: Linear | Conv, conditioning: AugmentedTimeConditioning, context_dim: int = 0):
+        super().__init__(map, conditioning, context_dim)
+        m, r = conditioning.m, conditioning.rank
         weight, self.bias = (nn.Parameter(p.detach()) for p in map.module().parameters())  # θ(0), like a plain layer
         if self.takes_a:
             # a's weights start at zero, so that f starts like hyper's. Drawn for k + D inputs, x's are a third as large
             # (k = 20, D = 2): 600 steps on the checkerboard reached 3.87 nats instead of 3.63 (one seed)
             shape = list(weight.shape)
-            shape[map.input_axis] = drive.k
+            shape[map.input_axis] = conditioning.k
             weight = nn.Parameter(torch.cat([torch.zeros(shape), weight.detach()], map.input_axis))
         self.weight = weight
         self.move_bias = nn.Parameter(torch.zeros(map.outputs, m))
@@ -206,9 +203,9 @@ class AugmentedTimeHyper(_AugmentedTimeLayer):
 
     def _generate(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return weight and bias at the augmented time ``t``."""
-        check_time(t, self.drive, rows=False)
-        v = t[: self.drive.m]
-        if self.drive.rank == 0:
+        check_time(t, self.conditioning, rows=False)
+        v = t[: self.conditioning.m]
+        if self.conditioning.rank == 0:
             weight = self.weight + self.move @ v
         else:
             weight = self.weight + ((self.left * (self.scales @ v)) @ self.right).reshape(self.weight.shape)
@@ -225,10 +222,10 @@ class AugmentedTimeBoth(AugmentedTimeHyper):
 
     def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         weight, bias = self._generate(t)
-        driven, rest = self.map.split(weight, self.drive.k)
+        time_weight, rest = self.map.split(weight, self.conditioning.k)
         # a's k constant planes equal one plane of ones under the kernels weighted by a: a map of one channel, not k
         axis = self.map.input_axis
-        plane = self.map.apply((driven.movedim(axis, -1) @ t).unsqueeze(axis), constants[0])[0]
+        plane = self.map.apply((time_weight.movedim(axis, -1) @ t).unsqueeze(axis), constants[0])[0]
         return Affine(rest, None, plane + self._spread(bias))
 
 
@@ -246,7 +243,7 @@ def check_augmented_time(field: nn.Module, path: TimePath | None) -> None:
             continue
         k = layer.augmented_time
         if path is None and k:
-            raise ConfigError(f"path=None, but the field is driven by an augmented time: give path=TimePath({k})")
+            raise ConfigError(f"path=None, but the field takes an augmented time in place of t: give path=TimePath({k})")
         if path is not None and not k:
             raise ConfigError(
                 f"path is given, but the field has a {type(layer).__name__} layer, which takes t: build the field with "

@@ -59,12 +59,7 @@ class SolveField:
 
 
 class SolveFunctions(SolveField):
-    """Field of one function ``call(t, x, context)`` and, if there is one, a function in place of :meth:`jvp`.
-
-    Args:
-        call: the function; a module is one.
-        jvp: function with the signature of :meth:`jvp`; autodiff if None.
-    """
+    """Field of one function ``call(t, x, context)`` and, if given, a function in place of :meth:`jvp`."""
 
     def __init__(self, call: Callable[..., Tensor], jvp: Callable[..., tuple[Tensor, Tensor]] | None = None):
         self.call, self.own_jvp, self.fused = call, jvp is not None, jvp
@@ -184,21 +179,6 @@ class FusedField(VectorField):
         if not intact(self):
             return super().jvp(t, x, v, context, t_dot=t_dot)
         return self.precompute(x, context).jvp(t, x, v, t_dot=t_dot)
-
-    @property
-    def closed_form(self) -> bool:
-        """Whether :meth:`divergence` is available."""
-        return False
-
-    def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return f (N, \\*event) and its exact divergence (N,) in closed form (see :mod:`cnf.fields.trace`).
-
-        Raises:
-            ConfigError: if no closed form exists.
-        """
-        if not intact(self):
-            raise ConfigError("divergence has no closed form for a field with hooks, parametrised or replaced layers: use Exact(), by autodiff")
-        return self.precompute(x, context).divergence(t, x)
 
 
 def _no_closed_form(name: str) -> ConfigError:

@@ -88,12 +88,7 @@ def precompute(
 
 
 class _BuiltIn(SolveFunctions):
-    """Module with those of its optional methods that agree with its ``forward``.
-
-    Args:
-        module: the field.
-        usable: whether its optional methods may be used.
-    """
+    """Module with those of its optional methods that agree with its ``forward``, if ``usable``."""
 
     def __init__(self, module: nn.Module, usable: bool):
         kind, self.module = type(module), cast(Any, module)
@@ -104,8 +99,7 @@ class _BuiltIn(SolveFunctions):
     def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self.closed_form:
             return super().divergence(t, x, context)
-        found: tuple[Tensor, Tensor] = self.module.divergence(t, x, context)
-        return found
+        return cast("tuple[Tensor, Tensor]", self.module.divergence(t, x, context))
 
 
 class CustomField(_BuiltIn):
@@ -113,12 +107,7 @@ class CustomField(_BuiltIn):
 
     The field receives copies of t, x and context, which it may overwrite. Its random layers draw the same numbers at
     every call. Its value must be a floating-point tensor of x's shape and is copied, since a later call may overwrite
-    it.
-
-    Args:
-        module: the field.
-        noise: randomness of random layers; torch's global generator if None, advanced once per solve.
-        usable: whether ``jvp`` and ``divergence`` of the module may be used.
+    it. Without ``noise``, random layers draw from torch's global generator, advanced once per solve.
     """
 
     custom = True
@@ -131,20 +120,19 @@ class CustomField(_BuiltIn):
         self.reverse = any(isinstance(m, torch.jit.ScriptModule) for m in module.modules())
 
     def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return dx/dt (N, \\*event)."""
         with self.randomness.at(x.device), differentiable_attention(vectorized()):
-            out = self.module(*self._copies(t, x, context))
+            out = self.module(*self._arguments(t, x, context))
         return self._checked(out, x, "returned")
 
-    def _copies(self, t: Tensor, x: Tensor, context: Tensor | None) -> tuple[Any, ...]:
+    def _arguments(self, t: Tensor, x: Tensor, context: Tensor | None) -> tuple[Any, ...]:
         if self.takes_context:
-            return t.clone(), x.clone(), None if context is None else context.clone()
+            return _clones(t, x, context)
         if context is not None:
             raise ConfigError(
-                f"context has shape {tuple(context.shape)}, but {self.name}.forward(t, x) takes none: add a third argument, "
+                f"context must be None for {self.name}.forward(t, x), got shape {tuple(context.shape)}: add a third argument, "
                 "forward(t, x, context=None)"
             )
-        return t.clone(), x.clone()
+        return _clones(t, x)
 
     def _checked(self, out: Any, x: Tensor, what: str, lead: tuple[int, ...] = ()) -> Tensor:
         if not isinstance(out, Tensor):
@@ -158,19 +146,17 @@ class CustomField(_BuiltIn):
     def jvp(
         self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return f and J v + t_dot ∂f/∂t (K, N, \\*event), by the module's ``jvp`` if it may be used, else by autodiff."""
         if not self.own_jvp:
             return super().jvp(t, x, v, context, t_dot=t_dot)
         with self.randomness.at(x.device), differentiable_attention():
-            dx, product = self.module.jvp(t.clone(), x.clone(), v.clone(), None if context is None else context.clone(), t_dot=t_dot)
+            dx, product = self.module.jvp(*_clones(t, x, v, context), t_dot=t_dot)
         return self._checked(dx, x, "returned from jvp"), self._checked(product, x, "returned from jvp a product of", v.shape[:1])
 
     def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return f (N, \\*event) and its divergence (N,) by the module's ``divergence``."""
         if not self.closed_form:
             return super().divergence(t, x, context)
         with self.randomness.at(x.device), differentiable_attention():
-            dx, div = self.module.divergence(t.clone(), x.clone(), None if context is None else context.clone())
+            dx, div = self.module.divergence(*_clones(t, x, context))
         return self._checked(dx, x, "returned from divergence"), self._checked(div, x.flatten(1)[:, 0], "returned a divergence of")
 
     def check(self, t: Tensor, x: Tensor, context: Tensor | None) -> None:
@@ -196,8 +182,8 @@ class CustomField(_BuiltIn):
         if again > _MIXING:
             raise ConfigError(
                 f"field {self.name} returns another value for the same point when it is called again (they differ by {again:.1%} of its "
-                "size): draw random numbers from torch's global generator (torch.rand, nn.Dropout), not from Python's, NumPy's or one of the "
-                "field's own, and keep no state from call to call"
+                "size): draw random numbers from torch's global generator (torch.rand, nn.Dropout), not from Python's, NumPy's or a "
+                "separate generator, and keep no state from call to call"
             )
         self.whole = self.random  # other shapes draw other numbers
         if not self.random and apart is None:
@@ -205,7 +191,7 @@ class CustomField(_BuiltIn):
         if not self.random and apart is not None and apart > _MIXING:
             raise ConfigError(
                 f"field {self.name} returns another value for a row when other rows are next to it (they differ by {apart:.1%} of its "
-                "size), so that no row has a density of its own: use statistics of one row (LayerNorm, GroupNorm) in place of the batch's"
+                "size), so that rows have no separate densities: use statistics of one row (LayerNorm, GroupNorm) instead of the batch's"
             )
         known[mode] = (self.random, self.whole)
 
@@ -221,14 +207,18 @@ class CustomField(_BuiltIn):
         values = []
         with draws_random_numbers(x.device) as drew:
             for rows in sorted({min(2, max(1, len(x) - 1)), len(x)}):
-                given = context_rows(context, slice(rows))
-                values.append(self._checked(self.module(*self._copies(t, x[:rows], given)), x[:rows], "returned"))
+                arguments = self._arguments(t, x[:rows], context_rows(context, slice(rows)))
+                values.append(self._checked(self.module(*arguments), x[:rows], "returned"))
             calls = torch.stack([self(t, x, context_rows(context, slice(len(x)))) for _ in range(_CALLS)])
         size = float(values[-1].abs().max())
         if not 0 < size < float("inf"):  # zero at initialisation: checked again later
             return drew[0], None, 0.0
         again = float((calls - calls[0]).abs().max()) / size
         return drew[0], None if len(x) < 2 else float((values[1][0] - values[0][0]).abs().max()) / size, again
+
+
+def _clones(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if v is None else v.clone() for v in tensors)
 
 
 def _copy(module: nn.Module) -> nn.Module:

@@ -62,9 +62,9 @@ class Denoiser(UNet):
         zero_init: bool = True,
     ):
         if not interpolant.noise:
-            raise ConfigError("interpolant has no noise: a denoiser needs data that have some, as truncated-normal dequantisation gives them")
+            raise ConfigError("interpolant.noise must be positive for a denoiser, got 0: use truncated-normal dequantisation, whose data have noise")
         if not level > 0:
-            raise ConfigError(f"level={level}; expected the distance between two grey levels, positive")
+            raise ConfigError(f"level (the distance between two grey levels) must be positive, got {level}")
         super().__init__(
             channels, hidden, depth, attention, context_dim, zero_init, inputs=channels * (1 + 2 * len(periods))
         )
@@ -115,12 +115,12 @@ class Denoiser(UNet):
 
     def _waves(self, x: Tensor, a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return for each period the phase of x, its derivative with respect to x, and the damping by the noise."""
-        found = []
+        waves = []
         a = a.clamp(min=0.5)  # for a < 0.5 the noise damps the waves to nearly zero
         for period in self.periods:
             turn = 2 * math.pi / (period * self.level * a)
-            found.append((x * turn, turn, torch.exp(-0.5 * (turn * b).square())))
-        return found
+            waves.append((x * turn, turn, torch.exp(-0.5 * (turn * b).square())))
+        return waves
 
     def _seen(self, x: Tensor, a: Tensor, b: Tensor, r: Tensor) -> Tensor:
         """Return the network's input: x/r and the waves, for x (N, C, H, W)."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import ConfigError
+from cnf.errors import ConfigError, unknown_name
 from cnf.fields.maps import Conv, Linear
-from cnf.fields.time import Affine, Constants, TimeLayer
+from cnf.fields.time import Affine, Constants, LayerFactory, TimeLayer, require_one_time
 
 __all__ = ["BASES", "Galerkin", "basis", "galerkin"]
 
@@ -38,9 +39,9 @@ BASES: dict[str, Callable[[Tensor, int], Tensor]] = {"chebyshev": _chebyshev, "f
 
 def _known(name: str, terms: int) -> None:
     if name not in BASES:
-        raise ConfigError(f"basis={name!r} is unknown: expected {' or '.join(map(repr, BASES))}")
+        raise unknown_name("basis", name, BASES)
     if terms < 1:
-        raise ConfigError(f"terms={terms}: a basis needs at least 1")
+        raise ConfigError(f"terms must be at least 1, got {terms}")
 
 
 def basis(name: str, u: Tensor, terms: int) -> Tensor:
@@ -95,34 +96,16 @@ class Galerkin(TimeLayer):
         self.biases = nn.Parameter(torch.zeros(terms, map.outputs))
         plain = map.module()
         with torch.no_grad():
-            for own, p in ((self.weights, plain.weight), (self.biases, plain.bias)):
-                assert isinstance(p, Tensor)
-                own[0] = p
+            self.weights[0], self.biases[0] = plain.weight, plain.bias
 
     def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
-        if t.ndim:
-            raise ConfigError(
-                f"t has shape {tuple(t.shape)}, but a layer in a {self.name} basis has one set of weights per time: pass a "
-                "single t"
-            )
+        require_one_time(t, self.name)
         b = basis(self.name, t / self.end_time, self.terms)
         weight = torch.tensordot(b, self.weights, 1)
         return Affine(weight, None, self._spread(b @ self.biases))
 
 
-class _Factory:
-    """Layer factory for one basis."""
-
-    def __init__(self, name: str, terms: int, end_time: float):
-        self.name, self.terms, self.end_time = name, terms, end_time
-
-    def __call__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True) -> Galerkin:
-        return Galerkin(
-            map, context_dim, context_gate=context_gate, name=self.name, terms=self.terms, end_time=self.end_time
-        )
-
-
-def galerkin(name: str, terms: int, end_time: float = 1.0) -> _Factory:
+def galerkin(name: str, terms: int, end_time: float = 1.0) -> LayerFactory:
     """Return a factory of layers in a basis over depth; pass it as a field's ``layer``.
 
     Raises:
@@ -135,4 +118,4 @@ def galerkin(name: str, terms: int, end_time: float = 1.0) -> _Factory:
         126
     """
     _known(name, terms)
-    return _Factory(name, terms, end_time)
+    return partial(Galerkin, name=name, terms=terms, end_time=end_time)

@@ -49,7 +49,7 @@ class Interpolant:
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise < 1:
-            raise ConfigError(f"noise={self.noise}; expected 0 <= noise < 1, in units of the base's standard deviation")
+            raise ConfigError(f"noise must be at least 0 and less than 1 (standard deviations of the base), got {self.noise}")
 
     @property
     def length(self) -> float:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import ConfigError
+from cnf.errors import unknown_name
 from cnf.fields.maps import Conv, Linear
-from cnf.fields.time import Affine, Constants, TimeLayer, bias_of, planes, require_one_time, weight_of
+from cnf.fields.time import Affine, Constants, LayerFactory, TimeLayer, planes, require_one_time
 
 __all__ = ["LAYERS", "Hyper", "LayerFactory", "time_layer"]
 
@@ -22,7 +21,7 @@ class Ignore(TimeLayer):
         self.core = map.module()
 
     def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
-        return Affine(weight_of(self.core), None, self._spread(bias_of(self.core)))
+        return Affine(self.core.weight, None, self._spread(self.core.bias))
 
     def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
         return cast(Tensor, self.core(x))
@@ -35,18 +34,19 @@ class Concat(TimeLayer):
         self.core = map.module(extra=1)
 
     def constants(self, size: tuple[int, ...]) -> Constants:
-        time, weight = self.map.split(weight_of(self.core), 1)
+        time, weight = self.map.split(self.core.weight, 1)
         # the map of a constant plane t is t times that of ones: one small map for all times, not one per row
-        return weight, self.map.apply(time, time.new_ones(1, 1, *size))[0], self._spread(bias_of(self.core))
+        return weight, self.map.apply(time, time.new_ones(1, 1, *size))[0], self._spread(self.core.bias)
 
     def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
-        return _plane_at(t, *constants)
+        weight, plane, rest = constants
+        return Affine(weight, None, t.reshape(*t.shape, *(1,) * plane.ndim) * plane + rest)
 
     def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
         return cast(Tensor, self.core(torch.cat([planes(t[..., None], x), x], 1)))
 
 
-class ConcatCoord(TimeLayer):
+class ConcatCoord(Concat):
     """Convolution of [x; t; row; column] with integer pixel indices; for vectors the same as concat."""
 
     def build(self, map: Linear | Conv) -> None:
@@ -54,47 +54,42 @@ class ConcatCoord(TimeLayer):
 
     def constants(self, size: tuple[int, ...]) -> Constants:
         if not self.map.spatial:
-            time, weight = self.map.split(weight_of(self.core), 1)
-            plane = self.map.apply(time, time.new_ones(1, 1))[0]
-            rest = bias_of(self.core)
-        else:
-            weight, extra = self.map.split(weight_of(self.core), self.map.inputs)
-            time, place = self.map.split(extra, 1)
-            plane = self.map.apply(time, time.new_ones(1, 1, *size))[0]
-            rows = torch.arange(size[0], dtype=place.dtype, device=place.device)
-            columns = torch.arange(size[1], dtype=place.dtype, device=place.device)
-            grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None]
-            rest = self.map.apply(place, grid)[0] + self._spread(bias_of(self.core))
-        return weight, plane, rest
-
-    def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
-        return _plane_at(t, *constants)
+            return super().constants(size)
+        weight, extra = self.map.split(self.core.weight, self.map.inputs)
+        time, coordinates = self.map.split(extra, 1)
+        plane = self.map.apply(time, time.new_ones(1, 1, *size))[0]
+        return weight, plane, self.map.apply(coordinates, _pixels(size, time))[0] + self._spread(self.core.bias)
 
     def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
-        time = planes(t[..., None], x)
         if not self.map.spatial:
-            return cast(Tensor, self.core(torch.cat([time, x], 1)))
-        rows, columns = (torch.arange(n, dtype=x.dtype, device=x.device) for n in x.shape[2:])
-        grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).expand(len(x), -1, -1, -1)
-        return cast(Tensor, self.core(torch.cat([x, time, grid], 1)))
+            return super().called(t, x, logits)
+        pixels = _pixels(tuple(x.shape[2:]), x).expand(len(x), -1, -1, -1)
+        return cast(Tensor, self.core(torch.cat([x, planes(t[..., None], x), pixels], 1)))
 
 
 class Squash(TimeLayer):
-    """(W x + b) sigmoid(a t + c)."""
+    """(W x + b) sigmoid(a t + c), and in subclasses with a drift + u t."""
 
     has_gate = True
 
     def build(self, map: Linear | Conv) -> None:
         self.core = map.module()
         self.gate = nn.Linear(1, map.outputs)
+        self.drift: nn.Linear | None = None
 
     def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
-        gate = self._gate(self.gate, t, logits)
-        return Affine(weight_of(self.core), gate, gate * self._spread(bias_of(self.core)))
+        slope = self.gate.weight[:, 0]
+        own = t[..., None] * slope + self.gate.bias
+        gate = self._spread(torch.sigmoid(own if logits is None else own + logits))
+        shift = gate * self._spread(self.core.bias)
+        if self.drift is not None:
+            shift = shift + self._spread(t[..., None] * self.drift.weight[:, 0])
+        return Affine(self.core.weight, gate, shift)
 
     def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
         own = self.gate(t[..., None])
-        return cast(Tensor, self.core(x) * self._spread(torch.sigmoid(own if logits is None else own + logits)))
+        y = cast(Tensor, self.core(x) * self._spread(torch.sigmoid(own if logits is None else own + logits)))
+        return y if self.drift is None else y + self._spread(self.drift(t[..., None]))
 
 
 class ConcatSquash(Squash):
@@ -103,14 +98,6 @@ class ConcatSquash(Squash):
     def build(self, map: Linear | Conv) -> None:
         super().build(map)
         self.drift = nn.Linear(1, map.outputs, bias=False)
-
-    def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
-        squashed = super().params_at(t, constants, logits)
-        shift = cast(Tensor, squashed.shift) + self._spread(t[..., None] * self.drift.weight[:, 0])
-        return squashed._replace(shift=shift)
-
-    def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
-        return super().called(t, x, logits) + self._spread(self.drift(t[..., None]))
 
 
 class Blend(TimeLayer):
@@ -123,8 +110,8 @@ class Blend(TimeLayer):
 
     def params_at(self, t: Tensor, constants: Constants, logits: Tensor | None = None) -> Affine:
         require_one_time(t, "blend")
-        weight = torch.lerp(weight_of(self.core0), weight_of(self.core1), t)
-        shift = torch.lerp(bias_of(self.core0), bias_of(self.core1), t)
+        weight = torch.lerp(self.core0.weight, self.core1.weight, t)
+        shift = torch.lerp(self.core0.bias, self.core1.bias, t)
         return Affine(weight, None, self._spread(shift))
 
     def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
@@ -182,13 +169,6 @@ LAYERS: dict[str, type[TimeLayer]] = {
 }
 
 
-class LayerFactory(Protocol):
-    """Factory of layers around a linear map; a field takes one in place of a layer's name."""
-
-    def __call__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True) -> TimeLayer:
-        """Return the layer."""
-
-
 def time_layer(
     kind: str | LayerFactory, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True
 ) -> TimeLayer:
@@ -205,12 +185,11 @@ def time_layer(
     if not isinstance(kind, str):
         return kind(map, context_dim, context_gate=context_gate)
     if kind not in LAYERS:
-        near = get_close_matches(str(kind), LAYERS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"layer={kind!r} is unknown: expected one of {', '.join(LAYERS)}{hint}")
+        raise unknown_name("layer", kind, LAYERS)
     return LAYERS[kind](map, context_dim, context_gate=context_gate)
 
 
-def _plane_at(t: Tensor, weight: Tensor, plane: Tensor, rest: Tensor) -> Affine:
-    """Return a layer without gate whose shift is t * plane + rest."""
-    return Affine(weight, None, t.reshape(*t.shape, *(1,) * plane.ndim) * plane + rest)
+def _pixels(size: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return row and column indices (1, 2, h, w) of an image's pixels."""
+    rows, columns = (torch.arange(n, dtype=like.dtype, device=like.device) for n in size)
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None]

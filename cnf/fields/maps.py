@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnf.errors import ConfigError
 
-__all__ = ["Conv", "Linear"]
+__all__ = ["Conv", "Linear", "channels_last"]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Return images, planes or convolution weights (..., C, h, w) in channels-last memory format."""
+    return x.movedim(-3, -1).contiguous().movedim(-1, -3)  # torch.func.vmap does not support memory_format
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Linear:
     spatial = 0
     input_axis = 1  # input axis of the weight
 
-    def module(self, extra: int = 0) -> nn.Module:
+    def module(self, extra: int = 0) -> Any:
         """Return the torch layer with ``extra`` more inputs."""
         return nn.Linear(self.inputs + extra, self.outputs)
 
@@ -68,10 +74,10 @@ class Conv:
         """
         known = {1: (3, 1, 1, False), 0: (1, 1, 0, False), 2: (4, 2, 1, False), -2: (4, 2, 1, True)}
         if stride not in known:
-            raise ConfigError(f"strides holds {stride}; expected 1 (3x3), 0 (1x1), 2 (down) or -2 (up)")
+            raise ConfigError(f"strides must contain only 1 (3x3), 0 (1x1), 2 (down) and -2 (up), got {stride}")
         return Conv(inputs, outputs, *known[stride])
 
-    def module(self, extra: int = 0) -> nn.Module:
+    def module(self, extra: int = 0) -> Any:
         """Return the torch layer with ``extra`` more input channels."""
         kind = nn.ConvTranspose2d if self.transposed else nn.Conv2d
         return kind(self.inputs + extra, self.outputs, self.kernel, self.stride, self.padding)
@@ -92,7 +98,7 @@ class Conv:
         op = F.conv_transpose2d if self.transposed else F.conv2d
         if x.device.type == "cpu" and not self.transposed and weight.shape[1] == 1:
             # add a zero channel: torch does not recognise one channel as channels-last and is three times slower
-            x, weight = (F.pad(v, (0, 0, 0, 0, 0, 1)).movedim(1, -1).contiguous().movedim(-1, 1) for v in (x, weight))
+            x, weight = (channels_last(F.pad(v, (0, 0, 0, 0, 0, 1))) for v in (x, weight))
         return op(x, weight, stride=self.stride, padding=self.padding)
 
     def split(self, weight: Tensor, at: int) -> tuple[Tensor, Tensor]:

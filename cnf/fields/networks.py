@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import ConfigError
+from cnf.errors import ConfigError, unknown_name
 from cnf.fields.activations import activation
 from cnf.fields.base import FusedField, intact, structure
 from cnf.fields.layers import LayerFactory, time_layer
@@ -37,7 +37,7 @@ class Stack(FusedField):
         self.layers = nn.ModuleList(layers)
         self.activation = activation(nonlinearity)
         if residual not in ("none", "minus", "linear"):
-            raise ConfigError(f"residual={residual!r} is unknown: expected 'none', 'minus' or 'linear'")
+            raise unknown_name("residual", residual, ("none", "minus", "linear"))
         if residual == "linear" and layers[0].map.spatial:
             raise ConfigError("residual='linear' is for vector fields; a convolutional field takes 'none' or 'minus'")
         self.residual = residual
@@ -72,6 +72,16 @@ class Stack(FusedField):
         """Whether :meth:`divergence` is available: at most two hidden layers, convolutions of stride 1, a last
         gate without context, and no hook, parametrisation or replaced layer."""
         return closed_form(self.time_layers) and intact(self)
+
+    def divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return f (N, \\*event) and its exact divergence (N,) in closed form (see :mod:`cnf.fields.trace`).
+
+        Raises:
+            ConfigError: if no closed form exists.
+        """
+        if not intact(self):
+            raise ConfigError("divergence has no closed form for a field with hooks, parametrised or replaced layers: use Exact(), by autodiff")
+        return self.precompute(x, context).divergence(t, x)
 
 
 class MLP(Stack):
@@ -124,7 +134,7 @@ class MLP(Stack):
 
     def precompute(self, x: Tensor, context: Tensor | None = None) -> PrecomputedField:
         if x.shape[1:].numel() != self.dim:
-            raise ConfigError(f"x has shape {tuple(x.shape)}, but this {type(self).__name__} was built for dim={self.dim} per event")
+            raise ConfigError(f"x must have dim={self.dim} entries per row for this {type(self).__name__}, got shape {tuple(x.shape)}")
         return super().precompute(x, context)
 
 
@@ -166,9 +176,9 @@ class ConvField(Stack):
         sizes = _sizes("channels", channels, hidden)
         steps = tuple(strides) if strides is not None else (1,) * (len(sizes) - 1)
         if len(steps) != len(sizes) - 1:
-            raise ConfigError(f"strides={steps} has {len(steps)} entries; expected {len(sizes) - 1}, one a layer")
+            raise ConfigError(f"strides must have {len(sizes) - 1} entries, one per layer, got {steps}")
         if steps.count(2) != steps.count(-2):
-            raise ConfigError(f"strides={steps} does not lead back to the image's size: give as many 2 as -2")
+            raise ConfigError(f"strides must restore the image's size, with as many 2 as -2, got {steps}")
         layers = [
             time_layer(_kind(layer, i), Conv.of_stride(a, b, s), context_dim)
             for i, (a, b, s) in enumerate(zip(sizes, sizes[1:], steps, strict=False))
@@ -186,5 +196,5 @@ def _kind(layer: str | LayerFactory, i: int) -> str | LayerFactory:
 def _sizes(name: str, outer: int, hidden: Sequence[int]) -> list[int]:
     sizes = [outer, *hidden, outer]
     if any(not isinstance(s, int) or s < 1 for s in sizes):
-        raise ConfigError(f"{name}={outer}, hidden={tuple(hidden)}: every size must be a whole number of at least 1")
+        raise ConfigError(f"{name} and hidden must be whole numbers of at least 1, got {name}={outer}, hidden={tuple(hidden)}")
     return sizes

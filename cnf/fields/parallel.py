@@ -55,8 +55,8 @@ class SqueezeSum(FusedField):
         unit = 2 ** (len(self.nets) - 1)
         if x.shape[2] % unit or x.shape[3] % unit:
             raise ConfigError(
-                f"x has shape {tuple(x.shape)}, but this field squeezes {len(self.nets) - 1} times: height and width "
-                f"must be multiples of {unit}"
+                f"height and width of x must be multiples of {unit} (the field squeezes {len(self.nets) - 1} times), got shape "
+                f"{tuple(x.shape)}"
             )
         return _Sum([cast(ConvField, net).precompute(_squeeze(x, s), context) for s, net in enumerate(self.nets)])
 

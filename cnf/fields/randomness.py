@@ -34,9 +34,6 @@ class SolveRandomness:
     With ``noise`` it is a function of the noise, and torch's generators are restored. Without ``noise``, the blocks of
     a chain draw in the order of their solves, which ``decode`` reverses: pass the same ``Noise`` to ``encode`` and
     ``decode`` to invert a chain.
-
-    Args:
-        noise: the noise passed to the block, or None.
     """
 
     def __init__(self, noise: Noise | None = None):

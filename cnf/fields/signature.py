@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,14 +19,23 @@ TIME = ("t", "time", "times", "timestep", "timesteps", "s", "tau")
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
-def _positional(forward: Any) -> tuple[tuple[str, ...], bool] | None:
-    """Return the names of ``forward``'s positional parameters and whether it takes \\*args; None if unknown."""
+class _Parameters(NamedTuple):
+    """Positional parameters of a function, whether it takes \\*args, and the parameters without a default."""
+
+    names: tuple[str, ...]
+    variadic: bool
+    required: tuple[inspect.Parameter, ...] = ()
+
+
+def _parameters(function: Any) -> _Parameters | None:
+    """Return the parameters of a function; None if unknown, as for some built-in callables."""
     try:
-        parameters = list(inspect.signature(forward).parameters.values())
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return None
     names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
-    return names, any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    required = (p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    return _Parameters(names, any(p.kind is p.VAR_POSITIONAL for p in parameters), tuple(required))
 
 
 def wrapped(module: nn.Module) -> nn.Module:
@@ -38,21 +47,21 @@ def wrapped(module: nn.Module) -> nn.Module:
         module = inner
 
 
-def _signature(module: nn.Module) -> tuple[tuple[str, ...], bool] | None:
+def _signature(module: nn.Module) -> _Parameters | None:
     module = wrapped(module)
     if isinstance(module, torch.jit.ScriptModule):
         schema: Any = module.forward
-        return tuple(argument.name for argument in schema.schema.arguments[1:]), False
+        return _Parameters(tuple(argument.name for argument in schema.schema.arguments[1:]), False)
     if "forward" in vars(module):  # replaced on the instance, already bound
-        return _positional(vars(module)["forward"])
-    found = _positional(type(module).forward)
-    return None if found is None else (found[0][1:], found[1])
+        return _parameters(vars(module)["forward"])
+    signature = _parameters(type(module).forward)
+    return None if signature is None else signature._replace(names=signature.names[1:])
 
 
 def takes_context(module: nn.Module) -> bool:
     """Return whether the field's ``forward`` accepts a context after (t, x)."""
-    found = _signature(module)
-    return found is None or found[1] or len(found[0]) > 2
+    signature = _signature(module)
+    return signature is None or signature.variadic or len(signature.names) > 2
 
 
 def check_signature(field: nn.Module) -> None:
@@ -66,10 +75,10 @@ def check_signature(field: nn.Module) -> None:
             f"field is a {type(field).__name__}; expected an nn.Module with forward(t, x, context=None) "
             "(cnf.from_velocity takes a plain function)"
         )
-    found = _signature(field)
-    if found is None or found[1]:
+    signature = _signature(field)
+    if signature is None or signature.variadic:
         return
-    names = found[0]
+    names = signature.names
     if len(names) < 2:
         raise ConfigError(f"{type(field).__name__}.forward takes {len(names)} arguments; expected forward(t, x, context=None)")
     if _point_first(names):
@@ -93,18 +102,16 @@ def velocity_takes_context(v: Callable[..., Any]) -> bool:
     """
     if not callable(v):
         raise ConfigError(f"v is a {type(v).__name__}; expected a module or a function v(t, x)")
-    try:
-        parameters = list(inspect.signature(v.forward if isinstance(v, nn.Module) else v).parameters.values())
-    except (TypeError, ValueError):  # some built-in callables have no signature
+    signature = _parameters(v.forward if isinstance(v, nn.Module) else v)
+    if signature is None:
         return True
-    several = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    placed = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    names = ", ".join(placed)
-    if len(placed) < 2 and not several:
-        raise ConfigError(f"v takes ({names}); expected (t, x): pass a function, such as lambda t, x: v(torch.cat([x, t.expand(len(x), 1)], 1))")
-    if len(placed) >= 2 and _point_first(placed):
-        raise ConfigError(f"v takes ({names}), the time second; expected (t, x): pass lambda t, x: v(x, t.expand(len(x)))")
-    if len(needed) > 3 or any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters):
-        raise ConfigError(f"v needs ({', '.join(needed)}); expected (t, x) or (t, x, context): pass a function that fills in the rest")
-    return several or len(placed) > 2
+    names, variadic, required = signature
+    listed = ", ".join(names)
+    if len(names) < 2 and not variadic:
+        raise ConfigError(f"v takes ({listed}); expected (t, x): pass a function, such as lambda t, x: v(torch.cat([x, t.expand(len(x), 1)], 1))")
+    if len(names) >= 2 and _point_first(names):
+        raise ConfigError(f"v takes ({listed}), the time second; expected (t, x): pass lambda t, x: v(x, t.expand(len(x)))")
+    if len(required) > 3 or any(p.kind is p.KEYWORD_ONLY for p in required):
+        needed = ", ".join(p.name for p in required)
+        raise ConfigError(f"v requires ({needed}); expected (t, x) or (t, x, context): pass a function that supplies the other arguments")
+    return variadic or len(names) > 2

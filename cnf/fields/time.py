@@ -6,15 +6,14 @@ This form gives the value, the tangent gate * (W v) and the closed-form trace of
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from cnf.errors import ConfigError
 from cnf.fields.maps import Conv, Linear
 
-__all__ = ["Affine", "Constants", "LayerConstants", "TimeLayer", "bias_of", "planes", "require_one_time", "weight_of"]
+__all__ = ["Affine", "Constants", "LayerConstants", "LayerFactory", "TimeLayer", "planes", "require_context", "require_one_time"]
 
 Constants = tuple[Tensor, ...]
 
@@ -79,8 +78,8 @@ class TimeLayer(nn.Module):
 
     def precompute(self, size: tuple[int, ...], context: Tensor | None = None) -> LayerConstants:
         """Return the parts that do not depend on t, for inputs of spatial ``size`` (() for vectors)."""
-        shift = None if self.context_shift is None else self._spread(self.context_shift(_given(context)))
-        return LayerConstants(self.constants(size), shift, None if self.context_gate is None else self.context_gate(_given(context)))
+        shift = None if self.context_shift is None else self._spread(self.context_shift(require_context(context)))
+        return LayerConstants(self.constants(size), shift, None if self.context_gate is None else self.context_gate(require_context(context)))
 
     def affine_at(self, t: Tensor, known: LayerConstants) -> Affine:
         """Return W, gate and shift at time ``t`` (() or (N,)) from the result of :meth:`precompute`."""
@@ -91,8 +90,8 @@ class TimeLayer(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the layer's value at x (N, in) or (N, in, h, w) by calling its modules, so that hooks apply."""
-        y = self.called(t, x, None if self.context_gate is None else self.context_gate(_given(context)))
-        return y if self.context_shift is None else y + self._spread(self.context_shift(_given(context)))
+        y = self.called(t, x, None if self.context_gate is None else self.context_gate(require_context(context)))
+        return y if self.context_shift is None else y + self._spread(self.context_shift(require_context(context)))
 
     def called(self, t: Tensor, x: Tensor, logits: Tensor | None) -> Tensor:
         """Return the value at time ``t`` (() or (N,)) without the context's shift; overridden to call modules."""
@@ -110,40 +109,29 @@ class TimeLayer(nn.Module):
         """Reshape (..., out) to broadcast with the layer's output."""
         return v[..., None, None] if self.map.spatial else v
 
-    def _gate(self, gate: nn.Linear, t: Tensor, logits: Tensor | None) -> Tensor:
-        own = t[..., None] * gate.weight[:, 0] + gate.bias
-        return self._spread(torch.sigmoid(own if logits is None else own + logits))
 
 
-def _given(context: Tensor | None) -> Tensor:
+class LayerFactory(Protocol):
+    """Factory of layers around a linear map; a field takes one in place of a layer's name."""
+
+    def __call__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True) -> TimeLayer:
+        """Return the layer."""
+
+
+def require_context(context: Tensor | None) -> Tensor:
+    """Return the context; raise a ConfigError if there is none."""
     if context is None:
         raise ConfigError("context=None, but this field was built with context_dim > 0: pass context (N, C) or (C,)")
     return context
 
 
 def require_one_time(t: Tensor, name: str) -> None:
-    """Check that t is a single time.
-
-    Raises:
-        ConfigError: for times that differ by row; the message names the layer.
-    """
+    """Raise a ConfigError for times that differ by row, which the layer called ``name`` does not support."""
     if t.ndim:
-        raise ConfigError(
-            f"t has shape {tuple(t.shape)}, but a {name!r} layer generates one set of weights per time: pass a single t"
-        )
+        raise ConfigError(f"t must be a single time (), got shape {tuple(t.shape)}: a {name!r} layer has one set of weights per time")
 
 
 def planes(features: Tensor, x: Tensor) -> Tensor:
     """Expand features (k,) or (N, k) to channels for x (N, C, ...)."""
     shape = (*features.shape, *(1,) * (x.ndim - 2))
     return features.reshape(shape).expand(len(x), features.shape[-1], *x.shape[2:])
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """Return the module's weight."""
-    return cast(Tensor, module.weight)
-
-
-def bias_of(module: nn.Module) -> Tensor:
-    """Return the module's bias."""
-    return cast(Tensor, module.bias)

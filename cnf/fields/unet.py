@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from cnf.errors import ConfigError
 from cnf.fields.base import SolveField, SolveFunctions, VectorField, intact, structure
+from cnf.fields.maps import channels_last
+from cnf.fields.time import require_context
 from cnf.fields.unet_layers import Attention, Dual, GroupNorm, ResidualBlock, convolve, joined, silu
 
 __all__ = ["TimeEmbedding", "UNet"]
@@ -21,12 +23,7 @@ FASTEST = 64.0  # fastest rate in radians over t in [0, 1]: few solver steps res
 
 
 class TimeEmbedding(nn.Module):
-    """Embedding of time, as cosines and sines of rates up to ``FASTEST``, and context, by a net with one hidden layer.
-
-    Args:
-        size: size of the embedding.
-        context_dim: size of the context, 0 for none.
-    """
+    """Embedding of time, as cosines and sines of rates up to ``FASTEST``, and context, by a net with one hidden layer."""
 
     rates: Tensor
 
@@ -42,11 +39,9 @@ class TimeEmbedding(nn.Module):
         angles = t.reshape(-1, 1) * self.rates.to(t)
         h = self.first(torch.cat([angles.cos(), angles.sin()], 1))
         if self.context is not None:
-            if context is None:
-                raise ConfigError("context=None, but this field was built with context_dim > 0: pass context (N, C) or (C,)")
+            context = require_context(context)
             h = h + self.context(context.reshape(-1, context.shape[-1]))
-        found: Tensor = self.second(F.silu(h))
-        return F.silu(found)
+        return F.silu(self.second(F.silu(h)))
 
 
 class UNet(VectorField):
@@ -89,7 +84,7 @@ class UNet(VectorField):
     ):
         super().__init__()
         if not hidden or min(channels, depth, *hidden) < 1:
-            raise ConfigError(f"channels={channels}, hidden={tuple(hidden)}, depth={depth}: expected one width or more, and every size at least 1")
+            raise ConfigError(f"channels, depth and all of hidden (one width or more) must be at least 1, got channels={channels}, hidden={tuple(hidden)}, depth={depth}")
         self.context_dim = context_dim
         size = 4 * hidden[0]
         self.embedding = TimeEmbedding(size, context_dim)
@@ -120,7 +115,7 @@ class UNet(VectorField):
 
     def value(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return dx/dt; subclasses override it together with :meth:`tangents`."""
-        return self._run(Dual(self._placed(x)), self.embedding(t, context)).value
+        return self._run(Dual(channels_last(x)), self.embedding(t, context)).value
 
     def precompute(self, x: Tensor, context: Tensor | None = None) -> SolveField:
         """Return the field for one solve: hooks and replaced layers are looked for once, not at every evaluation."""
@@ -138,7 +133,7 @@ class UNet(VectorField):
         self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None, *, t_dot: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return what :meth:`jvp` returns, for a field whose layers :func:`intact` has checked."""
-        out = self._run(Dual(self._placed(x), self._placed(v.flatten(0, 1))), self.embedding(t, context))
+        out = self._run(Dual(channels_last(x), channels_last(v.flatten(0, 1))), self.embedding(t, context))
         product = cast(Tensor, out.tangent).unflatten(0, v.shape[:2])
         if t_dot is not None:
             product = product + self._drift(t, x, context, t_dot)
@@ -151,7 +146,9 @@ class UNet(VectorField):
         return moved
 
     def _run(self, h: Dual, embedding: Tensor) -> Dual:
-        self._check(h.value)
+        unit = 2 ** len(self.shrink)
+        if h.value.shape[2] % unit or h.value.shape[3] % unit:
+            raise ConfigError(f"height and width of x must be multiples of {unit} (the field halves {len(self.shrink)} times), got shape {tuple(h.value.shape)}")
         h = convolve(self.enter, h)
         skips = []
         for i, level in enumerate(self.down):
@@ -167,19 +164,6 @@ class UNet(VectorField):
             for block in cast(nn.ModuleList, self.up[i]):
                 h = block(h, embedding)
         return convolve(self.leave, silu(self.norm(h)))
-
-    def _check(self, x: Tensor) -> None:
-        unit = 2 ** len(self.shrink)
-        if x.shape[2] % unit or x.shape[3] % unit:
-            raise ConfigError(
-                f"x has shape {tuple(x.shape)}, but this field halves {len(self.shrink)} times: height and width must be "
-                f"multiples of {unit}"
-            )
-
-    @staticmethod
-    def _placed(x: Tensor) -> Tensor:
-        """Return x channels-last."""
-        return x.movedim(-3, -1).contiguous().movedim(-1, -3)
 
 
 def _twice(x: Tensor) -> Tensor:

@@ -69,9 +69,7 @@ def _stacked(tangent: Tensor, value: Tensor) -> Tensor:
 class GroupNorm(nn.Module):
     """Group normalisation (1803.08494) with gain and shift, modulated by (B, 2 C) from time and context, B = N or 1.
 
-    Args:
-        channels: C.
-        groups: number of groups, replaced by gcd(C, groups); each is normalised over its channels and all positions.
+    The number of groups is gcd(channels, groups); each is normalised over its channels and all positions.
     """
 
     def __init__(self, channels: int, groups: int = 8):
@@ -116,10 +114,6 @@ class ResidualBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with the second norm modulated by time and context.
 
     The last convolution is zero at initialisation; where inputs and outputs differ, a 1x1 convolution maps x.
-
-    Args:
-        inputs, outputs: channels.
-        embedding: size of the embedding of time and context.
     """
 
     def __init__(self, inputs: int, outputs: int, embedding: int):
@@ -139,20 +133,12 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + projected self-attention over all positions (1706.03762), with the projection zero at initialisation.
-
-    Args:
-        channels: C.
-        heads: number of attention heads.
-
-    Raises:
-        ConfigError: if ``channels`` is not a multiple of ``heads``.
-    """
+    """x + projected self-attention over all positions (1706.03762), with the projection zero at initialisation."""
 
     def __init__(self, channels: int, heads: int = 4):
         super().__init__()
         if channels % heads:
-            raise ConfigError(f"attention with {heads} heads needs channels that they divide, not {channels}")
+            raise ConfigError(f"channels must be a multiple of the {heads} attention heads, got {channels}")
         self.heads = heads
         self.norm = GroupNorm(channels)
         self.qkv, self.project = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cnf.errors import ConfigError
-from cnf.noise import Kind, Like, Noise
+from cnf.noise import Kind, Noise
 
 __all__ = ["ItemNoise"]
 
@@ -39,13 +40,13 @@ class ItemNoise(Noise):
         """Return the noise of some rows of the batch."""
         return ItemNoise(self.seed, [self.items[i] for i in rows], self.number, self.sample)
 
-    def _draw(self, name: str, kind: Kind, shape: Sequence[int], batch_dim: int | None, like: Like) -> Tensor:
+    def draw(self, name: str, kind: Kind, shape: Sequence[int], *, batch_dim: int | None = 0, **options: Any) -> Tensor:
         purpose = f"{self.purpose}/{self.sample}" if name == "dequantize" else self.purpose
 
         def draw_row(index: int, shape: Sequence[int]) -> Tensor:
             noise = Noise(self.seed, purpose, index)
-            noise.place = self.place
-            return noise.draw(name, kind, shape, dtype=like.dtype, device=like.device, batch_dim=None)
+            noise.path = self.path
+            return noise.draw(name, kind, shape, batch_dim=None, **options)
 
         if batch_dim is None:
             return draw_row(-1, shape)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cnf.compilation import compiled
 from cnf.continuous import CNF
-from cnf.deferral import sent
+from cnf.deferral import to_device
 from cnf.dequantization import TruncatedNormalDequantize, VariationalDequantize
 from cnf.errors import ConfigError
 from cnf.fields import Interpolant
@@ -94,7 +94,7 @@ class MatchingPath:
         if len(self.blocks) == 1 and not self.together:
             return self._stretch(0, t, x, context, noise)
         order = t.argsort(stable=True)  # makes the rows of one block, and of one time, contiguous
-        there, back = (sent(i, x.device) for i in (order, order.argsort()))
+        there, back = (to_device(i, x.device) for i in (order, order.argsort()))
         t, x, context = t[order], x[there], context_rows(context, there)
         parts = []
         count = len(self.blocks)
@@ -110,7 +110,7 @@ class MatchingPath:
         """Return the velocity of block k at the path's times t (N,), ascending where rows share their time."""
         block, count = self.blocks[k], len(self.blocks)
         end = block.end_time(x)
-        local = sent((t * count - k).clamp(0, 1).to(x.dtype), x.device) * end
+        local = to_device((t * count - k).clamp(0, 1).to(x.dtype), x.device) * end
         if self.together:
             lengths = torch.unique_consecutive(t, return_counts=True)[1].tolist()
             dx = self._grouped(block, local, lengths, x, context, noise)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnf.deferral import sent
+from cnf.deferral import to_device
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.errors import ConfigError
 from cnf.flow import Flow
@@ -115,7 +115,7 @@ class FlowMatching(DensityObjective):
         z = couple(start, z * self.flow.base_std, context, self.coupling)
         weight = self.weight(t) / density if fair else self.weight(t)
         # computed on the CPU from the times alone and copied at once, without synchronisation
-        known = sent(torch.stack([*self.path.interpolant(t), weight]).to(start.dtype), start.device)
+        known = to_device(torch.stack([*self.path.interpolant(t), weight]).to(start.dtype), start.device)
         a, b, da, db = (c.reshape(-1, *(1,) * (start.ndim - 1)) for c in known[:4])
         velocity = self.path.velocity(t, a * start + b * z, context, noise)
         return t, (velocity - (da * start + db * z)).flatten(1).square().mean(1) * known[4]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import torchdiffeq
 from torch import Tensor
 
 from cnf.deferral import vectorized
-from cnf.errors import ConfigError, SolverError
+from cnf.errors import ConfigError, SolverError, unknown_name
 from cnf.recompute import Recompute, differentiable_once
 from cnf.solvers.base import RHS, Counter, Solution, State, Stats, finite, largest
 from cnf.solvers.embedded import embedded
@@ -93,19 +92,17 @@ class Adaptive:
         norm: str = "batch",
     ):
         if method not in self.METHODS:
-            near = get_close_matches(str(method), self.METHODS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"method={method!r} is unknown among adaptive solvers: expected {self.METHODS}{hint}")
+            raise unknown_name("method", method, self.METHODS)
         if not (0 < rtol < math.inf and 0 < atol < math.inf):  # nan is neither
-            raise ConfigError(f"rtol={rtol}, atol={atol}: tolerances must be positive and finite")
+            raise ConfigError(f"rtol and atol must be positive and finite, got rtol={rtol}, atol={atol}")
         if gradient not in ("direct", "adjoint"):
-            raise ConfigError(f"gradient={gradient!r}: an adaptive solver takes 'direct' or 'adjoint'")
+            raise unknown_name("gradient", gradient, ("direct", "adjoint"))
         if quadrature_tolerance is not None and not 0 < quadrature_tolerance < math.inf:
-            raise ConfigError(f"quadrature_tolerance={quadrature_tolerance}: expected a positive number, or None")
+            raise ConfigError(f"quadrature_tolerance must be positive or None, got {quadrature_tolerance}")
         if quadrature_tolerance is not None and quadratures_in_norm:
-            raise ConfigError("quadratures_in_norm=True is for integrals along the path, quadrature_tolerance for nodes: give one")
+            raise ConfigError("quadratures_in_norm=True excludes quadrature_tolerance: integrals outside the error norm only; set one of them")
         if norm not in self.NORMS:
-            raise ConfigError(f"norm={norm!r}: expected 'batch' or 'row'")
+            raise unknown_name("norm", norm, self.NORMS)
         self.norm = norm
         self.method, self.rtol, self.atol, self.gradient = method, rtol, atol, gradient
         self.max_steps, self.quadratures_in_norm = max_steps, quadratures_in_norm
@@ -129,7 +126,7 @@ class Adaptive:
             SolverError: for too many steps, an underflowing step, or a non-finite state.
         """
         if vectorized():
-            return self._embedded(rhs, state, dynamic)
+            return embedded(self.method, rhs, state, self._tolerances(state[0]), self._norm(state, dynamic), self.max_steps)
         ends = torch.tensor([0.0, 1.0], dtype=state[0].dtype, device=state[0].device)
         path, stats = self.path(rhs, state, ends, dynamic=dynamic, parameters=parameters)
         return Solution(tuple(entry[-1] for entry in path), stats)
@@ -203,16 +200,6 @@ class Adaptive:
         rows = entry.reshape(len(entry) if self.norm == "row" else 1, -1)
         size: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) / math.sqrt(rows.shape[1])
         return size.max().clamp(max=LARGEST)
-
-    def _embedded(self, rhs: RHS, state: State, dynamic: int) -> Solution:
-        """Solve with the same steps inside a transform of torch.func; the gradient is always the direct one."""
-        counter = Counter()
-        rtol, atol = self._tolerances(state[0])
-        y = embedded(
-            self.method, rhs, state, counter, rtol=rtol, atol=atol, norm=self._norm(state, dynamic), max_steps=self.max_steps
-        )
-        counter.backward = True
-        return Solution(y, Stats([counter]))
 
     def _failed(self, reason: str, function: _Function) -> SolverError:
         counter, where = function.counter, dict[str, Any]()

@@ -14,6 +14,7 @@ __all__ = ["RHS", "Counter", "Solution", "Solver", "SolverOverride", "State", "S
 
 State = tuple[Tensor, ...]
 RHS = Callable[[Tensor, State], State]
+COUNTS = ("nfe", "nfe_backward", "accepted", "rejected", "products")
 
 
 class Counter:
@@ -78,7 +79,7 @@ class Stats:
     def joined(self, products: int = 0) -> Stats:
         """Return the totals as those of one solve, plus ``products`` further evaluations with a derivative."""
         one = Counter()
-        for name in ("nfe", "nfe_backward", "accepted", "rejected", "products"):
+        for name in COUNTS:
             setattr(one, name, self._sum(name))
         one.nfe, one.products, one.backward = one.nfe + products, one.products + products, True
         return Stats([one])
@@ -100,8 +101,7 @@ class Stats:
         return ""
 
     def __repr__(self) -> str:
-        parts = (f"{n}={self._sum(n)}" for n in ("nfe", "nfe_backward", "accepted", "rejected", "products"))
-        return f"Stats({', '.join(parts)})"
+        return f"Stats({', '.join(f'{name}={self._sum(name)}' for name in COUNTS)})"
 
 
 class Solution(NamedTuple):

@@ -10,42 +10,26 @@ from torch import Tensor
 from torchdiffeq._impl.odeint import SOLVERS
 
 from cnf.errors import SolverError
-from cnf.solvers.base import RHS, Counter, State
+from cnf.solvers.base import RHS, Counter, Solution, State, Stats
 
 __all__ = ["embedded"]
 
 SAFETY, GROWTH, SHRINKING = 0.9, 10.0, 0.2  # torchdiffeq's step control
 VMAP = (
-    "an adaptive solve under torch.func.vmap would need steps of its own for every row: give the CNF eval_solver=FixedGrid(...), or call "
-    "the flow on the whole batch (log_prob takes any leading shape)"
+    "torch.func.vmap is not supported by adaptive solvers, whose steps depend on values: use eval_solver=FixedGrid(...), or call the flow "
+    "on the whole batch (log_prob takes any leading shape)"
 )
 
 
 def embedded(
-    method: str,
-    rhs: RHS,
-    state: State,
-    counter: Counter,
-    *,
-    rtol: float,
-    atol: float,
-    norm: Callable[[State], Tensor],
-    max_steps: int,
-) -> State:
-    """Return the state at s = 1 with torchdiffeq's tableau and step control; steps depend on values only.
-
-    Args:
-        method: an adaptive Runge-Kutta method of torchdiffeq.
-        rhs: slopes of the state.
-        state: state at s = 0.
-        counter: counts evaluations and steps.
-        rtol, atol: tolerances.
-        norm: norm of the errors relative to the tolerances.
-        max_steps: maximum number of solver steps.
+    method: str, rhs: RHS, state: State, tolerances: tuple[float, float], norm: Callable[[State], Tensor], max_steps: int
+) -> Solution:
+    """Return the state at s = 1 with torchdiffeq's tableau and step control; ``norm`` is that of errors over tolerances.
 
     Raises:
         SolverError: under ``vmap``, for too many steps, an underflowing step, or a non-finite state.
     """
+    counter, (rtol, atol) = Counter(), tolerances
     kind: Any = SOLVERS[method]
     tableau, order = kind.tableau, float(kind.order)
     nodes, rows = [0.0, *tableau.alpha.tolist()], [[], *(row.tolist() for row in tableau.beta)]
@@ -80,7 +64,8 @@ def embedded(
         else:
             counter.rejected += 1
         h = h * (GROWTH if apart == 0 else min(GROWTH, max(SAFETY / apart ** (1 / order), 1.0 if apart < 1 else SHRINKING)))
-    return y
+    counter.backward = True
+    return Solution(y, Stats([counter]))
 
 
 def _moved(y: State, h: float, coefficients: list[float], slopes: list[State]) -> State:

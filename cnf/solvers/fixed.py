@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Sequence
-from difflib import get_close_matches
 from functools import partial
 from itertools import accumulate
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from cnf.deferral import deferred, tracing
-from cnf.errors import ConfigError, SolverError
+from cnf.errors import ConfigError, SolverError, unknown_name
 from cnf.recompute import Recompute
 from cnf.solvers.base import RHS, Counter, Solution, State, Stats, finite, largest
 from cnf.solvers.tableaus import TABLEAUS, Tableau
@@ -41,13 +40,13 @@ def stages(
 ) -> list[State]:
     """Return the slopes k_i of one step of size h from y at s.
 
-    With ``number``, a right-hand side with a method ``at`` is called as ``rhs.at(number, i, s, y)`` for stage i."""
+    With ``number``, a right-hand side that samples one of a grid's stages gets step and stage as third argument."""
     slopes: list[State] = []
-    placed = None if number is None else getattr(rhs, "at", None)
+    sampling = number is not None and getattr(rhs, "sampled_stage", None) is not None
     for i, (c, a) in enumerate(zip(tableau.c, tableau.a, strict=True)):
         counter.count()
-        z = _axpy(y, h, a, slopes)
-        slopes.append(rhs(s + c * h, z) if placed is None else placed(number, i, s + c * h, z))
+        stage: tuple[Any, ...] = ((number, i),) if sampling else ()
+        slopes.append(rhs(s + c * h, _axpy(y, h, a, slopes), *stage))
     return slopes
 
 
@@ -75,18 +74,14 @@ class FixedGrid:
     """
 
     GRADIENTS: ClassVar[tuple[str, ...]] = ("direct", "checkpoint")
-    KIND: ClassVar[str] = "fixed grid"
 
     def __init__(self, method: str = "rk4", steps: int = 4, gradient: str = "direct"):
         if method not in TABLEAUS:
-            near = get_close_matches(str(method), TABLEAUS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"method={method!r} is unknown on a fixed grid: expected one of {list(TABLEAUS)}{hint}")
+            raise unknown_name("method", method, TABLEAUS)
         if steps < 1:
-            raise ConfigError(f"steps={steps}: a grid needs at least 1 step")
+            raise ConfigError(f"steps must be at least 1, got {steps}")
         if gradient not in self.GRADIENTS:
-            names = " or ".join(map(repr, self.GRADIENTS))
-            raise ConfigError(f"gradient={gradient!r}: a {self.KIND} takes {names}")
+            raise unknown_name("gradient", gradient, self.GRADIENTS)
         self.method, self.steps, self.gradient = method, steps, gradient
         self.tableau = TABLEAUS[method]
 
@@ -117,7 +112,7 @@ class FixedGrid:
 
         Raises:
             SolverError: for a non-finite state; the solve is repeated with a check after every step to locate it.
-                Inside :func:`~cnf.deferral.deferred_checks` the state is not checked.
+                Inside :func:`~cnf.deferral.defer_checks` the state is not checked.
         """
         counter = Counter()
         like = state[0]
@@ -142,21 +137,21 @@ class FixedGrid:
     ) -> State:
         """Return the state at s = 1; with ``check`` (without gradient) the state is checked after every step."""
 
-        place = getattr(rhs, "step_error", None) if self.tableau.error else None
+        error_entry = getattr(rhs, "step_error", None) if self.tableau.error else None
 
         def step(i: int, s: Tensor, h: Tensor, *y: Tensor) -> State:
             slopes = stages(self.tableau, rhs, s, h, y, counter, i)
             after = _axpy(y, h, self.tableau.b, slopes)
-            if place is None or len(y) <= place:
+            if error_entry is None or len(y) <= error_entry:
                 return after
             apart = weighted(0, self.tableau.error, slopes)
             assert apart is not None
             size = h * torch.linalg.vector_norm((h * apart).flatten(1), dim=1)  # |h| ‖E‖
-            return *after[:place], after[place] + size, *after[place + 1 :]
+            return *after[:error_entry], after[error_entry] + size, *after[error_entry + 1 :]
 
         parts = [partial(step, i, nodes[i], nodes[i + 1] - nodes[i]) for i in range(self.steps)]
         if self.gradient == "checkpoint" and torch.is_grad_enabled() and not tracing(*state):
-            return Recompute(parameters).chain(parts, state)
+            return Recompute(parameters).checkpoint_sequential(parts, state)
         y = state
         for i, part in enumerate(parts):
             before, y = y, part(*y)

@@ -71,19 +71,18 @@ class Reversible(FixedGrid):
     """
 
     GRADIENTS = ("reversible", "direct")
-    KIND = "reversible grid"
 
     def __init__(
         self, method: str = "rk4", steps: int = 4, coupling: float | None = None, gradient: str = "reversible"
     ):
         super().__init__(method, steps, gradient)
-        self.given = coupling
+        self.requested_coupling = coupling
         self.coupling = WHOLE_COUPLING ** (1 / steps) if coupling is None else coupling
         if not 0 < self.coupling <= 1:  # nan is neither
-            raise ConfigError(f"coupling={coupling}: expected a number in (0, 1], or None to choose by the steps")
+            raise ConfigError(f"coupling must be in (0, 1] or None (chosen by the steps), got {coupling}")
         if self.coupling**steps < LEAST_COUPLING:
             raise ConfigError(
-                f"coupling={coupling} with steps={steps}: walking back, rounding would grow by {self.coupling**-steps:.3g}; "
+                f"coupling={coupling} with steps={steps}: the reverse solve would amplify rounding by {self.coupling**-steps:.3g}; "
                 f"expected at least {LEAST_COUPLING ** (1 / steps):.4g} for so many steps, or None"
             )
 
@@ -94,7 +93,7 @@ class Reversible(FixedGrid):
 
     def with_steps(self, steps: int) -> Reversible:
         """Return the same method with ``steps`` steps and the same total coupling λ^steps."""
-        coupling = None if self.given is None else self.given ** (self.steps / steps)
+        coupling = None if self.requested_coupling is None else self.requested_coupling ** (self.steps / steps)
         return Reversible(self.method, steps, coupling, self.gradient)
 
     def _run(
@@ -109,8 +108,7 @@ class Reversible(FixedGrid):
     ) -> State:
         walk = _Walk(self, rhs, state, nodes, counter, dynamic, parameters)
         if self.gradient == "reversible" and torch.is_grad_enabled() and not tracing(*state):
-            found: State = _Walked.apply(walk, *state, *walk.whole.parameters)
-            return found
+            return cast(State, _Walked.apply(walk, *state, *walk.whole.parameters))
         require = partial(self._require_finite, nodes=nodes, counter=counter) if check else None
         return walk.forth(state, require)[0]
 
@@ -199,15 +197,15 @@ class _Walk:
             else:
                 y = [p + c for p, c in zip(z, d, strict=True)]
                 ga = [u - v for u, v in zip(gd, gz, strict=True)]
-                a, found = self.motion.pull(partial(self.behind, i), y, ga, wanted, autocast)
-                gy = [torch.zeros_like(p) if g is None else g for g, p in zip(found, z, strict=False)]
-                total = [_sum(u, v) for u, v in zip(total, found[k:], strict=True)]
+                a, products = self.motion.vjp(partial(self.behind, i), y, ga, wanted, autocast)
+                gy = [torch.zeros_like(p) if g is None else g for g, p in zip(products, z, strict=False)]
+                total = [_sum(u, v) for u, v in zip(total, products[k:], strict=True)]
                 z = [p + e for p, e in zip(z, a, strict=True)]
             gb = [u + v for u, v in zip(gy, gd, strict=True)]
-            b, found = self.whole.pull(partial(self.ahead, i), z, (*gb, *gq), wanted, autocast)
-            gz = [cast(Tensor, _sum(u + v, w)) for u, v, w in zip(gz, gy, found, strict=False)]
+            b, products = self.whole.vjp(partial(self.ahead, i), z, (*gb, *gq), wanted, autocast)
+            gz = [cast(Tensor, _sum(u + v, w)) for u, v, w in zip(gz, gy, products, strict=False)]
             gd = [coupling * g for g in gb]
-            total = [_sum(u, v) for u, v in zip(total, found[k:], strict=True)]
+            total = [_sum(u, v) for u, v in zip(total, products[k:], strict=True)]
             if not last:
                 d = [(c - (e + f)) / coupling for c, e, f in zip(d, a, b, strict=False)]
         state = [g if g is None else g.to(t) for g, t in zip((*gz, *gq), self.types, strict=True)]
@@ -219,8 +217,8 @@ class _Walk:
             return [g if g is None else g * factor.to(g.dtype) for g in gradients]
         if not missed <= 1:  # nan fails too
             raise SolverError(
-                f"{self.solver!r} could not be walked back for its gradient: it missed the state that it started from by "
-                f"{float(missed):.3g} times what is tolerated: more steps, a kinetic penalty, or gradient='checkpoint' of a "
+                f"{self.solver!r} could not be reversed for its gradient: the error of the reconstructed initial state is "
+                f"{float(missed):.3g} times the tolerance: more steps, a kinetic penalty, or gradient='checkpoint' of a "
                 "FixedGrid may help"
             )
         return gradients
@@ -258,5 +256,5 @@ class _Walked(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         kept = ctx.saved_tensors
         with torch.no_grad():
-            found = walk.back(kept[:k], kept[k : 2 * k], gradients, needed[count:], ctx.autocast)
-        return (None, *final(walk.solver.gradient, [g if n else None for g, n in zip(found, needed, strict=True)]))
+            grads = walk.back(kept[:k], kept[k : 2 * k], gradients, needed[count:], ctx.autocast)
+        return (None, *final(walk.solver.gradient, [g if n else None for g, n in zip(grads, needed, strict=True)]))

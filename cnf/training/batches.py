@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cnf.config import RunConfig
 from cnf.datasets import DataSplits
-from cnf.deferral import sent
+from cnf.deferral import to_device
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.errors import ConfigError, DataError
 from cnf.noise import Noise
@@ -92,7 +92,7 @@ class Batches:
         epoch, place = divmod(step, self.length // self.size)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._order = epoch, sent(torch.randperm(self.length, generator=generator), self.x.device)
+            self._order = epoch, to_device(torch.randperm(self.length, generator=generator), self.x.device)
         rows = self._order[1][place * self.size : (place + 1) * self.size][self.share]
         noise = Noise(self.seed, "train", step, start=self.share.start, total=self.joint)
         x, context = self.fetch(rows)
@@ -103,8 +103,8 @@ class Batches:
 
     def fetch(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return x and context of some rows, on the device."""
-        x = _cast(sent(self.x[rows], self.device).contiguous(), self.dtype)
-        return x, None if self.context is None else self.context[sent(rows, self.device)]
+        x = _cast(to_device(self.x[rows], self.device).contiguous(), self.dtype)
+        return x, None if self.context is None else self.context[to_device(rows, self.device)]
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -187,7 +187,7 @@ def _solvers(flow: Flow) -> dict[str, Any]:
         "quadrature_tolerance": common([s.quadrature_tolerance for s in adaptive]),
         "grid_steps": common([s.steps for s in grids]),
         "divergence": common(["exact" if isinstance(d, Exact) else "hutchinson" for d in traces]),
-        "probe": common([d.noise for d in probes]),
+        "probe": common([d.distribution for d in probes]),
         "probes": common([d.probes for d in probes]),
     }
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from tqdm import tqdm
 
-from cnf.deferral import deferred_checks
+from cnf.deferral import defer_checks
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.errors import DataError, SolverError
 from cnf.objectives import Objective
@@ -187,7 +187,7 @@ class Stepper:
             lambda: state.optimizer.zero_grad(set_to_none=True),
         )
         adjoint = any(getattr(solver, "gradient", "") == "adjoint" for solver in solvers)
-        with self.abandoning(), guard, deferred_checks(), tensor_cores(self.tf32):
+        with self.abandoning(), guard, defer_checks(), tensor_cores(self.tf32):
             result = gradient(
                 objective, x, context, noise, count=self.accumulate, limit=self.limits[0], limit_backward=self.limits[1], adjoint=adjoint
             )
