@@ -92,11 +92,11 @@ class Adaptive:
         norm: str = "batch",
     ):
         if method not in self.METHODS:
-            raise unknown_name("method", method, self.METHODS)
+            raise unknown_name("method", method, self.METHODS, "Adaptive")
         tolerances = {"rtol": rtol, "atol": atol} | ({} if quadrature_tolerance is None else {"quadrature_tolerance": quadrature_tolerance})
         require_inside(0, math.inf, **tolerances)
         if gradient not in ("direct", "adjoint"):
-            raise unknown_name("gradient", gradient, ("direct", "adjoint"))
+            raise unknown_name("gradient", gradient, ("direct", "adjoint"), "Adaptive")
         if quadrature_tolerance is not None and quadratures_in_norm:
             raise ConfigError("quadratures_in_norm=True excludes quadrature_tolerance: integrals outside the error norm only; set one of them")
         if norm not in self.NORMS:

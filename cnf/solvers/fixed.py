@@ -77,10 +77,10 @@ class FixedGrid:
 
     def __init__(self, method: str = "rk4", steps: int = 4, gradient: str = "direct"):
         if method not in TABLEAUS:
-            raise unknown_name("method", method, TABLEAUS)
+            raise unknown_name("method", method, TABLEAUS, type(self).__name__)
         require_at_least(1, steps=steps)
         if gradient not in self.GRADIENTS:
-            raise unknown_name("gradient", gradient, self.GRADIENTS)
+            raise unknown_name("gradient", gradient, self.GRADIENTS, type(self).__name__)
         self.method, self.steps, self.gradient = method, steps, gradient
         self.tableau = TABLEAUS[method]
 
