@@ -349,7 +349,7 @@ WRONG = {
     "--seed 99999999999999999999": r"--seed 9+: expected zero or more, at most",
     "--max-train-rows 0": r"limit must be at least 1, got 0",
     "digits --kinetic -1": r"--kinetic -1\.0: expected zero or more",
-    "digits --alpha 0.7": r"alpha=0\.7; expected a number in \(0, 0\.5\)",
+    "digits --alpha 0.7": r"alpha must be inside \(0, 0\.5\), got 0\.7",
     "--blocks 0": r"--blocks 0: expected a positive number",
     "--hidden 0": r"hidden=\(0,\)",
     "digits --time-conditioning concatsqash": r"concatsqash.*did you mean 'concatsquash'",
