@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +48,8 @@ def figure(metric: str, value: float, standard_error: float | None) -> dict[str,
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; return {} if the file is missing or unreadable."""
-    try:
-        if require_file(path, DataError) > LARGEST:
-            return {}
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (DataError, OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    rows = _read_objects(path, lines=False)
+    return rows[0] if rows else {}
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -61,30 +58,33 @@ def read_result(path: Path) -> dict[str, Any]:
     Raises:
         DataError: if the file is missing, unreadable, or no result.
     """
-    found = read_json(path)
-    if "metric" not in found:
-        supervised = "mean_squared_error" if found.get("accuracy") is None else "cross_entropy"
+    result = read_json(path)
+    if "metric" not in result:
+        supervised = "mean_squared_error" if result.get("accuracy") is None else "cross_entropy"
         keys = {"bits_per_dim": "bits_per_dim", "nats": "nats", "loss": supervised}
-        key = next((key for key in keys if key in found), None)
+        key = next((key for key in keys if key in result), None)
         if key is None:
             raise DataError(f"{path} {'is no result' if path.is_file() else 'is missing: the run has not been tested yet'}")
-        found = figure(keys[key], found[key], found.get("standard_error")) | found
-    if found["metric"] not in UNITS or not isinstance(found.get("value"), int | float | None):
-        raise DataError(f"{path} is no result: its metric is {found['metric']!r}, expected one of {', '.join(UNITS)}")
-    return found
+        result = figure(keys[key], result[key], result.get("standard_error")) | result
+    if result["metric"] not in UNITS or not isinstance(result.get("value"), int | float | None):
+        raise DataError(f"{path} is no result: its metric must be one of {', '.join(UNITS)}, got {result['metric']!r}")
+    return result
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a metrics.jsonl, up to the first that is damaged; return [] if the file is missing."""
-    rows: list[dict[str, Any]] = []
-    try:
-        if require_file(path, DataError) > LARGEST:
-            return rows
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                break
-            rows.append(row)
-    except (DataError, OSError, ValueError, RecursionError):
-        pass
-    return rows
+    return list(takewhile(lambda row: isinstance(row.get("step"), int), _read_objects(path, lines=True)))
+
+
+def _read_objects(path: Path, *, lines: bool) -> list[dict[str, Any]]:
+    """Return the JSON objects of a file, one of each line or of the whole, up to the first that is damaged."""
+    objects: list[dict[str, Any]] = []
+    with suppress(DataError, OSError, ValueError, RecursionError):
+        if require_file(path, DataError) <= LARGEST:
+            text = path.read_text(encoding="utf-8")
+            for part in text.splitlines() if lines else [text]:
+                value = json.loads(part)
+                if not isinstance(value, dict):
+                    break
+                objects.append(value)
+    return objects

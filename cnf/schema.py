@@ -55,22 +55,22 @@ class TableColumn:
 
         Example:
             >>> TableColumn("k", step=-1.0).fault()
-            'its step is -1.0; expected 0 or a positive number'
+            'its step must be 0 or a positive number, got -1.0'
         """
         if not 0 <= self.step < 1e30:
-            return f"its step is {self.step}; expected 0 or a positive number"
+            return f"its step must be 0 or a positive number, got {self.step}"
         if self.dequantised and not self.step:
             return "it is dequantised and has no step"
         if not (0 < self.std < 1e30 and abs(self.mean) < 1e30 and abs(self.origin) < 1e30):
             return f"its mean, std or origin is out of range ({self.mean}, {self.std}, {self.origin})"
         if abs(self.epoch) > 10**6:
-            return f"its epoch is day {self.epoch}; expected a day within 2,700 years of 1970"
+            return f"its epoch must be within 2,700 years of 1970, got day {self.epoch}"
         if (self.kind == "categorical") != bool(self.categories) and self.role != "left out":
             return f"it is {self.kind} with {len(self.categories)} categories"
         if len(self.categories) > MAXIMUM_CATEGORIES or len(set(self.categories)) < len(self.categories):
-            return f"it has {len(self.categories)} categories; expected at most {MAXIMUM_CATEGORIES}, all different"
+            return f"it must have at most {MAXIMUM_CATEGORIES} distinct categories, got {len(self.categories)}"
         if self.role == "data" and self.kind in ("categorical", "identifier", "unused"):
-            return f"it is {self.kind} and modelled; expected a number"
+            return f"it must be a number since it is modelled, got {self.kind}"
         return None
 
 
@@ -149,10 +149,10 @@ def to_lattice(column: TableColumn, values: NDArray[np.float64]) -> NDArray[np.f
     places = (values - column.origin) / column.step
     whole = np.floor(places) if column.dequantised else np.rint(places)
     digits = 9 - math.floor(math.log10(column.step))
-    found = column.origin + column.step * whole
+    points = column.origin + column.step * whole
     if column.type == "int":  # a non-integer step: the values were rounded to integers
-        return np.rint(found)
-    return np.round(found, digits) if abs(digits) < 300 else found
+        return np.rint(points)
+    return np.round(points, digits) if abs(digits) < 300 else points
 
 
 def split_names(text: str | Sequence[str] | None, option: str) -> tuple[str, ...]:
@@ -170,13 +170,13 @@ def split_names(text: str | Sequence[str] | None, option: str) -> tuple[str, ...
     try:
         names = next(csv.reader([text], skipinitialspace=True, strict=True), []) if isinstance(text, str) else list(text)
     except csv.Error as error:
-        raise ConfigError(f"{option}={text!r} cannot be split into names: {error}; expected names separated by commas") from None
+        raise ConfigError(f"{option} must be names separated by commas, got {text!r}: {error}") from None
     names = [name.strip() for name in names]
     if not names or "" in names:
-        raise ConfigError(f"{option}={text!r} holds an empty name; expected names of columns, separated by commas")
+        raise ConfigError(f"{option} must be names of columns, separated by commas, got an empty name in {text!r}")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ConfigError(f"{option}={text!r} names {twice!r} twice; expected each column once")
+        raise ConfigError(f"{option} must name each column once, got {twice!r} twice in {text!r}")
     return tuple(names)
 
 
@@ -202,18 +202,21 @@ def parse_given(text: str, table: Sequence[TableColumn]) -> dict[str, str]:
     """
     known = [c.name for c in conditions(table)]
     expected = f"expected {wanted(table)}"
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for entry in split_names(text, "--given"):
         # a name may contain an equals sign
         name = max((n for n in known if entry.startswith(f"{n}=")), key=len, default=entry.partition("=")[0].strip())
-        value = entry[len(name) :].lstrip().removeprefix("=").strip()
-        if not entry[len(name) :].lstrip().startswith("="):
-            raise ConfigError(f"--given {text}: {entry!r} is no name=value; {expected}")
-        if name not in known:
-            raise ConfigError(f"--given {text}: this run is not conditioned on {name!r}; {expected}")
-        if name in found:
-            raise ConfigError(f"--given {text}: {name!r} is there twice; {expected}")
-        found[name] = value
-    if missing := [name for name in known if name not in found]:
+        value = entry[len(name) :].lstrip()
+        fault = None
+        if not value.startswith("="):
+            fault = f"{entry!r} is no name=value"
+        elif name not in known:
+            fault = f"this run is not conditioned on {name!r}"
+        elif name in values:
+            fault = f"{name!r} occurs twice"
+        if fault:
+            raise ConfigError(f"--given {text}: {fault}; {expected}")
+        values[name] = value.removeprefix("=").strip()
+    if missing := [name for name in known if name not in values]:
         raise ConfigError(f"--given {text}: {', '.join(map(repr, missing))} is missing; {expected}")
-    return found
+    return values

@@ -48,7 +48,7 @@ def test_a_table_with_a_header_is_read_by_name(tmp_path):
     assert read_items([path], (3,), columns=("a", "b", "c")).x.tolist() == [[2, 3, 1], [5, 6, 4]]
     assert read_items([path], (3,), columns=("column 0", "column 1", "column 2")).x.tolist() == rows
     assert read_items([table(tmp_path / "n.csv", rows)], (3,), columns=("a", "b", "c")).x.tolist() == rows
-    with pytest.raises(DataError, match=r"models the columns a, b, c, but .*d\.csv' has a column 'd' beside them"):
+    with pytest.raises(DataError, match=r"models the columns a, b, c, but .*d\.csv' has the additional column 'd'"):
         read_items([table(tmp_path / "d.csv", rows, "abd")], (3,), columns=("a", "b", "c"))
     assert own_names(("x", "y")) and not own_names(("column 0", "column 1")) and not own_names(())
 
@@ -135,9 +135,9 @@ def test_what_no_model_could_score(tmp_path):
         ("rows.npy", (2,), None, r"has 3 columns, but the model has 2$"),
         ("rows.npy", (1, 8, 8), 256, r"holds rows of 3 numbers, but the model has grey images of 8x8$"),
         ("one.npy", (1, 8, 8), 256, r"one image is an array \(1, height, width\)"),
-        ("none.npy", (3,), None, r"none\.npy: no items to score"),
+        ("none.npy", (3,), None, r"none\.npy: no rows or images to score"),
         ("complex.npy", (3,), None, r"dtype complex"),
-        ("split.npz", (3,), None, r"brings a split \(train, test\)"),
+        ("split.npz", (3,), None, r"got a split \(train, test\)"),
         ("empty", (1, 8, 8), 256, r"holds no image"),
         ("arrays", (3,), None, r"holds no image.*\(give x\.npy itself\)"),
         ("text.txt", (3,), None, r"no known kind of data"),
@@ -148,5 +148,5 @@ def test_what_no_model_could_score(tmp_path):
     image = picture(tmp_path / "x.png", grey(0))
     with pytest.raises(DataError, match=r"x\.png' holds images, but the model has rows of 3 numbers"):
         read_items([image], (3,))
-    with pytest.raises(DataError, match="no file: no items"):
+    with pytest.raises(DataError, match="no file: no rows or images"):
         read_items([], (3,))

@@ -285,7 +285,7 @@ def test_columns_are_chosen_by_name(tmp_path: Path) -> None:
         ({"drop_columns": "halff"}, DataError, "did you mean 'half'"),
         ({"condition": "w"}, DataError, "no column 'w'"),
         ({"columns": "x", "drop_columns": "x"}, ConfigError, "names 'x', which columns asks for"),
-        ({"columns": "x,x"}, ConfigError, "names 'x' twice"),
+        ({"columns": "x,x"}, ConfigError, "columns must name each column once, got 'x' twice"),
         ({"columns": ""}, ConfigError, "empty name"),
         ({"columns": "x", "condition": "x"}, DataError, "no column to model"),
         ({"missing": "fill"}, ConfigError, "missing must be one of 'error', 'drop', got 'fill'"),
@@ -497,7 +497,7 @@ def test_samples_have_the_table_s_columns_and_types(tmp_path: Path, capsys: pyte
         ("--given x=1,z=big", "--given z=big: category must be one of high, low, mid"),
         ("--given x=one,z=low", "--given x=one: expected a finite number"),
         ("--given x=nan,z=low", "--given x=nan: expected a finite number"),
-        ("--given x=1,x=2,z=low", "'x' is there twice"),
+        ("--given x=1,x=2,z=low", "'x' occurs twice"),
         ("--given x,z=low", "'x' is no name=value"),
         ("--class low", "this run has no classes"),
     ],
@@ -526,7 +526,7 @@ def test_later_files_are_read_as_training_read_its_own(tmp_path: Path, capsys: p
     scores = tmp_path / "s.csv"
     assert train_main(["--evaluate", str(run), "--score", str(tmp_path / "new.csv"), "--noise-samples", "3", "--per-item", str(scores)]) == 0
     out = capsys.readouterr().out
-    assert "columns 'k', 'day', 'half', 'on' are scored as training saw them" in out
+    assert "columns 'k', 'day', 'half', 'on' are dequantised like the training rows" in out
     info, flow = read_config(run), cnf.load(run)
     x = {c.name: c for c in info.table}["x"]
     context = np.c_[(new["x"] - x.mean) / x.std, np.tile([0, 0, 1.0], (50, 1))]
@@ -682,13 +682,13 @@ def test_an_older_run_folder_still_loads(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"step": -1.0}, "its step is -1.0"),
+        ({"step": -1.0}, "its step must be 0 or a positive number, got -1.0"),
         ({"dequantised": True}, "has no step"),
         ({"std": 0.0}, "out of range"),
-        ({"epoch": 10**9}, "its epoch is day"),
+        ({"epoch": 10**9}, "its epoch must be within 2,700 years of 1970, got day"),
         ({"role": "condition", "kind": "categorical"}, "0 categories"),
         ({"categories": ("a", "b")}, "it is continuous with 2 categories"),
-        ({"kind": "identifier"}, "identifier and modelled"),
+        ({"kind": "identifier"}, "must be a number since it is modelled, got identifier"),
         ({"name": "z"}, "models other columns"),
         ({"role": "condition"}, "context_dim is 0; expected 1"),
     ],

@@ -116,7 +116,7 @@ def rows_of_keys(arrays: dict[str, Array], name: str) -> dict[str, Rows]:
         if own is not None and own.shape != x.shape[:1]:
             raise DataError(f"{labels[part]} of {name!r} must have shape {x.shape[:1]}, one for each row, got {own.shape}")
         images, said = as_images(x, name if part == "all" else f"{name} [{key}]") if x.ndim in (3, 4) else (x, [])
-        parts[part] = Rows(images, own, (), notices + said)
+        parts[part] = Rows(images, own, notices + said)
     return parts
 
 

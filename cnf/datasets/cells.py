@@ -149,11 +149,7 @@ def _with_commas(text: pd.Series, comma: Array, name: str) -> tuple[pd.Series, l
 
 
 def _dates(text: pd.Series, name: str) -> tuple[pd.Series, list[str]]:
-    """Convert dates, all in one format; return them and notices.
-
-    Raises:
-        DataError: if no format fits, or several fit with different dates.
-    """
+    """Convert dates, all in one unambiguous format; return them and notices."""
     import pandas as pd
 
     where = f"column {text.name!r} of {name!r}"

@@ -132,25 +132,23 @@ def by_schema(frame: pd.DataFrame, schema: Sequence[TableColumn], name: str) -> 
         DataError: for unknown or missing columns, a category absent from training, or values of another type.
     """
     used = [c for c in schema if c.role != "left out"]
-    wanted, found = [c.name for c in used], list(frame.columns)
+    wanted, present = [c.name for c in used], list(frame.columns)
     named = own_names(wanted)
     listed = f" ({', '.join(wanted)})" if named else ""
     whole = [c.name for c in schema]
     notices = []
-    if not (named and own_names(found)):
-        order = whole if len(found) == len(whole) != len(wanted) else wanted
-        if len(found) != len(order):
-            raise DataError(f"{name!r} has {len(found)} columns, but the model has {len(wanted)}{listed}")
+    if not (named and own_names(present)):
+        order = whole if len(present) == len(whole) != len(wanted) else wanted
+        if len(present) != len(order):
+            raise DataError(f"{name!r} has {len(present)} columns, but the model has {len(wanted)}{listed}")
         frame = frame.set_axis(order, axis=1)
     else:
-        ignored = [c for c in found if c not in wanted and (c in whole or UNNAMED.fullmatch(c))]
-        odd = [c for c in found if c not in wanted and c not in ignored]
-        lacking = [c for c in wanted if c not in found]
+        ignored = [c for c in present if c not in wanted and (c in whole or UNNAMED.fullmatch(c))]
+        odd = [c for c in present if c not in wanted and c not in ignored]
+        lacking = [c for c in wanted if c not in present]
         if odd or lacking:
-            what = f"has a column {odd[0]!r} beside them" if odd else f"lacks {', '.join(map(repr, lacking))}"
-            raise DataError(
-                f"the run models the columns {', '.join(wanted)}, but {name!r} {what} (columns go by their names where there is a header)"
-            )
+            fault = f"has the additional column {odd[0]!r}" if odd else f"lacks {', '.join(map(repr, lacking))}"
+            raise DataError(f"the run models the columns {', '.join(wanted)}, but {name!r} {fault} (columns are matched by name if there is a header)")
         if ignored:
             notices.append(f"{', '.join(map(repr, ignored))} of {name!r} left out, as in training")
     arrays = {}
@@ -262,11 +260,7 @@ def _few(series: pd.Series) -> str:
 
 
 def _numbers(series: pd.Series, column: TableColumn, name: str) -> Array:
-    """Convert a column to numbers: its values, days since its epoch, or category indices.
-
-    Raises:
-        DataError: for a category absent from training, or values of another type.
-    """
+    """Convert a column to numbers: its values, days since its epoch, or category indices."""
     where = f"column {column.name!r} of {name!r}"
     if column.categories:
         if series.dtype.kind in "iuf" and is_whole(series):

@@ -6,13 +6,10 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cnf.datasets.rows import Array
+from cnf.datasets.rows import Array, Table
 
 __all__ = ["dependent_columns", "rounding"]
-
-Table = NDArray[np.float64]
 
 CANDIDATE = 0.05  # largest eigenvalue of the correlation matrix that may indicate a relation
 COARSE = 0.25  # in standard deviations of a column: coarser rounding does not explain residuals
@@ -79,17 +76,15 @@ def dependent_columns(table: Table, names: Sequence[str], given: Sequence[Array]
     quanta = np.where(quanta > COARSE * std, FLOAT32 * np.abs(table).max(0), quanta)
     z = (table - table.mean(0)) / std
     values, vectors = np.linalg.eigh(z.T @ z / n)
-    found = []
+    relations = []
     for value, w in zip(values, vectors.T, strict=True):
         if value > CANDIDATE:
             break
         error = np.abs(w) * quanta / std
         residual = z @ w
         if math.sqrt(max(float(np.mean(residual**2)), 0.0)) <= NOISE * math.sqrt(float((error**2).sum()) / 12) and np.abs(residual).max() <= 0.55 * error.sum():
-            found.append(w)
-    if not found:
-        return []
-    return _relations(np.array(found), table, std, quanta / std, modelled, names)
+            relations.append(w)
+    return _relations(np.array(relations), table, std, quanta / std, modelled, names) if relations else []
 
 
 def _relations(

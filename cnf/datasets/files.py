@@ -17,7 +17,7 @@ from cnf.datasets.splits import DataSplits, Options, Rows, assemble, encode_labe
 from cnf.datasets.tables import load_table
 from cnf.errors import ConfigError, DataError
 
-__all__ = ["load_path"]
+__all__ = ["load_path", "read_file"]
 
 Parts = dict[str, Rows]  # keys: "all", or "train", "test" and optionally "validation"
 
@@ -30,9 +30,7 @@ def load_path(path: Path, options: Options) -> DataSplits:
         ConfigError: for options that do not apply to this kind of data.
     """
     name = str(path)
-    parts = _read_split(path, options) if path.is_dir() else None
-    if parts is None:
-        parts = {"all": read_folder(path, options.image_size)} if path.is_dir() else _read_file(path, options)
+    parts = _read_split(path, options) if path.is_dir() else _read_part(path, options)
     rows = [parts[p] for p in ("all", "train", "validation", "test") if p in parts]
     shapes = {p: parts[p].x.shape[1:] for p in parts}
     if len(set(shapes.values())) > 1:
@@ -56,14 +54,16 @@ def load_path(path: Path, options: Options) -> DataSplits:
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-def _read_file(path: Path, options: Options) -> Parts:
-    name = str(path)
-    if options.image_size is not None:
-        raise ConfigError(f"image_size={options.image_size} does not apply to {name!r}; it is for a folder of images")
-    suffix = path.suffix.lower()
+def read_file(path: Path) -> Parts:
+    """Read a table or an array file without conversion.
+
+    Raises:
+        DataError: for an unreadable file, or one of another kind.
+    """
+    name, suffix = str(path), path.suffix.lower()
     if is_table(path):
         frame, notices = read_frame(path)
-        return {"all": Rows(frame, columns=tuple(frame.columns), notices=notices)}
+        return {"all": Rows(frame, notices=notices)}
     if suffix in ARRAYS:
         return rows_of_keys(read_numpy(path), name)
     pickled = suffix in (".pkl", ".pickle", ".pt", ".pth")
@@ -72,8 +72,16 @@ def _read_file(path: Path, options: Options) -> Parts:
     raise DataError(f"{name!r} is no known kind of data; expected .npz, .npy, {', '.join(TABLES)}, .png, .jpg, .webp, .bmp, .tif or a folder{extra}")
 
 
-def _read_split(folder: Path, options: Options) -> Parts | None:
-    """Read a folder with files or sub-folders called train... and test...; return None for any other folder.
+def _read_part(path: Path, options: Options) -> Parts:
+    if path.is_dir():
+        return {"all": read_folder(path, options.image_size)}
+    if options.image_size is not None:
+        raise ConfigError(f"image_size={options.image_size} does not apply to {str(path)!r}; it is for a folder of images")
+    return read_file(path)
+
+
+def _read_split(folder: Path, options: Options) -> Parts:
+    """Read a folder with files or sub-folders called train... and test..., or any other folder as one part.
 
     If there are other sub-folders, all sub-folders are classes (one may be called "train").
     """
@@ -86,7 +94,7 @@ def _read_split(folder: Path, options: Options) -> Parts | None:
     except OSError as error:
         raise DataError(f"folder {str(folder)!r} cannot be read: {error}") from None
     if "train" not in found or len(found) < 2 or others:
-        return None
+        return _read_part(folder, options)
     if "test" not in found:
         given = ", ".join(p.name for p in sorted(ours))
         raise DataError(
@@ -98,10 +106,7 @@ def _read_split(folder: Path, options: Options) -> Parts | None:
         if len(entries) > 1:
             several = ", ".join(p.name for p in entries)
             raise DataError(f"folder {str(folder)!r} has several {part} parts: {several}; expected one")
-        if entries[0].is_dir():
-            parts[part] = read_folder(entries[0], options.image_size)
-            continue
-        inner = _read_file(entries[0], options)
+        inner = _read_part(entries[0], options)
         if list(inner) != ["all"]:
             raise DataError(f"{str(entries[0])!r} is a {part} part and brings a split of its own; give that file itself")
         parts[part] = inner["all"]

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnf.datasets.arrays import read_numpy, rows_of_keys
 from cnf.datasets.checks import require_finite
 from cnf.datasets.columns import Columns, by_schema, own_names
-from cnf.datasets.folders import ARRAYS, list_folder, stack_pictures
-from cnf.datasets.frames import TABLES, is_table, read_frame
+from cnf.datasets.files import read_file
+from cnf.datasets.folders import Listing, list_folder, stack_pictures
 from cnf.datasets.pictures import SUFFIXES
 from cnf.datasets.prepared import reduce_bits
 from cnf.datasets.splits import Array, Rows, encode_labels
@@ -88,24 +87,13 @@ def read_items(
         if levels:
             x = _image(rows.x, event_shape, levels, path, called)
         else:
-            found = _rows(rows, schema, path)
-            x, said = _finite(found, path), [*found.notices]
-            odd_columns = off_lattice(data_columns(schema), found.table)
-            for j, column in enumerate(data_columns(schema)):
-                if column.dequantised and column.name not in odd_columns:
-                    x[:, j] = snap(column, found.table[:, j])
-            step = np.array([c.step if c.dequantised and c.name not in odd_columns else 0.0 for c in data_columns(schema)])
+            table_columns = _rows(rows, schema, path)
+            require_finite(table_columns.joint, (*table_columns.names, *table_columns.given), str(path), scored=True)
+            x, step, said = _scored(table_columns, path)
             steps.append(np.broadcast_to(step, x.shape))
-            said += [f"column {c!r} of {str(path)!r} has values between the steps of training: scored as they are, without noise" for c in odd_columns]
-            if step.any():
-                spread = ", ".join(repr(c.name) for c, one in zip(data_columns(schema), step, strict=True) if one)
-                said.append(
-                    f"columns {spread} are scored as training saw them: spread over one step by uniform noise, the mean over draws; "
-                    "the figure is a density, of a step of 1 also the probability"
-                )
-            if found.given:
-                contexts.append(encode(schema, found.given))
-            notices += said
+            if table_columns.given:
+                contexts.append(encode(schema, table_columns.given))
+            notices += [*table_columns.notices, *said]
         parts.append(x)
         names += called or [f"{path}:{i}" for i in range(len(x))]
         labels += [None] * len(x) if rows.labels is None else _label_names(rows.labels)
@@ -113,9 +101,9 @@ def read_items(
         odd = levels is not None and not _is_power(levels)
         notices += [line for line in rows.notices if not (odd and line.startswith("the highest grey level"))]
         if levels and called and x.shape[1] > rows.x.shape[1]:
-            notices.append(f"the grey pictures of {str(path)!r} are read as RGB, as those among colour pictures are")
+            notices.append(f"the grey images of {str(path)!r} are read as RGB, as those among colour images are")
     if not names:
-        raise DataError(f"{', '.join(map(str, paths)) or 'no file'}: no items to score")
+        raise DataError(f"{', '.join(map(str, paths)) or 'no file'}: no rows or images to score")
     x = np.ascontiguousarray(np.concatenate(parts))
     context, spread_over = (torch.from_numpy(np.concatenate(p).astype(np.float32)) if p else None for p in (contexts, steps))
     return Items(torch.from_numpy(x), names, labels, list(dict.fromkeys(notices)), context, spread_over)
@@ -123,28 +111,20 @@ def read_items(
 
 def _read(path: Path, image_size: int | None) -> tuple[Rows, list[str]]:
     """Read the rows or images of a path without conversion; also return the names of image files."""
-    name, suffix = str(path), path.suffix.lower()
+    name = str(path)
     if not path.exists():
         raise DataError(f"{name!r} does not exist")
-    if path.is_dir() or suffix in SUFFIXES:
-        found = list_folder(path) if path.is_dir() else None
-        files = found.pictures if found else [path]
+    if path.is_dir() or path.suffix.lower() in SUFFIXES:
+        listing = list_folder(path) if path.is_dir() else Listing([path], None, [], [])
+        files = listing.pictures
         if not files:
-            hint = f" (give {found.arrays[0].name} itself)" if found and found.arrays else ""
+            hint = f" (give {listing.arrays[0].name} itself)" if listing.arrays else ""
             raise DataError(f"folder {name!r} holds no image; expected {', '.join(SUFFIXES)} files{hint}")
         x, notices = stack_pictures(files, image_size, name)
-        labels = np.array(found.labels) if found and found.labels else None
-        return Rows(x, labels, (), notices), [str(f) for f in files]
-    if is_table(path):
-        frame, notices = read_frame(path)
-        return Rows(frame, None, tuple(frame.columns), notices), []
-    if suffix not in ARRAYS:
-        raise DataError(
-            f"{name!r} is no known kind of data; expected .npz, .npy, {', '.join(TABLES)}, .png, .jpg, .webp, .bmp, .tif or a folder"
-        )
-    parts = rows_of_keys(read_numpy(path), name)
+        return Rows(x, np.array(listing.labels) if listing.labels else None, notices), [str(f) for f in files]
+    parts = read_file(path)
     if set(parts) != {"all"}:
-        raise DataError(f"{name!r} brings a split ({', '.join(parts)}): give one array of items, under the key 'x'")
+        raise DataError(f"{name!r} must hold one array of rows or images, under the key 'x', got a split ({', '.join(parts)})")
     return parts["all"], []
 
 
@@ -196,11 +176,20 @@ def _rows(rows: Rows, schema: Sequence[TableColumn], path: Path) -> Columns:
     return by_schema(frame, schema, name)
 
 
-def _finite(found: Columns, path: Path) -> Array:
-    """Return the modelled columns in float32.
-
-    Raises:
-        DataError: for values that are not finite in float32, including those of conditions.
-    """
-    require_finite(found.joint, (*found.names, *found.given), str(path), scored=True)
-    return found.table.astype(np.float32)
+def _scored(columns: Columns, path: Path) -> tuple[Array, Array, list[str]]:
+    """Return the rows in float32, the dequantisation step of each column (0 for values off its lattice), and notices."""
+    modelled = data_columns(columns.schema)
+    odd = off_lattice(modelled, columns.table)
+    notices = [f"column {c!r} of {str(path)!r} has values between the steps of training: scored as they are, without noise" for c in odd]
+    x = columns.table.astype(np.float32)
+    step = np.zeros(len(modelled))
+    for j, column in enumerate(modelled):
+        if column.dequantised and column.name not in odd:
+            x[:, j], step[j] = snap(column, columns.table[:, j]), column.step
+    if step.any():
+        dequantised = ", ".join(repr(modelled[j].name) for j in np.flatnonzero(step))
+        notices.append(
+            f"columns {dequantised} are dequantised like the training rows: uniform noise over one step, the mean over draws; the figure is a "
+            "density, of a step of 1 also the probability"
+        )
+    return x, step, notices

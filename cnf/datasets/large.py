@@ -28,19 +28,12 @@ NAMES = {
 
 @dataclass(frozen=True)
 class _Set:
-    """Protocol of a large image set.
+    """Protocol of a large image set."""
 
-    Attributes:
-        size: height and width of an image.
-        held_out: number of training images held out for validation, since the published validation set is the test set.
-        flip: whether the published protocol flips training images.
-        published: known sizes of the training and test set.
-    """
-
-    size: int
-    held_out: int
-    flip: bool
-    published: tuple[tuple[int, int], ...]
+    size: int  # height and width of an image
+    held_out: int  # training images held out for validation, since the published validation set is the test set
+    flip: bool  # whether the published protocol flips training images
+    published: tuple[tuple[int, int], ...]  # known sizes of the training and test set
 
 
 # two downsampling methods share the name: arXiv 1707.08819, and PixelRNN (arXiv 1601.06759)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cnf.datasets.dependence import rounding
+from cnf.datasets.rows import Table
 
 __all__ = ["few_distinct", "find_step", "lattice_step"]
-
-Values = NDArray[np.float64]
 
 TOLERANCE = 0.05  # in steps: rounding to five digits moves values this far off (100.025 -> 100.02)
 FRACTION_TOLERANCE = 0.005  # tighter, since almost any values fit a small fraction of the smallest gap
@@ -22,7 +20,7 @@ MANY_VALUES = 8
 MOST_CELLS = 10_000  # a decimal lattice with more cells in the range is not evidence of discrete values
 
 
-def find_step(distinct: Values, spacing: float = 0.0, error: float = math.inf) -> float | None:
+def find_step(distinct: Table, spacing: float = 0.0, error: float = math.inf) -> float | None:
     """Return the step of the coarsest lattice that contains all ``distinct`` values, or None.
 
     The lattice may have any origin. Values must lie within 5 % of a step of their lattice points (0.5 % if the step is
@@ -51,7 +49,7 @@ def find_step(distinct: Values, spacing: float = 0.0, error: float = math.inf) -
     return None
 
 
-def _refine(gaps: Values, step: float) -> float:
+def _refine(gaps: Table, step: float) -> float:
     """Refine a step by ever longer gaps; each estimate is accurate enough to count steps in gaps twice as long."""
     reach = 1.5
     while True:
@@ -63,7 +61,7 @@ def _refine(gaps: Values, step: float) -> float:
         reach *= 2.0
 
 
-def _unit(distinct: Values, epsilon: float) -> float:
+def _unit(distinct: Table, epsilon: float) -> float:
     """Return the spacing to which the values were rounded, ignoring float32 errors."""
     if epsilon < 1e-9:
         return rounding(distinct)
@@ -71,14 +69,14 @@ def _unit(distinct: Values, epsilon: float) -> float:
     return rounding(np.array([float(f"{v:.{digits}g}") for v in distinct[:: max(1, len(distinct) // 2000)]]))
 
 
-def _keeps_whole(distinct: Values, step: float) -> bool:
+def _keeps_whole(distinct: Table, step: float) -> bool:
     """Return whether integer values equal their lattice points after rounding; True for other values."""
     places = np.rint((distinct - distinct[0]) / step)
     whole = bool((distinct == np.rint(distinct)).all())
     return not whole or bool((np.rint(distinct[0] + step * places) == distinct).all())
 
 
-def _decimal_step(distinct: Values, unit: float, spacing: float) -> float | None:
+def _decimal_step(distinct: Table, unit: float, spacing: float) -> float | None:
     """Return the greatest common divisor of the gaps if they are multiples of ``unit``, else None."""
     units = (distinct - distinct[0]) / unit
     if np.abs(units - np.rint(units)).max() > max(1e-3, min(0.2, spacing / unit)) or units[-1] > 2**53:
@@ -92,7 +90,7 @@ def few_distinct(rows: int, distinct: int) -> bool:
     return distinct * ROWS_PER_VALUE <= rows
 
 
-def lattice_step(column: Values, epsilon: float) -> float | None:
+def lattice_step(column: Table, epsilon: float) -> float | None:
     """Return the dequantisation step of a column, or None if it is not discrete.
 
     A column is discrete if all values lie on one lattice (:func:`find_step`) **and** they repeat: ten rows per value on

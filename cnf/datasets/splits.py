@@ -139,13 +139,11 @@ class Rows:
     Attributes:
         x: (N, D) numbers, a pandas frame with unconverted cells, or uint8 images (N, C, H, W).
         labels: (N,) integers or strings, or None.
-        columns: column names of a table.
         notices: one sentence for each change made by the reader.
     """
 
     x: Any  # an array, or a pandas frame
     labels: Array | None = None
-    columns: tuple[str, ...] = ()
     notices: list[str] = field(default_factory=list)
 
     @property

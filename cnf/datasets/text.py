@@ -102,13 +102,7 @@ def _encodings(path: Path) -> tuple[str, ...]:
 
 
 class _Table:
-    """Rows of a text file, checked for equal numbers of cells, and their dialect.
-
-    Args:
-        path: path of the file.
-        size: file size in bytes.
-        file: the file, opened as text.
-    """
+    """Rows of a text file of ``size`` bytes, checked for equal numbers of cells, and their dialect."""
 
     def __init__(self, path: Path, size: int, file: TextIO):
         self.path, self.size, self.number = path, size, 0
