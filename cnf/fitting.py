@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -52,13 +52,13 @@ class FitResult:
         best: best validation, in ``unit``; infinite without validation data.
         best_step: its step.
         reason: why training ended: ``"steps"``, ``"patience"``, ``"max_time"`` or that of a callback.
-        unit: of the validation: bits/dim, nats, squared error, or "" for a loss of one's own.
+        unit: of the validation: bits/dim, nats, squared error, or "" for a custom loss.
         seconds: of training, over all calls.
         folder: the run folder.
     """
 
-    flow: Any
-    history: list[dict[str, Any]]
+    flow: Any = field(repr=False)
+    history: list[dict[str, Any]] = field(repr=False)
     best: float
     best_step: int
     reason: str

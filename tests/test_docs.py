@@ -113,3 +113,18 @@ def test_who_may_import_what(name):
         upper = ("cnf.flow", "cnf.sensitivity", "cnf.models", "cnf.training", "cnf.cli", "cnf.datasets")
         above = [m for m in found if m.startswith(upper)]
         assert not above, f"{name} imports {above}"
+
+
+def page_examples():
+    """Return (name, code) of every Python example of the pages."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for page in pages:
+        for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)):
+            yield pytest.param(code, id=f"{page.stem}-{number}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", list(page_examples()))
+def test_examples_of_the_pages_run(code, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "<page>", "exec"), {"__name__": "page"})

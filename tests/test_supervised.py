@@ -323,7 +323,7 @@ def test_supervised_sets():
         datasets.load("flip", condition="targets")
     with pytest.raises(ConfigError, match="n must be at least 3, got 2"):
         sample_supervised("flip", 2)
-    with pytest.raises(DataError, match="is unknown"):
+    with pytest.raises(DataError, match="must be one of flip"):
         sample_supervised("spheres4", 9)
 
 
