@@ -111,7 +111,7 @@ def solve(
     nodes = None
     if isinstance(solver, Adaptive) and (tolerance := solver.quadrature_tolerance) and products:
         if vectorized() or not len(state[0]):  # nodes are chosen by each row's values, which torch.func hides
-            solver = solver.riding()
+            solver = solver.integrating()
         else:
             with torch.no_grad():
                 nodes = solve_at_nodes(solver, rhs, state, dynamic=dynamic, tolerance=tolerance, rows=rows)
@@ -242,8 +242,8 @@ class _Slopes:
         """Return the RMS deviation (integrals, N) at the rule's new nodes from the polynomial through the old ones."""
         every = _every(count)
         old, new = ([self(i * every) for i in range(start, count + 1, 2)] for start in (2, 1))
-        foretold = torch.einsum("no,oir->nir", interpolation(count).to(new[0]), torch.stack(old))
-        return (torch.stack(new) - foretold).square().mean(0).sqrt()
+        predicted = torch.einsum("no,oir->nir", interpolation(count).to(new[0]), torch.stack(old))
+        return (torch.stack(new) - predicted).square().mean(0).sqrt()
 
     def refined(self, values: Tensor, unsettled: Tensor, tolerance: Tensor, rows: Callable[[], Rows | None] | None) -> Tensor:
         """Return the integrals (integrals, N) with those of the ``unsettled`` rows refined."""

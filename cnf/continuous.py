@@ -14,7 +14,7 @@ from cnf.collocation import solve
 from cnf.deferral import outside_inference_mode, vectorized
 from cnf.derivatives import check_derivative
 from cnf.divergence import Divergence, Exact, closed
-from cnf.errors import ConfigError, SolverError
+from cnf.errors import ConfigError, SolverError, require_inside
 from cnf.fields.augmented import TimePath, check_augmented_time
 from cnf.fields.custom import can_compile, precompute, protect
 from cnf.fields.signature import check_signature
@@ -86,8 +86,7 @@ class CNF(Transform):
         compile: bool = False,
     ):
         super().__init__()
-        if not (math.isfinite(end_time) and end_time > 0):
-            raise ConfigError(f"end_time must be positive and finite, got {end_time}")
+        require_inside(0, math.inf, end_time=end_time)
         if not 0 <= steer < end_time:
             raise ConfigError(f"steer must be at least 0 and less than end_time={end_time}, got {steer}")
         check_names(quadratures)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cnf.aliases import renamed_arguments
 from cnf.deferral import vectorized
-from cnf.errors import ConfigError, unknown_name
+from cnf.errors import ConfigError, require_at_least, unknown_name
 from cnf.fields.autodiff import NoForwardMode, differentiable_attention
 from cnf.fields.custom import AnyField, protect
 from cnf.noise import Kind, Noise, draw
@@ -115,8 +115,7 @@ class Exact:
     """
 
     def __init__(self, chunk: int | None = None, closed_form: bool = True):
-        if chunk is not None and chunk < 1:
-            raise ConfigError(f"chunk must be at least 1 (tangents at once) or None (chosen by memory), got {chunk}")
+        require_at_least(1, chunk=chunk)
         self.chunk, self.closed_form = chunk, closed_form
 
     def __repr__(self) -> str:
@@ -232,8 +231,7 @@ class Hutchinson:
             raise unknown_name("distribution", distribution, ("rademacher", "gaussian"))
         if mode not in ("forward", "reverse"):
             raise unknown_name("mode", mode, ("forward", "reverse"))
-        if probes < 1:
-            raise ConfigError(f"probes must be at least 1, got {probes}")
+        require_at_least(1, probes=probes)
         self.distribution, self.mode, self.probes = distribution, mode, probes
 
     def __repr__(self) -> str:

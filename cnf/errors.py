@@ -20,18 +20,19 @@ class ConfigError(CNFError, ValueError):
     """Raised for an invalid value of an argument or option."""
 
 
-def unknown_name(argument: str, value: object, expected: Iterable[str]) -> ConfigError:
-    """Return the error for a value that is none of the expected names; it suggests the nearest one.
+def unknown_name(argument: str, value: object, expected: Iterable[str], owner: str = "") -> ConfigError:
+    """Return the error for a value that is none of the names that ``owner`` expects; it suggests the nearest one.
 
     Example:
-        >>> unknown_name("method", "rk5", ["euler", "rk4"])
-        ConfigError("method='rk5' is unknown: expected 'euler' or 'rk4'; did you mean 'rk4'?")
+        >>> unknown_name("method", "rk5", ["euler", "rk4"], "FixedGrid")
+        ConfigError("method='rk5' is unknown for FixedGrid: expected 'euler' or 'rk4'; did you mean 'rk4'?")
     """
     names = list(expected)
     near = get_close_matches(str(value), names, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     listed = " or ".join([", ".join(map(repr, names[:-1])), repr(names[-1])] if len(names) > 1 else map(repr, names))
-    return ConfigError(f"{argument}={value!r} is unknown: expected {listed}{hint}")
+    suffix = f" for {owner}" if owner else ""
+    return ConfigError(f"{argument}={value!r} is unknown{suffix}: expected {listed}{hint}")
 
 
 def require_at_least(least: int, **arguments: int | None) -> None:

@@ -74,12 +74,12 @@ class Progress:
                 sys.stderr.flush()
 
 
-def progress(items: Iterable[T], what: str, total: int, unit: str = "images") -> Iterator[T]:
-    """Iterate over ``items`` and report progress."""
+def progress(values: Iterable[T], what: str, total: int, unit: str = "images") -> Iterator[T]:
+    """Iterate over ``values`` and report progress."""
     with Progress(what, unit) as work:
-        for done, item in enumerate(items):
+        for done, value in enumerate(values):
             work.update(done, total)
-            yield item
+            yield value
 
 
 def duration_text(seconds: float) -> str:

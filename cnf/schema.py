@@ -119,8 +119,8 @@ def encode(table: Sequence[TableColumn], values: Mapping[str, Values]) -> NDArra
 
 def on_lattice(column: TableColumn, values: NDArray[np.float64]) -> bool:
     """Return whether all values lie on the column's lattice, to within 5 % of a step."""
-    places = (values - column.origin) / column.step
-    return bool((np.abs(places - np.rint(places)) <= OFF_LATTICE).all())
+    indices = (values - column.origin) / column.step
+    return bool((np.abs(indices - np.rint(indices)) <= OFF_LATTICE).all())
 
 
 def snap(column: TableColumn, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -146,8 +146,8 @@ def to_lattice(column: TableColumn, values: NDArray[np.float64]) -> NDArray[np.f
     """
     if not column.step:
         return np.rint(values) if column.type == "int" else values
-    places = (values - column.origin) / column.step
-    whole = np.floor(places) if column.dequantised else np.rint(places)
+    indices = (values - column.origin) / column.step
+    whole = np.floor(indices) if column.dequantised else np.rint(indices)
     digits = 9 - math.floor(math.log10(column.step))
     points = column.origin + column.step * whole
     if column.type == "int":  # a non-integer step: the values were rounded to integers

@@ -60,7 +60,7 @@ def zip_members(archive: zipfile.ZipFile, size: int, *, stored: bool = False) ->
         allowed = (zipfile.ZIP_STORED,) if stored else (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
         if member.flag_bits & 1 or member.compress_type not in allowed:
             kind = "encrypted" if member.flag_bits & 1 else f"compressed by method {member.compress_type}"
-            raise zipfile.BadZipFile(f"its member {member.filename[:80]!r} is {kind}; expected plain or deflated bytes")
+            raise zipfile.BadZipFile(f"its member {member.filename[:80]!r} is {kind}, expected plain or deflated bytes")
         if member.compress_type == zipfile.ZIP_STORED and member.file_size != member.compress_size:
             raise zipfile.BadZipFile(f"its member {member.filename[:80]!r} claims two sizes")
     if sum(m.compress_size for m in members) > size:
@@ -84,7 +84,7 @@ def check_pickle(path: Path) -> None:
             raise ValueError("it is empty")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             if _ALLOCATES.search(content):
-                raise ValueError("it asks for a bytearray, which no weights need")
+                raise ValueError("it allocates a bytearray, which no weights need")
         file.seek(0)
         if file.read(4) != b"PK\x03\x04":
             return

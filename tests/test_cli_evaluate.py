@@ -281,7 +281,7 @@ def test_other_noise_has_no_reference_and_says_what_it_is(tmp_path, capsys, digi
         ("--score x.npy --mid-bin --noise-samples 4", "--noise-samples is for likelihoods with noise"),
         ("--score nowhere.npy", "'nowhere.npy' does not exist"),
         ("--score eight.npy", "has grey levels up to 255, but the model has 17, from 0 to 16"),
-        ("--score x.png", "is a picture, of 256 grey levels, but the model has 17"),
+        ("--score x.png", "is an image file, of 256 grey levels, but the model has 17"),
         ("--score colour.png", "holds colour images of 8x8, but the model has grey images of 8x8"),
         ("--score rows.csv", "holds rows of 2 numbers, but the model has grey images of 8x8"),
         ("--data 8gaussians", "models events (1, 8, 8) of 17 levels, but 8gaussians has events (2,)"),

@@ -247,7 +247,7 @@ def test_counts_and_types_of_samples_and_values():
     flow = Flow(CNF(MLP(2), solver=GRID), (2,))
     assert flow.sample(np.int64(3)).shape == (3, 2) and flow.sample(torch.tensor(3)).shape == (3, 2)
     for n in (2.5, (2.5,), "three", None, np.array([1.5])):
-        with pytest.raises(ConfigError, match="expected a count of samples, or a shape"):
+        with pytest.raises(ConfigError, match="n must be a number of samples, or a shape"):
             flow.sample(n)
     with pytest.raises(DataError, match="value is a ndarray"):
         flow().log_prob(np.zeros((3, 2)))

@@ -111,7 +111,7 @@ def test_levels_of_a_model_that_are_no_power_of_two(tmp_path):
     np.save(tmp_path / "eight.npy", np.stack([grey(0), grey(1)]))
     with pytest.raises(DataError, match=r"eight\.npy' has grey levels up to 25\d, but the model has 17, from 0 to 16"):
         read_items([tmp_path / "eight.npy"], (1, 8, 8), 17)
-    with pytest.raises(DataError, match=r"is a picture, of 256 grey levels, but the model has 17, from 0 to 16"):
+    with pytest.raises(DataError, match=r"is an image file, of 256 grey levels, but the model has 17, from 0 to 16"):
         read_items([picture(tmp_path / "dark.png", np.zeros((8, 8)))], (1, 8, 8), 17)
     notices = read_items([tmp_path / "own.npy"], (1, 8, 8), 256).notices
     assert any("almost black" in line for line in notices)

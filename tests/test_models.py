@@ -268,22 +268,22 @@ def test_fields_by_architecture():
 
 
 @pytest.mark.parametrize(("changes", "shape", "match"), [
-    ({}, (1, 30, 28), "cannot be squeezed 2 times"),
-    ({}, (1, 3, 3), "too small for a multiscale chain"),
+    ({}, (1, 30, 28), "to be squeezed 2 times, got 30x28"),
+    ({}, (1, 3, 3), "must be at least 4x4, got 3x3"),
     ({}, (64,), "field='conv' needs images|takes images"),
     ({"squeeze_first": True}, (1, 9, 8), "even height and width"),
-    ({"squeeze_first": True}, (1, 6, 6), "too small for a multiscale chain"),
+    ({"squeeze_first": True}, (1, 6, 6), "must be at least 4x4, got 3x3"),
     ({"architecture": "parallel"}, (1, 7, 7), "is odd"),
     ({"strides": (2, -2)}, (1, 28, 28), "halves 7x7"),
-    ({"strides": (1, 1, 1)}, (1, 28, 28), "expected 2, one a layer"),
-    ({"strides": (2, 1)}, (1, 28, 28), "does not lead back"),
-    ({"strides": (5, 1)}, (1, 28, 28), "strides holds 5"),
+    ({"strides": (1, 1, 1)}, (1, 28, 28), "strides must have 2 entries"),
+    ({"strides": (2, 1)}, (1, 28, 28), "must restore"),
+    ({"strides": (5, 1)}, (1, 28, 28), "strides must contain only .*got 5"),
     ({"field": "mlp"}, (1, 28, 28), "architecture='multiscale' is for convolutions"),
     ({"field": "mlp", "architecture": "stack", "strides": (1, 1)}, (1, 8, 8), "strides=.* is for convolutions"),
     ({"field": "mlp", "architecture": "stack", "squeeze_first": True}, (1, 8, 8), "squeeze_first=True is for conv"),
-    ({"alpha": 0.5}, (1, 8, 8), "alpha=0.5"),
-    ({"alpha": 0.0}, (1, 8, 8), "alpha=0.0"),
-    ({"alpha": -1e-6}, (1, 8, 8), "alpha=-1e-06"),
+    ({"alpha": 0.5}, (1, 8, 8), "alpha must be inside"),
+    ({"alpha": 0.0}, (1, 8, 8), "alpha must be inside"),
+    ({"alpha": -1e-6}, (1, 8, 8), "alpha must be inside"),
     ({"blocks": 0}, (1, 8, 8), "blocks=0"),
 ])  # fmt: skip
 def test_what_cannot_be_built(changes, shape, match):

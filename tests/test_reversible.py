@@ -358,7 +358,7 @@ def test_a_solve_that_fails_says_where_and_settings_that_cannot_be_say_so():
         (lambda: Reversible(steps=0), "steps must be at least 1, got 0"),
         (
             lambda: Reversible(gradient="checkpoint"),
-            r"gradient='checkpoint' is unknown: expected 'reversible' or 'direct'",
+            r"gradient='checkpoint' is unknown for Reversible: expected 'reversible' or 'direct'",
         ),
         (lambda: Reversible(coupling=0.0), r"coupling must be in .*got 0\.0"),
         (lambda: Reversible(coupling=1.5), r"coupling must be in .*got 1\.5"),
@@ -366,7 +366,7 @@ def test_a_solve_that_fails_says_where_and_settings_that_cannot_be_say_so():
         (lambda: Reversible("rk4", 64, 0.5), r"coupling=0\.5 with steps=64: .* at least 0\.8"),
         (
             lambda: train_solver(SolverConfig("dopri5", adaptive=True, gradient="reversible")),
-            r"'reversible' is unknown: expected 'direct' or 'adjoint'",
+            r"'reversible' is unknown for Adaptive: expected 'direct' or 'adjoint'",
         ),
     ):
         with pytest.raises(ConfigError, match=told):

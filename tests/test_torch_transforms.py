@@ -188,7 +188,7 @@ def test_calling_a_flow():
     p = conditional(context)
     assert p.batch_shape == (4,) and torch.equal(p.log_prob(x), conditional.log_prob(x, context))
     assert flow().event_shape == (2,) and flow().sample((3, 2)).shape == (3, 2, 2)
-    with pytest.raises(ConfigError, match="conditional: give a context"):
+    with pytest.raises(ConfigError, match="context is missing, expected shape"):
         conditional()
     unknown = flow_of(lambda: CNF(Custom(), solver=FixedGrid("rk4", 4)))
     del unknown.transform.field.context_dim

@@ -42,7 +42,7 @@ class Arguments:
             CheckpointError: for a value of another type, one that is not finite, or a missing one without a default.
         """
         if name in self.other:
-            raise CheckpointError(f"args.{name} is a {self.other[name]}; expected a {kind.__name__}")
+            raise CheckpointError(f"args.{name} must be of type {kind.__name__}, got {self.other[name]}")
         if name not in self.values:
             if default is None:
                 raise CheckpointError(f"args has no {name!r}, which determines the architecture: pass args={{{name!r}: ...}}")
@@ -51,9 +51,9 @@ class Arguments:
         if kind is float and type(value) is int:
             value = float(value) if abs(value) < 2**1023 else math.inf
         if type(value) is not kind:
-            raise CheckpointError(f"args.{name} is {value!r}; expected a {kind.__name__}")
+            raise CheckpointError(f"args.{name} must be of type {kind.__name__}, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise CheckpointError(f"args.{name} is {value!r}; expected a finite number")
+            raise CheckpointError(f"args.{name} must be finite, got {value!r}")
         return value
 
     def sizes(self, name: str) -> tuple[int, ...]:
@@ -63,7 +63,7 @@ class Arguments:
             # strides may be negative, so a dash separates only if there is no comma
             return tuple(int(part) for part in (text.split(",") if "," in text else text.split("-")))
         except ValueError:
-            raise CheckpointError(f"args.{name} is {text!r}; expected whole numbers such as '64,64,64'") from None
+            raise CheckpointError(f"args.{name} must be whole numbers such as '64,64,64', got {text!r}") from None
 
 
 class Reference(NamedTuple):
@@ -90,10 +90,10 @@ def read_reference(
     """
     content = _load(Path(source)) if isinstance(source, (str, Path)) else source
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"the checkpoint holds a {type(content).__name__}; expected a dictionary with 'state_dict' and 'args'")
+        raise CheckpointError(f"the checkpoint holds a {type(content).__name__}, expected a dictionary with 'state_dict' and 'args'")
     state = content.get("state_dict", content.get("func_state_dict", content))  # the latter in AFFJORD's 2-D models
     if not isinstance(state, Mapping):
-        raise CheckpointError(f"the checkpoint's state_dict is a {type(state).__name__}; expected a dictionary of tensors")
+        raise CheckpointError(f"the checkpoint's state_dict is a {type(state).__name__}, expected a dictionary of tensors")
     named = {str(key).removeprefix("module."): value for key, value in state.items()}
     tensors = {name: _checked(name, value) for name, value in named.items() if name.rpartition(".")[2] not in COUNTERS}
     if not tensors:
@@ -132,14 +132,14 @@ def _values(args: Any) -> dict[str, Any]:
         return {}
     values = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(values, Mapping):
-        raise CheckpointError(f"the checkpoint's args is a {type(args).__name__}; expected an argparse.Namespace")
+        raise CheckpointError(f"the checkpoint's args is a {type(args).__name__}, expected an argparse.Namespace")
     return {str(k): v for k, v in values.items()}
 
 
 def _checked(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor) or value.layout != torch.strided or not value.is_floating_point():
         kind = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise CheckpointError(f"state_dict[{name!r}] is {kind}; expected a dense tensor of floats")
+        raise CheckpointError(f"state_dict[{name!r}] is {kind}, expected a dense tensor of floats")
     # a view that repeats a small storage can claim any size
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise CheckpointError(f"state_dict[{name!r}] claims the shape {tuple(value.shape)}, more than its file holds")

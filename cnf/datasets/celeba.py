@@ -72,7 +72,7 @@ def load_celeba(name: str, options: Options) -> DataSplits:
         notices += [f"{part}: {notice}" for notice in said]
     notices.append(f"official partition; shorter side resized to {size}, centre cropped to {size}x{size}")
     if [len(n) for n in names] != [162_770, 19_867, 19_962]:
-        notices.append("the published partition has 162,770, 19,867 and 19,962 pictures: figures do not compare")
+        notices.append("the published partition has 162,770, 19,867 and 19,962 images: figures do not compare")
     return assemble(name, "image", images, options, levels=2**options.nbits, notices=notices, flip=True)
 
 
@@ -90,7 +90,7 @@ def _partition(path: Path) -> list[list[str]]:
             raise DataError(f"line {i} of {str(path)!r} is {line.strip()[:60]!r}; expected a file name and 0, 1 or 2")
         names[int(words[1])].append(words[0])
     if not all(names):
-        raise DataError(f"{str(path)!r} lists {[len(n) for n in names]} pictures in its parts; expected some in each")
+        raise DataError(f"{str(path)!r} must list images of each part, got {[len(n) for n in names]}")
     return names
 
 

@@ -16,7 +16,7 @@ from cnf.datasets.splits import Options
 from cnf.errors import DataError
 from cnf.schema import TableColumn, snap
 
-__all__ = ["as_numbers", "column_name", "dequantize", "duplicate_rows", "find_lattices", "require_finite", "require_table", "require_usable"]
+__all__ = ["column_name", "dequantize", "duplicate_rows", "find_lattices", "require_finite", "require_table", "require_usable"]
 
 DEQUANTIZE_STREAM = 1  # second word of the generator's seed, distinct from the toy sets' streams
 ATOM_SHARE = 0.05
@@ -44,16 +44,6 @@ def require_table(x: Array, name: str) -> None:
         raise DataError(f"{name!r} must hold real numbers, got dtype {x.dtype}")
     if x.shape[1] == 0:
         raise DataError(f"{name!r} must have at least one column, got none")
-
-
-def as_numbers(x: Array, name: str) -> Table:
-    """Convert a table (N, D) to float64.
-
-    Raises:
-        DataError: as :func:`require_table`.
-    """
-    require_table(x, name)
-    return x.astype(np.float64)
 
 
 def require_finite(table: Table, columns: Sequence[str], name: str, *, scored: bool = False) -> None:

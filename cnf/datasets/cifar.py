@@ -112,7 +112,7 @@ def _from_archive(path: Path, md5: str, names: list[str]) -> list[bytes]:
     _size(path)
     with path.open("rb") as file:
         _require_checksum(path.name, file, md5)
-    found: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     with tarfile.open(path, "r|gz") as archive:  # a stream: members are read in order
         for member in archive:
             if member.name not in names:
@@ -120,7 +120,7 @@ def _from_archive(path: Path, md5: str, names: list[str]) -> list[bytes]:
             part = archive.extractfile(member) if member.isreg() and member.size <= LARGEST else None
             if part is None:
                 raise RuntimeError(f"{member.name} is a link, or larger than any batch")
-            found[member.name] = part.read()
-    if len(found) < len(names):
-        raise RuntimeError(f"{path.name} lacks {', '.join(sorted(set(names) - set(found)))}")
-    return [found[name] for name in names]
+            contents[member.name] = part.read()
+    if len(contents) < len(names):
+        raise RuntimeError(f"{path.name} lacks {', '.join(sorted(set(names) - set(contents)))}")
+    return [contents[name] for name in names]

@@ -86,23 +86,23 @@ def _read_split(folder: Path, options: Options) -> Parts:
     If there are other sub-folders, all sub-folders are classes (one may be called "train").
     """
     try:
-        found = part_entries(folder)
-        if "train" not in found:  # tables only then: next to folders of images a table may hold labels
-            found = part_entries(folder, (*ARRAYS, *TABLES))
-        ours = {entry for entries in found.values() for entry in entries}
+        by_part = part_entries(folder)
+        if "train" not in by_part:  # tables only then: next to folders of images a table may hold labels
+            by_part = part_entries(folder, (*ARRAYS, *TABLES))
+        ours = {entry for entries in by_part.values() for entry in entries}
         others = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".") and p not in ours]
     except OSError as error:
         raise DataError(f"folder {str(folder)!r} cannot be read: {error}") from None
-    if "train" not in found or len(found) < 2 or others:
+    if "train" not in by_part or len(by_part) < 2 or others:
         return _read_part(folder, options)
-    if "test" not in found:
+    if "test" not in by_part:
         given = ", ".join(p.name for p in sorted(ours))
         raise DataError(
             f"folder {str(folder)!r} gives its own split by {given} but no test part; rename val... to test..., and validation "
             "is split off the training part"
         )
     parts = {}
-    for part, entries in found.items():
+    for part, entries in by_part.items():
         if len(entries) > 1:
             several = ", ".join(p.name for p in entries)
             raise DataError(f"folder {str(folder)!r} has several {part} parts: {several}; expected one")

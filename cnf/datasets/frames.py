@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cnf.datasets.dialect import DATE, is_number, is_numbered, unique_names
-from cnf.datasets.rows import reading
+from cnf.datasets.rows import optional_module, reading
 from cnf.datasets.text import HEAD_LINES, read_text
 from cnf.errors import DataError
 from cnf.strangers import BOMB_BYTES, BOMB_RATIO, memory, require_file, zip_members
@@ -46,16 +45,9 @@ def read_frame(path: Path) -> tuple[pd.DataFrame, list[str]]:
     return frame, notices
 
 
-def _reader(module: str, package: str, path: Path) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise DataError(f"{str(path)!r} needs the package {package}: pip install {package}, or save the table as csv") from None
-
-
 def _read_parquet(path: Path) -> pd.DataFrame:
     size = require_file(path, DataError)
-    parquet = _reader("pyarrow.parquet", "pyarrow", path)
+    parquet = optional_module("pyarrow.parquet", repr(str(path)), ", or save the table as csv")
     import pandas as pd
 
     with reading(path, "a Parquet file"), path.open("rb") as raw:
@@ -76,7 +68,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
 def _read_excel(path: Path) -> tuple[pd.DataFrame, list[str]]:
     size = require_file(path, DataError)
-    openpyxl = _reader("openpyxl", "openpyxl", path)
+    openpyxl = optional_module("openpyxl", repr(str(path)), ", or save the table as csv")
     import pandas as pd
 
     with reading(path, "an Excel file"), path.open("rb") as raw, zipfile.ZipFile(raw) as archive:

@@ -96,14 +96,14 @@ def _read(name: str, train: bool, options: Options) -> tuple[Array, Array]:
     part: dict[str, Any] = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
     try:
         try:
-            found = make(root, download=False, **part)
+            dataset = make(root, download=False, **part)
         except RuntimeError as missing:  # missing or still packed; intact archives are unpacked without a network
             archives = getattr(make, "resources", ())
             faulty = _faulty_archives(archives, root / _FOLDER[name])
             if not options.download and (faulty or not archives):
                 raise RuntimeError("; ".join(faulty) or str(missing)) from None
             _refuse_links(name, root, [] if faulty else [file for file, _ in archives])
-            found = make(root, download=True, **part)
+            dataset = make(root, download=True, **part)
     except PermissionError as error:
         raise DataError(
             f"{name} cannot be unpacked or stored under {str(root.resolve())!r}: {error}. Set root to a folder that can be written"
@@ -115,8 +115,8 @@ def _read(name: str, train: bool, options: Options) -> tuple[Array, Array]:
             f"{name} was not found complete in {str(where)!r} (root={str(options.root)!r}) and {tried}: {error or type(error).__name__}. "
             "Put the original files there (data/README.md lists them; delete what is damaged), or let torchvision download them"
         ) from error
-    labels = np.asarray(found.labels if name == "svhn" else found.targets, dtype=np.int64)
-    images: Array = np.asarray(found.data)
+    labels = np.asarray(dataset.labels if name == "svhn" else dataset.targets, dtype=np.int64)
+    images: Array = np.asarray(dataset.data)
     if images.ndim == 3:
         images = images[:, None]
     elif images.shape[-1] == 3 and images.shape[1] != 3:

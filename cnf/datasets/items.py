@@ -156,9 +156,9 @@ def _image(x: Array, event_shape: tuple[int, ...], levels: int, path: Path, pict
     if _is_power(levels):
         return reduce_bits(x, levels.bit_length() - 1)
     if pictures or (len(x) and x.max() >= levels):
-        what = "is a picture, of 256 grey levels" if pictures else f"has grey levels up to {x.max()}"
+        what = "is an image file, of 256 grey levels" if pictures else f"has grey levels up to {x.max()}"
         raise DataError(
-            f"{name!r} {what}, but the model has {levels}, from 0 to {levels - 1}, which no dropping of bits makes: give "
+            f"{name!r} {what}, but the model has {levels}, from 0 to {levels - 1}, which bit reduction cannot produce; give "
             "an array (.npy, .npz) on the model's own scale, or train on images like these"
         )
     return x

@@ -52,17 +52,17 @@ def load_large(name: str, options: Options) -> DataSplits:
         DataError: for missing or damaged files, or images of another size or number of channels.
     """
     spec, folder = _SETS[name], options.folder / name
-    found = part_entries(folder) if folder.is_dir() else {}
-    if "test" not in found and "validation" in found:
-        found["test"] = found.pop("validation")  # papers report on the published validation set
-    if "train" not in found or "test" not in found:
+    by_part = part_entries(folder) if folder.is_dir() else {}
+    if "test" not in by_part and "validation" in by_part:
+        by_part["test"] = by_part.pop("validation")  # papers report on the published validation set
+    if "train" not in by_part or "test" not in by_part:
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) if folder.is_dir() else "no such folder"
         raise DataError(
             f"{name} needs files or folders called train... and val... (or test...) in {str(folder.resolve())!r}, .npy or .npz "
             f"arrays or {FORMATS} images, got {there or 'nothing'}. data/README.md lists the layouts"
         )
     images, notices = {}, []
-    for part, entries in found.items():
+    for part, entries in by_part.items():
         images[part], said = _read_part(name, part, entries, folder, spec.size, options.nbits)
         notices += said
     train, test = images["train"], images["test"]

@@ -71,9 +71,9 @@ def _unit(distinct: Table, epsilon: float) -> float:
 
 def _keeps_whole(distinct: Table, step: float) -> bool:
     """Return whether integer values equal their lattice points after rounding; True for other values."""
-    places = np.rint((distinct - distinct[0]) / step)
+    indices = np.rint((distinct - distinct[0]) / step)
     whole = bool((distinct == np.rint(distinct)).all())
-    return not whole or bool((np.rint(distinct[0] + step * places) == distinct).all())
+    return not whole or bool((np.rint(distinct[0] + step * indices) == distinct).all())
 
 
 def _decimal_step(distinct: Table, unit: float, spacing: float) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +11,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cnf.errors import DataError
+from cnf.errors import CNFError, DataError
 
-__all__ = ["Array", "Table", "hold_out", "is_mapped", "keep_rows", "reading"]
+__all__ = ["Array", "Table", "hold_out", "is_mapped", "keep_rows", "optional_module", "reading"]
 
 Array = NDArray[Any]
 Table = NDArray[np.float64]
+
+
+def optional_module(module: str, subject: str, alternative: str = "", error: type[CNFError] = DataError) -> Any:
+    """Import a module of an optional package; ``subject`` and ``alternative`` complete the message.
+
+    Raises:
+        error: if the package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise error(f"{subject} needs the package {package}: pip install {package}{alternative}") from None
 
 
 @contextmanager

@@ -74,9 +74,7 @@ def load_table(rows: Sequence[Rows], labels: Array | None, name: str, options: O
     kept, dropped = drop_duplicates(duplicate_rows([columns.joint], labels), sizes, options)
     parts, how = split(sizes, kept, options)
     # lattices are detected, and noise is drawn, on the kept rows only
-    place = np.empty(1 + int(kept.max()), dtype=np.int64)
-    place[kept] = np.arange(len(kept))
-    parts = [place[i] for i in parts]
+    parts = [np.searchsorted(kept, i) for i in parts]
     raw, labels, given = table[kept], None if labels is None else labels[kept], {c: v[kept] for c, v in given.items()}
     if options.table:
         schema, said = _as_in_training(raw, columns.schema, options)
@@ -145,14 +143,14 @@ def _complete(
 ) -> tuple[tuple[TableColumn, ...], list[str]]:
     """Return the columns with their lattice steps and the scales of numeric conditions, and notices."""
     modelled, said = find_lattices(table, data_columns(columns.schema), options, epsilon, name)
-    found = {c.name: c for c in modelled}
+    completed = {c.name: c for c in modelled}
     for column in conditions(columns.schema):
         if not column.categories:
             values = given[column.name][train]
             if values.min() == values.max():
                 raise DataError(f"condition: column {column.name!r} of {name!r} is constant ({values[0]:g}) in the training rows; leave it out")
             column = replace(column, mean=float(values.mean()), std=float(values.std()))
-        found[column.name] = column
+        completed[column.name] = column
     numbers = [c for c in conditions(columns.schema) if not c.categories]
     relations = dependent_columns(table, [*columns.names, *(c.name for c in numbers)], [given[c.name] for c in numbers])
     if relations:
@@ -163,7 +161,7 @@ def _complete(
                 "(--drop-columns), or keep them (--dependent keep)"
             )
         said.append(f"columns depend on each other, so that the density is unbounded and the likelihood not to be trusted (dependent='keep'): {words}")
-    return tuple(found.get(c.name, c) for c in columns.schema), said
+    return tuple(completed.get(c.name, c) for c in columns.schema), said
 
 
 # --- report -----------------------------------------------------------------------------------------------------------

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cnf.datasets.arrays import read_numpy
-from cnf.datasets.checks import as_numbers, require_usable
-from cnf.datasets.rows import Table, reading
+from cnf.datasets.checks import require_table, require_usable
+from cnf.datasets.rows import Table, optional_module, reading
 from cnf.datasets.splits import DataSplits, Options, assemble
 from cnf.datasets.text import bounded_lines, read_csv
 from cnf.errors import ConfigError, DataError
@@ -86,8 +84,9 @@ def _tenths(table: Table, notices: list[str]) -> Parts:
 def _array(path: Path) -> Table:
     arrays = read_numpy(path)
     if set(arrays) != {"x"}:
-        raise DataError(f"{str(path)!r} is not a plain .npy array")
-    return as_numbers(arrays["x"], str(path))
+        raise DataError(f"{str(path)!r} must be a plain .npy array, got the keys {sorted(arrays)}")
+    require_table(arrays["x"], str(path))
+    return arrays["x"].astype(np.float64)
 
 
 def _power(root: Path) -> tuple[Parts, list[str]]:
@@ -154,10 +153,7 @@ def _miniboone(root: Path) -> tuple[Parts, list[str]]:
 def _bsds300(root: Path) -> tuple[Parts, list[str]]:
     path = _find("bsds300", (root / "BSDS300", root / "bsds300"), ("BSDS300.hdf5",))
     require_file(path, DataError)
-    try:
-        h5py: Any = importlib.import_module("h5py")
-    except ImportError:
-        raise DataError("bsds300 is an HDF5 file and needs the package h5py: pip install h5py") from None
+    h5py = optional_module("h5py", "bsds300 is an HDF5 file and")
     with reading(path, "HDF5 with train, validation and test"), h5py.File(path, "r") as file:
         parts = [file[k] for k in ("train", "validation", "test")]
         if any(p.ndim != 2 or p.dtype.kind not in "iuf" for p in parts) or sum(8 * p.size for p in parts) > memory():

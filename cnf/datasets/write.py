@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cnf.datasets.rows import Array, Table
+from cnf.datasets.rows import Array, Table, optional_module
 from cnf.errors import ConfigError
 from cnf.schema import TableColumn, data_columns, to_lattice
 
@@ -86,10 +85,7 @@ def require_writer(path: Path) -> None:
         ConfigError: for .parquet without pyarrow.
     """
     if path.suffix == ".parquet":
-        try:
-            importlib.import_module("pyarrow")
-        except ImportError:
-            raise ConfigError(f"--out {path} needs the package pyarrow: pip install pyarrow, or name a .csv file") from None
+        optional_module("pyarrow", f"--out {path}", ", or name a .csv file", ConfigError)
 
 
 def category_value(column: TableColumn, category: str) -> int | bool | str:

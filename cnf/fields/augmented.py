@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import ConfigError, unknown_name
+from cnf.errors import ConfigError, require_at_least, unknown_name
 from cnf.fields.maps import Conv, Linear
 from cnf.fields.time import Affine, Constants, TimeLayer, planes
 
@@ -45,8 +45,7 @@ class TimePath(nn.Module):
     def __init__(self, k: int = 20, hidden: int | None = None, learn_start: bool = False, nonlinearity: str = "tanh"):
         super().__init__()
         width = k if hidden is None else hidden
-        if k < 1 or width < 1:
-            raise ConfigError(f"k and hidden must be at least 1, got k={k}, hidden={hidden}")
+        require_at_least(1, k=k, hidden=width)
         if nonlinearity not in PATH_NONLINEARITIES:
             raise unknown_name("nonlinearity", nonlinearity, PATH_NONLINEARITIES)
         self.k = k
@@ -96,8 +95,7 @@ class AugmentedTimeConditioning:
     def __post_init__(self) -> None:
         if self.kind not in AUGMENTED_TIME_LAYERS:
             raise unknown_name("kind", self.kind, AUGMENTED_TIME_LAYERS)
-        if self.k < 1:
-            raise ConfigError(f"k must be at least 1, got k={self.k}")
+        require_at_least(1, k=self.k)
         if self.kind != "concat" and not 1 <= self.m <= self.k:
             raise ConfigError(f"m must be between 1 and k={self.k}, got m={self.m}: it is the number of entries of a that generate weights")
         if self.rank < 0:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import ConfigError, unknown_name
+from cnf.errors import require_at_least, unknown_name
 from cnf.fields.maps import Conv, Linear
 from cnf.fields.time import Affine, Constants, LayerFactory, TimeLayer, require_one_time
 
@@ -40,8 +40,7 @@ BASES: dict[str, Callable[[Tensor, int], Tensor]] = {"chebyshev": _chebyshev, "f
 def _known(name: str, terms: int) -> None:
     if name not in BASES:
         raise unknown_name("basis", name, BASES)
-    if terms < 1:
-        raise ConfigError(f"terms must be at least 1, got {terms}")
+    require_at_least(1, terms=terms)
 
 
 def basis(name: str, u: Tensor, terms: int) -> Tensor:

@@ -11,7 +11,7 @@ from cnf.aliases import renamed_arguments
 from cnf.errors import ConfigError
 from cnf.fields.augmented import AugmentedTimeConditioning, check_time
 from cnf.fields.maps import Linear
-from cnf.fields.networks import MLP, Stack
+from cnf.fields.networks import MLP, Stack, layer_sizes
 from cnf.fields.time import Affine, Constants, TimeLayer, require_one_time
 
 __all__ = ["Generated", "HyperMLP"]
@@ -106,11 +106,12 @@ class HyperMLP(MLP):
         residual: str = "none",
         zero_init: bool = False,
     ):
-        for name, widths in (("hidden", hidden), ("generator", generator)):
-            if not widths or any(not isinstance(n, int) or n < 1 for n in widths):
-                raise ConfigError(f"{name}={tuple(widths)}: expected one width or more, whole numbers of at least 1")
-        if not isinstance(dim, int) or dim < 1:
-            raise ConfigError(f"dim={dim}: expected a whole number of at least 1")
+        sizes = layer_sizes("dim", dim, hidden)
+        if not hidden or not generator or any(not isinstance(n, int) or n < 1 for n in generator):
+            raise ConfigError(
+                f"hidden and generator must have one width or more, whole numbers of at least 1, got hidden={tuple(hidden)}, "
+                f"generator={tuple(generator)}"
+            )
         if augmented_time is not None and augmented_time.kind == "concat":
             raise ConfigError("augmented_time.kind='concat' generates no weights, and HyperMLP generates all of them: use 'both', 'hyper' or None")
         if augmented_time is not None and augmented_time.rank:
@@ -119,7 +120,6 @@ class HyperMLP(MLP):
         net = nn.Sequential()
         for a, b in zip(widths, widths[1:], strict=False):
             net.extend([nn.Linear(a, b), nn.Tanh()])
-        sizes = [dim, *hidden, dim]
         last = len(sizes) - 2
         layers = [
             Generated(Linear(a, b), net, widths[-1], augmented_time, first=i == 0, last=i == last, context_dim=context_dim)

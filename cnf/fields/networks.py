@@ -16,7 +16,7 @@ from cnf.fields.maps import Conv, Linear
 from cnf.fields.precomputed import PrecomputedField, call_layers, closed_form, skip
 from cnf.fields.time import TimeLayer
 
-__all__ = ["MLP", "ConvField", "Stack"]
+__all__ = ["MLP", "ConvField", "Stack", "layer_sizes"]
 
 
 class Stack(FusedField):
@@ -122,7 +122,7 @@ class MLP(Stack):
         residual: str = "none",
         zero_init: bool = False,
     ):
-        sizes = _sizes("dim", dim, hidden)
+        sizes = layer_sizes("dim", dim, hidden)
         layers = [
             time_layer(_kind(layer, i), Linear(a, b), context_dim, context_gate=i + 2 < len(sizes))
             for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))
@@ -173,7 +173,7 @@ class ConvField(Stack):
         residual: str = "none",
         zero_init: bool = False,
     ):
-        sizes = _sizes("channels", channels, hidden)
+        sizes = layer_sizes("channels", channels, hidden)
         steps = tuple(strides) if strides is not None else (1,) * (len(sizes) - 1)
         if len(steps) != len(sizes) - 1:
             raise ConfigError(f"strides must have {len(sizes) - 1} entries, one per layer, got {steps}")
@@ -193,7 +193,8 @@ def _kind(layer: str | LayerFactory, i: int) -> str | LayerFactory:
     return cast("str | LayerFactory", getattr(layer, "after_first", layer)) if i else layer
 
 
-def _sizes(name: str, outer: int, hidden: Sequence[int]) -> list[int]:
+def layer_sizes(name: str, outer: int, hidden: Sequence[int]) -> list[int]:
+    """Return the widths of all layers, from ``outer`` to ``outer``; raise a ConfigError unless they are whole numbers from 1."""
     sizes = [outer, *hidden, outer]
     if any(not isinstance(s, int) or s < 1 for s in sizes):
         raise ConfigError(f"{name} and hidden must be whole numbers of at least 1, got {name}={outer}, hidden={tuple(hidden)}")

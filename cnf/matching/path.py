@@ -95,10 +95,7 @@ class MatchingPath:
             return self._stretch(0, t, x, context, noise)
         order = t.argsort(stable=True)  # makes the rows of one block, and of one time, contiguous
         there, back = (to_device(i, x.device) for i in (order, order.argsort()))
-        return self._sorted(t[order], x[there], context_rows(context, there), noise)[back]
-
-    def _sorted(self, t: Tensor, x: Tensor, context: Tensor | None, noise: Noise | None) -> Tensor:
-        """Return :meth:`velocity` for ascending times, block by block."""
+        t, x, context = t[order], x[there], context_rows(context, there)
         parts = []
         count = len(self.blocks)
         bounds = torch.searchsorted(t, torch.arange(1, count, dtype=t.dtype) / count).tolist()
@@ -107,7 +104,7 @@ class MatchingPath:
                 continue
             rows = slice(first, last)
             parts.append(self._stretch(k, t[rows], x[rows], context_rows(context, rows), child(noise, k)))
-        return torch.cat(parts)
+        return torch.cat(parts)[back]
 
     def _stretch(self, k: int, t: Tensor, x: Tensor, context: Tensor | None, noise: Noise | None) -> Tensor:
         """Return the velocity of block k at the path's times t (N,), ascending where rows share their time."""

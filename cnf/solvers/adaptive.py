@@ -12,7 +12,7 @@ import torchdiffeq
 from torch import Tensor
 
 from cnf.deferral import vectorized
-from cnf.errors import ConfigError, SolverError, unknown_name
+from cnf.errors import ConfigError, SolverError, require_inside, unknown_name
 from cnf.recompute import Recompute, differentiable_once
 from cnf.solvers.base import RHS, Counter, Solution, State, Stats, finite, largest
 from cnf.solvers.embedded import embedded
@@ -92,13 +92,11 @@ class Adaptive:
         norm: str = "batch",
     ):
         if method not in self.METHODS:
-            raise unknown_name("method", method, self.METHODS)
-        if not (0 < rtol < math.inf and 0 < atol < math.inf):  # nan is neither
-            raise ConfigError(f"rtol and atol must be positive and finite, got rtol={rtol}, atol={atol}")
+            raise unknown_name("method", method, self.METHODS, "Adaptive")
+        tolerances = {"rtol": rtol, "atol": atol} | ({} if quadrature_tolerance is None else {"quadrature_tolerance": quadrature_tolerance})
+        require_inside(0, math.inf, **tolerances)
         if gradient not in ("direct", "adjoint"):
-            raise unknown_name("gradient", gradient, ("direct", "adjoint"))
-        if quadrature_tolerance is not None and not 0 < quadrature_tolerance < math.inf:
-            raise ConfigError(f"quadrature_tolerance must be positive or None, got {quadrature_tolerance}")
+            raise unknown_name("gradient", gradient, ("direct", "adjoint"), "Adaptive")
         if quadrature_tolerance is not None and quadratures_in_norm:
             raise ConfigError("quadratures_in_norm=True excludes quadrature_tolerance: integrals outside the error norm only; set one of them")
         if norm not in self.NORMS:
@@ -177,7 +175,7 @@ class Adaptive:
         function.counter.backward, function.attempt = True, None
         return Solution(tuple(path), Stats([function.counter]))
 
-    def riding(self) -> Adaptive:
+    def integrating(self) -> Adaptive:
         """Return the same solver with every integral solved along with the point and in the error norm."""
         other = copy.copy(self)
         other.quadratures_in_norm, other.quadrature_tolerance = True, None

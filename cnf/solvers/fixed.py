@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cnf.deferral import deferred, tracing
-from cnf.errors import ConfigError, SolverError, unknown_name
+from cnf.errors import SolverError, require_at_least, unknown_name
 from cnf.recompute import Recompute
 from cnf.solvers.base import RHS, Counter, Solution, State, Stats, finite, largest
 from cnf.solvers.tableaus import TABLEAUS, Tableau
@@ -77,11 +77,10 @@ class FixedGrid:
 
     def __init__(self, method: str = "rk4", steps: int = 4, gradient: str = "direct"):
         if method not in TABLEAUS:
-            raise unknown_name("method", method, TABLEAUS)
-        if steps < 1:
-            raise ConfigError(f"steps must be at least 1, got {steps}")
+            raise unknown_name("method", method, TABLEAUS, type(self).__name__)
+        require_at_least(1, steps=steps)
         if gradient not in self.GRADIENTS:
-            raise unknown_name("gradient", gradient, self.GRADIENTS)
+            raise unknown_name("gradient", gradient, self.GRADIENTS, type(self).__name__)
         self.method, self.steps, self.gradient = method, steps, gradient
         self.tableau = TABLEAUS[method]
 
