@@ -158,7 +158,7 @@ def test_solver_and_trace_are_those_asked_for(capsys, digits):
         block.eval_solver, block.divergence = solver, Hutchinson("gaussian", probes=2)
     index = torch.randperm(540, generator=torch.Generator().manual_seed(SEED))[:5].sort().values
     assert result["bits_per_dim"] == evaluate(flow, data.test[index], importance=2, seed=SEED, index=index).mean
-    assert result["bound"] is False and "take the exact trace" in result["note"]
+    assert result["bound"] is False and "use the exact trace" in result["note"]
 
 
 def test_a_table_again_with_its_columns(capsys, rows, table):
