@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ def autodiff_jvp(
     Raises:
         NoForwardMode: if an operation has no forward-mode derivative.
     """
+    if not torch.compiler.is_compiling():
+        _load_forward_mode()
     dt = torch.zeros_like(t) if t_dot is None else t_dot.to(t).expand_as(t)
 
     def push(tangent: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,6 +58,15 @@ def autodiff_jvp(
             "takes a derivative along the path"
         ) from None
     return dx.to(x.dtype), product.to(x.dtype)
+
+
+@cache
+def _load_forward_mode() -> None:
+    """Load torch's forward-mode rules, which warn of torch.jit at their first use in some releases."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.func.jvp(torch.neg, (torch.zeros(1),), (torch.ones(1),))
 
 
 @contextmanager
