@@ -251,7 +251,7 @@ def test_counts_and_types_of_samples_and_values():
             flow.sample(n)
     with pytest.raises(DataError, match="value is a ndarray"):
         flow().log_prob(np.zeros((3, 2)))
-    with pytest.raises(DataError, match=r"layout torch\.sparse_coo; expected a dense tensor"):
+    with pytest.raises(DataError, match=r"layout torch\.sparse_coo, expected a dense tensor"):
         flow.log_prob(torch.eye(2).to_sparse())
     assert repr(flow().expand((3,))) == "FlowDistribution(batch_shape=(3,), event_shape=(2,))"
 

@@ -192,6 +192,6 @@ def test_calling_a_flow():
         conditional()
     unknown = flow_of(lambda: CNF(Custom(), solver=FixedGrid("rk4", 4)))
     del unknown.transform.field.context_dim
-    with pytest.raises(ConfigError, match="points or a context"):
+    with pytest.raises(ConfigError, match="points or context"):
         unknown(x)
     assert unknown().log_prob(x).shape == (4,)
