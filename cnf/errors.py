@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from numbers import Integral
 
 __all__ = [
     "CNFError", "CheckpointError", "ConfigError", "DataError", "Interrupted", "SolverError", "TrainingError", "require_at_least",
@@ -36,7 +37,7 @@ def unknown_name(argument: str, value: object, expected: Iterable[str], owner: s
 
 
 def require_at_least(least: int, **arguments: int | None) -> None:
-    """Raise a ConfigError for the first argument below ``least``; None passes.
+    """Raise a ConfigError for the first argument that is no integer or below ``least``; None passes.
 
     Example:
         >>> require_at_least(1, draws=3, batch_size=0)
@@ -44,6 +45,8 @@ def require_at_least(least: int, **arguments: int | None) -> None:
         cnf.errors.ConfigError: batch_size must be at least 1, got 0
     """
     for name, value in arguments.items():
+        if not isinstance(value, Integral | None):
+            raise ConfigError(f"{name} must be an integer, got {value!r}")
         if value is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
 

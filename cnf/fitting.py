@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from cnf.checkpoint import ModelInfo, describe, has_trainer, leftovers, write_model_info
 from cnf.checkpoint.lock import LOCK
 from cnf.distributed import SINGLE_PROCESS, Group
-from cnf.errors import ConfigError, DataError
+from cnf.errors import ConfigError, DataError, require_at_least
 from cnf.flow import Flow
 from cnf.models import Predictor
 from cnf.objectives import CustomLoss, FlowMatching, Likelihood, Objective, Supervised
@@ -25,11 +24,11 @@ from cnf.training.batches import Batches
 from cnf.training.callbacks import Callback, WeightAverage, replaced
 from cnf.training.checkpointer import Checkpointer
 from cnf.training.fit_data import training_data
+from cnf.training.fit_optimizer import MakeOptimizer, Schedule, optimizer_and_rates
 from cnf.training.loggers import ProgressBar, RunLogger, TensorBoardLogger
 from cnf.training.loop import Trainer
 from cnf.training.non_finite import NonFinitePolicy
 from cnf.training.phases import Phase
-from cnf.training.schedule import adamw, learning_rate
 from cnf.training.signals import Signals
 from cnf.training.solver_monitor import SolverMonitor
 from cnf.training.time_sampler import TimeSampler
@@ -37,8 +36,6 @@ from cnf.transforms import Standardize
 
 __all__ = ["FitResult", "fit"]
 
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
-Schedule = Literal["cosine", "constant"] | Callable[[int], float] | LRScheduler
 PRECISIONS = ("float32", "tf32", "bfloat16", "float64")
 
 
@@ -78,7 +75,7 @@ def fit(
     batch_size: int = 256,
     optimizer: Optimizer | MakeOptimizer | None = None,
     schedule: Schedule | None = None,
-    callbacks: Iterable[Callback | type[Callback]] | None = (),
+    callbacks: Iterable[Callback | type[Callback]] | Callback | None = (),
     folder: str | Path | None = None,
     resume: bool = False,
     device: str | torch.device | None = None,
@@ -148,11 +145,11 @@ def fit(
         >>> result.reason, result.unit, result.flow is flow, result.flow.sample(3).shape
         ('steps', 'nats', True, torch.Size([3, 2]))
     """
-    for name, count in (("steps", steps), ("batch_size", batch_size), ("accumulate", accumulate), ("validate_every", validate_every)):
-        if count < 1:
-            raise ConfigError(f"{name}={count}; expected at least 1")
+    require_at_least(
+        1, steps=steps, batch_size=batch_size, accumulate=accumulate, validate_every=validate_every, log_every=log_every
+    )
     if precision not in PRECISIONS:
-        raise ConfigError(f"precision={precision!r}; expected one of {PRECISIONS}")
+        raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     where = None if folder is None else Path(folder)
     if resume and where is None:
         raise ConfigError("resume=True needs the folder of the run: give folder=")
@@ -161,13 +158,13 @@ def fit(
     if precision == "float64":
         flow.double()
     if device is not None:
-        flow.to(device)
+        _move(flow, device)
     batches, held_out, mark = training_data(flow, train, validation, context, batch_size, seed, group)
     objective = _objective(flow, loss, batches)
     if not _fitted(flow) and (where is None or not (resume and group.on_rank0(lambda: has_trainer(where)))):
         objective.prepare(batches.x)
     group.broadcast(flow.state_dict().values())
-    make, rates = _optimizer(flow, optimizer, schedule, lr, warmup, steps, batches.device)
+    make, rates = optimizer_and_rates(flow, optimizer, schedule, lr, warmup, steps, batches.device)
     phase = Phase(objective, batches, make, rates)
     info = describe(
         flow, steps=steps, batch_size=batches.size, rows=getattr(batches, "length", 0), loss=_name(objective), seed=seed,
@@ -202,6 +199,13 @@ def _run(trainer: Trainer, folder: Path | None, info: ModelInfo, resume: bool) -
         trainer.rates.reset()
         if monitor is not None:
             monitor.reset()
+
+
+def _move(model: nn.Module, device: str | torch.device) -> None:
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def _fitted(model: nn.Module) -> bool:
@@ -248,39 +252,6 @@ def _objective(model: nn.Module, loss: Objective | LossFunction | None, batches:
     if not callable(loss):
         raise ConfigError(f"loss={loss!r}; expected an object of cnf.objectives, or a function of (model, x, context, noise)")
     return CustomLoss(model, loss)
-
-
-def _optimizer(
-    model: nn.Module, optimizer: Optimizer | MakeOptimizer | None, schedule: Any, lr: float, warmup: int | None, steps: int, device: torch.device
-) -> tuple[Callable[[nn.Module], Optimizer], Any]:
-    """Return a function that makes the optimiser, and the schedule of its rates."""
-    known = {id(p) for p in model.parameters()}
-
-    def make(model: nn.Module) -> Optimizer:
-        made = adamw(model, lr) if optimizer is None else optimizer if isinstance(optimizer, Optimizer) else optimizer(model.parameters())
-        if not isinstance(made, Optimizer):
-            raise ConfigError(f"optimizer returned {type(made).__name__}; expected a torch.optim.Optimizer")
-        if isinstance(made, torch.optim.LBFGS):
-            raise ConfigError("optimizer=LBFGS evaluates the loss several times a step, which fit does not: choose another one")
-        if any(id(p) not in known for group in made.param_groups for p in group["params"]):
-            raise ConfigError("optimizer has parameters that are not the model's: make it of model.parameters()")
-        for group in made.param_groups:  # counters on the GPU, where a step can be masked without synchronisation
-            if device.type == "cuda" and "capturable" in group and not group.get("fused"):
-                group["capturable"] = True
-        return made
-
-    if isinstance(schedule, LRScheduler):
-        if schedule.optimizer is not optimizer:
-            raise ConfigError("schedule is a scheduler of another optimiser: give optimizer=, the one it was made of")
-        return make, schedule
-    if schedule is None:
-        schedule = "cosine" if optimizer is None else lambda step: 1.0
-    if callable(schedule):
-        return make, lambda step, steps: schedule(step)
-    if schedule not in ("cosine", "constant"):
-        raise ConfigError(f"schedule={schedule!r}; expected 'cosine', 'constant', a function of the step, or a scheduler of torch")
-    rise = min(100, steps // 10) if warmup is None else warmup
-    return make, lambda step, steps: learning_rate(step, 1.0, rise, steps, schedule)
 
 
 def _set_precision(model: nn.Module, precision: str, compile: bool) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 
 import numpy as np
@@ -307,3 +308,31 @@ def test_a_masked_step_reads_nothing_once_the_optimiser_has_its_state(make):
     with Reads() as later:
         masked_step(optimizer, taken)
     assert first.found and not later.found
+
+
+WRONG = {
+    "steps must be an integer, got 2.5": {"steps": 2.5},
+    "batch_size must be at least 1, got 0": {"batch_size": 0},
+    "precision must be one of float32": {"precision": "fp16"},
+    "device='nowhere' cannot be used": {"device": "nowhere"},
+    "optimizer must be a torch.optim.Optimizer or a function": {"optimizer": "adam"},
+    "callbacks must be cnf.training.Callback objects or classes, got 'patience'": {"callbacks": ["patience"]},
+    "loss does not depend on the parameters": {"loss": lambda model, x, context, noise: x.square().sum(1)},
+    "validation=1.5 of 80 rows": {"validation": 1.5},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments_are_named(message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        cnf.fit(own_flow(), POINTS, **{**SHORT, **WRONG[message]})
+
+
+def test_a_model_without_parameters_and_one_callback_alone():
+    class Decay(nn.Module):
+        def forward(self, t, x):
+            return -x
+
+    with pytest.raises(ConfigError, match="Flow has no parameter that requires a gradient"):
+        cnf.fit(cnf.Flow(cnf.CNF(Decay()), (2,)), POINTS, **SHORT)
+    assert cnf.fit(own_flow(), POINTS, callbacks=cnf.training.TimeLimit(0.0), **SHORT).reason == "max_time"

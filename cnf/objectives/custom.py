@@ -1,4 +1,4 @@
-"""A loss of a user's own."""
+"""Custom losses."""
 
 from __future__ import annotations
 
@@ -67,7 +67,10 @@ class CustomLoss(nn.Module):
         Raises:
             ConfigError: for a result that is no loss.
         """
-        return self._terms(self.model, x, context, noise), Stats()
+        terms = self._terms(self.model, x, context, noise)
+        if torch.is_grad_enabled() and not terms["loss"].requires_grad:
+            raise ConfigError("loss does not depend on the parameters: compute it from the model's outputs, without detach or no_grad")
+        return terms, Stats()
 
     def _terms(self, model: nn.Module, x: Tensor, context: Tensor | None, noise: Noise | None) -> dict[str, Tensor]:
         if noise is not None:

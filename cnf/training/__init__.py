@@ -1,11 +1,46 @@
-"""Training: the loop, the monitor of the solver's error, run folders and reports."""
+"""Training: state, loop and callbacks, of which :func:`cnf.fit` and the programs are made, and reports of runs."""
 
 from cnf.errors import Interrupted
 from cnf.results import read_json
+from cnf.training.auto_steps import AutoSteps
+from cnf.training.callbacks import Callback, EarlyStopping, Run, TimeLimit, WeightAverage
+from cnf.training.checkpointer import Checkpointer
 from cnf.training.files import write_json
+from cnf.training.loggers import ProgressBar, RunLogger, TensorBoardLogger
 from cnf.training.loop import Trainer
+from cnf.training.non_finite import NonFinitePolicy
 from cnf.training.report import comparability, finish, summary
 from cnf.training.scoring import score, write_scores
 from cnf.training.settings import from_settings
+from cnf.training.signals import Signals
+from cnf.training.solver_monitor import SolverMonitor
+from cnf.training.state import TrainState
+from cnf.training.time_sampler import TimeSampler
 
-__all__ = ["Interrupted", "Trainer", "comparability", "finish", "from_settings", "read_json", "score", "summary", "write_json", "write_scores"]
+__all__ = [
+    "AutoSteps",
+    "Callback",
+    "Checkpointer",
+    "EarlyStopping",
+    "Interrupted",
+    "NonFinitePolicy",
+    "ProgressBar",
+    "Run",
+    "RunLogger",
+    "Signals",
+    "SolverMonitor",
+    "TensorBoardLogger",
+    "TimeLimit",
+    "TimeSampler",
+    "TrainState",
+    "Trainer",
+    "WeightAverage",
+    "comparability",
+    "finish",
+    "from_settings",
+    "read_json",
+    "score",
+    "summary",
+    "write_json",
+    "write_scores",
+]

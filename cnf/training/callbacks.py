@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 
 from cnf.distributed import Group
+from cnf.errors import ConfigError
 from cnf.objectives import Objective
 from cnf.training.batches import Batches
 from cnf.training.metrics import StepResult
@@ -157,7 +158,7 @@ class Callback:
         """Restore :meth:`state_dict`."""
 
 
-def replaced(defaults: Iterable[Callback], own: Iterable[Callback | type[Callback]]) -> list[Callback]:
+def replaced(defaults: Iterable[Callback], own: Iterable[Callback | type[Callback]] | Callback | type[Callback]) -> list[Callback]:
     """Return the default callbacks with a user's own ones.
 
     An object takes the place of the default of its class or of a base class; a class leaves that default out; any other
@@ -169,8 +170,10 @@ def replaced(defaults: Iterable[Callback], own: Iterable[Callback | type[Callbac
         (['EarlyStopping', 'Callback'], 5)
     """
     found = list(defaults)
-    for one in own:
+    for one in [own] if isinstance(own, Callback | type) else own:
         kind = one if isinstance(one, type) else type(one)
+        if not issubclass(kind, Callback):
+            raise ConfigError(f"callbacks must be cnf.training.Callback objects or classes, got {one!r}")
         place = next((i for i, c in enumerate(found) if issubclass(kind, type(c))), None)
         if isinstance(one, type):
             found = [c for c in found if not isinstance(c, one)]

@@ -44,7 +44,9 @@ def rows_of(data: Any, name: str = "train") -> Tensor:
     values = np.asarray(data)
     if values.dtype.kind not in "fiub":
         raise DataError(f"{name} has type {values.dtype}; expected numbers")
-    return torch.from_numpy(np.ascontiguousarray(values if values.dtype != np.uint16 else values.astype(np.int64)))
+    if values.dtype == np.uint16:
+        values = values.astype(np.int64)
+    return torch.from_numpy(np.require(values, requirements=("C", "W")))  # pandas may give a view that must not be written
 
 
 def pair(data: Any, context: Any, name: str = "train") -> tuple[Tensor, Tensor | None]:
