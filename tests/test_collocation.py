@@ -424,10 +424,10 @@ def test_what_does_not_fit_is_named_whatever_the_batches(size):
     plain = build(ModelConfig(hidden=(6,)), SolverConfig(), (2,)).eval()
     given = build(ModelConfig(hidden=(6,)), SolverConfig(), (2,), context_dim=3).eval()
     for flow, x, context, message in (
-        (plain, torch.randn(9, 3), None, r"x has shape .*; expected \(N, 2\)"),
+        (plain, torch.randn(9, 3), None, r"x has shape .*, expected \(N, 2\)"),
         (plain, torch.full((9, 2), math.nan), None, "x holds NaN or infinity"),
-        (plain, torch.ones(9, 2, dtype=torch.long), None, "x has type torch.int64; expected floats"),
-        (given, torch.randn(9, 2), torch.randn(9, 2), r"context has shape .*; expected \(3,\)"),
+        (plain, torch.ones(9, 2, dtype=torch.long), None, "x has type torch.int64, expected floats"),
+        (given, torch.randn(9, 2), torch.randn(9, 2), r"context has shape .*, expected \(3,\)"),
     ):
         with pytest.raises(DataError, match=message):
             evaluate(flow, x, context, batch_size=size)
