@@ -16,7 +16,7 @@ __all__ = ["FlowDistribution"]
 
 
 class Density(Protocol):
-    """What a :class:`~cnf.flow.Flow` offers to its distribution."""
+    """Interface of :class:`~cnf.flow.Flow` that its distribution uses."""
 
     event_shape: tuple[int, ...]
     transform: Transform

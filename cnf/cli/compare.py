@@ -17,7 +17,7 @@ __all__ = ["compare", "row_of"]
 EXAMPLES = """examples:
   cnf compare runs/digits-0 runs/fm-digits-0               # a table on the screen
   cnf compare runs/digits-* --out table.tex                # also as LaTeX, and the curves in table.png
-  cnf compare runs/digits-0/evaluation-1.json runs/digits-0 # an evaluation beside the run's own test"""
+  cnf compare runs/digits-0/evaluation-1.json runs/digits-0 # an evaluation next to the run's own test"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,9 +27,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", type=Path, help="run folder with a result.json, or a result or evaluation-N.json itself")
-    add("--out", metavar="FILE", type=Path, help="also write the table: .csv, .md, .tex or .txt by its ending, and the curves beside it")
+    add("--out", metavar="FILE", type=Path, help="also write the table: .csv, .md, .tex or .txt by its ending, and the curves next to it")
     add("--format", choices=FORMATS, help="of the table on the screen, or of --out if its ending does not say it")
-    add("--plot", metavar="FILE.png", type=Path, help="where to draw the curves (default: beside --out; none without it)")
+    add("--plot", metavar="FILE.png", type=Path, help="where to draw the curves (default: next to --out; none without it)")
     return parser
 
 

@@ -60,7 +60,7 @@ class Command:
     preset: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PRESET]", help_behavior_hint=PRESET_HINT)] = None
     """Where to start from; cnf list shows the presets."""
     settings: Annotated[Path | None, tyro.conf.arg(name="config", metavar="FILE")] = None
-    """Settings from a .json or .yaml file (or a run's config.json); options given beside it override it."""
+    """Settings from a .json or .yaml file (or a run's config.json); options on the command line override it."""
     out: Path | None = None
     """Run folder; by default runs/PRESET-SEED. It must be new or empty."""
     resume: Flag = False

@@ -49,7 +49,7 @@ class ModelConfig:
     squeeze_first: bool = setting(False, when=(FLOW, CONVOLUTIONAL,))
     """Images: squeeze 2x2 before the first block."""
     layer: str = setting("concatsquash", when=(LAYERED,), given=(UNDRIVEN,))
-    """How time enters: ignore, concat, squash, concatsquash, concatcoord, blend, hyper."""
+    """Time conditioning: ignore, concat, squash, concatsquash, concatcoord, blend, hyper."""
     nonlinearity: str = setting("tanh", when=(ACTIVATED,))
     """Activation: tanh, softplus, elu, swish, relu."""
     residual: Literal["none", "minus", "linear"] = setting("none", when=(FLOW, ACTIVATED,))

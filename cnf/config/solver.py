@@ -19,7 +19,7 @@ BY_LIKELIHOOD = Family("objective", ("likelihood", "both", "regression", "classi
 
 @dataclass(frozen=True)
 class SolverConfig:
-    """How the ODE is solved and the trace taken."""
+    """Solver of the ODE and divergence strategy."""
 
     method: str = setting("rk4", given=(SOLVING,))
     """Training: a fixed grid's (euler, midpoint, heun, rk4, rk4-classic, dopri5); with --adaptive dopri5, dopri8, bosh3, ..."""

@@ -24,7 +24,7 @@ class SolveField:
     name = "the field"
     """Its name in messages."""
     custom = False
-    """Whether its code is not part of this package."""
+    """True if the code of the field is not part of this package."""
     random = False
     """Whether it draws random numbers; such a field is not compiled."""
     whole = False
