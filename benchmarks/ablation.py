@@ -23,10 +23,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from measure import machine, markdown, record, versions
 
-from cnf.checkpoint import RunInfo
 from cnf.cli.common import load_splits
 from cnf.config import RunConfig, preset
-from cnf.likelihood import evaluate
+from cnf.evaluation import evaluate
+from cnf.runs import RunInfo
 from cnf.training import from_settings
 
 BASE = "cosine, times by importance"

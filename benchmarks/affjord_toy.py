@@ -34,11 +34,11 @@ from matplotlib import pyplot as plt
 from measure import machine, markdown, versions
 from torch import Tensor
 
-from cnf.checkpoint import RunInfo
 from cnf.config import DataConfig, RunConfig, preset
-from cnf.datasets import load
+from cnf.data import load
+from cnf.evaluation import evaluate
 from cnf.flow import Flow
-from cnf.likelihood import evaluate
+from cnf.runs import RunInfo
 from cnf.training import Trainer, from_settings
 from cnf.training.solver_monitor import SolverMonitor
 from cnf.transforms import Request

@@ -28,13 +28,14 @@ import numpy as np
 import torch
 from measure import RESULTS, machine, markdown, record, versions
 
-from cnf.checkpoint import RunInfo
 from cnf.cli.common import load_splits
 from cnf.config import RunConfig, preset
-from cnf.datasets.supervised import CLASSES
-from cnf.models import ModelConfig, NeuralODE
-from cnf.objectives import assess
+from cnf.data.supervised import CLASSES
+from cnf.losses import assess
+from cnf.models import ModelConfig
+from cnf.neural_ode import NeuralODE
 from cnf.plotting.canvas import new_figure, subplots, write
+from cnf.runs import RunInfo
 from cnf.training import Trainer, from_settings
 
 FITS = ("flip", "spheres1", "spheres2")
@@ -101,7 +102,7 @@ def fits(seeds: int, epochs: int) -> list[Row]:
 
 
 def three(name: str, seed: int, epochs: int, data: str = "three-spheres") -> Row:
-    """One run of ``three`` on one of :data:`cnf.datasets.supervised.CLASSES`."""
+    """One run of ``three`` on one of :data:`cnf.data.supervised.CLASSES`."""
     config = preset("anode-three-spheres").config
     every = 1024 // config.train.batch_size
     changed = replace(config.train, batch_size=96, steps=epochs * every, validate_every=every, seed=seed, watch_every=10**6)

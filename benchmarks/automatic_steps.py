@@ -23,11 +23,11 @@ from published_formulation import Published
 from stopwatch import Stopwatch
 from torch import Tensor
 
-from cnf import datasets
-from cnf.checkpoint import RunInfo
+from cnf import data as datasets
 from cnf.config import RunConfig, preset
-from cnf.datasets import DataSplits
+from cnf.data import DataSplits
 from cnf.models import ModelConfig
+from cnf.runs import RunInfo
 from cnf.training import from_settings
 
 __all__ = ["AUTOMATIC_COLUMNS", "automatic_steps"]

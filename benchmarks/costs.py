@@ -13,11 +13,11 @@ from modes import MODES, Mode, case_config, grid, images, ours
 from published_formulation import Published
 from torch import Tensor
 
-from cnf.divergence import Exact
 from cnf.flow import Flow
+from cnf.losses import Likelihood
 from cnf.models import ModelConfig, SolverConfig, build
-from cnf.noise import Noise
-from cnf.objectives import Likelihood
+from cnf.ode.divergence import Exact
+from cnf.random import Noise
 from cnf.transforms import Request
 
 __all__ = ["COST_COLUMNS", "ORDER_COLUMNS", "costs", "gradient_orders"]

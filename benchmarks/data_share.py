@@ -20,12 +20,12 @@ import torch
 from measure import alternate, machine, markdown, record, versions
 from torch import Tensor
 
-from cnf import datasets
+from cnf import data as datasets
 from cnf.config import RunConfig, preset
-from cnf.datasets import DataSplits
+from cnf.data import DataSplits
+from cnf.losses import Likelihood
 from cnf.models import build
-from cnf.noise import Noise
-from cnf.objectives import Likelihood
+from cnf.random import Noise
 from cnf.training.batches import Batches
 from cnf.transforms import Dequantize, Request
 

@@ -30,14 +30,14 @@ import torch
 from measure import alternate, machine, markdown, record, seconds, versions
 from torch import Tensor
 
-from cnf import datasets
+from cnf import data as datasets
 from cnf.config import preset
-from cnf.divergence import Exact
+from cnf.evaluation import evaluate, evaluation
 from cnf.flow import Flow
-from cnf.likelihood import evaluate, evaluation
+from cnf.losses import Likelihood
 from cnf.models import ModelConfig, SolverConfig, build, eval_solver
-from cnf.noise import Noise
-from cnf.objectives import Likelihood
+from cnf.ode.divergence import Exact
+from cnf.random import Noise
 from cnf.solvers import Adaptive
 from cnf.transforms import Dequantize, Request
 

@@ -30,16 +30,16 @@ from automatic_steps import data as pictures
 from measure import alternate, machine, markdown, record, training_step, versions
 from torch import Tensor
 
-from cnf import datasets
-from cnf.checkpoint import RunInfo
+from cnf import data as datasets
+from cnf._utils.async_checks import defer_checks
 from cnf.cli.common import load_splits
 from cnf.config import RunConfig, preset
-from cnf.datasets import DataSplits
-from cnf.deferral import defer_checks
-from cnf.divergence import Exact
-from cnf.likelihood import Evaluation, evaluate
+from cnf.data import DataSplits
+from cnf.evaluation import Evaluation, evaluate
 from cnf.models import SolverConfig, build
-from cnf.noise import Kind, Noise
+from cnf.ode.divergence import Exact
+from cnf.random import Kind, Noise
+from cnf.runs import RunInfo
 from cnf.solvers import FixedGrid
 from cnf.training import Trainer, from_settings
 from cnf.training.solver_monitor import SolverMonitor

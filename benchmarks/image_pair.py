@@ -20,9 +20,9 @@ from stopwatch import graphs
 from torch import Tensor
 
 from cnf import load
-from cnf.deferral import defer_checks
+from cnf._utils.async_checks import defer_checks
 from cnf.errors import CNFError
-from cnf.noise import Noise
+from cnf.random import Noise
 
 __all__ = ["CASES", "COLUMNS", "compare"]
 

@@ -30,14 +30,14 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from cnf import ModelConfig, SolverConfig
-from cnf.checkpoint import RunInfo
 from cnf.cli.common import load_splits
 from cnf.config import DataConfig, RunConfig, TrainConfig
-from cnf.datasets import DataSplits
-from cnf.likelihood import evaluate
+from cnf.data import DataSplits
+from cnf.evaluation import evaluate
+from cnf.ode.trajectory import straightness
+from cnf.runs import RunInfo
 from cnf.training import Trainer, from_settings
 from cnf.training.schedule import learning_rate
-from cnf.trajectory import straightness
 
 SIDES = ("likelihood", "matching", "matching, transport", "both")
 TUNED = 0.3  # of the time of "both" is the likelihood's

@@ -28,9 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cnf.config import preset
+from cnf.losses import Likelihood
 from cnf.models import build
-from cnf.noise import Noise
-from cnf.objectives import Likelihood
+from cnf.random import Noise
 from cnf.solvers import FixedGrid, Reversible
 
 MIB = 2**20

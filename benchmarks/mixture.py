@@ -22,10 +22,10 @@ import torch
 from measure import RESULTS, machine, markdown, record, versions
 from sklearn.mixture import GaussianMixture
 
-from cnf.checkpoint import read_config
 from cnf.cli.common import load_splits
-from cnf.datasets import DataSplits
-from cnf.noise import Noise
+from cnf.data import DataSplits
+from cnf.random import Noise
+from cnf.runs import read_config
 from cnf.transforms import Dequantize, Gaussianize, Logit, Request, Sequential, Transform
 
 COPIES, DRAWS = 16, 10

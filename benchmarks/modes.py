@@ -13,13 +13,13 @@ from measure import seconds
 from memory import available, profile
 from torch import Tensor, nn
 
-from cnf import datasets
+from cnf import data as datasets
 from cnf.config import RunConfig, preset
-from cnf.continuous import CNF
 from cnf.flow import Flow
+from cnf.losses import Likelihood
 from cnf.models import build
-from cnf.noise import Noise
-from cnf.objectives import Likelihood
+from cnf.ode.continuous import CNF
+from cnf.random import Noise
 from cnf.solvers import FixedGrid
 
 __all__ = ["MODES", "Mode", "Ours", "evaluations", "floor", "images", "ours"]

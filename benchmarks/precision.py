@@ -29,12 +29,12 @@ from exact import spread
 from matplotlib import pyplot as plt
 from measure import machine, markdown, record, versions
 
-from cnf.checkpoint import RunInfo
 from cnf.cli.common import load_splits
 from cnf.config import RunConfig, preset
-from cnf.datasets import DataSplits
-from cnf.likelihood import evaluate
+from cnf.data import DataSplits
+from cnf.evaluation import evaluate
 from cnf.models import build
+from cnf.runs import RunInfo
 from cnf.training import Trainer, from_settings
 
 CASES = {"digits": 400, "mnist": 200}  # steps

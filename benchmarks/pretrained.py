@@ -10,8 +10,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from cnf.checkpoint import load, read_config, shelf, write_config, write_weights
 from cnf.config import PRESETS, DataConfig, RunConfig, TrainConfig
+from cnf.runs import load, read_config, shelf, write_config, write_weights
 
 EVALUATION = ("eval_method", "eval_rtol", "eval_atol", "eval_tolerance")
 

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchdiffeq import odeint_adjoint
 
-from cnf.continuous import CNF
 from cnf.flow import Flow
-from cnf.multiscale import Multiscale
-from cnf.noise import Noise
+from cnf.ode.continuous import CNF
+from cnf.ode.multiscale import Multiscale
+from cnf.random import Noise
 from cnf.transforms import Sequential
 
 __all__ = [

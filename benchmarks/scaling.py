@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from measure import machine, markdown, record, versions
 
-from cnf.checkpoint import RunInfo
 from cnf.cli.common import load_splits
 from cnf.config import PUBLISHED, preset
 from cnf.distributed import join
 from cnf.models import build
+from cnf.runs import RunInfo
 from cnf.training import from_settings
 
 COLUMNS = {

@@ -102,10 +102,14 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def rooms(graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """Return the imports between rooms, the folders and single modules right under the package."""
+    """Return the imports between rooms, the folders and single modules right under the package.
+
+    ``__main__`` is left out: like the scripts it only calls the program.
+    """
     def room(name: str) -> str:
         return ".".join(name.split(".")[:2])
 
+    graph = {name: others for name, others in graph.items() if name != "cnf.__main__"}
     found: dict[str, set[str]] = {room(name): set() for name in graph}
     for name, others in graph.items():
         found[room(name)] |= {room(o) for o in others} - {room(name)}

@@ -9,10 +9,10 @@ from typing import Any
 
 from stopwatch import Stopwatch
 
-from cnf.checkpoint import RunInfo
 from cnf.cli.common import load_splits
 from cnf.config import RunConfig, preset
 from cnf.models import ModelConfig, SolverConfig, build
+from cnf.runs import RunInfo
 from cnf.training import from_settings
 
 __all__ = ["LOSS_COLUMNS", "time_to_loss"]

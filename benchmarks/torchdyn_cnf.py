@@ -39,8 +39,8 @@ from zuko_pair import (
     zuko_log_prob,
 )
 
-from cnf.divergence import Hutchinson
 from cnf.flow import Flow
+from cnf.ode.divergence import Hutchinson
 
 try:
     with warnings.catch_warnings():

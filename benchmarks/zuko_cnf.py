@@ -38,8 +38,8 @@ from zuko_pair import (
     zuko_log_prob,
 )
 
-from cnf.divergence import Hutchinson
 from cnf.flow import Flow
+from cnf.ode.divergence import Hutchinson
 from cnf.solvers import FixedGrid
 
 DIMS = (2, 6, 43, 64)  # a toy, POWER's and MINIBOONE's sizes, the 8x8 digits

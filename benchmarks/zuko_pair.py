@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnf import datasets
-from cnf.continuous import CNF
-from cnf.divergence import Exact, Hutchinson
+from cnf import data as datasets
 from cnf.fields import MLP
 from cnf.fields.maps import Linear
 from cnf.fields.time import Affine, Constants, TimeLayer
 from cnf.flow import Flow
-from cnf.noise import Noise
+from cnf.ode.continuous import CNF
+from cnf.ode.divergence import Exact, Hutchinson
+from cnf.random import Noise
 from cnf.solvers import Adaptive, FixedGrid
 from cnf.transforms import Dequantize, Logit, Request, Sequential
 

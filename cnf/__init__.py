@@ -5,20 +5,23 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from cnf._utils.former_paths import install
+from cnf._utils.version import __version__
+
 if TYPE_CHECKING:
-    from cnf.checkpoint import load, save
+    from cnf._utils.async_checks import defer_checks
     from cnf.config import ModelConfig, SolverConfig
-    from cnf.continuous import CNF
-    from cnf.divergence import Exact, Hutchinson
     from cnf.fields import VectorField
     from cnf.fitting import FitResult, fit
     from cnf.flow import Flow
     from cnf.models import build
-    from cnf.noise import Noise
+    from cnf.ode.continuous import CNF
+    from cnf.ode.divergence import Exact, Hutchinson
+    from cnf.random import Noise
+    from cnf.runs import load, save
     from cnf.solvers import Adaptive, FixedGrid
     from cnf.velocity import from_velocity
 
-__version__ = "0.1.0"
 __all__ = [
     "CNF",
     "Adaptive",
@@ -31,7 +34,9 @@ __all__ = [
     "Noise",
     "SolverConfig",
     "VectorField",
+    "__version__",
     "build",
+    "defer_checks",
     "fit",
     "from_velocity",
     "load",
@@ -40,19 +45,23 @@ __all__ = [
 
 # public name -> module; imported at first use, so that ``import cnf`` and the settings need no torch (PEP 562)
 _HOMES = {
-    "cnf.checkpoint": ("load", "save"),
+    "cnf._utils.async_checks": ("defer_checks",),
+    "cnf.runs": ("load", "save"),
     "cnf.config": ("ModelConfig", "SolverConfig"),
-    "cnf.continuous": ("CNF",),
-    "cnf.divergence": ("Exact", "Hutchinson"),
+    "cnf.ode.continuous": ("CNF",),
+    "cnf.ode.divergence": ("Exact", "Hutchinson"),
     "cnf.fields": ("VectorField",),
     "cnf.fitting": ("FitResult", "fit"),
     "cnf.flow": ("Flow",),
     "cnf.models": ("build",),
-    "cnf.noise": ("Noise",),
+    "cnf.random": ("Noise",),
     "cnf.solvers": ("Adaptive", "FixedGrid"),
     "cnf.velocity": ("from_velocity",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+install()
 
 
 def __getattr__(name: str) -> Any:

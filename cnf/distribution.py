@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from cnf.errors import DataError
+from cnf._utils.errors import DataError
 from cnf.transforms import Dequantize, Gaussianize, Logit, Transform, iter_leaves
 
 __all__ = ["FlowDistribution"]
@@ -46,7 +46,7 @@ class FlowDistribution(Distribution):
 
     Example:
         >>> from cnf.fields import MLP
-        >>> from cnf.continuous import CNF
+        >>> from cnf.ode.continuous import CNF
         >>> from cnf.flow import Flow
         >>> flow = Flow(CNF(MLP(2, context_dim=3)), (2,))
         >>> three = flow.distribution(torch.eye(3))

@@ -12,26 +12,23 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from cnf.checkpoint import ModelInfo, describe, has_trainer, leftovers, write_model_info
-from cnf.checkpoint.lock import LOCK
+from cnf._utils.errors import ConfigError, DataError, require_at_least
 from cnf.distributed import SINGLE_PROCESS, Group
-from cnf.errors import ConfigError, DataError, require_at_least
 from cnf.flow import Flow
-from cnf.models import Predictor
-from cnf.objectives import CustomLoss, FlowMatching, Likelihood, Objective, Supervised
-from cnf.objectives.custom import LossFunction
+from cnf.losses import CustomLoss, FlowMatching, Likelihood, Objective, Supervised
+from cnf.losses.custom import LossFunction
+from cnf.neural_ode import Predictor
+from cnf.runs import ModelInfo, describe, has_trainer, leftovers, write_model_info
+from cnf.runs.lock import LOCK
 from cnf.training.batches import Batches
-from cnf.training.callbacks import Callback, WeightAverage, replaced
+from cnf.training.callbacks import Callback, replaced
 from cnf.training.checkpointer import Checkpointer
+from cnf.training.defaults import default_callbacks
 from cnf.training.fit_data import training_data
 from cnf.training.fit_optimizer import MakeOptimizer, Schedule, optimizer_and_rates
-from cnf.training.loggers import ProgressBar, RunLogger, TensorBoardLogger
 from cnf.training.loop import Trainer
-from cnf.training.non_finite import NonFinitePolicy
 from cnf.training.phases import Phase
-from cnf.training.signals import Signals
 from cnf.training.solver_monitor import SolverMonitor
-from cnf.training.time_sampler import TimeSampler
 from cnf.transforms import Standardize
 
 __all__ = ["FitResult", "fit"]
@@ -103,7 +100,7 @@ def fit(
             are the best.
         context: condition of a flow, or target of a predictor, for each row of ``train``: an array, or column names of
             the DataFrame.
-        loss: an object of :mod:`cnf.objectives`, or a function ``loss(model, x, context, noise)`` that returns (N,), a
+        loss: an object of :mod:`cnf.losses`, or a function ``loss(model, x, context, noise)`` that returns (N,), a
             scalar, or a dictionary with ``"loss"``. None: the negative log-likelihood of a flow (in bits/dim for
             images), the squared error of a predictor, or its cross entropy if the targets are integers.
         steps: optimiser steps.
@@ -170,7 +167,7 @@ def fit(
         flow, steps=steps, batch_size=batches.size, rows=getattr(batches, "length", 0), loss=_name(objective), seed=seed,
         optimizer=_name(optimizer) if optimizer is not None else "AdamW",
     )  # fmt: skip
-    chosen = [] if callbacks is None else replaced(_defaults(where, info, mark, group), callbacks)
+    chosen = [] if callbacks is None else replaced(default_callbacks(where, partial(write_model_info, info=info), mark, group), callbacks)
     _set_precision(flow, precision, compile)
     trainer = Trainer(
         flow, [phase], steps=steps, validation=held_out, callbacks=chosen, validate_every=validate_every, log_every=log_every,
@@ -220,16 +217,6 @@ def _require_free(folder: Path) -> None:
         raise ConfigError(f"folder={str(folder)!r} is not empty; expected a new or an empty folder: {hint}")
 
 
-def _defaults(folder: Path | None, info: ModelInfo, mark: str, group: Group) -> list[Callback]:
-    found: list[Callback] = [WeightAverage(), TimeSampler(), SolverMonitor(), NonFinitePolicy()]
-    if folder is not None:
-        found = [Checkpointer(folder, partial(write_model_info, info=info), mark), *found, Signals()]
-    if group.main:
-        found += [] if folder is None else [RunLogger(folder), TensorBoardLogger(folder)]
-        found.append(ProgressBar())
-    return found
-
-
 def _objective(model: nn.Module, loss: Objective | LossFunction | None, batches: Batches) -> Any:
     if isinstance(loss, Likelihood | FlowMatching | Supervised | CustomLoss):
         own = loss.flow if isinstance(loss, Likelihood | FlowMatching) else loss.model
@@ -250,7 +237,7 @@ def _objective(model: nn.Module, loss: Objective | LossFunction | None, batches:
     if isinstance(loss, nn.Module) and hasattr(loss, "validate"):
         return loss
     if not callable(loss):
-        raise ConfigError(f"loss={loss!r}; expected an object of cnf.objectives, or a function of (model, x, context, noise)")
+        raise ConfigError(f"loss={loss!r}; expected an object of cnf.losses, or a function of (model, x, context, noise)")
     return CustomLoss(model, loss)
 
 

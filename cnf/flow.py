@@ -11,21 +11,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cnf.continuous import CNF
-from cnf.deferral import outside_inference_mode
+from cnf._utils.async_checks import outside_inference_mode
+from cnf._utils.errors import ConfigError, DataError, require_inside
+from cnf._utils.validation import as_rows, check_context, check_points, check_unit_interval, sample_shape
 from cnf.distribution import FlowDistribution
-from cnf.divergence import Divergence
-from cnf.errors import ConfigError, DataError, require_inside
 from cnf.fields.custom import context_size
-from cnf.noise import Noise, draw
+from cnf.ode.continuous import CNF
+from cnf.ode.divergence import Divergence
+from cnf.ode.statistics import fit_statistics
+from cnf.ode.trajectory import trajectory
+from cnf.random import Noise, draw
 from cnf.solvers import Stats
 from cnf.solvers.base import SolverOverride
-from cnf.statistics import fit_statistics
-from cnf.trajectory import trajectory
 from cnf.transforms import Dequantize, Request, Transform, TransformOutput
 from cnf.transforms.base import Shape
 from cnf.transforms.request import DEFAULT, as_request
-from cnf.validation import as_rows, check_context, check_points, check_unit_interval, sample_shape
 
 __all__ = ["Flow", "FlowDistribution"]
 
@@ -97,7 +97,7 @@ class Flow(nn.Module):
         return (v for v in chain(self.parameters(), self.buffers()) if v.is_floating_point())
 
     def fit_statistics(self, x: Tensor, *, batch_size: int = 8192) -> None:
-        """Fit the data statistics of the flow to x (N, \\*event); see :func:`cnf.statistics.fit_statistics`."""
+        """Fit the data statistics of the flow to x (N, \\*event); see :func:`cnf.ode.statistics.fit_statistics`."""
         fit_statistics(self.transform, x, batch_size)
 
     def forward(
@@ -145,7 +145,7 @@ class Flow(nn.Module):
         return self._apply_rows(x, replace(request, context=context))
 
     def _apply_rows(self, x: Tensor, request: Request, reverse: bool = False) -> TransformOutput:
-        """Apply the transform, or its inverse, to validated rows, of which there may be none."""
+        """Apply the transform, or its inverse, to validated rows; an empty batch gives an empty result."""
         if x.shape[0] == 0:  # with a gradient to x
             shape, zero = self.event_shape if reverse else self.latent_shape, x.sum() if x.is_floating_point() else 0
             return TransformOutput(self.like.new_zeros(0, *shape) + zero, self.like.new_zeros(0) + zero, {}, Stats())
@@ -279,7 +279,7 @@ class Flow(nn.Module):
     def trajectory(
         self, x: Tensor, times: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, solver: SolverOverride = None
     ) -> Tensor:
-        """Return x at ``times`` in [0, 1] (0 = data, 1 = latent), (len(times), N, \\*event); see :mod:`cnf.trajectory`.
+        """Return x at ``times`` in [0, 1] (0 = data, 1 = latent), (len(times), N, \\*event); see :mod:`cnf.ode.trajectory`.
 
         Frames are in the blocks' coordinates (after Standardize or Logit), whole images for a multiscale flow.
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cnf.continuous import CNF
-from cnf.divergence import Divergence
-from cnf.errors import ConfigError
+from cnf._utils.errors import ConfigError
 from cnf.fields import VectorField
 from cnf.fields.signature import velocity_takes_context
 from cnf.flow import Flow
+from cnf.ode.continuous import CNF
+from cnf.ode.divergence import Divergence
 from cnf.solvers import Solver
 
 __all__ = ["from_velocity"]
@@ -72,7 +72,7 @@ def from_velocity(
         event_shape: shape of one point.
         time: direction, ``"noise-to-data"`` or ``"data-to-noise"``.
         base_std: standard deviation of the noise.
-        divergence: divergence strategy; :class:`~cnf.divergence.Exact` if None.
+        divergence: divergence strategy; :class:`~cnf.ode.divergence.Exact` if None.
         eval_solver: solver; that of :class:`~cnf.CNF` if None.
 
     Raises:

@@ -14,13 +14,13 @@ from torch import nn
 import cnf
 from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson
 from cnf.config import AFFJORD, PUBLISHED
-from cnf.divergence import Bound
 from cnf.errors import ConfigError
 from cnf.fields import MLP, AugmentedTimeConditioning, Conv, ConvField, Linear, SqueezeSum, TimePath
+from cnf.losses import Likelihood
 from cnf.models import ModelConfig, SolverConfig, build, count_parameters
-from cnf.multiscale import SharedAugmentedTime, multiscale
-from cnf.objectives import Likelihood
-from cnf.quadratures import Directional, JacobianFrobenius, Kinetic, RunningCost, TotalDerivative
+from cnf.ode.divergence import Bound
+from cnf.ode.multiscale import SharedAugmentedTime, multiscale
+from cnf.ode.quadratures import Directional, JacobianFrobenius, Kinetic, RunningCost, TotalDerivative
 from cnf.transforms import Request, Sequential, Squeeze
 from cnf.transforms.request import AugmentedTime
 

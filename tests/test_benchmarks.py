@@ -13,10 +13,10 @@ import torch
 from conftest import ROOT
 
 from cnf.config import preset
-from cnf.datasets import DataSplits
+from cnf.data import DataSplits
+from cnf.losses import Likelihood
 from cnf.models import ModelConfig, SolverConfig, build, build_predictor
-from cnf.noise import Noise
-from cnf.objectives import Likelihood
+from cnf.random import Noise
 from cnf.solvers import Adaptive, FixedGrid
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -7,8 +7,11 @@ import os
 import pytest
 import torch
 
-from cnf import checkpoint
-from cnf.checkpoint import (
+from cnf import runs as checkpoint
+from cnf.config import PRESETS, DataConfig, RunConfig, TrainConfig
+from cnf.errors import CheckpointError
+from cnf.models import ModelConfig, SolverConfig
+from cnf.runs import (
     RunInfo,
     config_digest,
     load,
@@ -19,9 +22,6 @@ from cnf.checkpoint import (
     write_config,
     write_weights,
 )
-from cnf.config import PRESETS, DataConfig, RunConfig, TrainConfig
-from cnf.errors import CheckpointError
-from cnf.models import ModelConfig, SolverConfig
 
 CONFIG = RunConfig(
     "own",

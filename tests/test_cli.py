@@ -16,14 +16,14 @@ from conftest import ROOT, contents
 from PIL import Image
 
 import cnf
-from cnf.checkpoint import read_config, write_config
 from cnf.cli import classify_main, main, sample_main, train_main
 from cnf.config import PRESETS, RunConfig
 from cnf.config.names import option as option_of
 from cnf.config.presets.counts import PARAMETERS
 from cnf.config.rules import applies
 from cnf.errors import TrainingError
-from cnf.noise import Noise
+from cnf.random import Noise
+from cnf.runs import read_config, write_config
 from cnf.training import Trainer
 
 TINY = ["--hidden", "8", "--max-train-rows", "60", "--steps", "6", "--batch-size", "20", "--warmup", "2", "--validate-every", "3",
@@ -462,9 +462,9 @@ def test_evaluate_scores_again_and_overwrites_nothing(tmp_path, capsys, digits):
         ("--validation-items 3", "--evaluate does not use --validation-items"),
         ("--probes 2", "--probes is for --divergence hutchinson"),
         ("--data 8gaussians", "models events (1, 8, 8) of 17 levels"),
-        ("--resume --out x", "--resume means nothing beside --evaluate"),
-        ("--out x", "--out means nothing beside --evaluate"),
-        ("--dry-run", "--dry-run means nothing beside --evaluate"),
+        ("--resume --out x", "--resume does not apply to --evaluate"),
+        ("--out x", "--out does not apply to --evaluate"),
+        ("--dry-run", "--dry-run does not apply to --evaluate"),
         ("tabular", "is a run of preset digits, not tabular"),
     ],
 )

@@ -20,9 +20,9 @@ import cnf
 from cnf.cli import train_main
 from cnf.cli.evaluate import _keep
 from cnf.cli.exits import guard
-from cnf.datasets import load
-from cnf.divergence import Hutchinson
-from cnf.likelihood import check, column_report, evaluate
+from cnf.data import load
+from cnf.evaluation import check, column_report, evaluate
+from cnf.ode.divergence import Hutchinson
 from cnf.solvers import Adaptive
 
 SEED = 30_000  # of the noise of every test
@@ -99,7 +99,7 @@ def test_what_was_computed_is_kept_though_nobody_reads_it(tmp_path, monkeypatch,
 
     before = len(list(digits.glob("evaluation-*.json")))
     monkeypatch.setattr("cnf.cli.evaluate.summary", closed)
-    monkeypatch.setattr("cnf.likelihood.ranking.Ranking.text", closed)
+    monkeypatch.setattr("cnf.evaluation.ranking.Ranking.text", closed)
     monkeypatch.setattr("cnf.cli.exits._hang_up", lambda: None)
     assert train_main(["--evaluate", str(digits), "--per-item", str(tmp_path / "split.csv")]) == 141
     assert len(list(digits.glob("evaluation-*.json"))) == before + 1 and (tmp_path / "split.csv").is_file()

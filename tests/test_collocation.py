@@ -11,16 +11,16 @@ from conftest import F64, ROOT
 from torch import nn
 
 from cnf import CNF, Flow, ModelConfig, SolverConfig, build
-from cnf.collocation import FINEST, RULES, patterson, solve_at_nodes
 from cnf.distributed import SINGLE_PROCESS, Group
-from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError, DataError, SolverError
+from cnf.evaluation import evaluate
+from cnf.evaluation.stiffness_batching import local_error, sorted_rows
 from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
-from cnf.likelihood import evaluate
-from cnf.likelihood.stiffness_batching import local_error, sorted_rows
 from cnf.models import eval_solver
-from cnf.noise import Noise
-from cnf.quadratures import Directional, JacobianFrobenius, Kinetic, RunningCost, TotalDerivative
+from cnf.ode.divergence import Exact, Hutchinson
+from cnf.ode.logdet_quadrature import FINEST, RULES, patterson, solve_at_nodes
+from cnf.ode.quadratures import Directional, JacobianFrobenius, Kinetic, RunningCost, TotalDerivative
+from cnf.random import Noise
 from cnf.solvers import Adaptive, FixedGrid, refined
 from cnf.transforms import Request, Sequential
 
@@ -390,7 +390,7 @@ def test_batches_are_cut_in_the_order_of_hardness(monkeypatch):
     nfe = alone[order].reshape(5, 8).mean(1)
     assert nfe.tolist() == sorted(nfe.tolist()) and nfe[-1] > 1.5 * nfe[0]
     own = evaluate(flow, x, batch_size=8)
-    monkeypatch.setattr("cnf.likelihood.evaluation.sorted_rows", lambda flow, x, context, **_: torch.arange(len(x)))
+    monkeypatch.setattr("cnf.evaluation.likelihood.sorted_rows", lambda flow, x, context, **_: torch.arange(len(x)))
     mixed = evaluate(flow, x, batch_size=8)
     assert own.nfe < 0.9 * mixed.nfe and torch.equal(own.index, mixed.index)
     torch.testing.assert_close(own.log_prob, mixed.log_prob, rtol=0, atol=1e-5)

@@ -11,11 +11,11 @@ from conftest import F64, Malicious
 from test_golden import files, read, substate
 
 from cnf.compat import FFJORD_REGULARISERS, load_reference, read_reference, released
-from cnf.continuous import CNF
-from cnf.divergence import Bound, Exact, Hutchinson
 from cnf.errors import CheckpointError, ConfigError
 from cnf.fields import MLP
-from cnf.noise import Noise
+from cnf.ode.continuous import CNF
+from cnf.ode.divergence import Bound, Exact, Hutchinson
+from cnf.random import Noise
 from cnf.solvers import Adaptive, FixedGrid
 from cnf.transforms import Request, Rescale
 

@@ -10,12 +10,12 @@ from conftest import F64
 from torch import nn
 
 from cnf import CNF, Adaptive, FixedGrid, Flow
-from cnf.divergence import Exact, Hutchinson
 from cnf.errors import SolverError
+from cnf.evaluation import check, evaluate, rank
 from cnf.fields import MLP, AugmentedTimeConditioning, TimePath
-from cnf.likelihood import check, evaluate, rank
-from cnf.noise import Noise
-from cnf.refinement import refine
+from cnf.ode.divergence import Exact, Hutchinson
+from cnf.ode.refinement import refine
+from cnf.random import Noise
 from cnf.transforms import Request
 
 WORST = 5e-3  # nats

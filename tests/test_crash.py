@@ -20,12 +20,12 @@ import torch._dynamo  # which the first optimiser imports, in seconds
 from tqdm import tqdm
 from trainers import checkpointer, policy, training
 
-from cnf.checkpoint import LOCK, RunInfo, files, leftovers, write_config
 from cnf.config import DataConfig, RunConfig, TrainConfig
-from cnf.datasets import DataSplits
+from cnf.data import DataSplits
 from cnf.errors import SolverError
+from cnf.losses import Likelihood
 from cnf.models import ModelConfig, SolverConfig
-from cnf.objectives import Likelihood
+from cnf.runs import LOCK, RunInfo, files, leftovers, write_config
 from cnf.training import Trainer
 
 HERE = Path(__file__).resolve().parent

@@ -9,12 +9,13 @@ from trainers import stop_at
 
 import cnf
 from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson
-from cnf.deferral import defer_checks
+from cnf._utils.async_checks import defer_checks
 from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
-from cnf.models import ModelConfig, SolverConfig, anode_conv, build
-from cnf.multiscale import multiscale
-from cnf.objectives import FlowMatching
-from cnf.quadratures import JacobianFrobenius, Kinetic
+from cnf.losses import FlowMatching
+from cnf.models import ModelConfig, SolverConfig, build
+from cnf.neural_ode import anode_conv
+from cnf.ode.multiscale import multiscale
+from cnf.ode.quadratures import JacobianFrobenius, Kinetic
 from cnf.training.step import gradient, tensor_cores
 from cnf.transforms import Request
 

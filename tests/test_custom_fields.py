@@ -10,7 +10,7 @@ from torch import nn
 
 import cnf.fields
 from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson, Noise
-from cnf.compilation import CompilationWarning
+from cnf._utils.compilation import CompilationWarning
 from cnf.errors import ConfigError
 from cnf.fields import (
     AUGMENTED_TIME_LAYERS,
@@ -595,7 +595,7 @@ def test_composite_layers_have_the_derivative_of_autograds_jacobian(mix, diverge
 
 @pytest.mark.slow
 def test_attention_compiles(monkeypatch):
-    monkeypatch.setattr("cnf.compilation.BACKEND", "aot_eager")
+    monkeypatch.setattr("cnf._utils.compilation.BACKEND", "aot_eager")
     x = torch.randn(3, 2, dtype=F64)
     with warnings.catch_warnings():
         warnings.simplefilter("error", CompilationWarning)

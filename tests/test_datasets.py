@@ -17,10 +17,10 @@ from conftest import same_rows, shared
 from PIL import Image
 from scipy.special import i0e, logsumexp, ndtr
 
-from cnf import datasets
-from cnf.datasets import toy
-from cnf.datasets.lattice import lattice_step
-from cnf.datasets.pictures import PictureDensity
+from cnf import data as datasets
+from cnf.data import toy
+from cnf.data.lattice import lattice_step
+from cnf.data.pictures import PictureDensity
 from cnf.errors import ConfigError, DataError
 
 F32 = float(np.finfo(np.float32).eps)

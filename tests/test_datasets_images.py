@@ -17,7 +17,7 @@ import torch
 from conftest import rows_of, same_rows, shared
 from PIL import Image
 
-from cnf import datasets
+from cnf import data as datasets
 from cnf.errors import ConfigError, DataError
 
 # --- named sets -----------------------------------------------------------------------------------------------------------

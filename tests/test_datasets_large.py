@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cnf import datasets
-from cnf.datasets import arrays, prepared
-from cnf.datasets.rows import is_mapped, keep_rows
+from cnf import data as datasets
+from cnf.data import arrays, prepared
+from cnf.data.rows import is_mapped, keep_rows
 from cnf.errors import ConfigError, DataError
 
 
@@ -82,7 +82,7 @@ def test_celeba_from_the_zip_and_again_from_the_prepared_file(tmp_path: Path, mo
     def never(*_: Any) -> None:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr("cnf.datasets.celeba.open_picture", never)
+    monkeypatch.setattr("cnf.data.celeba.open_picture", never)
     again = datasets.load("celeba", root=tmp_path / "b")
     assert torch.equal(again.validation, full.validation) and any("an earlier run decoded" in n for n in again.notices)
     os.utime(tmp_path / "b" / "celeba" / "img_align_celeba.zip", ns=(1, 1))  # another file: another mark

@@ -7,15 +7,15 @@ import pytest
 import torch
 from conftest import F64
 
-from cnf.dequantization import TruncatedNormalDequantize, VariationalDequantize
 from cnf.errors import ConfigError, DataError
+from cnf.evaluation import evaluate
 from cnf.flow import Flow
-from cnf.likelihood import evaluate
+from cnf.losses import Likelihood
 from cnf.models import ModelConfig, SolverConfig, build
-from cnf.noise import Noise
-from cnf.objectives import Likelihood
+from cnf.random import Noise
 from cnf.solvers import Stats
 from cnf.transforms import Dequantize, Request, Sequential, Transform, TransformOutput
+from cnf.transforms.dequantization import TruncatedNormalDequantize, VariationalDequantize
 
 pytestmark = pytest.mark.usefixtures("double")
 

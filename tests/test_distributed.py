@@ -21,23 +21,24 @@ from conftest import ROOT
 from trainers import average, monitor, training
 
 from cnf import distributed
-from cnf.checkpoint import RunInfo, write_config
 from cnf.cli import sample_main
 from cnf.cli.exits import speaks
 from cnf.config import DataConfig, RunConfig, TrainConfig
-from cnf.continuous import CNF
-from cnf.datasets import DataSplits
+from cnf.data import DataSplits
 from cnf.distributed import SINGLE_PROCESS, Group, join
 from cnf.distributed import group as group_module
-from cnf.divergence import Hutchinson
 from cnf.errors import CheckpointError, CNFError, ConfigError, SolverError, TrainingError
+from cnf.evaluation import check, evaluate
+from cnf.evaluation import rank as ranking
 from cnf.fields import MLP
 from cnf.flow import Flow
-from cnf.likelihood import check, evaluate
-from cnf.likelihood import rank as ranking
-from cnf.models import ModelConfig, SolverConfig, anode_mlp
-from cnf.noise import Noise
-from cnf.objectives import Likelihood, Supervised, assess
+from cnf.losses import Likelihood, Supervised, assess
+from cnf.models import ModelConfig, SolverConfig
+from cnf.neural_ode import anode_mlp
+from cnf.ode.continuous import CNF
+from cnf.ode.divergence import Hutchinson
+from cnf.random import Noise
+from cnf.runs import RunInfo, write_config
 from cnf.solvers import Adaptive, FixedGrid
 from cnf.training import Interrupted
 from cnf.training.batches import Batches

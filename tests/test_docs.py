@@ -106,11 +106,11 @@ def test_who_may_import_what(name):
     if not name.startswith("cnf.compat"):
         assert not [m for m in found if m.startswith("cnf.compat")], f"{name} imports compat"
     heavy = {m.split(".")[0] for m in found} & {"matplotlib", "torchvision", "tqdm", "tensorboard"}
-    if not name.startswith(("cnf.plotting", "cnf.datasets", "cnf.training")):
+    if not name.startswith(("cnf.plotting", "cnf.data", "cnf.training")):
         assert not heavy, f"{name} imports {heavy}"
-    mathematics = ("cnf.noise", "cnf.divergence", "cnf.quadratures", "cnf.solvers", "cnf.fields")
+    mathematics = ("cnf.random", "cnf.ode.divergence", "cnf.ode.quadratures", "cnf.solvers", "cnf.fields")
     if name.startswith(mathematics):
-        upper = ("cnf.flow", "cnf.sensitivity", "cnf.models", "cnf.training", "cnf.cli", "cnf.datasets")
+        upper = ("cnf.flow", "cnf.sensitivity", "cnf.models", "cnf.training", "cnf.cli", "cnf.data")
         above = [m for m in found if m.startswith(upper)]
         assert not above, f"{name} imports {above}"
 

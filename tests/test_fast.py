@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from cnf import ModelConfig, SolverConfig, build, compilation
-from cnf.compilation import CompilationWarning, compiled
-from cnf.continuous import CNF
-from cnf.divergence import Exact, Hutchinson
+from cnf._utils.compilation import CompilationWarning, compiled
 from cnf.errors import ConfigError
+from cnf.evaluation import block_errors, evaluate, solver_error
 from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, HyperMLP, SqueezeSum, TimePath
-from cnf.likelihood import block_errors, evaluate, solver_error
-from cnf.noise import Noise
-from cnf.objectives import Likelihood
-from cnf.quadratures import JacobianFrobenius, Kinetic, StepError
+from cnf.losses import Likelihood
+from cnf.ode.continuous import CNF
+from cnf.ode.divergence import Exact, Hutchinson
+from cnf.ode.quadratures import JacobianFrobenius, Kinetic, StepError
+from cnf.random import Noise
 from cnf.solvers import FixedGrid, Reversible
 from cnf.training.auto_steps import AutoSteps
 from cnf.transforms import Request

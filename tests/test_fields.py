@@ -4,11 +4,11 @@ import pytest
 import torch
 from conftest import F64, perturbed
 
-from cnf.continuous import CNF
-from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError
 from cnf.fields import LAYERS, MLP, ConvField
-from cnf.quadratures import RunningCost
+from cnf.ode.continuous import CNF
+from cnf.ode.divergence import Exact, Hutchinson
+from cnf.ode.quadratures import RunningCost
 
 
 def jacobian(field, t, x, context=None):

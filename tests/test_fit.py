@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import cnf
 from cnf.errors import CheckpointError, ConfigError, DataError
-from cnf.models import anode_mlp
-from cnf.objectives import FlowMatching, Likelihood
+from cnf.losses import FlowMatching, Likelihood
+from cnf.neural_ode import anode_mlp
 from cnf.training.callbacks import Callback, EarlyStopping, WeightAverage
 from cnf.training.checkpointer import Checkpointer
 from cnf.training.non_finite import NonFinitePolicy
@@ -252,7 +252,7 @@ def test_what_was_built_is_saved_with_its_settings(tmp_path):
         cnf.load(tmp_path / "own", flow=nn.Linear(2, 2))
     with pytest.raises(CheckpointError, match="does not hold this model's weights"):
         cnf.load(tmp_path / "own", flow=cnf.Flow(cnf.CNF(Own(2, 9)), (2,)))
-    from cnf.checkpoint import read_config
+    from cnf.runs import read_config
 
     with pytest.raises(CheckpointError, match="not a run of cnf train: load it in Python"):
         read_config(tmp_path / "own")

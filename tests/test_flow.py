@@ -9,14 +9,14 @@ import torch
 from conftest import F64, LinearField, jacobian, normal, uniform
 from torch.distributions import AffineTransform, Independent, Normal, TransformedDistribution
 
-from cnf.continuous import CNF
 from cnf.distribution import FlowDistribution
-from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError, DataError
 from cnf.fields import MLP
 from cnf.flow import Flow
 from cnf.models import ModelConfig, SolverConfig, build
-from cnf.noise import Noise
+from cnf.ode.continuous import CNF
+from cnf.ode.divergence import Exact, Hutchinson
+from cnf.random import Noise
 from cnf.solvers import FixedGrid, Stats
 from cnf.transforms import Dequantize, Logit, Request, Sequential, Squeeze, Standardize, Transform, TransformOutput
 

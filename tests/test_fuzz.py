@@ -23,8 +23,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_datasets_images import colour, python2_batch
 
-from cnf import datasets
-from cnf.checkpoint import (
+from cnf import data as datasets
+from cnf.compat import load_reference, read_reference
+from cnf.config import DataConfig, RunConfig, TrainConfig
+from cnf.data.arrays import read_numpy
+from cnf.data.cifar import parse_batch
+from cnf.data.items import read_items
+from cnf.data.pictures import SUFFIXES, open_picture
+from cnf.data.text import read_csv
+from cnf.errors import CheckpointError, CNFError, DataError
+from cnf.models import ModelConfig, SolverConfig
+from cnf.runs import (
     RunInfo,
     config_digest,
     load,
@@ -34,15 +43,6 @@ from cnf.checkpoint import (
     write_config,
     write_weights,
 )
-from cnf.compat import load_reference, read_reference
-from cnf.config import DataConfig, RunConfig, TrainConfig
-from cnf.datasets.arrays import read_numpy
-from cnf.datasets.cifar import parse_batch
-from cnf.datasets.items import read_items
-from cnf.datasets.pictures import SUFFIXES, open_picture
-from cnf.datasets.text import read_csv
-from cnf.errors import CheckpointError, CNFError, DataError
-from cnf.models import ModelConfig, SolverConfig
 
 SECONDS = 5.0  # a reader that takes longer hangs; the files take milliseconds
 FEW, MANY = 30, 1500  # damaged files of each kind

@@ -8,7 +8,7 @@ from conftest import F64
 
 from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
-from cnf.noise import Noise
+from cnf.random import Noise
 from cnf.transforms import Dequantize, Gaussianize, Request, Sequential
 
 

@@ -10,11 +10,11 @@ import torch
 from conftest import ROOT
 
 from cnf.compat import load_reference, released
-from cnf.continuous import CNF
-from cnf.divergence import Bound, Exact, Hutchinson
 from cnf.fields import MLP, Conv, Linear, time_layer
 from cnf.fields.activations import ACTIVATIONS
-from cnf.noise import Noise
+from cnf.ode.continuous import CNF
+from cnf.ode.divergence import Bound, Exact, Hutchinson
+from cnf.random import Noise
 from cnf.solvers import Adaptive, FixedGrid
 from cnf.transforms import Logit, Request, Rescale, Sequential, Squeeze
 

@@ -13,12 +13,12 @@ from test_golden import close, files, grid, loaded, read, substate, truth
 from cnf.compat import affjord_toy, load_affjord_toy, load_reference
 from cnf.compat.affjord import ENTRIES, fill_path, released_layer
 from cnf.config import preset
-from cnf.divergence import Exact
 from cnf.errors import CheckpointError, ConfigError
 from cnf.fields import AugmentedTimeConditioning, Conv, TimePath, time_layer
 from cnf.models import build
-from cnf.multiscale import scale_shapes
-from cnf.noise import Noise
+from cnf.ode.divergence import Exact
+from cnf.ode.multiscale import scale_shapes
+from cnf.random import Noise
 from cnf.solvers import Adaptive, FixedGrid
 from cnf.transforms import Request
 from cnf.transforms.request import AugmentedTime

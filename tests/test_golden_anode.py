@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_golden import close, files, read, substate
 
-from cnf.models import anode_conv, anode_mlp
+from cnf.neural_ode import anode_conv, anode_mlp
 from cnf.solvers import Adaptive, FixedGrid
 
 LAYERS = {"conv": ("conv1", "conv2", "conv3"), "mlp": ("fc1", "fc2", "fc3")}

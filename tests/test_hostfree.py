@@ -18,15 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainers import average, policy, stop_at, training
 
 from cnf import CNF, FixedGrid, Flow
-from cnf.checkpoint import RunInfo
+from cnf._utils.async_checks import defer_checks, deferred
 from cnf.config import DataConfig, RunConfig, TrainConfig, preset
-from cnf.datasets import DataSplits
-from cnf.deferral import defer_checks, deferred
-from cnf.divergence import Exact
+from cnf.data import DataSplits
 from cnf.errors import DataError, SolverError, TrainingError
 from cnf.fields import MLP
+from cnf.losses import Likelihood
 from cnf.models import ModelConfig, SolverConfig
-from cnf.objectives import Likelihood
+from cnf.ode.divergence import Exact
+from cnf.runs import RunInfo
 from cnf.training import Interrupted, Trainer
 from cnf.training.batches import Batches
 from cnf.training.schedule import Average, adamw, learning_rate, masked_step
@@ -511,7 +511,7 @@ def test_too_many_in_a_row_stop_with_their_last_step(tmp_path, monkeypatch):
 
 def test_a_checkpoint_of_an_earlier_version_is_taken_up(tmp_path):
     """Its parts had other names, its optimiser is not fused, and all was judged at once."""
-    from cnf.checkpoint import save_trainer
+    from cnf.runs import save_trainer
 
     run = trainer(tmp_path / "run", steps=8)
     stop_at(run, 4)

@@ -11,8 +11,8 @@ from torch import nn
 from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson, Noise, from_velocity
 from cnf.errors import ConfigError, DataError, SolverError
 from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
-from cnf.models import NeuralODE
-from cnf.multiscale import multiscale
+from cnf.neural_ode import NeuralODE
+from cnf.ode.multiscale import multiscale
 from cnf.solvers import Stats
 from cnf.transforms import DeterministicTransform, Sequential, Transform, TransformOutput
 

@@ -11,8 +11,8 @@ from cnf import CNF, Adaptive, FixedGrid
 from cnf.config import preset
 from cnf.errors import ConfigError
 from cnf.fields import AugmentedTimeConditioning, HyperMLP, TimePath
+from cnf.losses import Likelihood
 from cnf.models import ModelConfig, SolverConfig, build
-from cnf.objectives import Likelihood
 from cnf.transforms import Request
 
 K = 3

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cnf.datasets import load
-from cnf.datasets.items import own_names, read_items
+from cnf.data import load
+from cnf.data.items import own_names, read_items
 from cnf.errors import DataError
 
 

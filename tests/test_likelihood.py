@@ -10,15 +10,11 @@ import pytest
 import torch
 from conftest import F64
 
-from cnf.checkpoint import RunInfo
 from cnf.config import RunConfig
-from cnf.continuous import CNF
-from cnf.datasets import DataSplits
-from cnf.divergence import Exact, Hutchinson
+from cnf.config.results import CAUTION
+from cnf.data import DataSplits
 from cnf.errors import ConfigError, DataError
-from cnf.fields import MLP
-from cnf.flow import Flow
-from cnf.likelihood import (
+from cnf.evaluation import (
     ItemNoise,
     check,
     column_report,
@@ -30,8 +26,12 @@ from cnf.likelihood import (
     solver_error,
     spacing_entropy,
 )
+from cnf.fields import MLP
+from cnf.flow import Flow
 from cnf.models import ModelConfig, SolverConfig, build
-from cnf.results import CAUTION
+from cnf.ode.continuous import CNF
+from cnf.ode.divergence import Exact, Hutchinson
+from cnf.runs import RunInfo
 from cnf.solvers import Adaptive, FixedGrid, Stats, refined
 from cnf.training import comparability, score, summary, write_json, write_scores
 from cnf.training.report import columns_text

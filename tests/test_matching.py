@@ -10,8 +10,8 @@ from torch import nn
 from cnf import CNF, Flow, ModelConfig, Noise, SolverConfig, build
 from cnf.errors import ConfigError
 from cnf.fields import MLP, AugmentedTimeConditioning, Denoiser, Interpolant, TimePath
-from cnf.matching import MatchingPath, TimeDistribution, couple, stratified
-from cnf.objectives import FlowMatching
+from cnf.flow_matching import MatchingPath, TimeDistribution, couple, stratified
+from cnf.losses import FlowMatching
 from cnf.solvers import Adaptive
 from cnf.transforms import Sequential, Squeeze, Standardize
 

@@ -10,13 +10,13 @@ import trainers
 from torch._subclasses.fake_tensor import FakeTensor
 from trainers import training
 
-from cnf.checkpoint import RunInfo
-from cnf.collocation import RULES, interpolation, patterson
 from cnf.config import DataConfig, RunConfig, TrainConfig
-from cnf.datasets import DataSplits
-from cnf.likelihood import evaluate
+from cnf.data import DataSplits
+from cnf.evaluation import evaluate
 from cnf.models import ModelConfig, SolverConfig
-from cnf.noise import Noise
+from cnf.ode.logdet_quadrature import RULES, interpolation, patterson
+from cnf.random import Noise
+from cnf.runs import RunInfo
 
 POINTS = torch.randn(300, 2, generator=torch.Generator().manual_seed(3))
 DATA = DataSplits("points", "table", POINTS[:200], POINTS[200:250], POINTS[250:])
@@ -66,7 +66,7 @@ def check(tmp_path, warmup, steps, others, solver):
     settle(run, steps, others, others)
     grown = resident() - before
     print(f"\n{steps} steps, {others} evaluations and samplings: {before / 2**20:.0f} MiB grew by {grown / 2**20:.2f} MiB, tensors {tensors[0]} to {live()[0]}")
-    assert live() == tensors
+    assert all(now <= then for now, then in zip(live(), tensors, strict=True))  # another test's remains may be freed
     assert grown < 30 * 2**20 and grown < 0.05 * before
 
 

@@ -8,19 +8,19 @@ import pytest
 import torch
 from conftest import F64
 
-from cnf.checkpoint import RunInfo
 from cnf.cli import main
 from cnf.cli.options import parse, renamed
 from cnf.config import FFJORD, PRESETS, PUBLISHED, RNODE, preset
 from cnf.config.presets.counts import PARAMETERS
-from cnf.continuous import CNF
-from cnf.divergence import Hutchinson
 from cnf.errors import ConfigError, DataError
 from cnf.fields import ConvField, SqueezeSum
+from cnf.losses import Likelihood
 from cnf.models import ModelConfig, SolverConfig, build, count_parameters
-from cnf.noise import Noise
-from cnf.objectives import Likelihood
-from cnf.quadratures import JacobianFrobenius, Kinetic
+from cnf.ode.continuous import CNF
+from cnf.ode.divergence import Hutchinson
+from cnf.ode.quadratures import JacobianFrobenius, Kinetic
+from cnf.random import Noise
+from cnf.runs import RunInfo
 from cnf.solvers import Adaptive, FixedGrid
 
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from conftest import F64, perturbed
 
-from cnf.continuous import CNF
-from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError, DataError
 from cnf.fields import ConvField, SqueezeSum
 from cnf.flow import Flow
 from cnf.models import ModelConfig, SolverConfig, build
-from cnf.multiscale import Multiscale, Split, multiscale, scale_shapes
-from cnf.noise import Noise
-from cnf.quadratures import Kinetic
+from cnf.ode.continuous import CNF
+from cnf.ode.divergence import Exact, Hutchinson
+from cnf.ode.multiscale import Multiscale, Split, multiscale, scale_shapes
+from cnf.ode.quadratures import Kinetic
+from cnf.random import Noise
 from cnf.solvers import FixedGrid
 from cnf.transforms import Request, Sequential, Squeeze, Transform
 

@@ -12,18 +12,9 @@ from torchdiffeq import odeint
 from cnf.errors import ConfigError, DataError, SolverError
 from cnf.fields import MLP, ConvField, Linear
 from cnf.fields.depth import BASES, Galerkin, basis, galerkin
-from cnf.models import (
-    ModelConfig,
-    NeuralODE,
-    ResidualNet,
-    SolverConfig,
-    anode_conv,
-    anode_mlp,
-    build,
-    build_predictor,
-    residual_net,
-)
-from cnf.models.odenet import ODENet, mlp_maps
+from cnf.models import ModelConfig, SolverConfig, build, build_predictor
+from cnf.neural_ode import NeuralODE, ResidualNet, anode_conv, anode_mlp, residual_net
+from cnf.neural_ode.odenet import ODENet, mlp_maps
 from cnf.solvers import Adaptive, FixedGrid
 
 NODE = ModelConfig("node", "mlp", (8, 8), layer="concat", nonlinearity="softplus", zero_init=False)

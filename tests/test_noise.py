@@ -6,11 +6,11 @@ from itertools import combinations
 import pytest
 import torch
 
-from cnf.continuous import CNF
-from cnf.divergence import Hutchinson
 from cnf.errors import ConfigError
 from cnf.fields import MLP
-from cnf.noise import Noise, child, draw
+from cnf.ode.continuous import CNF
+from cnf.ode.divergence import Hutchinson
+from cnf.random import Noise, child, draw
 from cnf.solvers import FixedGrid
 from cnf.transforms import Request, Sequential
 

@@ -11,18 +11,18 @@ from conftest import F64, LinearField
 from torch.distributions import Normal
 from trainers import stop_at, training
 
-from cnf.checkpoint import RunInfo, save_trainer
 from cnf.config import DataConfig, RunConfig, TrainConfig
-from cnf.continuous import CNF
-from cnf.datasets import DataSplits
-from cnf.divergence import Exact, Hutchinson
+from cnf.data import DataSplits
 from cnf.errors import ConfigError
 from cnf.fields import MLP
 from cnf.flow import Flow
+from cnf.losses import Likelihood
 from cnf.models import ModelConfig, SolverConfig
-from cnf.noise import Noise
-from cnf.objectives import Likelihood
-from cnf.quadratures import Directional, Kinetic, RunningCost
+from cnf.ode.continuous import CNF
+from cnf.ode.divergence import Exact, Hutchinson
+from cnf.ode.quadratures import Directional, Kinetic, RunningCost
+from cnf.random import Noise
+from cnf.runs import RunInfo, save_trainer
 from cnf.solvers import FixedGrid
 from cnf.transforms import Dequantize, Logit, Request, Sequential
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from cnf import datasets
-from cnf.datasets.folders import read_folder
-from cnf.datasets.items import read_items
-from cnf.datasets.pictures import open_picture
+from cnf import data as datasets
+from cnf.data.folders import read_folder
+from cnf.data.items import read_items
+from cnf.data.pictures import open_picture
 from cnf.errors import DataError
 
 RNG = np.random.default_rng(0)

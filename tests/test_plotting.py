@@ -8,8 +8,8 @@ from PIL import Image
 from cnf import plotting
 from cnf.errors import CheckpointError, ConfigError
 from cnf.models import ModelConfig, SolverConfig, build
-from cnf.noise import Noise
 from cnf.plotting import canvas, curves, features, motion, plane, samples
+from cnf.random import Noise
 from cnf.solvers import FixedGrid
 from cnf.transforms import Logit, Standardize
 
@@ -295,7 +295,7 @@ def test_principal_axes_are_scikit_learns():
 
 
 def test_the_boundary_is_where_the_model_has_it(tmp_path):
-    from cnf.models import residual_net
+    from cnf.neural_ode import residual_net
 
     net = residual_net(2, 2, hidden=2, blocks=1)
     with torch.no_grad():
@@ -312,7 +312,7 @@ def test_the_boundary_is_where_the_model_has_it(tmp_path):
 
 
 def test_a_continuous_target_has_its_histograms_too(tmp_path, figures):
-    from cnf.models import anode_mlp
+    from cnf.neural_ode import anode_mlp
 
     x = torch.linspace(-1, 1, 50)[:, None]
     plotting.feature_evolution(anode_mlp(1).eval(), x, x[:, 0].sin(), tmp_path / "a.png", times=2)
@@ -321,7 +321,7 @@ def test_a_continuous_target_has_its_histograms_too(tmp_path, figures):
 
 def adaptive(shape, outputs=1):
     """A model whose end times differ."""
-    from cnf.models import anode_conv, anode_mlp
+    from cnf.neural_ode import anode_conv, anode_mlp
 
     torch.manual_seed(0)
     model = anode_conv(shape, 4, outputs, adaptive_depth=True) if len(shape) == 3 else anode_mlp(*shape, 4, outputs, adaptive_depth=True)
@@ -367,7 +367,7 @@ def test_paths_end_at_their_own_depth(tmp_path, figures):
 
 
 def test_pictures_of_predictors_refuse_what_they_cannot_show(tmp_path):
-    from cnf.models import anode_mlp, residual_net
+    from cnf.neural_ode import anode_mlp, residual_net
 
     with pytest.raises(ConfigError, match=r"one or two dimensions.* got event shape \(3,\)"):
         plotting.decision_boundary(residual_net(3), torch.zeros(4, 3), torch.zeros(4), tmp_path / "a.png")

@@ -10,13 +10,13 @@ import torch
 from conftest import ROOT
 from trainers import training
 
-from cnf.checkpoint import RunInfo
 from cnf.config import PRESETS, RNODE, preset
-from cnf.datasets import DataSplits
-from cnf.divergence import Exact, Hutchinson, closed
+from cnf.data import DataSplits
+from cnf.losses import Likelihood
 from cnf.models import ModelConfig, SolverConfig, build, count_parameters
-from cnf.noise import Noise
-from cnf.objectives import Likelihood
+from cnf.ode.divergence import Exact, Hutchinson, closed
+from cnf.random import Noise
+from cnf.runs import RunInfo
 from cnf.solvers import FixedGrid
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

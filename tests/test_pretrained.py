@@ -7,11 +7,11 @@ import torch
 from conftest import ROOT
 
 import cnf
-from cnf.checkpoint import RunInfo, read_config, shelf, write_config, write_weights
 from cnf.cli import sample_main, train_main
 from cnf.config import DataConfig, RunConfig, TrainConfig
 from cnf.errors import ConfigError
 from cnf.models import ModelConfig, SolverConfig
+from cnf.runs import RunInfo, read_config, shelf, write_config, write_weights
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

@@ -11,9 +11,11 @@ from conftest import ROOT
 
 import cnf
 from cnf.cli import main, train_main
+from cnf.cli.changes import EVALUATE, SCORE
 from cnf.cli.sample_options import ENDINGS, METHODS
-from cnf.datasets import write
-from cnf.results import COMPARABLE, read_result
+from cnf.config.names import option
+from cnf.config.results import COMPARABLE, read_result
+from cnf.data import write
 from cnf.solvers import TABLEAUS
 
 TINY = ["--hidden", "4", "--steps", "2", "--warmup", "0", "--batch-size", "20", "--ema-decay", "0"]
@@ -88,7 +90,7 @@ def test_tables_that_stand_in_for_imports_agree():
         ("sweep digits --sweep lr=1e-3,fast", "could not convert string to float"),
         ("sweep digits --sweep lr=1e-3 lr=1e-4", "names lr twice"),
         ("sweep digits --sweep lr=1e-3,-1", "expected a positive number"),
-        ("sweep digits --sweep lr=1e-3 --lr 1", "both in the grid and beside it"),
+        ("sweep digits --sweep lr=1e-3 --lr 1", "both in the grid and an option of all runs"),
         ("sweep digits --sweep lr=1e-3 --resume", "is not for a sweep"),
         ("compare nowhere", "is missing"),
     ],
@@ -124,11 +126,11 @@ def test_settings_from_a_file_and_options_over_them(tmp_path, table, form):
         path.write_text(f"preset: tabular\ndata: {{data: {table}}}\ntrain:\n  lr: 1e-2\n  steps: 3\nmodel:\n  hidden: [5]\n")
     words = ["train", "--config", str(path), "--steps", "2", "--out", str(tmp_path / "run")]
     assert main(words) == 0
-    config = cnf.checkpoint.read_config(tmp_path / "run").config
+    config = cnf.runs.read_config(tmp_path / "run").config
     assert (config.name, config.train.lr, config.train.steps, config.model.hidden) == ("tabular", 0.01, 2, (5,))
     again = ["train", "--config", str(tmp_path / "run" / "config.json"), "--out", str(tmp_path / "again")]
     assert main(again) == 0  # a run's own config.json
-    assert cnf.checkpoint.read_config(tmp_path / "again").config == config
+    assert cnf.runs.read_config(tmp_path / "again").config == config
 
 
 @pytest.mark.parametrize(
@@ -230,14 +232,14 @@ def test_rank_and_sample_are_commands(tmp_path, capsys, run, table):
 def test_former_names_of_options_still_work(tmp_path, capsys, table):
     words = ["tabular", *TINY, "--data", str(table), "--limit", "40", "--watch-every=9", "--layer", "concat", "--out", str(tmp_path / "run")]
     assert train_main(words) == 0
-    config = cnf.checkpoint.read_config(tmp_path / "run").config
+    config = cnf.runs.read_config(tmp_path / "run").config
     assert (config.data.limit, config.train.watch_every, config.model.layer) == (40, 9, "concat")
     said = capsys.readouterr().err
     assert "--limit is now called --max-train-rows" in said and "--layer is now called --time-conditioning" in said
     path = tmp_path / "settings.json"
     path.write_text(json.dumps({"preset": "tabular", "data": {"max_train_rows": 30, "data": str(table)}, "train": {"solver_check_every": 7}}))
     assert main(["train", "--config", str(path), *TINY, "--out", str(tmp_path / "file")]) == 0
-    config = cnf.checkpoint.read_config(tmp_path / "file").config
+    config = cnf.runs.read_config(tmp_path / "file").config
     assert (config.data.limit, config.train.watch_every) == (30, 7)
 
 
@@ -250,3 +252,12 @@ def test_advice_on_memory_is_of_the_command(monkeypatch, capsys, run, table):
     for words, advice in ((["sample", str(run)], "fewer samples"), (["rank", str(run), str(table)], "--device cpu"), (["train", "digits"], "--accumulate 4")):
         assert main(words) == 1
         assert f"out of memory (MemoryError): try {advice}" in capsys.readouterr().err
+
+
+def test_help_all_of_every_command_lists_what_the_command_accepts(capsys):
+    for command in ("train", "evaluate", "rank", "sample", "compare", "sweep", "list"):
+        assert main([command, "--help-all"]) == 0
+        said = capsys.readouterr().out
+        assert f"usage: cnf {command}" in said
+        for allowed in {"evaluate": EVALUATE, "rank": SCORE}.get(command, {}).values():
+            assert [name for name in allowed if option(name) not in said] == []

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from cnf import progress as module
+from cnf._utils.progress import Progress, progress
 from cnf.cli import classify_main, train_main
 from cnf.distributed import Group
-from cnf.likelihood import check, evaluate, rank
-from cnf.models import ModelConfig, SolverConfig, anode_mlp, build
-from cnf.objectives import assess
-from cnf.progress import Progress, progress
+from cnf.evaluation import check, evaluate, rank
+from cnf.losses import assess
+from cnf.models import ModelConfig, SolverConfig, build
+from cnf.neural_ode import anode_mlp
 
 
 def test_what_a_line_says(monkeypatch):
@@ -137,7 +138,7 @@ def test_the_programs_report_their_evaluations(tmp_path, capsys, monkeypatch):
     np.savez(tmp_path / "x.npz", images=np.zeros((2, 8, 8), dtype=np.uint8))
     assert train_main(["--evaluate", str(run), "--score", str(tmp_path / "x.npz")]) == 0
     assert re.search("scoring: [0-2] of 3 solves in", capsys.readouterr().err)
-    monkeypatch.setattr("cnf.objectives.supervised.BATCH_NUMBERS", 4)
+    monkeypatch.setattr("cnf.losses.supervised.BATCH_NUMBERS", 4)
     points = ["--data", "spheres2", "--toy-sizes", "60", "30", "8", *short[:6], "--warmup", "1"]
     assert classify_main([*points, "--out", str(tmp_path / "predicts")]) == 0
     said = capsys.readouterr().err

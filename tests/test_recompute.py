@@ -6,14 +6,14 @@ import pytest
 import torch
 from conftest import F64
 
-from cnf.continuous import CNF
-from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError
 from cnf.fields import MLP, ConvField
-from cnf.noise import Noise
-from cnf.quadratures import JacobianFrobenius, RunningCost
-from cnf.recompute import Recompute
+from cnf.ode.continuous import CNF
+from cnf.ode.divergence import Exact, Hutchinson
+from cnf.ode.quadratures import JacobianFrobenius, RunningCost
+from cnf.random import Noise
 from cnf.solvers import Adaptive, FixedGrid
+from cnf.solvers.checkpointing import Recompute
 from cnf.transforms import Request
 
 

@@ -19,7 +19,17 @@ import trainers
 from conftest import logged_rows
 from trainers import average, monitor, policy, training
 
-from cnf.checkpoint import (
+from cnf.cli import train_main
+from cnf.config import DataConfig, RunConfig, TrainConfig
+from cnf.data import DataSplits
+from cnf.errors import CheckpointError, ConfigError, SolverError, TrainingError
+from cnf.fields import MLP
+from cnf.flow import Flow
+from cnf.losses import Likelihood, Supervised
+from cnf.models import ModelConfig, SolverConfig
+from cnf.ode.continuous import CNF
+from cnf.random import Noise
+from cnf.runs import (
     LOCK,
     RunInfo,
     files,
@@ -32,16 +42,6 @@ from cnf.checkpoint import (
     write_config,
     write_weights,
 )
-from cnf.cli import train_main
-from cnf.config import DataConfig, RunConfig, TrainConfig
-from cnf.continuous import CNF
-from cnf.datasets import DataSplits
-from cnf.errors import CheckpointError, ConfigError, SolverError, TrainingError
-from cnf.fields import MLP
-from cnf.flow import Flow
-from cnf.models import ModelConfig, SolverConfig
-from cnf.noise import Noise
-from cnf.objectives import Likelihood, Supervised
 from cnf.solvers import Adaptive, FixedGrid, adaptive
 from cnf.training import Interrupted, Trainer
 from cnf.training.memory import is_oom
@@ -212,7 +212,7 @@ def test_a_folder_that_vanishes_is_made_anew_with_everything(tmp_path, monkeypat
     update = Trainer.update
     monkeypatch.setattr(Trainer, "update", lambda self: (self.state.step == 6 and shutil.rmtree(self.folder), update(self))[1])
     assert run.run() == "steps"
-    assert f"{run.folder} was removed while this run trains: it is made anew" in capsys.readouterr().err
+    assert f"{run.folder} was removed while this run trains: it is created again" in capsys.readouterr().err
     same(whole, run)
     assert read_config(run.folder) == run.info and load(run.folder) is not None
     assert not (run.folder / LOCK).exists() and list((run.folder / "tensorboard").iterdir())
@@ -258,7 +258,7 @@ def test_tensorboard_on_a_full_disk_does_not_stop_the_run(tmp_path, monkeypatch,
 # -- two processes -----------------------------------------------------------------------------------------------
 
 
-HOLD = "import sys, time; from pathlib import Path; from cnf.checkpoint import locked\nwith locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from pathlib import Path; from cnf.runs import locked\nwith locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
 
 
 def test_two_processes_on_one_folder(tmp_path, capsys):
@@ -542,7 +542,7 @@ def test_a_solver_error_names_the_block_of_the_flow():
 def doubled(solver, **options):
     """A likelihood in float64 with everything that draws noise: probe, end time, regularisers."""
     torch.manual_seed(0)
-    from cnf.divergence import Hutchinson
+    from cnf.ode.divergence import Hutchinson
 
     blocks = [CNF(MLP(3, hidden=(8,)), Hutchinson(), solver, steer=0.2, learn_end_time=i == 0) for i in range(2)]
     return Likelihood(Flow(Sequential(blocks), (3,)).double().train(), kinetic=0.1, jacobian=0.05)
@@ -573,7 +573,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(name):
 
 
 def test_micro_batches_of_a_prediction():
-    from cnf.models import anode_mlp
+    from cnf.neural_ode import anode_mlp
 
     x, targets = torch.randn(10, 2, dtype=torch.float64), torch.eye(3, dtype=torch.float64)[torch.arange(10) % 3]
     torch.manual_seed(0)

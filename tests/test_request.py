@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.func import vmap
 
-import cnf.multiscale
+import cnf.ode.multiscale
 import cnf.transforms
 from cnf import CNF, Exact, FixedGrid, Flow, Hutchinson, Noise
 from cnf.errors import ConfigError
@@ -100,7 +100,7 @@ def test_former_transforms_and_calls_work_with_a_warning():
 
 @pytest.mark.parametrize(
     "module, old, new",
-    [(cnf.transforms, "CenterShift", "Rescale"), (cnf.transforms, "Transformed", "TransformOutput"), (cnf.multiscale, "Carried", "SharedAugmentedTime")],
+    [(cnf.transforms, "CenterShift", "Rescale"), (cnf.transforms, "Transformed", "TransformOutput"), (cnf.ode.multiscale, "Carried", "SharedAugmentedTime")],
 )
 def test_former_names_warn(module, old, new):
     with pytest.warns(DeprecationWarning, match=f"{old} is called {new}"):

@@ -9,17 +9,17 @@ import scipy.linalg
 import torch
 from conftest import F64, ROOT, TIGHT, LinearField, perturbed
 
-from cnf.continuous import CNF
-from cnf.deferral import defer_checks
-from cnf.divergence import Exact, Hutchinson
+from cnf._utils.async_checks import defer_checks
 from cnf.errors import ConfigError, SolverError
 from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
+from cnf.losses import Likelihood
 from cnf.models import ModelConfig, SolverConfig, build, train_solver
-from cnf.models.neural_ode import NeuralODE
-from cnf.models.odenet import ODENet, mlp_maps
-from cnf.noise import Noise
-from cnf.objectives import Likelihood
-from cnf.quadratures import JacobianFrobenius, Kinetic, RunningCost
+from cnf.neural_ode.neural_ode import NeuralODE
+from cnf.neural_ode.odenet import ODENet, mlp_maps
+from cnf.ode.continuous import CNF
+from cnf.ode.divergence import Exact, Hutchinson
+from cnf.ode.quadratures import JacobianFrobenius, Kinetic, RunningCost
+from cnf.random import Noise
 from cnf.solvers import TABLEAUS, FixedGrid, Reversible
 from cnf.training.solver_monitor import SolverMonitor
 from cnf.transforms import Request

@@ -9,11 +9,11 @@ from conftest import F64, normal
 from torch import nn
 from torch.func import functional_call
 
-from cnf.continuous import CNF
 from cnf.errors import ConfigError, DataError
 from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
 from cnf.models import ModelConfig, SolverConfig, build
-from cnf.multiscale import SharedAugmentedTime, multiscale
+from cnf.ode.continuous import CNF
+from cnf.ode.multiscale import SharedAugmentedTime, multiscale
 from cnf.sensitivity import jacobian, log_det, magnus, parameter_jacobian, piecewise_jacobian, response
 from cnf.solvers import Adaptive, FixedGrid
 from cnf.transforms import Dequantize, Gaussianize, Logit, Request, Rescale, Sequential, Squeeze, Standardize, Transform

@@ -9,7 +9,7 @@ import torch
 from cnf import CNF, Exact, FixedGrid, Flow, Noise
 from cnf.errors import ConfigError, DataError
 from cnf.fields import MLP, ConvField
-from cnf.quadratures import RunningCost
+from cnf.ode.quadratures import RunningCost
 from cnf.transforms import Dequantize, Logit, Sequential
 
 GRID = FixedGrid("rk4", 4)

@@ -8,12 +8,12 @@ import scipy.linalg
 import torch
 from conftest import F64, TIGHT, LinearField
 
-from cnf.continuous import CNF
-from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError, SolverError
 from cnf.fields import MLP
-from cnf.noise import Noise
-from cnf.quadratures import Directional, JacobianFrobenius, Kinetic, RunningCost, TotalDerivative
+from cnf.ode.continuous import CNF
+from cnf.ode.divergence import Exact, Hutchinson
+from cnf.ode.quadratures import Directional, JacobianFrobenius, Kinetic, RunningCost, TotalDerivative
+from cnf.random import Noise
 from cnf.solvers import TABLEAUS, Adaptive, FixedGrid
 from cnf.transforms import Request
 

@@ -10,14 +10,14 @@ import trainers
 from conftest import logged_rows
 from trainers import monitor, policy, training
 
-from cnf.checkpoint import RunInfo, load, write_config
 from cnf.config import DataConfig, RunConfig, TrainConfig
-from cnf.datasets import DataSplits
+from cnf.data import DataSplits
 from cnf.errors import ConfigError, SolverError
-from cnf.likelihood import evaluate
+from cnf.evaluation import evaluate
+from cnf.losses import FlowMatching, Likelihood
 from cnf.models import ModelConfig, SolverConfig
-from cnf.noise import Noise
-from cnf.objectives import FlowMatching, Likelihood
+from cnf.random import Noise
+from cnf.runs import RunInfo, load, write_config
 from cnf.solvers import FixedGrid
 from cnf.training import Interrupted, Trainer, finish
 from cnf.training.batches import Batches

@@ -24,8 +24,15 @@ from conftest import Malicious
 from PIL import Image
 from test_datasets_images import cifar10, colour, python2_batch
 
-from cnf import datasets
-from cnf.checkpoint import (
+from cnf import data as datasets
+from cnf.compat import load_reference, read_reference
+from cnf.config import DataConfig, RunConfig, TrainConfig
+from cnf.data import cifar, pictures, text
+from cnf.data.arrays import read_numpy
+from cnf.data.pictures import open_picture
+from cnf.errors import CheckpointError, DataError
+from cnf.models import ModelConfig, SolverConfig
+from cnf.runs import (
     RunInfo,
     config_digest,
     load,
@@ -36,14 +43,7 @@ from cnf.checkpoint import (
     write_config,
     write_weights,
 )
-from cnf.checkpoint import trainer as trainer_file
-from cnf.compat import load_reference, read_reference
-from cnf.config import DataConfig, RunConfig, TrainConfig
-from cnf.datasets import cifar, pictures, text
-from cnf.datasets.arrays import read_numpy
-from cnf.datasets.pictures import open_picture
-from cnf.errors import CheckpointError, DataError
-from cnf.models import ModelConfig, SolverConfig
+from cnf.runs import trainer as trainer_file
 from cnf.training import read_json
 from cnf.training.loggers import RunLogger
 

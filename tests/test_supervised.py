@@ -18,16 +18,17 @@ from sklearn.metrics import accuracy_score, log_loss
 from trainers import monitor, training
 
 import cnf
-from cnf import datasets
-from cnf.checkpoint import RunInfo, read_config
+from cnf import data as datasets
 from cnf.cli import classify_main, sample_main, train_main
 from cnf.cli.common import load_splits
 from cnf.cli.options import CLASSIFIER, parse
 from cnf.config import DataConfig, RunConfig, TrainConfig, preset
-from cnf.datasets.supervised import sample_supervised, shell
+from cnf.data.supervised import sample_supervised, shell
 from cnf.errors import ConfigError, DataError
-from cnf.models import ModelConfig, NeuralODE, ResidualNet, SolverConfig, anode_mlp
-from cnf.objectives import Supervised, assess
+from cnf.losses import Supervised, assess
+from cnf.models import ModelConfig, SolverConfig
+from cnf.neural_ode import NeuralODE, ResidualNet, anode_mlp
+from cnf.runs import RunInfo, read_config
 from cnf.solvers import FixedGrid
 from cnf.training import Interrupted, Trainer
 

@@ -20,18 +20,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import cnf
-from cnf import datasets
-from cnf.checkpoint import RunInfo, read_config, write_config, write_weights
+from cnf import data as datasets
 from cnf.cli import sample_main, train_main
-from cnf.datasets.cells import typed
-from cnf.datasets.dependence import dependent_columns
-from cnf.datasets.frames import read_frame
-from cnf.datasets.text import read_csv
-from cnf.datasets.write import sampled_frame
+from cnf.data.cells import typed
+from cnf.data.dependence import dependent_columns
+from cnf.data.frames import read_frame
+from cnf.data.schema import TableColumn, parse_given, to_lattice
+from cnf.data.text import read_csv
+from cnf.data.write import sampled_frame
 from cnf.errors import CheckpointError, ConfigError, DataError
-from cnf.likelihood import evaluate
+from cnf.evaluation import evaluate
 from cnf.models import ModelConfig, SolverConfig, build
-from cnf.schema import TableColumn, parse_given, to_lattice
+from cnf.runs import RunInfo, read_config, write_config, write_weights
 from cnf.solvers import FixedGrid
 
 SETTINGS = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}  # fmt: skip
@@ -210,7 +210,7 @@ def test_a_reader_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 def test_tables_that_unpack_to_too_much_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("text.BOMB_BYTES", "frames.BOMB_BYTES", "frames.MANY_CELLS"):
-        monkeypatch.setattr(f"cnf.datasets.{name}", 2**18)
+        monkeypatch.setattr(f"cnf.data.{name}", 2**18)
     with gzip.open(tmp_path / "x.csv.gz", "wb") as file:
         file.write((b"1," * 999 + b"1\n") * 2**9)
     with pytest.raises(DataError, match="times its size: a bomb"):
@@ -655,7 +655,7 @@ def test_lattice_samples_of_case_6(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_an_older_run_folder_still_loads(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from cnf.checkpoint import config_digest
+    from cnf.runs import config_digest
 
     x = np.c_[np.arange(60), np.random.default_rng(0).normal(size=(60, 2))]
     pd.DataFrame(x, columns=["nr", "a", "b"]).to_csv(tmp_path / "t.csv", index=False)

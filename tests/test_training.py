@@ -12,14 +12,14 @@ import trainers
 from conftest import logged_rows
 from trainers import average, monitor, policy, training
 
-from cnf.checkpoint import RunInfo, load, save_trainer
 from cnf.config import DataConfig, RunConfig, TrainConfig
-from cnf.datasets import DataSplits
+from cnf.data import DataSplits
 from cnf.errors import CheckpointError, SolverError, TrainingError
-from cnf.likelihood import evaluate
+from cnf.evaluation import evaluate
+from cnf.losses import Likelihood, density
 from cnf.models import ModelConfig, SolverConfig
-from cnf.noise import Noise
-from cnf.objectives import Likelihood, density
+from cnf.random import Noise
+from cnf.runs import RunInfo, load, save_trainer
 from cnf.solvers import FixedGrid
 from cnf.training import Interrupted, Trainer
 from cnf.training.batches import Batches, validation_rows
@@ -463,7 +463,7 @@ def test_watch_counts_a_failed_solve_as_infinite(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise SolverError("not finite")
 
-    monkeypatch.setattr("cnf.objectives.density.solver_error", fail)
+    monkeypatch.setattr("cnf.losses.density.solver_error", fail)
     run = trainer(tmp_path / "run")
     row = monitor(run).measure(1, *run.batches(0))
     assert row == {"solver_error": math.inf, "grid_steps": 4}
@@ -527,7 +527,7 @@ def test_a_step_measured(tmp_path, monkeypatch):
 
 
 def test_export_is_the_best_validation(tmp_path):
-    from cnf.checkpoint import write_config
+    from cnf.runs import write_config
 
     run = trainer(tmp_path / "run")
     write_config(run.folder, run.info)

@@ -7,14 +7,14 @@ import torch
 from conftest import F64, perturbed
 
 from cnf.compat.affjord import ENTRIES, squeeze_paths
-from cnf.continuous import CNF
 from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
 from cnf.flow import Flow
 from cnf.models import ModelConfig, SolverConfig, build
-from cnf.multiscale import Multiscale, SharedAugmentedTime, multiscale
-from cnf.noise import Noise
+from cnf.ode.continuous import CNF
+from cnf.ode.multiscale import Multiscale, SharedAugmentedTime, multiscale
+from cnf.ode.trajectory import straightness, trajectory
+from cnf.random import Noise
 from cnf.solvers import FixedGrid
-from cnf.trajectory import straightness, trajectory
 from cnf.transforms import Logit, Request, Sequential, Squeeze, Standardize
 from cnf.transforms.request import AugmentedTime
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import F64, TIGHT, jacobian, normal, perturbed, uniform
 
-from cnf.continuous import CNF
-from cnf.divergence import Exact
 from cnf.errors import ConfigError, DataError
 from cnf.fields import MLP, ConvField
-from cnf.noise import Noise
-from cnf.quadratures import Kinetic
+from cnf.ode.continuous import CNF
+from cnf.ode.divergence import Exact
+from cnf.ode.quadratures import Kinetic
+from cnf.random import Noise
 from cnf.transforms import Dequantize, Logit, Request, Rescale, Sequential, Squeeze, Standardize, iter_leaves
 
 

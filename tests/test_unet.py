@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from cnf import CNF, ModelConfig, Noise, SolverConfig, build
-from cnf.divergence import Exact, Hutchinson
 from cnf.errors import ConfigError, DataError
 from cnf.fields import Denoiser, Interpolant, UNet
 from cnf.fields.unet_layers import Attention, Dual, GroupNorm
-from cnf.quadratures import JacobianFrobenius
+from cnf.ode.divergence import Exact, Hutchinson
+from cnf.ode.quadratures import JacobianFrobenius
 from cnf.solvers import FixedGrid
 from cnf.transforms import Request
 

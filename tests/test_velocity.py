@@ -8,9 +8,9 @@ from torch import nn
 
 import cnf
 from cnf import from_velocity
-from cnf.divergence import Hutchinson
 from cnf.errors import ConfigError
-from cnf.noise import Noise
+from cnf.ode.divergence import Hutchinson
+from cnf.random import Noise
 
 MEAN, STD = torch.tensor([2.0, -1.0, 0.5]), 0.4
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from cnf._utils.errors import ConfigError
 from cnf.cli.options import Command
 from cnf.config import PREDICTIVE, RunConfig
 from cnf.config.names import option
-from cnf.errors import ConfigError
 
 __all__ = ["check", "refuse_changes"]
 

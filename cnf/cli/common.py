@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from cnf.checkpoint import RunInfo, located, pretrained, read_config
+from cnf._utils.errors import ConfigError, DataError
 from cnf.config import RunConfig
-from cnf.datasets import DataSplits
-from cnf.datasets import load as load_data
-from cnf.datasets import names as data_names
+from cnf.data import DataSplits
+from cnf.data import load as load_data
+from cnf.data import names as data_names
 from cnf.distributed import SINGLE_PROCESS, Group
-from cnf.errors import ConfigError, DataError
+from cnf.runs import RunInfo, located, pretrained, read_config
 
 __all__ = ["load_splits", "read_run", "usable_device"]
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cnf._utils.errors import ConfigError
 from cnf.cli.tables import FORMATS, format_of, render
-from cnf.errors import ConfigError
-from cnf.results import COMPARABLE, read_metrics, read_result
+from cnf.config.results import COMPARABLE, read_metrics, read_result
 
 __all__ = ["compare", "row_of"]
 
@@ -101,7 +101,7 @@ def _names(runs: Sequence[Path]) -> list[str]:
 
 
 def _write(path: Path, text: str) -> None:
-    from cnf.checkpoint import write_atomic, write_text
+    from cnf.runs import write_atomic, write_text
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cnf.errors import ConfigError
+from cnf._utils.errors import ConfigError
 
 __all__ = ["take_field"]
 

@@ -14,19 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnf.checkpoint import RunInfo, load, located, outputs
+from cnf._utils.errors import ConfigError, DataError
+from cnf._utils.progress import Progress
 from cnf.cli.common import read_run
 from cnf.cli.options import Command
-from cnf.datasets import DataSplits, tabular
-from cnf.datasets.arrays import read_numpy
-from cnf.datasets.columns import own_names
-from cnf.datasets.items import Items, read_items
+from cnf.data import DataSplits, tabular
+from cnf.data.arrays import read_numpy
+from cnf.data.columns import own_names
+from cnf.data.items import Items, read_items
 from cnf.distributed import SINGLE_PROCESS, Group
-from cnf.errors import ConfigError, DataError
+from cnf.evaluation import rank
 from cnf.flow import Flow
-from cnf.likelihood import rank
-from cnf.models import NeuralODE, divergence, eval_solver
-from cnf.progress import Progress
+from cnf.models import divergence, eval_solver
+from cnf.neural_ode import NeuralODE
+from cnf.runs import RunInfo, load, located, outputs
 from cnf.training import read_json, score, summary, write_json, write_scores
 from cnf.training.predictions import PREDICTIONS, score_predictions, write_predictions
 from cnf.training.report import TEST_SCORES, add_columns

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
-from cnf.errors import CNFError, ConfigError, DataError, Interrupted
+from cnf._utils.errors import CNFError, ConfigError, DataError, Interrupted
 
 __all__ = ["guard", "speaks"]
 

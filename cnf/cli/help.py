@@ -74,6 +74,16 @@ EVALUATE = (
     ("--per-item FILE", "also write each row's value (.npz or .csv)", ""),
     ("--device NAME", "cpu, cuda, cuda:1, ...", "the run's"),
 )
+EVALUATE_MORE = (  # --help-all
+    ("--eval-tolerance X", "error of the log-det per dimension; 0 integrates at every solver stage", "the run's"),
+    ("--hutchinson-noise NAME", "distribution of the probes: rademacher or gaussian", "the run's"),
+    ("--hutchinson-mode NAME", "derivative of the probes: forward or reverse", "the run's"),
+    ("--probes N", "probes for each row", "the run's"),
+    ("--data-root DIR", "folder of the named data sets", "the run's"),
+    ("--download", "allow downloads of named data sets", ""),
+    ("--threads N", "CPU threads", "the run's"),
+    ("--field FILE.py:CLASS", "the run's own field, given again", ""),
+)
 OPTIONS = {
     "evaluate": EVALUATE,
     "rank": tuple(row for row in EVALUATE if row[0].split()[0] not in ("--split", "--data", "--test-items", "--check")),
@@ -101,7 +111,10 @@ def overview() -> str:
 
 
 def short_help(program: str, words: Sequence[str] = ()) -> str:
-    """Return the short help of a command or script, with the defaults of a preset among ``words``."""
+    """Return the help of a command or script: its common options, with the defaults of a preset among ``words``.
+
+    With ``--help-all`` among the words, also the other options of ``evaluate`` and ``rank``.
+    """
     command = program.removeprefix("cnf ") if program.startswith("cnf ") else "train"
     about = COMMANDS[command]
     lines = [f"usage: {program} {USAGE[command]}", "", f"{about[0].upper()}{about[1:]}.", "", "examples:", *_examples(command)]
@@ -110,9 +123,12 @@ def short_help(program: str, words: Sequence[str] = ()) -> str:
         lines += ["", f"options (defaults of preset {name}; cnf list shows the presets):"]
         lines += columns((*_train_options(PRESETS[name].config), *((f"  {o}", w, d) for o, w, d in RUN_OPTIONS)))
     else:
-        lines += ["", "options:", *columns((f"  {o}", w, d) for o, w, d in OPTIONS[command])]
+        everything = "--help-all" in words
+        more = [row for row in EVALUATE_MORE if command == "evaluate" or not row[0].startswith(("--data-root", "--download"))]
+        rows = OPTIONS[command] + (tuple(more) if everything and command in ("evaluate", "rank") else ())
+        lines += ["", "options:", *columns((f"  {o}", w, d) for o, w, d in rows)]
     if command != "list":
-        lines += ["", "--help-all shows every option; exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted but saved"]
+        lines += ["", ("" if "--help-all" in words else "--help-all shows every option; ") + "exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted but saved"]
     return "\n".join(lines)
 
 

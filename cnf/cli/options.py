@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import tyro
 
+from cnf._utils.errors import ConfigError
 from cnf.config import RunConfig, preset, read_settings
 from cnf.config.names import NAMES, field_of, option
+from cnf.config.results import CAUTION
 from cnf.config.rules import SettingError, Tags, applies, check_settings, lenient, outside
-from cnf.errors import ConfigError
-from cnf.results import CAUTION
 
 if TYPE_CHECKING:  # parsing and --help need no torch
-    from cnf.checkpoint import RunInfo
+    from cnf.runs import RunInfo
 
 __all__ = ["CLASSIFIER", "DEFAULT", "Command", "fitting", "parse", "refuse_meaningless", "renamed", "suited"]
 
@@ -136,7 +136,7 @@ def _strictly(*parts: Any) -> None:
     """Check settings that were constructed leniently.
 
     Raises:
-        ConfigError: for the first with a value that cannot be.
+        ConfigError: for the first invalid value.
     """
     try:
         for part in parts:
@@ -265,7 +265,7 @@ def _exclude(command: Command) -> None:
         raise ConfigError("--resume needs --out DIR: the run folder to continue")
     if command.evaluate and (command.resume or command.dry_run or command.out):
         other = "--resume" if command.resume else "--dry-run" if command.dry_run else "--out"
-        raise ConfigError(f"{other} means nothing beside --evaluate, which writes into the folder that it scores")
+        raise ConfigError(f"{other} does not apply to --evaluate, which writes into the folder that it scores")
     plain = Command(command.config)
     used = [name for name in EVALUATIONS if getattr(command, name) != getattr(plain, name)]
     if used and not command.evaluate:

@@ -6,12 +6,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from cnf import __version__
+from cnf._utils.errors import ConfigError
+from cnf._utils.version import __version__
 from cnf.cli.custom_field import take_field
 from cnf.cli.exits import guard
 from cnf.cli.help import COMMANDS, overview, short_help
 from cnf.cli.listing import list_presets, list_published
-from cnf.errors import ConfigError
 
 __all__ = ["classify_main", "main", "sample_main", "train_main"]
 
@@ -106,18 +106,16 @@ def _train(words: Words, program: str = "cnf train") -> int:
 
 
 def _evaluate(words: Words) -> int:
-    if _wants_help(words) or not words:
+    if _wants_help(words) or "--help-all" in words or not words:
         print(short_help("cnf evaluate", words))
         return 0
     return _train(["--evaluate", *words], "cnf evaluate")
 
 
 def _rank(words: Words) -> int:
-    if _wants_help(words) or not words:
+    if _wants_help(words) or "--help-all" in words or not words:
         print(short_help("cnf rank", words))
         return 0
-    if "--help-all" in words:
-        return _train(["--help-all"], "cnf rank")
     plain = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     if plain < 2:
         raise ConfigError("cnf rank RUN PATH...: expected a run folder, then files or folders of the items to rank, before all options")
@@ -143,7 +141,7 @@ def _compare(words: Words) -> int:
 
 
 def _sweep(words: Words) -> int:
-    if _wants_help(words) or not words:
+    if _wants_help(words) or "--help-all" in words or not words:
         print(short_help("cnf sweep", words))
         return 0
     from cnf.cli.sweep import sweep

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnf.checkpoint import RunInfo, load, outputs, write_atomic
+from cnf._utils.errors import ConfigError, DataError
 from cnf.cli.common import load_splits, read_run, usable_device
 from cnf.cli.sample_options import FRAMES, IMAGES, VECTORS
-from cnf.datasets.write import (
+from cnf.data.schema import conditions, data_columns, encode, parse_given, plain_table, wanted
+from cnf.data.write import (
     ENDINGS,
     as_numbers_of,
     category_value,
@@ -23,10 +24,9 @@ from cnf.datasets.write import (
     write_frame,
 )
 from cnf.distributed import Group, join
-from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
-from cnf.noise import Noise
-from cnf.schema import conditions, data_columns, encode, parse_given, plain_table, wanted
+from cnf.random import Noise
+from cnf.runs import RunInfo, load, outputs, write_atomic
 from cnf.solvers import FixedGrid
 
 __all__ = ["sample"]

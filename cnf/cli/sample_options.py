@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cnf.errors import ConfigError
+from cnf._utils.errors import ConfigError
 
 __all__ = ["ENDINGS", "FRAMES", "IMAGES", "METHODS", "VECTORS", "check", "parser"]
 
@@ -35,8 +35,8 @@ def parser(program: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("run", metavar="RUN", type=Path, help="run folder, or pretrained:fm-mnist, which comes with the package")
     add("-n", type=int, help=f"number of samples (default: {IMAGES} images, {VECTORS} points or rows)")
-    add("--out", metavar="FILE", type=Path, help="what to write (default: RUN/samples/sample-SEED.png, of pretrained:NAME in runs/NAME-pretrained): a .png picture, beside the "
-        "data where it is at hand and the samples are no images; .csv or .parquet, a table with the columns, names and types of the run's; .npz with "
+    add("--out", metavar="FILE", type=Path, help="what to write (default: RUN/samples/sample-SEED.png, of pretrained:NAME in runs/NAME-pretrained): a .png picture, next to the "
+        "data if these are available and the samples are no images; .csv or .parquet, a table with the columns, names and types of the run's; .npz with "
         "arrays samples, log_prob (nats) and, of a run with classes, classes, of a table columns; a .gif of the noise flowing into samples")  # fmt: skip
     add("--seed", type=int, default=0, help="the same seed draws the same samples (default: %(default)s)")
     add("--temperature", type=float, default=1.0, help="scale of the latent noise; below 1 more typical, above 1 more varied "

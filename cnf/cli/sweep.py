@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cnf._utils.errors import CNFError, ConfigError, DataError
 from cnf.cli.changes import check, refuse_changes
 from cnf.cli.options import parse, renamed
 from cnf.config import RunConfig
 from cnf.config.names import field_of, option
-from cnf.errors import CNFError, ConfigError, DataError
-from cnf.results import read_json, read_result
+from cnf.config.results import read_json, read_result
 
 __all__ = ["sweep"]
 
@@ -86,7 +86,7 @@ def _split(words: list[str]) -> tuple[dict[str, list[str]], list[str], Path]:
         raise ConfigError("cnf sweep needs --sweep NAME=VALUE,VALUE ..., such as --sweep lr=1e-3,3e-4 seed=0,1,2")
     for name in grid:
         if any(word.partition("=")[0] == f"--{name}" for word in rest):
-            raise ConfigError(f"--{name} is both in the grid and beside it: give it once")
+            raise ConfigError(f"--{name} is both in the grid and an option of all runs: give it once")
     default = rest[0] if rest and not rest[0].startswith("-") else "default"
     return grid, rest, Path(out) if out else Path("runs") / f"sweep-{default}"
 
@@ -101,7 +101,7 @@ def _parse_first(grid: dict[str, list[str]], rest: list[str]) -> None:
 
     Raises:
         SystemExit: from the parser.
-        ConfigError: for values that cannot be.
+        ConfigError: for invalid values.
     """
     for name, values in grid.items():
         for value in values:
@@ -151,8 +151,8 @@ def _text(value: Any) -> str:
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    from cnf.checkpoint import write_atomic, write_text
     from cnf.cli.tables import render
+    from cnf.runs import write_atomic, write_text
 
     path.parent.mkdir(parents=True, exist_ok=True)
     text = render([{k: "" if v is None else str(v) for k, v in row.items()} for row in rows], "csv")

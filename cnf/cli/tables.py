@@ -6,8 +6,8 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 
+from cnf._utils.errors import ConfigError
 from cnf.cli.listing import columns
-from cnf.errors import ConfigError
 
 __all__ = ["FORMATS", "format_of", "render"]
 

@@ -8,7 +8,8 @@ import signal
 from contextlib import nullcontext
 from pathlib import Path
 
-from cnf.checkpoint import LOCK, RunInfo, has_trainer, leftovers, write_config
+from cnf._utils.errors import ConfigError, DataError, Interrupted
+from cnf._utils.progress import duration_text
 from cnf.cli.changes import check, refuse_changes
 from cnf.cli.common import load_splits, usable_device
 from cnf.cli.evaluate import evaluate_run, score_items
@@ -22,12 +23,11 @@ from cnf.cli.options import (
     suited,
 )
 from cnf.config import PRESETS, RunConfig
-from cnf.datasets import DataSplits, tabular
+from cnf.data import DataSplits, tabular
 from cnf.distributed import Group, join
-from cnf.errors import ConfigError, DataError, Interrupted
 from cnf.models import slow_bf16
 from cnf.models.custom import registered
-from cnf.progress import duration_text
+from cnf.runs import LOCK, RunInfo, has_trainer, leftovers, write_config
 from cnf.training import Trainer, finish, from_settings, read_json, summary
 from cnf.training.checkpointer import run_lock
 from cnf.training.cost import measure
@@ -164,7 +164,7 @@ def _run(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path) -> int
         return 0
     print(summary(result))
     if info.config.train.density:
-        print(f"pictures in {folder / 'samples'} and {folder / 'plots'}; python sample.py {folder} draws more")
+        print(f"pictures in {folder / 'samples'} and {folder / 'plots'}; cnf sample {folder} draws more")
     else:
         print(f"pictures in {folder / 'plots'}, the test items' predictions in {folder / PREDICTIONS}")
     return 0

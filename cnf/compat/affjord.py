@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cnf._utils.errors import ConfigError
 from cnf.compat.reading import check_shapes
-from cnf.errors import ConfigError
 from cnf.fields import Conv, TimePath
 from cnf.flow import Flow
-from cnf.multiscale import SharedAugmentedTime, scale_shapes
+from cnf.ode.multiscale import SharedAugmentedTime, scale_shapes
 from cnf.transforms import Squeeze, Transform
 
 __all__ = ["ENTRIES", "GENERATING", "ReleasedScale", "check_path", "fill_path", "released_layer", "squeeze_paths"]
@@ -42,7 +42,7 @@ class ReleasedScale(SharedAugmentedTime):
         ConfigError: for an image of fewer than 20 entries, which the released code does not support.
 
     Example:
-        >>> from cnf.continuous import CNF
+        >>> from cnf.ode.continuous import CNF
         >>> from cnf.fields import ConvField, AugmentedTimeConditioning
         >>> field = ConvField(1, (2,), AugmentedTimeConditioning("hyper", ENTRIES, GENERATING))
         >>> scale = ReleasedScale([CNF(field, path=TimePath(ENTRIES)), Squeeze()], (1, 28, 28))

@@ -10,12 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from cnf._utils.errors import CheckpointError, ConfigError
 from cnf.compat.reading import check_shapes, read_reference
-from cnf.continuous import CNF
-from cnf.divergence import Exact
-from cnf.errors import CheckpointError, ConfigError
 from cnf.fields import TimePath, VectorField
 from cnf.flow import Flow
+from cnf.ode.continuous import CNF
+from cnf.ode.divergence import Exact
 from cnf.solvers import FixedGrid
 
 __all__ = ["SPAN", "ToyField", "ToyPath", "affjord_toy", "load_affjord_toy"]

@@ -11,10 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from cnf._utils.errors import CheckpointError, ConfigError
 from cnf.compat.affjord import ENTRIES, GENERATING, check_path, fill_path, released_layer, squeeze_paths
 from cnf.compat.layout import Block, Layout, layout
 from cnf.compat.reading import Arguments, Reference, check_shapes, read_reference
-from cnf.errors import CheckpointError, ConfigError
 from cnf.fields import Conv, SqueezeSum, Stack, TimeLayer
 from cnf.fields.layers import Hyper
 from cnf.flow import Flow

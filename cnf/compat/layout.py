@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from cnf._utils.errors import CheckpointError
 from cnf.compat.reading import Reference
-from cnf.errors import CheckpointError
 
 __all__ = ["Block", "Layout", "layout"]
 

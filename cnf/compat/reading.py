@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cnf.errors import CheckpointError
-from cnf.strangers import check_pickle, refusal, require_file
+from cnf._utils.errors import CheckpointError
+from cnf._utils.untrusted import check_pickle, refusal, require_file
 
 __all__ = ["Arguments", "Reference", "check_shapes", "read_reference"]
 

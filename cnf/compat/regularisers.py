@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cnf.divergence import Bound, Linearization
-from cnf.errors import ConfigError
+from cnf._utils.errors import ConfigError
+from cnf.ode.divergence import Bound, Linearization
 
 __all__ = ["FFJORD_REGULARISERS", "RNODE_REGULARISERS", "Released", "released"]
 
@@ -22,7 +22,7 @@ class Released:
 
     Values are means over the current block's dimensions, so that a small block weighs as much as a large one.
     "Directional derivative" is the vjp Jᵀf instead of the derivative J f along the path. The regularisers of the papers
-    are in :mod:`cnf.quadratures`.
+    are in :mod:`cnf.ode.quadratures`.
 
     FFJORD keeps a batch mean as one scalar of the ODE's state, which is the mean over rows of this quadrature's
     integral. RNODE keeps one value per row, as here.

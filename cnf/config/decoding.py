@@ -9,7 +9,7 @@ import types
 import typing
 from typing import Any
 
-from cnf.errors import CheckpointError, ConfigError
+from cnf._utils.errors import CheckpointError, ConfigError
 
 __all__ = ["decode", "once"]
 

@@ -9,13 +9,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from cnf._utils.errors import CheckpointError, ConfigError, DataError
+from cnf._utils.untrusted import require_file
 from cnf.config.decoding import decode, once
 from cnf.config.names import field_of
 from cnf.config.presets import preset
 from cnf.config.rules import lenient
 from cnf.config.settings import RunConfig
-from cnf.errors import CheckpointError, ConfigError, DataError
-from cnf.strangers import require_file
 
 __all__ = ["read_settings"]
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-from cnf.errors import ConfigError
+from cnf._utils.errors import ConfigError
 
 __all__ = ["COUNT", "DENSITY", "NONNEGATIVE", "POSITIVE", "SEED", "Family", "SettingError", "Tags", "applies", "check_settings", "lenient", "outside", "setting"]  # fmt: skip
 
@@ -48,7 +48,7 @@ _strict: ContextVar[bool] = ContextVar("strict", default=True)
 
 
 class SettingError(ConfigError):
-    """Raised for a setting with a value that cannot be; ``name``, ``value`` and ``why`` let a program spell its option."""
+    """Raised for an invalid value of a setting; ``name``, ``value`` and ``why`` let a program spell its option."""
 
     def __init__(self, name: str, value: Any, why: str):
         super().__init__(f"{name}={value!r} {why}" if why.startswith("is ") else f"{name}={value!r}; {why}")
@@ -64,7 +64,7 @@ def setting(
         default: its default.
         bounds: of a number; None is allowed where it is the default.
         when: families that it belongs to; outside any of them only the default can be constructed.
-        given: families outside of which a user who gives it is told that it does nothing, whatever a preset says.
+        given: families outside of which a user who gives it gets an error that it does nothing, whatever a preset says.
         later: older run folders lack it; the default applies.
     """
     metadata = {"bounds": bounds, "when": when, "given": given, "optional": later}

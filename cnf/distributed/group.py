@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cnf._utils.errors import CNFError, ConfigError, SolverError, TrainingError
 from cnf.distributed.heartbeat import Heartbeat
-from cnf.errors import CNFError, ConfigError, SolverError, TrainingError
 
 __all__ = ["SINGLE_PROCESS", "Group"]
 

@@ -12,9 +12,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from cnf._utils.errors import ConfigError, TrainingError
 from cnf.distributed.group import SINGLE_PROCESS, Group
 from cnf.distributed.heartbeat import Heartbeat
-from cnf.errors import ConfigError, TrainingError
 
 __all__ = ["join", "launched"]
 

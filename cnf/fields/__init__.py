@@ -1,6 +1,6 @@
 """Vector fields f(t, x) and their time layers."""
 
-from cnf.aliases import aliases
+from cnf._utils.aliases import aliases
 from cnf.fields.augmented import AUGMENTED_TIME_LAYERS, AugmentedTimeConditioning, TimePath
 from cnf.fields.base import VectorField
 from cnf.fields.denoiser import PERIODS, Denoiser

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnf.errors import unknown_name
+from cnf._utils.errors import unknown_name
 
 __all__ = ["ACTIVATIONS", "Activation", "activation"]
 

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import ConfigError, require_at_least, unknown_name
+from cnf._utils.errors import ConfigError, require_at_least, unknown_name
 from cnf.fields.maps import Conv, Linear
 from cnf.fields.time import Affine, Constants, TimeLayer, planes
 

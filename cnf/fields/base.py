@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from cnf.errors import ConfigError
+from cnf._utils.errors import ConfigError
 from cnf.fields.autodiff import autodiff_jvp
 from cnf.fields.interpolant import Interpolant
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from cnf.compilation import CompilationWarning
-from cnf.deferral import tracing, vectorized
-from cnf.errors import ConfigError
+from cnf._utils.async_checks import tracing, vectorized
+from cnf._utils.compilation import CompilationWarning
+from cnf._utils.errors import ConfigError
+from cnf._utils.validation import context_rows
 from cnf.fields.autodiff import differentiable_attention
 from cnf.fields.base import SolveField, SolveFunctions, VectorField, consistent, intact
 from cnf.fields.randomness import SolveRandomness, draws_random_numbers
 from cnf.fields.signature import takes_context, wrapped
-from cnf.noise import Noise
-from cnf.validation import context_rows
+from cnf.random import Noise
 
 __all__ = ["AnyField", "CustomField", "can_compile", "context_size", "precompute", "protect", "stated"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from cnf.errors import ConfigError, DataError
+from cnf._utils.errors import ConfigError, DataError
 from cnf.fields.interpolant import Interpolant
 from cnf.fields.unet import UNet
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import require_at_least, unknown_name
+from cnf._utils.errors import require_at_least, unknown_name
 from cnf.fields.maps import Conv, Linear
 from cnf.fields.time import Affine, Constants, LayerFactory, TimeLayer, require_one_time
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cnf.aliases import renamed_arguments
-from cnf.errors import ConfigError
+from cnf._utils.aliases import renamed_arguments
+from cnf._utils.errors import ConfigError
 from cnf.fields.augmented import AugmentedTimeConditioning, check_time
 from cnf.fields.maps import Linear
 from cnf.fields.networks import MLP, Stack, layer_sizes

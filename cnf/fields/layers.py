@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import unknown_name
+from cnf._utils.errors import unknown_name
 from cnf.fields.maps import Conv, Linear
 from cnf.fields.time import Affine, Constants, LayerFactory, TimeLayer, planes, require_one_time
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnf.errors import ConfigError
+from cnf._utils.errors import ConfigError
 
 __all__ = ["Conv", "Linear", "channels_last"]
 

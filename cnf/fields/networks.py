@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import ConfigError, unknown_name
+from cnf._utils.errors import ConfigError, unknown_name
 from cnf.fields.activations import activation
 from cnf.fields.base import FusedField, intact, structure
 from cnf.fields.layers import LayerFactory, time_layer

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnf.errors import ConfigError
+from cnf._utils.errors import ConfigError
 from cnf.fields.base import FusedField, SolveField, structure
 from cnf.fields.networks import ConvField
 from cnf.fields.precomputed import PrecomputedField

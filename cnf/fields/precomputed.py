@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import ConfigError
+from cnf._utils.errors import ConfigError
 from cnf.fields.activations import Activation
 from cnf.fields.base import SolveField
 from cnf.fields.maps import Linear, channels_last

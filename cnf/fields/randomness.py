@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from cnf.noise import Noise
+from cnf.random import Noise
 
 __all__ = ["SolveRandomness", "draws_random_numbers"]
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from cnf.errors import ConfigError
+from cnf._utils.errors import ConfigError
 from cnf.fields.maps import Conv, Linear
 
 __all__ = ["Affine", "Constants", "LayerConstants", "LayerFactory", "TimeLayer", "planes", "require_context", "require_one_time"]

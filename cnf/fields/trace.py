@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnf.errors import ConfigError
+from cnf._utils.errors import ConfigError
 
 __all__ = ["ConvKernel", "conv_kernel", "conv_trace", "dense_kernel", "dense_trace"]
 

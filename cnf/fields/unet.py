@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnf.errors import ConfigError
+from cnf._utils.errors import ConfigError
 from cnf.fields.base import SolveField, SolveFunctions, VectorField, intact, structure
 from cnf.fields.maps import channels_last
 from cnf.fields.time import require_context

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnf.errors import ConfigError
+from cnf._utils.errors import ConfigError
 
 __all__ = ["Attention", "Dual", "GroupNorm", "ResidualBlock", "convolve", "joined", "silu"]
 

@@ -9,7 +9,7 @@ __all__ = ["hyper_mlp", "layer", "time_path"]
 
 
 def drive(model: ModelConfig) -> AugmentedTimeConditioning | None:
-    """Return the drive of these settings, or None."""
+    """Return the conditioning on the augmented time that the settings select, or None."""
     if model.drive == "none":
         return None
     return AugmentedTimeConditioning(model.drive, model.drive_dim, 1 if model.drive == "concat" else model.drive_entries, model.drive_rank)
@@ -35,7 +35,7 @@ def hyper_mlp(model: ModelConfig, dim: int, context_dim: int) -> HyperMLP:
 
 
 def time_path(model: ModelConfig) -> TimePath | None:
-    """Build the augmented time a(t), or return None without a drive."""
+    """Build the augmented time a(t), or return None for drive="none"."""
     if model.drive == "none":
         return None
     return TimePath(model.drive_dim, model.drive_hidden or None, model.drive_start == "learned", model.drive_nonlinearity)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from cnf.errors import ConfigError
+from cnf._utils.errors import ConfigError
 
 __all__ = ["field_maker", "forget_fields", "register_field", "registered"]
 

@@ -7,16 +7,16 @@ from collections.abc import Callable
 
 import torch
 
+from cnf._utils.errors import ConfigError
 from cnf.config import PREDICTIVE, ModelConfig, SolverConfig
-from cnf.continuous import CNF
-from cnf.dequantization import TruncatedNormalDequantize, VariationalDequantize
-from cnf.errors import ConfigError
 from cnf.fields import MLP, PERIODS, ConvField, Denoiser, Interpolant, SqueezeSum, UNet
 from cnf.flow import Flow
 from cnf.models.augmented import hyper_mlp, layer, time_path
 from cnf.models.solving import autocast, divergence, eval_solver, train_solver
-from cnf.multiscale import multiscale
+from cnf.ode.continuous import CNF
+from cnf.ode.multiscale import multiscale
 from cnf.transforms import Dequantize, Gaussianize, Logit, Rescale, Sequential, Squeeze, Standardize, Transform
+from cnf.transforms.dequantization import TruncatedNormalDequantize, VariationalDequantize
 
 __all__ = ["build", "count_parameters"]
 

@@ -6,15 +6,15 @@ import math
 
 from torch import nn
 
+from cnf._utils.errors import ConfigError
 from cnf.config import PREDICTIVE, ModelConfig, SolverConfig
-from cnf.errors import ConfigError
 from cnf.fields.depth import galerkin
 from cnf.fields.layers import LayerFactory
-from cnf.models.neural_ode import NeuralODE
-from cnf.models.odenet import ODENet, conv_maps, mlp_maps
-from cnf.models.predictor import Predictor
-from cnf.models.residual import ResidualNet
 from cnf.models.solving import eval_solver, train_solver
+from cnf.neural_ode.neural_ode import NeuralODE
+from cnf.neural_ode.odenet import ODENet, conv_maps, mlp_maps
+from cnf.neural_ode.predictor import Predictor
+from cnf.neural_ode.residual import ResidualNet
 
 __all__ = ["build_predictor"]
 

@@ -7,8 +7,8 @@ import math
 import torch
 
 from cnf.config import SolverConfig
-from cnf.divergence import Divergence, Exact, Hutchinson
 from cnf.flow import Flow
+from cnf.ode.divergence import Divergence, Exact, Hutchinson
 from cnf.solvers import Adaptive, FixedGrid, Reversible, Solver
 
 __all__ = ["autocast", "divergence", "eval_solver", "slow_bf16", "train_solver"]

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from cnf.checkpoint import write_atomic
+from cnf.runs import write_atomic
 
 __all__ = ["Box", "array", "aspect_of", "box_around", "new_figure", "save_figure", "set_loss_limits", "subplots", "tiles", "write", "xy"]
 

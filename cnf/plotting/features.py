@@ -12,8 +12,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from cnf.errors import ConfigError
-from cnf.models import NeuralODE, Predictor
+from cnf._utils.errors import ConfigError
+from cnf.neural_ode import NeuralODE, Predictor
 from cnf.plotting.canvas import Box, array, aspect_of, box_around, new_figure, save_figure, subplots
 
 __all__ = ["decision_boundary", "feature_evolution", "learned_depth", "paths_1d"]

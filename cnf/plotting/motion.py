@@ -12,11 +12,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from torch import Tensor
 
-from cnf.continuous import CNF
-from cnf.errors import ConfigError
+from cnf._utils.errors import ConfigError
 from cnf.flow import Flow
-from cnf.noise import Noise
+from cnf.ode.continuous import CNF
 from cnf.plotting.canvas import array, new_figure, subplots, tiles, write
+from cnf.random import Noise
 from cnf.solvers.base import SolverOverride
 from cnf.transforms import Squeeze, iter_leaves
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnf.continuous import CNF
 from cnf.flow import Flow
+from cnf.ode.continuous import CNF
 from cnf.plotting.canvas import array, aspect_of, box_around, new_figure, save_figure, subplots, xy
 from cnf.transforms import Request, Transform
 from cnf.transforms.chain import State, walk

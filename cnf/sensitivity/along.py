@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnf.continuous import CNF
-from cnf.errors import ConfigError
+from cnf._utils.errors import ConfigError
 from cnf.fields.custom import protect
+from cnf.ode.continuous import CNF
 from cnf.sensitivity.paths import clock
 from cnf.solvers import Solver
 from cnf.solvers.base import State, solver_of

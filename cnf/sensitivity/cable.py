@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnf.continuous import CNF
-from cnf.errors import ConfigError
+from cnf._utils.errors import ConfigError
+from cnf.ode.continuous import CNF
 from cnf.sensitivity.paths import TangentState, integrate_tangents, require_points, unit_tangents
 from cnf.solvers import Solver
 from cnf.transforms import Request, Transform
@@ -33,7 +33,7 @@ def jacobian(
     In a block the columns obey the cable rule :math:`dY/dt = A(t)\, Y,\ Y(0) = I,\ A = \partial f/\partial x` along the
     path (AFFJORD, 2306.02731, eq. 11), integrated together with the state by jvps of ``chunk`` unit tangents. No
     divergence or trace is integrated, so its determinant is an independent check of ``log_det``. Chains
-    (:class:`~cnf.transforms.Sequential`, :class:`~cnf.multiscale.Multiscale`, :class:`~cnf.multiscale.SharedAugmentedTime`)
+    (:class:`~cnf.transforms.Sequential`, :class:`~cnf.ode.multiscale.Multiscale`, :class:`~cnf.ode.multiscale.SharedAugmentedTime`)
     propagate the tangents, transforms without an ODE by ``torch.func.jvp``. On a fixed grid the result is the
     derivative of the discretised map itself. The result is differentiable; call it under ``torch.no_grad()`` to save
     memory.

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnf.continuous import CNF
-from cnf.divergence import Bound
-from cnf.errors import ConfigError, require_at_least
+from cnf._utils.errors import ConfigError, require_at_least
+from cnf.ode.continuous import CNF
+from cnf.ode.divergence import Bound
 from cnf.sensitivity.paths import TangentState, clock, integrate_tangents, require_points, unit_tangents
 from cnf.solvers import FixedGrid, Solver
 from cnf.transforms import Request

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cnf.continuous import CNF
-from cnf.errors import ConfigError
+from cnf._utils.errors import ConfigError
+from cnf.ode.continuous import CNF
 from cnf.sensitivity.along import Along, Values
 from cnf.sensitivity.paths import chunk_size, require_points, unit_rows
 from cnf.solvers import Solver

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cnf.continuous import CNF
-from cnf.divergence import Bound
-from cnf.errors import DataError, require_at_least
+from cnf._utils.errors import DataError, require_at_least
+from cnf.ode.continuous import CNF
+from cnf.ode.divergence import Bound
 from cnf.solvers.base import State
 from cnf.transforms import Request
 

@@ -11,10 +11,10 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from cnf.deferral import vectorized
-from cnf.errors import ConfigError, SolverError, require_inside, unknown_name
-from cnf.recompute import Recompute, differentiable_once
+from cnf._utils.async_checks import vectorized
+from cnf._utils.errors import ConfigError, SolverError, require_inside, unknown_name
 from cnf.solvers.base import RHS, Counter, Solution, State, Stats, finite, largest
+from cnf.solvers.checkpointing import Recompute, differentiable_once
 from cnf.solvers.embedded import embedded
 
 __all__ = ["Adaptive"]
@@ -65,7 +65,7 @@ class Adaptive:
         max_steps: maximum number of solver steps.
         quadratures_in_norm: include log-det and the other integrals in the error norm.
         quadrature_tolerance: solve the point alone and evaluate log-det and the other integrals at as few quadrature
-            nodes of its path as the tolerance permits (see :mod:`cnf.collocation`). With ``norm="batch"`` it is in nats
+            nodes of its path as the tolerance permits (see :mod:`cnf.ode.logdet_quadrature`). With ``norm="batch"`` it is in nats
             per dimension of the block for the mean over rows, and ten times that for any one row; with ``norm="row"``
             it is in nats for every row (from 100 dimensions on, times a hundredth of their number). None integrates
             them along with the point, with uncontrolled error unless they are in the norm. If a gradient is recorded,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from cnf.errors import ConfigError, SolverError
+from cnf._utils.errors import ConfigError, SolverError
 
 __all__ = ["RHS", "Counter", "Solution", "Solver", "SolverOverride", "State", "Stats", "finite", "largest", "refined", "require_finite", "solver_of"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchdiffeq._impl.odeint import SOLVERS
 
-from cnf.errors import SolverError
+from cnf._utils.errors import SolverError
 from cnf.solvers.base import RHS, Counter, Solution, State, Stats
 
 __all__ = ["embedded"]

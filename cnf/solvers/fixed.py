@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cnf.deferral import deferred, tracing
-from cnf.errors import SolverError, require_at_least, unknown_name
-from cnf.recompute import Recompute
+from cnf._utils.async_checks import deferred, tracing
+from cnf._utils.errors import SolverError, require_at_least, unknown_name
 from cnf.solvers.base import RHS, Counter, Solution, State, Stats, finite, largest
+from cnf.solvers.checkpointing import Recompute
 from cnf.solvers.tableaus import TABLEAUS, Tableau
 
 __all__ = ["FixedGrid"]
@@ -54,7 +54,7 @@ class FixedGrid:
     r"""Runge-Kutta method on a fixed grid, differentiated as a discretisation.
 
     A right-hand side may request the steps' error estimates by an attribute ``step_error``: the index of the state
-    entry to which :math:`|h| \|E\|` of every step is added (see :class:`cnf.quadratures.StepError`).
+    entry to which :math:`|h| \|E\|` of every step is added (see :class:`cnf.ode.quadratures.StepError`).
 
     Args:
         method: ``"euler"``, ``"midpoint"``, ``"heun"``, ``"rk4"`` (the 3/8 rule), ``"rk4-classic"`` or ``"dopri5"``.
@@ -111,7 +111,7 @@ class FixedGrid:
 
         Raises:
             SolverError: for a non-finite state; the solve is repeated with a check after every step to locate it.
-                Inside :func:`~cnf.deferral.defer_checks` the state is not checked.
+                Inside :func:`cnf.defer_checks` the state is not checked.
         """
         counter = Counter()
         like = state[0]

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from cnf.deferral import deferred, tracing
-from cnf.errors import ConfigError, SolverError
-from cnf.recompute import Recompute, final, present_autocast
+from cnf._utils.async_checks import deferred, tracing
+from cnf._utils.errors import ConfigError, SolverError
 from cnf.solvers.base import RHS, Counter, State
+from cnf.solvers.checkpointing import Recompute, final, present_autocast
 from cnf.solvers.fixed import FixedGrid, stages, weighted
 from cnf.solvers.tableaus import Tableau
 

@@ -1,7 +1,7 @@
 """Training: state, loop and callbacks, of which :func:`cnf.fit` and the programs are made, and reports of runs."""
 
-from cnf.errors import Interrupted
-from cnf.results import read_json
+from cnf._utils.errors import Interrupted
+from cnf.config.results import read_json
 from cnf.training.auto_steps import AutoSteps
 from cnf.training.callbacks import Callback, EarlyStopping, Run, TimeLimit, WeightAverage
 from cnf.training.checkpointer import Checkpointer

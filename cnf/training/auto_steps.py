@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from cnf._utils.errors import ConfigError, SolverError
 from cnf.distributed import SINGLE_PROCESS, Group
-from cnf.errors import ConfigError, SolverError
-from cnf.noise import Noise
+from cnf.random import Noise
 from cnf.solvers import FixedGrid
 from cnf.training.solver_monitor import SolverMonitor, spacing
 
@@ -156,7 +156,7 @@ class AutoSteps(SolverMonitor):
 
         Example:
             >>> from cnf import ModelConfig, SolverConfig, build
-            >>> from cnf.objectives import Likelihood
+            >>> from cnf.losses import Likelihood
             >>> monitor = AutoSteps()
             >>> monitor.attach(Likelihood(build(ModelConfig(hidden=(4,), blocks=2), SolverConfig(), (2,))), print)
             >>> monitor.choose([1, 4], [0.02, 0.001]), monitor.choose([3, 4], [0.0001, 0.0001])

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cnf._utils.async_checks import to_device
+from cnf._utils.errors import ConfigError, DataError
 from cnf.config import RunConfig
-from cnf.datasets import DataSplits
-from cnf.deferral import to_device
+from cnf.data import DataSplits
 from cnf.distributed import SINGLE_PROCESS, Group
-from cnf.errors import ConfigError, DataError
-from cnf.noise import Noise
+from cnf.random import Noise
 
 __all__ = ["Batches", "Validation", "choose_rows", "fingerprint", "require_values", "shared_settings", "validation_rows"]
 

@@ -7,9 +7,9 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from cnf._utils.errors import ConfigError
 from cnf.distributed import Group
-from cnf.errors import ConfigError
-from cnf.objectives import Objective
+from cnf.losses import Objective
 from cnf.training.batches import Batches
 from cnf.training.metrics import StepResult
 from cnf.training.phases import Phase

@@ -10,11 +10,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from cnf.checkpoint import has_trainer, load_trainer, locked, one_line, renew, save_trainer, write_weights
-from cnf.checkpoint.files import why
+from cnf._utils.errors import CheckpointError, ConfigError
 from cnf.distributed import Group
-from cnf.errors import CheckpointError, ConfigError
-from cnf.objectives import Likelihood
+from cnf.losses import Likelihood
+from cnf.runs import has_trainer, load_trainer, locked, one_line, renew, save_trainer, write_weights
+from cnf.runs.files import why
 from cnf.training.callbacks import Callback, Run
 from cnf.training.loggers import RunLogger, TensorBoardLogger
 from cnf.training.state import upgrade
@@ -186,7 +186,7 @@ class Checkpointer(Callback):
                 folder.mkdir(parents=True)
             renew(folder)
         except OSError as error:
-            raise CheckpointError(f"{folder} was removed, and cannot be made anew: {why(folder, error)}") from None
+            raise CheckpointError(f"{folder} was removed, and cannot be created again: {why(folder, error)}") from None
         except ConfigError as error:  # its lock was removed, and another run has started there
             raise CheckpointError(str(error)) from None
         if gone:
@@ -194,7 +194,7 @@ class Checkpointer(Callback):
             self.export_due = bool(run.state.best_weights)
             if board is not None:
                 board.recreate(run.history)
-            run.say(f"step {run.state.step}: {folder} was removed while this run trains: it is made anew, with everything in it")
+            run.say(f"step {run.state.step}: {folder} was removed while this run trains: it is created again, with everything in it")
         if self.export_due:
             write_weights(folder, run.best_model())
             self.export_due = False

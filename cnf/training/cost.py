@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from cnf.checkpoint import RunInfo
-from cnf.datasets import DataSplits
+from cnf.data import DataSplits
 from cnf.distributed import SINGLE_PROCESS, Group
+from cnf.runs import RunInfo
 from cnf.training.callbacks import Callback, Run, WeightAverage
 from cnf.training.loop import Trainer
 from cnf.training.memory import saved_tensor_bytes

@@ -18,9 +18,9 @@ from torch.utils.data import (
     default_collate,
 )
 
+from cnf._utils.errors import ConfigError, DataError
 from cnf.distributed import SINGLE_PROCESS, Group
-from cnf.errors import ConfigError, DataError
-from cnf.noise import Noise
+from cnf.random import Noise
 from cnf.training.batches import Batches
 
 __all__ = ["DatasetBatches", "StreamBatches", "pair", "rows_of", "split"]

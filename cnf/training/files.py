@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from cnf.checkpoint import write_atomic, write_text
-from cnf.errors import ConfigError
+from cnf._utils.errors import ConfigError
+from cnf.runs import write_atomic, write_text
 
 __all__ = ["write_items", "write_json"]
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from cnf.datasets import DataSplits
+from cnf._utils.errors import ConfigError, DataError
+from cnf.data import DataSplits
 from cnf.distributed import Group
-from cnf.errors import ConfigError, DataError
 from cnf.flow import Flow
-from cnf.models import Predictor
+from cnf.neural_ode import Predictor
 from cnf.training.batches import Batches, Validation, fingerprint
 from cnf.training.data import DatasetBatches, StreamBatches, pair, reproducible, split
 
@@ -27,7 +27,7 @@ def training_data(
     device, dtype = like.device, like.dtype
     if isinstance(train, Dataset | DataLoader) and not hasattr(train, "tensors"):
         if isinstance(validation, float):
-            raise ConfigError(f"validation={validation} takes a share of tensors, arrays or DataFrames: give a Dataset of its own")
+            raise ConfigError(f"validation={validation} takes a share of tensors, arrays or DataFrames: give a separate Dataset")
         if context is not None:
             raise ConfigError("context is part of a Dataset's items, (x, context): leave it out")
         held_out = None if validation is None else _held_out(*_validation_rows(validation, "validation"), model, like)

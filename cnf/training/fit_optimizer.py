@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from cnf.errors import ConfigError
+from cnf._utils.errors import ConfigError
 from cnf.training.schedule import adamw, learning_rate
 
 __all__ = ["MakeOptimizer", "Schedule", "optimizer_and_rates"]

@@ -15,8 +15,8 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from cnf.checkpoint import write_atomic
 from cnf.flow import Flow
+from cnf.runs import write_atomic
 from cnf.training.callbacks import Callback, Run
 
 __all__ = ["ProgressBar", "RunLogger", "TensorBoardLogger"]

@@ -6,7 +6,7 @@ import math
 from contextlib import ExitStack, suppress
 from typing import Any
 
-from cnf.errors import Interrupted, SolverError
+from cnf._utils.errors import Interrupted, SolverError
 from cnf.training.signals import Abandoned, Signals
 from cnf.training.state import Pending
 from cnf.training.step import tensor_cores

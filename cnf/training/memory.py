@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import CNFError, TrainingError
-from cnf.noise import Noise
+from cnf._utils.errors import CNFError, TrainingError
+from cnf.random import Noise
 from cnf.solvers import FixedGrid, Solver
 
 __all__ = ["available", "is_oom", "micro_batch_advice", "oom_advice", "saved_tensor_bytes"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cnf.errors import TrainingError
+from cnf._utils.errors import TrainingError
 from cnf.training.callbacks import Callback, Run
 from cnf.training.metrics import StepResult
 
@@ -66,7 +66,7 @@ class NonFinitePolicy(Callback):
         self._apply()
 
     def on_phase(self, run: Run) -> None:
-        """Start anew with the weights that the phase starts from."""
+        """Start again with the weights that the phase starts from."""
         self.rollbacks = 0
         self.recent_nfe = {name: deque(maxlen=100) for name in COUNTS}
         self._keep()

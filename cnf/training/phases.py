@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from cnf.objectives import Objective
+from cnf.losses import Objective
 from cnf.training.batches import Batches
 
 __all__ = ["Factor", "LearningRate", "Phase"]

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from cnf.checkpoint import RunInfo
-from cnf.datasets import DataSplits
+from cnf._utils.progress import Progress
+from cnf.config.results import figure
+from cnf.data import DataSplits
 from cnf.distributed import SINGLE_PROCESS, Group
-from cnf.models import NeuralODE, Predictor
-from cnf.objectives import Assessment, assess
-from cnf.progress import Progress
-from cnf.results import figure
+from cnf.losses import Assessment, assess
+from cnf.neural_ode import NeuralODE, Predictor
+from cnf.runs import RunInfo
 from cnf.solvers import Adaptive, refined
 from cnf.training.batches import choose_rows
 from cnf.training.files import write_items, write_json

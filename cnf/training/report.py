@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cnf.checkpoint import RunInfo
-from cnf.datasets import DataSplits
-from cnf.errors import DataError, SolverError
+from cnf._utils.errors import DataError, SolverError
+from cnf.data import DataSplits
+from cnf.evaluation import column_report
 from cnf.flow import Flow
-from cnf.likelihood import column_report
-from cnf.noise import Noise
-from cnf.objectives import FlowMatching
+from cnf.losses import FlowMatching
+from cnf.random import Noise
+from cnf.runs import RunInfo
 from cnf.training.files import write_json
 from cnf.training.loop import Trainer
 from cnf.training.memory import is_oom

@@ -13,18 +13,18 @@ import numpy as np
 import torch
 import torchdiffeq
 
-import cnf
-from cnf.checkpoint import RunInfo
-from cnf.datasets import DataSplits
+from cnf._utils.errors import ConfigError
+from cnf._utils.progress import Progress
+from cnf._utils.version import __version__
+from cnf.config.results import figure
+from cnf.data import DataSplits
 from cnf.distributed import SINGLE_PROCESS, Group
-from cnf.divergence import Exact, Hutchinson
-from cnf.errors import ConfigError
+from cnf.evaluation import Evaluation, evaluate, integral_2d
+from cnf.evaluation import check as check_items
 from cnf.flow import Flow
-from cnf.likelihood import Evaluation, evaluate, integral_2d
-from cnf.likelihood import check as check_items
-from cnf.models import Predictor
-from cnf.progress import Progress
-from cnf.results import figure
+from cnf.neural_ode import Predictor
+from cnf.ode.divergence import Exact, Hutchinson
+from cnf.runs import RunInfo
 from cnf.solvers import Adaptive, FixedGrid
 from cnf.training.batches import choose_rows
 from cnf.training.files import write_items
@@ -46,7 +46,7 @@ def about(model: Flow | Predictor, info: RunInfo, started: float) -> dict[str, A
         "evaluation_seconds": round(time.monotonic() - started, 1),
         "seed": info.config.train.seed,
         "versions": {
-            "cnf": cnf.__version__,
+            "cnf": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "torchdiffeq": torchdiffeq.__version__,

@@ -8,24 +8,24 @@ from pathlib import Path
 
 import torch
 
-from cnf.checkpoint import RunInfo, write_config
+from cnf._utils.errors import ConfigError
 from cnf.config import TrainConfig
-from cnf.datasets import DataSplits
+from cnf.data import DataSplits
 from cnf.distributed import SINGLE_PROCESS, Group
-from cnf.errors import ConfigError
 from cnf.flow import Flow
-from cnf.models import Predictor, SolverConfig
-from cnf.objectives import FlowMatching, Likelihood, Objective, Supervised
+from cnf.losses import FlowMatching, Likelihood, Objective, Supervised
+from cnf.models import SolverConfig
+from cnf.neural_ode import Predictor
+from cnf.runs import RunInfo, write_config
 from cnf.training.auto_steps import AutoSteps
 from cnf.training.batches import Batches, Validation, fingerprint, shared_settings, validation_rows
 from cnf.training.callbacks import Callback, EarlyStopping, TimeLimit, WeightAverage, replaced
 from cnf.training.checkpointer import Checkpointer
-from cnf.training.loggers import ProgressBar, RunLogger, TensorBoardLogger
+from cnf.training.defaults import default_callbacks
 from cnf.training.loop import VALIDATION_SEED, Trainer
 from cnf.training.non_finite import NonFinitePolicy
 from cnf.training.phases import Phase
 from cnf.training.schedule import adamw, learning_rate
-from cnf.training.signals import Signals
 from cnf.training.solver_monitor import SolverMonitor
 from cnf.training.time_sampler import TimeSampler
 
@@ -65,10 +65,8 @@ def from_settings(
     """
     model, stages = prepare(info, data, group)
     config, solver, device = info.config.train, info.config.solver, stages[0].batches.device
-    defaults = default_callbacks(config, solver, stages[-1].objective)
-    if group.main:
-        defaults += [RunLogger(folder), TensorBoardLogger(folder), ProgressBar()]
-    defaults.insert(0, Checkpointer(folder, partial(write_config, info=info), fingerprint(data)))
+    defaults = default_callbacks(folder, partial(write_config, info=info), fingerprint(data), group)
+    defaults = replaced(defaults, _configured(config, solver, stages[-1].objective))
     trainer = kind(
         model,
         stages,
@@ -110,8 +108,8 @@ def prepare(info: RunInfo, data: DataSplits, group: Group = SINGLE_PROCESS) -> t
     return model, stages
 
 
-def default_callbacks(config: TrainConfig, solver: SolverConfig, objective: Objective) -> list[Callback]:
-    """Return the callbacks of these settings, without those that write and show."""
+def _configured(config: TrainConfig, solver: SolverConfig, objective: Objective) -> list[Callback]:
+    """Return the callbacks that have settings."""
     # a preset's automatic_steps concerns its grid, which --adaptive replaces
     kind = AutoSteps if solver.automatic_steps and not solver.adaptive and objective.solves else SolverMonitor
     return [
@@ -121,7 +119,6 @@ def default_callbacks(config: TrainConfig, solver: SolverConfig, objective: Obje
         NonFinitePolicy(max_error=MAX_ERROR * config.watch_tolerance, advice=advice(config, solver)),
         EarlyStopping(config.patience),
         TimeLimit(config.max_time),
-        Signals(),
     ]
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from cnf._utils.errors import SolverError
 from cnf.distributed import SINGLE_PROCESS, Group
-from cnf.errors import SolverError
-from cnf.noise import Noise
-from cnf.objectives import Objective
+from cnf.losses import Objective
+from cnf.random import Noise
 from cnf.solvers import FixedGrid, Solver
 from cnf.training.callbacks import Callback, Run
 

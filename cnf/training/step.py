@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import SolverError
-from cnf.noise import Noise
-from cnf.objectives import Objective
+from cnf._utils.errors import SolverError
+from cnf.losses import Objective
+from cnf.random import Noise
 from cnf.solvers import Stats
 
 __all__ = ["Gradient", "culprit", "gradient", "micro_batches", "pieces", "tensor_cores"]

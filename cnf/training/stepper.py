@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from tqdm import tqdm
 
-from cnf.deferral import defer_checks
+from cnf._utils.async_checks import defer_checks
+from cnf._utils.errors import DataError, SolverError
 from cnf.distributed import SINGLE_PROCESS, Group
-from cnf.errors import DataError, SolverError
-from cnf.objectives import Objective
+from cnf.losses import Objective
 from cnf.training.batches import Batches, Validation
 from cnf.training.callbacks import Callback, WeightAverage
 from cnf.training.memory import micro_batch_advice, oom_advice

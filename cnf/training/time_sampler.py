@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from cnf.errors import SolverError
-from cnf.objectives import FlowMatching
+from cnf._utils.errors import SolverError
+from cnf.losses import FlowMatching
 from cnf.training.callbacks import Callback, Run
 from cnf.training.solver_monitor import spacing
 

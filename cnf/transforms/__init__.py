@@ -1,6 +1,6 @@
 """Invertible transforms with log-determinants."""
 
-from cnf.aliases import aliases
+from cnf._utils.aliases import aliases
 from cnf.transforms.base import DeterministicTransform, Transform, TransformOutput
 from cnf.transforms.chain import Chain, Sequential, iter_leaves
 from cnf.transforms.gaussianize import Gaussianize

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cnf.aliases import warn_deprecated
-from cnf.deferral import deferred
-from cnf.errors import DataError
+from cnf._utils.aliases import warn_deprecated
+from cnf._utils.async_checks import deferred
+from cnf._utils.errors import DataError
 from cnf.solvers import Stats
 from cnf.transforms.request import DEFAULT, FORMER, Request, as_request
 

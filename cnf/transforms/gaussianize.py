@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from cnf.errors import DataError, require_at_least, require_inside
+from cnf._utils.errors import DataError, require_at_least, require_inside
 from cnf.transforms.base import DeterministicTransform, Shape, require_floats, require_unit
 
 __all__ = ["Gaussianize"]

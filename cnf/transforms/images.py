@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnf.deferral import deferred
-from cnf.errors import ConfigError, DataError, require_inside
-from cnf.noise import draw
+from cnf._utils.async_checks import deferred
+from cnf._utils.errors import ConfigError, DataError, require_inside
+from cnf.random import draw
 from cnf.solvers import Stats
 from cnf.transforms.base import (
     DeterministicTransform,
@@ -40,7 +40,7 @@ class Dequantize(Transform):
         DataError: for pixels of ``levels`` or more, or an integer type other than uint8.
 
     Example:
-        >>> from cnf.noise import Noise
+        >>> from cnf.random import Noise
         >>> out = Dequantize(17)(torch.zeros(5, 1, 8, 8, dtype=torch.uint8), Request(noise=Noise(0)))
         >>> bool((out.value < 1 / 17).all()), round(float(out.log_det[0]) / 64, 4)
         (True, -2.8332)

@@ -1,4 +1,4 @@
-"""Request: what one call of a transform is given besides its points."""
+"""Request: the arguments of one call of a transform, except its points."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import GetAttrKey, register_pytree_node
 
-from cnf.aliases import warn_deprecated
-from cnf.errors import ConfigError
-from cnf.noise import Noise
+from cnf._utils.aliases import warn_deprecated
+from cnf._utils.errors import ConfigError
+from cnf.random import Noise
 from cnf.solvers import Solver
 from cnf.solvers.base import SolverOverride, solver_of
 
@@ -57,7 +57,7 @@ class Request:
     steer: bool = True
     """Sample the end time of blocks with ``steer`` in training; False takes their mean T."""
     augmented_time: AugmentedTime | None = None
-    """Augmented time that a block continues, set by :class:`~cnf.multiscale.SharedAugmentedTime`."""
+    """Augmented time that a block continues, set by :class:`~cnf.ode.multiscale.SharedAugmentedTime`."""
 
     def child(self, i: int) -> Request:
         """Return the request of child ``i`` of a chain, which draws from ``noise.child(i)``."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from cnf.errors import ConfigError, DataError
+from cnf._utils.errors import ConfigError, DataError
 from cnf.transforms.base import DeterministicTransform
 
 __all__ = ["Standardize"]

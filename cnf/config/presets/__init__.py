@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
+from cnf._utils.errors import ConfigError
 from cnf.config.presets.affjord import AFFJORD
 from cnf.config.presets.density import DENSITY
 from cnf.config.presets.exact import EXACT
@@ -11,7 +12,6 @@ from cnf.config.presets.images import IMAGES
 from cnf.config.presets.matching import MATCHING
 from cnf.config.presets.neural_ode import NEURAL_ODE
 from cnf.config.settings import DataConfig, Preset, RunConfig, TrainConfig
-from cnf.errors import ConfigError
 
 __all__ = ["PRESETS", "DataConfig", "Preset", "RunConfig", "TrainConfig", "preset"]
 

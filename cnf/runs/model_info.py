@@ -1,0 +1,103 @@
+"""config.json of cnf.save and cnf.fit: the settings of a built-in model, or the names of a custom one's classes."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from cnf._utils.errors import CNFError
+from cnf.config import ModelConfig, SolverConfig
+from cnf.config.decoding import decode
+from cnf.flow import Flow
+from cnf.models import build, build_predictor
+from cnf.neural_ode import Predictor
+from cnf.runs.config import check_digest, read_fields, write_fields
+
+__all__ = ["Built", "ModelInfo", "describe", "is_model", "read_model_info", "write_model_info"]
+
+
+@dataclass(frozen=True)
+class Built:
+    """Settings of a model made by :func:`cnf.build`; ``width`` is that of the context, or the outputs of a predictor."""
+
+    model: ModelConfig
+    solver: SolverConfig
+    event_shape: tuple[int, ...]
+    levels: int | None
+    width: int
+    predicts: bool
+
+    def build(self) -> Flow | Predictor:
+        """Return the model, untrained."""
+        if self.predicts:
+            return build_predictor(self.model, self.solver, self.event_shape, outputs=self.width, levels=self.levels)
+        return build(self.model, self.solver, self.event_shape, levels=self.levels, context_dim=self.width)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Contents of config.json; ``built`` is None for a custom model, whose classes are recorded by name only."""
+
+    kind: Literal["model"]
+    model_class: str
+    custom_classes: tuple[str, ...]
+    parameters: int
+    built: Built | None
+    steps: int
+    batch_size: int
+    rows: int
+    loss: str
+    optimizer: str
+    seed: int
+
+
+def describe(
+    model: nn.Module, *, steps: int = 0, batch_size: int = 0, rows: int = 0, loss: str = "", optimizer: str = "", seed: int = 0
+) -> ModelInfo:
+    """Return what is recorded of a model and its training."""
+    custom = dict.fromkeys(_name(m) for m in model.modules() if not type(m).__module__.startswith(("cnf.", "torch.")))
+    count = sum(p.numel() for p in model.parameters())
+    return ModelInfo("model", _name(model), tuple(custom), count, _built(model), steps, batch_size, rows, loss, optimizer, seed)
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _built(model: nn.Module) -> Built | None:
+    """Return the settings of a built-in model, if building it again gives the same modules and weights."""
+    settings = getattr(model, "built", None)
+    if not isinstance(settings, dict) or not isinstance(model, Flow | Predictor):
+        return None
+    try:
+        built = Built(**settings)
+        with torch.device("meta"):
+            again = built.build()
+    except CNFError:
+        return None
+    same = [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
+    shapes = [{k: (v.shape, v.dtype) for k, v in m.state_dict().items()} for m in (again, model)]
+    return built if same and shapes[0] == shapes[1] else None
+
+
+def write_model_info(folder: Path, info: ModelInfo) -> None:
+    """Write config.json."""
+    write_fields(folder, dataclasses.asdict(info))
+
+
+def is_model(folder: Path) -> bool:
+    """Return whether a folder was written by :func:`write_model_info`."""
+    return read_fields(folder).get("kind") == "model"
+
+
+def read_model_info(folder: Path) -> ModelInfo:
+    """Read config.json; a CheckpointError says what is missing or damaged."""
+    raw: dict[str, Any] = read_fields(folder)
+    info: ModelInfo = decode(ModelInfo, {k: v for k, v in raw.items() if k not in ("format", "sha256")}, str(folder / "config.json"))
+    check_digest(raw, folder / "config.json")
+    return info
