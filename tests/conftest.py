@@ -11,6 +11,7 @@ import torch
 from cnf.solvers import Adaptive
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, whose bits are compared
 ROOT = Path(__file__).resolve().parent.parent
 F64 = torch.float64
 TIGHT = Adaptive("dopri5", 1e-11, 1e-11)

@@ -206,7 +206,7 @@ def test_dry_run_leaves_nothing(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert re.search(r"1,\d\d\d parameters; batch 20\n", said)
     assert re.search(r"memory: \d+ MiB kept for the backward pass, [\d,]+ MiB at the peak \(process\)\n", said)
-    assert re.search(r"time: [\d.e-]+ s a step; 6 steps take about 0 seconds, validations apart\n", said)
+    assert re.search(r"time: [\d.e-]+ s a step; 6 steps take about 0 seconds without validations\n", said)
     assert not any(tmp_path.iterdir())
 
 
@@ -523,7 +523,7 @@ def test_a_run_whose_data_are_gone_still_samples(tmp_path, capsys, rows):
     for out in ("x.png", "x.npz"):
         assert sample_main([str(folder), "-n", "50", "--out", str(tmp_path / out)]) == 0
         said = capsys.readouterr().out
-        assert ("the samples alone, since the data are not at hand: data 'gone/table.csv' does not exist" in said) == (out == "x.png")
+        assert ("samples only, since the data are not available: data 'gone/table.csv' does not exist" in said) == (out == "x.png")
         assert (tmp_path / out).stat().st_size > 500
 
 

@@ -32,7 +32,7 @@ EXAMPLES = {
     "evaluate": (
         ("cnf evaluate runs/digits-0 --importance 16", "a tighter bound"),
         ("cnf evaluate runs/digits-0 --check --eval-rtol 1e-7 --eval-atol 1e-7", "a more exact solver"),
-        ("cnf evaluate pretrained:fm-mnist --split validation --test-items 100", "the model that comes along"),
+        ("cnf evaluate pretrained:fm-mnist --split validation --test-items 100", "the packaged model"),
     ),
     "rank": (("cnf rank runs/tabular-table-0 new.csv", "least likely rows first"),),
     "sweep": (("cnf sweep digits --sweep lr=1e-3,3e-4 seed=0,1,2 --steps 500", "six runs and one table"),),

@@ -51,6 +51,6 @@ def list_published() -> int:
     rows = [("published model", "parameters", "here", "why")]
     for m in PUBLISHED:
         rows.append((m.name, f"{m.parameters:,}", "" if m.count == m.parameters else f"{m.count:,}", m.reason))
-    print("parameters of the published image models, as their papers give them or their released code makes them:\n")
+    print("parameters of the published image models, as stated in the papers or built by the released code:\n")
     print("\n".join(columns(rows, right=(1, 2))))
     return 0

@@ -43,7 +43,7 @@ Flag = tyro.conf.FlagCreatePairsOff[bool]
 EVALUATIONS = ("split", "importance", "mid_bin", "check", "per_item", "score")  # options of --evaluate only
 
 SCORE_HELP = (  # a string, since tyro keeps the line ends of a docstring
-    "--evaluate: rank your own items instead of a split, least likely first: .npz, .npy, tables, pictures, folders. " + CAUTION
+    "--evaluate: rank custom rows or images instead of a split, least likely first: .npz, .npy, tables, images, folders. " + CAUTION
 )
 
 
@@ -58,7 +58,7 @@ class Command:
 
     config: tyro.conf.OmitArgPrefixes[RunConfig]
     preset: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PRESET]", help_behavior_hint=PRESET_HINT)] = None
-    """Where to start from; cnf list shows the presets."""
+    """Preset with the defaults; cnf list shows the presets."""
     settings: Annotated[Path | None, tyro.conf.arg(name="config", metavar="FILE")] = None
     """Settings from a .json or .yaml file (or a run's config.json); options on the command line override it."""
     out: Path | None = None
@@ -66,17 +66,17 @@ class Command:
     resume: Flag = False
     """Continue the run in --out where it stopped. Only --steps, --patience, --max-time, --device, --threads, --accumulate, --compile, --data-root, --download, and --data for the same data elsewhere, may change."""
     evaluate: Path | None = None
-    """Score this run (or pretrained:fm-mnist) again, without training: with another solver, tolerances, trace, --noise-samples, --test-items, --split, --data."""
+    """Evaluate this run (or pretrained:fm-mnist) without training, with another solver, tolerances, trace, --noise-samples, --test-items, --split or --data."""
     split: Literal["test", "validation", "train"] = "test"
-    """What --evaluate scores."""
+    """Split that --evaluate scores."""
     importance: int = 1
     """--evaluate, images: noise samples K of the importance-weighted bound; 1 is the plain bound."""
     mid_bin: Flag = False
     """--evaluate, images: score the middle of each grey level, as RNODE reports; not a bound."""
     check: Flag = False
-    """--evaluate: solve every item again, ten times tighter, and there and back; without it a tenth of them."""
+    """--evaluate: solve every row again at tolerances ten times tighter, and round trip; default: a tenth of the rows."""
     per_item: Path | None = None
-    """--evaluate: also write the likelihood (or the prediction) of every item to this .npz or .csv file."""
+    """--evaluate: also write the likelihood (or the prediction) of each row to this .npz or .csv file."""
     score: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="PATH [PATH ...]", help=SCORE_HELP)] = None
     dry_run: Flag = False
     """Print parameters, memory and time per step, and stop."""

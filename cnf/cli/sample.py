@@ -202,10 +202,10 @@ def _picture(x: Tensor, info: RunInfo, options: Any, out: Path) -> None:
         found = load_splits(info.config, run=info, download=False)
         data = found.test
         if options.given is not None:
-            print("the samples alone: the data were not all given the same")
+            print("samples only: the context differs between rows of the data")
             data = None
         elif label is not None and found.test_context is not None:
             data = data[found.test_context.argmax(1) == info.classes.index(label)]
     except (DataError, ConfigError) as error:
-        print(f"the samples alone, since the data are not at hand: {error}")
+        print(f"samples only, since the data are not available: {error}")
     plotting.samples_beside_data(x, data, out, columns=info.columns)

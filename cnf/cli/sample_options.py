@@ -18,9 +18,9 @@ IMAGES, VECTORS = 64, 1000  # default numbers of samples
 FRAMES = 21  # time points of --trajectory
 MOST_STEPS = 100_000
 EXAMPLES = (
-    ("pretrained:fm-mnist --grid-steps 16", "a model that comes along"),
+    ("pretrained:fm-mnist --grid-steps 16", "the packaged model"),
     ("runs/digits-0 -n 100 --out digits.png", "a picture"),
-    ("runs/tabular-table-0 -n 1000 --out new.csv", "rows as your table has them"),
+    ("runs/tabular-table-0 -n 1000 --out new.csv", "rows with the columns of your table"),
 )
 
 
@@ -35,20 +35,20 @@ def parser(program: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("run", metavar="RUN", type=Path, help="run folder, or pretrained:fm-mnist, which comes with the package")
     add("-n", type=int, help=f"number of samples (default: {IMAGES} images, {VECTORS} points or rows)")
-    add("--out", metavar="FILE", type=Path, help="what to write (default: RUN/samples/sample-SEED.png, of pretrained:NAME in runs/NAME-pretrained): a .png picture, next to the "
-        "data if these are available and the samples are no images; .csv or .parquet, a table with the columns, names and types of the run's; .npz with "
-        "arrays samples, log_prob (nats) and, of a run with classes, classes, of a table columns; a .gif of the noise flowing into samples")  # fmt: skip
-    add("--seed", type=int, default=0, help="the same seed draws the same samples (default: %(default)s)")
-    add("--temperature", type=float, default=1.0, help="scale of the latent noise; below 1 more typical, above 1 more varied "
+    add("--out", metavar="FILE", type=Path, help="output file (default: RUN/samples/sample-SEED.png; pretrained:NAME: in runs/NAME-pretrained). .png: images, or a plot of the "
+        "samples next to the data if available; .csv, .parquet: a table with the column names and types of the run's; .npz: arrays "
+        "samples, log_prob (nats), classes of a conditional run, columns of a table; .gif: the flow from noise to samples")  # fmt: skip
+    add("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
+    add("--temperature", type=float, default=1.0, help="scale of the latent noise; below 1 more typical samples, above 1 more varied ones "
         "(default: %(default)s)")  # fmt: skip
-    add("--grid-steps", type=int, metavar="N", help="draw by N steps of a fixed grid for each block, for speed (default: the run's "
-        "adaptive solver, at its tolerances); log_prob and --trajectory stay those of the run's solver")
-    add("--method", default="rk4", choices=METHODS, help="of --grid-steps (default: %(default)s)")
-    add("--class", dest="label", metavar="NAME", help="of a run trained with --condition label: draw from this class (default: "
+    add("--grid-steps", type=int, metavar="N", help="sample with N solver steps of a fixed grid in each block, for speed (default: the run's "
+        "adaptive solver at its tolerances); log_prob and --trajectory use the run's solver")
+    add("--method", default="rk4", choices=METHODS, help="method of --grid-steps (default: %(default)s)")
+    add("--class", dest="label", metavar="NAME", help="runs with --condition label: class of the samples (default: "
         "every class in turn)")  # fmt: skip
-    add("--given", metavar="NAME=VALUE,...", help="of a run trained with --condition COLUMNS: draw p(others | these), such as x=1.5,z=low")
-    add("--trajectory", action="store_true", help=f".npz: also the way from the noise to each sample, array trajectory ({FRAMES}, n, "
-        "...) in the coordinates of the ODE, at the times of array times (1 noise, 0 data); the scales of a multiscale flow move one "
+    add("--given", metavar="NAME=VALUE,...", help="runs with --condition COLUMNS: sample p(others | these), such as x=1.5,z=low")
+    add("--trajectory", action="store_true", help=f".npz: also the path from noise to each sample, array trajectory ({FRAMES}, n, "
+        "...) in the coordinates of the ODE, at the times in array times (1 noise, 0 data); the scales of a multiscale flow move one "
         "after another")  # fmt: skip
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     return parser
@@ -58,7 +58,7 @@ def check(options: Any) -> None:
     """Check the options' values.
 
     Raises:
-        ConfigError: for the first that cannot be.
+        ConfigError: for the first invalid one.
     """
     if options.n is not None and options.n < 1:
         raise ConfigError(f"-n {options.n}: expected at least 1 sample")

@@ -95,7 +95,7 @@ def _joined(
     for line in data.notices:
         print(f"data: {line}")
     if not config.train.density and data.kind == "table":
-        print("data: columns enter as they are: standardise them beforehand where their units differ")
+        print("data: columns are not standardised: do so beforehand if their units differ")
     info = _describe(config, data)
     if old is not None and info.custom_field and not old.custom_field:
         raise ConfigError(f"{folder} was trained with a built-in field: leave --field out")
@@ -216,7 +216,7 @@ def _dry_run(info: RunInfo, data: DataSplits, group: Group) -> int:
     for (name, steps), cost in zip(stages, costs, strict=True):
         print(f"{name}batch {cost.batch}{parts}")
         print(f"memory: {cost.kept:,.0f} MiB kept for the backward pass, {cost.peak:,.0f} MiB at the peak ({cost.where})")
-        print(f"time: {cost.seconds:.3g} s a step; {steps:,} steps take about {duration_text(cost.seconds * steps)}, validations apart")
+        print(f"time: {cost.seconds:.3g} s a step; {steps:,} steps take about {duration_text(cost.seconds * steps)} without validations")
     if info.config.solver.adaptive or train.warmup or tunes:
-        print("  (measured at the start: an adaptive solver, or a grid that the watch refines, takes longer later)")
+        print("  (measured at the start: an adaptive solver, or a grid that solver checks refine, takes longer later)")
     return 0

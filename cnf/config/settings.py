@@ -38,50 +38,50 @@ WATCHED = Family("watched", (True,), "solver checks and match_times='importance'
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which data."""
+    """Data set, splits and preprocessing of a run."""
 
     data: str = "digits"
-    """A known data set (digits, 8gaussians, mnist, miniboone, ...) or a path: .npz, .npy, a table (.csv, .tsv, .csv.gz, .parquet, .xlsx), a
-    folder, one picture."""
+    """Named data set (digits, 8gaussians, mnist, miniboone, ...) or a path: .npz, .npy, a
+    table (.csv, .tsv, .csv.gz, .parquet, .xlsx), a folder, an image."""
     data_root: str = "data"
-    """Folder where named data sets are looked for and downloaded to."""
+    """Folder of named data sets, also the download target."""
     download: bool = True
-    """Whether named data sets that are not there may be downloaded."""
+    """Allow downloads of missing named data sets."""
     split_seed: int = setting(0, SEED, given=(RANDOM,))
-    """Decides the split where none is fixed; apart from --seed, so that runs share their test set."""
+    """Seed of random splits; separate from --seed, so that runs share their test set."""
     data_seed: int = setting(0, SEED, given=(DRAWN,))
-    """Draws toy points and the noise of --discrete dequantize; apart from --seed, so that runs share their data."""
+    """Seed of toy points and of --discrete dequantize; separate from --seed, so that runs share their data."""
     validation_fraction: float = 0.1
-    """Share of your own data that is held out for validation."""
+    """Validation fraction of custom data."""
     test_fraction: float = 0.1
-    """Share of your own data that is held out for the test."""
+    """Test fraction of custom data."""
     condition: str = setting("none", given=(DENSITY,))
-    """label: one-hot classes as context (npz 'labels', sub-folder names). COLUMNS, separated by commas: those of a table, for p(others | COLUMNS);
-    numbers are standardised, text is one-hot."""
+    """Context of the density. label: one-hot classes (npz 'labels', names of sub-folders). COLUMNS, separated by
+    commas: columns of a table, for p(others | COLUMNS); numbers are standardised, text is one-hot."""
     discrete: Literal["dequantize", "keep", "error"] = setting("dequantize", given=(TABLES,))
-    """Table columns on a lattice: add one step of uniform noise, keep, or refuse."""
+    """Discrete table columns: add one step of uniform noise, keep, or reject."""
     duplicates: Literal["drop", "keep"] = "drop"
-    """Exact duplicates in your own data: drop them before splitting, since they would leak into the test, or keep them."""
+    """Duplicate rows of custom data: drop before splitting, since they would leak into the test set, or keep."""
     limit: int | None = None
-    """Keep only so many training items."""
+    """Maximum number of training rows."""
     nbits: int = 8
     """Bits kept of 8-bit images (5 for CelebA-HQ): 2**nbits grey levels."""
     image_size: int | None = None
-    """Crop and resize a folder's pictures, or celeba's, to this size."""
+    """Crop and resize images of a folder, or of celeba, to this size."""
     flip: Literal["default", "yes", "no"] = "default"
-    """Flip training images at random from left to right; by default where it is published so (cifar10, celeba, celebahq256)."""
+    """Flip training images horizontally at random; default: as published (cifar10, celeba, celebahq256)."""
     invert: bool = False
-    """One picture as a density: light is dense instead of dark."""
+    """Density of an image in the plane: light is dense instead of dark."""
     toy_sizes: tuple[int, int, int] = (50_000, 5_000, 10_000)
-    """Points of a toy set for training, validation and test."""
+    """Training, validation and test samples of a toy set."""
     columns: str | None = setting(None, given=(TABLES,), later=True)
-    """Columns of your own table to keep, separated by commas; all if not given."""
+    """Columns of a custom table to keep, separated by commas; default: all."""
     drop_columns: str | None = setting(None, given=(TABLES,), later=True)
-    """Columns of your own table to leave out, separated by commas."""
+    """Columns of a custom table to leave out, separated by commas."""
     missing: Literal["error", "drop"] = setting("error", given=(TABLES,), later=True)
-    """Rows of your own table with missing values: refuse, or drop them."""
+    """Rows of a custom table with missing values: reject, or drop."""
     dependent: Literal["error", "keep"] = setting("error", given=(TABLES,), later=True)
-    """Columns of your own table that follow from others (a copy, a sum, shares of 100 %): refuse, or keep them."""
+    """Linearly dependent columns of a custom table (copies, sums, shares of 100 %): reject, or keep."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -89,78 +89,80 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How it is trained."""
+    """Objective, optimiser and schedule of a run."""
 
     objective: Literal["likelihood", "flow-matching", "both", "regression", "classification"] = "likelihood"
-    """Densities: the likelihood; flow matching, whose training solves no ODE; or both: matching, then the likelihood in the last
-    --finetune-steps. With --architecture node or resnet: the data's targets or classes."""
+    """Densities: maximum likelihood; flow matching, which solves no ODE in training; or both: flow matching, then
+    likelihood in the last --finetune-steps. With --architecture node or resnet: regression or classification."""
     steps: int = setting(3000, POSITIVE)
-    """Training steps."""
+    """Optimiser steps."""
     coupling: Literal["independent", "optimal-transport"] = setting("independent", given=(MATCHING,))
-    """Matching: noise is paired with items at random, or by optimal transport within the batch (in one process, --accumulate 1; within
-    each class with --condition label)."""
+    """Flow matching: pair noise with data at random, or by optimal transport within the batch (one
+    process, --accumulate 1; within each class with --condition label)."""
     match_weights: Literal["default", "likelihood", "even"] = setting("default", given=(MATCHING,))
-    """Matching: an error counts at each time what it costs in likelihood (default where the data have normal noise), or the same (there, as
-    a share of the field's size)."""
+    """Flow matching: loss weighting over time. likelihood: by the cost in likelihood (default for data with normal
+    noise); even: uniform (there, relative to the size of the field)."""
     match_times: Literal["importance", "even"] = setting("importance", given=(MATCHING,))
-    """Matching: times are drawn where the loss was found to be large, or evenly; the loss is the same in expectation."""
+    """Flow matching: sample times by importance (where the loss is large) or uniformly; the expected loss is the
+    same."""
     tune_steps: int = setting(100, POSITIVE, given=(BOTH,))
-    """--objective both: so many of --steps, the last, are the likelihood's, with --kinetic, --jacobian and the solver's grid; so are all that
-    a finished run is given later."""
+    """--objective both: likelihood steps at the end of --steps, with --kinetic, --jacobian and the solver's grid; steps
+    added to a finished run are likelihood steps as well."""
     tune_batch_size: int | None = setting(None, POSITIVE, given=(BOTH,))
-    """--objective both: items a step of those; --batch-size if not given."""
+    """--objective both: batch size of the likelihood steps; default: --batch-size."""
     tune_lr: float = setting(2e-4, POSITIVE, given=(BOTH,))
-    """--objective both: peak learning rate of those."""
+    """--objective both: peak learning rate of the likelihood steps."""
     batch_size: int = setting(256, POSITIVE)
-    """Items a step."""
+    """Rows of a step."""
     accumulate: int = setting(1, POSITIVE)
-    """Micro-batches a step, one after another: the same gradient as the whole batch's, in the memory of one of them."""
+    """Micro-batches of a step, computed in turn: the same gradient in the memory of one of them."""
     lr: float = setting(1e-3, POSITIVE)
     """Peak learning rate."""
     warmup: int = setting(100, NONNEGATIVE)
-    """Steps of linear warm-up; without it the first steps of a flow can throw it far off."""
+    """Steps of linear warm-up, which keeps the first steps from diverging."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: down to zero along a cosine, or constant."""
+    """Learning rate after the warm-up: cosine decay to zero, or constant."""
     weight_decay: float = setting(0.0, NONNEGATIVE)
     """Decoupled weight decay (AdamW); zero is Adam."""
     max_grad_norm: float = setting(10.0, NONNEGATIVE)
-    """Gradients are clipped to this norm, since rare batches explode; 0 leaves them as they are."""
+    """Clip gradients to this norm, against rare batches with large ones; 0 disables clipping."""
     ema_decay: float = setting(0.999, DECAY)
-    """Decay of the averaged weights, which are what is validated and saved (shorter at first); 0 does not average."""
+    """Decay of the averaged weights that are validated and saved (lower in early steps); 0 disables averaging."""
     kinetic: float = setting(0.0, NONNEGATIVE, given=(DENSITY, BY_LIKELIHOOD,))
     """Weight of the kinetic energy ∫‖f‖² (RNODE)."""
     jacobian: float = setting(0.0, NONNEGATIVE, given=(DENSITY, BY_LIKELIHOOD,))
-    """Weight of the Jacobian's norm ∫‖J‖² (RNODE)."""
+    """Weight of the Jacobian's squared Frobenius norm ∫‖J‖² (RNODE)."""
     step_error: float = setting(0.0, NONNEGATIVE, given=(DENSITY, BY_LIKELIHOOD, GRID,))
-    """Weight of the grid's own error, step by step (ERNODE): flows that few steps solve."""
+    """Weight of the local error of the grid (ERNODE), for flows that few solver steps solve."""
     regularisers: Literal["paper", "code"] = setting("paper", given=(DENSITY, BY_LIKELIHOOD, REGULARISED,))
-    """paper: RNODE's eq. 17, integrals of sums (images: divided by D ln 2, as -log p is for bits/dim); code: its released code's means
-    over each block, half on kinetic, added to bits/dim."""
+    """paper: RNODE's eq. 17, integrals of sums (images: divided by D ln 2, like -log p in bits/dim); code: means over
+    each block as in its released code, half of the kinetic energy, added to bits/dim."""
     validate_every: int = setting(250, POSITIVE)
     """Steps between validations."""
     patience: int = setting(0, NONNEGATIVE)
-    """Stop after so many validations without a better one (--objective both: in its fine-tuning); 0 never."""
+    """Stop after this many validations without improvement (--objective both: in the likelihood steps); 0 disables."""
     validation_items: int | None = setting(None, POSITIVE)
-    """Validate on so many items only, chosen once at random; all if not given."""
+    """Validate on a random subset of this size; default: all."""
     test_items: int | None = setting(None, POSITIVE)
-    """Test on so many items only, chosen once at random; all if not given."""
+    """Test on a random subset of this size; default: all."""
     draws: int = setting(10, POSITIVE, given=(DENSITY, NOISY,))
-    """Noise draws an item in the final test, where noise enters (images, Hutchinson's trace)."""
+    """Noise samples for each row of the final test, where noise enters (images, Hutchinson's estimate)."""
     watch_every: int = setting(100, POSITIVE, given=(ODE, WATCHED,))
-    """Steps between measurements of the training solver's error, and of matching's loss over time."""
+    """Steps between measurements of the training solver's error, and of the flow-matching loss over time."""
     watch_tolerance: float = setting(0.01, POSITIVE, given=(ODE, BY_LIKELIHOOD,))
-    """Error, in bits/dim or nats/dim, above which the grid gets twice the steps (an adaptive solver a tenth of its tolerances)."""
+    """Solver error, in bits/dim or nats/dim, above which the solver steps of a grid are doubled (the tolerances of an
+    adaptive solver divided by ten)."""
     max_grid_steps: int = setting(64, COUNT, given=(ODE, BY_LIKELIHOOD, GRID,))
-    """Where the watch stops doubling."""
+    """Maximum number of solver steps that are set by the solver checks."""
     max_time: float | None = setting(None, POSITIVE)
-    """Train for so many seconds at most in this call, then test; --resume goes on. The rate's cosine stays that of --steps: for a short
-    training give fewer of those."""
+    """Maximum training time of this call in seconds, followed by the test; --resume continues. The cosine schedule is
+    that of --steps: for a short training reduce those."""
     seed: int = setting(0, SEED)
-    """Seed of weights, order and noise."""
+    """Seed of weights, order of the data and noise."""
     device: str = "cpu"
-    """Where to train: cpu, cuda, cuda:1, ..."""
+    """Training device: cpu, cuda, cuda:1, ..."""
     threads: int | None = setting(None, THREADS)
-    """CPU threads; torch's choice if not given."""
+    """CPU threads; default: torch's choice."""
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -22,41 +22,45 @@ class SolverConfig:
     """Solver of the ODE and divergence strategy."""
 
     method: str = setting("rk4", given=(SOLVING,))
-    """Training: a fixed grid's (euler, midpoint, heun, rk4, rk4-classic, dopri5); with --adaptive dopri5, dopri8, bosh3, ..."""
+    """Training solver. Fixed grid: euler, midpoint, heun, rk4, rk4-classic, dopri5; with --adaptive: dopri5, dopri8,
+    bosh3, ..."""
     grid_steps: int = setting(4, COUNT, given=(GRID, SOLVING,))
-    """Training: steps of the fixed grid, per block (the watch may raise it)."""
+    """Training: solver steps of each block (solver checks may raise them)."""
     adaptive: bool = setting(False, given=(SOLVING,))
-    """Training: solve adaptively (--method dopri5, say) instead of on a grid."""
+    """Training: adaptive solver (such as --method dopri5) instead of a fixed grid."""
     gradient: Literal["direct", "checkpoint", "reversible", "adjoint"] = setting("direct", given=(SOLVING,))
-    """Training gradient: direct; checkpoint (grids); reversible (grids; a scheme of its own, of the same order); adjoint (adaptive)."""
+    """Training gradient: direct; checkpoint (grids); reversible (grids; a reversible scheme of the same order);
+    adjoint (adaptive)."""
     rtol: float = setting(1e-5, POSITIVE, given=(ADAPTIVE, SOLVING,))
-    """Training: relative tolerance of an adaptive method."""
+    """Training: relative tolerance of an adaptive solver."""
     atol: float = setting(1e-5, POSITIVE, given=(ADAPTIVE, SOLVING,))
-    """Training: absolute tolerance of an adaptive method."""
+    """Training: absolute tolerance of an adaptive solver."""
     eval_method: str = setting("dopri5", given=(ODE,))
-    """Evaluation and sampling: an adaptive method."""
+    """Evaluation and sampling: adaptive solver."""
     eval_rtol: float = setting(1e-5, POSITIVE, given=(ODE,))
     """Evaluation: relative tolerance."""
     eval_atol: float = setting(1e-5, POSITIVE, given=(ODE,))
     """Evaluation: absolute tolerance."""
     eval_tolerance: float = setting(1e-4, NONNEGATIVE, given=(DENSITY,))
-    """Evaluation: error of the log-det, bits/dim or nats/dim, taken at few nodes of the path; 0 takes it in every stage."""
+    """Evaluation: error of the log-det in bits/dim or nats/dim, integrated at few nodes along the path; 0 integrates at
+    every solver stage."""
     divergence: Literal["exact", "hutchinson"] = setting("exact", given=(DENSITY,))
-    """The trace: exact, or Hutchinson's estimate."""
+    """Exact trace, or Hutchinson's estimate."""
     probe: Literal["rademacher", "gaussian"] = setting("rademacher", given=(DENSITY, HUTCHINSON,))
-    """Hutchinson's probe."""
+    """Hutchinson: distribution of the probes."""
     mode: Literal["forward", "reverse"] = setting("forward", given=(DENSITY, HUTCHINSON,))
-    """Hutchinson's product: J e or eᵀJ."""
+    """Hutchinson: derivative product, forward (J e) or reverse (eᵀJ)."""
     probes: int = setting(1, COUNT, given=(DENSITY, HUTCHINSON,))
-    """Hutchinson's number of probes."""
+    """Hutchinson: probes for each row."""
     steer: float = setting(0.0, given=(DENSITY,))
     """Half-width of a random end time in training (STEER)."""
     automatic_steps: bool = setting(False, given=(GRID, BY_LIKELIHOOD,))
-    """Training, grids: from --grid-steps on, as many steps in each block as --solver-check-tolerance takes, measured while training."""
+    """Training on a grid: choose the solver steps of each block from --solver-check-tolerance, starting at --grid-
+    steps."""
     compile: bool = setting(False, given=(DENSITY,))
-    """Training: compile the fields (torch.compile): faster steps, after a minute or so for every shape that a block has."""
+    """Training: compile the fields (torch.compile): faster steps, after about a minute for every shape."""
     precision: Literal["fp32", "bf16", "tf32", "fp64"] = setting("fp32", given=(DENSITY,))
-    """bf16: inside the fields, in training alone; tf32: in training alone, on a GPU; fp64: everything."""
+    """bf16: inside the fields, in training only; tf32: in training only, on a GPU; fp64: everything."""
 
     def __post_init__(self) -> None:
         check_settings(self)
