@@ -32,7 +32,8 @@ from torch import Tensor
 
 from cnf import data as datasets
 from cnf.config import preset
-from cnf.evaluation import evaluate, evaluation
+from cnf.evaluation import evaluate
+from cnf.evaluation import likelihood as evaluation
 from cnf.flow import Flow
 from cnf.losses import Likelihood
 from cnf.models import ModelConfig, SolverConfig, build, eval_solver
