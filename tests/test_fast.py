@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from cnf import ModelConfig, SolverConfig, build, compilation
+from cnf import ModelConfig, SolverConfig, build
+from cnf._utils import compilation
 from cnf._utils.compilation import CompilationWarning, compiled
 from cnf.errors import ConfigError
 from cnf.evaluation import block_errors, evaluate, solver_error
@@ -247,7 +248,7 @@ def test_what_cannot_be_compiled_runs_plain_with_a_reason(traced):
 
     block = CNF(Odd(), Exact(), FixedGrid("rk4", 2), compile=True).train()
     x = torch.randn(4, 2)
-    from cnf import rhs
+    from cnf.ode import dynamics as rhs
 
     try:
         with pytest.warns(CompilationWarning, match="uncompiled"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cnf import progress as module
+from cnf._utils import progress as module
 from cnf._utils.progress import Progress, progress
 from cnf.cli import classify_main, train_main
 from cnf.distributed import Group
