@@ -13,6 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
+from cnf._utils.aliases import aliases
+
 __all__ = ["defer_checks", "deferred", "outside_inference_mode", "to_device", "tracing", "vectorized"]
 
 P = ParamSpec("P")
@@ -100,7 +102,4 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
 
-def __getattr__(name: str) -> Any:
-    from cnf._utils.aliases import aliases  # not on import: this module is at the bottom
-
-    return aliases(__name__, deferred_checks="defer_checks", sent="to_device")(name)
+__getattr__ = aliases(__name__, deferred_checks="defer_checks", sent="to_device")

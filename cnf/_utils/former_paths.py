@@ -67,20 +67,18 @@ class _Forward:
         present = _present(name)
         if present is None or find_spec(present) is None:
             return None
-        return ModuleSpec(name, self)  # type: ignore[arg-type]
+        return ModuleSpec(name, self, origin=present)  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        present = _present(spec.name)
-        assert present is not None
-        warn_deprecated(f"{spec.name} is called {present}; the former import path will be removed by the next release")
-        module = import_module(present)
-        self.specs = getattr(self, "specs", {}) | {spec.name: module.__spec__}
+        warn_deprecated(f"{spec.name} is called {spec.origin}; the former import path will be removed by the next release")
+        module = import_module(str(spec.origin))
+        spec.loader_state = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
         """Restore the module's own spec, which the import system has replaced; the module itself has run already."""
         if module.__spec__ is not None:
-            module.__spec__ = self.specs.pop(module.__spec__.name)
+            module.__spec__ = module.__spec__.loader_state
 
 
 def install() -> None:

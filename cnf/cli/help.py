@@ -74,7 +74,7 @@ EVALUATE = (
     ("--per-item FILE", "also write each row's value (.npz or .csv)", ""),
     ("--device NAME", "cpu, cuda, cuda:1, ...", "the run's"),
 )
-EVALUATE_MORE = (  # --help-all
+EVALUATE_MORE = (
     ("--eval-tolerance X", "error of the log-det per dimension; 0 integrates at every solver stage", "the run's"),
     ("--hutchinson-noise NAME", "distribution of the probes: rademacher or gaussian", "the run's"),
     ("--hutchinson-mode NAME", "derivative of the probes: forward or reverse", "the run's"),
@@ -93,6 +93,10 @@ OPTIONS = {
         ("--OPTION VALUE", "any option of cnf train, for all runs", ""),
     ),
     "list": (("--published", "the published models and their parameters", ""),),
+}
+MORE = {  # --help-all
+    "evaluate": EVALUATE_MORE,
+    "rank": tuple(row for row in EVALUATE_MORE if row[0].split()[0] not in ("--data-root", "--download")),
 }
 USAGE = {
     "train": "[PRESET] [--options]",
@@ -116,19 +120,17 @@ def short_help(program: str, words: Sequence[str] = ()) -> str:
     With ``--help-all`` among the words, also the other options of ``evaluate`` and ``rank``.
     """
     command = program.removeprefix("cnf ") if program.startswith("cnf ") else "train"
-    about = COMMANDS[command]
+    about, everything = COMMANDS[command], "--help-all" in words
     lines = [f"usage: {program} {USAGE[command]}", "", f"{about[0].upper()}{about[1:]}.", "", "examples:", *_examples(command)]
     if command == "train":
         name = next((word for word in words if word in PRESETS), "anode-digits" if "classifier" in program else "fm-digits")
         lines += ["", f"options (defaults of preset {name}; cnf list shows the presets):"]
         lines += columns((*_train_options(PRESETS[name].config), *((f"  {o}", w, d) for o, w, d in RUN_OPTIONS)))
     else:
-        everything = "--help-all" in words
-        more = [row for row in EVALUATE_MORE if command == "evaluate" or not row[0].startswith(("--data-root", "--download"))]
-        rows = OPTIONS[command] + (tuple(more) if everything and command in ("evaluate", "rank") else ())
+        rows = OPTIONS[command] + (MORE.get(command, ()) if everything else ())
         lines += ["", "options:", *columns((f"  {o}", w, d) for o, w, d in rows)]
     if command != "list":
-        lines += ["", ("" if "--help-all" in words else "--help-all shows every option; ") + "exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted but saved"]
+        lines += ["", ("" if everything else "--help-all shows every option; ") + "exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted but saved"]
     return "\n".join(lines)
 
 
