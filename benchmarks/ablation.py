@@ -31,27 +31,27 @@ from cnf.training import from_settings
 
 BASE = "cosine, times by importance"
 COMMON: dict[str, dict[str, Any]] = {
-    "train": {"schedule": "cosine", "match_times": "importance"},
+    "train": {"schedule": "cosine", "fm_time_sampling": "importance"},
     "solver": {"eval_rtol": 1e-5, "eval_atol": 1e-5, "eval_tolerance": 1e-4},
 }
 SIDES: dict[str, dict[str, dict[str, Any]]] = {
     BASE: {},
-    "times drawn evenly": {"train": {"match_times": "even"}},
-    "weights even": {"train": {"match_weights": "even"}},
-    "weights and times even": {"train": {"match_weights": "even", "match_times": "even"}},
+    "times drawn evenly": {"train": {"fm_time_sampling": "even"}},
+    "weights even": {"train": {"fm_weighting": "even"}},
+    "weights and times even": {"train": {"fm_weighting": "even", "fm_time_sampling": "even"}},
     "no average of the weights": {"train": {"ema_decay": 0.0}},
     "EMA 0.99": {"train": {"ema_decay": 0.99}},
     "EMA 0.9997": {"train": {"ema_decay": 0.9997}},
     "constant rate": {"train": {"schedule": "constant"}},
     "constant rate, EMA 0.9997": {"train": {"schedule": "constant", "ema_decay": 0.9997}},
-    "constant rate, times drawn evenly": {"train": {"schedule": "constant", "match_times": "even"}},
+    "constant rate, times drawn evenly": {"train": {"schedule": "constant", "fm_time_sampling": "even"}},
     # the plain U-Net in logit space, its path a straight line between data and noise
-    "uniform noise, logit, standardised": {"model": {"dequantize": "uniform", "marginals": "standardize"}},
+    "uniform noise, logit, standardised": {"model": {"dequantize": "uniform", "preprocess": "standardize"}},
     "the same, optimal transport": {
-        "model": {"dequantize": "uniform", "marginals": "standardize"}, "train": {"coupling": "optimal-transport"},
+        "model": {"dequantize": "uniform", "preprocess": "standardize"}, "train": {"coupling": "optimal-transport"},
     },
     "the same, weights by likelihood": {
-        "model": {"dequantize": "uniform", "marginals": "standardize"}, "train": {"match_weights": "likelihood"},
+        "model": {"dequantize": "uniform", "preprocess": "standardize"}, "train": {"fm_weighting": "likelihood"},
     },
     "attention at 4x4": {"model": {"attention": True}},
 }  # fmt: skip
@@ -65,8 +65,8 @@ def settings(side: str, seed: int, steps: int) -> RunConfig:
     """The first side but for one choice."""
     config = preset("fm-digits").config
     for choices in (COMMON, SIDES[side]):
-        config = replace(config, **{part: replace(getattr(config, part), **changes) for part, changes in choices.items()})
-    train = replace(config.train, seed=seed, steps=steps, validate_every=min(config.train.validate_every, steps))
+        config = replace(config, **{part: getattr(config, part).change(**changes) for part, changes in choices.items()})
+    train = config.train.change(seed=seed, steps=steps, validate_every=min(config.train.validate_every, steps))
     return replace(config, train=train)
 
 

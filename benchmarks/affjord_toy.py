@@ -67,8 +67,8 @@ def settings(data: str, drive: str, seed: int, steps: int | None) -> RunConfig:
     """The preset of the data, with one drive."""
     base = preset("digits" if data == "digits" else "affjord-toy-checkerboard").config
     wide = drive == "wide"
-    model = dataclasses.replace(base.model, **({"drive": "none", "hidden": WIDE} if wide else {"drive": drive}))
-    train = dataclasses.replace(base.train, seed=seed, steps=steps or base.train.steps)
+    model = base.model.change(**({"augmented_time": "none", "hidden": WIDE} if wide else {"augmented_time": drive}))
+    train = base.train.change(seed=seed, steps=steps or base.train.steps)
     return dataclasses.replace(base, data=DataConfig(data), model=model, train=train)
 
 

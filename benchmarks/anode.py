@@ -29,10 +29,9 @@ import torch
 from measure import RESULTS, machine, markdown, record, versions
 
 from cnf.cli.common import load_splits
-from cnf.config import RunConfig, preset
+from cnf.config import NeuralODEConfig, ResNetConfig, RunConfig, preset
 from cnf.data.supervised import CLASSES
 from cnf.losses import assess
-from cnf.models import ModelConfig
 from cnf.neural_ode import NeuralODE
 from cnf.plotting.canvas import new_figure, subplots, write
 from cnf.runs import RunInfo
@@ -41,16 +40,16 @@ from cnf.training import Trainer, from_settings
 FITS = ("flip", "spheres1", "spheres2")
 # 15, 11 and 14 are the survey's hidden widths. It does not give the numbers of terms and pieces: they are inferred from its
 # parameter counts of 1.3k, 1.4k and 1.4k with two hidden layers. For Fourier none rounds to 1.4k (7 terms 1,332, 8 terms 1,521)
-BASE = ModelConfig("node", "mlp", (33, 33), layer="ignore", nonlinearity="tanh", zero_init=False)
+BASE = NeuralODEConfig.of(hidden=(33, 33), time_conditioning="ignore", nonlinearity="tanh", zero_init=False)
 THREE = {
-    "residual net, 8 blocks": replace(BASE, architecture="resnet", hidden=(32,), blocks=8),
+    "residual net, 8 blocks": ResNetConfig.of(hidden=(32,), blocks=8, nonlinearity="tanh", zero_init=False),
     "vanilla NODE": BASE,
-    "ANODE, p = 5": replace(BASE, hidden=(28, 28), augment=5),
-    "IL-NODE, p = 5": replace(BASE, hidden=(28, 28), augment=5, input_layer=True),
-    "data-controlled": replace(BASE, hidden=(32, 32), data_control=True),
-    "Chebyshev, width 15, 4 terms": replace(BASE, hidden=(15, 15), depth="chebyshev", depth_terms=4),
-    "Fourier, width 11, 7 terms": replace(BASE, hidden=(11, 11), depth="fourier", depth_terms=7),
-    "stacked, width 14, 5 pieces": replace(BASE, hidden=(14, 14), depth="stacked", depth_terms=5),
+    "ANODE, p = 5": BASE.change(hidden=(28, 28), augment=5),
+    "IL-NODE, p = 5": BASE.change(hidden=(28, 28), augment=5, input_layer=True),
+    "data-controlled": BASE.change(hidden=(32, 32), data_control=True),
+    "Chebyshev, width 15, 4 terms": BASE.change(hidden=(15, 15), depth="chebyshev", depth_terms=4),
+    "Fourier, width 11, 7 terms": BASE.change(hidden=(11, 11), depth="fourier", depth_terms=7),
+    "stacked, width 14, 5 pieces": BASE.change(hidden=(14, 14), depth="stacked", depth_terms=5),
 }
 Row = dict[str, Any]
 
@@ -68,8 +67,8 @@ def train(config: RunConfig) -> tuple[Trainer, Any]:
 def fit(name: str, data: str, seed: int, epochs: int) -> Row:
     """One run of ``fits``: loss and evaluations epoch by epoch."""
     config = preset(name).config
-    train_config = replace(config.train, steps=epochs * config.train.validate_every, seed=seed)
-    trainer, splits = train(replace(config, data=replace(config.data, data=data), train=train_config))
+    train_config = config.train.change(steps=epochs * config.train.validate_every, seed=seed)
+    trainer, splits = train(replace(config, data=config.data.change(data=data), train=train_config))
     every = train_config.validate_every
     validated = [m for m in trainer.history if "validation" in m]
     solved = [m for m in trainer.history if "nfe" in m]
@@ -105,9 +104,9 @@ def three(name: str, seed: int, epochs: int, data: str = "three-spheres") -> Row
     """One run of ``three`` on one of :data:`cnf.data.supervised.CLASSES`."""
     config = preset("anode-three-spheres").config
     every = 1024 // config.train.batch_size
-    changed = replace(config.train, batch_size=96, steps=epochs * every, validate_every=every, seed=seed, watch_every=10**6)
+    changed = config.train.change(batch_size=96, steps=epochs * every, validate_every=every, seed=seed, solver_check_every=10**6)
     begun = time.process_time()  # of one thread: the wall time on a core of its own
-    trainer, splits = train(replace(config, data=replace(config.data, data=data), model=THREE[name], train=changed))
+    trainer, splits = train(replace(config, data=config.data.change(data=data), model=THREE[name], train=changed))
     spent = time.process_time() - begun
     model = trainer.averaged().eval()  # the weights at the end, as the survey has them
     parts = {s: assess(model, getattr(splits, s), getattr(splits, f"{s}_context"), "classification") for s in ("train", "test")}

@@ -24,9 +24,8 @@ from stopwatch import Stopwatch
 from torch import Tensor
 
 from cnf import data as datasets
-from cnf.config import RunConfig, preset
+from cnf.config import FlowConfig, RunConfig, preset
 from cnf.data import DataSplits
-from cnf.models import ModelConfig
 from cnf.runs import RunInfo
 from cnf.training import from_settings
 
@@ -70,9 +69,9 @@ def trained(config: RunConfig, splits: DataSplits) -> Stopwatch:
     return trainer
 
 
-def published_seconds(trainer: Stopwatch, model_config: ModelConfig, x: Tensor, repeats: int) -> float:
+def published_seconds(trainer: Stopwatch, model_config: FlowConfig, x: Tensor, repeats: int) -> float:
     """Median of a published step on the trainer's weights."""
-    settings = replace(CASES[CASE], hidden=model_config.hidden[0], blocks=model_config.blocks)
+    settings = replace(CASES[CASE], hidden=model_config.field.hidden[0], blocks=model_config.blocks)
     model = Published(tuple(x.shape[1:]), settings).to(x.device)  # type: ignore[arg-type]
     published.share_weights(trainer.model, model)
     step = training_step(model, lambda: model(x, published.draw(model, len(x)))["loss"].mean())
@@ -107,16 +106,13 @@ def automatic_steps(
         splits: in place of MNIST or the digits.
     """
     config = preset(CASE).config
-    train = replace(
-        config.train, steps=updates, batch_size=batch, warmup=min(50, updates), validate_every=updates,
-        validation_items=validation, device=device, threads=threads,
-    )  # fmt: skip
-    solver = replace(config.solver, gradient="direct", **mode.options)
-    automatic = replace(config, model=replace(config.model, **(change or {})), solver=solver, train=train)
+    train = config.train.change(steps=updates, batch_size=batch, warmup=min(50, updates), validate_every=updates, validation_items=validation, device=device, threads=threads)  # fmt: skip
+    solver = config.solver.change(gradient="direct", **mode.options)
+    automatic = replace(config, model=config.model.change(**(change or {})), solver=solver, train=train)
     fixed = replace(
         automatic,
-        solver=replace(solver, automatic_steps=False, grid_steps=FIXED_STEPS),
-        train=replace(train, max_grid_steps=FIXED_STEPS),
+        solver=solver.change(automatic_steps=False, grid_steps=FIXED_STEPS),
+        train=train.change(max_grid_steps=FIXED_STEPS),
     )
     splits = splits or data(updates, batch, validation, data_root)
     configs = {"fixed": fixed, "automatic": automatic}

@@ -13,9 +13,10 @@ from modes import MODES, Mode, case_config, grid, images, ours
 from published_formulation import Published
 from torch import Tensor
 
+from cnf.config import FlowConfig, SolverConfig
 from cnf.flow import Flow
 from cnf.losses import Likelihood
-from cnf.models import ModelConfig, SolverConfig, build
+from cnf.models import build
 from cnf.ode.divergence import Exact
 from cnf.random import Noise
 from cnf.transforms import Request
@@ -78,16 +79,9 @@ def block_of(
         width: of the hidden layers.
     """
     vector = case == "vector"
-    model = ModelConfig(
-        field="mlp" if vector else "conv",
-        hidden=(width, width),
-        layer="concatsquash" if vector else "concat",
-        nonlinearity="tanh" if vector else "softplus",
-        marginals="standardize" if vector else "logit",
-        zero_init=False,
-    )
+    model = FlowConfig.of(field="mlp" if vector else "conv", hidden=(width, width), time_conditioning="concatsquash" if vector else "concat", nonlinearity="tanh" if vector else "softplus", preprocess="standardize" if vector else "logit", zero_init=False)
     kind = "hutchinson" if trace == "hutchinson" else "exact"
-    solver = replace(SolverConfig(method="rk4", grid_steps=steps, divergence=kind), **mode.options)
+    solver = SolverConfig.of(method="rk4", grid_steps=steps, divergence=kind, **mode.options)
     torch.manual_seed(0)
     shape = (dim,) if vector else (dim, 14, 14)
     flow = build(model, solver, shape, levels=None if vector else 256).train()
@@ -142,7 +136,7 @@ def gradient_orders(steps: tuple[int, ...] = (2, 4, 8)) -> list[dict[str, Any]]:
     """
     shape, small = (1, 8, 8), {"hidden": (16, 16, 16), "blocks": 1}
     config = case_config("rnode-mnist", **small)
-    one = ours(replace(config, solver=replace(config.solver, mode="reverse")), MODES["fused"], 4, shape=shape)
+    one = ours(replace(config, solver=config.solver.change(hutchinson_mode="reverse")), MODES["fused"], 4, shape=shape)
     one.flow.double()
     with torch.no_grad():
         for p in one.flow.parameters():

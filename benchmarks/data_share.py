@@ -53,7 +53,7 @@ def share(name: str, config: RunConfig, data: DataSplits, batch: int, repeats: i
     torch.manual_seed(0)
     flow = build(config.model, config.solver, data.event_shape, levels=data.levels).train()
     flow.fit_statistics(data.train[:10_000])
-    objective = Likelihood(flow, config.train.kinetic, config.train.jacobian)
+    objective = Likelihood(flow, config.train.objective.kinetic, config.train.objective.jacobian)
     # a rate of zero: Adam does its work, but the field, and so the cost of a step, stays put
     optimizer = torch.optim.Adam(flow.parameters(), lr=0.0)
     batches = Batches(data, batch, 0, torch.device("cpu"))

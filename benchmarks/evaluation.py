@@ -31,12 +31,12 @@ from measure import alternate, machine, markdown, record, seconds, versions
 from torch import Tensor
 
 from cnf import data as datasets
-from cnf.config import preset
+from cnf.config import FlowConfig, SolverConfig, preset
 from cnf.evaluation import evaluate
 from cnf.evaluation import likelihood as evaluation
 from cnf.flow import Flow
 from cnf.losses import Likelihood
-from cnf.models import ModelConfig, SolverConfig, build, eval_solver
+from cnf.models import build, eval_solver
 from cnf.ode.divergence import Exact
 from cnf.random import Noise
 from cnf.solvers import Adaptive
@@ -87,7 +87,7 @@ SAMPLES = {
 class Case:
     """What is trained, and on how many points it is held against the truth."""
 
-    model: ModelConfig
+    model: FlowConfig
     solver: SolverConfig
     data: str
     batch: int
@@ -101,11 +101,11 @@ CASES = {
     "digits": Case(preset("digits").config.model, SolverConfig(), "digits", 256, 2e-3, (120, 600), (128, 512)),
     # three hidden layers, as published: no closed form; trained by an estimate of the trace
     "digits multiscale": Case(
-        ModelConfig("multiscale", "conv", (16, 16, 16), layer="concat", nonlinearity="softplus"),
-        SolverConfig(divergence="hutchinson"), "digits", 64, 3e-3, (40, 200), (8, 32),
+        FlowConfig.of(architecture="multiscale", field="conv", hidden=(16, 16, 16), time_conditioning="concat", nonlinearity="softplus"),
+        SolverConfig.of(divergence="hutchinson"), "digits", 64, 3e-3, (40, 200), (8, 32),
     ),
     "checkerboard": Case(
-        preset("ffjord-toy").config.model, SolverConfig(grid_steps=6), "checkerboard", 512, 3e-3, (100, 800), (256, 2048)
+        preset("ffjord-toy").config.model, SolverConfig.of(grid_steps=6), "checkerboard", 512, 3e-3, (100, 800), (256, 2048)
     ),
 }  # fmt: skip
 

@@ -33,10 +33,10 @@ from torch import Tensor
 from cnf import data as datasets
 from cnf._utils.async_checks import defer_checks
 from cnf.cli.common import load_splits
-from cnf.config import RunConfig, preset
+from cnf.config import RunConfig, SolverConfig, preset
 from cnf.data import DataSplits
 from cnf.evaluation import Evaluation, evaluate
-from cnf.models import SolverConfig, build
+from cnf.models import build
 from cnf.ode.divergence import Exact
 from cnf.random import Kind, Noise
 from cnf.runs import RunInfo
@@ -72,7 +72,7 @@ def _data(case: str, config: RunConfig, batch: int, args: argparse.Namespace) ->
         return pictures(100, batch, args.items, args.data_root)
     if case == "tabular" and not args.table:
         return planes()
-    return load_splits(replace(config, data=replace(config.data, data=args.table)) if case == "tabular" else config)
+    return load_splits(config.change(data=args.table) if case == "tabular" else config)
 
 
 def planes() -> DataSplits:
@@ -88,14 +88,14 @@ def sides(case: str, info: RunInfo) -> dict[str, RunConfig]:
 
     def count(hidden: tuple[int, ...]) -> int:
         with torch.device("meta"):
-            model = build(replace(exact.model, hidden=hidden), SolverConfig(), info.event_shape, levels=info.levels)
+            model = build(exact.model.change(hidden=hidden), SolverConfig(), info.event_shape, levels=info.levels)
         return sum(p.numel() for p in model.parameters())
 
     exact = info.config
-    estimate = replace(exact, solver=replace(exact.solver, divergence="hutchinson", probe=PROBES[case]))
-    wanted, width = count(exact.model.hidden), exact.model.hidden[0]
+    estimate = replace(exact, solver=exact.solver.change(divergence="hutchinson", hutchinson_noise=PROBES[case]))
+    wanted, width = count(exact.model.field.hidden), exact.model.field.hidden[0]
     three = min(range(1, width + 1), key=lambda w: abs(count((w,) * 3) - wanted))
-    return dict(zip(SIDES, (exact, replace(estimate, model=replace(exact.model, hidden=(three,) * 3)), estimate), strict=True))
+    return dict(zip(SIDES, (exact, replace(estimate, model=exact.model.change(hidden=(three,) * 3)), estimate), strict=True))
 
 
 class Timed(Trainer):
@@ -154,7 +154,7 @@ def train(
         paired = last.per_item - first.per_item
         grids = [solver.steps for solver in trainer.objective.solvers if isinstance(solver, FixedGrid)]
         rows.append({
-            "case": case, "data": splits.name, "side": side, "hidden": "-".join(map(str, infos[side].config.model.hidden)),
+            "case": case, "data": splits.name, "side": side, "hidden": "-".join(map(str, infos[side].config.model.field.hidden)),
             "parameters": sum(p.numel() for p in trainer.model.parameters()), "seed": infos[side].config.train.seed,
             "batch": trainer.batches.size, "seconds": trainer.spent, "steps": trainer.state.step, "skipped": trainer.state.skipped,
             "grid": sum(grids) / max(1, len(grids)), "validation": last.mean, "unit": last.unit, "error": last.standard_error,
@@ -261,13 +261,11 @@ def main(argv: list[str] | None = None) -> int:
     for case in args.cases:
         config = preset(f"exact-{case}").config
         batch = args.batch or (16 if case == "mnist" else config.train.batch_size)
-        config = replace(config, solver=replace(config.solver, gradient="direct"))  # small batches need no checkpoints
+        config = replace(config, solver=config.solver.change(gradient="direct"))  # small batches need no checkpoints
         splits = _data(case, config, batch, args)
         items = args.items * (1 if splits.levels else 16)
         for seed in args.seeds:
-            used = replace(
-                config.train, seed=seed, batch_size=batch, validation_items=items, device=args.device, threads=args.threads
-            )
+            used = config.train.change(seed=seed, batch_size=batch, validation_items=items, device=args.device, threads=args.threads)
             info = RunInfo(replace(config, train=used), splits.event_shape, splits.levels, 0, (), ())
             infos = {side: replace(info, config=one) for side, one in sides(case, info).items()}
             rows, trainers = train(case, dict(list(infos.items())[:2]), splits, args.seconds, args.points, args.noise)
@@ -280,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
             same.objective.put_solvers(trainers[SIDES[0]].objective.solvers)
             trainers[SIDES[2]] = same
             for side, trainer in trainers.items():
-                for term in ("nll", "loss") if infos[side].config.train.jacobian else ("nll",):
+                for term in ("nll", "loss") if infos[side].config.train.objective.jacobian else ("nll",):
                     tables["exact variance"][0].append(variance(case, side, trainer, term, args.draws))
             tables["exact steps"][0].extend(timed(case, trainers, args.turns))
         for name, (rows, columns) in tables.items():

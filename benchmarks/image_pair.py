@@ -151,7 +151,7 @@ def compare(
     """
     x, shape, device = x[:batch], tuple(x.shape[1:]), x.device
     config, settings = case_config(case, **(shrink or {})), CASES[case]
-    settings = replace(settings, hidden=config.model.hidden[0], blocks=config.model.blocks)
+    settings = replace(settings, hidden=config.model.field.hidden[0], blocks=config.model.blocks)
     torch.manual_seed(0)
     model = Published(shape, settings)
     master = ours(config, MODES["fused"], STEPS, shape=shape)
@@ -216,7 +216,7 @@ def compare(
                 "mode": name,
                 "batch": batch,
                 "gradient": one.gradient,
-                "steps": str(getattr(one.flow.blocks[0].solver, "steps", config.solver.method)),
+                "steps": str(getattr(one.flow.blocks[0].solver, "steps", config.solver.train_solver.method)),
                 "baseline_s": timed["published"]["wall"],
                 "ours_s": wall,
                 "ratio": timed["published"]["wall"] / wall,

@@ -29,9 +29,8 @@ from measure import machine, markdown, record, versions
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from cnf import ModelConfig, SolverConfig
 from cnf.cli.common import load_splits
-from cnf.config import DataConfig, RunConfig, TrainConfig
+from cnf.config import DataConfig, FlowConfig, RunConfig, SolverConfig, TrainConfig
 from cnf.data import DataSplits
 from cnf.evaluation import evaluate
 from cnf.ode.trajectory import straightness
@@ -53,15 +52,18 @@ COLUMNS = {
 def config(data: str, side: str, seconds: float, steps: int = 10, tune: int = 0) -> RunConfig:
     """The run of one side."""
     objective = {"likelihood": "likelihood", "both": "both"}.get(side, "flow-matching")
-    solves = objective != "flow-matching"
-    train = TrainConfig(
-        objective=objective, steps=steps, tune_steps=tune or 100, batch_size=1024, lr=2e-3, tune_lr=5e-4, warmup=min(100, steps // 10),
-        coupling="optimal-transport" if "transport" in side else "independent", kinetic=0.01 if solves else 0.0, draws=1, threads=1,
-        validate_every=max(1, steps // VALIDATIONS), watch_every=100, watch_tolerance=0.005,
+    own: dict[str, Any] = {} if objective == "flow-matching" else {"kinetic": 0.01}
+    if objective != "likelihood":
+        own["coupling"] = "optimal-transport" if "transport" in side else "independent"
+    if objective == "both":
+        own |= {"finetune_steps": tune or 100, "finetune_lr": 5e-4}
+    train = TrainConfig.of(
+        objective=objective, steps=steps, batch_size=1024, lr=2e-3, warmup=min(100, steps // 10), noise_samples=1, threads=1,
+        validate_every=max(1, steps // VALIDATIONS), solver_check_every=100, solver_check_tolerance=0.005, **own,
     )  # fmt: skip
     # two hidden layers, whose exact trace the likelihood has in closed form: its best case
-    model = ModelConfig(hidden=(192, 192), residual="linear", nonlinearity="swish")
-    return RunConfig(f"{data} {side}", DataConfig(data), model, SolverConfig(grid_steps=1, automatic_steps=True), train)
+    model = FlowConfig.of(hidden=(192, 192), residual="linear", nonlinearity="swish")
+    return RunConfig(f"{data} {side}", DataConfig(data), model, SolverConfig.of(grid_steps=1, automatic_steps=True), train)
 
 
 class Timed(Trainer):

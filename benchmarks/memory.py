@@ -129,7 +129,7 @@ def case(name: str, batch: int, gradient: str, steps: int) -> tuple[Likelihood, 
     flow = build(config.model, config.solver, chosen.shape, levels=chosen.levels).train()
     for block in flow.blocks:
         block.solver = Reversible("rk4", steps) if gradient == "reversible" else FixedGrid("rk4", steps, gradient)
-    objective = Likelihood(flow, config.train.kinetic, config.train.jacobian)
+    objective = Likelihood(flow, config.train.objective.kinetic, config.train.objective.jacobian)
     return objective, torch.randint(0, chosen.levels, (batch, *chosen.shape), dtype=torch.uint8)
 
 

@@ -14,7 +14,7 @@ from memory import available, profile
 from torch import Tensor, nn
 
 from cnf import data as datasets
-from cnf.config import RunConfig, preset
+from cnf.config import GridConfig, RunConfig, preset
 from cnf.flow import Flow
 from cnf.losses import Likelihood
 from cnf.models import build
@@ -30,7 +30,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Mode:
-    """Options of :class:`~cnf.models.SolverConfig` that differ from the case's."""
+    """Options of :class:`~cnf.config.SolverConfig` that differ from the case's."""
 
     name: str
     summary: str
@@ -89,8 +89,8 @@ class Ours:
 def case_config(case: str, hidden: tuple[int, ...] | None = None, blocks: int | None = None) -> RunConfig:
     """The preset, but for zero initialisation: where f = 0 there is nothing to compare."""
     config = preset(case).config
-    model = replace(config.model, zero_init=False)
-    model = replace(model, hidden=hidden or model.hidden, blocks=blocks or model.blocks)
+    model = config.model.change(zero_init=False)
+    model = model.change(hidden=hidden or model.field.hidden, blocks=blocks or model.blocks)
     return replace(config, model=model)
 
 
@@ -109,9 +109,10 @@ def ours(
     """
     solver = config.solver
     if not mode.own_solver:
-        solver = replace(solver, method="rk4", adaptive=False, grid_steps=steps, gradient=gradient)
-    solver = replace(solver, automatic_steps=False, grid_steps=steps)
-    solver = replace(solver, **mode.options)
+        solver = solver.change(method="rk4", train_solver="grid", grid_steps=steps, gradient=gradient)
+    if isinstance(solver.train_solver, GridConfig):
+        solver = solver.change(automatic_steps=False, grid_steps=steps)
+    solver = solver.change(**mode.options)
     flow = build(config.model, solver, shape, levels=LEVELS)
     if like is not None:
         flow.to(like.like).load_state_dict(like.state_dict())
@@ -119,8 +120,8 @@ def ours(
         for block in flow.blocks:
             block.field = Plain(block.field)
     # the released code's weights of the regularisers, so that both sides train on one loss
-    objective = Likelihood(flow.train(), config.train.kinetic, config.train.jacobian, "code")
-    return Ours(mode, flow, objective, solver.gradient)
+    objective = Likelihood(flow.train(), config.train.objective.kinetic, config.train.objective.jacobian, "code")
+    return Ours(mode, flow, objective, solver.train_solver.gradient)
 
 
 def fitting_gradient(config: RunConfig, mode: Mode, steps: int, like: Flow, batch: int, shape: Any = SHAPE) -> str:

@@ -54,14 +54,11 @@ def settings(case: str, steps: int, seed: int, threads: int) -> RunConfig:
     config = preset("exact-digits" if case == "digits" else "rnode-mnist").config
     every = max(1, steps // POINTS)
     # one grid for all: steps chosen by measurement would differ between trainings
-    solver = replace(config.solver, automatic_steps=False, grid_steps=2, gradient="direct")
-    train = replace(
-        config.train, steps=steps, seed=seed, threads=threads, validate_every=every, warmup=min(50, steps // 5), schedule="cosine",
-        watch_every=steps, max_grid_steps=solver.grid_steps,
-    )  # fmt: skip
+    solver = config.solver.change(automatic_steps=False, grid_steps=2, gradient="direct")
+    train = config.train.change(steps=steps, seed=seed, threads=threads, validate_every=every, warmup=min(50, steps // 5), schedule="cosine", solver_check_every=steps, max_grid_steps=2)  # fmt: skip
     if case == "mnist":
-        train = replace(train, batch_size=32, lr=2e-3, validation_items=128)
-        config = replace(config, model=replace(config.model, hidden=(16, 16, 16), blocks=1))
+        train = train.change(batch_size=32, lr=2e-3, validation_items=128)
+        config = replace(config, model=config.model.change(hidden=(16, 16, 16), blocks=1))
     return replace(config, solver=solver, train=train)
 
 
@@ -82,7 +79,7 @@ def check(trainer: Trainer, info: RunInfo, splits: DataSplits) -> tuple[float, f
     Raises:
         AssertionError: where it is otherwise.
     """
-    plain = replace(info.config, solver=replace(info.config.solver, precision="fp32"))
+    plain = replace(info.config, solver=info.config.solver.change(precision="fp32"))
     flow = build(plain.model, plain.solver, info.event_shape, levels=info.levels)
     flow.load_state_dict(trainer.model.state_dict())
     x, index = trainer.validation.x, trainer.validation.index
@@ -100,7 +97,7 @@ def check(trainer: Trainer, info: RunInfo, splits: DataSplits) -> tuple[float, f
 
 def curve(config: RunConfig, splits: DataSplits, precision: str) -> tuple[list[tuple[int, float]], Trainer, RunInfo]:
     """Step and validation at every point of one training."""
-    used = replace(config, solver=replace(config.solver, precision=precision))
+    used = replace(config, solver=config.solver.change(precision=precision))
     info = RunInfo(used, splits.event_shape, splits.levels, 0, (), ())
     with tempfile.TemporaryDirectory() as folder:
         trainer = from_settings(info, splits, Path(folder), quiet=True)

@@ -21,9 +21,9 @@ def portable(config: RunConfig) -> RunConfig:
     plain = DataConfig()
     if config.name in PRESETS:
         today = PRESETS[config.name].config.solver
-        config = replace(config, solver=replace(config.solver, **{name: getattr(today, name) for name in EVALUATION}))
-    data = replace(config.data, data_root=plain.data_root, download=plain.download)
-    return replace(config, data=data, train=replace(config.train, threads=None, max_time=None, device=TrainConfig().device))
+        config = replace(config, solver=config.solver.change(**{name: getattr(today, name) for name in EVALUATION}))
+    data = config.data.change(data_root=plain.data_root, download=plain.download)
+    return replace(config, data=data, train=config.train.change(threads=None, max_time=None, device=TrainConfig().device))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -82,7 +82,7 @@ def expected() -> list[dict[str, Any]]:
 def steps(batch: int, repeats: int, device: str) -> dict[str, float]:
     """One process of the group: median seconds of a step and of its all-reduce, CPU seconds of a step."""
     config = preset("digits").config
-    train = dataclasses.replace(config.train, batch_size=batch, threads=1, device=device)
+    train = config.train.change(batch_size=batch, threads=1, device=device)
     config = dataclasses.replace(config, train=train)
     with join(device) as group, tempfile.TemporaryDirectory() as folder:
         data = load_splits(config, download=False, group=group)

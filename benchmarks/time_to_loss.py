@@ -10,8 +10,8 @@ from typing import Any
 from stopwatch import Stopwatch
 
 from cnf.cli.common import load_splits
-from cnf.config import RunConfig, preset
-from cnf.models import ModelConfig, SolverConfig, build
+from cnf.config import FlowConfig, RunConfig, SolverConfig, preset
+from cnf.models import build
 from cnf.runs import RunInfo
 from cnf.training import from_settings
 
@@ -31,7 +31,7 @@ LOSS_COLUMNS = {
 VALIDATE_EVERY = 50
 
 
-def parameters(model: ModelConfig) -> int:
+def parameters(model: FlowConfig) -> int:
     """Of the digits' flow."""
     return sum(p.numel() for p in build(model, SolverConfig(), (1, 8, 8), levels=17).parameters())
 
@@ -39,14 +39,14 @@ def parameters(model: ModelConfig) -> int:
 def cases() -> dict[str, RunConfig]:
     """The preset; its net with Hutchinson's estimate; three hidden layers with as many parameters and the estimate."""
     exact = preset("digits").config
-    estimate = replace(exact.solver, divergence="hutchinson")
+    estimate = exact.solver.change(divergence="hutchinson")
     count = parameters(exact.model)
-    width = min(range(32, 300), key=lambda w: abs(parameters(replace(exact.model, hidden=(w,) * 3)) - count))
+    width = min(range(32, 300), key=lambda w: abs(parameters(exact.model.change(hidden=(w,) * 3)) - count))
     return {
         "digits preset, exact trace": exact,
         "the same, Hutchinson": replace(exact, solver=estimate),
         "three hidden layers, Hutchinson": replace(
-            exact, solver=estimate, model=replace(exact.model, hidden=(width,) * 3)
+            exact, solver=estimate, model=exact.model.change(hidden=(width,) * 3)
         ),
     }
 
@@ -54,9 +54,9 @@ def cases() -> dict[str, RunConfig]:
 def run(name: str, config: RunConfig, target: float, max_steps: int | None = None) -> dict[str, Any]:
     """One row; training stops at the target, or where the preset would."""
     # the rate's schedule stays the preset's, whenever the target is reached
-    config = replace(config, train=replace(config.train, validate_every=VALIDATE_EVERY))
+    config = replace(config, train=config.train.change(validate_every=VALIDATE_EVERY))
     if max_steps is not None:
-        config = replace(config, train=replace(config.train, steps=max_steps, validate_every=max_steps))
+        config = replace(config, train=config.train.change(steps=max_steps, validate_every=max_steps))
     data = load_splits(config)
     info = RunInfo(config, data.event_shape, data.levels, data.context_dim, data.classes, data.columns)
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +66,7 @@ def run(name: str, config: RunConfig, target: float, max_steps: int | None = Non
     seconds = trainer.total
     return {
         "case": name,
-        "hidden": "-".join(map(str, config.model.hidden)),
+        "hidden": "-".join(map(str, config.model.field.hidden)),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "target": target,
         "reached": trainer.state.best <= target,

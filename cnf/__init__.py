@@ -10,7 +10,21 @@ from cnf._utils.version import __version__
 
 if TYPE_CHECKING:
     from cnf._utils.async_checks import defer_checks
-    from cnf.config import ModelConfig, SolverConfig
+    from cnf.config import (
+        AdaptiveConfig,
+        AugmentedTimeConfig,
+        ConvConfig,
+        FlowConfig,
+        GeneratingTimeConfig,
+        GridConfig,
+        HutchinsonConfig,
+        HypernetConfig,
+        MLPConfig,
+        NeuralODEConfig,
+        ResNetConfig,
+        SolverConfig,
+        UNetConfig,
+    )
     from cnf.fields import VectorField
     from cnf.fitting import FitResult, fit
     from cnf.flow import Flow
@@ -25,14 +39,25 @@ if TYPE_CHECKING:
 __all__ = [
     "CNF",
     "Adaptive",
+    "AdaptiveConfig",
+    "AugmentedTimeConfig",
+    "ConvConfig",
     "Exact",
     "FitResult",
     "FixedGrid",
     "Flow",
+    "FlowConfig",
+    "GeneratingTimeConfig",
+    "GridConfig",
     "Hutchinson",
-    "ModelConfig",
+    "HutchinsonConfig",
+    "HypernetConfig",
+    "MLPConfig",
+    "NeuralODEConfig",
     "Noise",
+    "ResNetConfig",
     "SolverConfig",
+    "UNetConfig",
     "VectorField",
     "__version__",
     "build",
@@ -47,7 +72,21 @@ __all__ = [
 _HOMES = {
     "cnf._utils.async_checks": ("defer_checks",),
     "cnf.runs": ("load", "save"),
-    "cnf.config": ("ModelConfig", "SolverConfig"),
+    "cnf.config": (
+        "AdaptiveConfig",
+        "AugmentedTimeConfig",
+        "ConvConfig",
+        "FlowConfig",
+        "GeneratingTimeConfig",
+        "GridConfig",
+        "HutchinsonConfig",
+        "HypernetConfig",
+        "MLPConfig",
+        "NeuralODEConfig",
+        "ResNetConfig",
+        "SolverConfig",
+        "UNetConfig",
+    ),
     "cnf.ode.continuous": ("CNF",),
     "cnf.ode.divergence": ("Exact", "Hutchinson"),
     "cnf.fields": ("VectorField",),
@@ -58,7 +97,7 @@ _HOMES = {
     "cnf.solvers": ("Adaptive", "FixedGrid"),
     "cnf.velocity": ("from_velocity",),
 }
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
+_HOME = {name: home for home, names in _HOMES.items() for name in names} | {"ModelConfig": "cnf.config"}  # a former name
 
 
 install()

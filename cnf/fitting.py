@@ -137,7 +137,7 @@ def fit(
 
     Example:
         >>> import cnf
-        >>> flow = cnf.build(cnf.ModelConfig(hidden=(16,)), cnf.SolverConfig(), (2,))
+        >>> flow = cnf.build(cnf.FlowConfig.of(hidden=(16,)), cnf.SolverConfig(), (2,))
         >>> result = fit(flow, torch.randn(200, 2), validation=0.2, steps=5, quiet=True)
         >>> result.reason, result.unit, result.flow is flow, result.flow.sample(3).shape
         ('steps', 'nats', True, torch.Size([3, 2]))

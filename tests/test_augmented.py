@@ -13,11 +13,11 @@ from torch import nn
 
 import cnf
 from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson
-from cnf.config import AFFJORD, PUBLISHED
+from cnf.config import AFFJORD, PUBLISHED, FlowConfig, SolverConfig
 from cnf.errors import ConfigError
 from cnf.fields import MLP, AugmentedTimeConditioning, Conv, ConvField, Linear, SqueezeSum, TimePath
 from cnf.losses import Likelihood
-from cnf.models import ModelConfig, SolverConfig, build, count_parameters
+from cnf.models import build, count_parameters
 from cnf.ode.divergence import Bound
 from cnf.ode.multiscale import SharedAugmentedTime, multiscale
 from cnf.ode.quadratures import Directional, JacobianFrobenius, Kinetic, RunningCost, TotalDerivative
@@ -397,19 +397,7 @@ def test_a_carried_chain_has_one_learned_start():
 # -- training and saving -------------------------------------------------------------------------------------------------
 
 MODELS = {
-    f"{drive}-{field}-{rank}": ModelConfig(
-        "multiscale" if field == "conv" else "stack",
-        field,
-        (6, 6),
-        1,
-        nonlinearity="softplus" if field == "conv" else "tanh",
-        zero_init=zero,
-        learn_end_time=True,
-        marginals="logit",
-        drive=drive,
-        drive_rank=rank,
-        drive_start="learned",
-    )
+    f"{drive}-{field}-{rank}": FlowConfig.of(architecture="multiscale" if field == "conv" else "stack", field=field, hidden=(6, 6), blocks=1, nonlinearity="softplus" if field == "conv" else "tanh", zero_init=zero, learn_end_time=True, preprocess="logit", augmented_time=drive, augmented_time_rank=rank, augmented_time_start="learned")
     for drive, field, rank, zero in (
         ("concat", "mlp", 0, True),
         ("hyper", "mlp", 0, False),
@@ -426,7 +414,7 @@ MODELS = {
 def test_every_parameter_has_had_a_gradient_within_ten_adam_steps(name):
     torch.set_default_dtype(torch.float32)
     conv = "conv" in name
-    flow = build(MODELS[name], SolverConfig(grid_steps=2), (1, 4, 4) if conv else (3,), levels=256 if conv else None)
+    flow = build(MODELS[name], SolverConfig.of(grid_steps=2), (1, 4, 4) if conv else (3,), levels=256 if conv else None)
     x = torch.randint(0, 256, (8, 1, 4, 4), dtype=torch.uint8) if conv else torch.randn(16, 3)
     objective = Likelihood(flow.train(), 0.01, 0.01)
     optimizer = torch.optim.Adam(flow.parameters(), 1e-3)
@@ -441,7 +429,7 @@ def test_every_parameter_has_had_a_gradient_within_ten_adam_steps(name):
 
 @pytest.mark.parametrize("drive", ["none", "concat", "hyper", "both"])
 def test_zero_init_is_the_identity(drive):
-    flow = build(ModelConfig("multiscale", "conv", (4,), 1, zero_init=True, drive=drive), SolverConfig(), (1, 4, 4), levels=256)
+    flow = build(FlowConfig.of(architecture="multiscale", field="conv", hidden=(4,), blocks=1, zero_init=True, augmented_time=drive), SolverConfig(), (1, 4, 4), levels=256)
     x = torch.randn(2, 1, 4, 4)
     for block in flow.blocks[:1]:
         assert torch.equal(block(x).value, x)
@@ -484,7 +472,7 @@ def test_a_fresh_process_samples_bit_for_bit(tmp_path):
 def test_published_counts_and_a_small_generator():
     of = {p.name: p for p in PUBLISHED if p.name.startswith("AFFJORD")}
     assert [p.parameters for p in of.values()] == [417_629, 4_556_169, 4_556_169, 820_815, 8_976_115, 8_976_115]
-    small = replace(AFFJORD, drive_rank=8)
+    small = AFFJORD.change(augmented_time_rank=8)
     assert count_parameters(small, (1, 28, 28)) < 0.2 * count_parameters(AFFJORD, (1, 28, 28))
 
 
@@ -511,12 +499,12 @@ def test_published_counts_and_a_small_generator():
         (lambda: MLP(2, (4,), AugmentedTimeConditioning("both", k=3, m=2))(torch.randn(5, 3), torch.randn(5, 2)), ("(5, 3)", "(3,)")),
         (lambda: SharedAugmentedTime([CNF(MLP(2))]), ("path",)),
         (lambda: SharedAugmentedTime([mlp_block("concat"), Sequential([mlp_block("concat")])]), ("blocks inside",)),
-        (lambda: build(ModelConfig(drive="hyper", drive_entries=30), SolverConfig(), (2,)), ("m=30", "k=20")),
-        (lambda: build(ModelConfig(drive_dim=30), SolverConfig(), (2,)), ("drive_dim=30", "drive=")),
-        (lambda: build(ModelConfig(drive="concat", drive_rank=3), SolverConfig(), (2,)), ("drive_rank=3", "'hyper'", "'both'")),
-        (lambda: build(ModelConfig(drive_hidden=3), SolverConfig(), (2,)), ("drive_hidden=3", "drive='none'")),
-        (lambda: build(ModelConfig(drive="both", drive_hidden=-1), SolverConfig(), (2,)), ("drive_hidden=-1",)),
-        (lambda: build(ModelConfig(drive="both", generator=(8,)), SolverConfig(), (2,)), ("generator=(8,)", "'hypernet'")),
+        (lambda: build(FlowConfig.of(augmented_time="hyper", augmented_time_entries=30), SolverConfig(), (2,)), ("m=30", "k=20")),
+        (lambda: build(FlowConfig.of(augmented_time_dim=30), SolverConfig(), (2,)), ("augmented_time_dim=30", "augmented_time=")),
+        (lambda: build(FlowConfig.of(augmented_time="concat", augmented_time_rank=3), SolverConfig(), (2,)), ("augmented_time_rank=3", "'hyper'", "'both'")),
+        (lambda: build(FlowConfig.of(augmented_time_hidden=3), SolverConfig(), (2,)), ("augmented_time_hidden=3", "augmented_time='none'")),
+        (lambda: build(FlowConfig.of(augmented_time="both", augmented_time_hidden=-1), SolverConfig(), (2,)), ("augmented_time_hidden=-1",)),
+        (lambda: build(FlowConfig.of(augmented_time="both", generator=(8,)), SolverConfig(), (2,)), ("generator=(8,)", "'hypernet'")),
     ],
 )  # fmt: skip
 def test_clear_errors(make, words):

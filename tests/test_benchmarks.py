@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from cnf.config import preset
+from cnf.config import FlowConfig, SolverConfig, preset
 from cnf.data import DataSplits
 from cnf.losses import Likelihood
-from cnf.models import ModelConfig, SolverConfig, build, build_predictor
+from cnf.models import build, build_predictor
 from cnf.random import Noise
 from cnf.solvers import Adaptive, FixedGrid
 
@@ -128,8 +128,8 @@ def conv_profile(gradient: str, steps: int) -> dict[str, int]:
     """Bytes of a step of a small convolutional flow."""
     torch.manual_seed(0)
     flow = build(
-        ModelConfig(field="conv", hidden=(16, 16), layer="concat", nonlinearity="softplus"),
-        SolverConfig(divergence="hutchinson", mode="reverse"),
+        FlowConfig.of(field="conv", hidden=(16, 16), time_conditioning="concat", nonlinearity="softplus"),
+        SolverConfig.of(divergence="hutchinson", hutchinson_mode="reverse"),
         (1, 8, 8),
         levels=17,
     ).train()
@@ -185,7 +185,7 @@ def test_functions_are_timed_in_turn():
 def test_models_of_the_three_spheres_share_one_budget():
     """The survey's widths 15, 11 and 14 (2002.08071) with 4 and 7 terms and 5 pieces, and others of about 1,300 parameters."""
     counts = {n: sum(p.numel() for p in build_predictor(c, SolverConfig(), (2,), outputs=3).parameters()) for n, c in anode.THREE.items()}
-    assert all(model.nonlinearity == "tanh" for model in anode.THREE.values())
+    assert all(getattr(model, "field", model).nonlinearity == "tanh" for model in anode.THREE.values())
     assert list(counts.values())[-3:] == [1277, 1332, 1419]
     assert len(counts) == 8 and all(1250 <= n <= 1420 for n in counts.values()), counts
 
@@ -219,7 +219,7 @@ def pair(case: str, steps: int = 4, mode: str = "fused") -> tuple[published.Publ
     config = modes.case_config(case, **SMALL)
     torch.manual_seed(0)
     # eᵀJ, whose square the published codes penalise
-    one = modes.ours(replace(config, solver=replace(config.solver, mode="reverse")), modes.MODES[mode], steps, shape=IMAGE)
+    one = modes.ours(replace(config, solver=config.solver.change(hutchinson_mode="reverse")), modes.MODES[mode], steps, shape=IMAGE)
     one.flow.double()
     with torch.no_grad():
         for p in one.flow.parameters():
@@ -322,9 +322,9 @@ def test_the_traces_of_a_cost_table_are_of_one_field(case):
 def test_time_to_a_loss():
     cases = time_to_loss.cases()
     sizes = [time_to_loss.parameters(config.model) for config in cases.values()]
-    assert max(sizes) < 1.01 * min(sizes) and [c.solver.divergence for c in cases.values()] == ["exact"] + 2 * ["hutchinson"]
-    config = replace(preset("digits").config, model=ModelConfig(hidden=(8,), marginals="gaussianize", alpha=1e-4))
-    config = replace(config, data=replace(config.data, limit=64), train=replace(config.train, batch_size=16, validation_items=8))
+    assert max(sizes) < 1.01 * min(sizes) and [c.solver.divergence.kind for c in cases.values()] == ["exact"] + 2 * ["hutchinson"]
+    config = replace(preset("digits").config, model=FlowConfig.of(hidden=(8,), preprocess="gaussianize", alpha=1e-4))
+    config = replace(config, data=config.data.change(max_train_rows=64), train=config.train.change(batch_size=16, validation_items=8))
     row = time_to_loss.run("tiny", config, 100.0, max_steps=2)
     assert row["reached"] and row["steps"] == 2 and 0 < row["seconds"] < 20
     assert not time_to_loss.run("tiny", config, 0.0, max_steps=1)["reached"]

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from cnf import runs as checkpoint
-from cnf.config import PRESETS, DataConfig, RunConfig, TrainConfig
+from cnf.config import PRESETS, DataConfig, FlowConfig, RunConfig, SolverConfig, TrainConfig
 from cnf.errors import CheckpointError
-from cnf.models import ModelConfig, SolverConfig
 from cnf.runs import (
     RunInfo,
     config_digest,
@@ -25,8 +24,8 @@ from cnf.runs import (
 
 CONFIG = RunConfig(
     "own",
-    DataConfig("picture.png", limit=7, image_size=None),
-    ModelConfig(hidden=(5,), zero_init=False),
+    DataConfig("picture.png", max_train_rows=7, image_size=None),
+    FlowConfig.of(hidden=(5,), zero_init=False),
     SolverConfig(eval_rtol=1e-6),
     TrainConfig(max_time=2.5, lr=1.0),
 )
@@ -67,8 +66,8 @@ def test_an_older_folder_has_the_defaults_of_settings_that_joined_later(run):
 
     change(run, older)
     assert read_config(run) == INFO
-    change(run, lambda raw: raw["config"]["model"].pop("drive"))  # no such one
-    with pytest.raises(CheckpointError, match="'drive' is missing"):
+    change(run, lambda raw: raw["config"]["model"].pop("blocks"))  # no such one
+    with pytest.raises(CheckpointError, match="'blocks' is missing"):
         read_config(run)
 
 
@@ -92,18 +91,18 @@ def test_loaded_flow_is_the_saved_one(run):
     [
         (lambda raw: raw.update(extra=1), r"config\.json: unknown field 'extra'"),
         (lambda raw: raw["config"]["train"].update(learning=1), r"config: train: unknown field 'learning'"),
-        (lambda raw: raw["config"]["model"].pop("alpha"), r"config: model: field 'alpha' is missing"),
+        (lambda raw: raw["config"]["model"]["preprocess"].pop("alpha"), r"config: model: preprocess: field 'alpha' is missing"),
         (lambda raw: raw.pop("levels"), r"field 'levels' is missing"),
         (lambda raw: raw["config"]["train"].update(steps="10"), r"config: train: steps is '10'; expected int"),
         (lambda raw: raw["config"]["train"].update(steps=True), r"train: steps is True; expected int"),
         (lambda raw: raw["config"]["train"].update(lr=None), r"train: lr is None; expected float"),
-        (lambda raw: raw["config"]["data"].update(limit=1.5), r"data: limit is 1\.5; expected int"),
-        (lambda raw: raw["config"]["model"].update(hidden=5), r"model: hidden is 5; expected a list"),
-        (lambda raw: raw["config"]["model"].update(hidden=["5"]), r"model: hidden is '5'; expected int"),
-        (lambda raw: raw["config"]["model"].update(field="mlpp"), r"model: field is 'mlpp'; expected one of \('mlp'"),
+        (lambda raw: raw["config"]["data"].update(max_train_rows=1.5), r"data: max_train_rows is 1\.5; expected int"),
+        (lambda raw: raw["config"]["model"]["field"].update(hidden=5), r"model: field: hidden is 5; expected a list"),
+        (lambda raw: raw["config"]["model"]["field"].update(hidden=["5"]), r"model: field: hidden is '5'; expected int"),
+        (lambda raw: raw["config"]["model"]["field"].update(kind="mlpp"), r"model: field: kind is 'mlpp'; expected one of 'mlp'"),
         (lambda raw: raw["config"].update(train=[]), r"config: train is \[\]; expected an object"),
-        (lambda raw: raw.update(format=99), r"reads format 4"),
-        (lambda raw: raw.pop("format"), r"reads format 4"),
+        (lambda raw: raw.update(format=99), r"reads format 5"),
+        (lambda raw: raw.pop("format"), r"reads format 5"),
     ],
 )
 def test_damaged_config_is_named(run, edit, message):
@@ -127,7 +126,7 @@ def test_no_run_folder(tmp_path):
 
 
 def test_settings_that_cannot_be_built(run):
-    change(run, lambda raw: raw["config"]["model"].update(layer="concatsqash"))
+    change(run, lambda raw: raw["config"]["model"]["field"].update(time_conditioning="concatsqash"))
     with pytest.raises(CheckpointError, match=r"config\.json: .*concatsqash.*did you mean"):
         load(run)
 
@@ -140,10 +139,10 @@ def test_weights_missing_truncated_or_of_another_model(run):
         with pytest.raises(CheckpointError, match=r"model\.safetensors does not hold this model's weights"):
             load(run)
     path.write_bytes(whole)
-    change(run, lambda raw: raw["config"]["model"].update(hidden=[6]))
+    change(run, lambda raw: raw["config"]["model"]["field"].update(hidden=[6]))
     with pytest.raises(CheckpointError, match=r"does not hold this model's weights.*size mismatch"):
         load(run)
-    change(run, lambda raw: raw["config"]["model"].update(hidden=[5, 5]))
+    change(run, lambda raw: raw["config"]["model"]["field"].update(hidden=[5, 5]))
     with pytest.raises(CheckpointError, match=r"does not hold this model's weights.*Missing key"):
         load(run)
     path.unlink()

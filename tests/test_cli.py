@@ -17,10 +17,11 @@ from PIL import Image
 
 import cnf
 from cnf.cli import classify_main, main, sample_main, train_main
+from cnf.cli.spelling import option as option_of
 from cnf.config import PRESETS, RunConfig
-from cnf.config.names import option as option_of
 from cnf.config.presets.counts import PARAMETERS
-from cnf.config.rules import applies
+from cnf.config.rules import outside
+from cnf.config.tagged import schema, values
 from cnf.errors import TrainingError
 from cnf.random import Noise
 from cnf.runs import read_config, write_config
@@ -82,8 +83,8 @@ def test_result_says_what_the_number_is(digits):
     assert needed <= result.keys()
     config = read_config(digits).config
     expected = {
-        "levels": 17, "alpha": config.model.alpha, "solver": config.solver.eval_method, "rtol": config.solver.eval_rtol,
-        "divergence": config.solver.divergence, "items": 16, "items_of": 540, "split": "test", "seed": 0, "steps": 6, "stopped": "steps",
+        "levels": 17, "alpha": config.model.preprocess.alpha, "solver": config.solver.eval_method, "rtol": config.solver.eval_rtol,
+        "divergence": config.solver.divergence.kind, "items": 16, "items_of": 540, "split": "test", "seed": 0, "steps": 6, "stopped": "steps",
         "skipped": 0, "noise_draws": 2, "importance_samples": 1,
     }  # fmt: skip
     assert {name: result[name] for name in expected} == expected
@@ -262,7 +263,7 @@ def test_preset_fits_the_data_where_none_is_named(tmp_path, monkeypatch, capsys,
 
 @pytest.mark.parametrize("more", [[], ["--no-automatic-steps"]])
 def test_adaptive_puts_a_preset_s_automatic_steps_aside(tmp_path, more):
-    assert PRESETS["digits"].config.solver.automatic_steps
+    assert PRESETS["digits"].config.solver.train_solver.automatic_steps
     words = ["digits", *TINY, "--adaptive", "--method", "dopri5", *more, "--out", str(tmp_path / "run")]
     assert train_main(words) == 0
     assert metrics(tmp_path / "run")[-1]["step"] == 6
@@ -282,8 +283,8 @@ def test_a_run_trained_in_tf32_is_scored_anywhere_and_trained_on_a_gpu(tmp_path,
     run = tmp_path / "run"
     shutil.copytree(digits, run)
     info = read_config(run)
-    config, solver = info.config, dataclasses.replace(info.config.solver, precision="tf32")
-    train = dataclasses.replace(config.train, device="cuda")
+    config, solver = info.config, info.config.solver.change(precision="tf32")
+    train = config.train.change(device="cuda")
     write_config(run, dataclasses.replace(info, config=dataclasses.replace(config, solver=solver, train=train)))
     assert train_main(["--evaluate", str(run), "--device", "cpu"]) == 0
     assert train_main(["--resume", "--out", str(run), "--device", "cpu"]) == 2
@@ -304,15 +305,17 @@ def test_help_shows_every_option_that_applies_and_its_default(capsys, name):
     shown = capsys.readouterr().out
     said = " ".join(re.sub(r"[│╭╮╰╯─]", " ", shown).split())
     config: RunConfig = PRESETS[name].config
-    for part in (config.data, config.model, config.solver, config.train):
-        for field in dataclasses.fields(part):
-            if not applies(field, config.tags(events="images" if name == "digits" else "vectors")):
-                assert f"│ {option_of(field.name)} " not in shown
-                continue
-            option, value = option_of(field.name), getattr(part, field.name)
-            shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            ending = re.compile(rf".{{,300}}?\(default: {re.escape(shown)}\)")
-            assert any(ending.match(said, m.end()) for m in re.finditer(rf"{option}[ ,]", said)), f"{option} {shown}"
+    tags = config.tags(events="images" if name == "digits" else "vectors")
+    found = {each.name: each for each in values(config) if each.name != "name" and not outside(each.given, tags)}
+    for setting in schema((RunConfig,)):
+        option = option_of(setting)
+        if setting not in found:
+            assert f"│ {option} " not in shown
+            continue
+        value = found[setting].value
+        default = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        ending = re.compile(rf".{{,400}}?\(default: {re.escape(default)}\)")
+        assert any(ending.match(said, m.end()) for m in re.finditer(rf"{option}[ ,]", said)), f"{option} {default}"
 
 
 # -- wrong use ---------------------------------------------------------------------------------------------------
@@ -354,8 +357,8 @@ WRONG = {
     "--hidden 0": r"hidden=\(0,\)",
     "digits --time-conditioning concatsqash": r"concatsqash.*did you mean 'concatsquash'",
     "digits --nonlinearity tahn": r"tahn.*did you mean 'tanh'",
-    "digits --method rk45": r"rk45.*unknown for FixedGrid",
-    "--eval-method rk4": r"rk4.*unknown for Adaptive",
+    "digits --method rk45": r"rk45.*--method.*euler.*rk4",
+    "--eval-method rk4": r"rk4.*--eval-method.*dopri5",
     "--eval-rtol 0": r"--eval-rtol 0\.0: expected a positive number",
     "digits --grid-steps 0": r"--grid-steps 0: expected 1 to 100,000",
     "digits --gradient adjoint": r"gradient='adjoint' is unknown for FixedGrid",
@@ -367,10 +370,10 @@ WRONG = {
     "--evaluate nowhere": r"nowhere is no run folder: there is no such folder",
     "--split train": r"--split is for --evaluate: a training is always tested once",
     # what would do nothing is refused
-    "digits --probes 4": r"--probes is for --divergence hutchinson: leave it at 1",
-    "digits --hutchinson-mode reverse": r"--hutchinson-mode is for --divergence hutchinson",
-    "digits --rtol 1e-3": r"--rtol is for adaptive solving \(evaluation has --eval-rtol",
-    "digits --adaptive --method dopri5 --grid-steps 9": r"--grid-steps is for fixed grids: leave it at 4",
+    "digits --probes 4": r"--probes 4 is for --divergence hutchinson, not for --divergence exact: leave it at 1",
+    "digits --hutchinson-mode reverse": r"--hutchinson-mode reverse is for --divergence hutchinson",
+    "digits --rtol 1e-3": r"--rtol 0.001 is for --train-solver adaptive",
+    "digits --adaptive --method dopri5 --grid-steps 9": r"--grid-steps 9 is for --train-solver grid, not for --train-solver adaptive: leave it at 4",
     "--discrete keep": r"discrete='keep' does not apply to 'digits'",
     "ffjord-toy --alpha 0.1": r"--alpha is for images: leave it at 0.01",
     "ffjord-toy --preprocess logit": r"--preprocess is for images",
@@ -460,7 +463,7 @@ def test_evaluate_scores_again_and_overwrites_nothing(tmp_path, capsys, digits):
         ("--lr 0.1 --steps 9", "--evaluate does not use --steps, --lr: leave them out"),
         ("--split-seed 4", "--evaluate does not use --split-seed"),
         ("--validation-items 3", "--evaluate does not use --validation-items"),
-        ("--probes 2", "--probes is for --divergence hutchinson"),
+        ("--probes 2", "--probes 2 is for --divergence hutchinson"),
         ("--data 8gaussians", "models events (1, 8, 8) of 17 levels"),
         ("--resume --out x", "--resume does not apply to --evaluate"),
         ("--out x", "--out does not apply to --evaluate"),
@@ -518,8 +521,7 @@ def test_a_run_whose_data_are_gone_still_samples(tmp_path, capsys, rows):
     folder.mkdir()
     (folder / "model.safetensors").write_bytes((rows / "model.safetensors").read_bytes())
     info = read_config(rows)
-    gone = dataclasses.replace(info.config.data, data="gone/table.csv")
-    write_config(folder, dataclasses.replace(info, config=dataclasses.replace(info.config, data=gone)))
+    write_config(folder, dataclasses.replace(info, config=info.config.change(data="gone/table.csv")))
     for out in ("x.png", "x.npz"):
         assert sample_main([str(folder), "-n", "50", "--out", str(tmp_path / out)]) == 0
         said = capsys.readouterr().out

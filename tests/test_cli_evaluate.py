@@ -277,7 +277,7 @@ def test_other_noise_has_no_reference_and_says_what_it_is(tmp_path, capsys, digi
         ("--score x.npy --test-items 3", "--score does not use --test-items: leave it out"),
         ("--score x.npy --max-train-rows 30", "--score does not use --max-train-rows"),
         ("--score x.npy --data 8gaussians --data-root y", "--score does not use --data, --data-root: leave them out"),
-        ("--score x.npy --probes 2", "--probes is for --divergence hutchinson"),
+        ("--score x.npy --probes 2", "--probes 2 is for --divergence hutchinson"),
         ("--score x.npy --mid-bin --noise-samples 4", "--noise-samples is for likelihoods with noise"),
         ("--score nowhere.npy", "'nowhere.npy' does not exist"),
         ("--score eight.npy", "has grey levels up to 255, but the model has 17, from 0 to 16"),

@@ -10,7 +10,8 @@ import torch
 from conftest import F64, ROOT
 from torch import nn
 
-from cnf import CNF, Flow, ModelConfig, SolverConfig, build
+from cnf import CNF, Flow, build
+from cnf.config import FlowConfig, SolverConfig
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.errors import ConfigError, DataError, SolverError
 from cnf.evaluation import evaluate
@@ -320,7 +321,7 @@ def test_a_state_that_is_not_finite_is_an_error_all_the_same():
 
 
 def test_built_flows_share_the_tolerance_among_their_blocks():
-    config = ModelConfig(hidden=(5,), blocks=3)
+    config = FlowConfig.of(hidden=(5,), blocks=3)
     for levels, unit, shape in ((None, 1.0, (2,)), (4, math.log(2), (1, 1, 2))):
         flow = build(config, SolverConfig(eval_tolerance=6e-4), shape, levels=levels)
         assert [b.eval_solver.quadrature_tolerance for b in flow.blocks] == pytest.approx([2e-4 * unit] * 3)
@@ -339,7 +340,7 @@ def test_built_flows_share_the_tolerance_among_their_blocks():
 
 @pytest.mark.parametrize("architecture", ["stack", "multiscale"])
 def test_the_error_of_a_built_flow_is_below_its_tolerance(architecture):
-    config = ModelConfig(architecture, "conv", (4,), 1, zero_init=False, layer="concat", marginals="logit")
+    config = FlowConfig.of(architecture=architecture, field="conv", hidden=(4,), blocks=1, zero_init=False, time_conditioning="concat", preprocess="logit")
     flow = build(config, SolverConfig(eval_tolerance=1e-3), (1, 4, 4), levels=5).eval()
     with torch.no_grad():
         for p in flow.parameters():
@@ -414,15 +415,15 @@ def test_sorting_puts_results_back_with_their_context_and_noise():
     order = sorted_rows(flow, x, context, size=7, group=SINGLE_PROCESS)
     assert order.tolist() != list(range(30))
     pixels = torch.randint(0, 4, (9, 1, 2, 2), dtype=torch.uint8)
-    of_images = build(ModelConfig(hidden=(6,), zero_init=False), SolverConfig(), (1, 2, 2), levels=4).eval()
+    of_images = build(FlowConfig.of(hidden=(6,), zero_init=False), SolverConfig(), (1, 2, 2), levels=4).eval()
     one, many = (evaluate(of_images, pixels, draws=3, seed=2, batch_size=size) for size in (9, 2))
     torch.testing.assert_close(many.per_item, one.per_item, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [9, 2])
 def test_what_does_not_fit_is_named_whatever_the_batches(size):
-    plain = build(ModelConfig(hidden=(6,)), SolverConfig(), (2,)).eval()
-    given = build(ModelConfig(hidden=(6,)), SolverConfig(), (2,), context_dim=3).eval()
+    plain = build(FlowConfig.of(hidden=(6,)), SolverConfig(), (2,)).eval()
+    given = build(FlowConfig.of(hidden=(6,)), SolverConfig(), (2,), context_dim=3).eval()
     for flow, x, context, message in (
         (plain, torch.randn(9, 3), None, r"x has shape .*, expected \(N, 2\)"),
         (plain, torch.full((9, 2), math.nan), None, "x holds NaN or infinity"),
@@ -472,12 +473,12 @@ def test_hardness_reaches_the_first_block_of_every_architecture():
     x = torch.randint(0, 5, (7, 1, 4, 4), dtype=torch.uint8)
     for more in (
         dict(architecture="multiscale", field="conv"),
-        dict(architecture="multiscale", field="conv", drive="hyper", drive_dim=4, drive_entries=2),
+        dict(architecture="multiscale", field="conv", augmented_time="hyper", augmented_time_dim=4, augmented_time_entries=2),
         dict(architecture="parallel", field="conv", squeeze_first=False),
         dict(field="conv", squeeze_first=True),
-        dict(field="mlp", dequantize="variational", marginals="logit"),
+        dict(field="mlp", dequantize="variational", preprocess="logit"),
     ):
-        flow = build(ModelConfig(hidden=(4,), zero_init=False, **more), SolverConfig(), (1, 4, 4), levels=5, context_dim=0).eval()
+        flow = build(FlowConfig.of(hidden=(4,), zero_init=False, **more), SolverConfig(), (1, 4, 4), levels=5, context_dim=0).eval()
         values = local_error(flow, x)
         assert values.shape == (7,) and values.dtype == F64 and bool((values > 0).all())
         assert sorted(sorted_rows(flow, x, None, size=2, group=SINGLE_PROCESS).tolist()) == list(range(7))

@@ -20,11 +20,10 @@ import torch._dynamo  # which the first optimiser imports, in seconds
 from tqdm import tqdm
 from trainers import checkpointer, policy, training
 
-from cnf.config import DataConfig, RunConfig, TrainConfig
+from cnf.config import DataConfig, FlowConfig, RunConfig, SolverConfig, TrainConfig
 from cnf.data import DataSplits
 from cnf.errors import SolverError
 from cnf.losses import Likelihood
-from cnf.models import ModelConfig, SolverConfig
 from cnf.runs import LOCK, RunInfo, files, leftovers, write_config
 from cnf.training import Trainer
 
@@ -32,12 +31,9 @@ HERE = Path(__file__).resolve().parent
 CONTEXT = multiprocessing.get_context("forkserver")
 POINTS = torch.randn(120, 2, generator=torch.Generator().manual_seed(3)) * torch.tensor([0.3, 1.0]) + torch.tensor([2.0, 0.0])
 DATA = DataSplits("points", "table", POINTS[:80], POINTS[80:100], POINTS[100:])
-TRAIN = TrainConfig(
-    steps=60, batch_size=16, accumulate=2, warmup=3, lr=0.05, ema_decay=0.9, kinetic=0.01, validate_every=4, patience=6, watch_every=5,
-    watch_tolerance=1e-9, max_grid_steps=8,
-)  # fmt: skip
-SOLVER = SolverConfig(grid_steps=2, divergence="hutchinson", eval_rtol=1e-3, eval_atol=1e-3)
-CONFIG = RunConfig("points", DataConfig(), ModelConfig(hidden=(8,), zero_init=False), SOLVER, TRAIN)
+TRAIN = TrainConfig.of(steps=60, batch_size=16, accumulate=2, warmup=3, lr=0.05, ema_decay=0.9, kinetic=0.01, validate_every=4, patience=6, solver_check_every=5, solver_check_tolerance=1e-9, max_grid_steps=8)  # fmt: skip
+SOLVER = SolverConfig.of(grid_steps=2, divergence="hutchinson", eval_rtol=1e-3, eval_atol=1e-3)
+CONFIG = RunConfig("points", DataConfig(), FlowConfig.of(hidden=(8,), zero_init=False), SOLVER, TRAIN)
 INFO = RunInfo(CONFIG, (2,), None, 0, (), ("column 0", "column 1"))
 FAILING = {9, 10, 11, 15, 20, 21, 22}  # batches without a solution: twice three in a row, after which weights go back
 

@@ -10,9 +10,10 @@ from trainers import stop_at
 import cnf
 from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson
 from cnf._utils.async_checks import defer_checks
+from cnf.config import FlowConfig, SolverConfig
 from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
 from cnf.losses import FlowMatching
-from cnf.models import ModelConfig, SolverConfig, build
+from cnf.models import build
 from cnf.neural_ode import anode_conv
 from cnf.ode.multiscale import multiscale
 from cnf.ode.quadratures import JacobianFrobenius, Kinetic
@@ -73,8 +74,8 @@ def test_sampling_is_the_inverse():
 
 
 def test_images_from_uint8():
-    model = ModelConfig("multiscale", "conv", (8,), 1, layer="concat", marginals="logit")
-    flow = build(model, SolverConfig(divergence="hutchinson"), (1, 8, 8), levels=256).cuda().train()
+    model = FlowConfig.of(architecture="multiscale", field="conv", hidden=(8,), blocks=1, time_conditioning="concat", preprocess="logit")
+    flow = build(model, SolverConfig.of(divergence="hutchinson"), (1, 8, 8), levels=256).cuda().train()
     x = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8, device="cuda")
     value = flow.bits_per_dim(x, noise=cnf.Noise(0, "test"))
     value.mean().backward()
@@ -174,12 +175,12 @@ def test_bad_batches_are_left_out_on_the_gpu(tmp_path, monkeypatch, no_waiting, 
 @pytest.mark.parametrize("count", [1, 2])
 def test_matching_launched_as_one_graph_has_the_plain_gradients(count):
     """Step after step: the first ones warm up and record what the later ones replay."""
-    model = ModelConfig(field="unet", hidden=(8, 8), unet_depth=1, squeeze_first=True, dequantize="truncated-normal", marginals="center")
+    model = FlowConfig.of(field="unet", hidden=(8, 8), unet_depth=1, squeeze_first=True, dequantize="truncated-normal", preprocess="center")
     x = torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8, device="cuda")
     found = []
     for compile in (False, True):
         torch.manual_seed(0)
-        flow = build(dataclasses.replace(model, zero_init=False), SolverConfig(divergence="hutchinson", compile=compile), (1, 8, 8), levels=256)
+        flow = build(dataclasses.replace(model, zero_init=False), SolverConfig.of(divergence="hutchinson", compile=compile), (1, 8, 8), levels=256)
         objective, steps = FlowMatching(flow.cuda().train()), []
         for step in range(5):
             flow.zero_grad()

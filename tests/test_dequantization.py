@@ -7,11 +7,12 @@ import pytest
 import torch
 from conftest import F64
 
+from cnf.config import FlowConfig, SolverConfig
 from cnf.errors import ConfigError, DataError
 from cnf.evaluation import evaluate
 from cnf.flow import Flow
 from cnf.losses import Likelihood
-from cnf.models import ModelConfig, SolverConfig, build
+from cnf.models import build
 from cnf.random import Noise
 from cnf.solvers import Stats
 from cnf.transforms import Dequantize, Request, Sequential, Transform, TransformOutput
@@ -198,7 +199,7 @@ def test_training_closes_the_gap():
 def test_gradients_reach_the_noise_through_the_flow():
     """Analytic gradients of the objective against central differences, the draws held fixed."""
     torch.manual_seed(0)
-    config = ModelConfig(hidden=(5,), dequantize="variational", alpha=0.05, zero_init=False)
+    config = FlowConfig.of(hidden=(5,), dequantize="variational", alpha=0.05, zero_init=False)
     flow = build(config, SolverConfig(), (1, 2, 2), levels=4).double()
     objective = Likelihood(flow, kinetic=0.1)
     for p in flow.parameters():
@@ -227,8 +228,8 @@ def test_gradients_reach_the_noise_through_the_flow():
 def test_a_flow_built_with_it_trains_from_the_plain_bound_and_behaves_as_before():
     sizes = dict(hidden=(8,), alpha=0.05)
     torch.manual_seed(0)
-    learned = build(ModelConfig(dequantize="variational", **sizes), SolverConfig(), (3, 4, 4), levels=9).eval()
-    plain = build(ModelConfig(**sizes), SolverConfig(), (3, 4, 4), levels=9).eval()
+    learned = build(FlowConfig.of(dequantize="variational", **sizes), SolverConfig(), (3, 4, 4), levels=9).eval()
+    plain = build(FlowConfig.of(**sizes), SolverConfig(), (3, 4, 4), levels=9).eval()
     plain.load_state_dict({k: v for k, v in learned.state_dict().items() if "networks" not in k})
     x = torch.randint(0, 9, (6, 3, 4, 4), dtype=torch.uint8)
     assert learned.levels == 9
@@ -252,7 +253,7 @@ def test_errors_say_what_is_wrong():
     with pytest.raises(DataError, match=r"got 4"):
         dequantize(torch.full((2, 1, 4, 4), 4, dtype=torch.uint8))
     with pytest.raises(ConfigError, match="dequantize='variational' is for images"):
-        build(ModelConfig(dequantize="variational"), SolverConfig(), (2,))
+        build(FlowConfig.of(dequantize="variational"), SolverConfig(), (2,))
 
 
 # -- truncated normal noise --------------------------------------------------------------------------------------
@@ -306,7 +307,7 @@ def test_truncated_normal_bound_is_the_truth_where_the_peaks_have_its_form():
 
 def test_a_flow_with_truncated_normal_noise_is_scored_by_it_and_importance_weighting_helps():
     torch.manual_seed(0)
-    config = ModelConfig(hidden=(8,), dequantize="truncated-normal", marginals="logit", alpha=0.05, zero_init=False)
+    config = FlowConfig.of(hidden=(8,), dequantize="truncated-normal", preprocess="logit", alpha=0.05, zero_init=False)
     flow = build(config, SolverConfig(), (1, 2, 2), levels=4).double().eval()
     x = torch.randint(0, 4, (200, 1, 2, 2), dtype=torch.uint8)
     own = evaluate(flow, x, draws=2)

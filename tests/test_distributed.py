@@ -23,7 +23,7 @@ from trainers import average, monitor, training
 from cnf import distributed
 from cnf.cli import sample_main
 from cnf.cli.exits import speaks
-from cnf.config import DataConfig, RunConfig, TrainConfig
+from cnf.config import DataConfig, FlowConfig, RunConfig, SolverConfig, TrainConfig
 from cnf.data import DataSplits
 from cnf.distributed import SINGLE_PROCESS, Group, join
 from cnf.distributed import group as group_module
@@ -33,7 +33,6 @@ from cnf.evaluation import rank as ranking
 from cnf.fields import MLP
 from cnf.flow import Flow
 from cnf.losses import Likelihood, Supervised, assess
-from cnf.models import ModelConfig, SolverConfig
 from cnf.neural_ode import anode_mlp
 from cnf.ode.continuous import CNF
 from cnf.ode.divergence import Hutchinson
@@ -55,10 +54,10 @@ ROWS = 7  # 3 and 4
 
 
 def info(**train):
-    given = {"steps": 12, "batch_size": 17, "warmup": 3, "lr": 0.01, "validate_every": 4, "watch_every": 3, "kinetic": 0.01}
-    solver = SolverConfig(grid_steps=2, divergence="hutchinson", steer=0.25)
-    train = given | {"watch_tolerance": 1e-9, "max_grid_steps": 4} | train
-    config = RunConfig("points", DataConfig(), ModelConfig(hidden=(8,), zero_init=False), solver, TrainConfig(**train))
+    given = {"steps": 12, "batch_size": 17, "warmup": 3, "lr": 0.01, "validate_every": 4, "solver_check_every": 3, "kinetic": 0.01}
+    solver = SolverConfig.of(grid_steps=2, divergence="hutchinson", steer=0.25)
+    train = given | {"solver_check_tolerance": 1e-9, "max_grid_steps": 4} | train
+    config = RunConfig("points", DataConfig(), FlowConfig.of(hidden=(8,), zero_init=False), solver, TrainConfig.of(**train))
     return RunInfo(config, (2,), None, 0, (), ("column 0", "column 1"))
 
 

@@ -1,6 +1,5 @@
 """Fast modes: the same gradient as the plain path's, compiled or not, in every field; bf16 near it; steps chosen while training."""
 
-import dataclasses
 import math
 import warnings
 
@@ -8,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from cnf import ModelConfig, SolverConfig, build
+from cnf import build
 from cnf._utils import compilation
 from cnf._utils.compilation import CompilationWarning, compiled
+from cnf.config import FlowConfig, SolverConfig
 from cnf.errors import ConfigError
 from cnf.evaluation import block_errors, evaluate, solver_error
 from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, HyperMLP, SqueezeSum, TimePath
@@ -301,7 +301,7 @@ class Everywhere(FixedGrid):
 
 def test_block_errors_are_each_blocks_own():
     torch.manual_seed(0)
-    flow = scrambled(build(ModelConfig(hidden=(8,), blocks=3, layer="concat", zero_init=False), SolverConfig(grid_steps=1), (2,)), 3).double().train()
+    flow = scrambled(build(FlowConfig.of(hidden=(8,), blocks=3, time_conditioning="concat", zero_init=False), SolverConfig.of(grid_steps=1), (2,)), 3).double().train()
     x = torch.randn(16, 2, dtype=torch.float64)
     with torch.no_grad():
         for p in flow.blocks[1].parameters():
@@ -319,8 +319,8 @@ def test_block_errors_are_each_blocks_own():
 
 def test_block_errors_with_an_augmented_time():
     torch.manual_seed(0)
-    model = ModelConfig(hidden=(6, 6), blocks=2, drive="hyper", drive_dim=4, drive_entries=2, zero_init=False)
-    flow = build(model, SolverConfig(grid_steps=1), (2,)).double().train()
+    model = FlowConfig.of(hidden=(6, 6), blocks=2, augmented_time="hyper", augmented_time_dim=4, augmented_time_entries=2, zero_init=False)
+    flow = build(model, SolverConfig.of(grid_steps=1), (2,)).double().train()
     scrambled(flow)
     found = block_errors(flow, torch.randn(8, 2, dtype=torch.float64), noise=Noise(0))
     assert len(found) == 2 and all(v > 0 for v in found)
@@ -328,8 +328,8 @@ def test_block_errors_with_an_augmented_time():
 
 def test_steps_follow_the_error_up_and_down():
     torch.manual_seed(0)
-    config = SolverConfig(grid_steps=1, automatic_steps=True)
-    flow = build(ModelConfig(hidden=(8,), blocks=2, layer="concat"), config, (2,)).train()
+    config = SolverConfig.of(grid_steps=1, automatic_steps=True)
+    flow = build(FlowConfig.of(hidden=(8,), blocks=2, time_conditioning="concat"), config, (2,)).train()
     objective, said = Likelihood(flow), []
     watch = auto_steps(objective, said.append, 1e-3, 16, 100)
     x = torch.randn(64, 2)
@@ -359,8 +359,8 @@ def test_steps_follow_the_error_up_and_down():
 
 def test_steps_that_were_not_enough_are_not_given_again_soon():
     torch.manual_seed(0)
-    config = SolverConfig(grid_steps=1, automatic_steps=True)
-    flow = build(ModelConfig(hidden=(8,), layer="concat"), config, (2,)).train()
+    config = SolverConfig.of(grid_steps=1, automatic_steps=True)
+    flow = build(FlowConfig.of(hidden=(8,), time_conditioning="concat"), config, (2,)).train()
     watch = auto_steps(Likelihood(flow), lambda _: None, 1e-3, 64, 1000)
     x = torch.randn(64, 2)
 
@@ -391,8 +391,8 @@ def test_steps_that_were_not_enough_are_not_given_again_soon():
 
 def test_steps_of_a_reversible_grid_follow_the_error_too():
     torch.manual_seed(0)
-    config = SolverConfig(grid_steps=1, gradient="reversible", automatic_steps=True)
-    flow = scrambled(build(ModelConfig(hidden=(8,), blocks=2, zero_init=False), config, (2,))).train()
+    config = SolverConfig.of(grid_steps=1, gradient="reversible", automatic_steps=True)
+    flow = scrambled(build(FlowConfig.of(hidden=(8,), blocks=2, zero_init=False), config, (2,))).train()
     watch = auto_steps(Likelihood(flow), lambda _: None, 1e-7, 64, 100)
     x = torch.randn(16, 2)
     watch.measure(5, x, None, Noise(0))
@@ -405,7 +405,7 @@ def test_steps_of_a_reversible_grid_follow_the_error_too():
 
 
 def test_steps_are_measured_often_at_the_start():
-    watch = auto_steps(Likelihood(build(ModelConfig(hidden=(4,)), SolverConfig(), (2,))), print, 0.01, 64, 100)
+    watch = auto_steps(Likelihood(build(FlowConfig.of(hidden=(4,)), SolverConfig(), (2,))), print, 0.01, 64, 100)
     x, due = torch.randn(8, 2), []
     for step in range(1, 1300):
         if watch.measures(step):
@@ -415,7 +415,7 @@ def test_steps_are_measured_often_at_the_start():
 
 
 def test_double_precision_is_everywhere():
-    flow = build(ModelConfig(hidden=(8, 8), field="conv", blocks=1), SolverConfig(precision="fp64"), (1, 4, 4), levels=4).train()
+    flow = build(FlowConfig.of(hidden=(8, 8), field="conv", blocks=1), SolverConfig(precision="fp64"), (1, 4, 4), levels=4).train()
     x = torch.randint(0, 4, (6, 1, 4, 4), dtype=torch.uint8)
     out = flow.evaluate(x, Request(noise=Noise(0)))
     assert out.value.dtype == out.log_det.dtype == torch.float64
@@ -424,8 +424,8 @@ def test_double_precision_is_everywhere():
 
 def test_lower_precision_leaves_the_reported_figure_alone():
     torch.manual_seed(0)
-    config = SolverConfig(divergence="hutchinson")
-    flows = [build(ModelConfig(hidden=(8, 8), zero_init=False), dataclasses.replace(config, precision=p), (3,)) for p in ("fp32", "bf16")]
+    config = SolverConfig.of(divergence="hutchinson")
+    flows = [build(FlowConfig.of(hidden=(8, 8), zero_init=False), config.change(precision=p), (3,)) for p in ("fp32", "bf16")]
     flows[1].load_state_dict(flows[0].state_dict())
     x = torch.randn(7, 3)
     one, other = (evaluate(flow.eval(), x) for flow in flows)
@@ -459,13 +459,13 @@ def test_step_error_is_the_embedded_methods(method, local):
 
 
 def test_step_error_is_a_term_of_the_loss():
-    flow = build(ModelConfig(hidden=(8,), zero_init=False), SolverConfig(grid_steps=2), (3,)).train()
+    flow = build(FlowConfig.of(hidden=(8,), zero_init=False), SolverConfig.of(grid_steps=2), (3,)).train()
     x = torch.randn(5, 3)
     terms = Likelihood(flow, step_error=0.5)(x)
     assert torch.allclose(terms["loss"], terms["nll"] + 0.5 * terms["step_error"]) and float(terms["step_error"].min()) > 0
-    for bad in (SolverConfig("euler"), SolverConfig(gradient="reversible"), SolverConfig("dopri5", adaptive=True)):
+    for bad in (SolverConfig.of(method="euler"), SolverConfig.of(gradient="reversible"), SolverConfig.of(train_solver="adaptive")):
         with pytest.raises(ConfigError, match=r"step_error=0\.5"):
-            Likelihood(build(ModelConfig(hidden=(8,)), bad, (3,)), step_error=0.5)
+            Likelihood(build(FlowConfig.of(hidden=(8,)), bad, (3,)), step_error=0.5)
     assert "step_error" not in Likelihood(flow)(x)
 
 

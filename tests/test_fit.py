@@ -165,13 +165,13 @@ def test_a_stream_trains_in_its_own_order():
 def test_a_condition_by_name_and_columns_that_are_no_numbers():
     frame = pd.DataFrame({"x": POINTS[:, 0], "y": POINTS[:, 1], "c": LABELS, "city": ["Rome"] * 80})
     torch.manual_seed(0)
-    flow = cnf.build(cnf.ModelConfig(hidden=(8,)), cnf.SolverConfig(grid_steps=2), (2,), context_dim=1)
+    flow = cnf.build(cnf.FlowConfig.of(hidden=(8,)), cnf.SolverConfig.of(grid_steps=2), (2,), context_dim=1)
     with pytest.raises(DataError, match=r"column 'city' of train has type .*: leave it out"):
         cnf.fit(flow, frame, context="c", **SHORT)
     result = cnf.fit(flow, frame.drop(columns="city"), context="c", validation=0.2, **SHORT)
     assert result.unit == "nats" and math.isfinite(result.best)
     torch.manual_seed(0)
-    flow = cnf.build(cnf.ModelConfig(hidden=(8,)), cnf.SolverConfig(grid_steps=2), (2,), context_dim=1)
+    flow = cnf.build(cnf.FlowConfig.of(hidden=(8,)), cnf.SolverConfig.of(grid_steps=2), (2,), context_dim=1)
     assert cnf.fit(flow, (POINTS, LABELS[:, None]), validation=0.2, **SHORT).best == result.best
     with pytest.raises(DataError, match="the flow is conditional"):
         cnf.fit(flow, POINTS, **SHORT)
@@ -199,7 +199,7 @@ def test_a_predictor_a_module_and_what_has_no_loss():
 
 def test_objectives_of_the_package():
     torch.manual_seed(0)
-    flow = cnf.build(cnf.ModelConfig(hidden=(8,), zero_init=False), cnf.SolverConfig(grid_steps=2), (2,))
+    flow = cnf.build(cnf.FlowConfig.of(hidden=(8,), zero_init=False), cnf.SolverConfig.of(grid_steps=2), (2,))
     assert "kinetic" in cnf.fit(flow, POINTS, loss=Likelihood(flow, kinetic=0.01), **SHORT).history[-1]
     assert cnf.fit(flow, POINTS, loss=FlowMatching(flow), validation=0.1, **SHORT).history[-1]["nfe"] == 1
     with pytest.raises(ConfigError, match="of another model"):
@@ -242,7 +242,7 @@ def test_attention_on_moons_in_ten_lines(tmp_path):
 
 def test_what_was_built_is_saved_with_its_settings(tmp_path):
     torch.manual_seed(0)
-    flow = cnf.build(cnf.ModelConfig(hidden=(8,)), cnf.SolverConfig(grid_steps=2), (2,))
+    flow = cnf.build(cnf.FlowConfig.of(hidden=(8,)), cnf.SolverConfig.of(grid_steps=2), (2,))
     result = cnf.fit(flow, POINTS, folder=tmp_path / "run", **SHORT)
     assert torch.equal(weights(cnf.load(tmp_path / "run")), weights(result.flow))
     cnf.save(flow, tmp_path / "saved")

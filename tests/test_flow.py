@@ -9,11 +9,12 @@ import torch
 from conftest import F64, LinearField, jacobian, normal, uniform
 from torch.distributions import AffineTransform, Independent, Normal, TransformedDistribution
 
+from cnf.config import FlowConfig, SolverConfig
 from cnf.distribution import FlowDistribution
 from cnf.errors import ConfigError, DataError
 from cnf.fields import MLP
 from cnf.flow import Flow
-from cnf.models import ModelConfig, SolverConfig, build
+from cnf.models import build
 from cnf.ode.continuous import CNF
 from cnf.ode.divergence import Exact, Hutchinson
 from cnf.random import Noise
@@ -36,7 +37,7 @@ def perturbed(flow, scale=0.25, dtype=F64):
 
 def built(shape, dtype=F64, levels=None, context_dim=0, **model):
     torch.manual_seed(0)
-    flow = perturbed(build(ModelConfig(**model), SolverConfig(), shape, levels=levels, context_dim=context_dim), dtype=dtype)
+    flow = perturbed(build(FlowConfig.of(**model), SolverConfig(), shape, levels=levels, context_dim=context_dim), dtype=dtype)
     x = uniform(200, *shape, seed=4) if levels else 1 + 2 * normal(200, *shape, seed=4)
     flow.fit_statistics(x.to(dtype))
     return flow
@@ -47,12 +48,12 @@ CASES = {
     "vector": lambda dtype=F64: (built((3,), dtype, hidden=(6, 5)), None),
     "two blocks": lambda dtype=F64: (built((2,), dtype, hidden=(5,), blocks=2, learn_end_time=True, end_time=0.8), None),
     "residual linear": lambda dtype=F64: (built((3,), dtype, hidden=(4,), residual="linear", base_std=0.7), None),
-    "blend": lambda dtype=F64: (built((2,), dtype, hidden=(4,), layer="blend", residual="minus"), None),
-    "hyper, three hidden": lambda dtype=F64: (built((2,), dtype, hidden=(3, 4, 3), layer="hyper"), None),
+    "blend": lambda dtype=F64: (built((2,), dtype, hidden=(4,), time_conditioning="blend", residual="minus"), None),
+    "hyper, three hidden": lambda dtype=F64: (built((2,), dtype, hidden=(3, 4, 3), time_conditioning="hyper"), None),
     "image": lambda dtype=F64: (built((1, 2, 2), dtype, 17, hidden=(6,), alpha=0.05), None),
-    "colour image": lambda dtype=F64: (built((3, 2, 2), dtype, 256, field="conv", hidden=(3,), marginals="logit"), None),
+    "colour image": lambda dtype=F64: (built((3, 2, 2), dtype, 256, field="conv", hidden=(3,), preprocess="logit"), None),
     "context rows": lambda dtype=F64: (built((2,), dtype, context_dim=3, hidden=(5, 5)), uniform(4, 3).to(dtype)),
-    "one context": lambda dtype=F64: (built((2,), dtype, context_dim=3, hidden=(5,), layer="squash"), uniform(3).to(dtype)),
+    "one context": lambda dtype=F64: (built((2,), dtype, context_dim=3, hidden=(5,), time_conditioning="squash"), uniform(3).to(dtype)),
     "image with context": lambda dtype=F64: (
         built((1, 2, 2), dtype, 17, context_dim=2, field="conv", hidden=(3,)),
         uniform(4, 2).to(dtype),
@@ -367,7 +368,7 @@ def test_trajectory_refuses():
 
 @torch.no_grad()
 def test_fit_statistics():
-    model = ModelConfig(hidden=(4,), alpha=0.05)
+    model = FlowConfig.of(hidden=(4,), alpha=0.05)
     pixels = torch.randint(0, 17, (300, 1, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     flow = build(model, SolverConfig(), (1, 2, 2), levels=17).double()
     flow.fit_statistics(pixels)

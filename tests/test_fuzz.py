@@ -25,14 +25,13 @@ from test_datasets_images import colour, python2_batch
 
 from cnf import data as datasets
 from cnf.compat import load_reference, read_reference
-from cnf.config import DataConfig, RunConfig, TrainConfig
+from cnf.config import DataConfig, FlowConfig, RunConfig, SolverConfig, TrainConfig
 from cnf.data.arrays import read_numpy
 from cnf.data.cifar import parse_batch
 from cnf.data.items import read_items
 from cnf.data.pictures import SUFFIXES, open_picture
 from cnf.data.text import read_csv
 from cnf.errors import CheckpointError, CNFError, DataError
-from cnf.models import ModelConfig, SolverConfig
 from cnf.runs import (
     RunInfo,
     config_digest,
@@ -46,7 +45,7 @@ from cnf.runs import (
 
 SECONDS = 5.0  # a reader that takes longer hangs; the files take milliseconds
 FEW, MANY = 30, 1500  # damaged files of each kind
-INFO = RunInfo(RunConfig("own", DataConfig("x.npy"), ModelConfig(hidden=(5,)), SolverConfig(), TrainConfig()), (2,), None, 0, (), ("x", "y"))
+INFO = RunInfo(RunConfig("own", DataConfig("x.npy"), FlowConfig.of(hidden=(5,)), SolverConfig(), TrainConfig()), (2,), None, 0, (), ("x", "y"))
 SETTINGS = {
     "derandomize": True, "database": None, "deadline": None, "suppress_health_check": list(HealthCheck),
 }  # fmt: skip

@@ -19,12 +19,11 @@ from trainers import average, policy, stop_at, training
 
 from cnf import CNF, FixedGrid, Flow
 from cnf._utils.async_checks import defer_checks, deferred
-from cnf.config import DataConfig, RunConfig, TrainConfig, preset
+from cnf.config import DataConfig, FlowConfig, NeuralODEConfig, RunConfig, SolverConfig, TrainConfig, preset
 from cnf.data import DataSplits
 from cnf.errors import DataError, SolverError, TrainingError
 from cnf.fields import MLP
 from cnf.losses import Likelihood
-from cnf.models import ModelConfig, SolverConfig
 from cnf.ode.divergence import Exact
 from cnf.runs import RunInfo
 from cnf.training import Interrupted, Trainer
@@ -94,37 +93,37 @@ def labelled(data):
 DIGITS = preset("digits").config
 POINTS = torch.randn(60, 3, generator=GENERATOR)
 TABLE = DataSplits("table", "table", POINTS[:40], POINTS[40:50], POINTS[50:])
-GRID = SolverConfig(grid_steps=2, divergence="hutchinson", gradient="checkpoint", steer=0.1)
+GRID = SolverConfig.of(grid_steps=2, divergence="hutchinson", gradient="checkpoint", steer=0.1)
 RUNS = {
     "digits": (images(GREY, levels=17), DIGITS.model, DIGITS.solver, {}),
-    "penalty": (images(GREY, levels=17), dataclasses.replace(DIGITS.model, hidden=(8, 8)), DIGITS.solver, {"jacobian": 0.01}),
+    "penalty": (images(GREY, levels=17), DIGITS.model.change(hidden=(8, 8)), DIGITS.solver, {"jacobian": 0.01}),
     "conv": (
-        images(IMAGES, levels=256, flip=True), ModelConfig("multiscale", "conv", (4,), layer="concat", marginals="logit", dequantize="variational"),
+        images(IMAGES, levels=256, flip=True), FlowConfig.of(architecture="multiscale", field="conv", hidden=(4,), time_conditioning="concat", preprocess="logit", dequantize="variational"),
         GRID, {"kinetic": 0.01, "jacobian": 0.01, "accumulate": 2},
     ),
     "affjord": (
-        images(IMAGES, levels=256), ModelConfig("stack", "conv", (4,), layer="concat", marginals="standardize", drive="hyper"), GRID, {},
+        images(IMAGES, levels=256), FlowConfig.of(field="conv", hidden=(4,), time_conditioning="concat", preprocess="standardize", augmented_time="hyper"), GRID, {},
     ),
-    "tangents": (TABLE, ModelConfig(hidden=(6, 6, 6), layer="concat", learn_end_time=True), SolverConfig(grid_steps=2), {"jacobian": 0.01}),
+    "tangents": (TABLE, FlowConfig.of(hidden=(6, 6, 6), time_conditioning="concat", learn_end_time=True), SolverConfig.of(grid_steps=2), {"jacobian": 0.01}),
     "matching": (
-        images(IMAGES, levels=256), ModelConfig(field="unet", hidden=(4,), unet_depth=1, dequantize="truncated-normal", marginals="center"),
-        SolverConfig(divergence="hutchinson"), {"objective": "flow-matching"},
+        images(IMAGES, levels=256), FlowConfig.of(field="unet", hidden=(4,), unet_depth=1, dequantize="truncated-normal", preprocess="center"),
+        SolverConfig.of(divergence="hutchinson"), {"objective": "flow-matching"},
     ),
     "predictor": (
-        labelled(images(IMAGES, levels=256)), ModelConfig("node", "conv", (4, 4), layer="concat", augment=1), SolverConfig(grid_steps=2),
+        labelled(images(IMAGES, levels=256)), NeuralODEConfig.of(field="conv", hidden=(4, 4), time_conditioning="concat", augment=1), SolverConfig.of(grid_steps=2),
         {"objective": "classification"},
     ),
     "regression": (
-        labelled(TABLE), ModelConfig("node", hidden=(6, 6), input_layer=True, data_control=True, adaptive_depth=True, augment=1, layer="concat"),
-        SolverConfig(grid_steps=2), {"objective": "regression"},
+        labelled(TABLE), NeuralODEConfig.of(hidden=(6, 6), input_layer=True, data_control=True, adaptive_depth=True, augment=1, time_conditioning="concat"),
+        SolverConfig.of(grid_steps=2), {"objective": "regression"},
     ),
 }  # fmt: skip
 
 
 def run_of(folder, name, **more):
     data, model, solver, train = RUNS[name]
-    config = TrainConfig(**{"steps": 8, "batch_size": 8, "validate_every": 100, "watch_every": 100} | train | more)
-    solver = dataclasses.replace(solver, eval_rtol=1e-2, eval_atol=1e-2)
+    config = TrainConfig.of(**{"steps": 8, "batch_size": 8, "validate_every": 100, "solver_check_every": 100} | train | more)
+    solver = solver.change(eval_rtol=1e-2, eval_atol=1e-2)
     folder.mkdir()
     info = RunInfo(RunConfig("run", DataConfig(), model, solver, config), data.event_shape, data.levels, data.context_dim, (), ())
     return training(info, data, folder, quiet=True)
@@ -153,8 +152,8 @@ def test_the_counter_counts(tmp_path, monkeypatch):
         before = len(reads.found)
         x.masked_fill(x > 0, 2.0).new_full((), 3.0).add(x.argmax())
         assert len(reads.found) == before
-    adaptive = dataclasses.replace(RUNS["tangents"][2], method="dopri5", adaptive=True)
-    monkeypatch.setitem(RUNS, "adaptive", (TABLE, ModelConfig(hidden=(6,)), adaptive, {}))
+    adaptive = RUNS["tangents"][2].change(train_solver="adaptive", method="dopri5")
+    monkeypatch.setitem(RUNS, "adaptive", (TABLE, FlowConfig.of(hidden=(6,)), adaptive, {}))
     run = run_of(tmp_path / "adaptive", "adaptive")
     with monkeypatch.context() as patch, Reads(run, patch) as reads:
         run.update()
@@ -409,7 +408,7 @@ def faulty(monkeypatch):
     monkeypatch.setitem(trainers.POLICY, "max_skips", 3)
     monkeypatch.setitem(trainers.RUN, "log_every", 7)
     injected(monkeypatch, "state", FAULTS)
-    return {"steps": 24, "validate_every": 12, "watch_every": 17}
+    return {"steps": 24, "validate_every": 12, "solver_check_every": 17}
 
 
 def test_going_back_is_late_by_no_more_than_a_line_and_voids_what_came_after(tmp_path, monkeypatch):

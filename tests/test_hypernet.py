@@ -8,11 +8,11 @@ from conftest import F64, normal
 
 import cnf
 from cnf import CNF, Adaptive, FixedGrid
-from cnf.config import preset
+from cnf.config import FlowConfig, NeuralODEConfig, SolverConfig, preset
 from cnf.errors import ConfigError
 from cnf.fields import AugmentedTimeConditioning, HyperMLP, TimePath
 from cnf.losses import Likelihood
-from cnf.models import ModelConfig, SolverConfig, build
+from cnf.models import build
 from cnf.transforms import Request
 
 K = 3
@@ -126,8 +126,8 @@ def test_the_published_presets_and_their_counts():
 @pytest.mark.parametrize("drive", ["none", "hyper", "both"])
 @pytest.mark.parametrize("zero", [False, True])
 def test_every_parameter_has_had_a_gradient_within_ten_adam_steps(drive, zero):
-    sizes = {} if drive == "none" else {"drive": drive, "drive_dim": 4, "drive_entries": 3, "drive_start": "learned"}
-    flow = build(ModelConfig(field="hypernet", hidden=(6,), generator=(5, 4), zero_init=zero, **sizes), SolverConfig(grid_steps=2), (3,))
+    sizes = {} if drive == "none" else {"augmented_time": drive, "augmented_time_dim": 4, "augmented_time_entries": 3, "augmented_time_start": "learned"}
+    flow = build(FlowConfig.of(field="hypernet", hidden=(6,), generator=(5, 4), zero_init=zero, **sizes), SolverConfig.of(grid_steps=2), (3,))
     x, moved = torch.randn(16, 3), set()
     if zero:
         assert torch.equal(flow.blocks[0](x).value, x)
@@ -152,10 +152,11 @@ def test_every_parameter_has_had_a_gradient_within_ten_adam_steps(drive, zero):
     (lambda: HyperMLP(2, augmented_time=AugmentedTimeConditioning("both", k=3, m=2))(torch.zeros(()), torch.zeros(5, 2)), ("()", "(3,)")),
     (lambda: CNF(HyperMLP(2, augmented_time=AugmentedTimeConditioning("both", k=3, m=2))), ("path=TimePath(3)",)),
     (lambda: CNF(HyperMLP(2), path=TimePath(3)), ("Generated", "AugmentedTimeConditioning")),
-    (lambda: build(ModelConfig(field="hypernet", layer="concat"), SolverConfig(), (2,)), ("layer='concat'", "hypernet")),
-    (lambda: build(ModelConfig(field="hypernet", drive="concat"), SolverConfig(), (2,)), ("'concat'", "'both'")),
-    (lambda: cnf.models.build_predictor(ModelConfig("node", "hypernet"), SolverConfig(), (2,), outputs=1), ("'hypernet'", "'mlp'")),
-    (lambda: cnf.models.build_predictor(ModelConfig("node", "unet"), SolverConfig(), (1, 4, 4), outputs=1), ("'unet'", "'conv'")),
+    (lambda: build(FlowConfig.of(field="hypernet", time_conditioning="concat"), SolverConfig(), (2,)), ("time_conditioning='concat'", "hypernet")),
+    (lambda: build(FlowConfig.of(field="hypernet", augmented_time="concat"), SolverConfig(), (2,)), ("'concat'", "'both'")),
+    (lambda: NeuralODEConfig.of(field="hypernet"), ("'hypernet'", "mlp, conv")),
+    (lambda: cnf.models.build_predictor(FlowConfig(), SolverConfig(), (2,), outputs=1), ("'stack'", "NeuralODEConfig")),
+    (lambda: build(NeuralODEConfig(), SolverConfig(), (2,)), ("'node'", "predicts")),
 ])  # fmt: skip
 def test_clear_errors(make, words):
     with pytest.raises(ConfigError) as caught:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import F64
 
-from cnf.config import RunConfig
+from cnf.config import FlowConfig, RunConfig, SolverConfig
 from cnf.config.results import CAUTION
 from cnf.data import DataSplits
 from cnf.errors import ConfigError, DataError
@@ -28,7 +28,7 @@ from cnf.evaluation import (
 )
 from cnf.fields import MLP
 from cnf.flow import Flow
-from cnf.models import ModelConfig, SolverConfig, build
+from cnf.models import build
 from cnf.ode.continuous import CNF
 from cnf.ode.divergence import Exact, Hutchinson
 from cnf.runs import RunInfo
@@ -247,7 +247,7 @@ def test_standard_errors_are_what_the_known_variance_says():
 
 def test_context_of_rows_and_of_all_and_floats_in_the_unit_interval():
     torch.manual_seed(0)
-    config = ModelConfig(hidden=(6,), zero_init=False, marginals="logit")
+    config = FlowConfig.of(hidden=(6,), zero_init=False, preprocess="logit")
     flow = build(config, SolverConfig(), (1, 2, 2), levels=4, context_dim=3).eval()
     for block in flow.blocks:
         block.eval_solver = FixedGrid("rk4", 8)
@@ -330,7 +330,7 @@ def test_round_trip_of_vectors_is_in_standard_deviations():
     torch.manual_seed(0)
     scale = torch.tensor([1e5, 1e-3, 1.0])
     z = torch.randn(40, 3) * torch.tensor([1.0, 2.0, 0.5]) + 1
-    units, plain = (build(ModelConfig(hidden=(6,), zero_init=False), SolverConfig(), (3,)).eval() for _ in range(2))
+    units, plain = (build(FlowConfig.of(hidden=(6,), zero_init=False), SolverConfig(), (3,)).eval() for _ in range(2))
     plain.load_state_dict(units.state_dict())
     for flow, x in ((units, z * scale), (plain, z)):
         flow.fit_statistics(x)
@@ -343,7 +343,7 @@ def test_round_trip_of_vectors_is_in_standard_deviations():
     assert round_trip_error(units, x) == pytest.approx(round_trip_error(plain, z), rel=1e-6)
     assert check(units, x).round_trip == pytest.approx(check(plain, z).round_trip, rel=1e-6)
     # images stay on the scale [0, 1], standardised inside or not
-    image = build(ModelConfig(hidden=(6,), zero_init=False), SolverConfig(), (1, 1, 2), levels=4).eval()
+    image = build(FlowConfig.of(hidden=(6,), zero_init=False), SolverConfig(), (1, 1, 2), levels=4).eval()
     image.blocks[0].eval_solver = FixedGrid("rk4", 2)
     pixels = torch.randint(0, 4, (9, 1, 1, 2), dtype=torch.uint8)
     image.fit_statistics(pixels)
@@ -564,7 +564,7 @@ def test_score_of_a_toy_set_gives_its_entropy_and_integral():
     torch.manual_seed(0)
     x = torch.randn(300, 2)
     data = DataSplits("normal", "toy", x, x, x, entropy=math.log(2 * math.pi * math.e))
-    flow = build(ModelConfig(hidden=(8,)), SolverConfig(), (2,)).eval()
+    flow = build(FlowConfig.of(hidden=(8,)), SolverConfig(), (2,)).eval()
     result, _ = score(flow, RunInfo(RunConfig(), (2,), None, 0, (), ()), data)
     assert result["nats"] == pytest.approx(float((0.5 * x.square().sum(1)).mean()) + math.log(2 * math.pi), abs=1e-9)
     assert result["integral"] == pytest.approx(1, abs=1e-3) and result["bound"] is None and result["alpha"] is None

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from cnf import CNF, Flow, ModelConfig, Noise, SolverConfig, build
+from cnf import CNF, Flow, Noise, build
+from cnf.config import FlowConfig, SolverConfig
 from cnf.errors import ConfigError
 from cnf.fields import MLP, AugmentedTimeConditioning, Denoiser, Interpolant, TimePath
 from cnf.flow_matching import MatchingPath, TimeDistribution, couple, stratified
@@ -79,7 +80,7 @@ def test_the_minimiser_carries_the_gaussian_to_the_base():
 
 def test_importance_leaves_the_loss_what_it_is_and_steadies_it():
     torch.manual_seed(0)
-    flow = build(ModelConfig(hidden=(8,), zero_init=False), SolverConfig(), (2,)).double()
+    flow = build(FlowConfig.of(hidden=(8,), zero_init=False), SolverConfig(), (2,)).double()
     x = torch.randn(512, 2, dtype=torch.float64)
     even, chosen = (FlowMatching(flow, weights="likelihood", times=times) for times in ("even", "importance"))
     for i in range(20):
@@ -194,7 +195,7 @@ def test_rows_of_a_joint_batch_get_the_times_that_one_process_gives_them():
 @pytest.mark.parametrize("layer", ["concatsquash", "blend", "hyper"])
 def test_blocks_share_the_time_of_the_path(layer):
     torch.manual_seed(0)
-    config = ModelConfig(hidden=(8,), blocks=3, layer=layer, end_time=0.5, zero_init=False)
+    config = FlowConfig.of(hidden=(8,), blocks=3, time_conditioning=layer, end_time=0.5, zero_init=False)
     flow = build(config, SolverConfig(), (2,)).double()
     path = MatchingPath(flow)
     assert path.together == (layer != "concatsquash")
@@ -230,13 +231,13 @@ def test_every_parameter_of_the_field_gets_a_gradient(kind):
     context = None
     if kind in ("mlp", "conditional"):
         dim = 3 if kind == "conditional" else 0
-        flow = build(ModelConfig(hidden=(8,), blocks=2), SolverConfig(), (2,), context_dim=dim)
+        flow = build(FlowConfig.of(hidden=(8,), blocks=2), SolverConfig(), (2,), context_dim=dim)
         x = torch.randn(16, 2)
         context = torch.eye(3)[torch.arange(16) % 3] if dim else None
     else:
-        more = {"dequantize": "truncated-normal", "marginals": "center"} if kind == "denoiser" else {}
-        config = ModelConfig(field="unet", hidden=(4, 8), unet_depth=1, attention=True, zero_init=False, **more)
-        flow = build(config, SolverConfig(divergence="hutchinson"), (1, 8, 8), levels=17)
+        more = {"dequantize": "truncated-normal", "preprocess": "center"} if kind == "denoiser" else {}
+        config = FlowConfig.of(field="unet", hidden=(4, 8), unet_depth=1, attention=True, zero_init=False, **more)
+        flow = build(config, SolverConfig.of(divergence="hutchinson"), (1, 8, 8), levels=17)
         for p in flow.parameters():
             p.data += 0.1 * torch.randn_like(p)  # past the zeros of its residual branches
         x = torch.randint(0, 17, (16, 1, 8, 8), dtype=torch.uint8)
@@ -248,20 +249,20 @@ def test_every_parameter_of_the_field_gets_a_gradient(kind):
 
 def test_chains_without_such_a_path_are_refused():
     with pytest.raises(ConfigError, match=r"a Multiscale: use --architecture stack, or the preset fm-digits"):
-        FlowMatching(build(ModelConfig("multiscale", "conv", (4,)), SolverConfig(), (1, 4, 4), levels=17))
+        FlowMatching(build(FlowConfig.of(architecture="multiscale", field="conv", hidden=(4,)), SolverConfig(), (1, 4, 4), levels=17))
     with pytest.raises(ConfigError, match="between or after"):
         blocks = [CNF(MLP(16, (4,))), Squeeze(), CNF(MLP(16, (4,)))]
         FlowMatching(Flow(Sequential(blocks), (1, 4, 4)))
     with pytest.raises(ConfigError, match="no block"):
         FlowMatching(Flow(Sequential([Standardize(torch.zeros(2), torch.ones(2))]), (2,)))
     with pytest.raises(ConfigError, match="end time is learned or random"):
-        FlowMatching(build(ModelConfig(hidden=(4,), learn_end_time=True), SolverConfig(), (2,)))
+        FlowMatching(build(FlowConfig.of(hidden=(4,), learn_end_time=True), SolverConfig(), (2,)))
     with pytest.raises(ConfigError, match="end time is learned or random"):
-        FlowMatching(build(ModelConfig(hidden=(4,)), SolverConfig(steer=0.1), (2,)))
+        FlowMatching(build(FlowConfig.of(hidden=(4,)), SolverConfig(steer=0.1), (2,)))
     with pytest.raises(ConfigError, match="--dequantize variational"):
-        FlowMatching(build(ModelConfig(hidden=(4,), dequantize="variational"), SolverConfig(), (1, 2, 2), levels=17))
-    denoiser = ModelConfig(field="unet", hidden=(4,), dequantize="truncated-normal", marginals="center")
+        FlowMatching(build(FlowConfig.of(hidden=(4,), dequantize="variational"), SolverConfig(), (1, 2, 2), levels=17))
+    denoiser = FlowConfig.of(field="unet", hidden=(4,), dequantize="truncated-normal", preprocess="center")
     with pytest.raises(ConfigError, match="it has to be independent"):
         FlowMatching(build(denoiser, SolverConfig(), (1, 4, 4), levels=17), coupling="optimal-transport")
     with pytest.raises(ConfigError, match="coupling='nearest' is unknown"):
-        FlowMatching(build(ModelConfig(hidden=(4,)), SolverConfig(), (2,)), coupling="nearest")
+        FlowMatching(build(FlowConfig.of(hidden=(4,)), SolverConfig(), (2,)), coupling="nearest")

@@ -10,10 +10,9 @@ import trainers
 from torch._subclasses.fake_tensor import FakeTensor
 from trainers import training
 
-from cnf.config import DataConfig, RunConfig, TrainConfig
+from cnf.config import DataConfig, FlowConfig, RunConfig, SolverConfig, TrainConfig
 from cnf.data import DataSplits
 from cnf.evaluation import evaluate
-from cnf.models import ModelConfig, SolverConfig
 from cnf.ode.logdet_quadrature import RULES, interpolation, patterson
 from cnf.random import Noise
 from cnf.runs import RunInfo
@@ -58,8 +57,8 @@ def check(tmp_path, warmup, steps, others, solver):
         patterson(nodes)
         if nodes > RULES[0]:
             interpolation(nodes)
-    train = TrainConfig(steps=10_000, batch_size=64, accumulate=2, validate_every=25, watch_every=20, kinetic=0.01)
-    config = RunConfig("points", DataConfig(), ModelConfig(hidden=(16, 16), blocks=2), solver, train)
+    train = TrainConfig.of(steps=10_000, batch_size=64, accumulate=2, validate_every=25, solver_check_every=20, kinetic=0.01)
+    config = RunConfig("points", DataConfig(), FlowConfig.of(hidden=(16, 16), blocks=2), solver, train)
     run = training(RunInfo(config, (2,), None, 0, (), ("a", "b")), DATA, tmp_path, quiet=True)
     settle(run, warmup, 5, 5)
     tensors, before = live(), resident()
@@ -70,7 +69,7 @@ def check(tmp_path, warmup, steps, others, solver):
     assert grown < 30 * 2**20 and grown < 0.05 * before
 
 
-SOLVERS = [SolverConfig(grid_steps=4, divergence="hutchinson"), SolverConfig("dopri5", adaptive=True, gradient="adjoint", rtol=1e-3, atol=1e-3)]
+SOLVERS = [SolverConfig.of(grid_steps=4, divergence="hutchinson"), SolverConfig.of(train_solver="adaptive", gradient="adjoint", rtol=1e-3, atol=1e-3)]
 
 
 def test_memory_does_not_grow_in_a_short_run(tmp_path, monkeypatch):

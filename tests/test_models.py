@@ -1,6 +1,5 @@
 """Models from settings: published sizes, published starts, presets as their sources say, and what cannot be built."""
 
-import dataclasses
 import math
 from functools import partial
 
@@ -10,12 +9,12 @@ from conftest import F64
 
 from cnf.cli import main
 from cnf.cli.options import parse, renamed
-from cnf.config import FFJORD, PRESETS, PUBLISHED, RNODE, preset
+from cnf.config import FFJORD, PRESETS, PUBLISHED, RNODE, FlowConfig, SolverConfig, preset
 from cnf.config.presets.counts import PARAMETERS
 from cnf.errors import ConfigError, DataError
 from cnf.fields import ConvField, SqueezeSum
 from cnf.losses import Likelihood
-from cnf.models import ModelConfig, SolverConfig, build, count_parameters
+from cnf.models import build, count_parameters
 from cnf.ode.continuous import CNF
 from cnf.ode.divergence import Hutchinson
 from cnf.ode.quadratures import JacobianFrobenius, Kinetic
@@ -62,8 +61,8 @@ def test_the_table_holds_every_count_that_is_known():
 
 def test_counts_of_the_released_scripts_for_vectors():
     """FFJORD's README: 8gaussians 64-64-64, and MINIBOONE with two layers' width of 20 D."""
-    toy = ModelConfig(hidden=(64, 64, 64), learn_end_time=True)
-    table = ModelConfig(hidden=(860, 860), nonlinearity="softplus", learn_end_time=True)
+    toy = FlowConfig.of(hidden=(64, 64, 64), learn_end_time=True)
+    table = FlowConfig.of(hidden=(860, 860), nonlinearity="softplus", learn_end_time=True)
     for model, dim, parameters in ((toy, 2, 9_225), (table, 43, 820_613)):
         flow = build(model, SolverConfig(), (dim,))
         assert sum(p.numel() for p in flow.parameters()) == parameters
@@ -71,13 +70,13 @@ def test_counts_of_the_released_scripts_for_vectors():
 
 def test_counting_makes_the_same_as_building():
     for model, shape in (
-        (dataclasses.replace(FFJORD, blocks=1), (1, 28, 28)),
-        (dataclasses.replace(RNODE, squeeze_first=True), (3, 32, 32)),
+        (FFJORD.change(blocks=1), (1, 28, 28)),
+        (RNODE.change(squeeze_first=True), (3, 32, 32)),
     ):
         built = build(model, SolverConfig(), shape, levels=256)
         assert sum(p.numel() for p in built.parameters()) == count_parameters(model, shape)
     # one more for every block whose end time is learned
-    assert count_parameters(FFJORD, (1, 28, 28)) - count_parameters(dataclasses.replace(FFJORD, learn_end_time=False), (1, 28, 28)) == 10
+    assert count_parameters(FFJORD, (1, 28, 28)) - count_parameters(FFJORD.change(learn_end_time=False), (1, 28, 28)) == 10
     with torch.device("meta"):
         assert len(build(RNODE, SolverConfig(), (3, 256, 256), levels=32).blocks) == 26
 
@@ -109,19 +108,19 @@ def test_presets_are_the_published_settings(name, shape, levels, blocks):
     rnode = name.startswith("rnode")
     # both: Adam at 1e-3 after 1000 steps of linear warm-up, no decay, averaging or clipping
     assert (train.lr, train.warmup, train.schedule, train.weight_decay) == (1e-3, 1000, "constant", 0.0)
-    assert (train.ema_decay, train.max_grad_norm, train.regularisers) == (0.0, 0.0, "paper")
+    assert (train.ema_decay, train.max_grad_norm, train.objective.regularisers) == (0.0, 0.0, "paper")
     assert train.batch_size == (12 if "celeba" in name else 200)
-    assert (model.hidden, model.layer, model.nonlinearity, model.marginals) == (
+    assert (model.field.hidden, model.field.time_conditioning, model.field.nonlinearity, model.preprocess.kind) == (
         (64, 64, 64),
         "concat",
         "softplus",
         "logit",
     )
-    assert (model.zero_init, model.learn_end_time, model.end_time) == (rnode, not rnode, 1.0)
-    assert model.alpha == (1e-6 if not rnode else 1e-5 if "mnist" in name else 0.05)
-    assert (train.kinetic, train.jacobian) == ((0.0, 0.0) if not rnode else (0.01, 0.03 if "cifar" in name else 0.01))
+    assert (model.field.zero_init, model.learn_end_time, model.end_time) == (rnode, not rnode, 1.0)
+    assert model.preprocess.alpha == (1e-6 if not rnode else 1e-5 if "mnist" in name else 0.05)
+    assert (train.objective.kinetic, train.objective.jacobian) == ((0.0, 0.0) if not rnode else (0.01, 0.03 if "cifar" in name else 0.01))
     grid = name in ("rnode-mnist", "rnode-cifar10")
-    assert solver.automatic_steps == grid
+    assert getattr(solver.train_solver, "automatic_steps", False) == grid
     for block in flow.blocks:
         assert isinstance(block.divergence, Hutchinson) and block.divergence.probes == 1
         assert block.divergence.distribution == ("gaussian" if rnode else "rademacher")
@@ -145,15 +144,15 @@ def test_epochs_of_the_presets():
 def test_num_blocks_is_another_name_for_blocks():
     for words in (["--num-blocks", "1"], ["--blocks", "1"]):
         config = parse(renamed(["ffjord-mnist", *words]))[0].config
-        assert config.model == dataclasses.replace(FFJORD, blocks=1)
+        assert config.model == FFJORD.change(blocks=1)
 
 
 def test_the_codes_way_of_rnode_cifar10():
-    solver = ["--adaptive", "--method", "dopri5", "--gradient", "adjoint"]
+    solver = ["--train-solver", "adaptive", "--method", "dopri5", "--gradient", "adjoint"]
     config = parse(["rnode-cifar10", "--regularisers", "code", "--jacobian", "0.01", *solver])[0].config
     with torch.device("meta"):
         flow = build(config.model, config.solver, (3, 32, 32), levels=256)
-    objective = Likelihood(flow, config.train.kinetic, config.train.jacobian, config.train.regularisers)
+    objective = Likelihood(flow, config.train.objective.kinetic, config.train.objective.jacobian, config.train.objective.regularisers)
     assert objective.weights == {"kinetic_mean": 0.01, "jacobian_mean": 0.01} and objective.scale == 1
     assert all(isinstance(b.solver, Adaptive) and b.solver.gradient == "adjoint" for b in flow.blocks)
 
@@ -163,17 +162,17 @@ def small(**changes):
         "architecture": "multiscale",
         "field": "conv",
         "hidden": (4,),
-        "layer": "concat",
+        "time_conditioning": "concat",
         "nonlinearity": "softplus",
     }
-    return ModelConfig(**(config | {"marginals": "logit", "alpha": 0.05} | changes))
+    return FlowConfig.of(**config | {"preprocess": "logit", "alpha": 0.05} | changes)
 
 
 def test_rnode_starts_as_nothing_but_the_logit():
     """f = 0 for every t and x: log p is the base's behind the logit, the regularisers are zero; and all learns."""
     torch.manual_seed(0)
     flow = build(
-        small(blocks=2), SolverConfig(divergence="hutchinson", probe="gaussian"), (1, 8, 8), levels=256
+        small(blocks=2), SolverConfig.of(divergence="hutchinson", hutchinson_noise="gaussian"), (1, 8, 8), levels=256
     ).double()
     objective = Likelihood(flow, kinetic=0.01, jacobian=0.01)
     x = 0.1 + 0.8 * torch.rand(3, 1, 8, 8, dtype=F64)
@@ -209,14 +208,14 @@ def test_the_codes_regularisers_are_means_over_each_block():
     """Against every block's raw integrals: half the kinetic energy's mean, the Jacobian's mean, summed over blocks."""
     torch.manual_seed(0)
     flow = build(
-        small(zero_init=False), SolverConfig(divergence="hutchinson", mode="reverse"), (1, 8, 8), levels=256
+        small(zero_init=False), SolverConfig.of(divergence="hutchinson", hutchinson_mode="reverse"), (1, 8, 8), levels=256
     ).double()
     x = 0.1 + 0.8 * torch.rand(3, 1, 8, 8, dtype=F64)
     objective = Likelihood(flow, kinetic=0.3, jacobian=0.7, regularisers="code")
     terms = objective(x, noise=Noise(0))
     raw = Likelihood(
         build(
-            small(zero_init=False), SolverConfig(divergence="hutchinson", mode="reverse"), (1, 8, 8), levels=256
+            small(zero_init=False), SolverConfig.of(divergence="hutchinson", hutchinson_mode="reverse"), (1, 8, 8), levels=256
         ).double()
     )
     raw.flow.load_state_dict(flow.state_dict())
@@ -279,8 +278,8 @@ def test_fields_by_architecture():
     ({"strides": (2, 1)}, (1, 28, 28), "must restore"),
     ({"strides": (5, 1)}, (1, 28, 28), "strides must contain only .*got 5"),
     ({"field": "mlp"}, (1, 28, 28), "architecture='multiscale' is for convolutions"),
-    ({"field": "mlp", "architecture": "stack", "strides": (1, 1)}, (1, 8, 8), "strides=.* is for convolutions"),
-    ({"field": "mlp", "architecture": "stack", "squeeze_first": True}, (1, 8, 8), "squeeze_first=True is for conv"),
+    ({"field": "mlp", "architecture": "stack", "strides": (1, 1)}, (1, 8, 8), "strides=.* is for field='conv'"),
+    ({"field": "mlp", "architecture": "stack", "squeeze_first": True}, (1, 8, 8), "squeeze_first=True is for field='conv' or 'unet'"),
     ({"alpha": 0.5}, (1, 8, 8), "alpha must be inside"),
     ({"alpha": 0.0}, (1, 8, 8), "alpha must be inside"),
     ({"alpha": -1e-6}, (1, 8, 8), "alpha must be inside"),
@@ -292,7 +291,7 @@ def test_what_cannot_be_built(changes, shape, match):
 
 
 def test_images_that_do_not_fit():
-    flow = build(small(), SolverConfig(grid_steps=1), (1, 8, 8), levels=17)
+    flow = build(small(), SolverConfig.of(grid_steps=1), (1, 8, 8), levels=17)
     with pytest.raises(DataError, match=r"expected \(N, 1, 8, 8\)"):
         flow.log_prob(torch.zeros(2, 1, 8, 9, dtype=torch.uint8))
     with pytest.raises(DataError, match="x in \\[0, 1\\], but x spans"):

@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import F64, perturbed
 
+from cnf.config import FlowConfig, SolverConfig
 from cnf.errors import ConfigError, DataError
 from cnf.fields import ConvField, SqueezeSum
 from cnf.flow import Flow
-from cnf.models import ModelConfig, SolverConfig, build
+from cnf.models import build
 from cnf.ode.continuous import CNF
 from cnf.ode.divergence import Exact, Hutchinson
 from cnf.ode.multiscale import Multiscale, Split, multiscale, scale_shapes
@@ -26,14 +27,13 @@ def image_flow(shape, divergence="exact", solver=ACCURATE, levels=None, context_
         "architecture": "multiscale",
         "field": "conv",
         "hidden": (4,),
-        "layer": "concat",
+        "time_conditioning": "concat",
         "nonlinearity": "softplus",
     }
     torch.manual_seed(0)
-    config = ModelConfig(**(settings | {"marginals": "logit", "zero_init": False, "learn_end_time": True} | model))
-    flow = build(
-        config, SolverConfig(divergence=divergence, mode="reverse"), shape, levels=levels, context_dim=context_dim
-    )
+    config = FlowConfig.of(**settings | {"preprocess": "logit", "zero_init": False, "learn_end_time": True} | model)
+    trace = {"hutchinson_mode": "reverse"} if divergence == "hutchinson" else {}
+    flow = build(config, SolverConfig.of(divergence=divergence, **trace), shape, levels=levels, context_dim=context_dim)
     for block in flow.blocks:
         block.solver = block.eval_solver = solver
     return perturbed(flow, 0.1 if config.architecture == "multiscale" else 0.05)
@@ -51,7 +51,7 @@ def slogdet(flow, x, context=None):
     ((1, 8, 8), {}),
     ((3, 8, 8), {}),
     ((2, 4, 8), {"blocks": 2}),
-    ((1, 8, 8), {"blocks": 2, "layer": "hyper"}),
+    ((1, 8, 8), {"blocks": 2, "time_conditioning": "hyper"}),
     ((2, 8, 8), {"squeeze_first": True, "strides": (1, 0), "hidden": (4,)}),
     ((1, 8, 8), {"architecture": "parallel"}),
     ((2, 4, 8), {"architecture": "parallel"}),

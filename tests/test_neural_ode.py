@@ -1,6 +1,5 @@
 """Neural ODEs that predict: solves and gradients against torchdiffeq, depth bases against their formulas, identities."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -9,15 +8,16 @@ import torch
 from conftest import TIGHT
 from torchdiffeq import odeint
 
+from cnf.config import FlowConfig, NeuralODEConfig, ResNetConfig, SolverConfig
 from cnf.errors import ConfigError, DataError, SolverError
 from cnf.fields import MLP, ConvField, Linear
 from cnf.fields.depth import BASES, Galerkin, basis, galerkin
-from cnf.models import ModelConfig, SolverConfig, build, build_predictor
+from cnf.models import build, build_predictor
 from cnf.neural_ode import NeuralODE, ResidualNet, anode_conv, anode_mlp, residual_net
 from cnf.neural_ode.odenet import ODENet, mlp_maps
 from cnf.solvers import Adaptive, FixedGrid
 
-NODE = ModelConfig("node", "mlp", (8, 8), layer="concat", nonlinearity="softplus", zero_init=False)
+NODE = NeuralODEConfig.of(hidden=(8, 8), time_conditioning="concat", nonlinearity="softplus", zero_init=False)
 
 
 def points(*shape, seed=0):
@@ -53,7 +53,7 @@ def truth(f, start, end=1.0, begin=0.0):
 @pytest.mark.parametrize("changes", [{}, {"augment": 2}, {"augment": 3, "input_layer": True}, {"data_control": True},
                                      {"augment": 1, "data_control": True, "learn_end_time": True, "end_time": 0.7}])  # fmt: skip
 def test_solve_and_gradient_are_odeints(gradient, changes):
-    model = made(dataclasses.replace(NODE, **changes), solver=Adaptive("dopri5", 1e-11, 1e-11, gradient))
+    model = made(NODE.change(**changes), solver=Adaptive("dopri5", 1e-11, 1e-11, gradient))
     x, weight = points(5, 2), points(5, 3, seed=9)
     parameters = list(model.parameters())
     outputs, features, stats = model.train().predict(x)
@@ -93,8 +93,7 @@ def test_convolutions_are_the_flows_field():
 
 
 def test_images_are_scaled_augmented_and_controlled():
-    config = ModelConfig("node", "conv", (4, 4), strides=(0, 1, 0), layer="concat", nonlinearity="softplus", zero_init=False,
-                         augment=2, data_control=True)  # fmt: skip
+    config = NeuralODEConfig.of(field="conv", hidden=(4, 4), strides=(0, 1, 0), time_conditioning="concat", nonlinearity="softplus", zero_init=False, augment=2, data_control=True)  # fmt: skip
     model = made(config, (1, 4, 3), 10, levels=17)
     pixels = torch.randint(0, 17, (3, 1, 4, 3), dtype=torch.uint8)
     x = pixels.double() / 16
@@ -103,12 +102,12 @@ def test_images_are_scaled_augmented_and_controlled():
     state = truth(lambda t, y: model.fields[0](t, y, x), start)
     assert torch.allclose(model.predict(pixels).features, state, atol=1e-9)
     assert torch.equal(model(pixels), model(x))
-    flat = made(dataclasses.replace(NODE, augment=2), (1, 4, 3), 10, levels=17)
+    flat = made(NODE.change(augment=2), (1, 4, 3), 10, levels=17)
     assert flat.predict(pixels).features.shape == (3, 14)
 
 
 def test_state_head_is_the_flow_itself():
-    model = made(dataclasses.replace(NODE, augment=1, head="state"), outputs=2)
+    model = made(NODE.change(augment=1, head="state"), outputs=2)
     outputs, features, _ = model.predict(points(4, 2))
     assert torch.equal(outputs, features[:, :2])
 
@@ -130,7 +129,7 @@ def test_train_and_eval_select_the_solver_and_evaluations_are_counted():
 
 
 def test_checkpointed_gradients_are_the_direct_ones():
-    config = dataclasses.replace(NODE, augment=1, data_control=True, adaptive_depth=True)
+    config = NODE.change(augment=1, data_control=True, adaptive_depth=True)
     found = []
     for gradient in ("direct", "checkpoint"):
         model = made(config, solver=FixedGrid("rk4", 6, gradient)).train()
@@ -141,7 +140,7 @@ def test_checkpointed_gradients_are_the_direct_ones():
 @pytest.mark.parametrize("solver", [FixedGrid("dopri5", 12, "checkpoint"), Adaptive("dopri5", 1e-10, 1e-10, "adjoint")])
 def test_the_gradient_in_the_event_is_counted_once(solver):
     """With both, the event enters the field twice: as the control, and through its end time."""
-    config = dataclasses.replace(NODE, augment=1, data_control=True, adaptive_depth=True)
+    config = NODE.change(augment=1, data_control=True, adaptive_depth=True)
     found = []
     for one in (FixedGrid("dopri5", 12), solver):
         x = points(4, 2).requires_grad_()
@@ -150,7 +149,7 @@ def test_the_gradient_in_the_event_is_counted_once(solver):
 
 
 def test_trajectory_passes_through_the_solve():
-    for config in (NODE, dataclasses.replace(NODE, depth="stacked", depth_terms=3), dataclasses.replace(NODE, adaptive_depth=True)):
+    for config in (NODE, NODE.change(depth="stacked", depth_terms=3), NODE.change(adaptive_depth=True)):
         model, x = made(config), points(4, 2)
         way = model.trajectory(x, torch.tensor([0.0, 0.2, 0.5, 0.5, 1.0]))
         assert torch.equal(way[0], x) and torch.equal(way[2], way[3])
@@ -203,7 +202,7 @@ def test_a_layer_in_a_basis(name):
 
 @pytest.mark.parametrize("name", BASES)
 def test_a_node_in_a_basis_is_odeints(name):
-    model = made(dataclasses.replace(NODE, hidden=(6,), layer="ignore", depth=name, depth_terms=5, end_time=1.7))
+    model = made(NODE.change(hidden=(6,), time_conditioning="ignore", depth=name, depth_terms=5, end_time=1.7))
     x = points(4, 2)
 
     def f(t, y):
@@ -217,7 +216,7 @@ def test_a_node_in_a_basis_is_odeints(name):
 
 
 def test_stacked_is_a_sequence_of_blocks():
-    model = made(dataclasses.replace(NODE, depth="stacked", depth_terms=3, end_time=1.2))
+    model = made(NODE.change(depth="stacked", depth_terms=3, end_time=1.2))
     x = state = points(4, 2)
     for k, field in enumerate(model.fields):
         state = truth(lambda t, y, f=field: f(t, y), state, 0.4 * (k + 1), 0.4 * k)
@@ -231,7 +230,7 @@ def test_stacked_is_a_sequence_of_blocks():
 
 
 def test_adaptive_depth_is_each_samples_own_end_time():
-    model = made(dataclasses.replace(NODE, augment=1, adaptive_depth=True, end_time=0.8))
+    model = made(NODE.change(augment=1, adaptive_depth=True, end_time=0.8))
     x = points(5, 2)
     ends = model.end_time(x)
     hidden = torch.tanh(x @ model.depth[1].weight.T + model.depth[1].bias)
@@ -242,18 +241,18 @@ def test_adaptive_depth_is_each_samples_own_end_time():
         start = torch.cat([x[i : i + 1], torch.zeros(1, 1, dtype=torch.float64)], 1)
         assert torch.allclose(features[i : i + 1], truth(lambda t, y: model.fields[0](t, y), start, ends[i].item()), atol=1e-9)
     torch.manual_seed(0)
-    fresh = build_predictor(dataclasses.replace(NODE, adaptive_depth=True, end_time=0.8), SolverConfig(), (2,), outputs=1)
+    fresh = build_predictor(NODE.change(adaptive_depth=True, end_time=0.8), SolverConfig(), (2,), outputs=1)
     assert torch.allclose(fresh.end_time(torch.randn(3, 2)), torch.full((3,), 0.8))
 
 
 @pytest.mark.parametrize("changes", [
     {}, {"augment": 2, "input_layer": True, "data_control": True, "adaptive_depth": True}, {"learn_end_time": True},
-    {"layer": "ignore", "depth": "chebyshev", "depth_terms": 3}, {"layer": "ignore", "depth": "fourier", "depth_terms": 3},
+    {"time_conditioning": "ignore", "depth": "chebyshev", "depth_terms": 3}, {"time_conditioning": "ignore", "depth": "fourier", "depth_terms": 3},
     {"depth": "stacked", "depth_terms": 2}, {"zero_init": True},
 ])  # fmt: skip
 def test_every_parameter_gets_a_gradient_within_ten_steps(changes):
     torch.manual_seed(0)
-    model = build_predictor(dataclasses.replace(NODE, **changes), SolverConfig(), (2,), outputs=2)
+    model = build_predictor(NODE.change(**changes), SolverConfig(), (2,), outputs=2)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     x, moved = torch.randn(16, 2), set()
     for _ in range(10):
@@ -296,7 +295,7 @@ def test_time_enters_with_adaptive_depth_by_default():
 
 
 def test_a_node_of_one_dimension_keeps_the_order():
-    model = made(dataclasses.replace(NODE, head="state"), (1,), 1, scale=4.0)
+    model = made(NODE.change(head="state"), (1,), 1, scale=4.0)
     x = torch.linspace(-2, 2, 50, dtype=torch.float64)[:, None]
     assert bool((model(x)[:, 0].diff() > 0).all())
 
@@ -337,47 +336,47 @@ def test_a_residual_net_flips_a_line():
 
 # -- wrong use ---------------------------------------------------------------------------------------------------
 
-RESNET = ModelConfig("resnet", "mlp", (8,), layer="ignore", nonlinearity="relu", zero_init=False)
+RESNET = ResNetConfig.of(hidden=(8,), nonlinearity="relu", zero_init=False)
 
 
 @pytest.mark.parametrize(("config", "changes", "message"), [
     (NODE, {"augment": -1}, r"augment=-1; expected zero or more"),
-    (NODE, {"layer": "conact"}, r"'conact' is unknown.*did you mean 'concat'"),
+    (NODE, {"time_conditioning": "conact"}, r"'conact' is unknown.*did you mean 'concat'"),
     (NODE, {"nonlinearity": "rleu"}, r"did you mean 'relu'"),
-    (NODE, {"head": "affine"}, r"head='affine' is unknown"),
+    (NODE, {"head": "affine"}, r"head='affine'; expected one of linear, state"),
     (NODE, {"head": "state"}, r"reads outputs=3 off a state of 2"),
     (NODE, {"hidden": (0,)}, r"every size must be at least 1"),
     (NODE, {"end_time": -1.0}, r"end_time=-1.0; expected a positive"),
     (NODE, {"field": "conv"}, r"field='conv' needs images"),
-    (NODE, {"strides": (0, 1, 0)}, r"strides=\(0, 1, 0\) is for convolutions"),
-    (NODE, {"blocks": 3}, r"blocks=3 is for models of several blocks, not for architecture='node': leave it at 1"),
-    (NODE, {"alpha": 0.1}, r"alpha=0.1 is for densities"),
-    (NODE, {"residual": "minus"}, r"residual='minus' is for densities"),
-    (NODE, {"depth_terms": 3}, r"depth_terms=3 is for a basis of depth or stacked pieces"),
+    (NODE, {"strides": (0, 1, 0)}, r"strides=\(0, 1, 0\) is for field='conv', not for field='mlp'"),
+    (NODE, {"blocks": 3}, r"blocks=3 is no setting of NeuralODEConfig"),
+    (NODE, {"alpha": 0.1}, r"alpha=0.1 is no setting of NeuralODEConfig"),
+    (NODE, {"residual": "minus"}, r"residual='minus' is no setting of NeuralODEConfig"),
+    (NODE, {"depth_terms": 3}, r"depth_terms=3 is for depth='chebyshev', 'fourier' or 'stacked', not for depth='constant'"),
     (NODE, {"depth": "stacked"}, r"depth_terms=1: depth='stacked' takes at least 2"),
-    (NODE, {"depth": "fourier", "depth_terms": 3}, r"layer='concat': with depth='fourier'.*use layer='ignore'"),
-    (NODE, {"layer": "ignore", "depth": "fourier", "depth_terms": 3, "adaptive_depth": True}, r"depth='fourier'.*leave one out"),
-    (NODE, {"layer": "ignore", "depth": "chebyshev", "depth_terms": 3, "learn_end_time": True}, r"lives on \[0, end_time\]"),
-    (NODE, {"layer": "hyper", "adaptive_depth": True}, r"layer='hyper'.*leave one out"),
+    (NODE, {"depth": "fourier", "depth_terms": 3}, r"time_conditioning='concat': with depth='fourier'.*use time_conditioning='ignore'"),
+    (NODE, {"time_conditioning": "ignore", "depth": "fourier", "depth_terms": 3, "adaptive_depth": True}, r"depth='fourier'.*leave one out"),
+    (NODE, {"time_conditioning": "ignore", "depth": "chebyshev", "depth_terms": 3, "learn_end_time": True}, r"lives on \[0, end_time\]"),
+    (NODE, {"time_conditioning": "hyper", "adaptive_depth": True}, r"time_conditioning='hyper'.*leave one out"),
     (NODE, {"learn_end_time": True, "adaptive_depth": True}, r"leave learn_end_time=False"),
-    (RESNET, {"augment": 1}, r"augment=1 is for architecture='node', not for architecture='resnet'"),
-    (RESNET, {"layer": "concat"}, r"layer='concat': architecture='resnet' takes layer='ignore' alone"),
+    (RESNET, {"augment": 1}, r"augment=1 is no setting of ResNetConfig"),
+    (RESNET, {"time_conditioning": "concat"}, r"time_conditioning='concat' is no setting"),
     (RESNET, {"hidden": ()}, r"hidden=\(\), blocks=1; expected at least one hidden layer"),
     (RESNET, {"hidden": (8, 0)}, r"every size must be at least 1"),
     (RESNET, {"nonlinearity": "rleu"}, r"did you mean 'relu'"),
     (RESNET, {"blocks": 0}, r"blocks=0"),
-    (NODE, {"architecture": "stack"}, r"architecture='stack' is a density; to predict takes 'node' or 'resnet'"),
+    (NODE, {"architecture": "stack"}, r"architecture='stack'; expected one of node"),
 ])  # fmt: skip
 def test_settings_that_cannot_be(config, changes, message):
     with pytest.raises(ConfigError, match=message):
-        build_predictor(dataclasses.replace(config, **changes), SolverConfig(), (2,), outputs=3)
+        build_predictor(config.change(**changes), SolverConfig(), (2,), outputs=3)
 
 
 def test_densities_refuse_what_is_for_predictors():
     with pytest.raises(ConfigError, match=r"architecture='node' predicts"):
         build(NODE, SolverConfig(), (2,))
-    with pytest.raises(ConfigError, match=r"augment=2 is for architecture='node', not for architecture='stack': leave it at 0"):
-        build(ModelConfig(augment=2), SolverConfig(), (2,))
+    with pytest.raises(ConfigError, match=r"augment=2 is no setting of FlowConfig"):
+        build(FlowConfig.of(augment=2), SolverConfig(), (2,))
 
 
 def test_other_wrong_use():

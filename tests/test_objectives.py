@@ -11,13 +11,12 @@ from conftest import F64, LinearField
 from torch.distributions import Normal
 from trainers import stop_at, training
 
-from cnf.config import DataConfig, RunConfig, TrainConfig
+from cnf.config import DataConfig, FlowConfig, RunConfig, SolverConfig, TrainConfig
 from cnf.data import DataSplits
 from cnf.errors import ConfigError
 from cnf.fields import MLP
 from cnf.flow import Flow
 from cnf.losses import Likelihood
-from cnf.models import ModelConfig, SolverConfig
 from cnf.ode.continuous import CNF
 from cnf.ode.divergence import Exact, Hutchinson
 from cnf.ode.quadratures import Directional, Kinetic, RunningCost
@@ -114,8 +113,8 @@ def test_a_run_of_an_earlier_version_keeps_its_penalties(tmp_path, capsys):
 
     def trainer(folder, resume=False, **train):
         (tmp_path / folder).mkdir(exist_ok=True)
-        settings = TrainConfig(**{"steps": 6, "batch_size": 8, "lr": 0.01, "validate_every": 6, "warmup": 0, "kinetic": 5.0} | train)
-        config = RunConfig("run", DataConfig(), ModelConfig(hidden=(4,), zero_init=False), SolverConfig(grid_steps=2), settings)
+        settings = TrainConfig.of(**{"steps": 6, "batch_size": 8, "lr": 0.01, "validate_every": 6, "warmup": 0, "kinetic": 5.0} | train)
+        config = RunConfig("run", DataConfig(), FlowConfig.of(hidden=(4,), zero_init=False), SolverConfig.of(grid_steps=2), settings)
         info = RunInfo(config, (1, 2, 2), 17, 0, (), ())
         return training(info, data, tmp_path / folder, resume=resume, quiet=not resume)
 

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from cnf import plotting
+from cnf.config import FlowConfig, SolverConfig
 from cnf.errors import CheckpointError, ConfigError
-from cnf.models import ModelConfig, SolverConfig, build
+from cnf.models import build
 from cnf.plotting import canvas, curves, features, motion, plane, samples
 from cnf.random import Noise
 from cnf.solvers import FixedGrid
@@ -16,12 +17,12 @@ from cnf.transforms import Logit, Standardize
 
 @pytest.fixture(scope="module")
 def flow():
-    return ready(build(ModelConfig(hidden=(8,), blocks=2), SolverConfig(), (2,)))
+    return ready(build(FlowConfig.of(hidden=(8,), blocks=2), SolverConfig(), (2,)))
 
 
 @pytest.fixture(scope="module")
 def image_flow():
-    flow = build(ModelConfig(hidden=(8,), alpha=0.05), SolverConfig(), (1, 4, 4), levels=17)
+    flow = build(FlowConfig.of(hidden=(8,), alpha=0.05), SolverConfig(), (1, 4, 4), levels=17)
     flow.fit_statistics(torch.randint(0, 17, (200, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8))
     return ready(flow)
 
@@ -154,7 +155,7 @@ def test_vector_field(tmp_path, figures, flow):
     v = flow.blocks[1].field(torch.tensor(0.5), at).detach().numpy()
     assert np.allclose(quivers[4].get_array(), np.hypot(*v.T), rtol=1e-4, atol=1e-6)
     assert np.allclose(np.arctan2(quivers[4].V, quivers[4].U), np.arctan2(*v.T[::-1]), atol=1e-4)
-    still = build(ModelConfig(hidden=(4,)), SolverConfig(), (2,))  # f = 0 everywhere
+    still = build(FlowConfig.of(hidden=(4,)), SolverConfig(), (2,))  # f = 0 everywhere
     plotting.vector_field_2d(still, tmp_path / "b.png", times=2)
     assert np.isfinite(figures[1].axes[0].collections[0].U).all()
 
@@ -192,7 +193,7 @@ def test_gif_of_points(tmp_path, flow, figures):
     assert np.allclose(axis.collections[0].get_offsets(), flow.transform.transforms[0](x).value.detach(), atol=1e-5)
     assert axis.get_title() == "t = 0.00 T"
     context = torch.eye(2)[torch.arange(6) % 2]
-    conditional = ready(build(ModelConfig(hidden=(4,)), SolverConfig(), (2,), context_dim=2))
+    conditional = ready(build(FlowConfig.of(hidden=(4,)), SolverConfig(), (2,), context_dim=2))
     assert len(frames_of(plotting.flow_gif(conditional, tmp_path / "b.gif", n=6, frames=3, context=context))) == 3
 
 
@@ -208,12 +209,12 @@ def test_gif_of_images(tmp_path, image_flow):
     assert np.abs(frames[0][0] - noise).max() <= 4
 
 
-@pytest.mark.parametrize("options", [{}, {"squeeze_first": True, "marginals": "standardize"}, {"architecture": "stack", "squeeze_first": True}])
+@pytest.mark.parametrize("options", [{}, {"squeeze_first": True, "preprocess": "standardize"}, {"architecture": "stack", "squeeze_first": True}])
 def test_gif_of_a_flow_with_squeezes(tmp_path, options):
     """Multiscale flows and stacks on the squeezed image: from all the latent's entries, each in its place, to the sample."""
-    settings = {"architecture": "multiscale", "field": "conv", "hidden": (3,), "marginals": "logit", "alpha": 0.05}
+    settings = {"architecture": "multiscale", "field": "conv", "hidden": (3,), "preprocess": "logit", "alpha": 0.05}
     torch.manual_seed(0)
-    flow = ready(build(ModelConfig(**(settings | options)), SolverConfig(), (3, 8, 8), levels=256))
+    flow = ready(build(FlowConfig.of(**settings | options), SolverConfig(), (3, 8, 8), levels=256))
     for block in flow.blocks:
         block.eval_solver = FixedGrid("rk4", 8)
     frames = frames_of(plotting.flow_gif(flow, tmp_path / "a.gif", n=4, frames=5, seed=4))
@@ -234,7 +235,7 @@ def test_gif_refuses(tmp_path, flow):
     with pytest.raises(ConfigError, match="frames must be at least 2, got 1"):
         plotting.flow_gif(flow, tmp_path / "a.gif", frames=1)
     with pytest.raises(ConfigError, match=r"got event shape \(3,\)"):
-        plotting.flow_gif(build(ModelConfig(), SolverConfig(), (3,)), tmp_path / "a.gif")
+        plotting.flow_gif(build(FlowConfig(), SolverConfig(), (3,)), tmp_path / "a.gif")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,10 +10,10 @@ import torch
 from conftest import ROOT
 from trainers import training
 
-from cnf.config import PRESETS, RNODE, preset
+from cnf.config import PRESETS, RNODE, FlowConfig, SolverConfig, preset
 from cnf.data import DataSplits
 from cnf.losses import Likelihood
-from cnf.models import ModelConfig, SolverConfig, build, count_parameters
+from cnf.models import build, count_parameters
 from cnf.ode.divergence import Exact, Hutchinson, closed
 from cnf.random import Noise
 from cnf.runs import RunInfo
@@ -31,7 +31,7 @@ NAMES = ("exact-digits", "exact-mnist", "exact-tabular")
 SMALL = {"exact-digits": ((12, 12), (1, 8, 8)), "exact-mnist": ((5, 5), (1, 8, 8)), "exact-tabular": ((83, 83), (6,))}
 
 
-def parameters(model: ModelConfig, shape: tuple[int, ...], levels: int | None = None) -> int:
+def parameters(model: FlowConfig, shape: tuple[int, ...], levels: int | None = None) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in build(model, SolverConfig(), shape, levels=levels).parameters())
 
@@ -47,8 +47,8 @@ def items(name: str, n: int, seed: int = 0) -> torch.Tensor:
 def flow(name: str, *, gain: float = 2.0, **solver):
     """The preset's flow, small, in float64, with a field that bends."""
     config = preset(name).config
-    model = dataclasses.replace(config.model, hidden=SMALL[name][0], zero_init=False)
-    settings = dataclasses.replace(config.solver, grid_steps=2, **solver)
+    model = config.model.change(hidden=SMALL[name][0], zero_init=False)
+    settings = config.solver.change(grid_steps=2, **solver)
     torch.manual_seed(0)
     made = build(model, settings, SMALL[name][1], levels=preset(name).levels).double()
     made.fit_statistics(items(name, 64, seed=1))
@@ -59,8 +59,8 @@ def flow(name: str, *, gain: float = 2.0, **solver):
 
 
 def objective(name: str, made) -> Likelihood:
-    train = preset(name).config.train
-    return Likelihood(made, train.kinetic, train.jacobian, train.regularisers)
+    settings = preset(name).config.train.objective
+    return Likelihood(made, settings.kinetic, settings.jacobian, settings.regularisers)
 
 
 def gradient(goal: Likelihood, x: torch.Tensor, noise: Noise, term: str = "nll") -> torch.Tensor:
@@ -74,17 +74,17 @@ def test_as_many_parameters_as_the_published_fields():
     mnist, table = (preset(f"exact-{name}").config.model for name in ("mnist", "tabular"))
     for model, published, shape, levels in (
         (mnist, count_parameters(RNODE, (1, 28, 28)), (1, 28, 28), 256),
-        (table, parameters(ModelConfig(hidden=(60,) * 3, blocks=5, learn_end_time=True), (6,)), (6,), None),
+        (table, parameters(FlowConfig.of(hidden=(60,) * 3, blocks=5, learn_end_time=True), (6,)), (6,), None),
     ):
-        width = model.hidden[0]
-        assert model.hidden == (width, width)
-        wider = dataclasses.replace(model, hidden=(width + 1,) * 2)
+        width = model.field.hidden[0]
+        assert model.field.hidden == (width, width)
+        wider = model.change(hidden=(width + 1,) * 2)
         assert parameters(model, shape, levels) <= published < parameters(wider, shape, levels)
         assert parameters(model, shape, levels) > 0.98 * published
     assert count_parameters(RNODE, (1, 28, 28)) == 800_636
-    assert dataclasses.replace(mnist, hidden=(64,) * 3) == dataclasses.replace(RNODE, alpha=1e-5)
+    assert mnist.change(hidden=(64,) * 3) == RNODE.change(alpha=1e-5)
     rnode, ours = preset("rnode-mnist").config.train, preset("exact-mnist").config.train
-    assert (ours.kinetic, ours.jacobian) == (0.01, 0.01)
+    assert (ours.objective.kinetic, ours.objective.jacobian) == (0.01, 0.01)
     assert ours == rnode
 
 
@@ -96,7 +96,7 @@ def test_every_block_takes_the_closed_form(name):
     for block in made.blocks:
         assert isinstance(block.divergence, Exact) and block.field.closed_form and closed(block.divergence, block.field)
         assert isinstance(block.solver, FixedGrid) and (block.solver.method, block.solver.steps) == ("rk4", 1)
-    assert entry.config.solver.automatic_steps and len(entry.config.model.hidden) == 2
+    assert entry.config.solver.train_solver.automatic_steps and len(entry.config.model.field.hidden) == 2
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -114,7 +114,7 @@ def test_the_likelihood_and_its_gradient_are_those_of_all_tangents(name):
 def test_a_training_step_at_full_size(name, tmp_path):
     """The loss before any step is that of a field that is zero, for which log p is the base's behind the first transforms."""
     entry = preset(name)
-    settings = dataclasses.replace(entry.config.train, steps=1, batch_size=4, warmup=0, validate_every=1, watch_every=10**6)
+    settings = entry.config.train.change(steps=1, batch_size=4, warmup=0, validate_every=1, solver_check_every=10**6)
     config = dataclasses.replace(entry.config, train=settings)
     if entry.levels is None:
         x = torch.randn(24, *entry.shape, generator=torch.Generator().manual_seed(0))
@@ -177,7 +177,7 @@ def test_redrawn_moves_what_is_named_alone():
 def test_the_published_side_has_as_many_parameters(case, width):
     entry = preset(f"exact-{case}")
     found = exact.sides(case, RunInfo(entry.config, entry.shape, entry.levels, 0, (), ()))
-    assert [config.model.hidden for config in found.values()] == [entry.config.model.hidden, (width,) * 3, entry.config.model.hidden]
+    assert [config.model.field.hidden for config in found.values()] == [entry.config.model.field.hidden, (width,) * 3, entry.config.model.field.hidden]
     mine, theirs, _ = (parameters(config.model, entry.shape, entry.levels) for config in found.values())
     assert abs(mine - theirs) < 0.012 * mine
     divergences = [build(c.model, c.solver, entry.shape, levels=entry.levels).blocks[0].divergence for c in list(found.values())[1:]]
@@ -187,7 +187,7 @@ def test_the_published_side_has_as_many_parameters(case, width):
 def test_the_comparison_writes_its_rows(tmp_path, capsys, monkeypatch):
     for name in ("exact-tabular", "exact-digits"):
         entry = preset(name)
-        model = dataclasses.replace(entry.config.model, hidden=(8, 8), blocks=1)
+        model = entry.config.model.change(hidden=(8, 8), blocks=1)
         monkeypatch.setitem(
             PRESETS, name, dataclasses.replace(entry, config=dataclasses.replace(entry.config, model=model))
         )

@@ -8,9 +8,8 @@ from conftest import ROOT
 
 import cnf
 from cnf.cli import sample_main, train_main
-from cnf.config import DataConfig, RunConfig, TrainConfig
+from cnf.config import DataConfig, FlowConfig, RunConfig, SolverConfig, TrainConfig
 from cnf.errors import ConfigError
-from cnf.models import ModelConfig, SolverConfig
 from cnf.runs import RunInfo, read_config, shelf, write_config, write_weights
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -24,8 +23,8 @@ def tiny(tmp_path, monkeypatch):
     run, own = tmp_path / "run", tmp_path / "shelf"
     run.mkdir()
     torch.manual_seed(0)
-    train = TrainConfig(draws=1, test_items=5, threads=1)
-    config = RunConfig("tiny", DataConfig(data_root="/elsewhere"), ModelConfig(hidden=(4,), zero_init=False), SolverConfig(), train)
+    train = TrainConfig(noise_samples=1, test_items=5, threads=1)
+    config = RunConfig("tiny", DataConfig(data_root="/elsewhere"), FlowConfig.of(hidden=(4,), zero_init=False), SolverConfig(), train)
     info = RunInfo(config, (1, 8, 8), 17, 0, (), ())
     write_config(run, info)
     write_weights(run, info.build())

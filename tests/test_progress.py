@@ -12,10 +12,11 @@ import torch
 from cnf._utils import progress as module
 from cnf._utils.progress import Progress, progress
 from cnf.cli import classify_main, train_main
+from cnf.config import FlowConfig, SolverConfig
 from cnf.distributed import Group
 from cnf.evaluation import check, evaluate, rank
 from cnf.losses import assess
-from cnf.models import ModelConfig, SolverConfig, build
+from cnf.models import build
 from cnf.neural_ode import anode_mlp
 
 
@@ -95,7 +96,7 @@ class Second(Group):
 
 
 def test_evaluations_count_their_solves_and_give_the_same_figures():
-    flow = build(ModelConfig(hidden=(8,), zero_init=False), SolverConfig(divergence="hutchinson"), (2,)).eval()
+    flow = build(FlowConfig.of(hidden=(8,), zero_init=False), SolverConfig.of(divergence="hutchinson"), (2,)).eval()
     x = torch.randn(10, 2, generator=torch.Generator().manual_seed(0))
     seen = []
 

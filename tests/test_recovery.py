@@ -20,13 +20,12 @@ from conftest import logged_rows
 from trainers import average, monitor, policy, training
 
 from cnf.cli import train_main
-from cnf.config import DataConfig, RunConfig, TrainConfig
+from cnf.config import DataConfig, FlowConfig, RunConfig, SolverConfig, TrainConfig
 from cnf.data import DataSplits
 from cnf.errors import CheckpointError, ConfigError, SolverError, TrainingError
 from cnf.fields import MLP
 from cnf.flow import Flow
 from cnf.losses import Likelihood, Supervised
-from cnf.models import ModelConfig, SolverConfig
 from cnf.ode.continuous import CNF
 from cnf.random import Noise
 from cnf.runs import (
@@ -53,9 +52,9 @@ DATA = DataSplits("points", "table", POINTS[:50], POINTS[50:70], POINTS[70:])
 
 
 def settings(solver=None, **train):
-    train = {"steps": 12, "batch_size": 16, "warmup": 3, "lr": 0.01, "validate_every": 4, "watch_every": 50, "kinetic": 0.01} | train
-    model = ModelConfig(hidden=(8,), zero_init=False, blocks=2)
-    config = RunConfig("points", DataConfig(), model, solver or SolverConfig(grid_steps=2), TrainConfig(**train))
+    train = {"steps": 12, "batch_size": 16, "warmup": 3, "lr": 0.01, "validate_every": 4, "solver_check_every": 50, "kinetic": 0.01} | train
+    model = FlowConfig.of(hidden=(8,), zero_init=False, blocks=2)
+    config = RunConfig("points", DataConfig(), model, solver or SolverConfig.of(grid_steps=2), TrainConfig.of(**train))
     return RunInfo(config, (2,), None, 0, (), ("column 0", "column 1"))
 
 
@@ -450,7 +449,7 @@ def test_a_fault_is_skipped_then_goes_back_then_stops_with_a_diagnosis(tmp_path,
 
 
 def test_an_adjoint_that_fails_backwards_names_its_block(tmp_path, monkeypatch):
-    solver = SolverConfig("dopri5", adaptive=True, gradient="adjoint", rtol=1e-3, atol=1e-3)
+    solver = SolverConfig.of(train_solver="adaptive", gradient="adjoint", rtol=1e-3, atol=1e-3)
     run = trainer(tmp_path / "run", solver=solver)
     said, before, seen = [], [p.detach().clone() for p in run.model.parameters()], []
     monkeypatch.setattr(run, "say", said.append)
@@ -494,7 +493,7 @@ def test_a_run_that_went_back_and_was_interrupted_equals_one_that_was_not(tmp_pa
 @pytest.mark.parametrize("where", ["forward", "backward", "validation"])
 def test_a_signal_does_not_wait_for_a_long_step_or_validation(tmp_path, monkeypatch, where):
     monkeypatch.setitem(trainers.RUN, "log_every", 1)
-    options = {"watch_every": 4, "watch_tolerance": 1e-9, "max_grid_steps": 8}  # the watch refines before it validates
+    options = {"solver_check_every": 4, "solver_check_tolerance": 1e-9, "max_grid_steps": 8}  # the watch refines before it validates
     whole = trainer(tmp_path / "whole", **options)
     whole.run()
     finished = []
@@ -589,7 +588,7 @@ def test_micro_batches_of_a_prediction():
 
 def test_training_in_micro_batches_logs_the_same(tmp_path, monkeypatch):
     monkeypatch.setitem(trainers.RUN, "log_every", 1)
-    solver = SolverConfig(grid_steps=2, divergence="hutchinson")
+    solver = SolverConfig.of(grid_steps=2, divergence="hutchinson")
     for count in (1, 3, 100):  # more than rows: one by one
         trainer(tmp_path / str(count), accumulate=count, steps=5, solver=solver).run()
     first = logged_rows(tmp_path / "1")

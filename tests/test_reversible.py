@@ -10,10 +10,11 @@ import torch
 from conftest import F64, ROOT, TIGHT, LinearField, perturbed
 
 from cnf._utils.async_checks import defer_checks
+from cnf.config import FlowConfig, SolverConfig
 from cnf.errors import ConfigError, SolverError
 from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
 from cnf.losses import Likelihood
-from cnf.models import ModelConfig, SolverConfig, build, train_solver
+from cnf.models import build
 from cnf.neural_ode.neural_ode import NeuralODE
 from cnf.neural_ode.odenet import ODENet, mlp_maps
 from cnf.ode.continuous import CNF
@@ -291,8 +292,8 @@ def test_without_gradients_nothing_is_kept_and_a_part_of_the_outputs_will_do():
 def profile(solver):
     torch.manual_seed(0)
     flow = build(
-        ModelConfig(field="conv", hidden=(8, 8), layer="concat", nonlinearity="softplus"),
-        SolverConfig(divergence="hutchinson", mode="reverse"),
+        FlowConfig.of(field="conv", hidden=(8, 8), time_conditioning="concat", nonlinearity="softplus"),
+        SolverConfig.of(divergence="hutchinson", hutchinson_mode="reverse"),
         (1, 8, 8),
         levels=17,
     ).train()
@@ -365,8 +366,8 @@ def test_a_solve_that_fails_says_where_and_settings_that_cannot_be_say_so():
         (lambda: Reversible(coupling=math.nan), r"coupling must be in .*got nan"),
         (lambda: Reversible("rk4", 64, 0.5), r"coupling=0\.5 with steps=64: .* at least 0\.8"),
         (
-            lambda: train_solver(SolverConfig("dopri5", adaptive=True, gradient="reversible")),
-            r"'reversible' is unknown for Adaptive: expected 'direct' or 'adjoint'",
+            lambda: SolverConfig.of(train_solver="adaptive", gradient="reversible"),
+            r"gradient='reversible'; expected one of direct, adjoint",
         ),
     ):
         with pytest.raises(ConfigError, match=told):
@@ -386,8 +387,8 @@ def test_a_refined_grid_has_twice_the_steps_and_the_same_coupling_over_the_whole
 
 
 def test_the_option_is_built_and_watched_as_a_grid():
-    config = SolverConfig("midpoint", 2, gradient="reversible")
-    flow = perturbed(build(ModelConfig(hidden=(8,), zero_init=False), config, (2,)), 1.0).train()
+    config = SolverConfig.of(method="midpoint", grid_steps=2, gradient="reversible")
+    flow = perturbed(build(FlowConfig.of(hidden=(8,), zero_init=False), config, (2,)), 1.0).train()
     assert isinstance(flow.blocks[0].solver, Reversible)
     said, objective = [], Likelihood(flow)
     watch = SolverMonitor(1e-12, 8, 100)

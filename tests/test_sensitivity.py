@@ -9,9 +9,10 @@ from conftest import F64, normal
 from torch import nn
 from torch.func import functional_call
 
+from cnf.config import FlowConfig, SolverConfig
 from cnf.errors import ConfigError, DataError
 from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
-from cnf.models import ModelConfig, SolverConfig, build
+from cnf.models import build
 from cnf.ode.continuous import CNF
 from cnf.ode.multiscale import SharedAugmentedTime, multiscale
 from cnf.sensitivity import jacobian, log_det, magnus, parameter_jacobian, piecewise_jacobian, response
@@ -192,7 +193,7 @@ def test_chains_hand_the_tangents_on(make):
 ])  # fmt: skip
 def test_whole_flows(model):
     torch.manual_seed(0)
-    config = ModelConfig(hidden=(3,), marginals="logit", zero_init=False, **model)
+    config = FlowConfig.of(hidden=(3,), preprocess="logit", zero_init=False, **model)
     flow = seeded(build(config, SolverConfig(), (1, 4, 4), levels=17), 0.1)
     x = torch.rand(2, 1, 4, 4, dtype=F64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

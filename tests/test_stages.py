@@ -1,6 +1,5 @@
 """Training by flow matching, and by matching and then the likelihood: stages, resuming, a grid that is gamed."""
 
-import dataclasses
 import os
 import signal
 
@@ -10,12 +9,11 @@ import trainers
 from conftest import logged_rows
 from trainers import monitor, policy, training
 
-from cnf.config import DataConfig, RunConfig, TrainConfig
+from cnf.config import DataConfig, FlowConfig, RunConfig, SolverConfig, TrainConfig
 from cnf.data import DataSplits
 from cnf.errors import ConfigError, SolverError
 from cnf.evaluation import evaluate
 from cnf.losses import FlowMatching, Likelihood
-from cnf.models import ModelConfig, SolverConfig
 from cnf.random import Noise
 from cnf.runs import RunInfo, load, write_config
 from cnf.solvers import FixedGrid
@@ -26,13 +24,13 @@ from cnf.training.time_sampler import TimeSampler
 GENERATOR = torch.Generator().manual_seed(3)
 POINTS = torch.randn(600, 2, generator=GENERATOR) @ torch.tensor([[0.4, 0.3], [0.0, 1.0]]) + torch.tensor([2.0, 0.0])
 DATA = DataSplits("points", "table", POINTS[:400], POINTS[400:500], POINTS[500:])
-MODEL = ModelConfig(hidden=(16,), zero_init=False)
-BOTH = {"objective": "both", "steps": 12, "tune_steps": 5, "tune_batch_size": 24, "tune_lr": 1e-3}
+MODEL = FlowConfig.of(hidden=(16,), zero_init=False)
+BOTH = {"objective": "both", "steps": 12, "finetune_steps": 5, "finetune_batch_size": 24, "finetune_lr": 1e-3}
 
 
 def trainer(folder, *, model=MODEL, solver=None, data=DATA, resume=False, quiet=True, **train):
-    train = {"steps": 12, "batch_size": 16, "warmup": 3, "lr": 0.01, "validate_every": 4, "watch_every": 3} | train
-    config = RunConfig("points", DataConfig(), model, solver or SolverConfig(grid_steps=2), TrainConfig(**train))
+    train = {"steps": 12, "batch_size": 16, "warmup": 3, "lr": 0.01, "validate_every": 4, "solver_check_every": 3} | train
+    config = RunConfig("points", DataConfig(), model, solver or SolverConfig.of(grid_steps=2), TrainConfig.of(**train))
     folder.mkdir(exist_ok=True)
     return training(RunInfo(config, data.event_shape, data.levels, data.context_dim, data.classes, data.columns), data, folder, resume=resume, quiet=quiet)
 
@@ -43,8 +41,8 @@ def every_step(monkeypatch):
 
 
 def test_matching_learns_a_density_with_one_evaluation_an_item(tmp_path, every_step):
-    run = trainer(tmp_path / "run", objective="flow-matching", steps=600, batch_size=128, validate_every=300, watch_every=50,
-                  model=dataclasses.replace(MODEL, hidden=(32, 32)))  # fmt: skip
+    run = trainer(tmp_path / "run", objective="flow-matching", steps=600, batch_size=128, validate_every=300, solver_check_every=50,
+                  model=MODEL.change(hidden=(32, 32)))  # fmt: skip
     assert isinstance(run.objective, FlowMatching) and not run.objective.solves
     write_config(run.folder, run.info)
     before = run.validate()["validation"]
@@ -84,7 +82,7 @@ def test_matching_learns_a_density_for_each_class(tmp_path, coupling):
     data = DataSplits("two", "table", *(x[c] for c in cut), *(context[c] for c in cut), classes=("left", "right"))
     run = trainer(
         tmp_path / "run", objective="flow-matching", coupling=coupling, steps=500, batch_size=100, validate_every=250, data=data,
-        model=dataclasses.replace(MODEL, hidden=(32, 32)),
+        model=MODEL.change(hidden=(32, 32)),
     )  # fmt: skip
     run.run()
     flow = run.best_model()
@@ -133,7 +131,7 @@ def test_the_fine_tuning_begins_with_the_averaged_weights(tmp_path):
 
 @pytest.mark.parametrize("stop", [3, 6, 7, 9])  # matching, before and after the change, likelihood
 def test_interrupted_and_resumed_equals_never_stopped(tmp_path, monkeypatch, every_step, stop):
-    options = {**BOTH, "kinetic": 0.01, "watch_tolerance": 1e-6, "solver": SolverConfig(grid_steps=1, automatic_steps=True)}
+    options = {**BOTH, "kinetic": 0.01, "solver_check_tolerance": 1e-6, "solver": SolverConfig.of(grid_steps=1, automatic_steps=True)}
     whole = trainer(tmp_path / "whole", **options)
     whole.run()
     with monkeypatch.context() as patch:
@@ -167,7 +165,7 @@ def test_more_steps_go_on_with_the_likelihood_once_it_has_begun(tmp_path):
 
 
 def test_the_times_that_were_learned_are_resumed(tmp_path):
-    options = {"objective": "flow-matching", "watch_every": 2, "steps": 40}
+    options = {"objective": "flow-matching", "solver_check_every": 2, "steps": 40}
     run = trainer(tmp_path / "run", **options)
     run.run()
     square = run.objective.times.square
@@ -178,10 +176,10 @@ def test_the_times_that_were_learned_are_resumed(tmp_path):
 
 def test_a_gamed_grid_is_caught_and_the_weights_go_back(tmp_path, monkeypatch, capsys):
     """One coarse step at a high rate without a regulariser: the grid's likelihood leaves the flow's, which the watch sees."""
-    model = dataclasses.replace(MODEL, hidden=(32, 32))
-    options = {"objective": "both", "steps": 260, "tune_steps": 60, "tune_lr": 0.2, "batch_size": 128, "validate_every": 100,
-               "watch_every": 5, "watch_tolerance": 1e-3, "max_grid_steps": 32, "warmup": 0, "max_grad_norm": 0.0}  # fmt: skip
-    run = trainer(tmp_path / "run", model=model, quiet=False, solver=SolverConfig("euler", grid_steps=1), **options)
+    model = MODEL.change(hidden=(32, 32))
+    options = {"objective": "both", "steps": 260, "finetune_steps": 60, "finetune_lr": 0.2, "batch_size": 128, "validate_every": 100,
+               "solver_check_every": 5, "solver_check_tolerance": 1e-3, "max_grid_steps": 32, "warmup": 0, "max_grad_norm": 0.0}  # fmt: skip
+    run = trainer(tmp_path / "run", model=model, quiet=False, solver=SolverConfig.of(method="euler", grid_steps=1), **options)
     monitor(run).settling = 0  # nor was the grid measured before
     run.run()
     said = capsys.readouterr().err
@@ -216,7 +214,7 @@ def test_a_bar_goes_on_when_the_objective_changes(tmp_path, monkeypatch, capsys)
 
 
 def test_a_grid_is_measured_often_when_the_fine_tuning_begins(tmp_path):
-    run = trainer(tmp_path / "run", **{**BOTH, "steps": 1000, "tune_steps": 100}, watch_every=100, solver=SolverConfig(automatic_steps=True))
+    run = trainer(tmp_path / "run", **{**BOTH, "steps": 1000, "finetune_steps": 100}, solver_check_every=100, solver=SolverConfig.of(automatic_steps=True))
     run.state.step = 900
     run.start_phase()
     assert run.state.phase == 1
@@ -229,7 +227,7 @@ def test_a_grid_is_measured_often_when_the_fine_tuning_begins(tmp_path):
 
 def test_rows_get_their_times_whatever_their_order(tmp_path):
     """Sorted data, sorted by class, say: no row's time depends on its place."""
-    run = trainer(tmp_path / "run", objective="flow-matching", match_times="even")
+    run = trainer(tmp_path / "run", objective="flow-matching", fm_time_sampling="even")
     seen = []
     real = run.objective.path.velocity
 
@@ -258,8 +256,8 @@ def test_settings_that_do_not_fit(tmp_path):
     with pytest.raises(ConfigError, match="whole batch"):
         trainer(tmp_path / "a", objective="flow-matching", coupling="optimal-transport", accumulate=2)
     with pytest.raises(ConfigError, match="end time"):
-        trainer(tmp_path / "b", objective="both", tune_steps=2, model=dataclasses.replace(MODEL, learn_end_time=True))
-    with pytest.raises(ConfigError, match="coupling='x' is unknown"):
+        trainer(tmp_path / "b", objective="both", finetune_steps=2, model=MODEL.change(learn_end_time=True))
+    with pytest.raises(ConfigError, match="coupling='x'; expected one of independent, optimal-transport"):
         trainer(tmp_path / "c", objective="flow-matching", coupling="x")
 
 

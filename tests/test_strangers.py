@@ -26,12 +26,11 @@ from test_datasets_images import cifar10, colour, python2_batch
 
 from cnf import data as datasets
 from cnf.compat import load_reference, read_reference
-from cnf.config import DataConfig, RunConfig, TrainConfig
+from cnf.config import DataConfig, FlowConfig, RunConfig, SolverConfig, TrainConfig
 from cnf.data import cifar, pictures, text
 from cnf.data.arrays import read_numpy
 from cnf.data.pictures import open_picture
 from cnf.errors import CheckpointError, DataError
-from cnf.models import ModelConfig, SolverConfig
 from cnf.runs import (
     RunInfo,
     config_digest,
@@ -47,7 +46,7 @@ from cnf.runs import trainer as trainer_file
 from cnf.training import read_json
 from cnf.training.loggers import RunLogger
 
-CONFIG = RunConfig("own", DataConfig("x.npy"), ModelConfig(hidden=(5,)), SolverConfig(), TrainConfig())
+CONFIG = RunConfig("own", DataConfig("x.npy"), FlowConfig.of(hidden=(5,)), SolverConfig(), TrainConfig())
 INFO = RunInfo(CONFIG, (2,), None, 3, ("a", "b", "c"), ("x", "y"))
 
 
@@ -495,11 +494,11 @@ def edited(run: Path, edit: Callable[[dict[str, Any]], Any], seal: bool = True) 
     [
         (lambda r: r.update(run="rm -rf"), "unknown field 'run'"),
         (lambda r: r["config"]["solver"].update(__class__="os.system"), "config: solver: unknown field '__class__'"),
-        (lambda r: r["config"]["solver"].pop("mode"), "config: solver: field 'mode' is missing"),
+        (lambda r: r["config"]["solver"].pop("steer"), "config: solver: field 'steer' is missing"),
         (lambda r: r["config"].update(model=None), "config: model is None; expected an object"),
         (lambda r: r["config"]["train"].update(steps=True), "train: steps is True; expected int"),
         (lambda r: r["config"]["train"].update(lr=False), "train: lr is False; expected float"),
-        (lambda r: r["config"]["model"].update(zero_init=1), "model: zero_init is 1; expected bool"),
+        (lambda r: r["config"]["model"]["field"].update(zero_init=1), "model: field: zero_init is 1; expected bool"),
         (lambda r: r["config"]["train"].update(lr=float("nan")), "train: lr is nan; expected a finite number"),
         (lambda r: r["config"]["solver"].update(eval_rtol=float("inf")), "solver: eval_rtol is inf; expected a finite"),
         (lambda r: r["config"]["train"].update(max_time=float("-inf")), "train: max_time is -inf; expected a finite"),
@@ -508,8 +507,11 @@ def edited(run: Path, edit: Callable[[dict[str, Any]], Any], seal: bool = True) 
         (lambda r: r["config"]["data"].update(toy_sizes=[1, 2]), r"data: toy_sizes is \[1, 2\]; expected a list of 3"),
         (lambda r: r["config"]["data"].update(data="\ud800"), "data: data is .*expected text"),
         (lambda r: r["config"]["data"].update(data={"a": [1]}), r"data: data is \{'a': \[1\]\}; expected str"),
-        (lambda r: r["config"]["model"].update(hidden=[[[1]]]), r"model: hidden is \[\[1\]\]; expected int"),
-        (lambda r: r["config"]["model"].update(hidden=[None]), "model: hidden is None; expected int"),
+        (lambda r: r["config"]["model"]["field"].update(hidden=[[[1]]]), r"model: field: hidden is \[\[1\]\]; expected int"),
+        (lambda r: r["config"]["model"]["field"].update(hidden=[None]), "model: field: hidden is None; expected int"),
+        (lambda r: r["config"]["model"].update(field=[]), r"model: field is \[\]; expected an object"),
+        (lambda r: r["config"]["model"]["field"].update(kind=["mlp"]), r"field: kind is \['mlp'\]; expected one of"),
+        (lambda r: r["config"]["model"]["field"].update(strides=[1]), "model: field: unknown field 'strides'"),
         (lambda r: r.update(event_shape=[0]), r"event_shape is \(0,\)"),
         (lambda r: r.update(event_shape=[]), r"event_shape is \(\)"),
         (lambda r: r.update(event_shape=[2, 2]), r"event_shape is \(2, 2\)"),
@@ -518,8 +520,8 @@ def edited(run: Path, edit: Callable[[dict[str, Any]], Any], seal: bool = True) 
         (lambda r: r.update(context_dim=7), "context_dim is 7"),
         (lambda r: r.update(columns=["x"]), "columns names 1"),
         (lambda r: r.update(classes="abc"), "classes is 'abc'; expected a list"),
-        (lambda r: r.update(format=True), "reads format 4"),
-        (lambda r: r.update(format=2.0), "reads format 4"),
+        (lambda r: r.update(format=True), "reads format 5"),
+        (lambda r: r.update(format=2.0), "reads format 5"),
     ],
 )
 def test_config_fields_are_refused_by_name(run: Path, edit: Callable[[dict[str, Any]], Any], message: str) -> None:

@@ -1,6 +1,5 @@
 """Training what predicts: the same loop, resumed bit for bit, loaded in a fresh process, scored as scikit-learn does."""
 
-import dataclasses
 import json
 import math
 import os
@@ -22,18 +21,17 @@ from cnf import data as datasets
 from cnf.cli import classify_main, sample_main, train_main
 from cnf.cli.common import load_splits
 from cnf.cli.options import CLASSIFIER, parse
-from cnf.config import DataConfig, RunConfig, TrainConfig, preset
+from cnf.config import DataConfig, NeuralODEConfig, ResNetConfig, RunConfig, SolverConfig, TrainConfig, preset
 from cnf.data.supervised import sample_supervised, shell
 from cnf.errors import ConfigError, DataError
 from cnf.losses import Supervised, assess
-from cnf.models import ModelConfig, SolverConfig
 from cnf.neural_ode import NeuralODE, ResidualNet, anode_mlp
 from cnf.runs import RunInfo, read_config
 from cnf.solvers import FixedGrid
 from cnf.training import Interrupted, Trainer
 
-NODE = ModelConfig("node", "mlp", (8,), layer="ignore", nonlinearity="softplus", zero_init=False, augment=1)
-RESNET = ModelConfig("resnet", "mlp", (8,), blocks=2, layer="ignore", nonlinearity="relu", zero_init=False)
+NODE = NeuralODEConfig.of(hidden=(8,), time_conditioning="ignore", nonlinearity="softplus", zero_init=False, augment=1)
+RESNET = ResNetConfig.of(hidden=(8,), blocks=2, nonlinearity="relu", zero_init=False)
 DATA = {
     "classification": datasets.load("three-spheres", condition="label", sizes=(90, 30, 60)),
     "regression": datasets.load("spheres2", condition="target", sizes=(90, 30, 60)),
@@ -42,18 +40,18 @@ DATA = {
 
 def trainer(folder, *, kind="classification", model=NODE, solver=None, resume=False, **train):
     folder.mkdir(exist_ok=True)
-    train = {"objective": kind, "steps": 12, "batch_size": 16, "warmup": 2, "lr": 0.01, "validate_every": 4, "watch_every": 3,
+    train = {"objective": kind, "steps": 12, "batch_size": 16, "warmup": 2, "lr": 0.01, "validate_every": 4, "solver_check_every": 3,
              "ema_decay": 0.9} | train  # fmt: skip
     data = DATA[kind]
-    config = RunConfig("test", DataConfig(), model, solver or SolverConfig(grid_steps=2), TrainConfig(**train))
+    config = RunConfig("test", DataConfig(), model, solver or SolverConfig.of(grid_steps=2), TrainConfig.of(**train))
     info = RunInfo(config, data.event_shape, None, data.context_dim, data.classes, data.columns)
     return training(info, data, folder, resume=resume, quiet=True)
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------
 
-ADJOINT = SolverConfig("dopri5", adaptive=True, rtol=1e-3, atol=1e-3, gradient="adjoint")
-VARIANT = dataclasses.replace(NODE, input_layer=True, data_control=True, adaptive_depth=True)
+ADJOINT = SolverConfig.of(train_solver="adaptive", rtol=1e-3, atol=1e-3, gradient="adjoint")
+VARIANT = NODE.change(input_layer=True, data_control=True, adaptive_depth=True)
 
 
 @pytest.mark.parametrize(("kind", "model", "solver"), [
@@ -61,7 +59,7 @@ VARIANT = dataclasses.replace(NODE, input_layer=True, data_control=True, adaptiv
 ])  # fmt: skip
 def test_interrupted_and_resumed_equals_never_stopped(tmp_path, monkeypatch, kind, model, solver):
     monkeypatch.setitem(trainers.RUN, "log_every", 1)
-    options = {"kind": kind, "model": model, "solver": solver, "watch_tolerance": 1e-9}
+    options = {"kind": kind, "model": model, "solver": solver, "solver_check_tolerance": 1e-9}
     whole = trainer(tmp_path / "whole", **options)
     assert whole.run() == "steps"
     real = Trainer.update
@@ -236,34 +234,34 @@ def test_a_residual_net_flips_the_line(tmp_path):
     ("node-flip", "ignore"),
 ])  # fmt: skip
 def test_time_enters_with_adaptive_depth_unless_told_otherwise(words, layer):
-    assert parse(words.split(), CLASSIFIER)[0].config.model.layer == layer
+    assert parse(words.split(), CLASSIFIER)[0].config.model.field.time_conditioning == layer
 
 
 def test_the_learned_depth_is_drawn(tmp_path):
     words = ["--data", "disjoint-spheres", *TINY, "--hidden", "8", "--adaptive-depth", "--out", str(tmp_path / "run")]
     assert classify_main(words) == 0
     config = read_config(tmp_path / "run").config
-    assert (config.name, config.model.layer) == ("anode-three-spheres", "concat")
+    assert (config.name, config.model.field.time_conditioning) == ("anode-three-spheres", "concat")
     assert {p.name for p in (tmp_path / "run" / "plots").iterdir()} >= {"depth.png", "features.png", "boundary.png"}
 
 
 @pytest.mark.parametrize(("words", "message"), [
     ("node-flip --objective likelihood", "--objective likelihood with --architecture node: expected stack"),
     ("digits --objective classification", "--objective classification with --architecture stack: expected node or resnet"),
-    ("node-flip --kinetic 0.1", "--kinetic is for densities"),
+    ("node-flip --kinetic 0.1", "--kinetic 0.1 is for --objective likelihood or both, not for --objective regression"),
     ("node-flip --divergence hutchinson", "--divergence is for densities"),
     ("anode-digits --condition label", "--condition is for densities"),
     ("anode-digits --noise-samples 3", "--noise-samples is for densities"),
     ("node-flip --augment -1", "--augment -1: expected zero or more"),
-    ("node-flip --blocks 2", "--blocks is for models of several blocks"),
+    ("node-flip --blocks 2", "--blocks 2 is for --architecture stack, multiscale, parallel or resnet"),
     ("node-flip --architecture resnet --adaptive-depth", "--adaptive-depth is for --architecture node"),
     ("node-flip --adaptive-depth --depth fourier --depth-terms 3", "depth='fourier' has one set of weights per time"),
-    ("anode-digits --alpha 0.1", "--alpha is for densities"),
+    ("anode-digits --alpha 0.1", "--alpha 0.1 is for --architecture stack, multiscale or parallel"),
     ("anode-digits --objective regression", "--objective regression needs targets, and 'digits' has none"),
     ("node-flip --objective classification", "'flip' has regression targets"),
     ("anode-three-spheres --architecture resnet --hidden 8 --augment 0 --rtol 0.1", "--rtol is for training that solves an ODE"),
     ("ffjord-toy --data spheres2", "'spheres2' has regression targets: set condition='target' (--objective regression, as the preset anode-spheres"),
-    ("ffjord-toy --augment 2", "--augment is for --architecture node"),
+    ("ffjord-toy --augment 2", "--augment 2 is for --architecture node, not for --architecture stack"),
 ])  # fmt: skip
 def test_wrong_use(tmp_path, capsys, words, message):
     assert train_main([*words.split(), "--out", str(tmp_path / "run")]) == 2

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import cnf
 from cnf import data as datasets
 from cnf.cli import sample_main, train_main
+from cnf.config import FlowConfig, SolverConfig
 from cnf.data.cells import typed
 from cnf.data.dependence import dependent_columns
 from cnf.data.frames import read_frame
@@ -30,7 +31,7 @@ from cnf.data.text import read_csv
 from cnf.data.write import sampled_frame
 from cnf.errors import CheckpointError, ConfigError, DataError
 from cnf.evaluation import evaluate
-from cnf.models import ModelConfig, SolverConfig, build
+from cnf.models import build
 from cnf.runs import RunInfo, read_config, write_config, write_weights
 from cnf.solvers import FixedGrid
 
@@ -561,7 +562,7 @@ def test_later_files_are_read_as_training_read_its_own(tmp_path: Path, capsys: p
 
 def test_the_mean_over_a_step_is_the_integral() -> None:
     """Under N(0, I): E ln p(k + s u) has a closed form, and columns without a step add no noise."""
-    flow = build(ModelConfig(hidden=(4,)), SolverConfig(), (2,)).eval()  # a field of zeros
+    flow = build(FlowConfig.of(hidden=(4,)), SolverConfig(), (2,)).eval()  # a field of zeros
     flow.blocks[0].eval_solver = FixedGrid("euler", 1)
     x = torch.tensor([[0.0, 0.3], [-2.0, 1.5], [1.0, 0.0]])
     steps = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.5, 0.0]])
@@ -698,7 +699,7 @@ def test_a_run_folder_whose_columns_lie_is_refused(tmp_path: Path, change: dict[
 
     from cnf.config import DataConfig, RunConfig, TrainConfig
 
-    config = RunConfig("own", DataConfig("x.csv"), ModelConfig(hidden=(4,)), SolverConfig(), TrainConfig())
+    config = RunConfig("own", DataConfig("x.csv"), FlowConfig.of(hidden=(4,)), SolverConfig(), TrainConfig())
     good = RunInfo(config, (2,), None, 0, (), ("a", "b"), (TableColumn("a"), TableColumn("b")))
     write_config(tmp_path, good)
     write_weights(tmp_path, good.build())

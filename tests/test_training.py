@@ -12,12 +12,11 @@ import trainers
 from conftest import logged_rows
 from trainers import average, monitor, policy, training
 
-from cnf.config import DataConfig, RunConfig, TrainConfig
+from cnf.config import DataConfig, FlowConfig, RunConfig, SolverConfig, TrainConfig
 from cnf.data import DataSplits
 from cnf.errors import CheckpointError, SolverError, TrainingError
 from cnf.evaluation import evaluate
 from cnf.losses import Likelihood, density
-from cnf.models import ModelConfig, SolverConfig
 from cnf.random import Noise
 from cnf.runs import RunInfo, load, save_trainer
 from cnf.solvers import FixedGrid
@@ -32,12 +31,12 @@ from cnf.training.state import TrainState
 GENERATOR = torch.Generator().manual_seed(3)
 POINTS = torch.randn(90, 2, generator=GENERATOR) * torch.tensor([0.3, 1.0]) + torch.tensor([2.0, 0.0])
 DATA = DataSplits("points", "table", POINTS[:50], POINTS[50:70], POINTS[70:])
-MODEL = ModelConfig(hidden=(8,), zero_init=False)
+MODEL = FlowConfig.of(hidden=(8,), zero_init=False)
 
 
 def settings(model=MODEL, solver=None, **train):
-    train = {"steps": 12, "batch_size": 16, "warmup": 3, "lr": 0.01, "validate_every": 4, "watch_every": 3, "kinetic": 0.01} | train
-    config = RunConfig("points", DataConfig(), model, solver or SolverConfig(grid_steps=2), TrainConfig(**train))
+    train = {"steps": 12, "batch_size": 16, "warmup": 3, "lr": 0.01, "validate_every": 4, "solver_check_every": 3, "kinetic": 0.01} | train
+    config = RunConfig("points", DataConfig(), model, solver or SolverConfig.of(grid_steps=2), TrainConfig.of(**train))
     return RunInfo(config, (2,), None, 0, (), ("column 0", "column 1"))
 
 
@@ -86,7 +85,7 @@ def every_step(monkeypatch):
 
 @pytest.mark.parametrize("stop", [2, 4, 7])  # before any validation, at one, between two
 def test_interrupted_and_resumed_equals_never_stopped(tmp_path, monkeypatch, every_step, stop):
-    tight = {"watch_tolerance": 1e-9, "max_grid_steps": 8}  # so the watch refines, before and after the interruption
+    tight = {"solver_check_tolerance": 1e-9, "max_grid_steps": 8}  # so the watch refines, before and after the interruption
     whole = trainer(tmp_path / "whole", **tight)
     assert whole.run() == "steps"
     assert monitor(whole).refinements == 2
@@ -148,7 +147,7 @@ def test_resume_with_other_data_is_refused(tmp_path):
 def test_resume_of_another_model_is_refused(tmp_path):
     trainer(tmp_path / "run", steps=4).run()
     with pytest.raises(CheckpointError, match=r"trainer\.pt is not of this model"):
-        trainer(tmp_path / "run", model=ModelConfig(hidden=(9,)), resume=True)
+        trainer(tmp_path / "run", model=FlowConfig.of(hidden=(9,)), resume=True)
 
 
 def test_checkpoint_with_odd_contents_is_refused(tmp_path):
@@ -379,7 +378,7 @@ def test_no_averaging_saves_the_weights_themselves(tmp_path):
 
 
 def test_a_learned_end_time_is_not_decayed(tmp_path):
-    run = trainer(tmp_path / "run", model=dataclasses.replace(MODEL, learn_end_time=True), weight_decay=0.5)
+    run = trainer(tmp_path / "run", model=MODEL.change(learn_end_time=True), weight_decay=0.5)
     decays = {id(p): g["weight_decay"] for g in run.state.optimizer.param_groups for p in g["params"]}
     named = dict(run.model.named_parameters())
     assert {n: decays[id(p)] for n, p in named.items()} == {n: 0.0 if n.endswith("sqrt_end_time") else 0.5 for n in named}
@@ -412,7 +411,7 @@ def test_flips_mirror_half_of_the_images_and_nothing_else():
 def test_validation_on_some_items_is_the_mean_over_them(tmp_path):
     x, _, index = validation_rows(DATA, 7, VALIDATION_SEED, torch.device("cpu"))
     assert len(set(index.tolist())) == 7 and torch.equal(x, DATA.validation[index])
-    hutchinson = SolverConfig(grid_steps=2, divergence="hutchinson")  # whose noise belongs to the item, not to its place
+    hutchinson = SolverConfig.of(grid_steps=2, divergence="hutchinson")  # whose noise belongs to the item, not to its place
     run = trainer(tmp_path / "run", solver=hutchinson, steps=4, validation_items=7)
     run.run()
     every = evaluate(run.best_model(), DATA.validation, seed=VALIDATION_SEED)
@@ -424,7 +423,7 @@ def test_validation_on_some_items_is_the_mean_over_them(tmp_path):
 
 
 def test_watch_reports_the_error_of_the_grid_and_doubles_it(tmp_path):
-    run = trainer(tmp_path / "run", watch_tolerance=1e-9, max_grid_steps=10)
+    run = trainer(tmp_path / "run", solver_check_tolerance=1e-9, max_grid_steps=10)
     with torch.no_grad():  # a field that two steps do not resolve
         for p in run.model.parameters():
             p.mul_(3)
@@ -448,10 +447,10 @@ def test_watch_reports_the_error_of_the_grid_and_doubles_it(tmp_path):
 
 
 def test_watch_leaves_a_good_grid_alone_and_tightens_an_adaptive_solver(tmp_path, capsys):
-    run = trainer(tmp_path / "run", watch_tolerance=10.0)
+    run = trainer(tmp_path / "run", solver_check_tolerance=10.0)
     assert monitor(run).measure(1, *run.batches(0))["grid_steps"] == 2
-    adaptive = SolverConfig("dopri5", adaptive=True, rtol=1e-5, atol=1e-5)
-    run = trainer(tmp_path / "other", solver=adaptive, watch_tolerance=1e-12, quiet=False)
+    adaptive = SolverConfig.of(train_solver="adaptive", rtol=1e-5, atol=1e-5)
+    run = trainer(tmp_path / "other", solver=adaptive, solver_check_tolerance=1e-12, quiet=False)
     rtols = [monitor(run).measure(1, *run.batches(0))["rtol"] for _ in range(4)]
     assert rtols == pytest.approx([1e-6, 1e-7, 1e-7, 1e-7])
     assert run.model.blocks[0].solver.rtol == pytest.approx(1e-7)
@@ -517,10 +516,10 @@ def test_journal_reads_back_what_json_cannot_say(tmp_path):
 def test_a_step_measured(tmp_path, monkeypatch):
     monkeypatch.setattr("cnf.training.cost.CostMeter.enough_seconds", 0.0)
     grid = [
-        measure(settings(model=ModelConfig(hidden=(64,)), solver=SolverConfig(grid_steps=16, gradient=gradient)), DATA)[0]
+        measure(settings(model=FlowConfig.of(hidden=(64,)), solver=SolverConfig.of(grid_steps=16, gradient=gradient)), DATA)[0]
         for gradient in ("direct", "checkpoint")
     ]
-    assert grid[0].parameters == sum(p.numel() for p in settings(model=ModelConfig(hidden=(64,))).build().parameters())
+    assert grid[0].parameters == sum(p.numel() for p in settings(model=FlowConfig.of(hidden=(64,))).build().parameters())
     assert grid[0].batch == 16 and grid[0].seconds > 0 and grid[0].peak > grid[0].kept
     least = 16 * 4 * 16 * 64 * 4 / 2**20  # tanh's value, in float32, at every one of the grid's evaluations
     assert grid[0].kept > least > 4 * grid[1].kept

@@ -7,9 +7,10 @@ import torch
 from conftest import F64, perturbed
 
 from cnf.compat.affjord import ENTRIES, squeeze_paths
+from cnf.config import FlowConfig, SolverConfig
 from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
 from cnf.flow import Flow
-from cnf.models import ModelConfig, SolverConfig, build
+from cnf.models import build
 from cnf.ode.continuous import CNF
 from cnf.ode.multiscale import Multiscale, SharedAugmentedTime, multiscale
 from cnf.ode.trajectory import straightness, trajectory
@@ -127,14 +128,14 @@ def test_between_the_ends_of_a_block():
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", [
-    {}, {"squeeze_first": True}, {"blocks": 2, "marginals": "standardize"}, {"drive": "hyper"}, {"drive": "concat", "blocks": 2},
-    {"architecture": "stack", "squeeze_first": True, "marginals": "gaussianize"},
+    {}, {"squeeze_first": True}, {"blocks": 2, "preprocess": "standardize"}, {"augmented_time": "hyper"}, {"augmented_time": "concat", "blocks": 2},
+    {"architecture": "stack", "squeeze_first": True, "preprocess": "gaussianize"},
 ])  # fmt: skip
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8)])
 def test_the_ends_of_a_flows_path_are_the_image_and_its_latent(shape, options):
-    settings = {"architecture": "multiscale", "field": "conv", "hidden": (3,), "zero_init": False, "marginals": "logit", "alpha": 0.05}
+    settings = {"architecture": "multiscale", "field": "conv", "hidden": (3,), "zero_init": False, "preprocess": "logit", "alpha": 0.05}
     torch.manual_seed(0)
-    flow = perturbed(build(ModelConfig(**(settings | options)), SolverConfig(), shape, levels=LEVELS, context_dim=2), 0.1).eval()
+    flow = perturbed(build(FlowConfig.of(**settings | options), SolverConfig(), shape, levels=LEVELS, context_dim=2), 0.1).eval()
     flow.fit_statistics(torch.randint(0, LEVELS, (50, *shape), generator=torch.Generator().manual_seed(2), dtype=torch.uint8))
     for one in flow.blocks:
         one.eval_solver = GRID

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from cnf import CNF, ModelConfig, Noise, SolverConfig, build
+from cnf import CNF, Noise, build
+from cnf.config import FlowConfig, SolverConfig
 from cnf.errors import ConfigError, DataError
 from cnf.fields import Denoiser, Interpolant, UNet
 from cnf.fields.unet_layers import Attention, Dual, GroupNorm
@@ -144,8 +145,8 @@ def test_the_denoiser_sees_grey_levels_until_noise_hides_them():
 
 
 def test_data_set_the_denoisers_scale():
-    flow = build(ModelConfig(field="unet", hidden=(4,), unet_depth=1, dequantize="truncated-normal", marginals="center"),
-                 SolverConfig(divergence="hutchinson"), (1, 4, 4), levels=17)  # fmt: skip
+    flow = build(FlowConfig.of(field="unet", hidden=(4,), unet_depth=1, dequantize="truncated-normal", preprocess="center"),
+                 SolverConfig.of(divergence="hutchinson"), (1, 4, 4), levels=17)  # fmt: skip
     x = torch.randint(0, 17, (50, 1, 4, 4), dtype=torch.uint8)
     flow.fit_statistics(x)
     truth = (2 * ((x.double() + 0.5) / 17 - 0.5)).square().mean().sqrt()
@@ -174,33 +175,33 @@ def test_what_may_not_be():
 
 BAD = [
     ({"field": "unet", "strides": (1, 1)}, "strides"),
-    ({"field": "unet", "layer": "concat"}, "layer='concat' is for field='mlp' or 'conv', not for field='unet'"),
+    ({"field": "unet", "time_conditioning": "concat"}, "time_conditioning='concat' is for field='mlp' or 'conv', not for field='unet'"),
     ({"field": "unet", "hidden": (4, 4, 4, 4)}, "multiples of 8"),
     ({"field": "unet", "hidden": ()}, "channels of one size or more"),
     ({"field": "unet", "architecture": "parallel"}, "architecture='parallel' sums plain nets"),
     ({"field": "conv", "attention": True}, "attention=True is for field='unet'"),
     ({"unet_depth": 3}, "unet_depth=3 is for field='unet'"),
-    ({"field": "unet", "dequantize": "truncated-normal"}, "marginals='center'"),
-    ({"field": "unet", "dequantize": "truncated-normal", "marginals": "center", "blocks": 2}, "blocks=1"),
+    ({"field": "unet", "dequantize": "truncated-normal"}, "preprocess='center'"),
+    ({"field": "unet", "dequantize": "truncated-normal", "preprocess": "center", "blocks": 2}, "blocks=1"),
 ]
 
 
 @pytest.mark.parametrize(("options", "message"), BAD)
 def test_settings_that_do_not_fit(options, message):
     with pytest.raises(ConfigError) as error:
-        build(ModelConfig(**({"hidden": (4,)} | options)), SolverConfig(divergence="hutchinson"), (1, 4, 4), levels=17)
+        build(FlowConfig.of(**{"hidden": (4,)} | options), SolverConfig.of(divergence="hutchinson"), (1, 4, 4), levels=17)
     assert message in str(error.value)
 
 
 def test_vectors_have_no_unet():
     with pytest.raises(ConfigError, match="needs images"):
-        build(ModelConfig(field="unet", hidden=(4,)), SolverConfig(), (3,))
+        build(FlowConfig.of(field="unet", hidden=(4,)), SolverConfig(), (3,))
 
 
 def test_a_unet_in_a_plain_stack_conditional_too():
     torch.manual_seed(0)
-    config = ModelConfig(field="unet", hidden=(4, 8), unet_depth=1, blocks=2, zero_init=False)
-    flow = build(config, SolverConfig(divergence="hutchinson"), (1, 4, 4), levels=17, context_dim=3)
+    config = FlowConfig.of(field="unet", hidden=(4, 8), unet_depth=1, blocks=2, zero_init=False)
+    flow = build(config, SolverConfig.of(divergence="hutchinson"), (1, 4, 4), levels=17, context_dim=3)
     x = torch.randint(0, 17, (4, 1, 4, 4), dtype=torch.uint8)
     context = torch.eye(3)[torch.arange(4) % 3]
     values = [flow.log_prob(x, row.expand(4, -1), noise=Noise(0)) for row in torch.eye(3)]

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Collection
 
 from cnf._utils.errors import ConfigError
 from cnf.cli.options import Command
-from cnf.config import PREDICTIVE, RunConfig
-from cnf.config.names import option
+from cnf.cli.spelling import option
+from cnf.config import BothConfig, FlowConfig, RunConfig
+from cnf.config.tagged import values
 
 __all__ = ["check", "refuse_changes"]
 
 # settings that --resume may change: duration, device and location of the data (a fingerprint verifies the data)
-RESUME = {"data": ("data", "data_root", "download"), "train": ("steps", "patience", "max_time", "device", "threads", "accumulate"),
-          "solver": ("compile",)}  # fmt: skip
-# settings that --evaluate may change: the data to evaluate, solver and noise
-EVALUATE = {
-    "data": ("data", "data_root", "download"),
-    "solver": ("eval_method", "eval_rtol", "eval_atol", "eval_tolerance", "divergence", "probe", "mode", "probes"),
-    "train": ("draws", "test_items", "device", "threads"),
-}
+RESUME = ("data", "data_root", "download", "steps", "patience", "max_time", "device", "threads", "accumulate", "compile")
 # settings that --evaluate --score may change (custom data, without the run's data set)
-SCORE = {"solver": EVALUATE["solver"], "train": ("draws", "device", "threads")}
+SCORE = ("eval_method", "eval_rtol", "eval_atol", "eval_tolerance", "divergence", "hutchinson_noise", "hutchinson_mode", "probes",
+         "noise_samples", "device", "threads")  # fmt: skip
+# settings that --evaluate may change: the data to evaluate, solver and noise
+EVALUATE = ("data", "data_root", "download", "test_items", *SCORE)
 
 
-def _changed(old: RunConfig, new: RunConfig, allowed: dict[str, tuple[str, ...]]) -> list[str]:
-    found = []
-    for part in (f.name for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(getattr(old, f.name))):
-        before, after = (dataclasses.asdict(getattr(config, part)) for config in (old, new))
-        found += [option(k) for k in before if before[k] != after[k] and k not in allowed.get(part, ())]
-    return found
+def _changed(old: RunConfig, new: RunConfig, allowed: Collection[str]) -> list[str]:
+    before, after = ({each.name: each.value for each in values(config)} for config in (old, new))
+    names = [*before, *(name for name in after if name not in before)]
+    return [option(name) for name in names if before.get(name) != after.get(name) and name not in allowed]
 
 
 def refuse_changes(old: RunConfig, new: RunConfig, command: Command) -> None:
@@ -38,10 +33,10 @@ def refuse_changes(old: RunConfig, new: RunConfig, command: Command) -> None:
     Raises:
         ConfigError: for any such options.
     """
-    allowed = RESUME if command.resume else SCORE if command.score else EVALUATE
+    allowed: Collection[str] = RESUME if command.resume else SCORE if command.score else EVALUATE
     if allowed is EVALUATE and old.data.data != new.data.data:  # other data have their own data options
         fixed = {"columns", "drop_columns"} | ({"condition"} if old.data.condition not in ("none", "label") else set())
-        allowed = {**EVALUATE, "data": tuple(name for name in dataclasses.asdict(new.data) if name not in fixed)}
+        allowed = (*EVALUATE, *(each.name for each in values(new.data) if each.name not in fixed))
     if changed := _changed(old, new, allowed):
         uses = "--score does not use" if command.score else "--evaluate does not use"
         what = "--resume cannot change" if command.resume else uses
@@ -55,10 +50,10 @@ def check(config: RunConfig, *, trains: bool = True) -> None:
         ConfigError: for the first invalid option; the message states the value and what is expected.
     """
     objective, architecture = config.train.objective, config.model.architecture
-    if config.train.density == (architecture in PREDICTIVE):
+    if config.train.density != isinstance(config.model, FlowConfig):
         wanted = "stack, multiscale or parallel" if config.train.density else "node or resnet"
-        raise ConfigError(f"--objective {objective} with --architecture {architecture}: expected {wanted} (the presets node-..., anode-...)")
+        raise ConfigError(f"--objective {objective.kind} with --architecture {architecture}: expected {wanted} (the presets node-..., anode-...)")
     if trains and config.solver.precision == "tf32" and not config.train.device.startswith("cuda"):
         raise ConfigError(f"--precision tf32 is for GPUs, not for --device {config.train.device}: fp32, or bf16, which a CPU may have")
-    if objective == "both" and config.train.tune_steps >= config.train.steps:
-        raise ConfigError(f"--finetune-steps {config.train.tune_steps}: expected fewer than --steps {config.train.steps}, of which they are the last")
+    if isinstance(objective, BothConfig) and objective.finetune_steps >= config.train.steps:
+        raise ConfigError(f"--finetune-steps {objective.finetune_steps}: expected fewer than --steps {config.train.steps}, of which they are the last")

@@ -67,7 +67,7 @@ def _load(config: RunConfig, run: RunInfo | None, download: bool) -> DataSplits:
         wanted: str | tuple[str, ...] | None = run.columns
     else:
         wanted = d.columns
-    predicted = {"classification": "label", "regression": "target"}.get(config.train.objective)
+    predicted = {"classification": "label", "regression": "target"}.get(config.train.objective.kind)
     found = load_data(
         d.data,
         root=d.data_root,
@@ -77,7 +77,7 @@ def _load(config: RunConfig, run: RunInfo | None, download: bool) -> DataSplits:
         discrete=d.discrete,
         duplicates=d.duplicates,
         download=download and d.download,
-        limit=d.limit,
+        limit=d.max_train_rows,
         validation_fraction=d.validation_fraction,
         test_fraction=d.test_fraction,
         nbits=d.nbits,

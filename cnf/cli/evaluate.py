@@ -18,6 +18,7 @@ from cnf._utils.errors import ConfigError, DataError
 from cnf._utils.progress import Progress
 from cnf.cli.common import read_run
 from cnf.cli.options import Command
+from cnf.config import ExactConfig, HutchinsonConfig
 from cnf.data import DataSplits, tabular
 from cnf.data.arrays import read_numpy
 from cnf.data.columns import own_names
@@ -106,7 +107,7 @@ def evaluate_run(command: Command, info: RunInfo, data: DataSplits, group: Group
     else:
         flow = _flow(folder, info)
         result, found = score(
-            flow, info, data, command.split, config.train.draws, importance=command.importance, dequantisation=kind,
+            flow, info, data, command.split, config.train.noise_samples, importance=command.importance, dequantisation=kind,
             items=config.train.test_items, check=command.check, group=group,
         )  # fmt: skip
         if group.main:
@@ -207,7 +208,7 @@ def score_items(command: Command, info: RunInfo, group: Group = SINGLE_PROCESS) 
     _require_writable(command, folder)
     with Progress("scoring", "solves", quiet=not group.main) as work:
         ranking = rank(
-            _flow(folder, info), items.x, items.names, context, reference=reference, draws=config.train.draws,
+            _flow(folder, info), items.x, items.names, context, reference=reference, draws=config.train.noise_samples,
             importance=command.importance, dequantisation=kind, seed=TEST_SEED, group=group, steps=items.steps,
             progress=work.update,
         )  # fmt: skip
@@ -245,7 +246,7 @@ def _reference(command: Command, info: RunInfo) -> Tensor | None:
     folder = command.evaluate
     assert folder is not None
     path, trained, now = folder / TEST_SCORES, read_run(folder).config, info.config
-    noise = [(c.train.draws, c.solver.divergence, c.solver.probe, c.solver.probes) for c in (trained, now)]
+    noise = [(c.train.noise_samples, _estimate(c.solver.divergence)) for c in (trained, now)]
     if command.mid_bin or command.importance > 1 or noise[0] != noise[1] or not path.is_file():
         return None
     arrays = read_numpy(path)
@@ -255,6 +256,11 @@ def _reference(command: Command, info: RunInfo) -> Tensor | None:
     if found.ndim != 1 or found.dtype.kind != "f" or np.isinf(found).any():
         raise DataError(f"{path}: 'nll' is no list of finite numbers: remove the file, and the items are ranked without it")
     return torch.from_numpy(found[~np.isnan(found)])  # NaN: failed solves
+
+
+def _estimate(divergence: ExactConfig | HutchinsonConfig) -> tuple[str, int] | None:
+    """Return noise and number of Hutchinson's probes; None for the exact trace."""
+    return (divergence.hutchinson_noise, divergence.probes) if isinstance(divergence, HutchinsonConfig) else None
 
 
 def _preparations(folder: Path, info: RunInfo) -> Iterator[str]:

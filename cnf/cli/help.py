@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from cnf.cli.listing import columns
+from cnf.cli.spelling import option
 from cnf.config import PRESETS, RunConfig
-from cnf.config.names import option
+from cnf.config.tagged import schema, values
 
 __all__ = ["COMMANDS", "overview", "short_help"]
 
@@ -139,11 +139,13 @@ def _examples(command: str) -> list[str]:
 
 
 def _train_options(config: RunConfig) -> list[tuple[str, str, str]]:
-    values = {k: v for part in (config.data, config.model, config.train) for k, v in vars(part).items()}
-    kinds = {f.name: str(f.type) for part in (config.data, config.model, config.train) for f in dataclasses.fields(part)}
+    named = {each.name: each.value for each in values(config)}
+    kinds = {name: str(places[0].field.type) for name, places in schema((RunConfig,)).items()}
     rows = []
     for name, what in TRAIN.items():
-        value = values[name]
+        if name not in named:
+            continue
+        value = named[name]
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else "" if value is None else str(value)
         kind = next((word for word in ("int", "float") if word in kinds[name]), "str")
         word = {"int": "N", "float": "X", "str": "VALUE"}[kind] + (" ..." if isinstance(value, tuple) else "")

@@ -27,7 +27,7 @@ def columns(rows: Iterable[Sequence[str]], right: Sequence[int] = (), gap: str =
 
 
 def _task(entry: Preset) -> str:
-    objective = entry.config.train.objective
+    objective = entry.config.train.objective.kind
     if not entry.config.train.density:
         return "predictions by neural ODEs"
     if objective != "likelihood":

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from cnf._utils.errors import ConfigError
-from cnf.config import RunConfig, preset, read_settings
-from cnf.config.names import NAMES, field_of, option
+from cnf.cli.setting_options import all_settings, show_help
+from cnf.cli.spelling import given_settings, option, renamed, spelled
+from cnf.config import PRESETS, NeuralODEConfig, RunConfig, preset, read_settings
 from cnf.config.results import CAUTION
-from cnf.config.rules import SettingError, Tags, applies, check_settings, lenient, outside
+from cnf.config.rules import SettingError, lenient
 
 if TYPE_CHECKING:  # parsing and --help need no torch
     from cnf.runs import RunInfo
@@ -37,7 +36,6 @@ PRESET_HINT = (
     f"(default: {DEFAULT}, of train_classifier.py {CLASSIFIER}; with --data tabular for tables, ffjord-toy for toy sets, "
     "fm-digits, fm-mnist or digits for images, by their size)"
 )
-PARTS = ("data", "model", "solver", "train")
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 
 EVALUATIONS = ("split", "importance", "mid_bin", "check", "per_item", "score")  # options of --evaluate only
@@ -106,43 +104,19 @@ def fitting(default: str, kind: str, shape: tuple[int, ...]) -> str | None:
     return "digits" if any(n % 2 for n in shape[1:]) else None
 
 
-def _tyro(config: RunConfig, arguments: Sequence[str], program: str, tags: Tags | None = None) -> Command:
-    """Parse a command line without checks. With ``tags``, of the settings only those that apply are options."""
-    hide: Any = tyro.conf.Suppress
-    flat: Any = tyro.conf.OmitArgPrefixes
-
-    def shown(part: Any) -> Any:
-        hints = get_type_hints(type(part))
-        changed: list[Any] = []
-        for f in dataclasses.fields(part):
-            if tags and not applies(f, tags):
-                changed.append((f.name, hide[hints[f.name]], f.default))
-            elif f.name in NAMES:
-                changed.append((f.name, Annotated[hints[f.name], tyro.conf.arg(name=option(f.name)[2:])], f.default))
-        return dataclasses.make_dataclass(type(part).__name__, changed, bases=(type(part),), frozen=True)(**vars(part))
-
-    with lenient():
-        parts = [shown(part) for part in config.parts]
-        fields: Any = [("name", hide[str]), *zip(PARTS, map(type, parts), strict=True)]
-        run: Any = dataclasses.make_dataclass("RunConfig", fields, frozen=True)
-        kind: Any = dataclasses.make_dataclass("Command", [("config", flat[run])], bases=(Command,), frozen=True)
-        kind.__doc__ = Command.__doc__
-        found = tyro.cli(kind, default=kind(run(config.name, *parts)), args=arguments, prog=program)
-        parsed = dict(zip(map(type, config.parts), (getattr(found.config, name) for name in PARTS), strict=True))
-        return Command(**vars(found) | {"config": config.map(lambda part: type(part)(**vars(parsed[type(part)])))})
+def _read(arguments: Sequence[str], program: str) -> tuple[Command, dict[str, Any]]:
+    """Parse a command line without checks; return the command, and the values of all settings."""
+    everything, flat = all_settings(), tyro.conf.OmitArgPrefixes
+    kind: Any = dataclasses.make_dataclass("Command", [("config", flat[everything])], bases=(Command,), frozen=True)
+    kind.__doc__ = Command.__doc__
+    found = tyro.cli(kind, default=kind(everything()), args=arguments, prog=program)
+    return Command(**vars(found) | {"config": RunConfig()}), vars(found.config)
 
 
-def _strictly(*parts: Any) -> None:
-    """Check settings that were constructed leniently.
-
-    Raises:
-        ConfigError: for the first invalid value.
-    """
-    try:
-        for part in parts:
-            check_settings(part)
-    except SettingError as error:
-        raise ConfigError(f"{option(error.name)} {error.value}: {_spelled(error.why)}") from None
+def _spell(error: SettingError) -> ConfigError:
+    value = "" if isinstance(error.value, bool) else f" {' '.join(map(str, error.value)) if isinstance(error.value, tuple) else error.value}"
+    joint = " " if error.why.startswith("is ") else ": "
+    return ConfigError(f"{option(error.name)}{value}{joint}{spelled(error.why)}")
 
 
 def refuse_meaningless(config: RunConfig, given: Collection[str], **facts: Any) -> None:
@@ -153,33 +127,7 @@ def refuse_meaningless(config: RunConfig, given: Collection[str], **facts: Any) 
     """
     if (found := config.meaningless(given, **facts)) is not None:
         name, default, words = found
-        raise ConfigError(f"{option(name)} is for {_spelled(words)}: leave it at {default}")
-
-
-def _spelled(words: str) -> str:
-    """Return a sentence about settings with their options: field='conv' becomes --field conv."""
-    words = re.sub(r"\b([a-z_]+)='", lambda m: f"{option(m[1])} '", words).replace("'", "")
-    return re.sub(r"\b[a-z]+(_[a-z]+)+\b", lambda m: option(m[0]), words)
-
-
-def _given(arguments: Sequence[str]) -> frozenset[str]:
-    """Return the settings named on a command line."""
-    return frozenset(field_of(word.partition("=")[0][2:].removeprefix("no-")) for word in arguments if word.startswith("--"))
-
-
-def renamed(arguments: Sequence[str]) -> list[str]:
-    """Return a command line with the present names of options; report the former ones on stderr."""
-    words = []
-    for word in arguments:
-        name, equals, value = word.partition("=")
-        former = name[2:].replace("-", "_") if name.startswith("--") else ""
-        if former in NAMES:
-            print(f"{name} is now called {option(former)}", file=sys.stderr)
-            word = option(former) + equals + value
-        elif former == "num_blocks":  # FFJORD's name
-            word = "--blocks" + equals + value
-        words.append(word)
-    return words
+        raise ConfigError(f"{option(name)} is for {spelled(words)}: leave it at {default}")
 
 
 def parse(
@@ -198,11 +146,13 @@ def parse(
             unusable file of settings, or a folder that is not a run.
         SystemExit: from the parser, for wrong usage (2) or help (0).
     """
-    given = typed = _given(arguments)
-    first = _tyro(preset(DEFAULT).config, [word for word in arguments if word not in ("-h", "--help")], program)
+    first, read = _read([word for word in arguments if word not in ("-h", "--help")], program)
+    typed = given_settings(arguments) & read.keys()
+    named = {name: value for name, value in read.items() if name in typed}
     _exclude(first)
     facts: dict[str, Any] = {}
     info, name = None, first.preset
+    otherwise: Mapping[str, Any] = {}
     if first.resume or first.evaluate:
         from cnf.cli.common import read_run
 
@@ -213,47 +163,41 @@ def parse(
         if name not in (None, start.name):
             raise ConfigError(f"{folder} is a run of preset {start.name}, not {name}: leave the preset out")
     elif first.settings is not None:
-        start, named = read_settings(first.settings, name, fallback)
-        name, given = name or start.name, given | named
+        start, written = read_settings(first.settings, name, fallback)
+        name, named, otherwise = name or start.name, written | named, preset(start.name).otherwise if start.name in PRESETS else {}
     else:
         entry = preset(name or fallback)
-        start = entry.config
-        if "data" not in given:
+        start, otherwise = entry.config, entry.otherwise
+        if "data" not in typed:
             facts["events"] = "vectors" if entry.levels is None else "images"
-    with lenient():
-        config = _timed(_merged(start, first.config, typed), first.config, typed)
-    if {"-h", "--help"} & set(arguments):
-        _tyro(config, ["--help"], program, config.tags(**facts))
+    unsure = not settled and name is None and info is None
+    try:
+        with lenient():
+            config = start.complete(named, otherwise, strict=not unsure)
+            config = _timed(config, named)
+        if {"-h", "--help"} & set(arguments):
+            show_help(Command, config, program, config.tags(**facts))
+        config.change()  # strictly
+    except SettingError as error:
+        raise _spell(error) from None
     command = dataclasses.replace(first, config=config, preset=name)
-    if not settled and name is None and info is None:
-        _strictly(config.data, config.solver, config.train)
-        return command, given, info
-    refuse_meaningless(config, given, **facts)
-    _strictly(*config.parts)
-    return command, given, info
+    if not unsure:
+        refuse_meaningless(config, named, **facts)
+    return command, frozenset(named), info
 
 
-def _merged(start: RunConfig, first: RunConfig, given: Collection[str]) -> RunConfig:
-    """Return the settings with those that were given; what they leave without its family is at its default."""
-    values = {name: value for part in first.parts for name, value in vars(part).items() if name in given}
-
-    def merged(part: Any) -> Any:
-        new = dataclasses.replace(part, **{name: value for name, value in values.items() if name in vars(part)})
-        outer = [f for f in dataclasses.fields(new) if outside(f.metadata.get("when", ()), vars(new)) and f.name not in given]
-        return dataclasses.replace(new, **{f.name: f.default for f in outer})
-
-    return start.map(merged)
-
-
-def _timed(start: RunConfig, first: RunConfig, given: Collection[str]) -> RunConfig:
+def _timed(config: RunConfig, given: Collection[str]) -> RunConfig:
     """Return the settings with a time-dependent field if ``given`` requests adaptive depth.
 
     A scalar field without time has one direction at each point, so that with T(x) > 0 no point can pass another: flip
     stays at a squared error of 1. Signed T(x) would suffice in theory, but training failed in three of three runs.
     """
-    if "adaptive_depth" not in given or "layer" in given or not first.model.adaptive_depth or start.model.depth in ("chebyshev", "fourier") or start.model.layer != "ignore":
-        return start
-    return dataclasses.replace(start, model=dataclasses.replace(start.model, layer="concat"))
+    model = config.model
+    if not isinstance(model, NeuralODEConfig) or not model.adaptive_depth or {"adaptive_depth", "time_conditioning"} & set(given) != {"adaptive_depth"}:
+        return config
+    if model.depth.kind in ("chebyshev", "fourier") or model.field.time_conditioning != "ignore":
+        return config
+    return config.change(time_conditioning="concat")
 
 
 def _exclude(command: Command) -> None:

@@ -40,7 +40,7 @@ def sample(options: Any) -> int:
     info = read_run(options.run)
     if not info.config.train.density:
         raise ConfigError(
-            f"{options.run} was trained for {info.config.train.objective}: it predicts, and has no density to draw from; train_classifier.py "
+            f"{options.run} was trained for {info.config.train.objective.kind}: it predicts, and has no density to draw from; train_classifier.py "
             f"--evaluate {options.run} --per-item FILE writes its predictions"
         )
     with join(options.device) as group:

@@ -11,8 +11,9 @@ from typing import Any
 from cnf._utils.errors import CNFError, ConfigError, DataError
 from cnf.cli.changes import check, refuse_changes
 from cnf.cli.options import parse, renamed
+from cnf.cli.spelling import option
 from cnf.config import RunConfig
-from cnf.config.names import field_of, option
+from cnf.config.former import present
 from cnf.config.results import read_json, read_result
 
 __all__ = ["sweep"]
@@ -66,7 +67,7 @@ def _split(words: list[str]) -> tuple[dict[str, list[str]], list[str], Path]:
         if word == "--sweep":
             while at < len(words) and not words[at].startswith("--"):
                 name, equals, values = words[at].partition("=")
-                name = option(field_of(name))[2:]
+                name = option(present(name))[2:]
                 if not equals or not name or not all(values.split(",")):
                     raise ConfigError(f"--sweep {words[at]}: expected NAME=VALUE,VALUE,..., such as lr=1e-3,3e-4")
                 if name in grid:

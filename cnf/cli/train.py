@@ -22,7 +22,7 @@ from cnf.cli.options import (
     refuse_meaningless,
     suited,
 )
-from cnf.config import PRESETS, RunConfig
+from cnf.config import PRESETS, AdaptiveConfig, BothConfig, RunConfig
 from cnf.data import DataSplits, tabular
 from cnf.distributed import Group, join
 from cnf.models import slow_bf16
@@ -114,14 +114,14 @@ def _joined(
 def _noisy(command: Command, levels: int | None, *, spreads: bool = False) -> bool:
     """Return whether noise enters the likelihood; ``spreads``: discrete columns are dequantised in each draw."""
     config = command.config
-    exact = config.solver.divergence == "exact" and config.train.density
+    exact = config.solver.divergence.kind == "exact" and config.train.density
     return not (exact and ((levels is None and not spreads) or command.mid_bin))
 
 
 def _split(config: RunConfig, data: DataSplits) -> str:
     """Return "fixed" if the set's split is, and no random rows are left out, else "random"."""
     fixed = data.kind == "toy" or data.name == "digits" or data.name in tabular.NAMES
-    return "fixed" if fixed and config.data.limit is None else "random"
+    return "fixed" if fixed and config.data.max_train_rows is None else "random"
 
 
 def _described(data: DataSplits) -> str:
@@ -210,13 +210,16 @@ def _free_folder(config: RunConfig) -> Path:
 def _dry_run(info: RunInfo, data: DataSplits, group: Group) -> int:
     train, costs = info.config.train, measure(info, data, group)
     tunes = len(costs) > 1
-    stages = [("matching: ", train.steps - train.tune_steps), ("fine-tuning: ", train.tune_steps)] if tunes else [("", train.steps)]
+    stages = [("", train.steps)]
+    if isinstance(train.objective, BothConfig):
+        last = train.objective.finetune_steps
+        stages = [("matching: ", train.steps - last), ("fine-tuning: ", last)]
     parts = f" in {train.accumulate} micro-batches, whose memory this is" if train.accumulate > 1 else ""
     print(f"{costs[0].parameters:,} parameters; ", end="")
     for (name, steps), cost in zip(stages, costs, strict=True):
         print(f"{name}batch {cost.batch}{parts}")
         print(f"memory: {cost.kept:,.0f} MiB kept for the backward pass, {cost.peak:,.0f} MiB at the peak ({cost.where})")
         print(f"time: {cost.seconds:.3g} s a step; {steps:,} steps take about {duration_text(cost.seconds * steps)} without validations")
-    if info.config.solver.adaptive or train.warmup or tunes:
+    if isinstance(info.config.solver.train_solver, AdaptiveConfig) or train.warmup or tunes:
         print("  (measured at the start: an adaptive solver, or a grid that solver checks refine, takes longer later)")
     return 0

@@ -15,10 +15,12 @@ from cnf._utils.errors import CheckpointError, ConfigError
 from cnf.compat.affjord import ENTRIES, GENERATING, check_path, fill_path, released_layer, squeeze_paths
 from cnf.compat.layout import Block, Layout, layout
 from cnf.compat.reading import Arguments, Reference, check_shapes, read_reference
+from cnf.config import AdaptiveConfig, ExactConfig, FlowConfig, GridConfig, HutchinsonConfig, SolverConfig
+from cnf.config.fields import UNetConfig
 from cnf.fields import Conv, SqueezeSum, Stack, TimeLayer
 from cnf.fields.layers import Hyper
 from cnf.flow import Flow
-from cnf.models import ModelConfig, SolverConfig, build
+from cnf.models import build
 from cnf.solvers import TABLEAUS, Adaptive
 from cnf.transforms import Logit, Rescale
 
@@ -96,7 +98,7 @@ def load_reference(
         with torch.device("meta"):
             _check(build(model, solver, shape, levels=256), arch)
         flow = build(model, solver, shape, levels=levels)
-        if model.drive != "none":
+        if not isinstance(model.field, UNetConfig) and model.field.augmented_time.kind != "none":
             squeeze_paths(flow)
     except CheckpointError:
         raise
@@ -132,32 +134,32 @@ def _event_shape(arch: Layout, args: Arguments, given: tuple[int, ...] | None) -
     return (channels, size, size)
 
 
-def _model(arch: Layout, args: Arguments) -> ModelConfig:
+def _model(arch: Layout, args: Arguments) -> FlowConfig:
     hidden = args.sizes("dims")
     if arch.affjord and args.get("residual", bool, False):
         raise CheckpointError("args.residual is True, which AFFJORD's released code does not support")
-    driven: dict[str, Any] = {"drive": "hyper", "drive_dim": ENTRIES, "drive_entries": GENERATING}
+    driven: dict[str, Any] = {"augmented_time": "hyper", "augmented_time_dim": ENTRIES, "augmented_time_entries": GENERATING}
     rnode = "zero_last" in args or "div_samples" in args
     strides: tuple[int, ...] = ()
     # FFJORD's multiscale script records --strides but ignores it
     if arch.conv and arch.kind != "parallel" and (arch.kind == "stack" or rnode):
         strides = args.sizes("strides") if "strides" in args else ()
     alpha = args.get("alpha", float, 1e-6)
-    return ModelConfig(
+    return FlowConfig.of(
         architecture=cast(Any, arch.kind),
         field="conv" if arch.conv else "mlp",
         hidden=hidden,
         blocks=args.get("num_blocks", int, 2 if rnode else 1),
         strides=() if set(strides) == {1} else strides,
         squeeze_first=args.get("squeeze_first", bool, False),
-        layer=arch.layer,
+        time_conditioning=arch.layer,
         nonlinearity="softplus" if arch.kind == "parallel" else args.get("nonlinearity", str, "softplus"),
         residual="minus" if args.get("residual", bool, False) else "none",
         zero_init=False,
         end_time=_end_time(arch, args),
         learn_end_time=args.get("train_T", bool, False),
         alpha=alpha if alpha > 0 else 0.25,  # a shift replaces the logit later
-        marginals="logit",
+        preprocess="logit",
         **(driven if arch.affjord and arch.layer == "hyper" else {}),
     )
 
@@ -176,7 +178,7 @@ def _end_time(arch: Layout, args: Arguments) -> float:
     return squares[0]
 
 
-def _solver(arch: Layout, args: Arguments, model: ModelConfig) -> SolverConfig:
+def _solver(arch: Layout, args: Arguments, model: FlowConfig) -> SolverConfig:
     method = args.get("solver", str, "dopri5")
     rtol, atol = (args.get(name, float, 1e-5) for name in ("rtol", "atol"))
     test = args.get("test_solver", str, method)
@@ -188,20 +190,20 @@ def _solver(arch: Layout, args: Arguments, model: ModelConfig) -> SolverConfig:
         raise CheckpointError(f"args.step_size must be at least {model.end_time / LONGEST:g}, got {step}")
     # the multiscale script records --divergence_fn but ignores it; vectors are evaluated with the exact trace
     exact = not arch.images or (arch.kind == "stack" and args.get("divergence_fn", str, "approximate") == "brute_force")
+    train: GridConfig | AdaptiveConfig
+    if known:
+        train = GridConfig(method=cast(Any, method), grid_steps=max(1, math.ceil(model.end_time / step - 1e-9)))
+    else:
+        train = AdaptiveConfig(method=cast(Any, method if method in Adaptive.METHODS else "dopri5"), rtol=rtol, atol=atol)
+    noise: Any = "rademacher" if args.get("rademacher", bool, False) else "gaussian"
+    estimate = HutchinsonConfig(hutchinson_noise=noise, hutchinson_mode="reverse", probes=args.get("div_samples", int, 1))
     return SolverConfig(
-        method=method if known or method in Adaptive.METHODS else "dopri5",
-        grid_steps=max(1, math.ceil(model.end_time / step - 1e-9)) if known else 1,
-        adaptive=not known,
-        rtol=rtol,
-        atol=atol,
-        eval_method=test if test in Adaptive.METHODS else "dopri5",
+        train_solver=train,
+        eval_method=cast(Any, test if test in Adaptive.METHODS else "dopri5"),
         # the released scripts treat zero as not given
         eval_rtol=args.get("test_rtol", float, rtol) or rtol,
         eval_atol=args.get("test_atol", float, atol) or atol,
-        divergence="exact" if exact else "hutchinson",
-        probe="rademacher" if args.get("rademacher", bool, False) else "gaussian",
-        mode="reverse",
-        probes=args.get("div_samples", int, 1),
+        divergence=ExactConfig() if exact else estimate,
     )
 
 

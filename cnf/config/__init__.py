@@ -1,11 +1,34 @@
 """Settings of a run, presets and published models; importing them needs neither torch nor tyro."""
 
+from cnf._utils.aliases import aliases
+from cnf.config.fields import (
+    AugmentedTimeConfig,
+    ConvConfig,
+    FieldConfig,
+    GeneratingTimeConfig,
+    HypernetConfig,
+    MLPConfig,
+    PlainTimeConfig,
+    PredictorConvConfig,
+    PredictorMLPConfig,
+    UNetConfig,
+)
 from cnf.config.files import read_settings
-from cnf.config.model import PREDICTIVE, ModelConfig
+from cnf.config.model import (
+    PREDICTIVE,
+    CenterConfig,
+    ConstantDepthConfig,
+    FlowConfig,
+    LogitConfig,
+    NeuralODEConfig,
+    ResNetConfig,
+    VaryingDepthConfig,
+)
+from cnf.config.objective import BothConfig, ClassificationConfig, LikelihoodConfig, MatchingConfig, RegressionConfig
 from cnf.config.presets import PRESETS, preset
 from cnf.config.published import AFFJORD, FFJORD, PUBLISHED, RNODE, Published
 from cnf.config.settings import DataConfig, Preset, RunConfig, TrainConfig
-from cnf.config.solver import SolverConfig
+from cnf.config.solver import AdaptiveConfig, ExactConfig, GridConfig, HutchinsonConfig, SolverConfig
 
 __all__ = [
     "AFFJORD",
@@ -14,13 +37,40 @@ __all__ = [
     "PRESETS",
     "PUBLISHED",
     "RNODE",
+    "AdaptiveConfig",
+    "AugmentedTimeConfig",
+    "BothConfig",
+    "CenterConfig",
+    "ClassificationConfig",
+    "ConstantDepthConfig",
+    "ConvConfig",
     "DataConfig",
-    "ModelConfig",
+    "ExactConfig",
+    "FieldConfig",
+    "FlowConfig",
+    "GeneratingTimeConfig",
+    "GridConfig",
+    "HutchinsonConfig",
+    "HypernetConfig",
+    "LikelihoodConfig",
+    "LogitConfig",
+    "MLPConfig",
+    "MatchingConfig",
+    "NeuralODEConfig",
+    "PlainTimeConfig",
+    "PredictorConvConfig",
+    "PredictorMLPConfig",
     "Preset",
     "Published",
+    "RegressionConfig",
+    "ResNetConfig",
     "RunConfig",
     "SolverConfig",
     "TrainConfig",
+    "UNetConfig",
+    "VaryingDepthConfig",
     "preset",
     "read_settings",
 ]
+
+__getattr__ = aliases(__name__, ModelConfig="cnf.config.former.model_config")

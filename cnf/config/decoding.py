@@ -10,6 +10,7 @@ import typing
 from typing import Any
 
 from cnf._utils.errors import CheckpointError, ConfigError
+from cnf.config.tagged import members, select, tag_of
 
 __all__ = ["decode", "once"]
 
@@ -63,6 +64,14 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
+        kinds = members(kind)
+        if len(kinds) > 1 and isinstance(value, dict):
+            name = tag_of(kinds[0]) or ""
+            found = select(kinds, value.get(name, kinds[0].__dataclass_fields__[name].default))
+            if found is None:
+                choices = ", ".join(repr(c) for k in kinds for c in typing.get_args(typing.get_type_hints(k)[name]))
+                raise CheckpointError(f"{where}: {name} is {reprlib.repr(value[name])}; expected one of {choices}")
+            return decode(found, value, where)
         return decode(next(a for a in arguments if a is not type(None)), value, where)
     return _plain(kind, value, where)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
+import reprlib
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,21 @@ from typing import Any
 from cnf._utils.errors import CheckpointError, ConfigError, DataError
 from cnf._utils.untrusted import require_file
 from cnf.config.decoding import decode, once
-from cnf.config.names import field_of
+from cnf.config.former import from_format_4, present_values
 from cnf.config.presets import preset
-from cnf.config.rules import lenient
+from cnf.config.rules import SettingError, hints
 from cnf.config.settings import RunConfig
+from cnf.config.tagged import Settings, members, schema
 
 __all__ = ["read_settings"]
 
 LARGEST = 2**20  # bytes
 
 
-def read_settings(path: Path, name: str | None, fallback: str) -> tuple[RunConfig, frozenset[str]]:
-    """Read a file of settings on top of a preset, strictly; return the settings, and the names of those in the file.
+def read_settings(path: Path, name: str | None, fallback: str) -> tuple[RunConfig, dict[str, Any]]:
+    """Read a file of settings strictly; return its preset's settings, and those in the file by name.
+
+    Of a run's config.json, which holds every setting, return them all in place of the preset's.
 
     The file holds ``{"preset": NAME, "data": {...}, "model": {...}, "solver": {...}, "train": {...}}``, each optional,
     or is the config.json of a run.
@@ -48,24 +51,60 @@ def read_settings(path: Path, name: str | None, fallback: str) -> tuple[RunConfi
         raise ConfigError(f"--config {path}: expected an object of settings, such as {{\"train\": {{\"lr\": 1e-3}}}}")
     whole = "config" in found  # a run's config.json, which holds every setting
     if whole:
+        found = from_format_4(found) if found.get("format") == 4 else found
         found = found["config"] if isinstance(found["config"], dict) else {}
     own = found.pop("preset", found.pop("name", None))
     if not isinstance(own, str | None):
         raise ConfigError(f"--config {path}: preset is {own!r}; expected a name")
-    start = _lists(dataclasses.asdict(preset(name or own or fallback).config))
-    for part, values in list(found.items()):
-        if isinstance(start.get(part), dict) and isinstance(values, dict):
-            found[part] = values = {field_of(name): value for name, value in values.items()}
-            start[part] |= values
-        else:
-            start[part] = values
+    start = preset(name or own or fallback).config
+    named: dict[str, Any] = {}
+    for part, values in found.items():
+        if part not in start.parts:
+            raise ConfigError(f"--config {path}: unknown field {part[:80]!r}; expected preset, {', '.join(start.parts)}")
+        if not isinstance(values, dict):
+            raise ConfigError(f"--config {path}: {part} is {reprlib.repr(values)}; expected an object")
+        kinds = members(hints(RunConfig)[part])
+        named |= _typed(kinds, present_values(_flat(kinds, values)), f"--config {path}: {part}")
+    if not whole:
+        return start, named
     try:
-        with lenient():  # checked once options have been read
-            settings: RunConfig = decode(RunConfig, start, f"--config {path}")
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from None
-    named = (name for values in found.values() if isinstance(values, dict) for name in values)
-    return settings, frozenset(() if whole else named)
+        return start.change(**named), {}
+    except SettingError as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+
+
+def _flat(kinds: tuple[type[Settings], ...], values: dict[str, Any], parent: str = "") -> dict[str, Any]:
+    """Return settings by name from an object in which families may be nested or spelled out."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = tuple(m for kind in kinds for m in members(hints(kind).get(name)))
+        if inner and isinstance(value, dict):
+            found |= _flat(inner, value, name)
+        else:
+            found[parent if name == "kind" else name] = value
+    return found
+
+
+def _typed(kinds: tuple[type[Settings], ...], named: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the values of settings decoded by their types.
+
+    Raises:
+        ConfigError: for an unknown setting or a value of another type.
+    """
+    known, found = schema(kinds), {}
+    for name, value in named.items():
+        if name not in known:
+            raise ConfigError(f"{where}: unknown field {name[:80]!r}")
+        errors = []
+        for place in known[name]:
+            try:
+                found[name] = decode(place.hint, value, f"{where}: {name}")
+                break
+            except CheckpointError as error:
+                errors.append(str(error))
+        else:
+            raise ConfigError(errors[0])
+    return found
 
 
 def _parse(path: Path) -> Any:
@@ -94,10 +133,3 @@ def _loader(yaml: Any) -> Any:
     number = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
     Strict.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
     return Strict
-
-
-def _lists(value: Any) -> Any:
-    """Return the settings as JSON has them: lists in place of tuples."""
-    if isinstance(value, dict):
-        return {key: _lists(inner) for key, inner in value.items()}
-    return [_lists(inner) for inner in value] if isinstance(value, list | tuple) else value

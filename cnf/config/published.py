@@ -3,47 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from cnf.config.model import ModelConfig
+from cnf.config.model import FlowConfig
 
 __all__ = ["AFFJORD", "FFJORD", "PUBLISHED", "RNODE", "Published"]
 
-FFJORD = ModelConfig(
+FFJORD = FlowConfig.of(
     architecture="multiscale",
     field="conv",
     hidden=(64, 64, 64),
     blocks=2,  # the README's --num_blocks 2
-    layer="concat",
+    time_conditioning="concat",
     nonlinearity="softplus",
     zero_init=False,
     learn_end_time=True,  # --train_T; in the released code no gradient reaches T, here it does
     alpha=1e-6,
-    marginals="logit",
+    preprocess="logit",
 )
 """FFJORD's image model (1810.01367), by its README's command."""
 
-RNODE = ModelConfig(
+RNODE = FlowConfig.of(
     architecture="multiscale",
     field="conv",
     hidden=(64, 64, 64),
     blocks=2,  # the default of its training script
-    layer="concat",
+    time_conditioning="concat",
     nonlinearity="softplus",
     # f = 0 at the start, as in the paper; the released code leaves the last bias random
     zero_init=True,
     learn_end_time=False,
     alpha=0.05,
-    marginals="logit",
+    preprocess="logit",
 )
 """RNODE's image model (2002.02798)."""
 
-AFFJORD = replace(FFJORD, blocks=1, drive="both")
+AFFJORD = FFJORD.change(blocks=1, augmented_time="both")
 """AFFJORD's image model (2306.02731) as in its paper, f([x, a], θ(a)), with one a(t) of size k = 20 per scale.
 
 a is 20 constant channels of the first convolution's input; its first 10 entries generate all weights. With
-``drive="hyper"`` a is not a channel; with ``drive="concat"`` every convolution sees a, which generates no weights."""
+``augmented_time="hyper"`` a is not a channel; with ``augmented_time="concat"`` every convolution sees a, which generates no weights."""
 
 MNIST, CIFAR, IMAGENET64, CELEBAHQ256 = (1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 256, 256)
 BUILT_SQUASH = {MNIST: 393_470, CIFAR: 669_130}
@@ -58,7 +58,7 @@ class Published:
     """
 
     name: str
-    model: ModelConfig
+    model: FlowConfig
     shape: tuple[int, int, int]
     parameters: int
     reason: str = ""
@@ -71,7 +71,7 @@ class Published:
 
 
 def _published() -> Iterator[Published]:
-    one = replace(FFJORD, blocks=1)
+    one = FFJORD.change(blocks=1)
     for data, shape, single, two in (
         ("MNIST", MNIST, 400_323, 800_646),
         ("CIFAR-10, CelebA 32", CIFAR, 679_441, 1_358_882),
@@ -89,7 +89,7 @@ def _published() -> Iterator[Published]:
     ):
         for data, shape, parameters in (("MNIST", MNIST, mnist), ("CIFAR-10", CIFAR, cifar)):
             reason, built = (SQUASH, BUILT_SQUASH[shape]) if layer == "squash" else ("", None)
-            yield Published(f"FFJORD {layer} {data}, one block", replace(one, layer=layer), shape, parameters, reason, built)
+            yield Published(f"FFJORD {layer} {data}, one block", one.change(time_conditioning=layer), shape, parameters, reason, built)
     for data, shape, two, single in (
         ("MNIST", MNIST, 800_636, 400_318),
         ("CIFAR-10", CIFAR, 1_358_868, 679_434),
@@ -97,10 +97,10 @@ def _published() -> Iterator[Published]:
         ("CelebA-HQ 256", CELEBAHQ256, 4_609_236, 2_304_618),
     ):
         yield Published(f"RNODE {data}, two blocks", RNODE, shape, two)
-        yield Published(f"RNODE {data}, one block", replace(RNODE, blocks=1), shape, single)
+        yield Published(f"RNODE {data}, one block", RNODE.change(blocks=1), shape, single)
     for data, shape, parameters in (("MNIST", MNIST, 518_960), ("CIFAR-10", CIFAR, 1_286_352)):
         yield Published(
-            f"RNODE squeeze_first {data}, two blocks", replace(RNODE, squeeze_first=True), shape, parameters
+            f"RNODE squeeze_first {data}, two blocks", RNODE.change(squeeze_first=True), shape, parameters
         )
     for data, shape, concat, hyper in (
         ("MNIST", MNIST, 417_629, 4_556_169),
@@ -111,7 +111,7 @@ def _published() -> Iterator[Published]:
         yield _affjord("both", data, shape, hyper)
 
 
-def _affjord(drive: Literal["concat", "hyper", "both"], data: str, shape: tuple[int, int, int], parameters: int) -> Published:
+def _affjord(augmented_time: Literal["concat", "hyper", "both"], data: str, shape: tuple[int, int, int], parameters: int) -> Published:
     """Return a published AFFJORD model, with the terms by which our count differs.
 
     The released network has parts without effect, which ours omits. The paper concatenates z* to the first
@@ -122,21 +122,21 @@ def _affjord(drive: Literal["concat", "hyper", "both"], data: str, shape: tuple[
     scales = (min(shape[1:]) // 4).bit_length()  # halved while 4 pixels or more are left
     channels = [part for s in range(scales) for part in (shape[0] << s, shape[0] << s + 2)][:-1]
     n, c, k = len(channels), sum(channels), 20
-    weights = 1 if drive == "concat" else 11  # a full generator: 10 entries of a and a constant per weight
+    weights = 1 if augmented_time == "concat" else 11  # a full generator: 10 entries of a and a constant per weight
     terms = [
-        (-weights * 9 * 64 * c, "weights of input channels that are " + ("z* in the paper, of x's shape" if drive == "both" else "always zero")),
+        (-weights * 9 * 64 * c, "weights of input channels that are " + ("z* in the paper, of x's shape" if augmented_time == "both" else "always zero")),
         (-weights * (9 * 64 + 1) * c, "outputs that are thrown away"),
         (-2 * n, "unused 1x1 convolutions"),
     ]
-    if drive == "both":
+    if augmented_time == "both":
         terms.append((weights * 9 * 64 * k * n, f"a as {k} constant channels in their place"))
-    if drive != "concat":
+    if augmented_time != "concat":
         terms.append((-n * 4 * 220, "unused mixers"))
     else:
         terms.append((9 * k * (3 * 64 * n + c), f"the {k} channels of a, which the released layers leave out"))
-    model = replace(AFFJORD, drive=drive)
+    model = AFFJORD.change(augmented_time=augmented_time)
     reason = "; ".join(f"{number:+,} {what}" for number, what in terms)
-    return Published(f"AFFJORD {drive} {data}", model, shape, parameters, reason, parameters + sum(number for number, _ in terms))
+    return Published(f"AFFJORD {augmented_time} {data}", model, shape, parameters, reason, parameters + sum(number for number, _ in terms))
 
 
 PUBLISHED = tuple(_published())

@@ -1,19 +1,21 @@
-"""Bounds of settings, and the families that each belongs to: a setting outside its family is refused, not ignored."""
+"""Bounds of settings, and the runs that each belongs to: a setting that does nothing is refused, not ignored."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from cnf._utils.errors import ConfigError
 
-__all__ = ["COUNT", "DENSITY", "NONNEGATIVE", "POSITIVE", "SEED", "Family", "SettingError", "Tags", "applies", "check_settings", "lenient", "outside", "setting"]  # fmt: skip
+__all__ = ["COUNT", "DENSITY", "NONNEGATIVE", "POSITIVE", "SEED", "Family", "SettingError", "Tags", "cached", "check_settings", "hints", "lenient", "outside", "setting", "tag"]  # fmt: skip
 
 Tags = Mapping[str, Any]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Family(NamedTuple):
@@ -55,20 +57,32 @@ class SettingError(ConfigError):
         self.name, self.value, self.why = name, value, why
 
 
-def setting(
-    default: Any, *bounds: Bounds, when: tuple[Family, ...] = (), given: tuple[Family, ...] = (), later: bool = False
-) -> Any:
+def setting(default: Any, *bounds: Bounds, given: tuple[Family, ...] = (), later: bool = False) -> Any:
     """Return a dataclass field.
 
     Args:
         default: its default.
         bounds: of a number; None is allowed where it is the default.
-        when: families that it belongs to; outside any of them only the default can be constructed.
         given: families outside of which a user who gives it gets an error that it does nothing, whatever a preset says.
         later: older run folders lack it; the default applies.
     """
-    metadata = {"bounds": bounds, "when": when, "given": given, "optional": later}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={"bounds": bounds, "given": given, "optional": later})
+
+
+def tag(default: str) -> Any:
+    """Return the dataclass field that names a member of a tagged union, such as ``kind: Literal["conv"] = tag("conv")``."""
+    return dataclasses.field(default=default, kw_only=True, metadata={"tag": True})
+
+
+def cached(function: F) -> F:
+    """Cache a function of classes, which type checkers take for unhashable."""
+    return cast(F, cache(function))
+
+
+@cached
+def hints(kind: type) -> dict[str, Any]:
+    """Return the types of a dataclass's fields."""
+    return get_type_hints(kind)
 
 
 @contextmanager
@@ -82,30 +96,28 @@ def lenient() -> Iterator[None]:
 
 
 def check_settings(part: Any) -> None:
-    """Validate bounds and families of a settings object, as its ``__post_init__``.
+    """Validate types of nested settings, choices and bounds of a settings object, as its ``__post_init__``.
 
     Raises:
         SettingError: for the first setting that cannot be.
     """
     if not _strict.get():
         return
+    known = hints(type(part))
     for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
+        value, hint = getattr(part, field.name), known[field.name]
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise SettingError(field.name, value, f"expected one of {', '.join(map(str, get_args(hint)))}")
+        if (kinds := tuple(k for k in get_args(hint) or (hint,) if dataclasses.is_dataclass(k))) and not isinstance(value, kinds):  # type: ignore[arg-type]
+            names = " or ".join(k.__name__ for k in kinds if isinstance(k, type))
+            raise SettingError(field.name, value, f"expected {names}; {type(part).__name__}.of(...) takes all settings by name")
         if isinstance(value, float) and not math.isfinite(value):
             raise SettingError(field.name, value, "expected a finite number")
         for bounds in field.metadata.get("bounds", ()):
             if value is not None and not bounds.hold(value):
                 raise SettingError(field.name, value, f"expected {bounds.words}")
-        if value != field.default and (family := outside(field.metadata.get("when", ()), vars(part))):
-            other = vars(part)[family.tag]
-            raise SettingError(field.name, value, f"is for {family.words}, not for {family.tag}={other!r}: leave it at {field.default!r}")
 
 
 def outside(families: Iterable[Family], tags: Tags) -> Family | None:
     """Return the first family that a run with these tags is not in; a tag that is not known counts as inside."""
     return next((f for f in families if f.tag in tags and tags[f.tag] not in f.values), None)
-
-
-def applies(field: dataclasses.Field[Any], tags: Tags) -> bool:
-    """Return whether a setting belongs to a run with these tags."""
-    return outside((*field.metadata.get("when", ()), *field.metadata.get("given", ())), tags) is None

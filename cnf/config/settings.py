@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cnf.config.model import ODE, ModelConfig
-from cnf.config.rules import (
-    COUNT,
-    DENSITY,
-    NONNEGATIVE,
-    POSITIVE,
-    SEED,
-    Bounds,
-    Family,
-    check_settings,
-    outside,
-    setting,
+from cnf.config.model import ODE, FlowConfig, ModelConfig
+from cnf.config.objective import (
+    ClassificationConfig,
+    LikelihoodConfig,
+    MatchingConfig,
+    ObjectiveConfig,
+    RegressionConfig,
 )
+from cnf.config.rules import COUNT, DENSITY, NONNEGATIVE, POSITIVE, SEED, Bounds, Family, outside, setting
 from cnf.config.solver import BY_LIKELIHOOD, GRID, SolverConfig
+from cnf.config.tagged import Settings, schema, values
 
 __all__ = ["DataConfig", "Preset", "RunConfig", "TrainConfig"]
 
 
 DECAY = Bounds("0 (no averaging) or more, below 1", least=0, below=1)
 THREADS = Bounds("a positive number, at most 4096", least=1, most=4096)
-MATCHING = Family("objective", ("flow-matching", "both"), "objective='flow-matching' or 'both'")
-BOTH = Family("objective", ("both",), "objective='both'")
-REGULARISED = Family("regularised", (True,), "kinetic and jacobian, and both are zero")
 TABLES = Family("kind", ("table",), "tables")
 RANDOM = Family("split", ("random",), "random splits, and that of these data is fixed")
 DRAWN = Family("kind", ("toy", "table"), "toy points and the noise on a table's columns")
 NOISY = Family("noisy", (True,), "likelihoods with noise, and the exact trace of vectors (or of the middle of each grey level) has none")
-WATCHED = Family("watched", (True,), "solver checks and match_times='importance'")
+WATCHED = Family("watched", (True,), "solver checks and fm_time_sampling='importance'")
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """Data set, splits and preprocessing of a run."""
 
     data: str = "digits"
@@ -62,7 +56,7 @@ class DataConfig:
     """Discrete table columns: add one step of uniform noise, keep, or reject."""
     duplicates: Literal["drop", "keep"] = "drop"
     """Duplicate rows of custom data: drop before splitting, since they would leak into the test set, or keep."""
-    limit: int | None = None
+    max_train_rows: int | None = None
     """Maximum number of training rows."""
     nbits: int = 8
     """Bits kept of 8-bit images (5 for CelebA-HQ): 2**nbits grey levels."""
@@ -83,35 +77,16 @@ class DataConfig:
     dependent: Literal["error", "keep"] = setting("error", given=(TABLES,), later=True)
     """Linearly dependent columns of a custom table (copies, sums, shares of 100 %): reject, or keep."""
 
-    def __post_init__(self) -> None:
-        check_settings(self)
-
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Objective, optimiser and schedule of a run."""
 
-    objective: Literal["likelihood", "flow-matching", "both", "regression", "classification"] = "likelihood"
+    objective: ObjectiveConfig = LikelihoodConfig()
     """Densities: maximum likelihood; flow matching, which solves no ODE in training; or both: flow matching, then
     likelihood in the last --finetune-steps. With --architecture node or resnet: regression or classification."""
     steps: int = setting(3000, POSITIVE)
     """Optimiser steps."""
-    coupling: Literal["independent", "optimal-transport"] = setting("independent", given=(MATCHING,))
-    """Flow matching: pair noise with data at random, or by optimal transport within the batch (one
-    process, --accumulate 1; within each class with --condition label)."""
-    match_weights: Literal["default", "likelihood", "even"] = setting("default", given=(MATCHING,))
-    """Flow matching: loss weighting over time. likelihood: by the cost in likelihood (default for data with normal
-    noise); even: uniform (there, relative to the size of the field)."""
-    match_times: Literal["importance", "even"] = setting("importance", given=(MATCHING,))
-    """Flow matching: sample times by importance (where the loss is large) or uniformly; the expected loss is the
-    same."""
-    tune_steps: int = setting(100, POSITIVE, given=(BOTH,))
-    """--objective both: likelihood steps at the end of --steps, with --kinetic, --jacobian and the solver's grid; steps
-    added to a finished run are likelihood steps as well."""
-    tune_batch_size: int | None = setting(None, POSITIVE, given=(BOTH,))
-    """--objective both: batch size of the likelihood steps; default: --batch-size."""
-    tune_lr: float = setting(2e-4, POSITIVE, given=(BOTH,))
-    """--objective both: peak learning rate of the likelihood steps."""
     batch_size: int = setting(256, POSITIVE)
     """Rows of a step."""
     accumulate: int = setting(1, POSITIVE)
@@ -128,15 +103,6 @@ class TrainConfig:
     """Clip gradients to this norm, against rare batches with large ones; 0 disables clipping."""
     ema_decay: float = setting(0.999, DECAY)
     """Decay of the averaged weights that are validated and saved (lower in early steps); 0 disables averaging."""
-    kinetic: float = setting(0.0, NONNEGATIVE, given=(DENSITY, BY_LIKELIHOOD,))
-    """Weight of the kinetic energy ∫‖f‖² (RNODE)."""
-    jacobian: float = setting(0.0, NONNEGATIVE, given=(DENSITY, BY_LIKELIHOOD,))
-    """Weight of the Jacobian's squared Frobenius norm ∫‖J‖² (RNODE)."""
-    step_error: float = setting(0.0, NONNEGATIVE, given=(DENSITY, BY_LIKELIHOOD, GRID,))
-    """Weight of the local error of the grid (ERNODE), for flows that few solver steps solve."""
-    regularisers: Literal["paper", "code"] = setting("paper", given=(DENSITY, BY_LIKELIHOOD, REGULARISED,))
-    """paper: RNODE's eq. 17, integrals of sums (images: divided by D ln 2, like -log p in bits/dim); code: means over
-    each block as in its released code, half of the kinetic energy, added to bits/dim."""
     validate_every: int = setting(250, POSITIVE)
     """Steps between validations."""
     patience: int = setting(0, NONNEGATIVE)
@@ -145,11 +111,11 @@ class TrainConfig:
     """Validate on a random subset of this size; default: all."""
     test_items: int | None = setting(None, POSITIVE)
     """Test on a random subset of this size; default: all."""
-    draws: int = setting(10, POSITIVE, given=(DENSITY, NOISY,))
+    noise_samples: int = setting(10, POSITIVE, given=(DENSITY, NOISY,))
     """Noise samples for each row of the final test, where noise enters (images, Hutchinson's estimate)."""
-    watch_every: int = setting(100, POSITIVE, given=(ODE, WATCHED,))
+    solver_check_every: int = setting(100, POSITIVE, given=(ODE, WATCHED,))
     """Steps between measurements of the training solver's error, and of the flow-matching loss over time."""
-    watch_tolerance: float = setting(0.01, POSITIVE, given=(ODE, BY_LIKELIHOOD,))
+    solver_check_tolerance: float = setting(0.01, POSITIVE, given=(ODE, BY_LIKELIHOOD,))
     """Solver error, in bits/dim or nats/dim, above which the solver steps of a grid are doubled (the tolerances of an
     adaptive solver divided by ten)."""
     max_grid_steps: int = setting(64, COUNT, given=(ODE, BY_LIKELIHOOD, GRID,))
@@ -164,49 +130,43 @@ class TrainConfig:
     threads: int | None = setting(None, THREADS)
     """CPU threads; default: torch's choice."""
 
-    def __post_init__(self) -> None:
-        check_settings(self)
-
     @property
     def density(self) -> bool:
         """True if a density is trained, not a predictor."""
-        return self.objective not in ("regression", "classification")
-
-    @property
-    def warmup_of_tuning(self) -> int:
-        """Warm-up steps of the fine-tuning: ``warmup``, but at most a tenth of ``tune_steps``."""
-        return min(self.warmup, self.tune_steps // 10)
+        return not isinstance(self.objective, RegressionConfig | ClassificationConfig)
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """A whole run."""
+class RunConfig(Settings):
+    """A whole run.
+
+    Example:
+        >>> RunConfig().change(lr=0.01, field="conv", hidden=(8,)).model.field.hidden
+        (8,)
+    """
 
     name: str = "digits"
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    solver: SolverConfig = field(default_factory=SolverConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = DataConfig()
+    model: ModelConfig = FlowConfig()
+    solver: SolverConfig = SolverConfig()
+    train: TrainConfig = TrainConfig()
 
     @property
-    def parts(self) -> tuple[DataConfig, ModelConfig, SolverConfig, TrainConfig]:
-        """The four parts of the settings; their fields all differ in name."""
-        return self.data, self.model, self.solver, self.train
-
-    def map(self, change: Callable[[Any], Any]) -> RunConfig:
-        """Return the run with ``change`` applied to each of its parts."""
-        return RunConfig(self.name, *map(change, self.parts))
+    def parts(self) -> dict[str, Settings]:
+        """The four parts of the settings; all settings in them differ in name."""
+        return {"data": self.data, "model": self.model, "solver": self.solver, "train": self.train}
 
     def tags(self, **facts: Any) -> dict[str, Any]:
         """Return what decides which settings apply: all settings by name, facts about training, and those given."""
-        values = {name: value for part in self.parts for name, value in vars(part).items()}
-        matching = self.train.objective == "flow-matching"
-        values |= {
-            "solves": self.model.architecture != "resnet" and (not matching or self.model.drive != "none"),
-            "regularised": bool(self.train.kinetic or self.train.jacobian),
-            "watched": not matching or self.train.match_times == "importance",
+        tags = {each.name: each.value for each in values(self)}
+        objective = self.train.objective
+        matching = isinstance(objective, MatchingConfig) and not isinstance(objective, LikelihoodConfig)
+        tags |= {
+            "solves": tags["architecture"] != "resnet" and (not matching or tags.get("augmented_time", "none") != "none"),
+            "regularised": bool(tags.get("kinetic") or tags.get("jacobian")),
+            "watched": not matching or tags["fm_time_sampling"] == "importance",
         }
-        return values | facts
+        return tags | facts
 
     def meaningless(self, names: Collection[str], **facts: Any) -> tuple[str, Any, str] | None:
         """Return the first of the settings ``names`` that does nothing in this run: its name, default and why.
@@ -214,12 +174,11 @@ class RunConfig:
         ``facts`` are known once the data are: ``events``, ``kind``, ``split``, ``noisy``. A value that is the
         setting's default is never meaningless.
         """
-        tags = self.tags(**facts)
-        for part in self.parts:
-            for each in fields(part):
-                family = outside((*each.metadata.get("when", ()), *each.metadata.get("given", ())), tags)
-                if each.name in names and family is not None and getattr(part, each.name) != each.default:
-                    return each.name, each.default, family.words
+        tags, places = self.tags(**facts), schema((RunConfig,))
+        for each in values(self):
+            family, default = outside(each.given, tags), places[each.name][0].field.default
+            if each.name in names and family is not None and each.value != default:
+                return each.name, default, family.words
         return None
 
 
@@ -233,3 +192,4 @@ class Preset:
     shape: tuple[int, ...]  # event_shape of its data, for the parameter count
     levels: int | None = None
     outputs: int = 0  # number of outputs of a predictor; 0 for a density
+    otherwise: Mapping[str, Any] = field(default_factory=dict)  # settings of families that it does not choose, if a user does

@@ -6,36 +6,79 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cnf.config.model import ODE
-from cnf.config.rules import COUNT, DENSITY, NONNEGATIVE, POSITIVE, Family, check_settings, setting
+from cnf.config.rules import COUNT, DENSITY, NONNEGATIVE, POSITIVE, Family, setting, tag
+from cnf.config.tagged import Settings
 
-__all__ = ["BY_LIKELIHOOD", "GRID", "SolverConfig"]
+__all__ = ["BY_LIKELIHOOD", "GRID", "AdaptiveConfig", "ExactConfig", "GridConfig", "HutchinsonConfig", "SolverConfig"]
 
-GRID = Family("adaptive", (False,), "fixed grids")
-ADAPTIVE = Family("adaptive", (True,), "adaptive solving (evaluation has eval_rtol and eval_atol)")
-HUTCHINSON = Family("divergence", ("hutchinson",), "divergence='hutchinson'")
+GRID = Family("train_solver", ("grid",), "fixed grids")
 SOLVING = Family("solves", (True,), "training that solves an ODE")
 BY_LIKELIHOOD = Family("objective", ("likelihood", "both", "regression", "classification"), "training that solves an ODE")
 
 
 @dataclass(frozen=True)
-class SolverConfig:
-    """Solver of the ODE and divergence strategy."""
+class GridConfig(Settings):
+    """Training on a fixed grid of solver steps."""
 
-    method: str = setting("rk4", given=(SOLVING,))
-    """Training solver. Fixed grid: euler, midpoint, heun, rk4, rk4-classic, dopri5; with --adaptive: dopri5, dopri8,
-    bosh3, ..."""
-    grid_steps: int = setting(4, COUNT, given=(GRID, SOLVING,))
+    kind: Literal["grid"] = tag("grid")
+    method: Literal["euler", "midpoint", "heun", "rk4", "rk4-classic", "dopri5"] = "rk4"
+    """Training solver. Fixed grid: euler, midpoint, heun, rk4, rk4-classic, dopri5; adaptive: dopri5, dopri8, bosh3, ..."""
+    grid_steps: int = setting(4, COUNT)
     """Training: solver steps of each block (solver checks may raise them)."""
-    adaptive: bool = setting(False, given=(SOLVING,))
-    """Training: adaptive solver (such as --method dopri5) instead of a fixed grid."""
-    gradient: Literal["direct", "checkpoint", "reversible", "adjoint"] = setting("direct", given=(SOLVING,))
-    """Training gradient: direct; checkpoint (grids); reversible (grids; a reversible scheme of the same order);
-    adjoint (adaptive)."""
-    rtol: float = setting(1e-5, POSITIVE, given=(ADAPTIVE, SOLVING,))
+    automatic_steps: bool = setting(False, given=(BY_LIKELIHOOD,))
+    """Training on a grid: choose the solver steps of each block from --solver-check-tolerance, starting at --grid-
+    steps."""
+    gradient: Literal["direct", "checkpoint", "reversible"] = "direct"
+    """Training gradient on a grid: direct, checkpoint, or reversible (a reversible scheme of the same order)."""
+
+
+@dataclass(frozen=True)
+class AdaptiveConfig(Settings):
+    """Training with an adaptive solver."""
+
+    kind: Literal["adaptive"] = tag("adaptive")
+    method: Literal["dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2"] = "dopri5"
+    """Training solver. Fixed grid: euler, midpoint, heun, rk4, rk4-classic, dopri5; adaptive: dopri5, dopri8, bosh3, ..."""
+    rtol: float = setting(1e-5, POSITIVE)
     """Training: relative tolerance of an adaptive solver."""
-    atol: float = setting(1e-5, POSITIVE, given=(ADAPTIVE, SOLVING,))
+    atol: float = setting(1e-5, POSITIVE)
     """Training: absolute tolerance of an adaptive solver."""
-    eval_method: str = setting("dopri5", given=(ODE,))
+    gradient: Literal["direct", "adjoint"] = "direct"
+    """Training gradient of an adaptive solver: direct, or adjoint."""
+
+
+@dataclass(frozen=True)
+class ExactConfig(Settings):
+    """Exact trace."""
+
+    kind: Literal["exact"] = tag("exact")
+
+
+@dataclass(frozen=True)
+class HutchinsonConfig(Settings):
+    """Hutchinson's estimate of the trace."""
+
+    kind: Literal["hutchinson"] = tag("hutchinson")
+    hutchinson_noise: Literal["rademacher", "gaussian"] = "rademacher"
+    """Hutchinson: distribution of the probes."""
+    hutchinson_mode: Literal["forward", "reverse"] = "forward"
+    """Hutchinson: derivative product, forward (J e) or reverse (eᵀJ)."""
+    probes: int = setting(1, COUNT)
+    """Hutchinson: probes for each row."""
+
+
+@dataclass(frozen=True)
+class SolverConfig(Settings):
+    """Solvers of training and evaluation, divergence and precision.
+
+    Example:
+        >>> SolverConfig(train_solver=GridConfig(grid_steps=2)) == SolverConfig.of(grid_steps=2)
+        True
+    """
+
+    train_solver: GridConfig | AdaptiveConfig = setting(GridConfig(), given=(SOLVING,))
+    """Training solver: a fixed grid, or adaptive (evaluation has --eval-method)."""
+    eval_method: Literal["dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2"] = setting("dopri5", given=(ODE,))
     """Evaluation and sampling: adaptive solver."""
     eval_rtol: float = setting(1e-5, POSITIVE, given=(ODE,))
     """Evaluation: relative tolerance."""
@@ -44,23 +87,11 @@ class SolverConfig:
     eval_tolerance: float = setting(1e-4, NONNEGATIVE, given=(DENSITY,))
     """Evaluation: error of the log-det in bits/dim or nats/dim, integrated at few nodes along the path; 0 integrates at
     every solver stage."""
-    divergence: Literal["exact", "hutchinson"] = setting("exact", given=(DENSITY,))
+    divergence: ExactConfig | HutchinsonConfig = setting(ExactConfig(), given=(DENSITY,))
     """Exact trace, or Hutchinson's estimate."""
-    probe: Literal["rademacher", "gaussian"] = setting("rademacher", given=(DENSITY, HUTCHINSON,))
-    """Hutchinson: distribution of the probes."""
-    mode: Literal["forward", "reverse"] = setting("forward", given=(DENSITY, HUTCHINSON,))
-    """Hutchinson: derivative product, forward (J e) or reverse (eᵀJ)."""
-    probes: int = setting(1, COUNT, given=(DENSITY, HUTCHINSON,))
-    """Hutchinson: probes for each row."""
     steer: float = setting(0.0, given=(DENSITY,))
     """Half-width of a random end time in training (STEER)."""
-    automatic_steps: bool = setting(False, given=(GRID, BY_LIKELIHOOD,))
-    """Training on a grid: choose the solver steps of each block from --solver-check-tolerance, starting at --grid-
-    steps."""
     compile: bool = setting(False, given=(DENSITY,))
     """Training: compile the fields (torch.compile): faster steps, after about a minute for every shape."""
     precision: Literal["fp32", "bf16", "tf32", "fp64"] = setting("fp32", given=(DENSITY,))
     """bf16: inside the fields, in training only; tf32: in training only, on a GPU; fp64: everything."""
-
-    def __post_init__(self) -> None:
-        check_settings(self)

@@ -62,8 +62,8 @@ def check(
         dequantisation, seed, batch_size, index, group, progress: as for :func:`~cnf.evaluation.evaluate`.
 
     Example:
-        >>> from cnf import ModelConfig, SolverConfig, build
-        >>> flow = build(ModelConfig(hidden=(8,)), SolverConfig(), (2,)).eval()
+        >>> from cnf import FlowConfig, SolverConfig, build
+        >>> flow = build(FlowConfig.of(hidden=(8,)), SolverConfig(), (2,)).eval()
         >>> result = check(flow, torch.randn(10, 2))
         >>> result.items, result.unit, result.round_trip < 1e-4
         (10, 'nats', True)

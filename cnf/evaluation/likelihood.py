@@ -149,8 +149,8 @@ def evaluate(
         ConfigError: for numbers below one, or a dequantisation or weighting that flow or data do not support.
 
     Example:
-        >>> from cnf import ModelConfig, SolverConfig, build
-        >>> flow = build(ModelConfig(hidden=(8,)), SolverConfig(), (1, 2, 2), levels=4).eval()
+        >>> from cnf import FlowConfig, SolverConfig, build
+        >>> flow = build(FlowConfig.of(hidden=(8,)), SolverConfig(), (1, 2, 2), levels=4).eval()
         >>> evaluation = evaluate(flow, torch.randint(0, 4, (5, 1, 2, 2), dtype=torch.uint8), importance=3)
         >>> evaluation.unit, evaluation.dequantisation, evaluation.bound, tuple(evaluation.per_item.shape)
         ('bits/dim', 'uniform', True, (5,))

@@ -87,8 +87,8 @@ def rank(
         DataError: for no rows.
 
     Example:
-        >>> from cnf import ModelConfig, SolverConfig, build
-        >>> flow = build(ModelConfig(hidden=(8,)), SolverConfig(), (2,)).eval()
+        >>> from cnf import FlowConfig, SolverConfig, build
+        >>> flow = build(FlowConfig.of(hidden=(8,)), SolverConfig(), (2,)).eval()
         >>> rank(flow, torch.tensor([[0.0, 0.0], [4.0, 4.0]]), ["near", "far"]).names
         ('far', 'near')
     """

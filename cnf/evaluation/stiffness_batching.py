@@ -57,8 +57,8 @@ def local_error(flow: Flow, x: Tensor, context: Tensor | None = None) -> Tensor:
     levels.
 
     Example:
-        >>> from cnf import ModelConfig, SolverConfig, build
-        >>> flow = build(ModelConfig(hidden=(8,), zero_init=False), SolverConfig(), (2,)).eval()
+        >>> from cnf import FlowConfig, SolverConfig, build
+        >>> flow = build(FlowConfig.of(hidden=(8,), zero_init=False), SolverConfig(), (2,)).eval()
         >>> local_error(flow, torch.randn(5, 2)).shape
         torch.Size([5])
     """

@@ -49,8 +49,8 @@ class FlowMatching(DensityObjective):
             must be independent of the data.
 
     Example:
-        >>> from cnf import ModelConfig, SolverConfig, build
-        >>> objective = FlowMatching(build(ModelConfig(hidden=(8,)), SolverConfig(), (2,)))
+        >>> from cnf import FlowConfig, SolverConfig, build
+        >>> objective = FlowMatching(build(FlowConfig.of(hidden=(8,)), SolverConfig(), (2,)))
         >>> terms = objective(torch.randn(5, 2))
         >>> sorted(terms), terms["loss"].shape
         (['loss'], torch.Size([5]))

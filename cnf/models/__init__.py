@@ -1,14 +1,11 @@
 """Flows and predictors built from the settings in a run folder's config.json."""
 
 from cnf._utils.aliases import aliases
-from cnf.config import ModelConfig, SolverConfig
 from cnf.models.flows import build, count_parameters
 from cnf.models.predictors import build_predictor
 from cnf.models.solving import divergence, eval_solver, slow_bf16, train_solver
 
 __all__ = [
-    "ModelConfig",
-    "SolverConfig",
     "build",
     "build_predictor",
     "count_parameters",
@@ -20,4 +17,4 @@ __all__ = [
 
 _NEURAL_ODE = ("NeuralODE", "Prediction", "Predictor", "ResidualNet", "anode_conv", "anode_mlp", "residual_net")
 
-__getattr__ = aliases(__name__, **{name: f"cnf.neural_ode.{name}" for name in _NEURAL_ODE})
+__getattr__ = aliases(__name__, ModelConfig="cnf.config.ModelConfig", SolverConfig="cnf.config.SolverConfig", **{name: f"cnf.neural_ode.{name}" for name in _NEURAL_ODE})

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from cnf._utils.errors import ConfigError
-from cnf.config import PREDICTIVE, ModelConfig, SolverConfig
+from cnf.config import CenterConfig, ConvConfig, FlowConfig, HypernetConfig, MLPConfig, SolverConfig, UNetConfig
 from cnf.fields import MLP, PERIODS, ConvField, Denoiser, Interpolant, SqueezeSum, UNet
 from cnf.flow import Flow
 from cnf.models.augmented import hyper_mlp, layer, time_path
@@ -20,11 +20,11 @@ from cnf.transforms.dequantization import TruncatedNormalDequantize, Variational
 
 __all__ = ["build", "count_parameters"]
 
-RANGE = 2.0  # width of the pixels' range [-1, 1] with marginals="center"
+RANGE = 2.0  # width of the pixels' range [-1, 1] with preprocess="center"
 PARALLEL_LEVELS = 4  # most nets in the field of FFJORD's multiscale-parallel model; fewer if the size is odd earlier
 
 
-def _dequantize(model: ModelConfig, levels: int, event_shape: tuple[int, ...]) -> Dequantize:
+def _dequantize(model: FlowConfig, levels: int, event_shape: tuple[int, ...]) -> Dequantize:
     """Return the dequantisation of these settings."""
     if model.dequantize == "uniform":
         return Dequantize(levels)
@@ -35,24 +35,24 @@ def _dequantize(model: ModelConfig, levels: int, event_shape: tuple[int, ...]) -
     return VariationalDequantize(levels, event_shape[0])
 
 
-def _unet(model: ModelConfig, shape: tuple[int, ...], context_dim: int, levels: int | None) -> UNet:
+def _unet(model: FlowConfig, field: UNetConfig, shape: tuple[int, ...], context_dim: int, levels: int | None) -> UNet:
     """Build the U-Net of one block: a denoiser if the images are dequantised with truncated normal noise."""
     if model.architecture == "parallel":
         raise ConfigError("architecture='parallel' sums plain nets at four sizes: use field='conv', or 'unet' with architecture='stack'")
-    if not model.hidden:
+    if not field.hidden:
         raise ConfigError("hidden=(): a U-Net needs the channels of one size or more, such as (64, 96)")
-    unit = 2 ** (len(model.hidden) - 1)
+    unit = 2 ** (len(field.hidden) - 1)
     if shape[1] % unit or shape[2] % unit:
         raise ConfigError(
-            f"hidden={model.hidden} halves {shape[1]}x{shape[2]} {len(model.hidden) - 1} times, which it does not survive: give "
+            f"hidden={field.hidden} halves {shape[1]}x{shape[2]} {len(field.hidden) - 1} times, which it does not survive: give "
             "fewer entries, or sizes that are multiples of " + str(unit)
         )
-    sizes = model.hidden, model.unet_depth, model.attention, context_dim, model.zero_init
+    sizes = field.hidden, field.unet_depth, field.attention, context_dim, field.zero_init
     if model.dequantize != "truncated-normal":
         return UNet(shape[0], *sizes)
-    if model.marginals != "center" or model.blocks != 1 or model.architecture != "stack":
+    if model.preprocess.kind != "center" or model.blocks != 1 or model.architecture != "stack":
         raise ConfigError(
-            "field='unet' with dequantize='truncated-normal' is one block from the pixels to the noise: give marginals='center', "
+            "field='unet' with dequantize='truncated-normal' is one block from the pixels to the noise: give preprocess='center', "
             "architecture='stack' and blocks=1"
         )
     for name, idle in (("base_std", 1.0), ("end_time", 1.0), ("learn_end_time", False)):
@@ -66,30 +66,31 @@ def _unet(model: ModelConfig, shape: tuple[int, ...], context_dim: int, levels: 
     return Denoiser(shape[0], Interpolant(noise), RANGE / levels, PERIODS, *sizes)
 
 
-def _field(model: ModelConfig, shape: tuple[int, ...], context_dim: int, levels: int | None) -> torch.nn.Module:
+def _field(model: FlowConfig, shape: tuple[int, ...], context_dim: int, levels: int | None) -> torch.nn.Module:
     """Build the vector field of one block for event_shape ``shape``."""
-    if model.field in ("mlp", "hypernet"):
+    field = model.field
+    if isinstance(field, MLPConfig | HypernetConfig):
         if model.architecture != "stack":
             raise ConfigError(f"architecture={model.architecture!r} is for convolutions: use field='conv' or 'unet'")
         dim = math.prod(shape)
-        if model.field == "hypernet":
-            return hyper_mlp(model, dim, context_dim)
-        return MLP(dim, model.hidden, layer(model), model.nonlinearity, context_dim, model.residual, model.zero_init)
+        if isinstance(field, HypernetConfig):
+            return hyper_mlp(field, dim, context_dim)
+        return MLP(dim, field.hidden, layer(field), field.nonlinearity, context_dim, field.residual, field.zero_init)
     if len(shape) != 3:
-        raise ConfigError(f"field={model.field!r} needs images, but an event has shape {shape}: use field='mlp'")
-    if model.field == "unet":
-        return _unet(model, shape, context_dim, levels)
+        raise ConfigError(f"field={field.kind!r} needs images, but an event has shape {shape}: use field='mlp'")
+    if isinstance(field, UNetConfig):
+        return _unet(model, field, shape, context_dim, levels)
 
     def conv(part: tuple[int, ...]) -> ConvField:
         return ConvField(
             part[0],
-            model.hidden,
-            layer(model),
-            model.nonlinearity,
-            _strides(model, part),
+            field.hidden,
+            layer(field),
+            field.nonlinearity,
+            _strides(field, part),
             context_dim,
-            model.residual,
-            model.zero_init,
+            field.residual,
+            field.zero_init,
         )
 
     if model.architecture != "parallel":
@@ -105,21 +106,21 @@ def _field(model: ModelConfig, shape: tuple[int, ...], context_dim: int, levels:
     return SqueezeSum([conv((4**s * shape[0], shape[1] >> s, shape[2] >> s)) for s in range(levels)])
 
 
-def _strides(model: ModelConfig, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+def _strides(field: ConvConfig, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """Return the strides, or None if not given, after checking that the image size can be halved as often."""
     size = shape[1:]
-    for stride in model.strides:
+    for stride in field.strides:
         if stride == 2 and any(n % 2 for n in size):
             raise ConfigError(
-                f"strides={model.strides} halves {size[0]}x{size[1]} on the way through a block on events {shape}: give "
+                f"strides={field.strides} halves {size[0]}x{size[1]} on the way through a block on events {shape}: give "
                 "sizes that can be halved so often, or fewer strides of 2"
             )
         size = tuple(n // 2 if stride == 2 else 2 * n if stride == -2 else n for n in size)
-    return model.strides or None
+    return field.strides or None
 
 
 def build(
-    model: ModelConfig,
+    model: FlowConfig,
     solver: SolverConfig,
     event_shape: tuple[int, ...],
     *,
@@ -133,7 +134,7 @@ def build(
         model: architecture.
         solver: solvers and divergence.
         event_shape: (D,) for vectors, (C, H, W) for images.
-        levels: grey levels of images, dequantised and mapped according to ``model.marginals`` first; None for vectors,
+        levels: grey levels of images, dequantised and mapped according to ``model.preprocess`` first; None for vectors,
             which are standardised first, with statistics set by ``flow.fit_statistics``.
         context_dim: size of the context, 0 for none.
         field: makes the vector field of a block from its event_shape and context_dim, in place of ``model.field``.
@@ -142,17 +143,17 @@ def build(
         ConfigError: for inconsistent settings, or images whose size cannot be squeezed as requested.
 
     Example:
-        >>> flow = build(ModelConfig(hidden=(32,)), SolverConfig(), (2,))
+        >>> flow = build(FlowConfig(field=MLPConfig((32,))), SolverConfig(), (2,))
         >>> sum(p.numel() for p in flow.parameters())
         264
-        >>> ffjord = ModelConfig("multiscale", "conv", (64, 64, 64), 1, layer="concat", nonlinearity="softplus",
-        ...                      zero_init=False, learn_end_time=True, alpha=1e-6, marginals="logit")
+        >>> ffjord = FlowConfig.of(architecture="multiscale", field="conv", hidden=(64, 64, 64), time_conditioning="concat",
+        ...     nonlinearity="softplus", zero_init=False, learn_end_time=True, preprocess="logit", alpha=1e-6)
         >>> flow = build(ffjord, SolverConfig(), (1, 28, 28), levels=256)
         >>> sum(p.numel() for p in flow.parameters()), flow.latent_shape
         (400323, (784,))
     """
-    if model.architecture in PREDICTIVE:
-        raise ConfigError(f"architecture={model.architecture!r} predicts and has no density: objective 'classification' or 'regression'")
+    if not isinstance(model, FlowConfig):
+        raise ConfigError(f"architecture={getattr(model, 'architecture', model)!r} predicts and has no density: objective 'classification' or 'regression'")
     if levels is None and model.dequantize != "uniform":
         raise ConfigError(f"dequantize={model.dequantize!r} is for images; these data are vectors")
     first: list[Transform]
@@ -160,16 +161,16 @@ def build(
         first = [Standardize(torch.zeros(event_shape), torch.ones(event_shape))]
     else:
         first = [_dequantize(model, levels, event_shape)]
-        if model.marginals == "gaussianize":
-            first.append(Gaussianize(event_shape, levels, model.alpha))
-        elif model.marginals == "center":
+        if isinstance(model.preprocess, CenterConfig):
             first.append(Rescale(RANGE))
+        elif model.preprocess.kind == "gaussianize":
+            first.append(Gaussianize(event_shape, levels, model.preprocess.alpha))
         else:
-            first.append(Logit(model.alpha))
-        if model.marginals == "standardize":
+            first.append(Logit(model.preprocess.alpha))
+        if model.preprocess.kind == "standardize":
             first.append(Standardize(torch.zeros(event_shape), torch.ones(event_shape)))
     shape = event_shape
-    if model.squeeze_first:
+    if isinstance(model.field, ConvConfig | UNetConfig) and model.field.squeeze_first:
         first.append(Squeeze())
         shape = first[-1].latent_shape(shape)
 
@@ -183,7 +184,7 @@ def build(
             end_time=model.end_time,
             learn_end_time=model.learn_end_time,
             steer=solver.steer,
-            path=time_path(model),
+            path=time_path(model.field),
             autocast=lower,
             compile=solver.compile,
         )
@@ -203,7 +204,7 @@ def build(
     return flow.double() if solver.precision == "fp64" else flow
 
 
-def count_parameters(model: ModelConfig, shape: tuple[int, ...], levels: int | None = 256) -> int:
+def count_parameters(model: FlowConfig, shape: tuple[int, ...], levels: int | None = 256) -> int:
     """Return the number of parameters of a flow, without allocating them.
 
     Example:

@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from cnf._utils.errors import ConfigError
-from cnf.config import PREDICTIVE, ModelConfig, SolverConfig
+from cnf.config import NeuralODEConfig, PredictorConvConfig, ResNetConfig, SolverConfig, VaryingDepthConfig
 from cnf.fields.depth import galerkin
 from cnf.fields.layers import LayerFactory
 from cnf.models.solving import eval_solver, train_solver
@@ -22,7 +22,7 @@ _ONE_TIME = ("blend", "hyper")  # layers with one set of weights per time
 
 
 def build_predictor(
-    model: ModelConfig, solver: SolverConfig, event_shape: tuple[int, ...], *, outputs: int, levels: int | None = None
+    model: NeuralODEConfig | ResNetConfig, solver: SolverConfig, event_shape: tuple[int, ...], *, outputs: int, levels: int | None = None
 ) -> Predictor:
     """Build the predictor of these settings, with ``outputs`` outputs for inputs of one shape.
 
@@ -37,17 +37,15 @@ def build_predictor(
         ConfigError: for inconsistent settings, or settings without effect.
 
     Example:
-        >>> anode = ModelConfig("node", "conv", (64, 64), strides=(0, 1, 0), layer="ignore", nonlinearity="relu",
-        ...                     zero_init=False, augment=5)
+        >>> anode = NeuralODEConfig.of(field="conv", hidden=(64, 64), strides=(0, 1, 0), time_conditioning="ignore",
+        ...                            nonlinearity="relu", zero_init=False, augment=5)
         >>> model = build_predictor(anode, SolverConfig(), (1, 28, 28), outputs=10, levels=256)
         >>> sum(p.numel() for p in model.parameters())
         84816
     """
-    if model.architecture not in PREDICTIVE:
-        raise ConfigError(f"architecture={model.architecture!r} is a density; to predict takes {' or '.join(map(repr, PREDICTIVE))}")
-    if model.field not in ("mlp", "conv"):
-        raise ConfigError(f"field={model.field!r} is for densities: architecture={model.architecture!r} takes 'mlp' or 'conv'")
-    if model.architecture == "resnet":
+    if not isinstance(model, NeuralODEConfig | ResNetConfig):
+        raise ConfigError(f"architecture={getattr(model, 'architecture', model)!r} is a density; to predict takes NeuralODEConfig or ResNetConfig")
+    if isinstance(model, ResNetConfig):
         made: Predictor = _resnet(model, event_shape, outputs, levels)
     else:
         made = _node(model, solver, event_shape, outputs, levels)
@@ -57,10 +55,7 @@ def build_predictor(
     return made
 
 
-def _resnet(model: ModelConfig, event_shape: tuple[int, ...], outputs: int, levels: int | None) -> ResidualNet:
-    for name, value in {"field": "mlp", "layer": "ignore"}.items():
-        if getattr(model, name) != value:
-            raise ConfigError(f"{name}={getattr(model, name)!r}: architecture='resnet' takes {name}={value!r} alone")
+def _resnet(model: ResNetConfig, event_shape: tuple[int, ...], outputs: int, levels: int | None) -> ResidualNet:
     return ResidualNet(
         event_shape,
         outputs,
@@ -74,33 +69,33 @@ def _resnet(model: ModelConfig, event_shape: tuple[int, ...], outputs: int, leve
 
 
 def _node(
-    model: ModelConfig, solver: SolverConfig, event_shape: tuple[int, ...], outputs: int, levels: int | None
+    model: NeuralODEConfig, solver: SolverConfig, event_shape: tuple[int, ...], outputs: int, levels: int | None
 ) -> NeuralODE:
-    pieces, layer = 1, _layer(model)
-    if model.depth == "stacked":
-        pieces = model.depth_terms
+    settings, depth, layer = model.field, model.depth, _layer(model)
+    pieces = depth.depth_terms if isinstance(depth, VaryingDepthConfig) and depth.kind == "stacked" else 1
     if model.adaptive_depth and (isinstance(layer, str) is False or layer in _ONE_TIME):
-        what = f"depth={model.depth!r}" if model.depth in ("chebyshev", "fourier") else f"layer={model.layer!r}"
+        what = f"depth={depth.kind!r}" if depth.kind in ("chebyshev", "fourier") else f"time_conditioning={settings.time_conditioning!r}"
         raise ConfigError(f"{what} has one set of weights per time, and adaptive_depth gives every sample its own: leave one out")
-    shape = event_shape if model.field == "conv" else (math.prod(event_shape),)
-    if model.field == "conv" and len(shape) != 3:
+    conv = isinstance(settings, PredictorConvConfig)
+    shape = event_shape if conv else (math.prod(event_shape),)
+    if conv and len(shape) != 3:
         raise ConfigError(f"field='conv' needs images, but an event has shape {event_shape}: use field='mlp'")
     control = shape[0] if model.data_control else 0
     width = shape[0] + model.augment
 
     def field() -> nn.Module:
-        if model.field == "mlp":
-            maps, layers = mlp_maps(width, model.hidden, layer, control)
+        if isinstance(settings, PredictorConvConfig):
+            strides = settings.strides or (1,) * (len(settings.hidden) + 1)
+            maps, layers = conv_maps(width, settings.hidden, layer, strides, control)
         else:
-            strides = model.strides or (1,) * (len(model.hidden) + 1)
-            maps, layers = conv_maps(width, model.hidden, layer, strides, control)
-        return ODENet(maps, layers, model.nonlinearity, model.zero_init)
+            maps, layers = mlp_maps(width, settings.hidden, layer, control)
+        return ODENet(maps, layers, settings.nonlinearity, settings.zero_init)
 
     return NeuralODE(
         [field() for _ in range(pieces)],
         event_shape,
         outputs,
-        flatten=model.field == "mlp",
+        flatten=not conv,
         augment=model.augment,
         input_layer=model.input_layer,
         data_control=model.data_control,
@@ -114,16 +109,17 @@ def _node(
     )
 
 
-def _layer(model: ModelConfig) -> str | LayerFactory:
+def _layer(model: NeuralODEConfig) -> str | LayerFactory:
     """Return the layer type, or the layer factory of a depth basis."""
-    if model.depth == "constant":
-        return model.layer
-    if model.depth_terms < 2:
-        raise ConfigError(f"depth_terms={model.depth_terms}: depth={model.depth!r} takes at least 2, else weights are constant")
-    if model.depth == "stacked":
-        return model.layer
-    if model.layer != "ignore":
-        raise ConfigError(f"layer={model.layer!r}: with depth={model.depth!r} time enters by the weights; use layer='ignore'")
+    depth, layer = model.depth, model.field.time_conditioning
+    if not isinstance(depth, VaryingDepthConfig):
+        return layer
+    if depth.depth_terms < 2:
+        raise ConfigError(f"depth_terms={depth.depth_terms}: depth={depth.kind!r} takes at least 2, else weights are constant")
+    if depth.kind == "stacked":
+        return layer
+    if layer != "ignore":
+        raise ConfigError(f"time_conditioning={layer!r}: with depth={depth.kind!r} time enters by the weights; use time_conditioning='ignore'")
     if model.learn_end_time:
-        raise ConfigError(f"learn_end_time=True: the basis of depth={model.depth!r} lives on [0, end_time]; leave it False")
-    return galerkin(model.depth, model.depth_terms, model.end_time)
+        raise ConfigError(f"learn_end_time=True: the basis of depth={depth.kind!r} lives on [0, end_time]; leave it False")
+    return galerkin(depth.kind, depth.depth_terms, model.end_time)

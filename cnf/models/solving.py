@@ -6,21 +6,23 @@ import math
 
 import torch
 
-from cnf.config import SolverConfig
+from cnf.config import AdaptiveConfig, HutchinsonConfig, SolverConfig
 from cnf.flow import Flow
 from cnf.ode.divergence import Divergence, Exact, Hutchinson
 from cnf.solvers import Adaptive, FixedGrid, Reversible, Solver
 
 __all__ = ["autocast", "divergence", "eval_solver", "slow_bf16", "train_solver"]
 
+
 def train_solver(config: SolverConfig, grid_steps: int | None = None) -> Solver:
     """Return the training solver; ``grid_steps`` overrides that of the settings."""
-    if config.adaptive:
-        return Adaptive(config.method, config.rtol, config.atol, config.gradient)
-    steps = grid_steps or config.grid_steps
-    if config.gradient == "reversible":
-        return Reversible(config.method, steps)
-    return FixedGrid(config.method, steps, config.gradient)
+    train = config.train_solver
+    if isinstance(train, AdaptiveConfig):
+        return Adaptive(train.method, train.rtol, train.atol, train.gradient)
+    steps = grid_steps or train.grid_steps
+    if train.gradient == "reversible":
+        return Reversible(train.method, steps)
+    return FixedGrid(train.method, steps, train.gradient)
 
 
 def eval_solver(config: SolverConfig, flow: Flow | None = None) -> Solver:
@@ -33,9 +35,10 @@ def eval_solver(config: SolverConfig, flow: Flow | None = None) -> Solver:
 
 def divergence(config: SolverConfig) -> Divergence:
     """Return the divergence strategy."""
-    if config.divergence == "exact":
-        return Exact()
-    return Hutchinson(config.probe, config.mode, config.probes)
+    trace = config.divergence
+    if isinstance(trace, HutchinsonConfig):
+        return Hutchinson(trace.hutchinson_noise, trace.hutchinson_mode, trace.probes)
+    return Exact()
 
 
 def autocast(config: SolverConfig) -> torch.dtype | None:

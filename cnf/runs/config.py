@@ -12,8 +12,9 @@ from typing import Any
 
 from cnf._utils.errors import CheckpointError, ConfigError
 from cnf._utils.untrusted import require_file
-from cnf.config import RunConfig
+from cnf.config import FlowConfig, RunConfig
 from cnf.config.decoding import decode, once
+from cnf.config.former import from_format_4
 from cnf.config.rules import setting
 from cnf.data.schema import TableColumn, context_width, data_columns
 from cnf.flow import Flow
@@ -24,8 +25,9 @@ from cnf.runs.files import write_atomic, write_text
 
 __all__ = ["FORMAT", "RunInfo", "config_digest", "read_config", "write_config"]
 
-FORMAT = 4
+FORMAT = 5
 LARGEST = 2**24  # bytes, limit of a config.json
+CONVERTED = {4: from_format_4}  # former formats
 _HEAD = ("format", "sha256")
 
 
@@ -53,7 +55,7 @@ class RunInfo:
         field = field_maker(self.custom_field) if self.custom_field else None
         if field is not None and not config.train.density:
             raise ConfigError(f"--field {self.custom_field} is for a density: a predictor's field is built from its settings")
-        if not config.train.density:
+        if not isinstance(config.model, FlowConfig):
             return build_predictor(
                 config.model, config.solver, self.event_shape, outputs=self.context_dim, levels=self.levels
             )
@@ -89,14 +91,14 @@ def read_config(folder: Path) -> RunInfo:
             f"{folder} holds a model of cnf.fit or cnf.save ({reprlib.repr(raw.get('model_class'))}), not a run of cnf train: "
             "load it in Python, cnf.load(folder)"
         )
-    info: RunInfo = decode(RunInfo, {k: v for k, v in raw.items() if k not in _HEAD}, str(path))
+    info: RunInfo = decode(RunInfo, present_fields(raw), str(path))
     _check(info, str(path))
     check_digest(raw, path)
     return info
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
-    """Return the fields of config.json, of the format that this version reads; their checksum is not checked yet."""
+    """Return the fields of config.json, of a format that this version reads; their checksum is not checked yet."""
     path = folder / "config.json"
     if not path.exists():
         raise CheckpointError(f"{folder} is no run folder: it has no config.json")
@@ -106,11 +108,18 @@ def read_fields(folder: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(raw, dict) or type(raw.get("format")) is not int or raw["format"] != FORMAT:
-        recorded = raw.get("format") if isinstance(raw, dict) else None
+    recorded = raw.get("format") if isinstance(raw, dict) else None
+    if type(recorded) is not int or recorded not in (FORMAT, *CONVERTED):
         other = f" (this folder was written by another version, in format {recorded})" if type(recorded) is int else ""
         raise CheckpointError(f"{path}: this version reads format {FORMAT}{other}")
-    return raw
+    fields: dict[str, Any] = raw
+    return fields
+
+
+def present_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields without format and checksum, converted from a former format."""
+    fields = CONVERTED[raw["format"]](raw) if raw["format"] in CONVERTED else raw
+    return {name: value for name, value in fields.items() if name not in _HEAD}
 
 
 def write_fields(folder: Path, fields: dict[str, Any]) -> None:
@@ -142,7 +151,7 @@ def _check(info: RunInfo, where: str) -> None:
             raise CheckpointError(f"{where}: table: column {reprlib.repr(column.name)}: {fault}")
     if len({column.name for column in info.table}) < len(info.table):
         raise CheckpointError(f"{where}: table names a column twice")
-    targets = info.config.train.objective == "regression"  # regression targets, not classes
+    targets = info.config.train.objective.kind == "regression"  # regression targets, not classes
     conditioned = info.table and context_width(info.table)
     known_widths = (conditioned,) if conditioned else (0, len(info.classes))
     if not 0 <= info.context_dim <= 2**31 or not (targets or info.context_dim in known_widths):

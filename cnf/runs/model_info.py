@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from cnf._utils.errors import CNFError
-from cnf.config import ModelConfig, SolverConfig
+from cnf.config import FlowConfig, SolverConfig
 from cnf.config.decoding import decode
+from cnf.config.model import ModelConfig
 from cnf.flow import Flow
 from cnf.models import build, build_predictor
 from cnf.neural_ode import Predictor
-from cnf.runs.config import check_digest, read_fields, write_fields
+from cnf.runs.config import check_digest, present_fields, read_fields, write_fields
 
 __all__ = ["Built", "ModelInfo", "describe", "is_model", "read_model_info", "write_model_info"]
 
@@ -34,7 +35,7 @@ class Built:
 
     def build(self) -> Flow | Predictor:
         """Return the model, untrained."""
-        if self.predicts:
+        if not isinstance(self.model, FlowConfig):
             return build_predictor(self.model, self.solver, self.event_shape, outputs=self.width, levels=self.levels)
         return build(self.model, self.solver, self.event_shape, levels=self.levels, context_dim=self.width)
 
@@ -98,6 +99,6 @@ def is_model(folder: Path) -> bool:
 def read_model_info(folder: Path) -> ModelInfo:
     """Read config.json; a CheckpointError says what is missing or damaged."""
     raw: dict[str, Any] = read_fields(folder)
-    info: ModelInfo = decode(ModelInfo, {k: v for k, v in raw.items() if k not in ("format", "sha256")}, str(folder / "config.json"))
+    info: ModelInfo = decode(ModelInfo, present_fields(raw), str(folder / "config.json"))
     check_digest(raw, folder / "config.json")
     return info

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from cnf._utils.errors import CheckpointError, ConfigError
 from cnf._utils.untrusted import require_file
-from cnf.config import ModelConfig
+from cnf.config.model import ModelConfig
+from cnf.config.tagged import values
 from cnf.runs.config import read_config
 from cnf.runs.files import one_line, write_atomic
 from cnf.runs.lock import locked
@@ -131,9 +132,9 @@ def save(flow: nn.Module, folder: str | Path) -> None:
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> from cnf import ModelConfig, SolverConfig, build
+        >>> from cnf import FlowConfig, SolverConfig, build
         >>> with TemporaryDirectory() as folder:
-        ...     save(build(ModelConfig(hidden=(8,)), SolverConfig(), (2,)), folder)
+        ...     save(build(FlowConfig.of(hidden=(8,)), SolverConfig(), (2,)), folder)
         ...     load(folder).event_shape
         (2,)
     """
@@ -160,8 +161,10 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _check(model: ModelConfig, build: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> None:
     """Check that model and weights match before memory is allocated: a config may request more than any machine has."""
     count = len(tensors)
-    stacked = model.depth_terms if model.depth == "stacked" else 0
-    for name, asked in (("blocks", model.blocks), ("hidden", len(model.hidden)), ("unet_depth", model.unet_depth), ("stacked pieces", stacked)):
+    named = {each.name: each.value for each in values(model)}
+    stacked = named["depth_terms"] if named.get("depth") == "stacked" else 0
+    sizes = {"blocks": named.get("blocks", 0), "hidden": len(named["hidden"]), "unet_depth": named.get("unet_depth", 0), "stacked pieces": stacked}
+    for name, asked in sizes.items():
         if asked > count:
             raise ValueError(f"config.json asks for {asked} {name}, but there are {count} tensors in all")
     with torch.device("meta"):

@@ -155,10 +155,10 @@ class AutoSteps(SolverMonitor):
         """Return the new number of solver steps of each block, given the current ones, their errors and the minima.
 
         Example:
-            >>> from cnf import ModelConfig, SolverConfig, build
+            >>> from cnf import FlowConfig, SolverConfig, build
             >>> from cnf.losses import Likelihood
             >>> monitor = AutoSteps()
-            >>> monitor.attach(Likelihood(build(ModelConfig(hidden=(4,), blocks=2), SolverConfig(), (2,))), print)
+            >>> monitor.attach(Likelihood(build(FlowConfig.of(hidden=(4,), blocks=2), SolverConfig(), (2,))), print)
             >>> monitor.choose([1, 4], [0.02, 0.001]), monitor.choose([3, 4], [0.0001, 0.0001])
             ([2, 4], [2, 2])
             >>> monitor.choose([3, 4], [0.0001, 0.0001], [1, 3])

@@ -63,7 +63,7 @@ def score_predictions(
         SolverError: if a solve fails.
     """
     started = time.monotonic()
-    kind = info.config.train.objective
+    kind = info.config.train.objective.kind
     total = len(getattr(data, split))
     index = choose_rows(total, items, TEST_SEED)
     x, targets = getattr(data, split)[index], getattr(data, f"{split}_context")[index]
@@ -166,7 +166,7 @@ def predictor_pictures(
 
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
-    classification = info.config.train.objective == "classification"
+    classification = info.config.train.objective.kind == "classification"
     unit = "cross entropy, nats" if classification else "mean squared error"
     plotting.learning_curves(metrics, plots / "learning_curves.png", unit=unit, name="loss")
     x, targets = data.test[:1000], data.test_context

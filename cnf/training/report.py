@@ -127,7 +127,7 @@ def finish(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path) -> d
         return finish_predictions(trainer, info, data, folder)
     flow = trainer.best_model()
     train, group = info.config.train, trainer.group
-    result, found = score(flow, info, data, draws=train.draws, items=train.test_items, group=group, quiet=trainer.quiet)
+    result, found = score(flow, info, data, draws=train.noise_samples, items=train.test_items, group=group, quiet=trainer.quiet)
     result |= trained(trainer, info, data)
     if not group.main:
         return result

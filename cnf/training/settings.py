@@ -9,12 +9,19 @@ from pathlib import Path
 import torch
 
 from cnf._utils.errors import ConfigError
-from cnf.config import TrainConfig
+from cnf.config import (
+    AdaptiveConfig,
+    BothConfig,
+    GridConfig,
+    LikelihoodConfig,
+    MatchingConfig,
+    SolverConfig,
+    TrainConfig,
+)
 from cnf.data import DataSplits
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.flow import Flow
 from cnf.losses import FlowMatching, Likelihood, Objective, Supervised
-from cnf.models import SolverConfig
 from cnf.neural_ode import Predictor
 from cnf.runs import RunInfo, write_config
 from cnf.training.auto_steps import AutoSteps
@@ -110,13 +117,13 @@ def prepare(info: RunInfo, data: DataSplits, group: Group = SINGLE_PROCESS) -> t
 
 def _configured(config: TrainConfig, solver: SolverConfig, objective: Objective) -> list[Callback]:
     """Return the callbacks that have settings."""
-    # a preset's automatic_steps concerns its grid, which --adaptive replaces
-    kind = AutoSteps if solver.automatic_steps and not solver.adaptive and objective.solves else SolverMonitor
+    grid = solver.train_solver
+    kind = AutoSteps if isinstance(grid, GridConfig) and grid.automatic_steps and objective.solves else SolverMonitor
     return [
         WeightAverage(config.ema_decay),
-        TimeSampler(config.watch_every),
-        kind(config.watch_tolerance, config.max_grid_steps, config.watch_every),
-        NonFinitePolicy(max_error=MAX_ERROR * config.watch_tolerance, advice=advice(config, solver)),
+        TimeSampler(config.solver_check_every),
+        kind(config.solver_check_tolerance, config.max_grid_steps, config.solver_check_every),
+        NonFinitePolicy(max_error=MAX_ERROR * config.solver_check_tolerance, advice=advice(config, solver)),
         EarlyStopping(config.patience),
         TimeLimit(config.max_time),
     ]
@@ -134,27 +141,26 @@ def phases(model: Flow | Predictor, config: TrainConfig, batches: Batches) -> li
         optimizer = partial(adamw, lr=lr, weight_decay=config.weight_decay)
         return Phase(objective, batches, optimizer, lambda step, steps: rate(step, steps=steps), steps, message)
 
+    settings = config.objective
     if not isinstance(model, Flow):
-        if config.kinetic or config.jacobian or config.step_error:
-            weights = f"kinetic={config.kinetic:g}, jacobian={config.jacobian:g}, step_error={config.step_error:g}"
-            raise ConfigError(f"{weights} are for densities: leave them at 0")
-        return [phase(Supervised(model, config.objective), batches, config.lr, config.warmup)]
+        return [phase(Supervised(model, settings.kind), batches, config.lr, config.warmup)]
     stages: list[Phase] = []
-    if config.objective in ("flow-matching", "both"):
-        if config.coupling != "independent" and (config.accumulate > 1 or batches.group.size > 1):
+    if isinstance(settings, MatchingConfig):
+        if settings.coupling != "independent" and (config.accumulate > 1 or batches.group.size > 1):
             raise ConfigError(
-                f"coupling={config.coupling!r} assigns the noise of a whole batch, which no process or micro-batch has: leave "
+                f"coupling={settings.coupling!r} assigns the noise of a whole batch, which no process or micro-batch has: leave "
                 "--accumulate at 1 and train in one process, or take coupling='independent'"
             )
-        matching = FlowMatching(model, config.coupling, config.match_weights, config.match_times)
+        matching = FlowMatching(model, settings.coupling, settings.fm_weighting, settings.fm_time_sampling)
         stages.append(phase(matching, batches, config.lr, config.warmup))
-    if config.objective in ("likelihood", "both"):
-        likelihood = Likelihood(model, config.kinetic, config.jacobian, config.regularisers, config.step_error)
-        if config.objective == "likelihood":
+    if isinstance(settings, LikelihoodConfig):
+        likelihood = Likelihood(model, settings.kinetic, settings.jacobian, settings.regularisers, settings.step_error)
+        if not isinstance(settings, BothConfig):
             return [phase(likelihood, batches, config.lr, config.warmup)]
-        own = batches.resized(config.tune_batch_size) if config.tune_batch_size else batches
+        own = batches.resized(settings.finetune_batch_size) if settings.finetune_batch_size else batches
         message = f"from here on the likelihood, on batches of {own.size}"
-        stages.append(phase(likelihood, own, config.tune_lr, config.warmup_of_tuning, config.tune_steps, message))
+        warmup = min(config.warmup, settings.finetune_steps // 10)
+        stages.append(phase(likelihood, own, settings.finetune_lr, warmup, settings.finetune_steps, message))
     return stages
 
 
@@ -162,12 +168,15 @@ def advice(config: TrainConfig, solver: SolverConfig) -> str:
     """Return the options that may help, with their current values.
 
     Example:
-        >>> advice(TrainConfig(lr=0.1, warmup=0), SolverConfig(grid_steps=2))
+        >>> advice(TrainConfig(lr=0.1, warmup=0), SolverConfig.of(grid_steps=2))
         'a smaller --lr (now 0.1), a longer --warmup (now 0), --kinetic 0.01 or more (now 0), or more --grid-steps (now 2)'
     """
-    finer = f"a smaller --rtol (now {solver.rtol:g})" if solver.adaptive else f"more --grid-steps (now {solver.grid_steps})"
-    if config.objective == "flow-matching":
+    objective, train = config.objective, solver.train_solver
+    finer = f"a smaller --rtol (now {train.rtol:g})" if isinstance(train, AdaptiveConfig) else f"more --grid-steps (now {train.grid_steps})"
+    if objective.kind == "flow-matching":
         return f"a smaller --lr (now {config.lr:g}), or a longer --warmup (now {config.warmup})"
-    kinetic = f"--kinetic 0.01 or more (now {config.kinetic:g}), " if config.objective in ("likelihood", "both") else ""
-    rate = f"--lr (now {config.lr:g})" if config.objective != "both" else f"--lr or --finetune-lr (now {config.lr:g}, {config.tune_lr:g})"
+    kinetic = f"--kinetic 0.01 or more (now {objective.kinetic:g}), " if isinstance(objective, LikelihoodConfig) else ""
+    rate = f"--lr (now {config.lr:g})"
+    if isinstance(objective, BothConfig):
+        rate = f"--lr or --finetune-lr (now {config.lr:g}, {objective.finetune_lr:g})"
     return f"a smaller {rate}, a longer --warmup (now {config.warmup}), {kinetic}or {finer}"

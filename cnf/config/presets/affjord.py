@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from cnf.config.model import ModelConfig
+from cnf.config.model import FlowConfig
 from cnf.config.presets.images import FFJORD_SOLVER, PUBLISHED_TRAIN
 from cnf.config.published import AFFJORD as MODEL
 from cnf.config.settings import DataConfig, Preset, RunConfig, TrainConfig
@@ -23,13 +23,12 @@ PUBLISHED_COST = "0.15 to 0.17 CPU seconds a step: about 40 minutes on a quiet c
 # alone. T = 10, 40 solver steps of rk4 (examples: 20), a(0) = 0 (examples: --augmented-time-start learned), base N(0, 0.1 I)
 # (variance). Adam at 1e-3, batches of 512, 14,000 steps, no averaging. Ours: standardised data (the examples'
 # checkerboard has a standard deviation of 0.87) and 100 steps of warm-up
+_MODEL = FlowConfig.of(field="hypernet", hidden=(64,), generator=(32, 32), zero_init=False, end_time=10.0, base_std=math.sqrt(0.1))
 _PUBLISHED = RunConfig(
     data=DataConfig("checkerboard"),
-    model=ModelConfig(
-        field="hypernet", hidden=(64,), generator=(32, 32), zero_init=False, end_time=10.0, base_std=math.sqrt(0.1)
-    ),
-    solver=SolverConfig(method="rk4", grid_steps=40),
-    train=TrainConfig(
+    model=_MODEL,
+    solver=SolverConfig.of(method="rk4", grid_steps=40),
+    train=TrainConfig.of(
         steps=14_000,
         batch_size=512,
         lr=1e-3,
@@ -44,11 +43,12 @@ _PUBLISHED = RunConfig(
 # Parameters: 20,160 of the field and 17 of g, da/dt = g(a). The released model has 44,561: these, 8,448 of two dropped
 # outputs and 15,936 of an unused second generator. FFJORD's 15,904 equal the published count
 _DRIVEN: dict[str, Any] = {
-    "drive": "both", "drive_dim": 2, "drive_entries": 2, "drive_hidden": 3, "drive_nonlinearity": "elu",
+    "augmented_time": "both", "augmented_time_dim": 2, "augmented_time_entries": 2, "augmented_time_hidden": 3,
+    "augmented_time_nonlinearity": "elu",
 }  # fmt: skip
 
 
-def _published_toy(name: str, model: ModelConfig, summary: str) -> dict[str, Preset]:
+def _published_toy(name: str, model: FlowConfig, summary: str) -> dict[str, Preset]:
     return {name: Preset(replace(_PUBLISHED, name=name, model=model), summary, PUBLISHED_COST, (2,))}
 
 
@@ -57,9 +57,9 @@ def _toy(name: str, data: str) -> dict[str, Preset]:
     config = RunConfig(
         name,
         DataConfig(data),
-        ModelConfig(hidden=(64, 64), zero_init=False, drive="both"),
-        SolverConfig(method="rk4", grid_steps=8),
-        TrainConfig(steps=4000, batch_size=512, lr=3e-3, validate_every=500, watch_tolerance=0.005, threads=1),
+        FlowConfig.of(hidden=(64, 64), zero_init=False, augmented_time="both"),
+        SolverConfig.of(method="rk4", grid_steps=8),
+        TrainConfig.of(steps=4000, batch_size=512, lr=3e-3, validate_every=500, solver_check_tolerance=0.005, threads=1),
     )
     return {name: Preset(config, f"AFFJORD, a learned time enters the field and generates its weights ({OTHER})", COST, (2,))}
 
@@ -68,9 +68,9 @@ def _image(
     name: str, data: DataConfig, shape: tuple[int, ...], epoch: int, cost: str = "not measured yet"
 ) -> dict[str, Preset]:
     # its script: FFJORD's training at lr 6e-4 with one block per group, 500 epochs of batch 200
-    train = replace(PUBLISHED_TRAIN, lr=6e-4, steps=500 * epoch, validate_every=epoch)
+    train = PUBLISHED_TRAIN.change(lr=6e-4, steps=500 * epoch, validate_every=epoch)
     if data.data == "celeba":
-        train = replace(train, validation_items=10_000)
+        train = train.change(validation_items=10_000)
     config = RunConfig(name, data, MODEL, FFJORD_SOLVER, train)
     return {name: Preset(config, f"AFFJORD's multiscale model ({OTHER})", cost, shape, 256)}
 
@@ -80,10 +80,10 @@ AFFJORD = (
     | _toy("affjord-toy-hash", "hash-gaussian")
     | _published_toy(
         "affjord-toy-published",
-        replace(_PUBLISHED.model, **_DRIVEN),
+        _MODEL.change(**_DRIVEN),
         "AFFJORD's own 2-D protocol, 160 evaluations a solve (--data hash-gaussian: its other set)",
     )
-    | _published_toy("ffjord-toy-published", _PUBLISHED.model, "the same without a learned time: what AFFJORD is compared with")
+    | _published_toy("ffjord-toy-published", _MODEL, "the same without a learned time: what AFFJORD is compared with")
     | _image("affjord-mnist", DataConfig("mnist"), (1, 28, 28), 300, "13 s a step of 16 images on one core, at the start")
     | _image("affjord-cifar10", DataConfig("cifar10"), (3, 32, 32), 250)
     | _image("affjord-celeba32", DataConfig("celeba", image_size=32), (3, 32, 32), 814)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from cnf.config.model import ModelConfig
+from cnf.config.model import FlowConfig
 from cnf.config.published import FFJORD, RNODE
 from cnf.config.settings import DataConfig, Preset, RunConfig, TrainConfig
 from cnf.config.solver import SolverConfig
@@ -13,13 +11,13 @@ __all__ = ["FFJORD_SOLVER", "IMAGES", "PUBLISHED_TRAIN"]
 
 # Sources: FFJORD is 1810.01367, its README's command and its script's defaults; RNODE is 2002.02798, its example
 # scripts and their script's defaults. Where RNODE's paper and code differ the preset follows the paper; the code's
-# settings are --regularisers code, and for CIFAR-10 also --jacobian 0.01 --adaptive --method dopri5 --gradient adjoint.
+# settings are --regularisers code, and for CIFAR-10 also --jacobian 0.01 --train-solver adaptive --gradient adjoint.
 
 # both codes: Adam (torch's betas and eps), lr 1e-3 after 1000 steps of linear warm-up, batch 200, no weight decay, no
 # averaging, effectively no clipping (at 1e10 and infinity), one pass over the test set. Both select weights on the test
 # set; here a validation split does (a subset for large data sets, our choice). Their epoch: 300 steps of MNIST, 250 of
 # CIFAR-10
-PUBLISHED_TRAIN = TrainConfig(
+PUBLISHED_TRAIN = TrainConfig.of(
     batch_size=200,
     lr=1e-3,
     warmup=1000,
@@ -27,15 +25,15 @@ PUBLISHED_TRAIN = TrainConfig(
     weight_decay=0.0,
     max_grad_norm=0.0,
     ema_decay=0.0,
-    draws=1,
+    noise_samples=1,
 )
 # dopri5 at 1e-5 (both scripts, also for RNODE's tests). Both codes use the vjp eᵀJ (--hutchinson-mode reverse); J e gives the same
 # trace and an equally unbiased norm in less time (rnode-mnist, batch 4: 1.9 s a step instead of 2.2). In both the
 # log-det also controls the step size, here only the state does (Adaptive's quadratures_in_norm); RNODE sets a first
 # step of 1/6, here dopri5 chooses it
-_SOLVER = SolverConfig(
-    "dopri5",
-    adaptive=True,
+_SOLVER = SolverConfig.of(
+    train_solver="adaptive",
+    method="dopri5",
     rtol=1e-5,
     atol=1e-5,
     gradient="adjoint",
@@ -43,27 +41,27 @@ _SOLVER = SolverConfig(
     eval_rtol=1e-5,
     eval_atol=1e-5,
     divergence="hutchinson",
-    mode="forward",
+    hutchinson_mode="forward",
     probes=1,
 )
 # FFJORD: one Rademacher probe (README: --rademacher True)
-FFJORD_SOLVER = replace(_SOLVER, probe="rademacher")
+FFJORD_SOLVER = _SOLVER.change(hutchinson_noise="rademacher")
 # RNODE: one Gaussian probe; the scripts for ImageNet64 and CelebA-HQ set no solver, and the default is dopri5
-_RNODE_ADAPTIVE = replace(_SOLVER, probe="gaussian")
+_RNODE_ADAPTIVE = _SOLVER.change(hutchinson_noise="gaussian")
 # rk4 (the 3/8 rule): MNIST's script, and the paper for CIFAR-10. Both take four steps; here from one on, as many as the
 # measured error requires, which trained better in less than half the time (benchmarks/README.md). Published grid:
 # --no-automatic-steps --grid-steps 4 --max-grid-steps 4. The code's gradient is the adjoint on that grid; checkpoints
 # give the grid's own gradient at as little memory
-_RNODE_SOLVER = replace(
-    _RNODE_ADAPTIVE, method="rk4", adaptive=False, grid_steps=1, automatic_steps=True, gradient="checkpoint"
+_RNODE_SOLVER = _RNODE_ADAPTIVE.change(
+    train_solver="grid", method="rk4", grid_steps=1, automatic_steps=True, gradient="checkpoint"
 )
 # λ_K = λ_J = 0.01 (all scripts)
-_RNODE_TRAIN = replace(PUBLISHED_TRAIN, kinetic=0.01, jacobian=0.01, max_grid_steps=16)
+_RNODE_TRAIN = PUBLISHED_TRAIN.change(kinetic=0.01, jacobian=0.01, max_grid_steps=16)
 
 
 def _published(
     name: str,
-    model: ModelConfig,
+    model: FlowConfig,
     solver: SolverConfig,
     train: TrainConfig,
     shape: tuple[int, ...],
@@ -78,21 +76,21 @@ def _published(
 
 IMAGES = (
     # 1000 epochs (the script's default)
-    _published("ffjord-mnist", FFJORD, FFJORD_SOLVER, replace(PUBLISHED_TRAIN, steps=300_000, validate_every=300), (1, 28, 28),
+    _published("ffjord-mnist", FFJORD, FFJORD_SOLVER, PUBLISHED_TRAIN.change(steps=300_000, validate_every=300), (1, 28, 28),
                cost="about 12 s a step of 16 images on two cores")
     | _published(
         "ffjord-cifar10",
         FFJORD,
         FFJORD_SOLVER,
-        replace(PUBLISHED_TRAIN, steps=250_000, validate_every=250),
+        PUBLISHED_TRAIN.change(steps=250_000, validate_every=250),
         (3, 32, 32),
     )
     # alpha: scripts; 100 epochs (paper; the script's default)
     | _published(
         "rnode-mnist",
-        replace(RNODE, alpha=1e-5),
+        RNODE.change(alpha=1e-5),
         _RNODE_SOLVER,
-        replace(_RNODE_TRAIN, steps=30_000, validate_every=300),
+        _RNODE_TRAIN.change(steps=30_000, validate_every=300),
         (1, 28, 28),
         cost="about 1.3 s a step of 32 images on two cores with --compile --precision bf16",
     )
@@ -101,7 +99,7 @@ IMAGES = (
         "rnode-cifar10",
         RNODE,
         _RNODE_SOLVER,
-        replace(_RNODE_TRAIN, jacobian=0.03, steps=25_000, validate_every=250),
+        _RNODE_TRAIN.change(jacobian=0.03, steps=25_000, validate_every=250),
         (3, 32, 32),
     )
     # script: 4 epochs of 1,281,149 images on 4 GPUs with batches of 50
@@ -109,7 +107,7 @@ IMAGES = (
         "rnode-imagenet64",
         RNODE,
         _RNODE_ADAPTIVE,
-        replace(_RNODE_TRAIN, steps=25_600, validate_every=1600, validation_items=1000),
+        _RNODE_TRAIN.change(steps=25_600, validate_every=1600, validation_items=1000),
         (3, 64, 64),
     )
     # script: 5 bits, 16 epochs of 27,000 images on 4 GPUs with batches of 3
@@ -117,7 +115,7 @@ IMAGES = (
         "rnode-celebahq256",
         RNODE,
         _RNODE_ADAPTIVE,
-        replace(_RNODE_TRAIN, batch_size=12, steps=36_000, validate_every=2250, validation_items=120),
+        _RNODE_TRAIN.change(batch_size=12, steps=36_000, validate_every=2250, validation_items=120),
         (3, 256, 256),
         nbits=5,
     )

@@ -1,0 +1,77 @@
+"""Settings of training objectives, one class for each family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cnf.config.rules import NONNEGATIVE, POSITIVE, Family, setting, tag
+from cnf.config.solver import GRID
+from cnf.config.tagged import Settings
+
+__all__ = ["BothConfig", "ClassificationConfig", "LikelihoodConfig", "MatchingConfig", "ObjectiveConfig", "RegressionConfig"]
+
+REGULARISED = Family("regularised", (True,), "kinetic and jacobian, and both are zero")
+
+
+@dataclass(frozen=True)
+class LikelihoodConfig(Settings):
+    """Maximum likelihood, possibly with RNODE's regularisers (2002.02798)."""
+
+    kind: Literal["likelihood"] = tag("likelihood")
+    kinetic: float = setting(0.0, NONNEGATIVE)
+    """Weight of the kinetic energy ∫‖f‖² (RNODE)."""
+    jacobian: float = setting(0.0, NONNEGATIVE)
+    """Weight of the Jacobian's squared Frobenius norm ∫‖J‖² (RNODE)."""
+    step_error: float = setting(0.0, NONNEGATIVE, given=(GRID,))
+    """Weight of the local error of the grid (ERNODE), for flows that few solver steps solve."""
+    regularisers: Literal["paper", "code"] = setting("paper", given=(REGULARISED,))
+    """paper: RNODE's eq. 17, integrals of sums (images: divided by D ln 2, like -log p in bits/dim); code: means over
+    each block as in its released code, half of the kinetic energy, added to bits/dim."""
+
+
+@dataclass(frozen=True)
+class MatchingConfig(Settings):
+    """Flow matching (2210.02747), which solves no ODE in training."""
+
+    kind: Literal["flow-matching"] = tag("flow-matching")
+    coupling: Literal["independent", "optimal-transport"] = "independent"
+    """Flow matching: pair noise with data at random, or by optimal transport within the batch (one
+    process, --accumulate 1; within each class with --condition label)."""
+    fm_weighting: Literal["default", "likelihood", "even"] = "default"
+    """Flow matching: loss weighting over time. likelihood: by the cost in likelihood (default for data with normal
+    noise); even: uniform (there, relative to the size of the field)."""
+    fm_time_sampling: Literal["importance", "even"] = "importance"
+    """Flow matching: sample times by importance (where the loss is large) or uniformly; the expected loss is the
+    same."""
+
+
+@dataclass(frozen=True)
+class BothConfig(MatchingConfig, LikelihoodConfig):
+    """Flow matching, then likelihood in the last steps."""
+
+    kind: Literal["both"] = tag("both")  # type: ignore[assignment]
+    finetune_steps: int = setting(100, POSITIVE)
+    """--objective both: likelihood steps at the end of --steps, with --kinetic, --jacobian and the solver's grid; steps
+    added to a finished run are likelihood steps as well."""
+    finetune_batch_size: int | None = setting(None, POSITIVE)
+    """--objective both: batch size of the likelihood steps; default: --batch-size."""
+    finetune_lr: float = setting(2e-4, POSITIVE)
+    """--objective both: peak learning rate of the likelihood steps."""
+
+
+@dataclass(frozen=True)
+class RegressionConfig(Settings):
+    """Least squares of a predictor."""
+
+    kind: Literal["regression"] = tag("regression")
+
+
+@dataclass(frozen=True)
+class ClassificationConfig(Settings):
+    """Cross entropy of a predictor."""
+
+    kind: Literal["classification"] = tag("classification")
+
+
+ObjectiveConfig = LikelihoodConfig | MatchingConfig | BothConfig | RegressionConfig | ClassificationConfig
