@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cnf.random import Noise
     from cnf.runs import load, save
     from cnf.solvers import Adaptive, FixedGrid
+    from cnf.transforms.marginals import MarginalTransform
     from cnf.velocity import from_velocity
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "FixedGrid",
     "Flow",
     "Hutchinson",
+    "MarginalTransform",
     "ModelConfig",
     "Noise",
     "SolverConfig",
@@ -56,6 +58,7 @@ _HOMES = {
     "cnf.models": ("build",),
     "cnf.random": ("Noise",),
     "cnf.solvers": ("Adaptive", "FixedGrid"),
+    "cnf.transforms.marginals": ("MarginalTransform",),
     "cnf.velocity": ("from_velocity",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
