@@ -175,7 +175,7 @@ def _table_options(part: Array, held_out: Array, spec: ColumnSpec) -> TableOptio
         return float(_gaussianize(part, spec, options).log_density(held_out).sum())
 
     def criterion(options: TableOptions) -> float:
-        log_p = _gaussianize(part, spec, options).log_density(both)
+        log_p = _gaussianize(part, spec, options).log_density(outer)
         return float(log_p.sum()) - sum(_PARAMETERS[t] for t in options.tails)
 
     most = min(spec.pieces, max(_LEAST_PIECES, len(part) // _ROWS_PER_PIECE))
@@ -183,7 +183,10 @@ def _table_options(part: Array, held_out: Array, spec: ColumnSpec) -> TableOptio
         # a piece for each cell costs 1 / (2 N) nats, so all cells may have one
         return max((TableOptions(p) for p in sorted({spec.pieces, most, max(_LEAST_PIECES, most // 4)})), key=score)
     best = max((TableOptions(p) for p in sorted({most, max(_LEAST_PIECES, most // 3)})), key=score)
-    both = np.concatenate([part, held_out])
+    # tails change the density of the outer pieces only
+    low, high = np.quantile(part, [2 / best.pieces, 1 - 2 / best.pieces])
+    outer = np.concatenate([part, held_out])
+    outer = outer[(outer <= low) | (outer >= high)]
     for side in (0, 1):
         choices = [replace(best, tails=(t, best.tails[1]) if side == 0 else (best.tails[0], t)) for t in TAILS]
         best = max(choices, key=criterion)

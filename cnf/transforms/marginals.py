@@ -26,8 +26,8 @@ class MarginalTransform(DeterministicTransform):
     r"""Invertible map of each column of a table (N, D) towards a standard normal, chosen by held-out likelihood.
 
     Candidates, from the simplest: ``standardize``; ``log`` of positive columns, or of those with a declared lower
-    bound; ``logit`` of those with two declared bounds; ``gaussianize``, z = Φ⁻¹(F(x)) with the column's distribution
-    function F (Gaussianization flows, 2003.01941). Logarithm and logit are standardised. F has knots at quantiles and a
+    bound; ``logit`` of those with two declared bounds; ``gaussianize``, z = Φ⁻¹(F(x)), F the column's distribution
+    function (Gaussianization flows, 2003.01941). Logarithm and logit are standardised. F has knots at quantiles and a
     rational quadratic on each piece, which makes the density continuous (neural spline flows, 1906.04032), and tails
     that are Gaussian, generalised Pareto, or short behind a sharp edge. The borders of declared cells are knots and F
     is linear between them: dequantised columns with at most ``knots`` cells are represented exactly.
@@ -183,8 +183,9 @@ class MarginalTransform(DeterministicTransform):
         if len(x) < _LEAST_ROWS and "standardize" in spec.kinds:
             spec = replace(spec, kinds=("standardize",))
         if not any(defined(kind, x, held_out, spec) for kind in spec.kinds):
-            kinds, expected = " and ".join(spec.kinds), "log takes positive values or a lower bound, logit two bounds"
-            raise DataError(f"{self._name(j)} spans [{x.min():g}, {x.max():g}], undefined for {kinds}: {expected}")
+            kinds, spans = " and ".join(spec.kinds), f"{self._name(j)} spans [{x.min():g}, {x.max():g}]"
+            expected = "log takes positive values or a lower bound, logit two bounds, gaussianize three values or more"
+            raise DataError(f"{spans}, undefined for {kinds}: {expected}")
         return select_marginal(x, held_out, spec)
 
     def latent_shape(self, shape: Shape) -> Shape:

@@ -76,7 +76,7 @@ def fit_table(y: Array, options: TableOptions, cells: Cells | None = None) -> Qu
     count, prior = len(y), options.prior
     at = np.searchsorted(y, knots, side="left").astype(float)
     if edges[1]:
-        at[-1] = count  # the largest value is inside the last piece
+        at[-1] = count  # ties at the largest value are inside the last piece
     inside = np.diff(at) + prior * _prior(y, knots)
     # half a row at least: a tail without rows still has some probability
     beyond = np.maximum(_ndtr(np.array([knots[0], -knots[-1]])), 0.5 / (1 + prior))
@@ -105,6 +105,9 @@ def fit_table(y: Array, options: TableOptions, cells: Cells | None = None) -> Qu
 def _quantile_knots(y: Array, pieces: int, edges: tuple[bool, bool]) -> Array:
     """Return knots at the quantiles j / pieces; the extremes belong to them on sides with an edge."""
     quantiles = np.quantile(y, np.linspace(0, 1, pieces + 1))
+    # an edge lies one mean spacing of the outer piece's rows beyond the extreme, so that no row is exactly on it
+    quantiles[0] -= (quantiles[1] - quantiles[0]) * pieces / len(y)
+    quantiles[-1] += (quantiles[-1] - quantiles[-2]) * pieces / len(y)
     quantiles = quantiles[0 if edges[0] else 1 : None if edges[1] else -1]
     low, high = np.quantile(y, [0.01, 0.99])
     least = _MIN_WIDTH * float(high - low or y[-1] - y[0])

@@ -61,8 +61,7 @@ def ndtri_exp(log_p: Tensor) -> Tensor:
         twice = (-2 * fixed).clamp(min=20)
         far = -(twice - twice.log() - math.log(2 * math.pi)).sqrt()
         z = torch.where(fixed < -300, far, torch.special.ndtri(fixed.clamp(min=-300).exp()))
-        for _ in range(2):
-            z = _newton(z, fixed)
+        z = _newton(z, fixed)
     return _newton(_newton(z, log_p), log_p)
 
 
