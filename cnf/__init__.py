@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from cnf.random import Noise
     from cnf.runs import load, save
     from cnf.solvers import Adaptive, FixedGrid
+    from cnf.transforms.marginals import MarginalTransform
     from cnf.velocity import from_velocity
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "HutchinsonConfig",
     "HypernetConfig",
     "MLPConfig",
+    "MarginalTransform",
     "NeuralODEConfig",
     "Noise",
     "ResNetConfig",
@@ -95,6 +97,7 @@ _HOMES = {
     "cnf.models": ("build",),
     "cnf.random": ("Noise",),
     "cnf.solvers": ("Adaptive", "FixedGrid"),
+    "cnf.transforms.marginals": ("MarginalTransform",),
     "cnf.velocity": ("from_velocity",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names} | {"ModelConfig": "cnf.config"}  # a former name

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from cnf._utils.errors import DataError
-from cnf.transforms import Dequantize, Gaussianize, Logit, Transform, iter_leaves
+from cnf.transforms import Dequantize, Gaussianize, Logit, MarginalTransform, Transform, iter_leaves
 
 __all__ = ["FlowDistribution"]
 
@@ -70,9 +70,9 @@ class FlowDistribution(Distribution):
 
     @property
     def support(self) -> Any:
-        """The reals for each dimension of an event; for images the interval of the logit or Gaussianize."""
+        """The reals for each dimension of an event; the interval of Logit, Gaussianize or MarginalTransform if one is first."""
         first = next((leaf for leaf, _ in iter_leaves(self.flow.transform) if not isinstance(leaf, Dequantize)), None)
-        one = constraints.interval(*first.bounds) if isinstance(first, Logit | Gaussianize) else constraints.real
+        one = constraints.interval(*first.bounds) if isinstance(first, Logit | Gaussianize | MarginalTransform) else constraints.real
         return constraints.independent(cast(Any, one), len(self.event_shape))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:

@@ -11,7 +11,7 @@ from cnf.fields import VectorField
 from cnf.fields.signature import wrapped
 from cnf.ode.continuous import CNF
 from cnf.random import Noise
-from cnf.transforms import Gaussianize, Request, Standardize, Transform, iter_leaves
+from cnf.transforms import Gaussianize, MarginalTransform, Request, Standardize, Transform, iter_leaves
 from cnf.transforms.chain import input_of
 
 __all__ = ["fit_statistics"]
@@ -19,7 +19,9 @@ __all__ = ["fit_statistics"]
 
 @torch.no_grad()
 def fit_statistics(transform: Transform, x: Tensor, batch_size: int = 8192) -> None:
-    """Fit every Standardize and Gaussianize before the first block to its input, and the block's field if a denoiser.
+    """Fit the data-dependent transforms before the first block to their input, and the block's field if a denoiser.
+
+    These are Standardize, Gaussianize and MarginalTransform.
 
     Args:
         transform: transform of a flow.
@@ -40,5 +42,5 @@ def fit_statistics(transform: Transform, x: Tensor, batch_size: int = 8192) -> N
             if isinstance(leaf, CNF) and isinstance(field := wrapped(leaf.field), VectorField):
                 field.fit_batches(inputs(leaf))
             return
-        if isinstance(leaf, Standardize | Gaussianize):
+        if isinstance(leaf, Standardize | Gaussianize | MarginalTransform):
             leaf.fit_batches(inputs(leaf))

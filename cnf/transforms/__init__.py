@@ -5,11 +5,12 @@ from cnf.transforms.base import DeterministicTransform, Transform, TransformOutp
 from cnf.transforms.chain import Chain, Sequential, iter_leaves
 from cnf.transforms.gaussianize import Gaussianize
 from cnf.transforms.images import Dequantize, Logit, Rescale, Squeeze
+from cnf.transforms.marginals import MarginalTransform
 from cnf.transforms.request import Request
 from cnf.transforms.standardize import Standardize
 
 __all__ = [
-    "Chain", "Dequantize", "DeterministicTransform", "Gaussianize", "Logit", "Request", "Rescale", "Sequential",
+    "Chain", "Dequantize", "DeterministicTransform", "Gaussianize", "Logit", "MarginalTransform", "Request", "Rescale", "Sequential",
     "Squeeze", "Standardize", "Transform", "TransformOutput", "iter_leaves",
 ]  # fmt: skip
 
