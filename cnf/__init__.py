@@ -10,6 +10,7 @@ from cnf._utils.version import __version__
 
 if TYPE_CHECKING:
     from cnf._utils.async_checks import defer_checks
+    from cnf.bases import Base, DistributionBase, GaussianMixture, StandardNormal
     from cnf.config import ModelConfig, SolverConfig
     from cnf.fields import VectorField
     from cnf.fitting import FitResult, fit
@@ -25,14 +26,18 @@ if TYPE_CHECKING:
 __all__ = [
     "CNF",
     "Adaptive",
+    "Base",
+    "DistributionBase",
     "Exact",
     "FitResult",
     "FixedGrid",
     "Flow",
+    "GaussianMixture",
     "Hutchinson",
     "ModelConfig",
     "Noise",
     "SolverConfig",
+    "StandardNormal",
     "VectorField",
     "__version__",
     "build",
@@ -46,6 +51,7 @@ __all__ = [
 # public name -> module; imported at first use, so that ``import cnf`` and the settings need no torch (PEP 562)
 _HOMES = {
     "cnf._utils.async_checks": ("defer_checks",),
+    "cnf.bases": ("Base", "DistributionBase", "GaussianMixture", "StandardNormal"),
     "cnf.runs": ("load", "save"),
     "cnf.config": ("ModelConfig", "SolverConfig"),
     "cnf.ode.continuous": ("CNF",),
