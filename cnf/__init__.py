@@ -10,6 +10,7 @@ from cnf._utils.version import __version__
 
 if TYPE_CHECKING:
     from cnf._utils.async_checks import defer_checks
+    from cnf.bases import Base, DistributionBase, GaussianMixture, StandardNormal
     from cnf.config import (
         AdaptiveConfig,
         AugmentedTimeConfig,
@@ -42,12 +43,15 @@ __all__ = [
     "Adaptive",
     "AdaptiveConfig",
     "AugmentedTimeConfig",
+    "Base",
     "ConvConfig",
+    "DistributionBase",
     "Exact",
     "FitResult",
     "FixedGrid",
     "Flow",
     "FlowConfig",
+    "GaussianMixture",
     "GeneratingTimeConfig",
     "GridConfig",
     "Hutchinson",
@@ -59,6 +63,7 @@ __all__ = [
     "Noise",
     "ResNetConfig",
     "SolverConfig",
+    "StandardNormal",
     "UNetConfig",
     "VectorField",
     "__version__",
@@ -73,6 +78,7 @@ __all__ = [
 # public name -> module; imported at first use, so that ``import cnf`` and the settings need no torch (PEP 562)
 _HOMES = {
     "cnf._utils.async_checks": ("defer_checks",),
+    "cnf.bases": ("Base", "DistributionBase", "GaussianMixture", "StandardNormal"),
     "cnf.runs": ("load", "save"),
     "cnf.config": (
         "AdaptiveConfig",

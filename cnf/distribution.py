@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from cnf._utils.errors import DataError
+from cnf.bases import Base
 from cnf.transforms import Dequantize, Gaussianize, Logit, MarginalTransform, Transform, iter_leaves
 
 __all__ = ["FlowDistribution"]
@@ -20,6 +21,7 @@ class Density(Protocol):
 
     event_shape: tuple[int, ...]
     transform: Transform
+    base: Base
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return log p(x) in nats, leading shapes broadcast."""
@@ -55,7 +57,6 @@ class FlowDistribution(Distribution):
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
-    has_rsample = True
 
     def __init__(
         self,
@@ -67,6 +68,11 @@ class FlowDistribution(Distribution):
         self.flow, self.context = flow, context
         shape = tuple(context.shape[:-1]) if context is not None else batch_shape
         super().__init__(torch.Size(shape), torch.Size(flow.event_shape), validate_args=validate_args)
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """Whether samples are differentiable: those of a base that is trained may not be."""
+        return self.flow.base.has_rsample
 
     @property
     def support(self) -> Any:

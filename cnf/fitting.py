@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cnf._utils.errors import ConfigError, DataError, require_at_least
+from cnf.bases import Base
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.flow import Flow
 from cnf.losses import CustomLoss, FlowMatching, Likelihood, Objective, Supervised
@@ -206,8 +207,11 @@ def _move(model: nn.Module, device: str | torch.device) -> None:
 
 
 def _fitted(model: nn.Module) -> bool:
-    """Return whether a flow has statistics of data already, which another training keeps."""
-    return any(isinstance(m, Standardize) and bool((m.mean != 0).any() or (m.std != 1).any()) for m in model.modules())
+    """Return whether a flow has statistics of data already, which another training keeps, or a base fitted to latents."""
+    return any(
+        m.fitted if isinstance(m, Base) else isinstance(m, Standardize) and bool((m.mean != 0).any() or (m.std != 1).any())
+        for m in model.modules()
+    )
 
 
 def _require_free(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Flow: a density defined by a transform and a Gaussian base."""
+"""Flow: a density defined by a transform and a base density."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from cnf._utils.async_checks import outside_inference_mode
 from cnf._utils.errors import ConfigError, DataError, require_inside
-from cnf._utils.validation import as_rows, check_context, check_points, check_unit_interval, sample_shape
+from cnf._utils.validation import as_rows, check_context, check_points, check_unit_interval, sample_rows
+from cnf.bases import Base, StandardNormal, as_base
+from cnf.bases.base import as_shape
 from cnf.distribution import FlowDistribution
 from cnf.fields.custom import context_size
 from cnf.ode.continuous import CNF
 from cnf.ode.divergence import Divergence
 from cnf.ode.statistics import fit_statistics
 from cnf.ode.trajectory import trajectory
-from cnf.random import Noise, draw
+from cnf.random import Noise
 from cnf.solvers import Stats
 from cnf.solvers.base import SolverOverride
 from cnf.transforms import Dequantize, Request, Transform, TransformOutput
@@ -33,7 +36,7 @@ DivergenceOverride = Divergence | Callable[[CNF], Divergence] | None
 
 
 class Flow(nn.Module):
-    """Density defined by ``transform`` from data to z ~ N(0, base_std² I).
+    """Density defined by ``transform`` from data to z ~ ``base``.
 
     Points have the dtype of the weights; method names follow torch.distributions. ``context`` is (N, C), one row per
     row of x, or (C,) for all rows.
@@ -41,10 +44,13 @@ class Flow(nn.Module):
     Args:
         transform: transform from data to noise.
         event_shape: shape of one data point, (D,) or (C, H, W).
-        base_std: standard deviation of the base.
+        base: density of z: a :class:`~cnf.bases.Base`, or a ``torch.distributions.Distribution`` with the latents' event
+            shape (:class:`~cnf.bases.DistributionBase`); N(0, base_std² I) if None.
+        base_std: standard deviation of the normal base.
 
     Raises:
-        ConfigError: for an invalid base_std or event_shape, or one that the transform does not accept.
+        ConfigError: for an invalid base_std or event_shape, one that the transform does not accept, both base and
+            base_std, or a base without density or of another shape.
         DataError: from every method, for a point or context of the wrong shape, dtype, device or value.
         SolverError: from every method, if an ODE cannot be solved.
 
@@ -55,15 +61,13 @@ class Flow(nn.Module):
         torch.Size([5])
     """
 
-    def __init__(self, transform: Transform, event_shape: tuple[int, ...], *, base_std: float = 1.0):
+    def __init__(self, transform: Transform, event_shape: tuple[int, ...], *, base: Base | Distribution | None = None, base_std: float = 1.0):
         super().__init__()
         require_inside(0, math.inf, base_std=base_std)
-        if not isinstance(event_shape, Sequence) or not event_shape or any(n < 1 for n in event_shape):
-            raise ConfigError(f"event_shape must be the shape of one point, such as (2,) or (1, 8, 8), got {event_shape}")
+        self.event_shape = as_shape(event_shape)
         self.transform = transform
-        self.event_shape = tuple(event_shape)
         self.latent_shape = transform.latent_shape(self.event_shape)
-        self.base_std = base_std
+        self.base = as_base(base, base_std, self.latent_shape)
         for number, block in enumerate(blocks := self.blocks, 1):
             block.label = f"block {number} of {len(blocks)}"
 
@@ -73,19 +77,26 @@ class Flow(nn.Module):
         return math.prod(self.event_shape)
 
     @property
+    def base_std(self) -> float:
+        """Standard deviation of the normal base."""
+        if not isinstance(self.base, StandardNormal):
+            raise ConfigError(f"base_std is the standard deviation of a normal base, but this flow has a {type(self.base).__name__}")
+        return self.base.std
+
+    @property
     def levels(self) -> int | None:
         """Number of grey levels for images; None for vectors."""
-        return next((m.levels for m in self.modules() if isinstance(m, Dequantize)), None)
+        return next((m.levels for m in self.transform.modules() if isinstance(m, Dequantize)), None)
 
     @property
     def blocks(self) -> list[CNF]:
         """The CNF blocks, from data to noise."""
-        return [m for m in self.modules() if isinstance(m, CNF)]
+        return [m for m in self.transform.modules() if isinstance(m, CNF)]
 
     @property
     def context_dim(self) -> int | None:
         """Size C of the context, 0 for none; None if a custom field does not declare it (``field.context_dim``)."""
-        sizes = [context_size(block.field) for block in self.blocks]
+        sizes = [self.base.context_dim, *(context_size(block.field) for block in self.blocks)]
         return None if None in sizes else max(map(int, filter(None, sizes)), default=0)
 
     @property
@@ -122,8 +133,8 @@ class Flow(nn.Module):
         return self.log_prob(x, context, noise=noise)
 
     def extra_repr(self) -> str:
-        """Return event shape, blocks and base for ``repr``."""
-        return f"event_shape={self.event_shape}, latent_shape={self.latent_shape}, blocks={len(self.blocks)}, base_std={self.base_std:g}"
+        """Return event shape and blocks for ``repr``."""
+        return f"event_shape={self.event_shape}, latent_shape={self.latent_shape}, blocks={len(self.blocks)}"
 
     def _check(self, name: str, x: Tensor, shape: tuple[int, ...], context: Tensor | None) -> None:
         """Validate points (\\*lead, \\*shape) and their context."""
@@ -151,14 +162,13 @@ class Flow(nn.Module):
             return TransformOutput(self.like.new_zeros(0, *shape) + zero, self.like.new_zeros(0) + zero, {}, Stats())
         return self.transform.inverse(x, request) if reverse else cast(TransformOutput, self.transform(x, request))
 
-    def base_log_prob(self, z: Tensor) -> Tensor:
+    def base_log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Return log q(z) (N,) in nats."""
-        constant = math.prod(z.shape[1:]) * (0.5 * math.log(2 * math.pi) + math.log(self.base_std))
-        return -0.5 * (z / self.base_std).square().flatten(1).sum(1) - constant
+        return self.base.log_prob(z, context)
 
-    def density(self, z: Tensor, log_det: Tensor) -> Tensor:
+    def density(self, z: Tensor, log_det: Tensor, context: Tensor | None = None) -> Tensor:
         """Return log p(x) = log q(z) + log|det dz/dx| (N,) in nats, from the output of :meth:`evaluate`."""
-        return self.base_log_prob(z) + log_det
+        return self.base_log_prob(z, context) + log_det
 
     def log_prob(
         self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, solver: SolverOverride = None, divergence: DivergenceOverride = None
@@ -172,7 +182,7 @@ class Flow(nn.Module):
         x, context, lead = self._rows("x", x, self.event_shape, context)
         request = Request(context, noise, integrals=False, solver=solver, divergence=divergence)
         out = self._apply_rows(x, request)
-        return self.density(out.value, out.log_det).reshape(lead)
+        return self.density(out.value, out.log_det, context).reshape(lead)
 
     def bits_per_dim(
         self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, solver: SolverOverride = None, divergence: DivergenceOverride = None
@@ -209,34 +219,25 @@ class Flow(nn.Module):
         self, n: int | Sequence[int], context: Tensor | None, noise: Noise | None, temperature: float
     ) -> tuple[Tensor, Tensor | None, Shape]:
         """Return z, the context as rows, and the leading shape of the samples."""
-        lead = sample_shape(n)
-        require_inside(0, math.inf, temperature=temperature)
         if context is not None:
             check_context(context, self.context_dim, self.like)
-            if context.ndim > 1:
-                lead = (*lead, *context.shape[:-1])
-                context = context.expand(*lead, context.shape[-1]).reshape(math.prod(lead), context.shape[-1])
-        shape = (math.prod(lead), *self.latent_shape)
-        z = draw(noise, "latent", "normal", shape, dtype=self.like.dtype, device=self.like.device)
-        return z * (self.base_std * temperature), context, lead
+        lead, context = sample_rows(n, context)
+        base = self.base.rsample if torch.is_grad_enabled() else self.base.sample
+        return base(math.prod(lead), context, noise=noise, temperature=temperature, like=self.like), context, lead
 
     def rsample(
         self, n: int | Sequence[int] = (), context: Tensor | None = None, *, noise: Noise | None = None, temperature: float = 1.0, solver: SolverOverride = None
     ) -> Tensor:
-        """Draw differentiable samples; see :meth:`sample`. Images are not clamped to [0, 1]."""
+        """Draw differentiable samples; see :meth:`sample`. Images are not clamped to [0, 1].
+
+        Where gradients are recorded, a base without such samples that is trained (a mixture) raises a ConfigError.
+        """
         z, rows, lead = self._latent(n, context, noise, temperature)
         return self.decode(z, rows, noise=noise, solver=solver).reshape(*lead, *self.event_shape)
 
     @torch.no_grad()
     def sample(
-        self,
-        n: int | Sequence[int] = (),
-        context: Tensor | None = None,
-        *,
-        noise: Noise | None = None,
-        temperature: float = 1.0,
-        quantize: bool = False,
-        solver: SolverOverride = None,
+        self, n: int | Sequence[int] = (), context: Tensor | None = None, *, noise: Noise | None = None, temperature: float = 1.0, quantize: bool = False, solver: SolverOverride = None
     ) -> Tensor:
         """Draw samples (n, \\*event), or (n, M, \\*event) with context (M, C); images in [0, 1].
 
@@ -244,7 +245,7 @@ class Flow(nn.Module):
             n: number of samples per row of ``context``, or a sample shape as in torch.distributions.
             context: (C,), or (\\*batch, C); its batch shape follows the sample shape.
             noise: randomness of z; torch's global generator if None.
-            temperature: factor of the base's standard deviation.
+            temperature: factor of the base's standard deviation (of every component, for a mixture).
             quantize: return uint8 pixels instead of floats.
             solver: solver of every block for this call; see :class:`~cnf.transforms.Request`.
         """
@@ -256,11 +257,11 @@ class Flow(nn.Module):
     def sample_and_log_prob(
         self, n: int | Sequence[int] = (), context: Tensor | None = None, *, noise: Noise | None = None, solver: SolverOverride = None, divergence: DivergenceOverride = None
     ) -> tuple[Tensor, Tensor]:
-        """Draw differentiable, unclamped samples (n, \\*event) with log-density (n,), or (n, M, ...), in one solve."""
+        """Draw samples (n, \\*event) as :meth:`rsample` does, with log-density (n,), or (n, M, ...), in one solve."""
         z, rows, lead = self._latent(n, context, noise, 1.0)
         request = Request(rows, noise, integrals=False, solver=solver, divergence=divergence)
         out = self._apply_rows(z, request, reverse=True)
-        return out.value.reshape(*lead, *self.event_shape), self.density(z, -out.log_det).reshape(lead)
+        return out.value.reshape(*lead, *self.event_shape), self.density(z, -out.log_det, rows).reshape(lead)
 
     @outside_inference_mode
     def score(

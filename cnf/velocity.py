@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from cnf._utils.errors import ConfigError
+from cnf.bases import Base
 from cnf.fields import VectorField
 from cnf.fields.signature import velocity_takes_context
 from cnf.flow import Flow
@@ -46,6 +48,7 @@ def from_velocity(
     event_shape: tuple[int, ...],
     time: str | None = None,
     *,
+    base: Base | Distribution | None = None,
     base_std: float = 1.0,
     divergence: Divergence | None = None,
     eval_solver: Solver | None = None,
@@ -71,7 +74,8 @@ def from_velocity(
         v: velocity, a module or a function.
         event_shape: shape of one point.
         time: direction, ``"noise-to-data"`` or ``"data-to-noise"``.
-        base_std: standard deviation of the noise.
+        base: density of the noise, as for :class:`~cnf.Flow`; N(0, base_std² I) if None.
+        base_std: standard deviation of normal noise.
         divergence: divergence strategy; :class:`~cnf.ode.divergence.Exact` if None.
         eval_solver: solver; that of :class:`~cnf.CNF` if None.
 
@@ -94,7 +98,7 @@ def from_velocity(
             f"got {time!r}"
         )
     field = _Velocity(v, time == "noise-to-data", velocity_takes_context(v))
-    return Flow(CNF(field, divergence, eval_solver=eval_solver), event_shape, base_std=base_std).eval()
+    return Flow(CNF(field, divergence, eval_solver=eval_solver), event_shape, base=base, base_std=base_std).eval()
 
 
 def _modules(v: Any) -> Iterator[nn.Module]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from cnf._utils.async_checks import deferred
 from cnf._utils.errors import ConfigError, DataError
 
-__all__ = ["as_rows", "check_context", "check_points", "check_unit_interval", "context_rows", "match_flow", "sample_shape"]
+__all__ = ["as_rows", "check_context", "check_points", "check_unit_interval", "context_rows", "match_flow", "sample_rows", "sample_shape"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -97,6 +97,21 @@ def sample_shape(n: Any) -> tuple[int, ...]:
     if any(k < 0 for k in shape):
         raise ConfigError(f"n must be a number of samples, or a shape such as (3, 2), got {n}")
     return shape
+
+
+def sample_rows(n: Any, context: Tensor | None) -> tuple[tuple[int, ...], Tensor | None]:
+    """Return the leading shape of n samples per row of a context (\\*batch, C), and the context as one row per sample.
+
+    Example:
+        >>> lead, context = sample_rows(5, torch.zeros(2, 3))
+        >>> lead, context.shape
+        ((5, 2), torch.Size([10, 3]))
+    """
+    lead = sample_shape(n)
+    if context is not None and context.ndim > 1:
+        lead = (*lead, *context.shape[:-1])
+        context = context.expand(*lead, context.shape[-1]).reshape(math.prod(lead), context.shape[-1])
+    return lead, context
 
 
 def _require_tensor(name: str, x: Any, like: Tensor) -> None:

@@ -283,4 +283,4 @@ def _log_prob(
         shift = -flow.dim * math.log(flow.levels)
     out = flow.evaluate(x, Request(context, noise, integrals=False, solver=solver))
     # in double precision, since squares overflow float32 far from the data
-    return flow.density(out.value.double(), out.log_det.double()).cpu() + shift, out.stats
+    return flow.density(out.value.double(), out.log_det.double(), None if context is None else context.double()).cpu() + shift, out.stats

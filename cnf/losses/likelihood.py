@@ -107,7 +107,7 @@ class Likelihood(DensityObjective):
     def evaluate(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> tuple[dict[str, Tensor], Stats]:
         """Return the terms (see :meth:`forward`) and the statistics of the solve."""
         out = self.flow.evaluate(x, Request(context, noise))
-        log_prob = self.flow.density(out.value, out.log_det)
+        log_prob = self.flow.density(out.value, out.log_det, context)
         images = self.flow.levels is not None
         nll = self.flow.to_bits(log_prob, x.is_floating_point()) if images else -log_prob
         loss = nll

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from cnf._utils.async_checks import to_device
 from cnf._utils.errors import ConfigError
+from cnf.bases import StandardNormal
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.flow import Flow
 from cnf.flow_matching import COUPLINGS, MatchingPath, TimeDistribution, couple, stratified
 from cnf.flow_matching.path import GROUPS
 from cnf.losses.density import DensityObjective
-from cnf.random import Noise, draw
+from cnf.random import Noise
 from cnf.solvers import Stats
 from cnf.solvers.base import Counter
 
@@ -31,7 +32,8 @@ class FlowMatching(DensityObjective):
 
     Time 0 is data and time 1 noise. The minimiser, the mean velocity of all paths through a point, transports the
     data's distribution to the noise's. The loss costs one evaluation of the field for each row, and no Jacobian.
-    Validation uses the likelihood of the flow.
+    Validation uses the likelihood of the flow. z is drawn from the flow's base, whose own parameters get no gradient: fit a
+    mixture first (:meth:`cnf.bases.GaussianMixture.fit`), or train it by the likelihood.
 
     Args:
         flow: the density to fit: blocks on the whole event, one after another (see
@@ -45,8 +47,8 @@ class FlowMatching(DensityObjective):
             uniform. Both are stratified over the batch and give the same loss in expectation.
 
     Raises:
-        ConfigError: for unknown settings, a flow without such a path, or optimal transport on a path with noise, which
-            must be independent of the data.
+        ConfigError: for unknown settings, a flow without such a path, optimal transport on a path with noise, which must
+            be independent of the data, or a base other than a normal on a path with noise or with likelihood weights.
 
     Example:
         >>> from cnf import FlowConfig, SolverConfig, build
@@ -74,6 +76,9 @@ class FlowMatching(DensityObjective):
             raise ConfigError(
                 f"coupling={coupling!r} ties the noise to the data, and on this path part of it dequantises them: it has to be independent"
             )
+        if not isinstance(flow.base, StandardNormal) and (self.path.interpolant.noise or weights == "likelihood"):
+            reason = "the noise of the data is part of a normal z on this path" if self.path.interpolant.noise else "likelihood weights are those of a diffusion from a normal z"
+            raise ConfigError(f"base is a {type(flow.base).__name__}, but {reason}: use a normal base, or a path without noise and weights='even'")
         self.coupling = coupling
         # without noise the likelihood weight is unbounded near the data, where the target is nearly all noise: a 2-D
         # Gaussian came within 0.24 nats of the truth, and within 0.02 with even weights
@@ -111,8 +116,8 @@ class FlowMatching(DensityObjective):
         self.flow._check("x", x, self.flow.event_shape, context)
         t, density = self.times.quantile(stratified(noise, len(x), GROUPS if self.path.together else None))
         start = self.path.start(x, noise)
-        z = draw(noise, "latent", "normal", start.shape, dtype=start.dtype, device=start.device)
-        z = couple(start, z * self.flow.base_std, context, self.coupling)
+        z = self.flow.base.sample(len(start), context, noise=noise, like=start)
+        z = couple(start, z, context, self.coupling)
         weight = self.weight(t) / density if fair else self.weight(t)
         # computed on the CPU from the times alone and copied at once, without synchronisation
         known = to_device(torch.stack([*self.path.interpolant(t), weight]).to(start.dtype), start.device)

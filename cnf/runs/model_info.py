@@ -83,7 +83,8 @@ def _built(model: nn.Module) -> Built | None:
         return None
     same = [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
     shapes = [{k: (v.shape, v.dtype) for k, v in m.state_dict().items()} for m in (again, model)]
-    return built if same and shapes[0] == shapes[1] else None
+    bases = [repr(getattr(m, "base", None)) for m in (again, model)]
+    return built if same and shapes[0] == shapes[1] and bases[0] == bases[1] else None
 
 
 def write_model_info(folder: Path, info: ModelInfo) -> None:
