@@ -186,3 +186,36 @@ def test_settings_need_no_torch():
 
     code = "import sys, cnf; cnf.FlowConfig.of(hidden=(3,)); cnf.SolverConfig(); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_run_with_a_mixture_base_starts_at_the_mixture(tmp_path):
+    """A field of zeros: the likelihood before the first step is scikit-learn's mixture's behind the same marginals."""
+    torch = pytest.importorskip("torch")
+    from sklearn.mixture import GaussianMixture
+
+    from cnf.data import DataSplits
+    from cnf.runs import RunInfo
+    from cnf.training import from_settings
+
+    x = torch.randn(600, 2, generator=torch.Generator().manual_seed(0))
+    x = torch.stack([x[:, 0].exp(), x[:, 0] + x[:, 1] ** 2], 1)
+    data = DataSplits("points", "table", x[:400], x[400:500], x[500:])
+    model = FlowConfig.of(hidden=(8,), base="mixture", components=3, preprocess="marginals", knots=20)
+    config = RunConfig("points", model=model, solver=SolverConfig.of(grid_steps=2), train=TrainConfig.of(steps=3, validate_every=3, batch_size=50))
+    info = RunInfo(config, (2,), None, 0, (), ())
+    write_config(tmp_path, info)
+    assert read_config(tmp_path) == info
+    run = from_settings(info, data, tmp_path, quiet=True)
+    flow = run.model.eval()
+    first = flow.transform.transforms[0]
+    z, log_det = first.forward(x)[:2]
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0))
+    mixture = GaussianMixture(3, random_state=0, max_iter=200).fit(first.forward(x[:400][order]).value.double().numpy())
+    truth = torch.from_numpy(mixture.score_samples(z.double().numpy())) + log_det
+    with torch.no_grad():
+        assert torch.allclose(flow.log_prob(x).double(), truth, atol=1e-4)
+    run.run()
+    loaded = cnf.load(tmp_path)
+    assert isinstance(loaded.base, cnf.GaussianMixture) and torch.isfinite(loaded.log_prob(x)).all()
+    with pytest.raises(ConfigError, match="preprocess='marginals' is for tables"):
+        cnf.build(model, SolverConfig(), (1, 2, 2), levels=4)

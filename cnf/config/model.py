@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cnf.config.fields import FieldConfig, MLPConfig, PredictorFieldConfig, PredictorMLPConfig
-from cnf.config.rules import NONNEGATIVE, POSITIVE, Family, setting, tag
+from cnf.config.rules import COUNT, NONNEGATIVE, POSITIVE, Family, setting, tag
 from cnf.config.tagged import Settings
 
-__all__ = ["PREDICTIVE", "CenterConfig", "ConstantDepthConfig", "FlowConfig", "LogitConfig", "ModelConfig", "NeuralODEConfig", "ResNetConfig", "VaryingDepthConfig"]
+__all__ = ["PREDICTIVE", "CenterConfig", "ConstantDepthConfig", "FlowConfig", "LogitConfig", "MarginalsConfig", "MixtureBaseConfig", "ModelConfig", "NeuralODEConfig", "NormalBaseConfig", "ResNetConfig", "VaryingDepthConfig"]
 
 PREDICTIVE = ("node", "resnet")  # architectures of predictors, see cnf.models.predictors
 
@@ -22,7 +22,7 @@ class LogitConfig(Settings):
     """Images pass a logit before the first block, and possibly a map of each pixel."""
 
     kind: Literal["standardize", "logit", "gaussianize"] = tag("standardize")
-    alpha: float = 0.01
+    alpha: float = setting(0.01, given=(IMAGES,))
     """Margin of the logit (or of the pixels' distributions), which keeps black and white finite."""
 
 
@@ -31,6 +31,37 @@ class CenterConfig(Settings):
     """Images are mapped from [0, 1] to [-1, 1] before the first block."""
 
     kind: Literal["center"] = tag("center")
+
+
+@dataclass(frozen=True)
+class MarginalsConfig(Settings):
+    """Each column of a table is standardised, or mapped towards a normal one, whichever its held-out likelihood says."""
+
+    kind: Literal["marginals"] = tag("marginals")
+    knots: int = setting(200, COUNT)
+    """Tables: maximum number of pieces of a column's distribution function."""
+
+
+@dataclass(frozen=True)
+class NormalBaseConfig(Settings):
+    """Normal base density."""
+
+    kind: Literal["normal"] = tag("normal")
+    base_std: float = setting(1.0, POSITIVE)
+    """Standard deviation of the base distribution."""
+
+
+@dataclass(frozen=True)
+class MixtureBaseConfig(Settings):
+    """Gaussian mixture as base density, fitted to the latents of the training data before the first step."""
+
+    kind: Literal["mixture"] = tag("mixture")
+    components: int = setting(30, COUNT)
+    """Mixture base: number of components."""
+    covariance: Literal["full", "tied", "diag"] = "full"
+    """Mixture base: covariance of the components: full, tied (one for all) or diag."""
+    train_base: bool = True
+    """Mixture base: train it with the flow, not only fit it to the data."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +95,12 @@ class FlowConfig(_Architecture):
     dequantize: Literal["uniform", "variational", "truncated-normal"] = "uniform"
     """Images: dequantisation noise. uniform; variational: learned with the model (Flow++), a tighter bound; truncated-
     normal: normal within each grey level, for flow matching."""
-    preprocess: LogitConfig | CenterConfig = setting(LogitConfig(), given=(IMAGES,))
-    """Images, before the first block. logit: as published; standardize: the logit, then each pixel standardised by the
-    training data; gaussianize: each pixel's own distribution mapped to a normal one; center: [0, 1] mapped
-    to [-1, 1]."""
-    base_std: float = setting(1.0, POSITIVE)
-    """Standard deviation of the base distribution."""
+    preprocess: LogitConfig | CenterConfig | MarginalsConfig = LogitConfig()
+    """Before the first block. Images: logit, as published; standardize: the logit, then each pixel standardised by the
+    training data; gaussianize: each pixel's own distribution mapped to a normal one; center: [0, 1] mapped to
+    [-1, 1]. Tables: standardize, or marginals: each column's own distribution where that has the higher likelihood."""
+    base: NormalBaseConfig | MixtureBaseConfig = NormalBaseConfig()
+    """Base density: normal; mixture: a Gaussian mixture fitted to the training data, from which training starts."""
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,8 @@ def nested(kinds: Kinds, flat: Mapping[str, Any], parent: str = "") -> dict[str,
     name = tag_of(kinds[0]) or ""
     known = parent if name == "kind" else name
     kind = (select(kinds, flat[known]) if known in flat else None) or kinds[0]
-    found: dict[str, Any] = {}
+    # a union that joined later is of its first family
+    found: dict[str, Any] = {} if not name or known in flat else {name: kind.__dataclass_fields__[name].default}
     for field in dataclasses.fields(kind):
         if inner := members(hints(kind)[field.name]):
             found[field.name] = nested(inner, flat, field.name)

@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from cnf._utils.errors import ConfigError
-from cnf.config import CenterConfig, ConvConfig, FlowConfig, HypernetConfig, MLPConfig, SolverConfig, UNetConfig
+from cnf.bases import Base, GaussianMixture, StandardNormal
+from cnf.config import (
+    CenterConfig,
+    ConvConfig,
+    FlowConfig,
+    HypernetConfig,
+    MarginalsConfig,
+    MixtureBaseConfig,
+    MLPConfig,
+    SolverConfig,
+    UNetConfig,
+)
 from cnf.fields import MLP, PERIODS, ConvField, Denoiser, Interpolant, SqueezeSum, UNet
 from cnf.flow import Flow
 from cnf.models.augmented import hyper_mlp, layer, time_path
 from cnf.models.solving import autocast, divergence, eval_solver, train_solver
 from cnf.ode.continuous import CNF
 from cnf.ode.multiscale import multiscale
-from cnf.transforms import Dequantize, Gaussianize, Logit, Rescale, Sequential, Squeeze, Standardize, Transform
+from cnf.transforms import (
+    Dequantize,
+    Gaussianize,
+    Logit,
+    MarginalTransform,
+    Rescale,
+    Sequential,
+    Squeeze,
+    Standardize,
+    Transform,
+)
 from cnf.transforms.dequantization import TruncatedNormalDequantize, VariationalDequantize
 
 __all__ = ["build", "count_parameters"]
@@ -55,10 +76,11 @@ def _unet(model: FlowConfig, field: UNetConfig, shape: tuple[int, ...], context_
             "field='unet' with dequantize='truncated-normal' is one block from the pixels to the noise: give preprocess='center', "
             "architecture='stack' and blocks=1"
         )
-    for name, idle in (("base_std", 1.0), ("end_time", 1.0), ("learn_end_time", False)):
-        if getattr(model, name) != idle:
+    base_std = getattr(model.base, "base_std", None)
+    for name, value, idle in (("base_std", base_std, 1.0), ("end_time", model.end_time, 1.0), ("learn_end_time", model.learn_end_time, False)):
+        if value != idle:
             raise ConfigError(
-                f"{name}={getattr(model, name)!r}: a denoiser (field='unet' with dequantize='truncated-normal') runs through a path of "
+                f"{name}={value!r}: a denoiser (field='unet' with dequantize='truncated-normal') runs through a path of "
                 f"its own, from its data's noise to N(0, 1) in unit time: leave it at {idle!r}"
             )
     assert levels is not None
@@ -119,6 +141,13 @@ def _strides(field: ConvConfig, shape: tuple[int, ...]) -> tuple[int, ...] | Non
     return field.strides or None
 
 
+def _base(model: FlowConfig, shape: tuple[int, ...]) -> Base:
+    """Return the base density for latents of this shape."""
+    if isinstance(model.base, MixtureBaseConfig):
+        return GaussianMixture(shape, model.base.components, model.base.covariance, model.base.train_base)
+    return StandardNormal(shape, model.base.base_std)
+
+
 def build(
     model: FlowConfig,
     solver: SolverConfig,
@@ -127,6 +156,7 @@ def build(
     levels: int | None = None,
     context_dim: int = 0,
     field: Callable[[tuple[int, ...], int], torch.nn.Module] | None = None,
+    cells: Sequence[tuple[float, float] | None] | None = None,
 ) -> Flow:
     """Build the flow of these settings, for images if ``levels`` is given, otherwise for vectors.
 
@@ -137,6 +167,7 @@ def build(
         levels: grey levels of images, dequantised and mapped according to ``model.preprocess`` first; None for vectors,
             which are standardised first, with statistics set by ``flow.fit_statistics``.
         context_dim: size of the context, 0 for none.
+        cells: (origin, step) of each dequantised column, or None for a continuous one, for ``preprocess="marginals"``.
         field: makes the vector field of a block from its event_shape and context_dim, in place of ``model.field``.
 
     Raises:
@@ -157,8 +188,12 @@ def build(
     if levels is None and model.dequantize != "uniform":
         raise ConfigError(f"dequantize={model.dequantize!r} is for images; these data are vectors")
     first: list[Transform]
-    if levels is None:
+    if levels is None and isinstance(model.preprocess, MarginalsConfig):
+        first = [MarginalTransform(math.prod(event_shape), knots=model.preprocess.knots, cells=cells)]
+    elif levels is None:
         first = [Standardize(torch.zeros(event_shape), torch.ones(event_shape))]
+    elif isinstance(model.preprocess, MarginalsConfig):
+        raise ConfigError("preprocess='marginals' is for tables, and these data are images: 'gaussianize' maps each pixel's distribution")
     else:
         first = [_dequantize(model, levels, event_shape)]
         if isinstance(model.preprocess, CenterConfig):
@@ -193,7 +228,8 @@ def build(
         blocks: list[Transform] = [multiscale(shape, block, model.blocks)]
     else:
         blocks = [block(shape) for _ in range(model.blocks)]
-    flow = Flow(Sequential([*first, *blocks]), event_shape, base_std=model.base_std)
+    whole = Sequential([*first, *blocks])
+    flow = Flow(whole, event_shape, base=_base(model, whole.latent_shape(event_shape)))
     if solver.steer and any(isinstance(each.field, Denoiser) for each in flow.blocks):
         raise ConfigError(f"steer={solver.steer}: a denoiser's path ends at t = 1: leave it at 0")
     for each in flow.blocks:

@@ -59,7 +59,10 @@ class RunInfo:
             return build_predictor(
                 config.model, config.solver, self.event_shape, outputs=self.context_dim, levels=self.levels
             )
-        return build(config.model, config.solver, self.event_shape, levels=self.levels, context_dim=self.context_dim, field=field)
+        cells = [(c.origin, c.step) if c.dequantised else None for c in data_columns(self.table)] or None
+        return build(
+            config.model, config.solver, self.event_shape, levels=self.levels, context_dim=self.context_dim, field=field, cells=cells
+        )
 
 
 def config_digest(fields: Mapping[str, Any]) -> str:
