@@ -215,7 +215,11 @@ def test_a_run_with_a_mixture_base_starts_at_the_mixture(tmp_path):
     with torch.no_grad():
         assert float((flow.log_prob(x).double() - truth).abs().max()) < 1e-3  # float32
     run.run()
+    assert run.history[0]["step"] == 0 and run.state.best <= run.history[0]["validation"]
     loaded = cnf.load(tmp_path)
     assert isinstance(loaded.base, cnf.GaussianMixture) and torch.isfinite(loaded.log_prob(x)).all()
+    worse = from_settings(dataclasses.replace(info, config=config.change(lr=10.0, warmup=0, max_grad_norm=0.0)), data, tmp_path / "worse", quiet=True)
+    worse.run()  # the best validation is that of the start
+    assert worse.state.best_step == 0 and worse.state.best == run.history[0]["validation"]
     with pytest.raises(ConfigError, match="preprocess='marginals' is for tables"):
         cnf.build(model, SolverConfig(), (1, 2, 2), levels=4)

@@ -7,6 +7,7 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 from cnf._utils.errors import Interrupted, SolverError
+from cnf.flow import Flow
 from cnf.training.signals import Abandoned, Signals
 from cnf.training.state import Pending
 from cnf.training.step import tensor_cores
@@ -51,6 +52,11 @@ class Trainer(Stepper):
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
+    @property
+    def _fitted(self) -> bool:
+        """Whether the model is a density already: its base was fitted to the data, so that training must not make it worse."""
+        return isinstance(self.model, Flow) and self.model.base.fitted
+
     def stop_reason(self) -> str | None:
         """Return why training ends, such as ``"steps"``, ``"patience"`` or ``"max_time"``; None while it continues."""
         if self.state.step >= self.steps:
@@ -79,6 +85,9 @@ class Trainer(Stepper):
             for callback in self.callbacks:
                 stack.callback(callback.on_end, self)
                 callback.on_start(self)
+            if state.step == 0 and state.pending is None and self._fitted:
+                with suppress(Abandoned):
+                    self._log(dict(self.validate()))
             while ((reason := self._stop()) is None or state.pending) and not self.signal:
                 with suppress(Abandoned):  # a signal: the interrupted work is repeated on resume
                     if state.pending is None:
