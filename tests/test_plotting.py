@@ -377,3 +377,19 @@ def test_pictures_of_predictors_refuse_what_they_cannot_show(tmp_path):
     with pytest.raises(ConfigError, match=r"model must have adaptive depth"):
         plotting.learned_depth(anode_mlp(2), torch.zeros(4, 2), torch.zeros(4), tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_corner_plot_spans_the_data_and_names_columns(tmp_path, monkeypatch):
+    """Samples far outside stretch no axis; every axis spans the data's quantiles, in the column's units."""
+    drawn = []
+    monkeypatch.setattr("cnf.plotting.tables.save_figure", lambda figure, path: drawn.append(figure) or path)
+    data = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 100.0, 1e-3])
+    plotting.corner_plot(data * 50, data, tmp_path / "corner.png", columns=("a", "b", "c"))
+    axes = drawn[0].axes
+    assert len(axes) == 9 and [axis.get_xlabel() for axis in axes[6:]] == ["a", "b", "c"]
+    for j, scale in enumerate((1.0, 100.0, 1e-3)):
+        low, high = axes[6 + j].get_xlim()
+        assert 4.5 * scale < high - low < 8 * scale
+    plotting.calibration_plot(torch.linspace(0, 1, 400), tmp_path / "pit.png")
+    heights = [patch.get_height() for patch in drawn[1].axes[0].patches if 0.2 < patch.get_height() < 5 and patch.get_width() < 0.5]
+    assert len(heights) == 10 and all(abs(h - 1) < 0.05 for h in heights)

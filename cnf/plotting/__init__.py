@@ -5,8 +5,11 @@ from cnf.plotting.features import decision_boundary, feature_evolution, learned_
 from cnf.plotting.motion import flow_gif
 from cnf.plotting.plane import density_2d, trajectories_2d, vector_field_2d
 from cnf.plotting.samples import image_grid, samples_beside_data
+from cnf.plotting.tables import calibration_plot, corner_plot
 
 __all__ = [
+    "calibration_plot",
+    "corner_plot",
     "decision_boundary",
     "density_2d",
     "feature_evolution",

@@ -168,7 +168,7 @@ def pictures(flow: Flow, data: DataSplits, folder: Path, metrics: list[dict[str,
     plots, samples = folder / "plots", folder / "samples"
     plots.mkdir(exist_ok=True)
     samples.mkdir(exist_ok=True)
-    count = 64 if data.kind == "image" else min(5000, len(data.test))
+    count = 64 if data.kind == "image" else min(10_000, len(data.test))
     context = None if data.test_context is None else data.test_context[:count].to(flow.like)
     noise = Noise(0, "sample")
     if context is None:
@@ -177,6 +177,8 @@ def pictures(flow: Flow, data: DataSplits, folder: Path, metrics: list[dict[str,
         x = flow.sample(1, context, noise=noise)[0]
     x = x.cpu()
     plotting.samples_beside_data(x, data.test[:count], samples / "samples.png", levels=data.levels, columns=data.columns)
+    if data.kind == "table" and x.shape[1] > 1:
+        plotting.corner_plot(x, data.test[:count], plots / "corner.png", columns=data.columns)
     plotting.learning_curves(metrics, plots / "learning_curves.png", unit=unit)
     if data.event_shape == (2,) and context is None:
         plotting.density_2d(flow, data.test, plots / "density.png")
