@@ -80,6 +80,11 @@ def test_what_does_not_apply_is_refused(kind, named, said):
         kind.of(**named)
 
 
+def test_whole_families_by_name():
+    assert FlowConfig.of(field=ConvConfig((8,)), blocks=2) == FlowConfig(field=ConvConfig((8,)), blocks=2)
+    assert RunConfig().change(model=ResNetConfig(), lr=0.1) == RunConfig(model=ResNetConfig(), train=TrainConfig(lr=0.1))
+
+
 def test_a_setting_at_its_default_is_never_refused():
     assert FlowConfig.of(strides=(), unet_depth=2) == FlowConfig()
 
@@ -157,6 +162,9 @@ def test_options_select_families(capsys):
     assert config_of("fm-mnist --objective both --finetune-batch-size 8").train.objective.finetune_batch_size == 8
     with pytest.raises(ConfigError, match="--strides 1 is for --field conv, not for --field mlp"):
         config_of("digits --strides 1")
+    for wrong, said in (("ffjord-toy --preprocess logit", "--preprocess is for images"), ("digits --preprocess marginals", "is for tables and points")):
+        with pytest.raises(ConfigError, match=said):
+            config_of(wrong)
     with pytest.raises(ConfigError, match="--grid-steps 3 is for --train-solver grid"):
         config_of("rnode-imagenet64 --grid-steps 3")
     with pytest.raises(ConfigError, match=r"--lr -1\.0: expected a positive number"):

@@ -15,13 +15,14 @@ PREDICTIVE = ("node", "resnet")  # architectures of predictors, see cnf.models.p
 
 ODE = Family("architecture", ("stack", "multiscale", "parallel", "node"), "models that solve an ODE")
 IMAGES = Family("events", ("images",), "images")
+VECTORS = Family("events", ("vectors",), "tables and points")
 
 
 @dataclass(frozen=True)
 class LogitConfig(Settings):
     """Images pass a logit before the first block, and possibly a map of each pixel."""
 
-    kind: Literal["standardize", "logit", "gaussianize"] = tag("standardize")
+    kind: Literal["standardize", "logit", "gaussianize"] = tag("standardize", given=(IMAGES,))
     alpha: float = setting(0.01, given=(IMAGES,))
     """Margin of the logit (or of the pixels' distributions), which keeps black and white finite."""
 
@@ -30,14 +31,14 @@ class LogitConfig(Settings):
 class CenterConfig(Settings):
     """Images are mapped from [0, 1] to [-1, 1] before the first block."""
 
-    kind: Literal["center"] = tag("center")
+    kind: Literal["center"] = tag("center", given=(IMAGES,))
 
 
 @dataclass(frozen=True)
 class MarginalsConfig(Settings):
     """Each column of a table is standardised, or mapped towards a normal one, whichever its held-out likelihood says."""
 
-    kind: Literal["marginals"] = tag("marginals")
+    kind: Literal["marginals"] = tag("marginals", given=(VECTORS,))
     knots: int = setting(200, COUNT)
     """Tables: maximum number of pieces of a column's distribution function."""
 

@@ -69,9 +69,9 @@ def setting(default: Any, *bounds: Bounds, given: tuple[Family, ...] = (), later
     return dataclasses.field(default=default, metadata={"bounds": bounds, "given": given, "optional": later})
 
 
-def tag(default: str) -> Any:
+def tag(default: str, given: tuple[Family, ...] = ()) -> Any:
     """Return the dataclass field that names a member of a tagged union, such as ``kind: Literal["conv"] = tag("conv")``."""
-    return dataclasses.field(default=default, kw_only=True, metadata={"tag": True})
+    return dataclasses.field(default=default, kw_only=True, metadata={"tag": True, "given": given})
 
 
 def cached(function: F) -> F:

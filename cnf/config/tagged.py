@@ -40,7 +40,7 @@ class Settings:
         return cast(Self, _configured((cls,), None, named))
 
     def change(self, **named: Any) -> Self:
-        """Return these settings with some of them changed by name.
+        """Return these settings with some of them, or whole families, changed by name.
 
         A changed tag selects another family; settings that both families have keep their values.
 
@@ -160,7 +160,10 @@ def _assemble(kinds: Kinds, start: Settings | None, named: Mapping[str, Any], pa
     for field in dataclasses.fields(kind):
         hint, before = hints(kind)[field.name], getattr(start, field.name, None)
         setting = _name(field, parent)
-        if inner := members(hint):
+        if (inner := members(hint)) and isinstance(named.get(field.name), inner):
+            arguments[field.name] = named[field.name]
+            used.add(field.name)
+        elif inner:
             arguments[field.name], below = _assemble(inner, before if isinstance(before, Settings) else None, named, field.name)
             used |= below
         elif setting in named:
