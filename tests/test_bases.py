@@ -220,6 +220,7 @@ def test_a_mixture_does_not_synchronise(covariance):
     assert waits.found == []
 
 
+@pytest.mark.slow
 def test_compiled():
     torch.compiler.reset()
     flow, x = flow_on(mixture()).eval(), normal(5, 2)
@@ -463,6 +464,7 @@ with join("cpu") as group:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path, monkeypatch):
     (tmp_path / "ranks.py").write_text(TRAINING)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
