@@ -33,7 +33,7 @@ FITTING = {"table": "tabular", "toy": "ffjord-toy"}
 FITTING_CLASSIFIER = {"table": "anode-three-spheres"}
 LARGE = 16  # pixels: smallest image side for fm-mnist; smaller images use fm-digits
 PRESET_HINT = (
-    f"(default: {DEFAULT}, of train_classifier.py {CLASSIFIER}; with --data tabular for tables, ffjord-toy for toy sets, "
+    f"(default: {DEFAULT}, of train_classifier.py {CLASSIFIER}; with --data table for tables, demo for points, "
     "fm-digits, fm-mnist or digits for images, by their size)"
 )
 Flag = tyro.conf.FlagCreatePairsOff[bool]

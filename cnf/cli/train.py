@@ -13,6 +13,7 @@ from cnf._utils.progress import duration_text
 from cnf.cli.changes import check, refuse_changes
 from cnf.cli.common import load_splits, usable_device
 from cnf.cli.evaluate import evaluate_run, score_items
+from cnf.cli.minutes import CHOSEN, refuse_chosen, search
 from cnf.cli.options import (
     CLASSIFIER,
     DEFAULT,
@@ -78,6 +79,8 @@ def _joined(
     data = load_splits(config, run=old if command.evaluate or (old and not old.table) else None, group=group)
     if old is None and command.preset is None:
         name = fitting(fallback, data.kind, data.event_shape) if fallback in (DEFAULT, CLASSIFIER) else None
+        if not set(CHOSEN) & given and group.size == 1:  # nothing is asked for that the search chooses
+            name = {"tabular": "table", "ffjord-toy": "demo"}.get(name or "", name)
         # of the data settings presets change the name alone, so the loaded data stay valid
         command, given, _ = parse(words, name or fallback, program)
         config = command.config
@@ -106,8 +109,18 @@ def _joined(
         info = dataclasses.replace(info, custom_field=old.custom_field)
     if old is not None and dataclasses.replace(info, config=old.config, table=info.table if old.table else ()) != old:
         raise DataError(f"the data are not those that {folder} was trained on ({old.event_shape}): put them back, or start a new run")
+    searched = old is None and config.train.minutes
+    if searched:
+        refuse_chosen(config, given)
     if command.dry_run:
+        if searched:
+            print(f"the search and the training take {config.train.minutes:g} minutes (--minutes); steps and start are chosen by it")
+            return 0
         return _dry_run(info, data, group)
+    if searched:
+        if group.size > 1:
+            raise ConfigError("--minutes searches in one process: start it without torchrun")
+        return search(info, data, folder, group)
     return _train(command, info, data, folder, group)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cnf.config.model import ODE, FlowConfig, ModelConfig
+from cnf.config.model import ODE, VECTORS, FlowConfig, ModelConfig
 from cnf.config.objective import (
     ClassificationConfig,
     LikelihoodConfig,
@@ -120,6 +120,9 @@ class TrainConfig(Settings):
     adaptive solver divided by ten)."""
     max_grid_steps: int = setting(64, COUNT, given=(ODE, BY_LIKELIHOOD, GRID,))
     """Maximum number of solver steps that are set by the solver checks."""
+    minutes: float | None = setting(None, POSITIVE, given=(DENSITY, VECTORS), later=True)
+    """Tables and points: find the start (marginals and Gaussian mixture) and train, all within this time (CPU minutes). The
+    steps, rates, solver and start are then chosen; the result is not worse than the best mixture on validation."""
     max_time: float | None = setting(None, POSITIVE)
     """Maximum training time of this call in seconds, followed by the test; --resume continues. The cosine schedule is
     that of --steps: for a short training reduce those."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cnf._utils.errors import ConfigError
 from cnf.config import (
@@ -52,6 +53,7 @@ def from_settings(
     callbacks: Iterable[Callback | type[Callback]] = (),
     log_every: int = 10,
     kind: type[Trainer] = Trainer,
+    initial: Mapping[str, Tensor] | None = None,
 ) -> Trainer:
     """Return the training of a flow or predictor in a run folder; writes only when it resumes.
 
@@ -65,12 +67,13 @@ def from_settings(
         callbacks: take the place of the default ones (see :func:`~cnf.training.callbacks.replaced`).
         log_every: steps between rows of metrics.jsonl.
         kind: class of the result, a subclass of :class:`~cnf.training.Trainer`.
+        initial: weights and statistics to start from, a state dict of the model.
 
     Raises:
         CheckpointError: on resume, for a checkpoint that is damaged, of another model or of other data.
         ConfigError: for incompatible settings.
     """
-    model, stages = prepare(info, data, group)
+    model, stages = prepare(info, data, group, initial)
     config, solver, device = info.config.train, info.config.solver, stages[0].batches.device
     defaults = default_callbacks(folder, partial(write_config, info=info), fingerprint(data), group)
     defaults = replaced(defaults, _configured(config, solver, stages[-1].objective))
@@ -95,8 +98,10 @@ def from_settings(
     return trainer
 
 
-def prepare(info: RunInfo, data: DataSplits, group: Group = SINGLE_PROCESS) -> tuple[Flow | Predictor, list[Phase]]:
-    """Return the model on its device, with initial weights and statistics, and its training phases.
+def prepare(
+    info: RunInfo, data: DataSplits, group: Group = SINGLE_PROCESS, initial: Mapping[str, Tensor] | None = None
+) -> tuple[Flow | Predictor, list[Phase]]:
+    """Return the model on its device, with initial weights and statistics (those of ``initial``, if given), and its training phases.
 
     Raises:
         ConfigError: for incompatible settings, or processes that differ.
@@ -109,7 +114,10 @@ def prepare(info: RunInfo, data: DataSplits, group: Group = SINGLE_PROCESS) -> t
     model = info.build().to(device)
     batches = Batches(data, config.batch_size, config.seed, device, group, model.like.dtype)
     stages = phases(model, config, batches)
-    stages[0].objective.prepare(batches.x)
+    if initial is None:
+        stages[0].objective.prepare(batches.x)
+    else:
+        model.load_state_dict(initial)
     group.check_same(shared_settings(info.config, data))
     group.broadcast(model.state_dict().values())  # equal already, up to rounding that differs between machines
     return model, stages

@@ -10,12 +10,13 @@ from cnf.config.presets.density import DENSITY
 from cnf.config.presets.exact import EXACT
 from cnf.config.presets.images import IMAGES
 from cnf.config.presets.matching import MATCHING
+from cnf.config.presets.minutes import MINUTES
 from cnf.config.presets.neural_ode import NEURAL_ODE
 from cnf.config.settings import DataConfig, Preset, RunConfig, TrainConfig
 
 __all__ = ["PRESETS", "DataConfig", "Preset", "RunConfig", "TrainConfig", "preset"]
 
-PRESETS = DENSITY | EXACT | IMAGES | MATCHING | AFFJORD | NEURAL_ODE
+PRESETS = MINUTES | DENSITY | EXACT | IMAGES | MATCHING | AFFJORD | NEURAL_ODE
 
 
 def preset(name: str) -> Preset:

@@ -3,6 +3,8 @@
 __all__ = ["PARAMETERS"]
 
 PARAMETERS = {
+    "table": 5_972,
+    "demo": 4_792,
     "digits": 109_876,
     "ffjord-toy": 9_224,
     "tabular": 38_008,

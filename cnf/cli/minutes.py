@@ -1,0 +1,100 @@
+"""cnf train --minutes: a density of a table or of points, found within a time, as a run folder like any other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cnf._utils.errors import ConfigError
+from cnf.cli.spelling import option
+from cnf.config import RunConfig
+from cnf.data import DataSplits
+from cnf.data.schema import data_columns
+from cnf.distributed import Group
+from cnf.flow import Flow
+from cnf.runs import RunInfo, write_config
+from cnf.training import finish, from_settings, summary, write_json
+from cnf.training.checkpointer import Checkpointer, run_lock
+
+__all__ = ["CHOSEN", "refuse_chosen", "search"]
+
+# settings that the search chooses
+CHOSEN = (
+    "architecture", "field", "time_conditioning", "nonlinearity", "residual", "blocks", "end_time", "learn_end_time", "preprocess", "knots", "base",
+    "components", "covariance", "train_base", "base_std", "objective", "train_solver", "method", "grid_steps", "automatic_steps", "gradient", "divergence",
+    "steps", "batch_size", "accumulate", "lr", "warmup", "schedule", "weight_decay", "max_grad_norm", "ema_decay", "kinetic", "jacobian", "patience",
+    "max_time", "validate_every", "condition",
+)  # fmt: skip
+
+
+def refuse_chosen(config: RunConfig, given: Collection[str]) -> None:
+    """Reject settings that the user gave and that the search chooses.
+
+    Raises:
+        ConfigError: for the first such setting.
+    """
+    if idle := [name for name in CHOSEN if name in given]:
+        raise ConfigError(f"{option(idle[0])} is chosen by --minutes {config.train.minutes:g}: leave one of them out")
+
+
+def search(info: RunInfo, data: DataSplits, folder: Path, group: Group) -> int:
+    """Find a density within the minutes of the settings, and leave a finished run that --resume trains on."""
+    from cnf.estimators.search import fit_density  # needs scikit-learn
+
+    train = info.config.train
+    if train.threads:
+        torch.set_num_threads(train.threads)
+    assert train.minutes is not None
+    cells = [(c.origin, c.step) if c.dequantised else None for c in data_columns(info.table)] or None
+    found = fit_density(
+        data.train, data.validation, minutes=train.minutes, seed=train.seed, cells=cells, names=data.columns or None, device=train.device,
+        hidden=_hidden(info.config), on_progress=lambda line: print(line, flush=True),
+    )  # fmt: skip
+    info = dataclasses.replace(info, config=info.config.change(**_settings(found.flow), steps=max(1, found.steps)))
+    folder.mkdir(parents=True, exist_ok=True)
+    with run_lock(folder, group):
+        write_config(folder, info)
+        trainer = from_settings(info, data, folder, group=group, quiet=True, initial=found.flow.state_dict())
+        trainer.state.step = info.config.train.steps
+        trainer.validate()
+        checkpointer = trainer.callback(Checkpointer)
+        assert checkpointer is not None
+        checkpointer.save()
+        result = finish(trainer, info, data, folder)
+        parts = {"start": found.start, "parts": found.parts, "search_seconds": found.seconds}
+        write_json(folder / "result.json", result | parts)
+    print("validation, nats per row: " + ", ".join(f"{name} {value:.4f}" for name, value in found.parts.items()) + f" (from {found.start})")
+    print(summary(result))
+    print(f"pictures in {folder / 'samples'} and {folder / 'plots'}; cnf sample {folder} draws more, cnf rank {folder} FILE ranks rows")
+    return 0
+
+
+def _hidden(config: RunConfig) -> tuple[int, ...]:
+    hidden: tuple[int, ...] = config.model.field.hidden if hasattr(config.model, "field") else config.model.hidden
+    return hidden
+
+
+def _settings(flow: Flow) -> dict[str, Any]:
+    """Return the settings by which :func:`cnf.build` makes a flow of this form."""
+    from cnf.bases import GaussianMixture
+    from cnf.fields import MLP
+    from cnf.solvers import FixedGrid
+    from cnf.transforms import MarginalTransform, iter_leaves
+
+    (first, _), *_ = iter_leaves(flow.transform)
+    (block,) = flow.blocks
+    named: dict[str, Any] = {"architecture": "stack", "field": "mlp", "blocks": 1, "base": "mixture", "objective": "likelihood", "ema_decay": 0.0}
+    assert isinstance(block.field, MLP)
+    named["hidden"] = tuple(layer.map.outputs for layer in list(block.field.time_layers)[:-1])
+    named["time_conditioning"] = "concat"
+    if isinstance(first, MarginalTransform):
+        named |= {"preprocess": "marginals", "knots": first.knots}
+    else:
+        named["preprocess"] = "standardize"
+    assert isinstance(flow.base, GaussianMixture) and isinstance(block.solver, FixedGrid)
+    named |= {"components": flow.base.components, "covariance": flow.base.covariance, "train_base": True}
+    return named | {"train_solver": "grid", "method": block.solver.method, "grid_steps": block.solver.steps}

@@ -1,0 +1,59 @@
+"""cnf train --minutes: from a table to a run folder with a density that is not worse than the best mixture."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import cnf
+from cnf.cli import main
+from cnf.config import MarginalsConfig, MixtureBaseConfig
+from cnf.runs import read_config
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Rows with a skewed, a discrete and a bent column."""
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=700)
+    rows = np.stack([np.exp(a), rng.poisson(3, 700), a**2 + 0.1 * rng.normal(size=700)], 1)
+    path = tmp_path_factory.mktemp("data") / "table.csv"
+    np.savetxt(path, rows, delimiter=",", header="income,count,bend", comments="")
+    return path
+
+
+def test_a_table_becomes_a_run(tmp_path, table, capsys):
+    folder = tmp_path / "run"
+    assert main(["train", "table", "--data", str(table), "--minutes", "0.08", "--hidden", "8", "8", "--out", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "mixture: " in said and "validation, nats per row: standard normal" in said
+    info, result = read_config(folder), json.loads((folder / "result.json").read_text())
+    assert isinstance(info.config.model.base, MixtureBaseConfig) and isinstance(info.config.model.preprocess, MarginalsConfig)
+    parts = result["parts"]
+    assert parts["flow"] <= parts["mixture"] < parts["standard normal"] and result["metric"] == "nats"
+    flow = cnf.load(folder)
+    rows = torch.from_numpy(np.loadtxt(table, delimiter=",", skiprows=1)).float()
+    # a discrete column is dequantised: its density is that of the step's interval
+    assert torch.isfinite(flow.log_prob(rows + torch.tensor([0.0, 0.5, 0.0]))).all()
+    assert (folder / "plots" / "corner.png").is_file() and main(["sample", str(folder), "-n", "50", "--out", str(tmp_path / "s.csv")]) == 0
+    assert main(["rank", str(folder), str(table)]) == 0
+    steps = info.config.train.steps
+    assert main(["train", "--resume", "--out", str(folder), "--steps", str(steps + 2)]) == 0  # trains on
+    assert json.loads((folder / "result.json").read_text())["steps"] == steps + 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("table --lr 0.1", "--lr is chosen by --minutes 1"),
+        ("table --minutes 0", "--minutes 0.0: expected a positive number"),
+        ("digits --minutes 1", "--minutes is for tables and points"),
+        ("node-flip --minutes 1", "--minutes is for densities"),
+        ("table --field conv", "--field is chosen by --minutes"),
+    ],
+)
+def test_what_the_search_chooses_is_refused(tmp_path, table, capsys, words, said):
+    data = ["--data", str(table)] if words.startswith("table") else []
+    assert main(["train", *words.split(), *data, "--out", str(tmp_path / "run")]) == 2
+    assert said in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "run").exists()
