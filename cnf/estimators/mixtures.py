@@ -1,0 +1,169 @@
+"""Quick fits: Gaussian mixtures of a table, with and without marginal transforms."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cnf._utils.errors import DataError
+from cnf.bases import GaussianMixture
+from cnf.estimators.budget import Budget
+from cnf.transforms import MarginalTransform, Standardize
+
+__all__ = ["COMPONENTS", "Candidate", "Table", "fit_mixtures", "normal_nll", "prepare"]
+
+COMPONENTS = (1, 2, 4, 8, 16, 30, 60, 100, 150, 200)
+SMALL = 2000  # rows, up to which all kinds of covariance and two regularisations are tried
+ROWS_PER_COMPONENT = 8  # at least
+WORSE = 2  # numbers of components in a row, after which more are not tried
+ITERATIONS = 60
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows after a transform, which is applied once.
+
+    Attributes:
+        name: of the transform in words.
+        transform: fitted to the training rows.
+        train, validation: latents (N, D).
+        log_det: of the validation rows (M,).
+    """
+
+    name: str
+    transform: MarginalTransform | Standardize
+    train: Tensor
+    validation: Tensor
+    log_det: Tensor
+
+    def nll(self, log_prob: Tensor) -> float:
+        """Return the mean negative log-likelihood of the validation rows, given their log-density as latents (M,)."""
+        return -float((log_prob.double() + self.log_det).mean())
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Mixture of Gaussians behind a transform.
+
+    Attributes:
+        table: the transformed rows.
+        base: the mixture.
+        validation: mean negative log-likelihood of the validation rows in nats.
+    """
+
+    table: Table
+    base: GaussianMixture
+    validation: float
+
+    @property
+    def name(self) -> str:
+        """Transform, number of components and covariance in words."""
+        count = self.base.components
+        return f"{self.table.name}, {count} Gaussian{'s' if count > 1 else ''} ({self.base.covariance})"
+
+
+@torch.no_grad()
+def prepare(name: str, transform: MarginalTransform | Standardize, train: Tensor, validation: Tensor) -> Table:
+    """Fit a transform to training rows (N, D), and apply it to both parts."""
+    if isinstance(transform, MarginalTransform):
+        transform.fit(train, validation)
+    else:
+        transform.fit(train)
+    z = torch.cat([transform(part).value for part in train.split(16384)])
+    parts = [transform(part)[:2] for part in validation.split(16384)]
+    return Table(name, transform, z, torch.cat([v for v, _ in parts]), torch.cat([d for _, d in parts]).double())
+
+
+def normal_nll(table: Table) -> float:
+    """Return the validation nats of a standard normal density of the latents."""
+    return table.nll(torch.distributions.Normal(0.0, 1.0).log_prob(table.validation.double().cpu()).sum(1).to(table.log_det))
+
+
+def fit_mixtures(
+    tables: Sequence[Table], budget: Budget, seconds: float, components: Sequence[int], seed: int, report: Callable[[Candidate], None]
+) -> list[Candidate]:
+    """Fit mixtures with a rising number of components to each table, within a time.
+
+    More components are not tried after :data:`WORSE` numbers in a row without a better validation. With a limit of
+    time, a fit that would exceed it takes fewer rows.
+
+    Args:
+        tables: the transformed rows.
+        budget: the clock of the search.
+        seconds: when to stop, by that clock.
+        components: numbers of components in rising order.
+        seed: of the initialisations and of the choice of rows.
+        report: called for every mixture.
+
+    Raises:
+        DataError: if not a single mixture can be fitted.
+    """
+    fitted: list[Candidate] = []
+    state = {table.name: _Progress() for table in tables}
+    error: DataError | None = None
+    for count in components:
+        for table in tables:
+            own = state[table.name]
+            rows = own.rows(len(table.train), count, budget, seconds, len(tables))
+            if own.worse >= WORSE or (rows < ROWS_PER_COMPONENT * count and count > 1) or own.skipped:
+                own.skipped = True
+                continue
+            began, before = budget.spent, own.best
+            order = torch.randperm(len(table.train), generator=torch.Generator().manual_seed(seed))[:rows]
+            z = table.train if rows == len(table.train) else table.train[order.to(table.train.device)]
+            for covariance, variance in _kinds(len(table.train), table.train.shape[1], count):
+                try:
+                    base = _fit(z, count, covariance, variance, seed)
+                except DataError as failure:
+                    error = failure
+                    continue
+                made = Candidate(table, base, table.nll(_log_prob(base, table.validation)))
+                fitted.append(made)
+                own.best = min(own.best, made.validation)
+                report(made)
+            own.worse = 0 if own.best < before else own.worse + 1
+            own.pace = (budget.spent - began) / (rows * count)
+    if not fitted:
+        raise error or DataError(f"train has {len(tables[0].train)} rows, too few for {components[0]} components")
+    return fitted
+
+
+class _Progress:
+    """Fits of one table so far."""
+
+    def __init__(self) -> None:
+        self.best, self.worse, self.pace, self.skipped = float("inf"), 0, 0.0, False
+
+    def rows(self, total: int, count: int, budget: Budget, seconds: float, tables: int) -> int:
+        """Return the number of rows of the next fit."""
+        if not budget.limited:
+            return total
+        if not self.pace:  # the first: for a result at once
+            return min(total, 5000)
+        allowed = max(0.0, seconds - budget.spent) / tables
+        return min(total, int(allowed / (self.pace * count)))
+
+
+def _kinds(rows: int, dim: int, count: int) -> list[tuple[Literal["full", "tied", "diag"], float]]:
+    """Return the covariances and regularisations to try."""
+    if rows > SMALL:
+        return [("full", 1e-6)]
+    kinds: list[tuple[Literal["full", "tied", "diag"], float]] = [("full", 1e-6), ("full", 1e-2)]
+    return kinds if dim == 1 or count == 1 else [*kinds, ("tied", 1e-6), ("diag", 1e-6), ("diag", 1e-2)]
+
+
+def _fit(z: Tensor, count: int, covariance: Literal["full", "tied", "diag"], variance: float, seed: int) -> GaussianMixture:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # not converged: the flow goes on from there
+        return GaussianMixture.fit(z, count, covariance, seed=seed, max_iter=ITERATIONS, min_variance=variance)
+
+
+@torch.no_grad()
+def _log_prob(base: GaussianMixture, z: Tensor) -> Tensor:
+    """Return the log-density in double precision."""
+    return torch.cat([base.log_prob(part.double()) for part in z.split(2048)])

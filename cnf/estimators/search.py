@@ -1,0 +1,199 @@
+"""Search for the density of a table in a given time: mixtures, a race of flows that start from them, training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cnf._utils.errors import DataError, require_at_least, require_inside
+from cnf.estimators.budget import Budget
+from cnf.estimators.mixtures import COMPONENTS, Candidate, Table, fit_mixtures, normal_nll, prepare
+from cnf.estimators.race import RECIPE, Start, start
+from cnf.flow import Flow
+from cnf.transforms import MarginalTransform, Standardize
+
+__all__ = ["DensityFit", "fit_density"]
+
+MIXTURE_SHARE, RACE_SHARE = 0.2, 0.25  # of the time
+RACE_STEPS = 100  # of each start in the first round
+RACED = 1500  # validation rows of a race
+TRAINED = 5000  # validation rows while training
+
+
+@dataclass(frozen=True)
+class DensityFit:
+    """Result of :func:`fit_density`.
+
+    Attributes:
+        flow: the density, in evaluation mode.
+        parts: negative log-likelihood of the validation rows, in nats per row, of a standard normal, the marginals, the
+            best mixture and the flow, in this order, as far as they exist.
+        start: transform and mixture that the flow started from.
+        validation: that of ``flow``.
+        steps: optimiser steps of the flow, those of the race included.
+        seconds: CPU seconds of the search (wall-clock seconds on several threads).
+    """
+
+    flow: Flow
+    parts: dict[str, float]
+    start: str
+    validation: float
+    steps: int
+    seconds: float
+
+
+def fit_density(
+    train: Tensor,
+    validation: Tensor,
+    *,
+    minutes: float = 1.0,
+    seed: int = 0,
+    cells: Sequence[tuple[float, float] | None] | None = None,
+    bounds: Sequence[tuple[float, float] | None] | None = None,
+    names: Sequence[str] | None = None,
+    hidden: Sequence[int] | None = None,
+    device: str | torch.device = "cpu",
+    on_progress: Callable[[str], None] | None = None,
+    steps: int | None = None,
+    components: Sequence[int] = COMPONENTS,
+) -> DensityFit:
+    """Fit the density of a table within a time; on the validation rows it is never worse than the best mixture.
+
+    Mixtures of Gaussians of rising size are fitted first, to the standardised columns and to columns that pass marginal
+    transforms. Flows that start from some of them, at exactly their likelihood, race by the validation; the winner is
+    trained on, and the best of all weights is returned, the best mixture among them. All figures are of the evaluation
+    solver.
+
+    Args:
+        train: (N, D) rows to fit.
+        validation: (M, D) rows to choose by.
+        minutes: time of the whole search, CPU time or wall-clock time, whichever is less.
+        seed: of fits, initial weights and batches.
+        cells, bounds, names: of the columns; see :class:`~cnf.transforms.MarginalTransform`.
+        hidden: widths of the two hidden layers of the field; (64, 64) if None.
+        device: where to compute.
+        on_progress: called with a line whenever a better density is found.
+        steps: optimiser steps of the final training in place of a time: the result is then a function of the data and
+            ``seed``.
+        components: numbers of components of the mixtures, in rising order.
+
+    Raises:
+        ConfigError: for minutes or steps out of range.
+        DataError: for tables of different width, NaN or infinity, less than two rows, and constant or duplicate columns.
+
+    Example:
+        >>> x = torch.randn(300, 2).exp()
+        >>> result = fit_density(x[:200], x[200:], steps=5, components=(1, 2))
+        >>> list(result.parts), result.flow.sample(4).shape
+        (['standard normal', 'marginals', 'mixture', 'flow'], torch.Size([4, 2]))
+    """
+    require_inside(0, math.inf, minutes=minutes)
+    require_at_least(1, steps=steps)
+    train, validation = (_rows(name, x, names, device) for name, x in (("train", train), ("validation", validation)))
+    _check(train, validation, names)
+    say = on_progress or (lambda line: None)
+    budget = Budget(None if steps else 60 * minutes, wall=train.is_cuda)
+    tables = _tables(train, validation, cells, bounds, names)
+    parts = {"standard normal": normal_nll(tables[0])}
+    if len(tables) > 1:
+        parts["marginals"] = normal_nll(tables[1])
+    best = math.inf
+
+    def report(made: Candidate) -> None:
+        nonlocal best
+        if made.validation < best:
+            best = made.validation
+            say(f"mixture: {best:.2f} nats per row after {budget.spent:.0f} s ({made.name})")
+
+    candidates = fit_mixtures(tables, budget, MIXTURE_SHARE * budget.total, components, seed, report)
+    mixture = min(candidates, key=lambda made: made.validation)
+    parts["mixture"] = mixture.validation
+    widths = tuple(hidden) if hidden else (64, 64)
+    unmoved = start(mixture, widths, RECIPE, seed)
+    starts = [start(made, widths, RECIPE, seed) for made in choose_starts(candidates)]
+    winner = race(starts, budget, seed, steps)
+    _train(winner, budget, seed, steps)
+    final = winner.score()
+    say(f"flow: {final:.2f} nats per row after {budget.spent:.0f} s ({winner.steps} steps)")
+    chosen, value = (winner, final) if final < mixture.validation else (unmoved, mixture.validation)
+    parts["flow"] = value
+    return DensityFit(chosen.assemble(), parts, chosen.candidate.name, value, chosen.steps, budget.spent)
+
+
+def choose_starts(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the best mixture, the smallest one of each table, and one between them."""
+    chosen = [min(candidates, key=lambda made: made.validation)]
+    for name in dict.fromkeys(made.table.name for made in candidates):
+        own: dict[int, Candidate] = {}  # the best by number of components
+        for made in candidates:
+            if made.table.name == name and (made.base.components not in own or made.validation < own[made.base.components].validation):
+                own[made.base.components] = made
+        chosen += [own[min(own)]]
+        if own[top := min(own, key=lambda k: own[k].validation)] is chosen[0]:
+            chosen += [own[k] for k in (8,) if k in own and k < top]
+    return list({id(made): made for made in chosen}.values())
+
+
+def race(starts: list[Start], budget: Budget, seed: int, steps: int | None) -> Start:
+    """Train each start for some steps, keep the better half, and so on until one is left."""
+    rows = torch.arange(min(RACED, len(starts[0].candidate.table.validation)))
+    count = max(2, steps // 10) if steps else RACE_STEPS
+    if budget.limited:  # measure the time of a step
+        starts[0].train(4, budget, seed=seed, rows=rows)
+        total = sum(len(starts) / 2**i for i in range(_rounds(starts)))
+        count = max(4, min(count, int(RACE_SHARE * budget.total / total / starts[0].step_seconds)))
+    for number in range(_rounds(starts)):
+        for each in starts:
+            each.train(count, budget, seed=seed + number, rows=rows, validations=0 if number else 1)
+        goal = steps or budget.left / max(each.step_seconds for each in starts)
+        starts = sorted(starts, key=lambda each: each.predicted(each.steps + goal))[: math.ceil(len(starts) / 2)]
+        count *= 2 if number else 1
+    return starts[0]
+
+
+def _rounds(starts: Sequence[Start]) -> int:
+    return math.ceil(math.log2(len(starts)))
+
+
+def _train(winner: Start, budget: Budget, seed: int, steps: int | None) -> None:
+    rows = torch.arange(min(TRAINED, len(winner.candidate.table.validation)))
+    until = 0.97 * budget.total
+    plan = steps or max(1, int((until - budget.spent) / max(1e-4, winner.step_seconds or 0.02)))
+    winner.train(plan, budget, until, seed=seed + 100, rows=rows, validations=8, decay=True)
+
+
+def _tables(train: Tensor, validation: Tensor, cells: object, bounds: object, names: Sequence[str] | None) -> list[Table]:
+    dim = train.shape[1]
+    plain = Standardize(torch.zeros(dim), torch.ones(dim)).to(train)
+    tables = [prepare("standardised", plain, train, validation)]
+    marginals = MarginalTransform(dim, cells=cells, bounds=bounds, names=names).to(train.device)  # type: ignore[arg-type]
+    table = prepare("marginals", marginals, train, validation)
+    return tables if set(marginals.choices) == {"standardize"} else [*tables, table]
+
+
+def _rows(name: str, x: Tensor, names: Sequence[str] | None, device: str | torch.device) -> Tensor:
+    if x.ndim != 2 or not x.shape[1]:
+        raise DataError(f"{name} has shape {tuple(x.shape)}, expected (N, D)")
+    x = x.detach().to(device=device, dtype=torch.float32)
+    if not bool(x.isfinite().all()):
+        row = int((~x.isfinite().all(1)).nonzero()[0])
+        raise DataError(f"{name} holds NaN or infinity, first in row {row}: remove or replace such rows")
+    return x
+
+
+def _check(train: Tensor, validation: Tensor, names: Sequence[str] | None) -> None:
+    if train.shape[1] != validation.shape[1]:
+        raise DataError(f"train has {train.shape[1]} columns and validation {validation.shape[1]}, expected the same number")
+    if len(train) < 2 or not len(validation):
+        raise DataError(f"train has {len(train)} rows and validation {len(validation)}, expected at least 2 and 1")
+    label = [f"column {j}" + (f" ({names[j]!r})" if names else "") for j in range(train.shape[1])]
+    for j in range(train.shape[1]):
+        if bool((train[:, j] == train[0, j]).all()):
+            raise DataError(f"{label[j]} is constant at {float(train[0, j]):g} and has no density: drop it, or add noise")
+        for i in range(j):
+            if torch.equal(train[:, i], train[:, j]):
+                raise DataError(f"{label[j]} is a copy of {label[i]}, so that the table has no density: drop one of them")
