@@ -27,7 +27,6 @@ if TYPE_CHECKING:
         UNetConfig,
     )
     from cnf.fields import VectorField
-    from cnf.fitting import FitResult, fit
     from cnf.flow import Flow
     from cnf.models import build
     from cnf.ode.continuous import CNF
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from cnf.random import Noise
     from cnf.runs import load, save
     from cnf.solvers import Adaptive, FixedGrid
+    from cnf.training.fitting import FitResult, fit
     from cnf.transforms.marginals import MarginalTransform
     from cnf.velocity import from_velocity
 
@@ -98,7 +98,7 @@ _HOMES = {
     "cnf.ode.continuous": ("CNF",),
     "cnf.ode.divergence": ("Exact", "Hutchinson"),
     "cnf.fields": ("VectorField",),
-    "cnf.fitting": ("FitResult", "fit"),
+    "cnf.training.fitting": ("FitResult", "fit"),
     "cnf.flow": ("Flow",),
     "cnf.models": ("build",),
     "cnf.random": ("Noise",),

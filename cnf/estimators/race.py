@@ -15,12 +15,12 @@ from cnf.estimators.budget import Budget
 from cnf.estimators.mixtures import Candidate
 from cnf.evaluation import evaluate
 from cnf.fields import MLP
-from cnf.fitting import fit
 from cnf.flow import Flow
 from cnf.ode.continuous import CNF
 from cnf.solvers import FixedGrid
 from cnf.training import ProgressBar, Run, SolverMonitor, TimeSampler, WeightAverage
 from cnf.training.callbacks import Callback
+from cnf.training.fitting import fit
 from cnf.transforms import Sequential
 
 __all__ = ["RECIPE", "Recipe", "Start", "start"]
