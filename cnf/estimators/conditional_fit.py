@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from cnf.bases.conditional import ConditionalMixture
-from cnf.estimators.training import Data, Outcome, choose_solver, now, train
+from cnf.estimators import training
+from cnf.estimators.training import Data, Outcome, choose_solver, train
 from cnf.fields import MLP
 from cnf.flow import Flow
 from cnf.ode.continuous import CNF
@@ -64,14 +65,14 @@ def fit_conditional(
         device: of the training.
         on_progress: is called with lines of progress.
     """
-    began, seconds = now(), 60 * minutes
+    began, seconds = training.now(), 60 * minutes
     say = on_progress or (lambda line: None)
     parts: dict[str, float] = {}
     best: tuple[float, str, Flow] | None = None
     total = 0
     candidates = _candidates(data, validation, cells, names, components)
     for i, (name, transform, count) in enumerate(candidates):
-        left = _RACE * seconds - (now() - began)
+        left = _RACE * seconds - (training.now() - began)
         if best is not None and left <= 0:
             break
         flow = Flow(transform, data.x.shape[1:], base=_base(transform, data, count, hidden, seed)).to(device)
@@ -84,7 +85,7 @@ def fit_conditional(
             best = outcome.best, f"{name}, {count} components", flow
     assert best is not None
     parts["mixture"], start, flow = best
-    flow, outcome = _with_field(flow, data.to(device), validation.to(device), hidden, seconds - (now() - began), steps, seed, on_progress)
+    flow, outcome = _with_field(flow, data.to(device), validation.to(device), hidden, seconds - (training.now() - began), steps, seed, on_progress)
     parts["flow"] = outcome.best
     flow.cpu().double()
     held = validation.to("cpu", torch.float64)
