@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         SolverConfig,
         UNetConfig,
     )
+    from cnf.estimators import ConditionalDensityEstimator, DensityEstimator
     from cnf.fields import VectorField
     from cnf.flow import Flow
     from cnf.models import build
@@ -44,7 +45,9 @@ __all__ = [
     "AdaptiveConfig",
     "AugmentedTimeConfig",
     "Base",
+    "ConditionalDensityEstimator",
     "ConvConfig",
+    "DensityEstimator",
     "DistributionBase",
     "Exact",
     "FitResult",
@@ -97,6 +100,7 @@ _HOMES = {
     ),
     "cnf.ode.continuous": ("CNF",),
     "cnf.ode.divergence": ("Exact", "Hutchinson"),
+    "cnf.estimators": ("ConditionalDensityEstimator", "DensityEstimator"),
     "cnf.fields": ("VectorField",),
     "cnf.training.fitting": ("FitResult", "fit"),
     "cnf.flow": ("Flow",),
