@@ -24,8 +24,8 @@ COMMANDS = {
 EXAMPLES = {
     "train": (
         ("cnf train", "digits, by flow matching, in a few minutes"),
-        ("cnf train tabular --data table.csv", "your own table"),
-        ("cnf train ffjord-toy --data 2spirals --steps 2000", "a density in the plane"),
+        ("cnf train --data table.csv --minutes 10", "your own table"),
+        ("cnf train demo --data 2spirals", "a density in the plane, in a minute"),
         ("cnf train anode-digits", "a neural ODE that classifies"),
         ("cnf train --resume --out runs/digits-0 --steps 5000", "continue a run"),
     ),
