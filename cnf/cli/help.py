@@ -50,6 +50,7 @@ TRAIN = {
     "lr": "peak learning rate",
     "validate_every": "steps between validations",
     "patience": "stop after so many validations without a better one; 0 never",
+    "minutes": "tables and points: search and train within so many minutes",
     "max_time": "train for so many seconds at most",
     "seed": "seed of weights, order and noise",
     "device": "cpu, cuda, cuda:1, ...",
@@ -143,7 +144,7 @@ def _train_options(config: RunConfig) -> list[tuple[str, str, str]]:
     kinds = {name: str(places[0].field.type) for name, places in schema((RunConfig,)).items()}
     rows = []
     for name, what in TRAIN.items():
-        if name not in named:
+        if name not in named or (name == "minutes" and named[name] is None):
             continue
         value = named[name]
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else "" if value is None else str(value)
