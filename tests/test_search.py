@@ -1,15 +1,16 @@
 """Search for a density: never worse than the best mixture on validation, reproducible, and clear about bad tables."""
 
+import json
 import math
 
 import pytest
 import torch
+from conftest import ROOT
 
 from cnf._utils.errors import ConfigError, DataError
 from cnf.data import load
-from cnf.estimators import fit_density, search
+from cnf.estimators import fit_density, race
 from cnf.estimators.budget import Budget
-from cnf.estimators.race import Recipe
 from cnf.evaluation import evaluate
 
 QUICK = {"steps": 12, "components": (1, 2, 4)}
@@ -19,7 +20,7 @@ def rings(n, seed=0):
     """Points on two circles."""
     generator = torch.Generator().manual_seed(seed)
     angle = 2 * math.pi * torch.rand(n, generator=generator)
-    radius = 1 + 2 * torch.randint(2, (n,), generator=generator) + 0.1 * torch.randn(n, generator=generator)
+    radius = 1 + 2 * torch.randint(2, (n,), generator=generator) + 0.25 * torch.randn(n, generator=generator)
     return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
 
 
@@ -41,7 +42,7 @@ def test_never_worse_than_the_mixture_on_validation(found):
 def test_a_flow_that_does_not_help_is_not_taken(monkeypatch):
     """With steps that only do harm, the mixture itself is returned."""
     x = rings(500, seed=3)
-    monkeypatch.setattr(search, "RECIPE", Recipe(base_rate=3.0))
+    monkeypatch.setattr(race, "FINE", race.Recipe(base_rate=3.0))
     result = fit_density(x[:400], x[400:], **QUICK)
     assert result.validation == result.parts["mixture"] and result.steps == 0
     assert evaluate(result.flow, x[400:]).mean == pytest.approx(result.parts["mixture"], abs=2e-5)
@@ -55,10 +56,10 @@ def test_progress_lines(found):
 
 def test_density_integrates_to_one(found):
     flow = found[0].flow
-    side = torch.linspace(-6, 6, 161)
+    side = torch.linspace(-7, 7, 161)
     grid = torch.cartesian_prod(side, side)
     with torch.no_grad():
-        total = float(torch.cat([flow.log_prob(part).double().exp() for part in grid.split(8192)]).sum()) * (12 / 160) ** 2
+        total = float(torch.cat([flow.log_prob(part).double().exp() for part in grid.split(8192)]).sum()) * (14 / 160) ** 2
     assert total == pytest.approx(1, abs=5e-3)
 
 
@@ -142,3 +143,15 @@ def test_checkerboard_in_a_minute():
     data = load("checkerboard")
     result = fit_density(data.train, data.validation, minutes=1.0)
     assert evaluate(result.flow, data.test).mean < 3.57
+
+
+def test_the_comparison_on_tables_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import tables
+
+    monkeypatch.setattr(tables, "COMPONENTS", (1, 2))
+    file = tmp_path / "results.json"
+    assert tables.main(["--data", "breast-cancer", "--quick", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["tables"]["rows"]
+    assert [row["side"] for row in rows] == list(tables.SIDES) and rows[1]["difference"] == 0
+    assert all(math.isfinite(row["test"]) and row["error"] > 0 for row in rows) and "over the mixture" in capsys.readouterr().out

@@ -21,6 +21,7 @@ COMPONENTS = (1, 2, 4, 8, 16, 30, 60, 100, 150, 200)
 SMALL = 2000  # rows, up to which all kinds of covariance and two regularisations are tried
 ROWS_PER_COMPONENT = 8  # at least
 WORSE = 2  # numbers of components in a row, after which more are not tried
+BEHIND = 1.0  # nats, by which a table is behind another one, after which it gets no more than 4 components
 ITERATIONS = 60
 
 
@@ -110,7 +111,8 @@ def fit_mixtures(
         for table in tables:
             own = state[table.name]
             rows = own.rows(len(table.train), count, budget, seconds, len(tables))
-            if own.worse >= WORSE or (rows < ROWS_PER_COMPONENT * count and count > 1) or own.skipped:
+            far = count > 4 and own.best > BEHIND + min(each.best for each in state.values())
+            if far or own.worse >= WORSE or (rows < ROWS_PER_COMPONENT * count and count > 1) or own.skipped:
                 own.skipped = True
                 continue
             began, before = budget.spent, own.best

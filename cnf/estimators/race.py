@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnf._utils.errors import SolverError
+from cnf.data import DataSplits
 from cnf.estimators.budget import Budget
 from cnf.estimators.mixtures import Candidate
 from cnf.evaluation import evaluate
 from cnf.fields import MLP
 from cnf.flow import Flow
+from cnf.losses import Likelihood
 from cnf.ode.continuous import CNF
 from cnf.solvers import FixedGrid
-from cnf.training import ProgressBar, Run, SolverMonitor, TimeSampler, WeightAverage
+from cnf.training import NonFinitePolicy, Run, SolverMonitor, Trainer, WeightAverage
+from cnf.training.batches import Batches, Validation
 from cnf.training.callbacks import Callback
-from cnf.training.fitting import fit
+from cnf.training.phases import Phase
 from cnf.transforms import Sequential
 
-__all__ = ["RECIPE", "Recipe", "Start", "start"]
+__all__ = ["FINE", "SMOOTH", "Recipe", "Start", "start"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,12 @@ class Recipe:
     """Steps between two measurements of that error."""
 
 
-RECIPE = Recipe()
+FINE = Recipe()
+"""For few columns and components: structure finer than the base's."""
+SMOOTH = Recipe(field_rate=4e-3, spread=(1.0, 4.0), gain=2.0)
+"""For many columns, and for many components, which the first steps of :data:`FINE` would undo."""
+FEW_COLUMNS, FEW_COMPONENTS = 4, 8
+RISE = 30  # steps of linear warm-up
 DAMPING = 0.7  # of the predicted gain
 
 
@@ -60,24 +69,35 @@ class Pace(Callback):
         steps: planned number; without a limit of time it is kept.
         budget: the clock of the search.
         until: time by that clock at which the training ends.
+        validations: planned during the training.
         every: steps between two corrections of the plan.
     """
 
-    def __init__(self, steps: int, budget: Budget, until: float, every: int = 20):
-        self.planned, self.budget, self.until, self.every = steps, budget, until, every
-        self.began = budget.spent
+    def __init__(self, steps: int, budget: Budget, until: float, validations: int, every: int = 20):
+        self.planned, self.budget, self.until, self.every, self.validations = steps, budget, until, every, validations + 1
+        self._last, self._steps, self.validation_seconds = 0.0, [0.02], 0.0
+
+    @property
+    def step_seconds(self) -> float:
+        """Median time of the latest steps, without validations."""
+        return statistics.median(self._steps)
 
     def on_start(self, run: Run) -> None:
         """Start the clock."""
-        self.began = self.budget.spent
+        self._last, self._steps = self.budget.spent, []
+
+    def on_validation(self, run: Run, better: bool) -> None:
+        """Measure the time of the validation."""
+        now = self.budget.spent
+        self.validation_seconds, self._last, self.validations = now - self._last, now, self.validations - 1
 
     def on_step_end(self, run: Run) -> None:
-        """Correct the number of steps by the time that they take, validations included."""
-        step = run.state.step
-        if self.budget.limited and step % self.every == 0:
-            now = self.budget.spent
-            left = int((self.until - now) / ((now - self.began) / step))
-            self.planned = step + max(0, left)
+        """Correct the number of steps by the time that they take, and what validations will take."""
+        now, step = self.budget.spent, run.state.step
+        self._steps, self._last = [*self._steps[-50:], now - self._last], now
+        if self.until < math.inf and step % self.every == 0:
+            left = self.until - now - max(0, self.validations) * self.validation_seconds
+            self.planned = step + max(0, int(left / self.step_seconds))
 
     def stop_reason(self, run: Run) -> str | None:
         """Return ``"steps"`` when the planned steps are done."""
@@ -95,6 +115,7 @@ class Start:
         validation: mean negative log-likelihood of the table's validation rows that were scored last, in nats.
         steps: taken so far.
         step_seconds: of one step, by the latest training.
+        row_seconds: of a validation, for each row.
         refinements: doublings of the training solver's steps.
         history: steps and validation of the races.
     """
@@ -104,7 +125,8 @@ class Start:
     recipe: Recipe
     validation: float
     steps: int = 0
-    step_seconds: float = 0.0
+    step_seconds: float = 0.02
+    row_seconds: float = 0.0
     refinements: int = 0
     history: tuple[tuple[int, float], ...] = ()
 
@@ -125,30 +147,37 @@ class Start:
         recipe, table = self.recipe, self.candidate.table
         z = table.validation if rows is None else table.validation[rows]
         log_det = table.log_det if rows is None else table.log_det[rows]
-        pace = Pace(steps, budget if math.isfinite(until) else Budget(None), until)
+        pace = Pace(steps, budget, until, validations)
         monitor = SolverMonitor(recipe.tolerance / self.flow.dim, every=recipe.every)
-        rise = min(20, steps // 5 + 1)
+        rise = min(RISE, steps // 5 + 1)
 
-        def rate(step: int) -> float:
+        def rate(step: int, _: int) -> float:
             share = min(1.0, step / max(1, pace.planned))
             return min(1.0, (step + 1) / rise) * (0.5 * (1 + math.cos(math.pi * share)) if decay else 1.0)
 
         for block in self.flow.blocks:
             block.solver = FixedGrid("rk4", recipe.grid_steps * 2**self.refinements)
         every = max(1, steps // (validations + 1)) if validations else 10**9
-        result = fit(
-            self.flow, table.train, validation=z, steps=steps if not math.isfinite(until) else 10**9, batch_size=recipe.batch_size,
-            optimizer=lambda _: self._optimizer(), schedule=rate, callbacks=(pace, WeightAverage(recipe.average), monitor, TimeSampler, ProgressBar),
-            validate_every=every, log_every=50, quiet=True, seed=seed,
+        objective = Likelihood(self.flow)
+        data = DataSplits(table.name, "table", table.train, z, z[:0])
+        batches = Batches(data, recipe.batch_size, seed, z.device, dtype=z.dtype)
+        trainer = Trainer(
+            self.flow, [Phase(objective, batches, self._optimizer, rate)], steps=10**9 if math.isfinite(until) else steps,
+            validation=Validation(z, None, torch.arange(len(z))), callbacks=[WeightAverage(recipe.average), monitor, NonFinitePolicy(), pace],
+            validate_every=every, log_every=50, max_grad_norm=10.0, quiet=True,
         )  # fmt: skip
-        taken = int(result.history[-1]["step"]) if result.history else steps
-        self.steps, self.step_seconds = self.steps + taken, (budget.spent - pace.began) / max(1, taken)
+        trainer.run()
+        monitor.reset()
+        state, shift = trainer.state, float(log_det.mean())
+        self.flow.load_state_dict(state.best_weights)
+        self.flow.eval()
+        self.steps, self.step_seconds, self.row_seconds = self.steps + state.step, pace.step_seconds, pace.validation_seconds / len(z)
         self.refinements += monitor.refinements
-        self.validation = result.best - float(log_det.mean())
-        before = self.steps - taken
-        self.history += tuple((before + r["step"], r["validation"] - float(log_det.mean())) for r in result.history if "validation" in r)
+        self.validation = state.best - shift
+        before = self.steps - state.step
+        self.history += tuple((before + r["step"], r["validation"] - shift) for r in trainer.history if "validation" in r)
 
-    def _optimizer(self) -> torch.optim.Optimizer:
+    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         base = list(self.flow.base.parameters())
         known = {id(p) for p in base}
         others = [p for p in self.flow.parameters() if id(p) not in known]
@@ -180,9 +209,10 @@ class Start:
         return Flow(whole, self.flow.event_shape, base=copy.deepcopy(self.flow.base)).eval()
 
 
-def start(candidate: Candidate, hidden: Sequence[int], recipe: Recipe, seed: int) -> Start:
+def start(candidate: Candidate, hidden: Sequence[int], seed: int) -> Start:
     """Return a flow whose field is zero, on a copy of the candidate's mixture."""
     z = candidate.table.train
+    recipe = FINE if z.shape[1] <= FEW_COLUMNS and candidate.base.components <= FEW_COMPONENTS else SMOOTH
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         field = MLP(z.shape[1], hidden, layer=recipe.layer, zero_init=True)

@@ -12,16 +12,17 @@ from torch import Tensor
 from cnf._utils.errors import DataError, require_at_least, require_inside
 from cnf.estimators.budget import Budget
 from cnf.estimators.mixtures import COMPONENTS, Candidate, Table, fit_mixtures, normal_nll, prepare
-from cnf.estimators.race import RECIPE, Start, start
+from cnf.estimators.race import Start, start
 from cnf.flow import Flow
 from cnf.transforms import MarginalTransform, Standardize
 
 __all__ = ["DensityFit", "fit_density"]
 
 MIXTURE_SHARE, RACE_SHARE = 0.2, 0.25  # of the time
+VALIDATION_SHARE = 0.1  # of the training
 RACE_STEPS = 100  # of each start in the first round
-RACED = 1500  # validation rows of a race
-TRAINED = 5000  # validation rows while training
+RACED = 1000  # validation rows of a race
+TRAINED = 2000  # validation rows while training
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ def fit_density(
     mixture = min(candidates, key=lambda made: made.validation)
     parts["mixture"] = mixture.validation
     widths = tuple(hidden) if hidden else (64, 64)
-    unmoved = start(mixture, widths, RECIPE, seed)
-    starts = [start(made, widths, RECIPE, seed) for made in choose_starts(candidates)]
+    unmoved = start(mixture, widths, seed)
+    starts = [start(made, widths, seed) for made in choose_starts(candidates)]
     winner = race(starts, budget, seed, steps)
     _train(winner, budget, seed, steps)
     final = winner.score()
@@ -143,7 +144,7 @@ def race(starts: list[Start], budget: Budget, seed: int, steps: int | None) -> S
     rows = torch.arange(min(RACED, len(starts[0].candidate.table.validation)))
     count = max(2, steps // 10) if steps else RACE_STEPS
     if budget.limited:  # measure the time of a step
-        starts[0].train(4, budget, seed=seed, rows=rows)
+        starts[0].train(6, budget, seed=seed, rows=rows)
         total = sum(len(starts) / 2**i for i in range(_rounds(starts)))
         count = max(4, min(count, int(RACE_SHARE * budget.total / total / starts[0].step_seconds)))
     for number in range(_rounds(starts)):
@@ -160,10 +161,18 @@ def _rounds(starts: Sequence[Start]) -> int:
 
 
 def _train(winner: Start, budget: Budget, seed: int, steps: int | None) -> None:
-    rows = torch.arange(min(TRAINED, len(winner.candidate.table.validation)))
-    until = 0.97 * budget.total
-    plan = steps or max(1, int((until - budget.spent) / max(1e-4, winner.step_seconds or 0.02)))
-    winner.train(plan, budget, until, seed=seed + 100, rows=rows, validations=8, decay=True)
+    """Train the winner to the end of the time, with some validations, and time for that of all rows afterwards."""
+    total = len(winner.candidate.table.validation)
+    rows = torch.arange(min(TRAINED, total))
+    until = 0.97 * budget.total - winner.row_seconds * total
+    if steps is None:
+        cost = max(1e-3, winner.row_seconds * len(rows))
+        validations = max(1, min(10, int(VALIDATION_SHARE * (until - budget.spent) / cost)))
+        plan = int((until - budget.spent - validations * cost) / winner.step_seconds)
+    else:
+        validations, plan = 4, steps
+    if plan > 0:
+        winner.train(plan, budget, until, seed=seed + 100, rows=rows, validations=validations, decay=True)
 
 
 def _tables(train: Tensor, validation: Tensor, cells: object, bounds: object, names: Sequence[str] | None) -> list[Table]:
