@@ -4,6 +4,7 @@ import math
 import pickle
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -94,6 +95,8 @@ def test_frames_come_back_as_frames():
     generator = np.random.default_rng(0)
     frame = pd.DataFrame({"height": generator.normal(170, 8, 400).astype("float32"), "children": generator.poisson(2, 400)})
     model = DensityEstimator(max_steps=5, hidden=(8,), random_state=0).fit(frame)
+    with warnings.catch_warnings(action="error"):
+        model.score_samples(frame)
     assert list(model.feature_names_in_) == ["height", "children"] and model.n_features_in_ == 2
     draws = model.sample(300, random_state=1)
     assert isinstance(draws, pd.DataFrame) and list(draws) == list(frame) and (draws.dtypes == frame.dtypes).all()

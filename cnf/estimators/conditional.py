@@ -166,7 +166,7 @@ class ConditionalDensityEstimator(MultiOutputMixin, RegressorMixin, BaseEstimato
         values = values.reshape(-1, 1) if values.ndim == 1 else values
         if values.shape != (n, self.n_outputs_):
             raise DataError(f"y has shape {np.shape(y)}, expected {n} rows of {self.n_outputs_} columns")
-        return torch.from_numpy(values)
+        return torch.tensor(values)
 
     def _drop(self, values: Tensor) -> Array:
         """Return (N, D, ...) as an array, (N, ...) if y was one-dimensional."""
