@@ -2,7 +2,7 @@
 
 from cnf.bases.adapter import DistributionBase, as_base
 from cnf.bases.base import Base, StandardNormal
-from cnf.bases.conditional import ConditionalMixture
+from cnf.bases.conditional import ConditionalMixture, ContextMixture, MixtureEnsemble
 from cnf.bases.mixture import GaussianMixture
 
-__all__ = ["Base", "ConditionalMixture", "DistributionBase", "GaussianMixture", "StandardNormal", "as_base"]
+__all__ = ["Base", "ConditionalMixture", "ContextMixture", "DistributionBase", "GaussianMixture", "MixtureEnsemble", "StandardNormal", "as_base"]

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from cnf.bases.conditional import ConditionalMixture
+from cnf.bases.conditional import ConditionalMixture, ContextMixture, MixtureEnsemble
 from cnf.estimators import training
 from cnf.estimators.training import Data, Outcome, choose_solver, train
 from cnf.fields import MLP
@@ -21,7 +22,8 @@ from cnf.transforms import MarginalTransform, Request, Sequential, Standardize, 
 __all__ = ["ConditionalFit", "fit_conditional"]
 
 _COMPONENTS = (1, 3, 8)
-_ROWS_PER_COMPONENT = 20
+_ROWS_PER_COMPONENT = 80
+_CLOSE = 0.05  # nats: candidates of an ensemble's transform that are as close to the best take part
 _RACE = 0.5  # share of the time for the choice of transform and components
 _LOG_SCALES = tuple(0.025 * i for i in range(-20, 21))  # changes of the log standard deviations
 _CHANCE = 2.0  # nats: smaller gains of calibration are not significant
@@ -39,8 +41,7 @@ class ConditionalFit:
 
 
 def fit_conditional(
-    data: Data,
-    validation: Data,
+    folds: Sequence[tuple[Data, Data]],
     *,
     minutes: float,
     seed: int,
@@ -54,8 +55,11 @@ def fit_conditional(
 ) -> ConditionalFit:
     """Fit p(y | context) within a given time; validation rows choose transform, components and weights.
 
+    With one pair of training and validation rows, a field is trained on top of the best mixture. The folds of a
+    cross-validation give an ensemble: of each of the best numbers of components, one network for each fold.
+
     Args:
-        data, validation: y (N, D) with standardised contexts (N, C).
+        folds: pairs of training and validation rows: y (N, D) with standardised contexts (N, C).
         minutes: limit.
         seed: of all randomness.
         cells, names: of the columns of y; see :class:`~cnf.transforms.MarginalTransform`.
@@ -67,47 +71,84 @@ def fit_conditional(
     """
     began, seconds = training.now(), 60 * minutes
     say = on_progress or (lambda line: None)
+    folds = [(data.to(device), held.to(device)) for data, held in folds]
+    race = (_RACE if len(folds) == 1 else 1.0) * seconds
     parts: dict[str, float] = {}
-    best: tuple[float, str, Flow] | None = None
+    found: list[tuple[float, str, int, list[Flow]]] = []
     total = 0
-    candidates = _candidates(data, validation, cells, names, components)
+    candidates = _candidates(folds, cells, names, components)
     for i, (name, transform, count) in enumerate(candidates):
-        left = _RACE * seconds - (training.now() - began)
-        if best is not None and left <= 0:
+        if found and training.now() - began > race:
             break
-        flow = Flow(transform, data.x.shape[1:], base=_base(transform, data, count, hidden, seed)).to(device)
-        share = max(left, 0.0) / (len(candidates) - i)
-        outcome = _train(flow, data.to(device), validation.to(device), share, steps, seed, 2e-3)
-        parts.setdefault("linear", outcome.start)
-        total += outcome.steps
-        say(f"{name}, {count} components: validation {outcome.best:.4f} nats after {outcome.steps} steps")
-        if best is None or outcome.best > best[0]:
-            best = outcome.best, f"{name}, {count} components", flow
-    assert best is not None
-    parts["mixture"], start, flow = best
-    flow, outcome = _with_field(flow, data.to(device), validation.to(device), hidden, seconds - (training.now() - began), steps, seed, on_progress)
-    parts["flow"] = outcome.best
-    flow.cpu().double()
-    held = validation.to("cpu", torch.float64)
-    choose_solver(flow, held)
-    parts["calibrated"] = _calibrate(flow, held)
-    return ConditionalFit(flow, parts, start, parts["calibrated"], total + outcome.steps)
+        flows, outcomes = [], []
+        for j, (data, held) in enumerate(folds):
+            left = max(race - (training.now() - began), 0.0)
+            flow = Flow(transform, data.x.shape[1:], base=_base(transform, data, count, hidden, seed + j)).to(device)
+            share = left / (len(folds) * (len(candidates) - i) - j)
+            outcomes.append(_train(flow, data, held, share, steps, seed + j, 2e-3))
+            flows.append(flow)
+        score, start = (_pooled(folds, [getattr(o, which) for o in outcomes]) for which in ("best", "start"))
+        parts["linear"] = max(parts.get("linear", start), start)
+        total += sum(o.steps for o in outcomes)
+        say(f"{name}, {count} components: validation {score:.4f} nats")
+        found.append((score, name, count, flows))
+    parts["mixture"], name, count, flows = max(found, key=lambda each: each[0])
+    start_name = f"{name}, {count} components"
+    held_out = [held.to("cpu", torch.float64) for _, held in folds]
+    if len(folds) > 1:
+        close = [each for each in found if each[1] == name and each[0] >= parts["mixture"] - _CLOSE]
+        flows, held_out = [flow for each in close for flow in each[3]], held_out * len(close)
+        start_name = f"{name}, {' and '.join(str(each[2]) for each in close)} components"
+    else:
+        left = seconds - (training.now() - began)
+        flows[0], outcome = _with_field(flows[0], *folds[0], hidden, left, steps, seed, on_progress)
+        parts["flow"], total = outcome.best, total + outcome.steps
+    for flow, held in zip(flows, held_out, strict=True):
+        flow.cpu().double()
+        choose_solver(flow, held)
+    parts["calibrated"] = _calibrate(flows, held_out)
+    flow = flows[0]
+    if len(flows) > 1:
+        flow = Flow(flow.transform, flow.event_shape, base=MixtureEnsemble([_base_of(f) for f in flows]))
+    return ConditionalFit(flow.eval(), parts, start_name, parts["calibrated"], total)
+
+
+def _pooled(folds: Sequence[tuple[Data, Data]], scores: Sequence[float]) -> float:
+    """Return the mean over the validation rows of all folds."""
+    sizes = [len(held.x) for _, held in folds]
+    return sum(size * score for size, score in zip(sizes, scores, strict=True)) / sum(sizes)
 
 
 def _candidates(
-    data: Data, validation: Data, cells: Sequence[tuple[float, float] | None] | None, names: Sequence[str] | None, components: int | None
+    folds: Sequence[tuple[Data, Data]], cells: Sequence[tuple[float, float] | None] | None, names: Sequence[str] | None, components: int | None
 ) -> list[tuple[str, Transform, int]]:
     """Return transforms of y with numbers of components."""
-    dim = data.x.shape[1]
+    data = folds[0][0]
+    x = data.x if len(folds) == 1 else torch.cat([data.x, folds[0][1].x])  # members share one transform
+    dim = x.shape[1]
     plain = Standardize(torch.zeros(dim), torch.ones(dim))
-    plain.fit(data.x)
+    plain.fit(x)
     transforms: list[tuple[str, Transform]] = [("standardised", plain)]
     marginals = MarginalTransform(dim, cells=cells, names=names)
-    marginals.fit(data.x)
+    marginals.fit(x)
     if set(marginals.choices) != {"standardize"}:
         transforms.append(("marginals", marginals))
     counts = (components,) if components is not None else tuple(k for k in _COMPONENTS if k == 1 or k * _ROWS_PER_COMPONENT <= len(data.x))
+    if (kinds := _logarithms(x)) is not None and kinds != marginals.choices:
+        logarithms = MarginalTransform(dim, kinds=kinds, fixed=True, names=names)
+        logarithms.fit(x)
+        transforms.append(("logarithms", logarithms))
     return [(name, copy.deepcopy(transform), k) for k in counts for name, transform in transforms]
+
+
+def _logarithms(x: Tensor) -> tuple[str, ...] | None:
+    """Return the kinds of transforms with a logarithm of each positive column that it makes less skew; None for none."""
+
+    def skewness(v: Tensor) -> float:
+        return abs(float(((v - v.mean()) / v.std()).pow(3).mean()))
+
+    less = [bool((v > 0).all()) and skewness(v.log()) < skewness(v) for v in x.double().T]
+    return tuple("log" if each else "standardize" for each in less) if any(less) else None
 
 
 def _base(transform: Transform, data: Data, components: int, hidden: Sequence[int], seed: int) -> ConditionalMixture:
@@ -148,19 +189,30 @@ def _with_field(
     return whole, outcome
 
 
-def _calibrate(flow: Flow, validation: Data) -> float:
-    """Scale the components' standard deviations to the best validation likelihood; return it."""
-    base = flow.base
-    assert isinstance(base, ConditionalMixture)
-    start, scores = base.log_diagonal.detach().clone(), {}
-    with torch.no_grad():
-        out = flow.evaluate(validation.x, Request(validation.context, integrals=False))
-        for change in _LOG_SCALES:
-            base.log_diagonal.copy_(start - change)
-            scores[change] = float(flow.density(out.value, out.log_det, validation.context).mean())
-        best = max(_LOG_SCALES, key=scores.__getitem__)
-        gain = (scores[best] - scores[0.0]) * len(validation.x)
-        # shrunk towards no change, since the estimate of one scale gains half a nat by chance
-        change = best * max(0.0, 1 - _CHANCE / max(gain, _CHANCE))
-        base.log_diagonal.copy_(start - change)
-        return float(flow.density(out.value, out.log_det, validation.context).mean())
+def _base_of(flow: Flow) -> ContextMixture:
+    assert isinstance(flow.base, ContextMixture)
+    return flow.base
+
+
+@torch.no_grad()
+def _calibrate(flows: Sequence[Flow], held_out: Sequence[Data]) -> float:
+    """Scale the components' standard deviations to the best likelihood of the flows' validation rows; return it."""
+    latents = [flow.evaluate(held.x, Request(held.context, integrals=False)) for flow, held in zip(flows, held_out, strict=True)]
+
+    def total(change: float) -> float:
+        value = 0.0
+        for flow, out, held in zip(flows, latents, held_out, strict=True):
+            _base_of(flow).widen(change)
+            value += float(flow.density(out.value, out.log_det, held.context).sum())
+            _base_of(flow).widen(-change)
+        return value
+
+    rows = sum(len(held.x) for held in held_out)
+    scores = {change: total(change) for change in _LOG_SCALES}
+    best = max(_LOG_SCALES, key=scores.__getitem__)
+    # shrunk towards no change, since the estimate of one scale gains half a nat by chance
+    change = best * max(0.0, 1 - _CHANCE / max(scores[best] - scores[0.0], _CHANCE))
+    value = total(change) / rows
+    for flow in flows:
+        _base_of(flow).widen(change)
+    return value

@@ -134,7 +134,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def score_samples(self, X: Any) -> Array:
         """Return log p(x) (N,) in nats of rows (N, D); of discrete columns the mean density over a value's cell."""
         check_is_fitted(self)
-        x = torch.from_numpy(validate_data(self, X, dtype=np.float64, reset=False))
+        x = torch.tensor(validate_data(self, X, dtype=np.float64, reset=False))  # a copy: frames are read-only
         offsets = _cell_nodes(self._steps)
         values = torch.stack([in_chunks(self.flow_.log_prob, x + offset) for offset in offsets])
         value: Array = (values.logsumexp(0) - math.log(len(offsets))).numpy()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnf.bases.conditional import ConditionalMixture
+from cnf.bases.conditional import ContextMixture
 from cnf.flow import Flow
 
 __all__ = ["cdf", "mean", "quantiles", "sorted_crps"]
@@ -98,5 +98,5 @@ def _nodes(dim: int) -> tuple[Tensor, Tensor]:
     return torch.cat([half, -half]), torch.full((2 * _PAIRS,), 0.5 / _PAIRS, dtype=torch.float64)
 
 
-def _base(flow: Flow) -> ConditionalMixture:
-    return cast(ConditionalMixture, flow.base)
+def _base(flow: Flow) -> ContextMixture:
+    return cast(ContextMixture, flow.base)

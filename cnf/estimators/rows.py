@@ -56,15 +56,34 @@ class PreparedRows:
     """Training and validation rows, dequantised.
 
     Attributes:
-        train, validation: (n, D) and (m, D).
+        x: (N, D).
+        group: (N,) numbers of distinct rows, which stay together.
+        held: (N,) whether a row is for validation.
         steps: of the D columns' lattices, NaN for a continuous column.
         origins: a value of each lattice.
     """
 
-    train: Array
-    validation: Array
+    x: Array
+    group: NDArray[np.int64]
+    held: NDArray[np.bool_]
     steps: Array
     origins: Array
+
+    @property
+    def train(self) -> Array:
+        """The training rows (n, D)."""
+        return self.x[~self.held]
+
+    @property
+    def validation(self) -> Array:
+        """The validation rows (m, D)."""
+        return self.x[self.held]
+
+    def folds(self, count: int, seed: int) -> list[tuple[Array, Array]]:
+        """Return training and validation rows of a cross-validation with at most ``count`` folds."""
+        order = np.random.default_rng(seed).permutation(int(self.group.max()) + 1)
+        fold = order[self.group] % min(count, len(order))
+        return [(self.x[fold != k], self.x[fold == k]) for k in range(int(fold.max()) + 1)]
 
     def cells(self, columns: slice = slice(None)) -> list[tuple[float, float] | None] | None:
         """Return (border, step) of the discrete columns' cells, None for the others; None if all are continuous."""
@@ -157,8 +176,7 @@ def prepare_rows(
     group = np.concatenate([[0], np.cumsum(changes)])
     noise = generator.uniform(-0.5, 0.5, x.shape) * np.nan_to_num(steps)
     held = _held_out(group, fraction, generator)
-    x = x + noise
-    return PreparedRows(x[~held], x[held], steps, origins)
+    return PreparedRows(x + noise, group, held, steps, origins)
 
 
 def _held_out(group: NDArray[np.int64], fraction: float, generator: np.random.Generator) -> NDArray[np.bool_]:

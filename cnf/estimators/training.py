@@ -20,8 +20,8 @@ from cnf.solvers import FixedGrid
 __all__ = ["Data", "Outcome", "choose_solver", "mean_log_prob", "now", "train"]
 
 now: Callable[[], float] = time.perf_counter
-_PATIENCE = 12  # validations
-_EVERY = 50  # steps between validations
+_PATIENCE = 15  # validations
+_EVERY, _EPOCHS = 50, 10  # steps between validations, and epochs in a small table
 _VALIDATION_ROWS = 4096
 _ERROR = 1e-3  # nats, of every row, by the evaluation solver
 
@@ -81,7 +81,7 @@ def train(
         groups: parameter groups of AdamW, each with its ``lr``.
         seconds, steps: limits; no limit of steps if None.
         seed: of the batches.
-        batch_size: rows of a step.
+        batch_size: rows of a step; tables of at most twice as many take all rows.
         patience: validations without a better one before training ends.
         on_progress: is called with a line at every validation.
     """
@@ -95,7 +95,8 @@ def train(
     average = [p.detach().clone() for p in trained]
     began, step, worse, order, place = now(), 0, 0, torch.empty(0, dtype=torch.long), 0
     n = len(data.x)
-    size = min(batch_size, n)
+    size = n if n <= 2 * batch_size else batch_size
+    every = min(_EVERY, max(1, _EPOCHS * (n // size)))
     while (steps is None or step < steps) and worse < patience:
         share = max((now() - began) / seconds if seconds > 0 else 1.0, 0.0 if steps is None else step / steps)
         if share >= 1:
@@ -114,10 +115,10 @@ def train(
         if bool(norm.isfinite()):
             optimizer.step()
         step += 1
-        decay = min(0.99, step / (step + 9))
+        decay = min(1 - 0.5 / every, step / (step + 9))
         with torch.no_grad():
             torch._foreach_lerp_(average, trained, 1 - decay)
-        if step % _EVERY == 0 or step == steps:
+        if step % every == 0 or step == steps:
             score = _score_of(flow, trained, average, validation)
             better = score > best
             worse = 0 if better else worse + 1
@@ -125,7 +126,7 @@ def train(
                 best, kept = score, copy.deepcopy(average)
             if on_progress is not None:
                 on_progress(f"step {step}: validation {score:.4f} nats, best {best:.4f}")
-    if step % _EVERY and step != steps and (score := _score_of(flow, trained, average, validation)) > best:
+    if step % every and step != steps and (score := _score_of(flow, trained, average, validation)) > best:
         best, kept = score, average
     with torch.no_grad():
         for p, value in zip(trained, kept, strict=True):
