@@ -563,19 +563,22 @@ def test_a_config_changed_by_hand_is_not_believed(run: Path) -> None:
     "edit",
     [
         lambda r: r["config"]["model"].update(blocks=2**40),
-        lambda r: r["config"]["model"].update(hidden=[8] * 100_000),
-        lambda r: r["config"]["model"].update(hidden=[2**40]),
-        lambda r: r["config"]["model"].update(hidden=[2**62]),
-        lambda r: r["config"]["model"].update(hidden=[-5]),
-        lambda r: r["config"]["model"].update(base_std=-1.0),
+        lambda r: r["config"]["model"]["field"].update(hidden=[8] * 100_000),
+        lambda r: r["config"]["model"]["field"].update(hidden=[2**40]),
+        lambda r: r["config"]["model"]["field"].update(hidden=[2**62]),
+        lambda r: r["config"]["model"]["field"].update(hidden=[-5]),
+        lambda r: r["config"]["model"]["base"].update(base_std=-1.0),
+        lambda r: r["config"]["model"].update(base={"kind": "mixture", "components": 10**5, "covariance": "full", "train_base": True}) or r.update(event_shape=[10**4], columns=[]),
+        lambda r: r["config"]["model"].update(preprocess={"kind": "marginals", "knots": 10**5}) or r.update(event_shape=[2**31], columns=[]),
         lambda r: r.update(event_shape=[2**31], columns=[]),
         lambda r: r.update(event_shape=[3, 2**20, 2**20], columns=[], levels=256),
     ],
 )
 def test_a_config_that_asks_for_more_than_any_memory(run: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     edited(run, edit)
-    with pytest.raises(CheckpointError, match=r"config\.json|does not hold this model's weights"):
+    with pytest.raises(CheckpointError, match=r"config\.json|does not hold this model's weights") as caught:
         load(run)
+    assert "unknown field" not in str(caught.value)
 
 
 def test_torch_files_that_lie(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,27 +91,25 @@ class MarginalTransform(DeterministicTransform):
             raise ConfigError(f"kinds must have at least one of {', '.join(map(repr, KINDS))}, got none")
         self.dim, self.knots = dim, knots
         self.names = None if names is None else tuple(names)
-        self._specs = [self._spec(j, (kinds[j],) if fixed else tuple(kinds), bounds, cells, margin) for j in range(dim)]
-        start = stack_marginals([ColumnMarginal("standardize", 0.0, 1.0)] * dim, knots)
+        self._kinds, self._fixed, self._bounds, self._cells, self._margin = tuple(kinds), fixed, bounds, cells, margin
+        for j in range(len(bounds or cells or ())):
+            self._spec(j)
+        start = stack_marginals([ColumnMarginal("standardize", 0.0, 1.0)], knots)
         for name, value in start._asdict().items():
-            self.register_buffer(name, value.to(torch.get_default_dtype()) if value.is_floating_point() else value)
+            value = value.to(torch.get_default_dtype()) if value.is_floating_point() else value
+            # expanded, so that a width beyond any memory costs nothing on the meta device
+            self.register_buffer(name, value.expand(dim, *value.shape[1:]).clone())
         self.register_buffer("gain", torch.zeros(dim))
 
-    def _spec(
-        self,
-        j: int,
-        kinds: tuple[str, ...],
-        bounds: Sequence[tuple[float, float] | None] | None,
-        cells: Sequence[tuple[float, float] | None] | None,
-        margin: float,
-    ) -> ColumnSpec:
-        support, cell = bounds[j] if bounds else None, cells[j] if cells else None
+    def _spec(self, j: int) -> ColumnSpec:
+        kinds = (self._kinds[j],) if self._fixed else self._kinds
+        support, cell = self._bounds[j] if self._bounds else None, self._cells[j] if self._cells else None
         if support is not None and not (math.isfinite(support[0]) and support[0] < support[1]):
             expected = "(low, inf) or (low, high) with low < high"
             raise ConfigError(f"bounds of {self._name(j)} must be {expected}, got {support}")
         if cell is not None and not (math.isfinite(cell[0]) and 0 < cell[1] < math.inf):
             raise ConfigError(f"cells of {self._name(j)} must be (origin, step) with a positive step, got {cell}")
-        return ColumnSpec(kinds, support, margin, None if cell is None else Cells(*map(float, cell)), self.knots)
+        return ColumnSpec(kinds, support, self._margin, None if cell is None else Cells(*map(float, cell)), self.knots)
 
     def _name(self, j: int) -> str:
         return f"column {j}" + (f" ({self.names[j]!r})" if self.names else "")
@@ -170,7 +168,7 @@ class MarginalTransform(DeterministicTransform):
         return rows
 
     def _fit_column(self, j: int, x: np.ndarray, held_out: np.ndarray | None) -> tuple[ColumnMarginal, float]:
-        spec = self._specs[j]
+        spec = self._spec(j)
         # the mean of a constant column is rounded, which leaves a deviation of about eps |mean|
         if not x.std() > 4 * np.finfo(np.float64).eps * abs(x.mean()):
             raise DataError(f"{self._name(j)} is constant at {x[0]:g} and has no density: drop it, or add noise")
