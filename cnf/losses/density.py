@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-import torch
 from torch import Tensor, nn
 
 from cnf._utils.errors import ConfigError, SolverError
-from cnf.bases import GaussianMixture
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.evaluation import block_errors, evaluate, solver_error
 from cnf.flow import Flow
@@ -19,7 +17,6 @@ from cnf.solvers import Solver, Stats
 
 __all__ = ["DensityObjective"]
 
-MIXTURE_ROWS = 20_000  # of the training data, by which a mixture base is fitted
 SHOWN = 16  # rows whose paths are measured in a validation
 
 
@@ -53,15 +50,8 @@ class DensityObjective(nn.Module):
         return "nats/dim" if self.flow.levels is None else "bits/dim"
 
     def prepare(self, x: Tensor) -> None:
-        """Fit the flow's statistics (Standardize, Gaussianize, ...) and a mixture base to the training data (N, \\*event)."""
+        """Fit the flow's statistics (Standardize, Gaussianize, ...) to the training data (N, \\*event)."""
         self.flow.fit_statistics(x)
-        base = self.flow.base
-        if isinstance(base, GaussianMixture) and not base.fitted:
-            rows = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:MIXTURE_ROWS].to(x.device)]
-            context = torch.zeros(self.flow.context_dim or 0, device=x.device, dtype=base.means.dtype) if self.flow.context_dim else None
-            with torch.no_grad():
-                latents = [self.flow.encode(part, context, noise=Noise(0, "mixture", i)) for i, part in enumerate(rows.split(4096))]
-            base.fit_to(torch.cat(latents))
 
     def validate(
         self, model: Flow, x: Tensor, context: Tensor | None = None, *, index: Tensor, seed: int, group: Group = SINGLE_PROCESS

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cnf._utils.errors import ConfigError
+from cnf.bases import GaussianMixture
 from cnf.config import (
     AdaptiveConfig,
     BothConfig,
@@ -24,6 +25,7 @@ from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.flow import Flow
 from cnf.losses import FlowMatching, Likelihood, Objective, Supervised
 from cnf.neural_ode import Predictor
+from cnf.random import Noise
 from cnf.runs import RunInfo, write_config
 from cnf.training.auto_steps import AutoSteps
 from cnf.training.batches import Batches, Validation, fingerprint, shared_settings, validation_rows
@@ -39,6 +41,7 @@ from cnf.training.time_sampler import TimeSampler
 
 __all__ = ["advice", "from_settings", "prepare"]
 
+MIXTURE_ROWS = 20_000  # of the training data, by which a mixture base is fitted
 MAX_ERROR = 10.0  # fine-tuning is rolled back above this solver error, as a multiple of the tolerance
 
 
@@ -116,11 +119,22 @@ def prepare(
     stages = phases(model, config, batches)
     if initial is None:
         stages[0].objective.prepare(batches.x)
+        if isinstance(model, Flow) and isinstance(model.base, GaussianMixture):
+            _fit_mixture(model, model.base, batches.x)
     else:
         model.load_state_dict(initial)
     group.check_same(shared_settings(info.config, data))
     group.broadcast(model.state_dict().values())  # equal already, up to rounding that differs between machines
     return model, stages
+
+
+def _fit_mixture(flow: Flow, base: GaussianMixture, x: Tensor) -> None:
+    """Fit the mixture of a flow to the latents of training data; a mixture that a user makes is fitted by the user."""
+    rows = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:MIXTURE_ROWS].to(x.device)]
+    context = torch.zeros(flow.context_dim).to(flow.like) if flow.context_dim else None
+    with torch.no_grad():
+        latents = [flow.encode(part, context, noise=Noise(0, "mixture", i)) for i, part in enumerate(rows.split(4096))]
+    base.fit_to(torch.cat(latents))
 
 
 def _configured(config: TrainConfig, solver: SolverConfig, objective: Objective) -> list[Callback]:
