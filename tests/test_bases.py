@@ -599,7 +599,7 @@ def test_short_form_of_a_normal_base():
 
 
 def test_a_replaced_base_is_saved_as_a_custom_flow(tmp_path):
-    flow = cnf.build(cnf.ModelConfig(hidden=(4,)), cnf.SolverConfig(), (2,))
+    flow = cnf.build(cnf.FlowConfig.of(hidden=(4,)), cnf.SolverConfig(), (2,))
     for number, base in enumerate((StandardNormal(2, 2.0), mixture().float())):
         flow.base = base
         cnf.save(flow, tmp_path / str(number))
