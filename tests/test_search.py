@@ -132,6 +132,7 @@ def test_a_budget_counts_cpu_time():
     assert not Budget(None).limited and Budget(None).left == math.inf
 
 
+@pytest.mark.slow
 def test_a_short_time_is_kept():
     x = rings(3000)
     result = fit_density(x[:2500], x[2500:], minutes=0.1)
