@@ -57,3 +57,13 @@ def test_what_the_search_chooses_is_refused(tmp_path, table, capsys, words, said
     data = ["--data", str(table)] if words.startswith("table") else []
     assert main(["train", *words.split(), *data, "--out", str(tmp_path / "run")]) == 2
     assert said in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "run").exists()
+
+
+def test_a_custom_field_is_trained_without_the_search(tmp_path, table, capsys):
+    own = tmp_path / "own.py"
+    own.write_text("import cnf\n\n\nclass Own(cnf.fields.MLP):\n    def __init__(self, dim, context_dim=0):\n        super().__init__(dim, (4,), context_dim=context_dim)\n")
+    words = ["--data", str(table), "--field", f"{own}:Own", "--dry-run"]
+    assert main(["train", *words]) == 0  # by the preset for tables that trains by steps
+    assert "preset tabular, since" in capsys.readouterr().out
+    assert main(["train", "table", *words]) == 2
+    assert "--field is chosen by --minutes" in capsys.readouterr().err

@@ -10,15 +10,18 @@ from typing import Any
 import torch
 
 from cnf._utils.errors import ConfigError
+from cnf.bases import GaussianMixture
 from cnf.cli.spelling import option
-from cnf.config import RunConfig
+from cnf.config import FlowConfig, RunConfig
 from cnf.data import DataSplits
-from cnf.data.schema import data_columns
 from cnf.distributed import Group
+from cnf.fields import MLP
 from cnf.flow import Flow
 from cnf.runs import RunInfo, write_config
+from cnf.solvers import FixedGrid
 from cnf.training import finish, from_settings, summary, write_json
 from cnf.training.checkpointer import Checkpointer, run_lock
+from cnf.transforms import MarginalTransform, iter_leaves
 
 __all__ = ["CHOSEN", "refuse_chosen", "search"]
 
@@ -48,11 +51,10 @@ def search(info: RunInfo, data: DataSplits, folder: Path, group: Group) -> int:
     train = info.config.train
     if train.threads:
         torch.set_num_threads(train.threads)
-    assert train.minutes is not None
-    cells = [(c.origin, c.step) if c.dequantised else None for c in data_columns(info.table)] or None
+    assert train.minutes is not None and isinstance(info.config.model, FlowConfig)  # --minutes is for densities
     found = fit_density(
-        data.train, data.validation, minutes=train.minutes, seed=train.seed, cells=cells, names=data.columns or None, device=train.device,
-        hidden=_hidden(info.config), on_progress=lambda line: print(line, flush=True),
+        data.train, data.validation, minutes=train.minutes, seed=train.seed, cells=info.cells, names=data.columns or None, device=train.device,
+        hidden=info.config.model.field.hidden, on_progress=lambda line: print(line, flush=True),
     )  # fmt: skip
     info = dataclasses.replace(info, config=info.config.change(**_settings(found.flow), steps=max(1, found.steps)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,18 +75,8 @@ def search(info: RunInfo, data: DataSplits, folder: Path, group: Group) -> int:
     return 0
 
 
-def _hidden(config: RunConfig) -> tuple[int, ...]:
-    hidden: tuple[int, ...] = config.model.field.hidden if hasattr(config.model, "field") else config.model.hidden
-    return hidden
-
-
 def _settings(flow: Flow) -> dict[str, Any]:
     """Return the settings by which :func:`cnf.build` makes a flow of this form."""
-    from cnf.bases import GaussianMixture
-    from cnf.fields import MLP
-    from cnf.solvers import FixedGrid
-    from cnf.transforms import MarginalTransform, iter_leaves
-
     (first, _), *_ = iter_leaves(flow.transform)
     (block,) = flow.blocks
     named: dict[str, Any] = {"architecture": "stack", "field": "mlp", "blocks": 1, "base": "mixture", "objective": "likelihood", "ema_decay": 0.0}

@@ -79,7 +79,7 @@ def _joined(
     data = load_splits(config, run=old if command.evaluate or (old and not old.table) else None, group=group)
     if old is None and command.preset is None:
         name = fitting(fallback, data.kind, data.event_shape) if fallback in (DEFAULT, CLASSIFIER) else None
-        if not set(CHOSEN) & given and group.size == 1:  # nothing is asked for that the search chooses
+        if not set(CHOSEN) & given and not registered() and group.size == 1:  # nothing is asked for that the search chooses
             name = {"tabular": "table", "ffjord-toy": "demo"}.get(name or "", name)
         # of the data settings presets change the name alone, so the loaded data stay valid
         command, given, _ = parse(words, name or fallback, program)
@@ -111,7 +111,7 @@ def _joined(
         raise DataError(f"the data are not those that {folder} was trained on ({old.event_shape}): put them back, or start a new run")
     searched = old is None and config.train.minutes
     if searched:
-        refuse_chosen(config, given)
+        refuse_chosen(config, given | {"field"} if registered() else given)
     if command.dry_run:
         if searched:
             print(f"the search and the training take {config.train.minutes:g} minutes (--minutes); steps and start are chosen by it")

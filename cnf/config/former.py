@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from cnf.config.model import FlowConfig, ModelConfig, NeuralODEConfig, ResNetConfig
+from cnf.config.rules import hints
 from cnf.config.settings import RunConfig
-from cnf.config.solver import SolverConfig
-from cnf.config.tagged import Settings, nested, schema
+from cnf.config.tagged import Settings, members, nested, schema
 
 __all__ = ["NAMES", "from_format_4", "model_config", "present", "present_values"]
 
@@ -35,7 +35,6 @@ NAMES = {
     "limit": "max_train_rows",
     "adaptive": "train_solver",
 }
-MODELS = (FlowConfig, NeuralODEConfig, ResNetConfig)
 
 
 def present(name: str) -> str:
@@ -74,13 +73,9 @@ def from_format_4(fields: Mapping[str, Any]) -> dict[str, Any]:
     Settings that did nothing in their run are left out: format 4 recorded them all.
     """
     found = dict(fields)
-    if isinstance(config := found.get("config"), dict):
-        parts: dict[str, tuple[type[Settings], ...]] = {"model": MODELS, "solver": (SolverConfig,)}
-        parts |= {name: (type(part),) for name, part in RunConfig().parts.items() if name not in parts}
-        found["config"] = {name: _nested(parts[name], value) if name in parts else value for name, value in config.items()}
-    if isinstance(built := found.get("built"), dict):
-        both = {"model": MODELS, "solver": (SolverConfig,)}
-        found["built"] = {name: _nested(both[name], value) if name in both else value for name, value in built.items()}
+    for whole in ("config", "built"):  # of a run, and of a model of cnf.save
+        if isinstance(parts := found.get(whole), dict):
+            found[whole] = {name: _nested(kinds, value) if (kinds := members(hints(RunConfig).get(name))) else value for name, value in parts.items()}
     return found
 
 

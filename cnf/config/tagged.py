@@ -127,7 +127,7 @@ def schema(kinds: Kinds, parent: str = "", tags: tuple[tuple[str, tuple[str, ...
     return found
 
 
-def select(kinds: Kinds, chosen: Any, parent: str = "") -> type[Settings] | None:
+def select(kinds: Kinds, chosen: Any) -> type[Settings] | None:
     """Return the member of a union whose tag is ``chosen``; None if there is none."""
     return next((kind for kind in kinds if chosen in _choices(kind)), None)
 

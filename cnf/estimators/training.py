@@ -167,10 +167,7 @@ def choose_solver(flow: Flow, data: Data, *, most: int = 64) -> None:
         finer = log_prob(2 * steps)
         # the error of 2 steps is that of steps / 16
         if bool(((finer - value).abs() <= 8 * _ERROR).all()):
-            log_prob_steps = 2 * steps
-            for block in flow.blocks:
-                block.eval_solver = FixedGrid("rk4", log_prob_steps)
-            return
+            return  # the finer grid is set
         steps, value = 2 * steps, finer
     for block in flow.blocks:
         block.eval_solver = copy.copy(EVALUATION)

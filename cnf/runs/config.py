@@ -59,10 +59,14 @@ class RunInfo:
             return build_predictor(
                 config.model, config.solver, self.event_shape, outputs=self.context_dim, levels=self.levels
             )
-        cells = [(c.origin, c.step) if c.dequantised else None for c in data_columns(self.table)] or None
         return build(
-            config.model, config.solver, self.event_shape, levels=self.levels, context_dim=self.context_dim, field=field, cells=cells
+            config.model, config.solver, self.event_shape, levels=self.levels, context_dim=self.context_dim, field=field, cells=self.cells
         )
+
+    @property
+    def cells(self) -> list[tuple[float, float] | None] | None:
+        """Origin and step of each dequantised column of a table, None for a continuous one; None without a table."""
+        return [(c.origin, c.step) if c.dequantised else None for c in data_columns(self.table)] or None
 
 
 def config_digest(fields: Mapping[str, Any]) -> str:
