@@ -30,7 +30,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from cnf import ConditionalDensityEstimator
-from cnf.estimators import training
 
 Array = np.ndarray
 Scores = tuple[Array, Array]  # log-density and distribution function of the test rows
@@ -138,7 +137,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of our fit")
     parser.add_argument("--folds", type=int, default=5, help="of diabetes; the other tables are halved once")
     options = parser.parse_args()
-    training.now = time.process_time
     rows: list[dict[str, Any]] = []
     for name in options.data:
         x, y, truth = tables()[name]

@@ -30,7 +30,7 @@ from torch.distributions import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cnf
-from cnf.bases import Base, DistributionBase, GaussianMixture, StandardNormal
+from cnf.bases import Base, ConditionalMixture, DistributionBase, GaussianMixture, MixtureEnsemble, StandardNormal
 from cnf.distribution import FlowDistribution
 from cnf.errors import CheckpointError, ConfigError, DataError
 from cnf.evaluation import evaluate
@@ -365,6 +365,22 @@ def test_fit_is_that_of_scikit_learn(covariance, dtype):
     assert found.dtype == base.means.dtype == dtype and base.fitted
     assert torch.allclose(found.double(), truth, rtol=0, atol=1e-10 if dtype == F64 else 1e-5)
     assert torch.allclose(base.log_prob(z.double()), truth, rtol=0, atol=1e-10 if dtype == F64 else 1e-5)
+
+
+@pytest.mark.parametrize("ensemble", [False, True], ids=["one", "ensemble"])
+def test_a_conditional_mixture_is_fitted_evaluated_and_trained(ensemble):
+    context = normal(400, 3, seed=1).float()
+    x = 3 * context[:, :2] + 0.5 * normal(400, 2, seed=2).float()
+    members = [ConditionalMixture.fit(x, context, k, hidden=(8,), seed=k) for k in (1, 2)]
+    base = MixtureEnsemble(members) if ensemble else members[1]
+    flow = cnf.Flow(cnf.CNF(MLP(2, (8,), context_dim=3, zero_init=True), solver=FixedGrid("rk4", 2)), (2,), base=base).eval()
+    truth = Normal(3 * context[:, :2], 0.5).log_prob(x).sum(1)
+    found = evaluate(flow, x, context).require_solved()  # log q in double precision, weights in single
+    exact = copy.deepcopy(flow).double().log_prob(x.double(), context.double())
+    torch.testing.assert_close(found.log_prob, exact, atol=1e-4, rtol=1e-5)
+    assert abs(found.log_prob.mean() - truth.mean()) < 0.05
+    cnf.fit(flow, x, context=context, validation=0.2, steps=20, quiet=True)
+    assert flow.log_prob(x, context).mean() > found.log_prob.mean() - 0.05
 
 
 def test_fit_of_other_shapes():

@@ -270,6 +270,8 @@ COLUMNS = [
 def test_lattice_rule(column: np.ndarray, step: float | None) -> None:
     found = lattice_step(column.astype(np.float64), float(np.finfo(column.dtype).eps))
     assert found is None if step is None else found == pytest.approx(step, rel=1e-4)
+    if step == 1.0:
+        assert found == 1.0  # not what least squares happen to give on this processor
 
 
 def test_false_alarms_are_rare() -> None:

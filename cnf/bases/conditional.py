@@ -37,10 +37,15 @@ class ContextMixture(Base):
         """Multiply the components' standard deviations by e^change."""
         raise NotImplementedError
 
+    def _at(self, context: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return :meth:`parts` in the dtype of ``like``."""
+        log_weights, means, a = self.parts(context)
+        return log_weights.to(like), means.to(like), a.to(like)
+
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Return log q(z | c) (N,) in nats for z (N, \\*event)."""
         self._check(z)
-        log_weights, means, a = self.parts(_rows(context, len(z)))
+        log_weights, means, a = self._at(_rows(context, len(z)), z)
         white = (a @ (z.flatten(1)[:, None] - means)[..., None])[..., 0]
         height = log_weights + a.diagonal(dim1=2, dim2=3).log().sum(2) - 0.5 * means.shape[2] * math.log(2 * math.pi)
         value: Tensor = (height - 0.5 * white.square().sum(2)).logsumexp(1)
@@ -55,12 +60,12 @@ class ContextMixture(Base):
         self._check(z)
         if self.event_shape != (1,):
             raise ConfigError(f"cdf is for one-dimensional latents, got event_shape {self.event_shape}")
-        log_weights, means, a = self.parts(_rows(context, len(z)))
+        log_weights, means, a = self._at(_rows(context, len(z)), z)
         value: Tensor = (log_weights.exp() * torch.special.ndtr(a[..., 0, 0] * (z - means[..., 0]))).sum(1)
         return value
 
     def _draw(self, n: int, context: Tensor | None, noise: Noise | None, temperature: float, like: Tensor) -> Tensor:
-        log_weights, means, a = self.parts(_rows(context, n))
+        log_weights, means, a = self._at(_rows(context, n), like)
         white = draw(noise, "latent", "normal", (n, means.shape[2]), dtype=like.dtype, device=like.device) * temperature
         u = draw(noise, "component", "uniform", (n,), dtype=like.dtype, device=like.device)
         chosen = (u[:, None] > log_weights.exp().cumsum(1)).sum(1).clamp(max=self.components - 1)
@@ -168,6 +173,7 @@ class ConditionalMixture(ContextMixture):
             raise DataError(f"context is missing, expected shape (N, {self.context_dim})")
         dim, k = self.means.shape[1], self.components
         below = self.lower.shape[1]
+        context = context.to(self.means)  # evaluation is in double precision
         out = self.head(self.trunk(context)).reshape(-1, k, 1 + 2 * dim + below)
         logits, means, scales, lower = out.split((1, dim, dim, below), 2)
         means = self.means + means + self.linear(context)[:, None]

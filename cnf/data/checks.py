@@ -159,7 +159,6 @@ def find_lattices(
         repeated = f"{label} has {len(counts):,} distinct values in {len(column):,} rows"
         if step is not None:
             discrete.append(label)
-            step = _snapped(step, bool((distinct == np.rint(distinct)).all()))
             spread = options.discrete == "dequantize"
             treatment = f"dequantised by one step of uniform noise, seed {options.seed}" if spread else f"kept, so {UNBOUNDED}"
             notices.append(f"{repeated}, on a lattice of step {step:.6g}: {treatment}")
@@ -177,12 +176,6 @@ def find_lattices(
             f"{', '.join(discrete)} of {name!r} must be continuous with discrete='error', got discrete values; set discrete='dequantize', or remove them"
         )
     return tuple(out), notices
-
-
-def _snapped(step: float, whole: bool) -> float:
-    """Round a fitted step to the nearest integer (``whole``) or to 9 digits, if within the error of the fit."""
-    nearest = float(np.rint(step)) if whole else float(f"{step:.9g}")
-    return nearest if nearest and abs(nearest - step) <= (1e-4 if whole else 1e-10) * step else step
 
 
 def dequantize(table: Table, columns: Sequence[TableColumn], seed: int) -> Table:

@@ -9,7 +9,7 @@ import numpy as np
 from cnf.data.dependence import rounding
 from cnf.data.rows import Table
 
-__all__ = ["few_distinct", "find_step", "lattice_step"]
+__all__ = ["few_distinct", "find_step", "lattice_points", "lattice_step"]
 
 TOLERANCE = 0.05  # in steps: rounding to five digits moves values this far off (100.025 -> 100.02)
 FRACTION_TOLERANCE = 0.005  # tighter, since almost any values fit a small fraction of the smallest gap
@@ -122,4 +122,17 @@ def lattice_step(column: Table, epsilon: float) -> float | None:
         if step is None or high - low > MOST_CELLS * step:
             return None
     coarse = high - low <= FEW_CELLS * step
-    return step if few_distinct(n, k) or coarse else None
+    return _snapped(step, bool((distinct == np.rint(distinct)).all())) if few_distinct(n, k) or coarse else None
+
+
+def lattice_points(origin: float, step: float, indices: Table) -> Table:
+    """Return the points ``origin + step * indices``, as the decimals that they are: 0.3, not 0.30000000000000004."""
+    digits = 9 - math.floor(math.log10(step))
+    points = origin + step * indices
+    return np.round(points, digits) if abs(digits) < 300 else points
+
+
+def _snapped(step: float, whole: bool) -> float:
+    """Round a fitted step to the nearest integer (``whole``) or to 9 digits, if within the error of the fit."""
+    nearest = float(np.rint(step)) if whole else float(f"{step:.9g}")
+    return nearest if nearest and abs(nearest - step) <= (1e-4 if whole else 1e-10) * step else step

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cnf._utils.errors import ConfigError
+from cnf.data.lattice import lattice_points
 
 __all__ = ["MAXIMUM_CATEGORIES", "TableColumn", "conditions", "context_width", "data_columns", "encode", "on_lattice", "parse_given", "plain_table", "snap", "split_names", "to_lattice", "wanted"]  # fmt: skip
 
@@ -148,11 +148,8 @@ def to_lattice(column: TableColumn, values: NDArray[np.float64]) -> NDArray[np.f
         return np.rint(values) if column.type == "int" else values
     indices = (values - column.origin) / column.step
     whole = np.floor(indices) if column.dequantised else np.rint(indices)
-    digits = 9 - math.floor(math.log10(column.step))
-    points = column.origin + column.step * whole
-    if column.type == "int":  # a non-integer step: the values were rounded to integers
-        return np.rint(points)
-    return np.round(points, digits) if abs(digits) < 300 else points
+    points = lattice_points(column.origin, column.step, whole)
+    return np.rint(points) if column.type == "int" else points  # a non-integer step: the values were rounded to integers
 
 
 def split_names(text: str | Sequence[str] | None, option: str) -> tuple[str, ...]:

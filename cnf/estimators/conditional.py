@@ -13,10 +13,18 @@ from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from torch import Tensor
 
 from cnf._utils.errors import ConfigError, DataError, require_at_least, require_inside
+from cnf.data import DataSplits
 from cnf.estimators.conditional_fit import fit_conditional
 from cnf.estimators.quantiles import cdf, mean, quantiles, sorted_crps
-from cnf.estimators.rows import LEAST_ROWS, check_parameters, check_weights, in_chunks, prepare_rows, seed_of
-from cnf.estimators.training import Data
+from cnf.estimators.rows import (
+    LEAST_ROWS,
+    check_parameters,
+    check_weights,
+    in_chunks,
+    prepare_rows,
+    seed_of,
+    to_lattice,
+)
 from cnf.random import Noise
 
 __all__ = ["ConditionalDensityEstimator"]
@@ -135,7 +143,7 @@ class ConditionalDensityEstimator(MultiOutputMixin, RegressorMixin, BaseEstimato
         few = len(rows.x) < _CROSS_VALIDATED
         folds = rows.folds(_FOLDS, seed) if few else [(rows.train, rows.validation)]
         found = fit_conditional(
-            [(self._data(train), self._data(held)) for train, held in folds],
+            [self._data(train, held) for train, held in folds],
             minutes=self.max_minutes,
             seed=seed,
             cells=rows.cells(slice(width, None)),
@@ -150,10 +158,12 @@ class ConditionalDensityEstimator(MultiOutputMixin, RegressorMixin, BaseEstimato
         self.validation_score_, self.n_steps_ = found.validation, found.steps
         return self
 
-    def _data(self, rows: Array) -> Data:
+    def _data(self, train: Array, held: Array) -> DataSplits:
         width = len(self._x_mean)
-        context = (rows[:, :width] - self._x_mean) / self._x_std
-        return Data(torch.from_numpy(rows[:, width:]).float(), torch.from_numpy(context).float())
+        (x, context), (validation, its_context) = [
+            (torch.from_numpy(rows[:, width:]).float(), torch.from_numpy((rows[:, :width] - self._x_mean) / self._x_std).float()) for rows in (train, held)
+        ]
+        return DataSplits("rows", "table", x, validation, x[:0], context, its_context)
 
     def _context(self, X: Any) -> Tensor:
         """Return the standardised context (N, C) in double precision."""
@@ -200,8 +210,7 @@ class ConditionalDensityEstimator(MultiOutputMixin, RegressorMixin, BaseEstimato
         context = self._context(X)
         require_at_least(1, n_samples=n_samples)
         y = self._draw(context, n_samples, seed_of(random_state)).numpy()
-        whole = self._origins + self._steps * np.rint((y - self._origins) / self._steps)
-        out: Array = np.where(np.isnan(self._steps), y, whole)
+        out = to_lattice(y, self._steps, self._origins)
         return out[..., 0] if self._flat else out
 
     def _draw(self, context: Tensor, n: int, seed: int) -> Tensor:

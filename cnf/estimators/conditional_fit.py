@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnf.bases.conditional import ConditionalMixture, ContextMixture, MixtureEnsemble
-from cnf.estimators import training
-from cnf.estimators.training import Data, Outcome, choose_solver, train
+from cnf.data import DataSplits
+from cnf.estimators.budget import Budget
+from cnf.estimators.training import Pace, choose_solver, train
 from cnf.fields import MLP
 from cnf.flow import Flow
 from cnf.ode.continuous import CNF
 from cnf.ode.divergence import Exact
 from cnf.solvers import FixedGrid
+from cnf.training import EarlyStopping, Trainer
 from cnf.transforms import MarginalTransform, Request, Sequential, Standardize, Transform
 
 __all__ = ["ConditionalFit", "fit_conditional"]
@@ -27,6 +31,11 @@ _CLOSE = 0.05  # nats: candidates of an ensemble's transform that are as close t
 _RACE = 0.5  # share of the time for the choice of transform and components
 _LOG_SCALES = tuple(0.025 * i for i in range(-20, 21))  # changes of the log standard deviations
 _CHANCE = 2.0  # nats: smaller gains of calibration are not significant
+_BATCH_SIZE = 256  # tables of at most twice as many rows are taken whole
+_PATIENCE = 15  # validations
+_EVERY, _EPOCHS = 50, 10  # steps between validations, and epochs in a small table
+_VALIDATED = 4096  # validation rows while training
+_WARMUP = 20
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class ConditionalFit:
 
 
 def fit_conditional(
-    folds: Sequence[tuple[Data, Data]],
+    folds: Sequence[DataSplits],
     *,
     minutes: float,
     seed: int,
@@ -59,7 +68,7 @@ def fit_conditional(
     cross-validation give an ensemble: of each of the best numbers of components, one network for each fold.
 
     Args:
-        folds: pairs of training and validation rows: y (N, D) with standardised contexts (N, C).
+        folds: training and validation rows: y (N, D) with standardised contexts (N, C).
         minutes: limit.
         seed: of all randomness.
         cells, names: of the columns of y; see :class:`~cnf.transforms.MarginalTransform`.
@@ -69,43 +78,42 @@ def fit_conditional(
         device: of the training.
         on_progress: is called with lines of progress.
     """
-    began, seconds = training.now(), 60 * minutes
     say = on_progress or (lambda line: None)
-    folds = [(data.to(device), held.to(device)) for data, held in folds]
-    race = (_RACE if len(folds) == 1 else 1.0) * seconds
+    folds = [_to(data, device) for data in folds]
+    budget = Budget(60 * minutes, wall=folds[0].train.is_cuda)
+    race = (_RACE if len(folds) == 1 else 1.0) * budget.total
     parts: dict[str, float] = {}
     found: list[tuple[float, str, int, list[Flow]]] = []
     total = 0
     candidates = _candidates(folds, cells, names, components)
     for i, (name, transform, count) in enumerate(candidates):
-        if found and training.now() - began > race:
+        if found and budget.spent > race:
             break
-        flows, outcomes = [], []
-        for j, (data, held) in enumerate(folds):
-            left = max(race - (training.now() - began), 0.0)
-            flow = Flow(transform, data.x.shape[1:], base=_base(transform, data, count, hidden, seed + j)).to(device)
-            share = left / (len(folds) * (len(candidates) - i) - j)
-            outcomes.append(_train(flow, data, held, share, steps, seed + j, 2e-3))
+        flows, trainers = [], []
+        for j, data in enumerate(folds):
+            flow = Flow(transform, data.train.shape[1:], base=_base(transform, data, count, hidden, seed + j)).to(device)
+            share = max(race - budget.spent, 0.0) / (len(folds) * (len(candidates) - i) - j)
+            trainers.append(_train(flow, data, [(flow.base, 2e-3)], Pace(_EVERY, budget, budget.spent + share, most=steps), seed + j))
             flows.append(flow)
-        score, start = (_pooled(folds, [getattr(o, which) for o in outcomes]) for which in ("best", "start"))
+        score, start = _pooled(folds, [-t.state.best for t in trainers]), _pooled(folds, [-t.history[0]["validation"] for t in trainers])
         parts["linear"] = max(parts.get("linear", start), start)
-        total += sum(o.steps for o in outcomes)
+        total += sum(t.state.step for t in trainers)
         say(f"{name}, {count} components: validation {score:.4f} nats")
         found.append((score, name, count, flows))
     parts["mixture"], name, count, flows = max(found, key=lambda each: each[0])
     start_name = f"{name}, {count} components"
-    held_out = [held.to("cpu", torch.float64) for _, held in folds]
+    held_out = [_to(data, "cpu", torch.float64) for data in folds]
     if len(folds) > 1:
         close = [each for each in found if each[1] == name and each[0] >= parts["mixture"] - _CLOSE]
         flows, held_out = [flow for each in close for flow in each[3]], held_out * len(close)
         start_name = f"{name}, {' and '.join(str(each[2]) for each in close)} components"
     else:
-        left = seconds - (training.now() - began)
-        flows[0], outcome = _with_field(flows[0], *folds[0], hidden, left, steps, seed, on_progress)
-        parts["flow"], total = outcome.best, total + outcome.steps
-    for flow, held in zip(flows, held_out, strict=True):
+        flows[0], trainer = _with_field(flows[0], folds[0], hidden, Pace(_EVERY, budget, budget.total, most=steps), seed)
+        parts["flow"], total = -trainer.state.best, total + trainer.state.step
+        say(f"with a field: validation {parts['flow']:.4f} nats")
+    for flow, data in zip(flows, held_out, strict=True):
         flow.cpu().double()
-        choose_solver(flow, held)
+        choose_solver(flow, data.validation, data.validation_context)
     parts["calibrated"] = _calibrate(flows, held_out)
     flow = flows[0]
     if len(flows) > 1:
@@ -113,18 +121,24 @@ def fit_conditional(
     return ConditionalFit(flow.eval(), parts, start_name, parts["calibrated"], total)
 
 
-def _pooled(folds: Sequence[tuple[Data, Data]], scores: Sequence[float]) -> float:
+def _to(data: DataSplits, *target: Any) -> DataSplits:
+    """Return training and validation rows on a device, or in a dtype."""
+    names = ("train", "validation", "train_context", "validation_context")
+    return dataclasses.replace(data, **{name: getattr(data, name).to(*target) for name in names})
+
+
+def _pooled(folds: Sequence[DataSplits], scores: Sequence[float]) -> float:
     """Return the mean over the validation rows of all folds."""
-    sizes = [len(held.x) for _, held in folds]
+    sizes = [len(data.validation) for data in folds]
     return sum(size * score for size, score in zip(sizes, scores, strict=True)) / sum(sizes)
 
 
 def _candidates(
-    folds: Sequence[tuple[Data, Data]], cells: Sequence[tuple[float, float] | None] | None, names: Sequence[str] | None, components: int | None
+    folds: Sequence[DataSplits], cells: Sequence[tuple[float, float] | None] | None, names: Sequence[str] | None, components: int | None
 ) -> list[tuple[str, Transform, int]]:
     """Return transforms of y with numbers of components."""
-    data = folds[0][0]
-    x = data.x if len(folds) == 1 else torch.cat([data.x, folds[0][1].x])  # members share one transform
+    data = folds[0]
+    x = data.train if len(folds) == 1 else torch.cat([data.train, data.validation])  # members share one transform
     dim = x.shape[1]
     plain = Standardize(torch.zeros(dim), torch.ones(dim))
     plain.fit(x)
@@ -133,7 +147,7 @@ def _candidates(
     marginals.fit(x)
     if set(marginals.choices) != {"standardize"}:
         transforms.append(("marginals", marginals))
-    counts = (components,) if components is not None else tuple(k for k in _COMPONENTS if k == 1 or k * _ROWS_PER_COMPONENT <= len(data.x))
+    counts = (components,) if components is not None else tuple(k for k in _COMPONENTS if k == 1 or k * _ROWS_PER_COMPONENT <= len(data.train))
     if (kinds := _logarithms(x)) is not None and kinds != marginals.choices:
         logarithms = MarginalTransform(dim, kinds=kinds, fixed=True, names=names)
         logarithms.fit(x)
@@ -151,42 +165,47 @@ def _logarithms(x: Tensor) -> tuple[str, ...] | None:
     return tuple("log" if each else "standardize" for each in less) if any(less) else None
 
 
-def _base(transform: Transform, data: Data, components: int, hidden: Sequence[int], seed: int) -> ConditionalMixture:
-    assert data.context is not None
+def _base(transform: Transform, data: DataSplits, components: int, hidden: Sequence[int], seed: int) -> ConditionalMixture:
+    assert data.train_context is not None
     with torch.no_grad():
-        z = transform(data.x).value
-    return ConditionalMixture.fit(z, data.context, components, hidden, seed=seed)
+        z = transform(data.train).value
+    return ConditionalMixture.fit(z, data.train_context, components, hidden, seed=seed)
 
 
-def _train(flow: Flow, data: Data, validation: Data, seconds: float, steps: int | None, seed: int, lr: float) -> Outcome:
-    base = [p for p in flow.base.parameters()]
-    return train(flow, data, validation, [{"params": base, "lr": lr, "weight_decay": 1e-2}], seconds=seconds, steps=steps, seed=seed)
+def _train(flow: Flow, data: DataSplits, rates: Sequence[tuple[nn.Module, float]], pace: Pace, seed: int) -> Trainer:
+    """Train parts of a flow with a learning rate each, until the time is up or the validation no longer improves."""
+    n = len(data.train)
+    size = n if n <= 2 * _BATCH_SIZE else _BATCH_SIZE
+    every = min(_EVERY, max(1, _EPOCHS * (n // size)))
+    groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates]
+    return train(
+        flow,
+        dataclasses.replace(data, validation=data.validation[:_VALIDATED], validation_context=_first(data.validation_context)),
+        lambda _: torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=1e-2, fused=True),
+        pace,
+        pace.rate(_WARMUP),
+        batch_size=size,
+        seed=seed,
+        average=1 - 0.5 / every,
+        validate_every=every,
+        callbacks=[EarlyStopping(_PATIENCE)],
+    )
 
 
-def _with_field(
-    flow: Flow,
-    data: Data,
-    validation: Data,
-    hidden: Sequence[int],
-    seconds: float,
-    steps: int | None,
-    seed: int,
-    on_progress: Callable[[str], None] | None,
-) -> tuple[Flow, Outcome]:
+def _first(context: Tensor | None) -> Tensor | None:
+    return None if context is None else context[:_VALIDATED]
+
+
+def _with_field(flow: Flow, data: DataSplits, hidden: Sequence[int], pace: Pace, seed: int) -> tuple[Flow, Trainer]:
     """Add a field that starts at zero, and train it with the base."""
-    assert data.context is not None
-    dim = data.x.shape[1]
+    assert data.train_context is not None
+    dim = data.train.shape[1]
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        field = MLP(dim, tuple(hidden[:2]), context_dim=data.context.shape[1], zero_init=True)
-    block = CNF(field, Exact(), FixedGrid("rk4", 2), FixedGrid("rk4", 4)).to(data.x.device)
+        field = MLP(dim, tuple(hidden[:2]), context_dim=data.train_context.shape[1], zero_init=True)
+    block = CNF(field, Exact(), FixedGrid("rk4", 2), FixedGrid("rk4", 4)).to(data.train.device)
     whole = Flow(Sequential([flow.transform, block]), (dim,), base=flow.base)
-    groups = [
-        {"params": list(field.parameters()), "lr": 2e-3, "weight_decay": 1e-2},
-        {"params": list(flow.base.parameters()), "lr": 5e-4, "weight_decay": 1e-2},
-    ]
-    outcome = train(whole, data, validation, groups, seconds=seconds, steps=steps, seed=seed, on_progress=on_progress)
-    return whole, outcome
+    return whole, _train(whole, data, [(field, 2e-3), (flow.base, 5e-4)], pace, seed)
 
 
 def _base_of(flow: Flow) -> ContextMixture:
@@ -195,19 +214,19 @@ def _base_of(flow: Flow) -> ContextMixture:
 
 
 @torch.no_grad()
-def _calibrate(flows: Sequence[Flow], held_out: Sequence[Data]) -> float:
+def _calibrate(flows: Sequence[Flow], held_out: Sequence[DataSplits]) -> float:
     """Scale the components' standard deviations to the best likelihood of the flows' validation rows; return it."""
-    latents = [flow.evaluate(held.x, Request(held.context, integrals=False)) for flow, held in zip(flows, held_out, strict=True)]
+    latents = [flow.evaluate(data.validation, Request(data.validation_context, integrals=False)) for flow, data in zip(flows, held_out, strict=True)]
 
     def total(change: float) -> float:
         value = 0.0
-        for flow, out, held in zip(flows, latents, held_out, strict=True):
+        for flow, out, data in zip(flows, latents, held_out, strict=True):
             _base_of(flow).widen(change)
-            value += float(flow.density(out.value, out.log_det, held.context).sum())
+            value += float(flow.density(out.value, out.log_det, data.validation_context).sum())
             _base_of(flow).widen(-change)
         return value
 
-    rows = sum(len(held.x) for held in held_out)
+    rows = sum(len(data.validation) for data in held_out)
     scores = {change: total(change) for change in _LOG_SCALES}
     best = max(_LOG_SCALES, key=scores.__getitem__)
     # shrunk towards no change, since the estimate of one scale gains half a nat by chance

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from cnf._utils.errors import require_at_least
 from cnf.estimators.mixtures import COMPONENTS
-from cnf.estimators.rows import LEAST_ROWS, Layout, check_parameters, check_weights, in_chunks, prepare_rows, seed_of
+from cnf.estimators.rows import (
+    LEAST_ROWS,
+    Layout,
+    check_parameters,
+    check_weights,
+    in_chunks,
+    prepare_rows,
+    seed_of,
+    to_lattice,
+)
 from cnf.estimators.search import DensityFit, fit_density
 from cnf.random import Noise
 
@@ -154,8 +163,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         require_at_least(1, n_samples=n_samples)
         x = self.flow_.sample(n_samples, noise=Noise(seed_of(random_state), "sample")).numpy()
-        whole = self._origins + self._steps * np.rint((x - self._origins) / self._steps)
-        return self._layout.restore(np.where(np.isnan(self._steps), x, whole))
+        return self._layout.restore(to_lattice(x, self._steps, self._origins))
 
 
 def _cell_nodes(steps: Array) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,16 +14,13 @@ from cnf._utils.errors import SolverError
 from cnf.data import DataSplits
 from cnf.estimators.budget import Budget
 from cnf.estimators.mixtures import Candidate
+from cnf.estimators.training import Pace, train
 from cnf.evaluation import evaluate
 from cnf.fields import MLP
 from cnf.flow import Flow
-from cnf.losses import Likelihood
 from cnf.ode.continuous import CNF
 from cnf.solvers import FixedGrid
-from cnf.training import NonFinitePolicy, Run, SolverMonitor, Trainer, WeightAverage
-from cnf.training.batches import Batches, Validation
-from cnf.training.callbacks import Callback
-from cnf.training.phases import Phase
+from cnf.training import SolverMonitor
 from cnf.transforms import Sequential
 
 __all__ = ["FINE", "SMOOTH", "Recipe", "Start", "start"]
@@ -62,48 +58,6 @@ SHARP = Recipe(field_rate=2e-4, base_rate=1e-3, spread=(1.0, 4.0), gain=2.0)
 FEW_COLUMNS, FEW_COMPONENTS = 4, 8
 RISE = 30  # steps of linear warm-up
 DAMPING = 0.7  # of the predicted gain
-
-
-class Pace(Callback):
-    """End of a training by steps, or by time: the learning rate follows the share that is done.
-
-    Args:
-        steps: planned number; without a limit of time it is kept.
-        budget: the clock of the search.
-        until: time by that clock at which the training ends.
-        validations: planned during the training.
-        every: steps between two corrections of the plan.
-    """
-
-    def __init__(self, steps: int, budget: Budget, until: float, validations: int, every: int = 20):
-        self.planned, self.budget, self.until, self.every, self.validations = steps, budget, until, every, validations + 1
-        self._last, self._steps, self.validation_seconds = 0.0, [0.02], 0.0
-
-    @property
-    def step_seconds(self) -> float:
-        """Median time of the latest steps, without validations."""
-        return statistics.median(self._steps)
-
-    def on_start(self, run: Run) -> None:
-        """Start the clock."""
-        self._last, self._steps = self.budget.spent, []
-
-    def on_validation(self, run: Run, better: bool) -> None:
-        """Measure the time of the validation."""
-        now = self.budget.spent
-        self.validation_seconds, self._last, self.validations = now - self._last, now, self.validations - 1
-
-    def on_step_end(self, run: Run) -> None:
-        """Correct the number of steps by the time that they take, and what validations will take."""
-        now, step = self.budget.spent, run.state.step
-        self._steps, self._last = [*self._steps[-50:], now - self._last], now
-        if self.until < math.inf and step % self.every == 0:
-            left = self.until - now - max(0, self.validations) * self.validation_seconds
-            self.planned = step + max(0, int(left / self.step_seconds))
-
-    def stop_reason(self, run: Run) -> str | None:
-        """Return ``"steps"`` when the planned steps are done."""
-        return "steps" if run.state.step >= self.planned else None
 
 
 @dataclass(eq=False)
@@ -149,30 +103,17 @@ class Start:
         recipe, table = self.recipe, self.candidate.table
         z = table.validation if rows is None else table.validation[rows]
         log_det = table.log_det if rows is None else table.log_det[rows]
-        pace = Pace(steps, budget, until, validations)
+        pace = Pace(steps, budget, until, validations, None if math.isfinite(until) else steps)
         monitor = SolverMonitor(recipe.tolerance / self.flow.dim, every=recipe.every)
-        rise = min(RISE, steps // 5 + 1)
-
-        def rate(step: int, _: int) -> float:
-            share = min(1.0, step / max(1, pace.planned))
-            return min(1.0, (step + 1) / rise) * (0.5 * (1 + math.cos(math.pi * share)) if decay else 1.0)
-
         for block in self.flow.blocks:
             block.solver = FixedGrid("rk4", recipe.grid_steps * 2**self.refinements)
-        every = max(1, steps // (validations + 1)) if validations else 10**9
-        objective = Likelihood(self.flow)
-        data = DataSplits(table.name, "table", table.train, z, z[:0])
-        batches = Batches(data, recipe.batch_size, seed, z.device, dtype=z.dtype)
-        trainer = Trainer(
-            self.flow, [Phase(objective, batches, self._optimizer, rate)], steps=10**9 if math.isfinite(until) else steps,
-            validation=Validation(z, None, torch.arange(len(z))), callbacks=[WeightAverage(recipe.average), monitor, NonFinitePolicy(), pace],
-            validate_every=every, log_every=50, max_grad_norm=10.0, quiet=True,
+        trainer = train(
+            self.flow, DataSplits(table.name, "table", table.train, z, z[:0]), self._optimizer, pace, pace.rate(min(RISE, steps // 5 + 1), decay=decay),
+            batch_size=recipe.batch_size, seed=seed, average=recipe.average, callbacks=[monitor],
+            validate_every=max(1, steps // (validations + 1)) if validations else 10**9,
         )  # fmt: skip
-        trainer.run()
         monitor.reset()
         state, shift = trainer.state, float(log_det.mean())
-        self.flow.load_state_dict(state.best_weights)
-        self.flow.eval()
         self.steps, self.step_seconds, self.row_seconds = self.steps + state.step, pace.step_seconds, pace.validation_seconds / len(z)
         self.refinements += monitor.refinements
         self.validation = state.best - shift

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cnf._utils.errors import ConfigError, DataError, require_at_least, require_inside
-from cnf.data.lattice import lattice_step
+from cnf.data.lattice import lattice_points, lattice_step
 
 __all__ = ["Layout", "PreparedRows", "check_parameters", "check_weights", "in_chunks", "prepare_rows", "seed_of"]
 
@@ -190,6 +190,14 @@ def _held_out(group: NDArray[np.int64], fraction: float, generator: np.random.Ge
     count = min(max(count, 1), len(sizes) - 1)
     held: NDArray[np.bool_] = np.isin(group, order[:count])
     return held
+
+
+def to_lattice(x: Array, steps: Array, origins: Array) -> Array:
+    """Round samples (..., D) of discrete columns to the nearest point of their lattice."""
+    out = x.copy()
+    for j in np.flatnonzero(~np.isnan(steps)):
+        out[..., j] = lattice_points(origins[j], steps[j], np.rint((x[..., j] - origins[j]) / steps[j]))
+    return out
 
 
 def in_chunks(function: Any, *parts: Tensor, rows: int = 8192) -> Tensor:

@@ -1,172 +1,160 @@
-"""Training by the likelihood within a given time, with early stopping on validation rows."""
+"""Training of a flow in memory, within a time and by a number of steps, with :class:`~cnf.training.Trainer`."""
 
 from __future__ import annotations
 
 import copy
 import math
-import time
+import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from cnf.data import DataSplits
+from cnf.estimators.budget import Budget
 from cnf.estimators.rows import in_chunks
 from cnf.flow import Flow
+from cnf.losses import Likelihood
 from cnf.ode.continuous import EVALUATION
 from cnf.solvers import FixedGrid
+from cnf.training import NonFinitePolicy, Run, Trainer, WeightAverage
+from cnf.training.batches import Batches, Validation
+from cnf.training.callbacks import Callback
+from cnf.training.phases import Phase
 
-__all__ = ["Data", "Outcome", "choose_solver", "mean_log_prob", "now", "train"]
+__all__ = ["Pace", "choose_solver", "train"]
 
-now: Callable[[], float] = time.perf_counter
-_PATIENCE = 15  # validations
-_EVERY, _EPOCHS = 50, 10  # steps between validations, and epochs in a small table
-_VALIDATION_ROWS = 4096
-_ERROR = 1e-3  # nats, of every row, by the evaluation solver
-
-
-@dataclass(frozen=True)
-class Data:
-    """Points (N, \\*event) and their context (N, C), or None."""
-
-    x: Tensor
-    context: Tensor | None = None
-
-    def rows(self, index: Tensor | slice) -> tuple[Tensor, ...]:
-        """Return points, and context if there is one, of the rows."""
-        return (self.x[index],) if self.context is None else (self.x[index], self.context[index])
-
-    def to(self, *target: Any) -> Data:
-        """Return the data on a device, or in a dtype."""
-        return Data(self.x.to(*target), None if self.context is None else self.context.to(*target))
+MAX_GRAD_NORM = 10.0
+ERROR = 1e-3  # nats, of every row, by the evaluation solver
+VALIDATION_ROWS = 4096  # by which a solver is chosen
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Steps taken, and the validation log-likelihood (nats) at the start and of the weights that are kept."""
+class Pace(Callback):
+    """End of a training by steps, or by time: the learning rate follows the share that is done.
 
-    steps: int
-    start: float
-    best: float
+    Args:
+        steps: planned number; without a limit of time it is kept.
+        budget: the clock of the search.
+        until: time by that clock at which the training ends.
+        validations: planned during the training.
+        most: number of steps that is never exceeded.
+        every: steps between two corrections of the plan.
+    """
 
+    def __init__(self, steps: int, budget: Budget, until: float = math.inf, validations: int = 0, most: int | None = None, every: int = 20):
+        self.planned, self.budget, self.until, self.every, self.validations = steps, budget, until, every, validations + 1
+        self.most = math.inf if most is None else most
+        self._last, self._steps, self.validation_seconds = 0.0, [0.02], 0.0
 
-def mean_log_prob(flow: Flow, data: Data, limit: int | None = None) -> float:
-    """Return the mean log-likelihood (nats) of the first ``limit`` rows; -inf if one is not finite."""
-    value = in_chunks(flow.log_prob, *data.rows(slice(limit))).double().mean()
-    return float(value) if bool(value.isfinite()) else -math.inf
+    @property
+    def step_seconds(self) -> float:
+        """Median time of the latest steps, without validations."""
+        return statistics.median(self._steps)
+
+    def on_start(self, run: Run) -> None:
+        """Start the clock."""
+        self._last, self._steps = self.budget.spent, []
+
+    def on_validation(self, run: Run, better: bool) -> None:
+        """Measure the time of the validation."""
+        now = self.budget.spent
+        self.validation_seconds, self._last, self.validations = now - self._last, now, self.validations - 1
+
+    def on_step_end(self, run: Run) -> None:
+        """Correct the number of steps by the time that they take, and what validations will take."""
+        now, step = self.budget.spent, run.state.step
+        self._steps, self._last = [*self._steps[-50:], now - self._last], now
+        if self.until < math.inf and step % self.every == 0:
+            left = self.until - now - max(0, self.validations) * self.validation_seconds
+            self.planned = step + max(0, int(left / self.step_seconds))
+
+    def rate(self, warmup: int, *, decay: bool = True) -> Callable[[int, int], float]:
+        """Return the learning-rate factor: a linear rise, and a cosine of the share that is done if ``decay``."""
+
+        def factor(step: int, _: int) -> float:
+            share = min(1.0, step / max(1.0, min(self.planned, self.most)))
+            return min(1.0, (step + 1) / warmup) * (0.5 * (1 + math.cos(math.pi * share)) if decay else 1.0)
+
+        return factor
+
+    def stop_reason(self, run: Run) -> str | None:
+        """Return ``"steps"`` when the planned steps are done."""
+        return "steps" if run.state.step >= min(self.planned, self.most) else None
 
 
 def train(
     flow: Flow,
-    data: Data,
-    validation: Data,
-    groups: Sequence[dict[str, Any]],
+    data: DataSplits,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    pace: Pace,
+    rate: Callable[[int, int], float],
     *,
-    seconds: float,
-    steps: int | None,
+    batch_size: int,
     seed: int,
-    batch_size: int = 256,
-    patience: int = _PATIENCE,
-    on_progress: Callable[[str], None] | None = None,
-) -> Outcome:
-    """Train in place and keep the averaged weights of the best validation, those of the start included.
-
-    The learning rates fall as a cosine of the share of steps or of time that is used, whichever is larger. With
-    ``steps`` in time the result is a function of the seed.
+    average: float,
+    validate_every: int,
+    callbacks: Sequence[Callback] = (),
+) -> Trainer:
+    """Train a flow in place by the likelihood; it gets the weights of the best validation, those of the start included.
 
     Args:
-        flow: model.
-        data, validation: rows to fit, and to choose by.
-        groups: parameter groups of AdamW, each with its ``lr``.
-        seconds, steps: limits; no limit of steps if None.
+        flow: model, with a base that is fitted.
+        data: training rows, and validation rows of at least one.
+        optimizer: returns an optimiser of the model.
+        pace: ends the training.
+        rate: learning-rate factor of the step; see :meth:`Pace.rate`.
+        batch_size: rows of a step.
         seed: of the batches.
-        batch_size: rows of a step; tables of at most twice as many take all rows.
-        patience: validations without a better one before training ends.
-        on_progress: is called with a line at every validation.
+        average: decay of the averaged weights, which are validated.
+        validate_every: steps.
+        callbacks: further ones.
+
+    Returns:
+        The trainer, with ``state`` and ``history``.
     """
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(list(groups), betas=(0.9, 0.99), weight_decay=0.0)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    like = flow.like
+    batches = Batches(data, batch_size, seed, like.device, dtype=like.dtype)
+    x, context = data.validation.to(like), data.validation_context
+    rows = Validation(x, None if context is None else context.to(like), torch.arange(len(x)))
+    trainer = Trainer(
+        flow, [Phase(Likelihood(flow), batches, optimizer, rate)], steps=10**9, validation=rows,
+        callbacks=[WeightAverage(average), *callbacks, NonFinitePolicy(), pace],
+        validate_every=validate_every, log_every=50, max_grad_norm=MAX_GRAD_NORM, quiet=True,
+    )  # fmt: skip
+    trainer.run()
+    flow.load_state_dict(trainer.state.best_weights)
     flow.eval()
-    start = best = mean_log_prob(flow, validation, _VALIDATION_ROWS)
-    kept = [p.detach().clone() for p in trained]
-    average = [p.detach().clone() for p in trained]
-    began, step, worse, order, place = now(), 0, 0, torch.empty(0, dtype=torch.long), 0
-    n = len(data.x)
-    size = n if n <= 2 * batch_size else batch_size
-    every = min(_EVERY, max(1, _EPOCHS * (n // size)))
-    while (steps is None or step < steps) and worse < patience:
-        share = max((now() - began) / seconds if seconds > 0 else 1.0, 0.0 if steps is None else step / steps)
-        if share >= 1:
-            break
-        if place + size > len(order):
-            order, place = torch.randperm(n, generator=generator), 0
-        index, place = order[place : place + size].to(data.x.device), place + size
-        warm = min(1.0, (step + 1) / 20)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * share))
-        flow.train()
-        loss = -flow.log_prob(*data.rows(index)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, 10.0)
-        if bool(norm.isfinite()):
-            optimizer.step()
-        step += 1
-        decay = min(1 - 0.5 / every, step / (step + 9))
-        with torch.no_grad():
-            torch._foreach_lerp_(average, trained, 1 - decay)
-        if step % every == 0 or step == steps:
-            score = _score_of(flow, trained, average, validation)
-            better = score > best
-            worse = 0 if better else worse + 1
-            if better:
-                best, kept = score, copy.deepcopy(average)
-            if on_progress is not None:
-                on_progress(f"step {step}: validation {score:.4f} nats, best {best:.4f}")
-    if step % every and step != steps and (score := _score_of(flow, trained, average, validation)) > best:
-        best, kept = score, average
-    with torch.no_grad():
-        for p, value in zip(trained, kept, strict=True):
-            p.copy_(value)
-    flow.eval()
-    return Outcome(step, start, best)
+    return trainer
 
 
-def _score_of(flow: Flow, trained: list[Tensor], average: list[Tensor], validation: Data) -> float:
-    """Return the validation score of the averaged weights; the flow keeps its own."""
-    with torch.no_grad():
-        own = [p.clone() for p in trained]
-        for p, value in zip(trained, average, strict=True):
-            p.copy_(value)
-        score = mean_log_prob(flow.eval(), validation, _VALIDATION_ROWS)
-        for p, value in zip(trained, own, strict=True):
-            p.copy_(value)
-    return score
-
-
-def choose_solver(flow: Flow, data: Data, *, most: int = 64) -> None:
+def choose_solver(flow: Flow, x: Tensor, context: Tensor | None = None, *, most: int = 64) -> None:
     """Set the evaluation solver of the flow's blocks: the coarsest fixed grid with an error below 1e-3 nats in each row.
 
     On a fixed grid a row's likelihood does not depend on the other rows. If ``most`` steps do not suffice, the adaptive
     solver controls the error.
+
+    Args:
+        flow: model.
+        x: rows (N, \\*event), of which the first 4,096 are solved.
+        context: (N, C).
+        most: steps.
     """
     if not flow.blocks:
         return
+    some: tuple[Any, ...] = (x[:VALIDATION_ROWS],) if context is None else (x[:VALIDATION_ROWS], context[:VALIDATION_ROWS])
 
     def log_prob(steps: int) -> Tensor:
         for block in flow.blocks:
             block.eval_solver = FixedGrid("rk4", steps)
-        return in_chunks(flow.log_prob, *data.rows(slice(_VALIDATION_ROWS)))
+        return in_chunks(flow.log_prob, *some)
 
     flow.eval()
     steps, value = 4, log_prob(4)
     while steps < most:
         finer = log_prob(2 * steps)
         # the error of 2 steps is that of steps / 16
-        if bool(((finer - value).abs() <= 8 * _ERROR).all()):
+        if bool(((finer - value).abs() <= 8 * ERROR).all()):
             return  # the finer grid is set
         steps, value = 2 * steps, finer
     for block in flow.blocks:
