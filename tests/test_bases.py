@@ -367,6 +367,14 @@ def test_fit_is_that_of_scikit_learn(covariance, dtype):
     assert torch.allclose(base.log_prob(z.double()), truth, rtol=0, atol=1e-10 if dtype == F64 else 1e-5)
 
 
+def test_a_flow_without_an_ode_is_trained():
+    x = blobs(300).float()
+    flow = cnf.Flow(Standardize(torch.zeros(2), torch.ones(2)), (2,), base=GaussianMixture(2, 3))
+    before = flow.log_prob(x).mean()
+    cnf.fit(flow, x, validation=0.2, steps=200, lr=1e-2, quiet=True)
+    assert flow.log_prob(x).mean() > before + 0.2
+
+
 @pytest.mark.parametrize("ensemble", [False, True], ids=["one", "ensemble"])
 def test_a_conditional_mixture_is_fitted_evaluated_and_trained(ensemble):
     context = normal(400, 3, seed=1).float()

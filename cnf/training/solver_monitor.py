@@ -53,7 +53,7 @@ class SolverMonitor(Callback):
 
     def setup(self, run: Run) -> None:
         """Monitor the objective that solves an ODE, if there is one."""
-        solving = [phase.objective for phase in run.phases if phase.objective.solves]
+        solving = [phase.objective for phase in run.phases if phase.objective.solves and phase.objective.solvers]
         if solving:
             self.attach(solving[-1], run.say)
 
