@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from measure import machine, markdown, record, versions
+from rivals import autoregressive
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
@@ -36,7 +37,6 @@ from cnf.evaluation import evaluate
 from cnf.ode.trajectory import straightness
 from cnf.runs import RunInfo
 from cnf.training import Trainer, from_settings
-from cnf.training.schedule import learning_rate
 
 SIDES = ("likelihood", "matching", "matching, transport", "both")
 TUNED = 0.3  # of the time of "both" is the likelihood's
@@ -121,47 +121,9 @@ def ours(data: DataSplits, name: str, side: str, seconds: float, folder: Path) -
 
 
 def spline(data: DataSplits, seconds: float) -> dict[str, Any]:
-    """zuko's neural spline flow on the standardised data, by Adam with a cosine, validated as often as ours."""
-    import zuko  # of the extra dev
-
-    torch.manual_seed(0)
-    mean, std = data.train.mean(0), data.train.std(0)
-    train, validation, test = ((x - mean) / std for x in (data.train, data.validation, data.test))
-    shift = float(std.log().sum())
-    flow = zuko.flows.NSF(len(mean), transforms=5, hidden_features=(64, 64), bins=8)
-    adam = torch.optim.Adam(flow.parameters(), lr=1e-3)
-
-    def loss(x: Tensor) -> Tensor:
-        value: Tensor = -flow().log_prob(x)
-        return value
-
-    def step(rate: float) -> None:
-        for group in adam.param_groups:
-            group["lr"] = rate
-        adam.zero_grad(set_to_none=True)
-        loss(train[torch.randint(len(train), (1024,))]).mean().backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)
-        adam.step()
-
-    began = time.perf_counter()
-    for _ in range(10):
-        step(0.0)
-    steps = max(50, int(seconds * 10 / (time.perf_counter() - began)))
-    best, kept, aside, began = math.inf, dict(flow.state_dict()), 0.0, time.perf_counter()
-    for i in range(steps):
-        step(learning_rate(i, 1e-3, steps // 20, steps, "cosine"))
-        if (i + 1) % max(1, steps // VALIDATIONS) == 0:
-            pause = time.perf_counter()
-            with torch.no_grad():
-                value = float(torch.cat([loss(part) for part in validation.split(4096)]).mean()) + shift
-            if value < best:
-                best, kept = value, {k: v.clone() for k, v in flow.state_dict().items()}
-            aside += time.perf_counter() - pause
-    took = time.perf_counter() - began - aside
-    flow.load_state_dict(kept)
-    with torch.no_grad():
-        found = torch.cat([loss(part) for part in test.split(4096)]).double() + shift
-    return {"parameters": sum(p.numel() for p in flow.parameters()), "seconds": took, "steps": steps, "validation": best, **_tested(found)}
+    """zuko's neural spline flow on the standardised data, at one rate."""
+    found, about = autoregressive((data.train, data.validation, data.test), seconds, 0, rates=(1e-3,), batch_size=1024)
+    return {**about, **_tested(found)}
 
 
 def mixture(data: DataSplits) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""cnf.estimators.fit_density against scikit-learn's mixture and kernel density, at a budget of CPU seconds on one thread.
+"""cnf.estimators.fit_density against other densities of tables, at a budget of CPU seconds on one thread.
 
     python benchmarks/tables.py --seconds 60 --seeds 0 1 2 --json benchmarks/results.json
     python benchmarks/tables.py --data checkerboard power.npy --quick
 
-All sides of a data set see the same splits. The mixture's number of components, from 1 to 100, and the kernel's bandwidth
-are chosen on the validation rows; both are fitted to standardised columns and take what they take: the budget is ours.
+The rivals are scikit-learn's mixture and kernel density, and zuko's neural spline flow (1906.04032) and masked
+autoregressive flow (1705.07057). All sides of a data set see the same splits. The mixture's number of components, from 1 to
+100, the kernel's bandwidth and the flows' learning rate are chosen on the validation rows; all are fitted to standardised
+columns. Mixture and kernel take what they take; our search and the flows have the budget.
 Every side is compared on the test rows, row by row: the difference to the mixture has its own standard error.
 """
 
@@ -25,7 +27,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 from measure import machine, markdown, record, versions
-from sklearn.datasets import load_breast_cancer, make_moons, make_swiss_roll
+from rivals import autoregressive
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, make_moons, make_swiss_roll
 from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import KernelDensity
 from torch import Tensor
@@ -34,7 +37,7 @@ from cnf.data import load
 from cnf.estimators import fit_density
 from cnf.evaluation import evaluate
 
-SIDES = ("flow", "mixture", "kernel")
+SIDES = ("flow", "mixture", "kernel", "NSF", "MAF")
 COMPONENTS = (1, 2, 4, 8, 16, 30, 60, 100)
 BANDWIDTHS = tuple(np.geomspace(0.03, 1.0, 8))
 KERNEL_ROWS = 10_000  # training rows of the kernel density, whose evaluation costs a distance to each
@@ -60,12 +63,44 @@ def _helix() -> np.ndarray:
     return np.stack([np.cos(t), np.sin(t), t / 6, np.cos(t / 2)], 1) + 0.05 * rng.standard_normal((8000, 4))
 
 
+def _mixed() -> np.ndarray:
+    """A count, a normal column that depends on it, a lognormal column that depends on both, and a share."""
+    rng = np.random.default_rng(2)
+    count = rng.poisson(3.0, 10_000)
+    level = rng.normal(count, 0.5)
+    return np.stack([count + rng.random(10_000), level, np.exp(rng.normal(0.3 * level, 0.5)), rng.beta(2.0, 5.0, 10_000)], 1)
+
+
+def _mixed_nll(x: Tensor) -> Tensor:
+    """Its exact negative log-likelihood (N,)."""
+    count, level, log, share = x[:, 0].double().floor(), x[:, 1].double(), x[:, 2].double().log(), x[:, 3].double()
+    parts = [
+        torch.distributions.Poisson(3.0).log_prob(count), torch.distributions.Normal(count, 0.5).log_prob(level),
+        torch.distributions.Normal(0.3 * level, 0.5).log_prob(log) - log, torch.distributions.Beta(2.0, 5.0).log_prob(share),
+    ]  # fmt: skip
+    return -torch.stack(parts).sum(0)
+
+
+def _digits() -> np.ndarray:
+    return load_digits().data + np.random.default_rng(0).random((1797, 64))
+
+
 MADE: dict[str, Callable[[], np.ndarray]] = {
     "swiss-roll": _swiss_roll,
     "moon-pairs": _moon_pairs,
     "helix": _helix,
     "heavy-tails": lambda: np.random.default_rng(1).standard_t(3, (6000, 6)),
+    "mixed": _mixed,
+    "digits-64": _digits,
+    "diabetes": lambda: load_diabetes(scaled=False).data[:, [0, *range(2, 10)]],
     "breast-cancer": lambda: load_breast_cancer().data[:, :10],
+}
+
+
+CELLS: dict[str, list[tuple[float, float] | None]] = {"mixed": [(0.0, 1.0), None, None, None], "digits-64": [(0.0, 1.0)] * 64}
+TRUTH: dict[str, Callable[[Tensor], Tensor]] = {
+    "mixed": _mixed_nll,
+    "heavy-tails": lambda x: -torch.distributions.StudentT(3.0).log_prob(x.double()).sum(1),
 }
 
 
@@ -75,7 +110,7 @@ def splits(name: str, limit: int | None = None) -> Splits:
         x = torch.from_numpy(MADE[name]().astype(np.float32))
         x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
         tenth = len(x) // 10
-        train, validation, test, cells = x[2 * tenth :], x[tenth : 2 * tenth], x[:tenth], None
+        train, validation, test, cells = x[2 * tenth :], x[tenth : 2 * tenth], x[:tenth], CELLS.get(name)
     else:
         data = load(name)
         train, validation, test = data.train, data.validation, data.test
@@ -131,9 +166,12 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 def compare(name: str, data: Splits, seconds: float, seed: int, sides: tuple[str, ...] = SIDES, **options: Any) -> list[dict[str, Any]]:
     """One row for each side; differences are to the mixture, row by row."""
     calls: dict[str, Callable[[], tuple[Tensor, dict[str, Any]]]] = {
-        "flow": lambda: flow(data, seconds, seed, **options), "mixture": lambda: mixture(data, seed), "kernel": lambda: kernel(data, seed)
+        "flow": lambda: flow(data, seconds, seed, **options), "mixture": lambda: mixture(data, seed), "kernel": lambda: kernel(data, seed),
+        **{kind: lambda kind=kind: autoregressive(data[:3], seconds, seed, kind) for kind in ("NSF", "MAF")},  # type: ignore[misc]
     }  # fmt: skip
     found = {side: calls[side]() for side in sides}
+    if name in TRUTH:
+        found["truth"] = TRUTH[name](data[2]), {"start": "", "seconds": 0.0}
     rows = []
     for side, (nll, about) in found.items():
         test, error = mean_and_error(nll)
@@ -146,7 +184,7 @@ def compare(name: str, data: Splits, seconds: float, seed: int, sides: tuple[str
 def main(argv: list[str] | None = None) -> int:
     """Fit, test, print, and record if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", default=["checkerboard", "2spirals", *MADE], help=f"toy sets, {', '.join(MADE)}, or tables (.npy, .csv)")
+    parser.add_argument("--data", nargs="+", default=["checkerboard", "2spirals", "hash-gaussian", *MADE], help=f"toy sets, {', '.join(MADE)}, or tables (.npy, .csv)")
     parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of our search")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
@@ -154,13 +192,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file of measured rows to add to")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    about = {**machine(), "threads": 1, **versions("torch", "scikit-learn")}
+    about = {**machine(), "threads": 1, **versions("torch", "scikit-learn", "zuko")}
     options: dict[str, Any] = {"steps": 5, "components": (1, 2, 4)} if args.quick else {}
+    seconds = 1.0 if args.quick else args.seconds
     rows: list[dict[str, Any]] = []
     for name in args.data:
         data = splits(name, 500 if args.quick else None)
         for seed in args.seeds:
-            found = compare(name, data, args.seconds, seed, tuple(args.sides), **options)
+            found = compare(name, data, seconds, seed, tuple(args.sides), **options)
             rows += found
             for row in found:
                 print(f"{row['data']}, {row['side']}, seed {seed}: {row['test']:.4f} ± {row['error']:.4f} nats, {row['seconds']:.0f} s", flush=True)

@@ -391,6 +391,47 @@ def test_a_conditional_mixture_is_fitted_evaluated_and_trained(ensemble):
     assert flow.log_prob(x, context).mean() > found.log_prob.mean() - 0.05
 
 
+@pytest.mark.parametrize("covariance", ["full", "tied", "diag"])
+def test_iterations_are_those_of_scikit_learn(covariance):
+    z = blobs()
+    theirs = Mixture(4, covariance_type=covariance, random_state=3, max_iter=1, tol=0, warm_start=True).fit(z.numpy())
+    base = GaussianMixture.fit(z, 4, covariance, seed=3, max_iter=1)
+    for _ in range(4):
+        theirs.fit(z.numpy())
+    course = base.improve(z, 4, tolerance=-1.0)
+    torch.testing.assert_close(base.log_prob(z), torch.from_numpy(theirs.score_samples(z.numpy())), atol=3e-6, rtol=0)
+    assert course == sorted(course) and base.log_prob(z).mean() > course[-1]
+    z[:, 1] = 1e3 + 1e-2 * z[:, 1]  # an offset and another scale change nothing
+    moved = GaussianMixture.fit(z, 4, covariance, seed=3, max_iter=1, min_variance=1e-12)
+    course = moved.improve(z, 5, min_variance=1e-12)
+    assert course == sorted(course)
+
+
+def test_a_component_without_rows_is_kept():
+    z = blobs()
+    base = GaussianMixture.fit(z, 2)
+    far = GaussianMixture(2, 1).double()
+    with torch.no_grad():
+        far.means.fill_(1e6)
+    both = GaussianMixture.mean_of([base, far])
+    both.improve(z, 3)
+    torch.testing.assert_close(both.log_prob(z), base.log_prob(z), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kinds", [("full", "tied"), ("diag", "diag")])
+def test_the_mean_of_mixtures(kinds):
+    z = blobs()
+    members = [GaussianMixture.fit(z, k, kind, seed=k) for k, kind in zip((2, 3), kinds, strict=True)]
+    mean = GaussianMixture.mean_of(members)
+    expected = torch.stack([m.log_prob(z) for m in members]).exp().mean(0).log()
+    torch.testing.assert_close(mean.log_prob(z), expected, atol=1e-12, rtol=1e-12)
+    assert mean.components == 5 and mean.covariance == ("diag" if kinds == ("diag", "diag") else "full") and mean.fitted
+    with pytest.raises(ConfigError, match="members"):
+        GaussianMixture.mean_of([])
+    with pytest.raises(ConfigError, match="one event shape"):
+        GaussianMixture.mean_of([members[0], GaussianMixture(3, 2)])
+
+
 def test_fit_of_other_shapes():
     for shape in ((1,), (1, 2, 2), (2, 3)):
         z = normal(90, *shape)

@@ -42,10 +42,18 @@ def test_never_worse_than_the_mixture_on_validation(found):
 def test_a_flow_that_does_not_help_is_not_taken(monkeypatch):
     """With steps that only do harm, the mixture itself is returned."""
     x = rings(500, seed=3)
-    monkeypatch.setattr(race, "FINE", race.Recipe(base_rate=3.0))
+    for name in ("FINE", "SHARP"):
+        monkeypatch.setattr(race, name, race.Recipe(base_rate=3.0))
     result = fit_density(x[:400], x[400:], **QUICK)
     assert result.validation == result.parts["mixture"] and result.steps == 0
     assert evaluate(result.flow, x[400:]).mean == pytest.approx(result.parts["mixture"], abs=2e-5)
+
+
+def test_the_mean_of_several_fits_is_better_than_one(found):
+    result, _, lines = found
+    assert "of 2 mixtures" in result.start or "of 3 mixtures" in result.start
+    single = [float(line.split()[1]) for line in lines if "of " not in line.split("(")[1] and line.startswith("mixture")]
+    assert result.parts["mixture"] < min(single)
 
 
 def test_progress_lines(found):

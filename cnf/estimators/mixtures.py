@@ -15,15 +15,18 @@ from cnf.bases import GaussianMixture
 from cnf.estimators.budget import Budget
 from cnf.transforms import MarginalTransform, Standardize
 
-__all__ = ["COMPONENTS", "Candidate", "Table", "fit_mixtures", "normal_nll", "prepare"]
+__all__ = ["COMPONENTS", "FIRST", "ITERATIONS", "ROWS", "TOLERANCE", "Candidate", "Table", "first_fit", "fit_mixtures", "log_prob", "normal_nll", "prepare", "some_rows"]
 
-COMPONENTS = (1, 2, 4, 8, 16, 30, 60, 100, 150, 200)
+COMPONENTS = (1, 2, 4, 8, 16, 30, 60, 100, 150, 200, 300, 400, 600)
 SMALL = 2000  # rows, up to which all kinds of covariance and two regularisations are tried
 ROWS_PER_COMPONENT = 8  # at least
 WORSE = 2  # numbers of components in a row, after which more are not tried
 BEHIND = 1.0  # nats, by which a table is behind another one, after which it gets no more than 4 components
-ROWS = 240  # for each component in a minute: 24,000 rows and 10 iterations give 100 components in 6 s
-ITERATIONS = 60
+ROWS = 240  # for each component in a minute
+STARTED = 10_000  # rows of the initial partition
+ITERATIONS = 60  # without a limit of time
+FIRST = 10  # iterations with one
+TOLERANCE = 1e-3  # nats, gained by one iteration on training rows
 
 
 @dataclass(frozen=True)
@@ -56,17 +59,22 @@ class Candidate:
         table: the transformed rows.
         base: the mixture.
         validation: mean negative log-likelihood of the validation rows in nats.
+        min_variance: of the fit.
+        members: number of mixtures of which ``base`` is the mean.
     """
 
     table: Table
     base: GaussianMixture
     validation: float
+    min_variance: float = 1e-6
+    members: int = 1
 
     @property
     def name(self) -> str:
         """Transform, number of components and covariance in words."""
         count = self.base.components
-        return f"{self.table.name}, {count} Gaussian{'s' if count > 1 else ''} ({self.base.covariance})"
+        pooled = f" of {self.members} mixtures" if self.members > 1 else ""
+        return f"{self.table.name}, {count} Gaussian{'s' if count > 1 else ''}{pooled} ({self.base.covariance})"
 
 
 @torch.no_grad()
@@ -108,9 +116,7 @@ def fit_mixtures(
     fitted: list[Candidate] = []
     state = {table.name: _Progress() for table in tables}
     error: DataError | None = None
-    iterations = ITERATIONS
-    if budget.limited and len(tables[0].train) > SMALL:  # the flow's training goes on with the mixture
-        iterations = min(ITERATIONS, max(10, int(seconds / 2)))
+    iterations = FIRST if budget.limited and len(tables[0].train) > SMALL else ITERATIONS
     for count in components:
         for table in tables:
             own = state[table.name]
@@ -120,15 +126,15 @@ def fit_mixtures(
                 own.skipped = True
                 continue
             began, before = budget.spent, own.best
-            order = torch.randperm(len(table.train), generator=torch.Generator().manual_seed(seed))[:rows]
-            z = table.train if rows == len(table.train) else table.train[order.to(table.train.device)]
+            z = some_rows(table.train, rows, seed)
             for covariance, variance in _kinds(len(table.train), table.train.shape[1], count):
                 try:
-                    base = _fit(z, count, covariance, variance, seed, iterations)
+                    base = first_fit(z, count, covariance, variance, seed)
+                    base.improve(z, iterations, tolerance=TOLERANCE, min_variance=variance)
                 except DataError as failure:
                     error = failure
                     continue
-                made = Candidate(table, base, table.nll(_log_prob(base, table.validation)))
+                made = Candidate(table, base, table.nll(log_prob(base, table.validation)), variance)
                 fitted.append(made)
                 own.best = min(own.best, made.validation)
                 report(made)
@@ -137,6 +143,12 @@ def fit_mixtures(
     if not fitted:
         raise error or DataError(f"train has {len(tables[0].train)} rows, too few for {components[0]} components")
     return fitted
+
+
+def some_rows(z: Tensor, rows: int, seed: int) -> Tensor:
+    """Return ``rows`` rows in random order, the same for the same seed."""
+    order = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))[:rows]
+    return z[order.to(z.device)]
 
 
 class _Progress:
@@ -162,13 +174,14 @@ def _kinds(rows: int, dim: int, count: int) -> list[tuple[Literal["full", "tied"
     return kinds if dim == 1 or count == 1 else [*kinds, ("tied", 1e-6), ("diag", 1e-6), ("diag", 1e-2)]
 
 
-def _fit(z: Tensor, count: int, covariance: Literal["full", "tied", "diag"], variance: float, seed: int, iterations: int) -> GaussianMixture:
+def first_fit(z: Tensor, count: int, covariance: str, min_variance: float, seed: int) -> GaussianMixture:
+    """Return a mixture after scikit-learn's partition of some rows and one iteration."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # not converged: the flow goes on from there
-        return GaussianMixture.fit(z, count, covariance, seed=seed, max_iter=iterations, min_variance=variance)
+        warnings.simplefilter("ignore")  # not converged
+        return GaussianMixture.fit(z[:STARTED], count, covariance, seed=seed, max_iter=1, min_variance=min_variance)
 
 
 @torch.no_grad()
-def _log_prob(base: GaussianMixture, z: Tensor) -> Tensor:
+def log_prob(base: GaussianMixture, z: Tensor) -> Tensor:
     """Return the log-density in double precision."""
     return torch.cat([base.log_prob(part.double()) for part in z.split(2048)])

@@ -12,13 +12,17 @@ from torch import Tensor
 from cnf._utils.errors import DataError, require_at_least, require_inside
 from cnf.estimators.budget import Budget
 from cnf.estimators.mixtures import COMPONENTS, Candidate, Table, fit_mixtures, normal_nll, prepare
+from cnf.estimators.pooling import converge, pool
 from cnf.estimators.race import Start, start
 from cnf.flow import Flow
 from cnf.transforms import MarginalTransform, Standardize
 
 __all__ = ["DensityFit", "fit_density"]
 
-MIXTURE_SHARE, RACE_SHARE = 0.33, 0.2  # of the time
+MIXTURE_SHARES = 0.15, 0.25, 0.5  # of the time, at which all sizes are tried, the best are at their optimum, and pooled
+RACE_SHARE = 0.1
+DUEL_SHARE = 0.25  # of what is left, for each of the last two
+DUEL_VALIDATIONS = 3
 VALIDATION_SHARE = 0.1  # of the training
 RACE_STEPS = 100  # of each start in the first round
 RACED = 1000  # validation rows of a race
@@ -110,12 +114,15 @@ def fit_density(
             best = made.validation
             say(f"mixture: {best:.2f} nats per row after {budget.spent:.0f} s ({made.name})")
 
-    candidates = fit_mixtures(tables, budget, MIXTURE_SHARE * budget.total, components, seed, report)
-    mixture = min(candidates, key=lambda made: made.validation)
+    first, second, third = (share * budget.total for share in MIXTURE_SHARES)
+    candidates = fit_mixtures(tables, budget, first, components, seed, report)
+    if budget.limited:
+        converge(candidates, budget, second, seed, report)
+    mixture = pool(candidates, components, budget, third, seed, report)
     parts["mixture"] = mixture.validation
     widths = tuple(hidden) if hidden else (64, 64)
     unmoved = start(mixture, widths, seed)
-    starts = [start(made, widths, seed) for made in choose_starts(candidates)]
+    starts = [start(made, widths, seed) for made in choose_starts([*candidates, mixture])]
     winner = race(starts, budget, seed, steps)
     _train(winner, budget, seed, steps)
     final = winner.score()
@@ -140,7 +147,7 @@ def choose_starts(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def race(starts: list[Start], budget: Budget, seed: int, steps: int | None) -> Start:
-    """Train each start for some steps, keep the better half and the first, and so on until one is left."""
+    """Train each start for some steps, keep the better half and the first, and so on; the last two have a longer duel."""
     mixture = starts[0]
     rows = torch.arange(min(RACED, len(starts[0].candidate.table.validation)))
     count = max(2, steps // 10) if steps else RACE_STEPS
@@ -149,10 +156,12 @@ def race(starts: list[Start], budget: Budget, seed: int, steps: int | None) -> S
         total = sum(len(starts) / 2**i for i in range(_rounds(starts)))
         count = max(4, min(count, int(RACE_SHARE * budget.total / total / starts[0].step_seconds)))
     for number in range(_rounds(starts)):
+        duel = len(starts) == 2 and budget.limited
         for each in starts:
-            each.train(count, budget, seed=seed + number, rows=rows, validations=0 if number else 1)
-        goal = steps or budget.left / max(each.step_seconds for each in starts)
-        starts = sorted(starts, key=lambda each: each.predicted(each.steps + goal))[: math.ceil(len(starts) / 2)]
+            until = budget.spent + DUEL_SHARE * budget.left if duel else math.inf
+            plan = int((until - budget.spent) / each.step_seconds) if duel else count
+            each.train(plan, budget, until, seed=seed + number, rows=rows, validations=DUEL_VALIDATIONS if duel else 0 if number else 1)
+        starts = sorted(starts, key=lambda each: each.predicted(each.steps + (steps or budget.left / each.step_seconds)))[: math.ceil(len(starts) / 2)]
         if len(starts) > 1 and mixture not in starts:  # early predictions are bold
             starts[-1] = mixture
         count *= 2 if number else 1
