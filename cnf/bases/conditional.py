@@ -146,26 +146,31 @@ class ConditionalMixture(ContextMixture):
             seed: of the initial weights and of the mixture.
             min_variance: added to the variances, in units of z².
         """
-        from sklearn.linear_model import RidgeCV
-
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
             base = cls(z.shape[1:], components, context.shape[1], hidden)
+        base.to(z)
+        base.fit_to(z, context, seed=seed, min_variance=min_variance)
+        return base
+
+    @torch.no_grad()
+    def fit_to(self, z: Tensor, context: Tensor, *, seed: int = 0, min_variance: float = 1e-4) -> None:
+        """Set the constant and linear terms as :meth:`fit` does; the network stays as it is, zero in a new mixture."""
+        from sklearn.linear_model import RidgeCV
+
+        self._check(z)
         rows, given = z.detach().flatten(1).double().cpu(), context.detach().double().cpu()
         ridge = RidgeCV(_RIDGE).fit(given.numpy(), rows.numpy())
         weight = torch.from_numpy(ridge.coef_).reshape(rows.shape[1], -1)
         rest = rows - given @ weight.T
-        mixture = GaussianMixture.fit(rest, components, seed=seed, min_variance=min_variance)
-        with torch.no_grad():
-            base.linear.weight.copy_(weight)
-            base.logits.copy_(mixture.logits)
-            base.means.copy_(mixture.means)
-            base.log_diagonal.copy_(mixture.log_diagonal)
-            if mixture.lower is not None:
-                base.lower.copy_(mixture.lower)
-        base.fitted = True
-        base.to(z)
-        return base
+        mixture = GaussianMixture.fit(rest, self.components, seed=seed, min_variance=min_variance)
+        self.linear.weight.copy_(weight)
+        self.logits.copy_(mixture.logits)
+        self.means.copy_(mixture.means)
+        self.log_diagonal.copy_(mixture.log_diagonal)
+        if mixture.lower is not None:
+            self.lower.copy_(mixture.lower)
+        self.fitted = True
 
     def parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return log-weights (N, K), means (N, K, D) and lower triangular A (N, K, D, D) at a context (N, C)."""

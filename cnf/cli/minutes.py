@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from cnf._utils.errors import ConfigError
-from cnf.bases import GaussianMixture
+from cnf.bases import ConditionalMixture, GaussianMixture
 from cnf.cli.spelling import option
 from cnf.config import FlowConfig, RunConfig
 from cnf.data import DataSplits
@@ -23,6 +25,10 @@ from cnf.training import finish, from_settings, summary, write_json
 from cnf.training.checkpointer import Checkpointer, run_lock
 from cnf.transforms import MarginalTransform, iter_leaves
 
+if TYPE_CHECKING:
+    from cnf.estimators.conditional_fit import ConditionalFit
+    from cnf.estimators.search import DensityFit
+
 __all__ = ["CHOSEN", "refuse_chosen", "search"]
 
 # settings that the search chooses
@@ -30,7 +36,7 @@ CHOSEN = (
     "architecture", "field", "time_conditioning", "nonlinearity", "residual", "blocks", "end_time", "learn_end_time", "preprocess", "knots", "base",
     "components", "covariance", "train_base", "base_std", "objective", "train_solver", "method", "grid_steps", "automatic_steps", "gradient", "divergence",
     "steps", "batch_size", "accumulate", "lr", "warmup", "schedule", "weight_decay", "max_grad_norm", "ema_decay", "kinetic", "jacobian", "patience",
-    "max_time", "validate_every", "condition",
+    "max_time", "validate_every",
 )  # fmt: skip
 
 
@@ -46,16 +52,11 @@ def refuse_chosen(config: RunConfig, given: Collection[str]) -> None:
 
 def search(info: RunInfo, data: DataSplits, folder: Path, group: Group) -> int:
     """Find a density within the minutes of the settings, and leave a finished run that --resume trains on."""
-    from cnf.estimators.search import fit_density  # needs scikit-learn
-
     train = info.config.train
     if train.threads:
         torch.set_num_threads(train.threads)
     assert train.minutes is not None and isinstance(info.config.model, FlowConfig)  # --minutes is for densities
-    found = fit_density(
-        data.train, data.validation, minutes=train.minutes, seed=train.seed, cells=info.cells, names=data.columns or None, device=train.device,
-        hidden=info.config.model.field.hidden, on_progress=lambda line: print(line, flush=True),
-    )  # fmt: skip
+    found = _find(info, data, train.minutes, info.config.model.field.hidden)
     info = dataclasses.replace(info, config=info.config.change(**_settings(found.flow), steps=max(1, found.steps)))
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock(folder, group):
@@ -75,6 +76,21 @@ def search(info: RunInfo, data: DataSplits, folder: Path, group: Group) -> int:
     return 0
 
 
+def _find(info: RunInfo, data: DataSplits, minutes: float, hidden: Sequence[int]) -> DensityFit | ConditionalFit:
+    """Return the density of the rows, given their condition if they have one."""
+    from cnf.estimators.conditional_fit import fit_conditional  # needs scikit-learn
+    from cnf.estimators.search import fit_density
+
+    train = info.config.train
+    options: dict[str, Any] = {
+        "minutes": minutes, "seed": train.seed, "cells": info.cells, "names": data.columns or None, "hidden": hidden, "device": train.device,
+        "on_progress": partial(print, flush=True),
+    }  # fmt: skip
+    if data.train_context is not None:
+        return fit_conditional([data], **options)
+    return fit_density(data.train, data.validation, **options)
+
+
 def _settings(flow: Flow) -> dict[str, Any]:
     """Return the settings by which :func:`cnf.build` makes a flow of this form."""
     (first, _), *_ = iter_leaves(flow.transform)
@@ -82,11 +98,15 @@ def _settings(flow: Flow) -> dict[str, Any]:
     named: dict[str, Any] = {"architecture": "stack", "field": "mlp", "blocks": 1, "base": "mixture", "objective": "likelihood", "ema_decay": 0.0}
     assert isinstance(block.field, MLP)
     named["hidden"] = tuple(layer.map.outputs for layer in list(block.field.time_layers)[:-1])
-    named["time_conditioning"] = "concat"
+    named["time_conditioning"] = "concatsquash" if isinstance(flow.base, ConditionalMixture) else "concat"
     if isinstance(first, MarginalTransform):
         named |= {"preprocess": "marginals", "knots": first.knots}
     else:
         named["preprocess"] = "standardize"
-    assert isinstance(flow.base, GaussianMixture) and isinstance(block.solver, FixedGrid)
-    named |= {"components": flow.base.components, "covariance": flow.base.covariance, "train_base": True}
+    assert isinstance(flow.base, GaussianMixture | ConditionalMixture) and isinstance(block.solver, FixedGrid)
+    named["components"] = flow.base.components
+    if isinstance(flow.base, ConditionalMixture):
+        named |= {"base": "conditional-mixture", "base_hidden": tuple(each.out_features for each in flow.base.trunk if isinstance(each, nn.Linear))}
+    else:
+        named |= {"covariance": flow.base.covariance, "train_base": True}
     return named | {"train_solver": "grid", "method": block.solver.method, "grid_steps": block.solver.steps}

@@ -17,6 +17,7 @@ from cnf.config.files import read_settings
 from cnf.config.model import (
     PREDICTIVE,
     CenterConfig,
+    ConditionalMixtureBaseConfig,
     ConstantDepthConfig,
     FlowConfig,
     LogitConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "BothConfig",
     "CenterConfig",
     "ClassificationConfig",
+    "ConditionalMixtureBaseConfig",
     "ConstantDepthConfig",
     "ConvConfig",
     "DataConfig",

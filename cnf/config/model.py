@@ -9,7 +9,7 @@ from cnf.config.fields import FieldConfig, MLPConfig, PredictorFieldConfig, Pred
 from cnf.config.rules import COUNT, NONNEGATIVE, POSITIVE, Family, setting, tag
 from cnf.config.tagged import Settings
 
-__all__ = ["PREDICTIVE", "CenterConfig", "ConstantDepthConfig", "FlowConfig", "LogitConfig", "MarginalsConfig", "MixtureBaseConfig", "ModelConfig", "NeuralODEConfig", "NormalBaseConfig", "ResNetConfig", "VaryingDepthConfig"]
+__all__ = ["PREDICTIVE", "CenterConfig", "ConditionalMixtureBaseConfig", "ConstantDepthConfig", "FlowConfig", "LogitConfig", "MarginalsConfig", "MixtureBaseConfig", "ModelConfig", "NeuralODEConfig", "NormalBaseConfig", "ResNetConfig", "VaryingDepthConfig"]
 
 PREDICTIVE = ("node", "resnet")  # architectures of predictors, see cnf.models.predictors
 
@@ -66,6 +66,16 @@ class MixtureBaseConfig(Settings):
 
 
 @dataclass(frozen=True)
+class ConditionalMixtureBaseConfig(Settings):
+    """Gaussian mixture whose parameters depend on the condition, fitted to the latents before the first step."""
+
+    kind: Literal["conditional-mixture"] = tag("conditional-mixture")
+    components: int = setting(3, COUNT)
+    base_hidden: tuple[int, ...] = (64, 64)
+    """Conditional mixture base: widths of the hidden layers of its network."""
+
+
+@dataclass(frozen=True)
 class _Architecture(Settings):
     architecture: str = tag("stack")
     """stack: CNF blocks in sequence; multiscale: FFJORD's and RNODE's multiscale chain; parallel: blocks whose fields
@@ -100,8 +110,9 @@ class FlowConfig(_Architecture):
     """Before the first block. Images: logit, as published; standardize: the logit, then each pixel standardised by the
     training data; gaussianize: each pixel's own distribution mapped to a normal one; center: [0, 1] mapped to
     [-1, 1]. Tables: standardize, or marginals: each column's own distribution where that has the higher likelihood."""
-    base: NormalBaseConfig | MixtureBaseConfig = NormalBaseConfig()
-    """Base density: normal; mixture: a Gaussian mixture fitted to the training data, from which training starts."""
+    base: NormalBaseConfig | MixtureBaseConfig | ConditionalMixtureBaseConfig = NormalBaseConfig()
+    """Base density: normal; mixture: a Gaussian mixture fitted to the training data, from which training starts;
+    conditional-mixture: one whose parameters are a network of the condition (--condition)."""
 
 
 @dataclass(frozen=True)

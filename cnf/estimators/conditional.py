@@ -63,8 +63,8 @@ class ConditionalDensityEstimator(MultiOutputMixin, RegressorMixin, BaseEstimato
 
     Attributes:
         flow_: the fitted :class:`~cnf.Flow` of y with the standardised X as context, in double precision.
-        parts_: validation log-likelihood (nats) of linear regression, mixture, flow (if there is a field), and of the
-            calibrated result (of an ensemble, the mean of its networks, which is lower than its own).
+        parts_: negative log-likelihood of the validation rows in nats: linear regression, mixture, flow (if there is a
+            field), and the calibrated result (of an ensemble, the mean of its networks, which is higher than its own).
         validation_score_: mean validation log-likelihood (nats).
         n_steps_: optimiser steps.
         n_features_in_: number of columns of X.
@@ -155,7 +155,7 @@ class ConditionalDensityEstimator(MultiOutputMixin, RegressorMixin, BaseEstimato
             on_progress=print if self.verbose else None,
         )
         self.flow_, self.parts_ = found.flow, found.parts
-        self.validation_score_, self.n_steps_ = found.validation, found.steps
+        self.validation_score_, self.n_steps_ = -found.validation, found.steps
         return self
 
     def _data(self, train: Array, held: Array) -> DataSplits:

@@ -40,13 +40,14 @@ _WARMUP = 20
 
 @dataclass(frozen=True)
 class ConditionalFit:
-    """Result of :func:`fit_conditional`; ``parts`` are validation log-likelihoods (nats) by part."""
+    """Result of :func:`fit_conditional`; ``parts`` are negative log-likelihoods (nats) of validation rows by part."""
 
     flow: Flow
     parts: dict[str, float]
     start: str
     validation: float
     steps: int
+    seconds: float
 
 
 def fit_conditional(
@@ -95,30 +96,31 @@ def fit_conditional(
             share = max(race - budget.spent, 0.0) / (len(folds) * (len(candidates) - i) - j)
             trainers.append(_train(flow, data, [(flow.base, 2e-3)], Pace(_EVERY, budget, budget.spent + share, most=steps), seed + j))
             flows.append(flow)
-        score, start = _pooled(folds, [-t.state.best for t in trainers]), _pooled(folds, [-t.history[0]["validation"] for t in trainers])
-        parts["linear"] = max(parts.get("linear", start), start)
+        score, start = _pooled(folds, [t.state.best for t in trainers]), _pooled(folds, [t.history[0]["validation"] for t in trainers])
+        parts["linear"] = min(parts.get("linear", start), start)
         total += sum(t.state.step for t in trainers)
-        say(f"{name}, {count} components: validation {score:.4f} nats")
+        if not found or score < min(each[0] for each in found):
+            say(f"mixture: {score:.2f} nats per row after {budget.spent:.0f} s ({name}, {count} Gaussian{'s' if count > 1 else ''})")
         found.append((score, name, count, flows))
-    parts["mixture"], name, count, flows = max(found, key=lambda each: each[0])
+    parts["mixture"], name, count, flows = min(found, key=lambda each: each[0])
     start_name = f"{name}, {count} components"
     held_out = [_to(data, "cpu", torch.float64) for data in folds]
     if len(folds) > 1:
-        close = [each for each in found if each[1] == name and each[0] >= parts["mixture"] - _CLOSE]
+        close = [each for each in found if each[1] == name and each[0] <= parts["mixture"] + _CLOSE]
         flows, held_out = [flow for each in close for flow in each[3]], held_out * len(close)
         start_name = f"{name}, {' and '.join(str(each[2]) for each in close)} components"
     else:
         flows[0], trainer = _with_field(flows[0], folds[0], hidden, Pace(_EVERY, budget, budget.total, most=steps), seed)
-        parts["flow"], total = -trainer.state.best, total + trainer.state.step
-        say(f"with a field: validation {parts['flow']:.4f} nats")
+        parts["flow"], total = trainer.state.best, total + trainer.state.step
+        say(f"flow: {parts['flow']:.2f} nats per row after {budget.spent:.0f} s ({trainer.state.step} steps)")
     for flow, data in zip(flows, held_out, strict=True):
         flow.cpu().double()
         choose_solver(flow, data.validation, data.validation_context)
-    parts["calibrated"] = _calibrate(flows, held_out)
+    parts["calibrated"] = -_calibrate(flows, held_out)
     flow = flows[0]
     if len(flows) > 1:
         flow = Flow(flow.transform, flow.event_shape, base=MixtureEnsemble([_base_of(f) for f in flows]))
-    return ConditionalFit(flow.eval(), parts, start_name, parts["calibrated"], total)
+    return ConditionalFit(flow.eval(), parts, start_name, parts["calibrated"], total, budget.spent)
 
 
 def _to(data: DataSplits, *target: Any) -> DataSplits:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from cnf._utils.errors import ConfigError
-from cnf.bases import Base, GaussianMixture, StandardNormal
+from cnf.bases import Base, ConditionalMixture, GaussianMixture, StandardNormal
 from cnf.config import (
     CenterConfig,
+    ConditionalMixtureBaseConfig,
     ConvConfig,
     FlowConfig,
     HypernetConfig,
@@ -141,8 +142,12 @@ def _strides(field: ConvConfig, shape: tuple[int, ...]) -> tuple[int, ...] | Non
     return field.strides or None
 
 
-def _base(model: FlowConfig, shape: tuple[int, ...]) -> Base:
+def _base(model: FlowConfig, shape: tuple[int, ...], context_dim: int) -> Base:
     """Return the base density for latents of this shape."""
+    if isinstance(model.base, ConditionalMixtureBaseConfig):
+        if not context_dim:
+            raise ConfigError("base='conditional-mixture' depends on a condition, and there is none: give --condition, or take base='mixture'")
+        return ConditionalMixture(shape, model.base.components, context_dim, model.base.base_hidden)
     if isinstance(model.base, MixtureBaseConfig):
         return GaussianMixture(shape, model.base.components, model.base.covariance, model.base.train_base)
     return StandardNormal(shape, model.base.base_std)
@@ -229,7 +234,7 @@ def build(
     else:
         blocks = [block(shape) for _ in range(model.blocks)]
     whole = Sequential([*first, *blocks])
-    flow = Flow(whole, event_shape, base=_base(model, whole.latent_shape(event_shape)))
+    flow = Flow(whole, event_shape, base=_base(model, whole.latent_shape(event_shape), context_dim))
     if solver.steer and any(isinstance(each.field, Denoiser) for each in flow.blocks):
         raise ConfigError(f"steer={solver.steer}: a denoiser's path ends at t = 1: leave it at 0")
     for each in flow.blocks:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cnf._utils.errors import ConfigError
-from cnf.bases import GaussianMixture
+from cnf.bases import ConditionalMixture, GaussianMixture
 from cnf.config import (
     AdaptiveConfig,
     BothConfig,
@@ -119,8 +119,8 @@ def prepare(
     stages = phases(model, config, batches)
     if initial is None:
         stages[0].objective.prepare(batches.x)
-        if isinstance(model, Flow) and isinstance(model.base, GaussianMixture):
-            _fit_mixture(model, model.base, batches.x)
+        if isinstance(model, Flow) and isinstance(model.base, GaussianMixture | ConditionalMixture):
+            _fit_mixture(model, model.base, batches)
     else:
         model.load_state_dict(initial)
     group.check_same(shared_settings(info.config, data))
@@ -128,13 +128,19 @@ def prepare(
     return model, stages
 
 
-def _fit_mixture(flow: Flow, base: GaussianMixture, x: Tensor) -> None:
+def _fit_mixture(flow: Flow, base: GaussianMixture | ConditionalMixture, batches: Batches) -> None:
     """Fit the mixture of a flow to the latents of training data; a mixture that a user makes is fitted by the user."""
-    rows = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:MIXTURE_ROWS].to(x.device)]
-    context = torch.zeros(flow.context_dim).to(flow.like) if flow.context_dim else None
+    index = torch.randperm(batches.length, generator=torch.Generator().manual_seed(0))[:MIXTURE_ROWS].to(batches.x.device)
+    latents, contexts = [], []
     with torch.no_grad():
-        latents = [flow.encode(part, context, noise=Noise(0, "mixture", i)) for i, part in enumerate(rows.split(4096))]
-    base.fit_to(torch.cat(latents))
+        for i, part in enumerate(index.split(4096)):
+            x, context = batches.fetch(part)
+            latents.append(flow.encode(x, context, noise=Noise(0, "mixture", i)))
+            contexts.append(context)
+    if isinstance(base, ConditionalMixture):
+        base.fit_to(torch.cat(latents), torch.cat([c for c in contexts if c is not None]))
+    else:
+        base.fit_to(torch.cat(latents))
 
 
 def _configured(config: TrainConfig, solver: SolverConfig, objective: Objective) -> list[Callback]:
