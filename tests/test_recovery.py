@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import trainers
-from conftest import logged_rows
+from conftest import logged_rows, mostly_slow, slow
 from trainers import average, monitor, policy, training
 
 from cnf.cli import train_main
@@ -414,7 +414,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", mostly_slow(FAULTS, "loss", "state", "limit", "runaway"))
 def test_a_fault_is_skipped_then_goes_back_then_stops_with_a_diagnosis(tmp_path, monkeypatch, fault):
     monkeypatch.setitem(trainers.POLICY, "runaway_floor", 100)
     monkeypatch.setitem(trainers.POLICY, "runaway_steps", 4)
@@ -471,7 +471,8 @@ def test_an_adjoint_that_fails_backwards_names_its_block(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
 
 
-def test_a_run_that_went_back_and_was_interrupted_equals_one_that_was_not(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stops", [(6, 14), slow((1, 9))])
+def test_a_run_that_went_back_and_was_interrupted_equals_one_that_was_not(tmp_path, monkeypatch, stops):
     monkeypatch.setitem(trainers.POLICY, "max_skips", 3)
     monkeypatch.setitem(trainers.RUN, "log_every", 1)
     injected(monkeypatch, "state", {5, 6, 7, 10, 13, 14, 15})
@@ -479,7 +480,7 @@ def test_a_run_that_went_back_and_was_interrupted_equals_one_that_was_not(tmp_pa
     whole.run()
     assert policy(whole).rollbacks == 2 and policy(whole).good_step == 20
     update = Trainer.update
-    for stop in (1, 6, 9, 14):
+    for stop in stops:
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "update", lambda self: (self.state.step == stop and os.kill(os.getpid(), signal.SIGTERM), update(self))[1])
             with pytest.raises(Interrupted):
@@ -629,7 +630,7 @@ def test_a_batch_that_does_not_fit_gets_advice_with_numbers(tmp_path, monkeypatc
         run.run()
     wanted = int(re.search(r"--accumulate (\d+) takes (\d+) rows at a time", str(caught.value))[1])
     assert 4 < wanted <= 32 and "--gradient checkpoint" in str(caught.value)
-    assert trainer(tmp_path / "other", batch_size=32, accumulate=wanted, steps=4).run() == "steps"
+    assert trainer(tmp_path / "other", batch_size=32, accumulate=wanted, steps=1).run() == "steps"
 
 
 def test_other_errors_are_not_taken_for_memory(tmp_path, monkeypatch):
