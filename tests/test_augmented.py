@@ -438,6 +438,7 @@ def test_zero_init_is_the_identity(drive):
         assert torch.equal(block(x).value, x)
 
 
+@pytest.mark.slow  # of a plain flow: in test_cli.py; of a loaded chain with its a: in test_golden_affjord.py
 def test_a_fresh_process_samples_bit_for_bit(tmp_path):
     """Train, sample, and sample again from the run folder in another process; nothing is kept between calls."""
     from cnf.cli import train_main

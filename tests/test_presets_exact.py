@@ -208,6 +208,7 @@ def test_the_comparison_writes_its_rows(tmp_path, capsys, monkeypatch):
     assert "| tabular | three hidden layers, Hutchinson |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_precision_is_compared_and_evaluation_is_in_float32(tmp_path, capsys):
     digits = precision.load_splits(preset("exact-digits").config)
     row = precision.compare("digits", [0, 1], 4, dataclasses.replace(digits, validation=digits.validation[:8]), 1)
