@@ -89,7 +89,9 @@ class Overwriting(Field):
         return value
 
 
-@pytest.mark.parametrize("solver, divergence", [(s, "forward") for s in SOLVERS] + [("grid", d) for d in DIVERGENCES])
+@pytest.mark.parametrize("solver, divergence", [
+    ("reversible", "forward"), ("adjoint", "forward"), *(("grid", d) for d in DIVERGENCES), slow("checkpoint", "forward"), slow("adaptive", "forward"),
+])  # fmt: skip
 def test_a_field_cannot_change_what_it_is_handed(solver, divergence):
     x, context = torch.randn(5, 2, dtype=F64), torch.randn(5, 3, dtype=F64)
     mine, given = x.clone(), context.clone()

@@ -35,14 +35,15 @@ def expected(estimator):
 # of checks of one thing by several kinds of arrays, and of what both estimators have from one base, one is in the default run
 REPEATED = (
     "check_sample_weights_not_an_array", "check_sample_weights_pandas_series", "check_readonly_memmap_input", "check_f_contiguous_array_estimator",
-    "check_n_features_in_after_fitting", "check_dtype_object", "check_fit_check_is_fitted",
+    "check_n_features_in_after_fitting", "check_dtype_object", "check_fit_check_is_fitted", "check_estimators_dtypes",
 )  # fmt: skip
 OWN = ("check_regress", "check_supervised", "check_fit_idempotent", "check_estimators_nan_inf", "check_sample_weight_equivalence")
 
 
 def sklearn_checks():
     """scikit-learn's checks of both estimators, and those that fail for a reason."""
-    for estimator in (DensityEstimator(**QUICK), ConditionalDensityEstimator(**QUICK)):
+    quick = {**QUICK, "max_steps": 1}
+    for estimator in (DensityEstimator(**quick), ConditionalDensityEstimator(**quick)):
         for case, check in estimator_checks_generator(estimator, legacy=True):
             name = check.func.__name__
             options = ", ".join(f"{k}={v}" for k, v in check.keywords.items())
@@ -183,7 +184,7 @@ def test_grid_search_and_pipeline():
     assert (r2 > 0.9).all() and (np.abs(nats + 0.5 * math.log(2 * math.pi * math.e * 0.25)) < 0.15).all()
 
 
-@pytest.mark.parametrize("kind", [DensityEstimator, ConditionalDensityEstimator])
+@pytest.mark.parametrize("kind", [slow(DensityEstimator), ConditionalDensityEstimator])
 def test_integer_weights_are_repeated_rows(kind):
     x, y = xy(120)
     weight = np.random.default_rng(1).integers(0, 4, 120)
