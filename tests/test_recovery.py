@@ -8,9 +8,8 @@ import re
 import resource
 import signal
 import socket
-import subprocess
-import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -257,22 +256,38 @@ def test_tensorboard_on_a_full_disk_does_not_stop_the_run(tmp_path, monkeypatch,
 # -- two processes -----------------------------------------------------------------------------------------------
 
 
-HOLD = "import sys, time; from pathlib import Path; from cnf.runs import locked\nwith locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+@contextmanager
+def held(folder):
+    """The number of another process, which holds the folder's lock until it is killed; the kernel frees the lock."""
+    said, say = os.pipe()
+    owner = os.fork()
+    if not owner:
+        try:
+            with locked(folder):
+                os.write(say, b"held")
+                time.sleep(60)
+        finally:
+            os._exit(1)
+    try:
+        os.close(say)
+        assert os.read(said, 4) == b"held"
+        yield owner
+    finally:
+        os.close(said)
+        os.kill(owner, signal.SIGKILL)
+        os.waitpid(owner, 0)
 
 
 def test_two_processes_on_one_folder(tmp_path, capsys):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, env=environment) as owner:
-        assert owner.stdout.readline() == b"held\n"
-        with pytest.raises(ConfigError, match=rf"{tmp_path.name} is in use by process {owner.pid}: wait for it, stop it, or"):
+    with held(tmp_path) as owner:
+        with pytest.raises(ConfigError, match=rf"{tmp_path.name} is in use by process {owner}: wait for it, stop it, or"):
             training(settings(), DATA, tmp_path, quiet=True).run()
-        with pytest.raises(ConfigError, match=f"in use by process {owner.pid}"):
+        with pytest.raises(ConfigError, match=f"in use by process {owner}"):
             training(settings(), DATA, tmp_path, resume=True, quiet=True)
         capsys.readouterr()
         assert train_main(["digits", "--max-train-rows", "50", "--hidden", "4", "--out", str(tmp_path)]) == 2
-        assert f"error: {tmp_path} is in use by process {owner.pid}: " in capsys.readouterr().err
+        assert f"error: {tmp_path} is in use by process {owner}: " in capsys.readouterr().err
         assert [p.name for p in tmp_path.iterdir()] == [LOCK]
-        owner.kill()  # the kernel frees the lock
     assert training(settings(steps=4), DATA, tmp_path, quiet=True).run() == "steps"
     assert not (tmp_path / LOCK).exists()
 
