@@ -17,6 +17,21 @@ F64 = torch.float64
 TIGHT = Adaptive("dopri5", 1e-11, 1e-11)
 
 
+# -- cases of a parametrisation ----------------------------------------------------------------------------------
+
+
+def slow(*values, **options):
+    """A case that ``make slow`` runs, beside cheaper ones of its kind in the default run."""
+    return pytest.param(*values, marks=pytest.mark.slow, **options)
+
+
+def mostly_slow(cases, *kept):
+    """The cases, of which the default run takes those that are kept and ``make slow`` the others."""
+    cases = list(cases)
+    assert all(case in cases for case in kept)
+    return [case if case in kept else slow(case) for case in cases]
+
+
 # -- tensors and modules -----------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, perturbed
+from conftest import ROOT, mostly_slow, perturbed, slow
 from torch import nn
 
 import cnf
@@ -56,8 +56,10 @@ def full_jacobian(transform, x, context=None):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("drive", AUGMENTED_TIME_LAYERS)
-@pytest.mark.parametrize("hidden", [(), (7,), (7, 6), (5, 6, 5)])
+@pytest.mark.parametrize("drive, hidden", [
+    (drive, hidden) if drive == "low-rank" or hidden == (7, 6) else slow(drive, hidden)
+    for drive in AUGMENTED_TIME_LAYERS for hidden in ((), (7,), (7, 6), (5, 6, 5))
+])  # fmt: skip
 def test_mlp_log_det_is_that_of_the_whole_jacobian(drive, hidden):
     block = mlp_block(drive, hidden=hidden)
     block.eval_solver = FixedGrid("dopri5", 32)
@@ -66,7 +68,7 @@ def test_mlp_log_det_is_that_of_the_whole_jacobian(drive, hidden):
     assert (torch.linalg.slogdet(full_jacobian(block, x))[1] - out.log_det).abs().max() < 1e-8
 
 
-@pytest.mark.parametrize("drive", AUGMENTED_TIME_LAYERS)
+@pytest.mark.parametrize("drive", mostly_slow(AUGMENTED_TIME_LAYERS, "both"))
 def test_several_conv_blocks_log_det_and_inverse(drive):
     chain = multiscale((1, 4, 4), lambda shape: conv_block(drive, shape), 2)
     assert isinstance(chain.scales[0], Sequential) and isinstance(chain.scales[0], SharedAugmentedTime)
@@ -77,7 +79,7 @@ def test_several_conv_blocks_log_det_and_inverse(drive):
     assert (back.value - x).abs().max() < 1e-8 and (back.log_det + log_det).abs().max() < 1e-8
 
 
-@pytest.mark.parametrize("drive", AUGMENTED_TIME_LAYERS)
+@pytest.mark.parametrize("drive", mostly_slow(AUGMENTED_TIME_LAYERS, "low-rank"))
 def test_two_scales_with_squeeze_log_det_and_inverse(drive):
     chain = multiscale((1, 8, 8), lambda shape: conv_block(drive, shape, (2,)), 1)
     assert [type(s) for s in chain.scales] == [SharedAugmentedTime, SharedAugmentedTime]
@@ -125,7 +127,7 @@ def test_the_path_is_driven_by_the_learned_time_and_never_sees_x(drive):
     assert (block(x).value - z).abs().max() > 1e-3  # unlike the published concat, which ignores a
 
 
-@pytest.mark.parametrize("drive", AUGMENTED_TIME_LAYERS)
+@pytest.mark.parametrize("drive", mostly_slow(AUGMENTED_TIME_LAYERS, "concat", "low-rank"))
 def test_against_one_ode_of_x_and_a_together(drive):
     """The whole system (x, a) solved as one autonomous ODE by a classic rk4 written here."""
     block = mlp_block(drive)
@@ -246,8 +248,9 @@ def test_sizes_of_generators():
 # -- solvers, gradients, regularisers, context --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("drive", ["concat", "both", "low-rank"])
-@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("drive, back", [
+    ("concat", False), ("low-rank", True), slow("concat", True), slow("both", False), slow("both", True), slow("low-rank", False),
+])  # fmt: skip
 def test_gradients_of_every_mode_agree(drive, back):
     block = mlp_block(drive, quadratures=(Kinetic(), JacobianFrobenius()))
     x = torch.randn(3, 3)
@@ -285,7 +288,7 @@ def test_every_grid_converges_to_the_adaptive_solution(method):
     assert abs(math.log2(errors[0] / errors[1]) - order) < 0.8
 
 
-@pytest.mark.parametrize("drive", AUGMENTED_TIME_LAYERS)
+@pytest.mark.parametrize("drive", mostly_slow(AUGMENTED_TIME_LAYERS, "concat", "hyper"))
 def test_conditional_flows(drive):
     block = mlp_block(drive, context=2)
     x, context = torch.randn(3, 3), torch.randn(3, 2)
@@ -435,6 +438,7 @@ def test_zero_init_is_the_identity(drive):
         assert torch.equal(block(x).value, x)
 
 
+@pytest.mark.slow  # of a plain flow: in test_cli.py; of a loaded chain with its a: in test_golden_affjord.py
 def test_a_fresh_process_samples_bit_for_bit(tmp_path):
     """Train, sample, and sample again from the run folder in another process; nothing is kept between calls."""
     from cnf.cli import train_main

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import F64, ROOT, contents, jacobian, normal, perturbed
+from conftest import F64, ROOT, contents, jacobian, mostly_slow, normal, perturbed
 from sklearn.mixture import GaussianMixture as Mixture
 from torch.distributions import (
     AffineTransform,
@@ -154,7 +154,7 @@ def test_density_integrates_to_one(name):
     assert abs(total - 1) < 1e-4  # the tails of StudentT
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", mostly_slow(BASES, "normal", "full", "tied", "student", "transformed"))
 def test_flow_identities(name):
     base, truth = BASES[name]()
     flow = flow_on(base)
@@ -282,7 +282,7 @@ def test_samples_are_a_function_of_the_noise(name):
     assert base.sample(4, like=like).dtype == torch.float32 and base.sample(0, noise=Noise(3)).shape == (0, 2)
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", mostly_slow(BASES, "normal", "full", "student", "transformed"))
 def test_samples_of_flows(name):
     base, _ = BASES[name]()
     flow = flow_on(base).eval()
@@ -473,7 +473,7 @@ def test_a_flow_starts_at_the_likelihood_of_the_mixture(dtype):
     assert result.best < before and torch.equal(transform.transforms[0].std, plain.transform.transforms[0].std)
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", mostly_slow(BASES, "full", "frozen", "transformed"))
 def test_cnf_fit_trains_the_base(name):
     base, _ = BASES[name]()
     flow = flow_on(base, Standardize(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)))
@@ -569,7 +569,7 @@ def test_matching_refuses_what_needs_a_normal_base():
 # -- files, dtypes, distributions of torch -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", mostly_slow(BASES, "full", "tied", "diag", "frozen", "torch's mixture"))
 def test_save_and_load(name, tmp_path):
     base, _ = BASES[name]()
     flow, x = flow_on(base).eval(), normal(5, 2)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, mostly_slow
 
 from cnf.config import FlowConfig, SolverConfig, preset
 from cnf.data import DataSplits
@@ -68,6 +68,7 @@ def test_both_sides_are_one_function():
 
 
 @needs_zuko
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", zuko_cnf.MODES)
 def test_a_comparison_holds_both_to_the_tolerance(mode):
     x = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
@@ -79,6 +80,7 @@ def test_a_comparison_holds_both_to_the_tolerance(mode):
     assert measure.markdown([row], zuko_cnf.COLUMNS).count("\n") == 2
 
 
+@pytest.mark.slow
 @needs_zuko
 def test_the_fewest_steps_are_taken():
     flow, x = bent(2), torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
@@ -138,6 +140,7 @@ def conv_profile(gradient: str, steps: int) -> dict[str, int]:
     return memory.profile(Likelihood(flow, 0.01, 0.01), x, Noise(0))
 
 
+@pytest.mark.slow
 def test_checkpointing_does_not_grow_with_the_steps():
     few, many = conv_profile("checkpoint", 4), conv_profile("checkpoint", 16)
     assert many["peak"] <= 1.15 * few["peak"] and many["saved"] <= 1.15 * few["saved"]
@@ -190,6 +193,7 @@ def test_models_of_the_three_spheres_share_one_budget():
     assert len(counts) == 8 and all(1250 <= n <= 1420 for n in counts.values()), counts
 
 
+@pytest.mark.slow
 def test_anode_rows_become_tables(tmp_path, capsys):
     rows = [anode.three("vanilla NODE", seed, 1) for seed in (0, 1)]
     assert rows[0]["nfe"] > 0 and 0 < rows[0]["test_accuracy"] < 1 and rows[0]["parameters"] == 1298
@@ -263,6 +267,7 @@ def test_the_published_formulation_is_our_function():
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_adjoint_nears_our_gradient_at_the_order_of_the_method():
     errors = []
     for steps in (2, 4, 8):
@@ -276,12 +281,13 @@ def test_the_adjoint_nears_our_gradient_at_the_order_of_the_method():
     assert max(row["loss_difference"] for row in rows) < 1e-13
 
 
-@pytest.mark.parametrize("mode", [name for name, mode in modes.MODES.items() if not mode.compiled and not mode.low])
+@pytest.mark.parametrize("mode", mostly_slow([name for name, mode in modes.MODES.items() if not mode.compiled and not mode.low], "fused"))
 def test_our_modes_have_one_gradient(mode):
     a, b = (gradients(*pair("rnode-mnist", mode=name), "nll")[1] for name in ("plain", mode))
     torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_row_of_the_published_comparison():
     x = modes.images(3, shape=IMAGE)
     chosen = [modes.MODES[name] for name in ("plain", "fused")]
@@ -410,6 +416,7 @@ def test_the_sides_beside_matching_know_a_gaussian(monkeypatch):
     assert found["components"] in (1, 2) and found["test"] == pytest.approx(truth, abs=0.1)
 
 
+@pytest.mark.slow
 @needs_zuko
 def test_the_spline_flow_learns_a_gaussian():
     truth = math.log(2 * math.pi * math.e) + math.log(3)
@@ -417,7 +424,7 @@ def test_the_spline_flow_learns_a_gaussian():
     assert spline["test"] == pytest.approx(truth, abs=0.3) and spline["steps"] >= 50
 
 
-@pytest.mark.parametrize("side", matching.SIDES)
+@pytest.mark.parametrize("side", mostly_slow(matching.SIDES, "matching"))
 def test_a_side_of_the_matching_comparison_trains_and_is_tested(tmp_path, monkeypatch, side):
     monkeypatch.setattr(matching, "TIMED", {False: 2, True: 2})
     found = matching.ours(gaussian_splits(), "points", side, 1.0, tmp_path)

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, contents
+from conftest import ROOT, contents, slow
 from PIL import Image
 
 import cnf
@@ -243,7 +243,7 @@ def test_preset_may_stand_anywhere(tmp_path, monkeypatch, capsys):
         assert "9,224 parameters" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "size"), [("table", 0), ("demo", 0), ("tabular", 0), ("ffjord-toy", 0), ("digits", 5), ("fm-digits", 6), ("fm-digits", 18), ("fm-mnist", 16)])
+@pytest.mark.parametrize(("name", "size"), [("table", 0), slow("demo", 0), ("tabular", 0), slow("ffjord-toy", 0), ("digits", 5), ("fm-digits", 6), slow("fm-digits", 18), slow("fm-mnist", 16)])
 def test_preset_fits_the_data_where_none_is_named(tmp_path, monkeypatch, capsys, table, name, size):
     monkeypatch.setattr("cnf.training.cost.CostMeter.enough_seconds", 0.0)
     np.savez(tmp_path / "x.npz", images=np.random.default_rng(0).integers(256, size=(40, size, size), dtype=np.uint8))

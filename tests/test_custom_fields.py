@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import F64
+from conftest import F64, slow
 from torch import nn
 
 import cnf.fields
@@ -89,7 +89,9 @@ class Overwriting(Field):
         return value
 
 
-@pytest.mark.parametrize("solver, divergence", [(s, "forward") for s in SOLVERS] + [("grid", d) for d in DIVERGENCES])
+@pytest.mark.parametrize("solver, divergence", [
+    ("reversible", "forward"), ("adjoint", "forward"), *(("grid", d) for d in DIVERGENCES), slow("checkpoint", "forward"), slow("adaptive", "forward"),
+])  # fmt: skip
 def test_a_field_cannot_change_what_it_is_handed(solver, divergence):
     x, context = torch.randn(5, 2, dtype=F64), torch.randn(5, 3, dtype=F64)
     mine, given = x.clone(), context.clone()
@@ -155,8 +157,10 @@ RANDOM = {"module": lambda: Field(nn.Dropout(0.5)), "functional": Functional}
 
 @pytest.mark.parametrize(
     "kind, solver, divergence",
-    [("module", s, "chunks") for s in SOLVERS] + [("functional", "checkpoint", d) for d in DIVERGENCES] + [("functional", "adjoint", "reverse")],
-)
+    [("module", s, "chunks") for s in ("checkpoint", "reversible", "adaptive")] + [("functional", "checkpoint", d) for d in ("exact", "forward")]
+    + [("functional", "adjoint", "reverse"), slow("module", "grid", "chunks"), slow("module", "adjoint", "chunks"),
+       slow("functional", "checkpoint", "chunks"), slow("functional", "checkpoint", "reverse")],
+)  # fmt: skip
 def test_random_layers_draw_once_a_solve(kind, solver, divergence):
     x = torch.randn(4, 2, dtype=F64)
     reference, wanted = gradients(flow_of(RANDOM[kind](), "adaptive" if solver == "adjoint" else "grid", divergence), x)
@@ -415,8 +419,10 @@ def test_called_as_modules_built_in_fields_compute_the_same(name):
     assert {m for m in field.modules() if isinstance(m, kinds)} <= set(calls) and field in calls
 
 
-@pytest.mark.parametrize("where", ["field", "layer", "inner"])
-@pytest.mark.parametrize("name", ["mlp concatsquash", "conv concat", "unet", "sum"])
+@pytest.mark.parametrize("name, where", [
+    (name, where) if where == "inner" or name == "mlp concatsquash" else slow(name, where)
+    for name in ("mlp concatsquash", "conv concat", "unet", "sum") for where in ("field", "layer", "inner")
+])  # fmt: skip
 def test_hooks_act_on_log_prob_as_on_samples(where, name):
     field, shape = built_in()[name]
     solver = FixedGrid("rk4", 4)
@@ -574,8 +580,10 @@ def Attention():
     return Tokens(MIXES["attention"])
 
 
-@pytest.mark.parametrize("divergence", ["exact", "forward", "reverse"])
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("mix, divergence", [
+    (mix, divergence) if divergence == "forward" or mix == "attention" else slow(mix, divergence)
+    for mix in MIXES for divergence in ("exact", "forward", "reverse")
+])  # fmt: skip
 def test_composite_layers_have_the_derivative_of_autograds_jacobian(mix, divergence):
     field, x = Tokens(MIXES[mix]), torch.randn(3, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     e = Noise(0).draw("probe", "rademacher", (1, 3, 2), dtype=F64, batch_dim=1)

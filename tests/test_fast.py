@@ -1,10 +1,12 @@
 """Fast modes: the same gradient as the plain path's, compiled or not, in every field; bf16 near it; steps chosen while training."""
 
+import itertools
 import math
 import warnings
 
 import pytest
 import torch
+from conftest import slow
 from torch import nn
 
 from cnf import build
@@ -99,8 +101,10 @@ def test_fused_tangents_have_the_plain_paths_gradient(name):
         assert close(gradients(fast, x), gradients(plain, x), tolerance)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("shape", [(5, 3), (3, 2, 2, 3), (3, 1, 1, 1), (2, 4, 5, 4), (2, 3, 1, 6)])
+@pytest.mark.parametrize("shape, layer", [
+    (shape, layer) if shape in ((5, 3), (2, 4, 5, 4)) or layer == "concatsquash" else slow(shape, layer)
+    for shape in ((5, 3), (3, 2, 2, 3), (3, 1, 1, 1), (2, 4, 5, 4), (2, 3, 1, 6)) for layer in LAYERS
+])  # fmt: skip
 def test_closed_form_has_the_gradient_of_the_unit_tangents(layer, shape):
     torch.manual_seed(1)
     for hidden in ((6, 5), (6,), ()):
@@ -137,28 +141,34 @@ def traced(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(
-    "name, divergence",
-    [("conv-concat", Hutchinson("gaussian")), ("mlp-concatsquash", Hutchinson()), ("affjord-conv-both", Exact()), ("affjord-mlp-concat", Exact()),
-     pytest.param("hypernet-both", Exact(), marks=pytest.mark.slow)],
-)
+COMPILED = {
+    "conv-concat": Hutchinson("gaussian"), "mlp-concatsquash": Hutchinson(), "affjord-conv-both": Exact(), "affjord-mlp-concat": Exact(),
+    "hypernet-both": Exact(),
+}  # fmt: skip
+# every graph is traced anew: each gradient, type and kind of network once
+TRACED = [("conv-concat", "direct", torch.float64), ("mlp-concatsquash", "checkpoint", torch.float64), ("mlp-concatsquash", "direct", torch.float32)]
+
+
+@pytest.mark.parametrize("name, gradient, dtype", [
+    case if case in TRACED else slow(*case)
+    for case in itertools.product(COMPILED, ("direct", "checkpoint"), (torch.float64, torch.float32))
+], ids=str)  # fmt: skip
+def test_compiled_has_the_plain_paths_gradient_and_compiles_once(name, gradient, dtype, traced):
+    fast, plain, x = pair(name, dtype, COMPILED[name], compile=True)
+    fast.solver = FixedGrid("rk4", 3, gradient)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CompilationWarning)
+        found = gradients(fast, x)
+    assert close(found, gradients(plain, x), 1e-10 if dtype == torch.float64 else 1e-5)
+    before = made()
+    fast.solver = FixedGrid("rk4", 5, gradient)  # nor for other numbers of steps
+    gradients(fast, x, seed=1)
+    assert made() == before
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
-def test_compiled_has_the_plain_paths_gradient_and_compiles_once(name, divergence, gradient, traced):
-    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
-        fast, plain, x = pair(name, dtype, divergence, compile=True)
-        fast.solver = FixedGrid("rk4", 3, gradient)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", CompilationWarning)
-            found = gradients(fast, x)
-        assert close(found, gradients(plain, x), tolerance)
-        before = made()
-        fast.solver = FixedGrid("rk4", 5, gradient)  # nor for other numbers of steps
-        gradients(fast, x, seed=1)
-        assert made() == before
-
-
-@pytest.mark.parametrize("gradient", ["direct", pytest.param("checkpoint", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["mlp-concatsquash", pytest.param("conv-concat", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["mlp-concatsquash", "conv-concat"])
 def test_machine_code_has_the_plain_paths_gradient(name, gradient):
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10))[: 1 if name == "mlp-concatsquash" else 2]:
         fast, plain, x = pair(name, dtype, Hutchinson("gaussian"), compile=True)
@@ -170,7 +180,7 @@ def test_machine_code_has_the_plain_paths_gradient(name, gradient):
         assert made() == before
 
 
-@pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
+@pytest.mark.parametrize("gradient", ["direct", slow("checkpoint")])
 def test_a_stage_drawn_at_random_is_compiled_once_whatever_its_weight_and_the_steps(gradient, traced):
     torch.manual_seed(0)
     field, x = scrambled(MLP(3, (5, 4), "concat")).double(), torch.randn(4, 3, dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import F64, perturbed
+from conftest import F64, perturbed, slow
 
 from cnf.errors import ConfigError
 from cnf.fields import LAYERS, MLP, ConvField
@@ -22,8 +22,11 @@ def jacobian(field, t, x, context=None):
     )
 
 
-@pytest.mark.parametrize("context", [None, "rows", "one"])
-@pytest.mark.parametrize("hidden", [(), (5,), (5, 7), (4, 5, 6)])
+@pytest.mark.parametrize("hidden, context", [
+    ((), None), ((5,), "rows"), ((5, 7), "one"), ((4, 5, 6), "rows"),
+    *(slow(hidden, context) for hidden, context in [((), "rows"), ((), "one"), ((5,), None), ((5,), "one"), ((5, 7), None), ((5, 7), "rows"),
+                                                    ((4, 5, 6), None), ((4, 5, 6), "one")]),
+])  # fmt: skip
 @pytest.mark.parametrize("layer", list(LAYERS))
 def test_mlp_tangents_and_closed_form(layer, hidden, context):
     torch.manual_seed(0)

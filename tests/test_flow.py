@@ -6,7 +6,7 @@ import math
 import pytest
 import scipy.linalg
 import torch
-from conftest import F64, LinearField, jacobian, normal, uniform
+from conftest import F64, LinearField, jacobian, normal, slow, uniform
 from torch.distributions import AffineTransform, Independent, Normal, TransformedDistribution
 
 from cnf.config import FlowConfig, SolverConfig
@@ -66,7 +66,7 @@ def points(flow, dtype=F64):
     return x.to(dtype)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [slow(name) if name in ("vector", "image") else name for name in CASES])  # in others
 def test_identities(name):
     flow, context = CASES[name]()
     x = points(flow).requires_grad_()

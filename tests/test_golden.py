@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, slow
 
 from cnf.compat import load_reference, released
 from cnf.fields import MLP, Conv, Linear, time_layer
@@ -232,9 +232,15 @@ def grid(config):
 
 
 IMAGES = [p for letter in "abde" for p in files(f"{letter}_")]
+WIDE = 64  # channels from which a model is left to the slow tests
+HEAVY = [p if max(config_of(p)["dims"]) < WIDE else slow(*p.values, id=p.id) for p in IMAGES]
+# the largest, whose field, gradient and exact solution other tests take
+# the other files of FFJORD's concat and of RNODE are smaller models of the same kinds
+SMALLER = [p if p.id not in ("b_ffjord_gray_nb2", "d_rnode_nb2") else slow(*p.values, id=p.id) for p in HEAVY]
+LARGEST = [p if p.id != "d_rnode_nb2" else slow(*p.values, id=p.id) for p in HEAVY]
 
 
-@pytest.mark.parametrize("path", IMAGES)
+@pytest.mark.parametrize("path", LARGEST)
 def test_image_models_load_and_agree(path):
     """Field, rk4 and the reverse direction, through a checkpoint."""
     data, meta = read(path)
@@ -299,13 +305,7 @@ def truth(data, flow, noise):
     return {k: float((v - data[f"exact/{k}"]).abs().max()) for k, v in (("z", out.value), ("log_prob", log_prob))}, out
 
 
-WIDE = 64  # channels from which a model is left to the slow tests
-HEAVY = [
-    p if max(config_of(p)["dims"]) < WIDE else pytest.param(*p.values, id=p.id, marks=pytest.mark.slow) for p in IMAGES
-]
-
-
-@pytest.mark.parametrize("path", HEAVY)
+@pytest.mark.parametrize("path", SMALLER)
 def test_image_models_exact_and_top_level(path):
     """The true solution by another method, and dopri5, which lands on T where the reference steps past it."""
     data, meta = read(path)

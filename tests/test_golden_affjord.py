@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import F64
+from conftest import F64, slow
 from test_golden import close, files, grid, loaded, read, substate, truth
 
 from cnf.compat import affjord_toy, load_affjord_toy, load_reference
@@ -257,7 +257,7 @@ def test_toys_are_the_model_of_the_published_presets(path):
     assert total == (meta["parameters"] if not augmented else meta["parameters"] - 15_936 - 8_448 + 2)
 
 
-@pytest.mark.parametrize("path", TOYS)
+@pytest.mark.parametrize("path", [p if "normal" not in p.id else slow(*p.values, id=p.id) for p in TOYS])
 def test_toys_exact_and_top_level(path):
     data, meta = read(path)
     # t is rounded in the plain model, so that only the same grid agrees to the last digits

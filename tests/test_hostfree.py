@@ -12,7 +12,7 @@ import traceback
 import pytest
 import torch
 import trainers
-from conftest import logged_rows
+from conftest import logged_rows, mostly_slow, slow
 from test_recovery import DATA, injected, same, trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainers import average, policy, stop_at, training
@@ -188,8 +188,10 @@ def test_a_batch_that_is_not_finite_changes_nothing_before_anybody_looks(tmp_pat
     assert run.state.skipped == 2
 
 
-@pytest.mark.parametrize("fault", ["loss", "gradient", "state", "limit"])
-@pytest.mark.parametrize("decay", [0.0, 0.9])
+@pytest.mark.parametrize("fault, decay", [
+    ("loss", 0.9), ("gradient", 0.0), ("state", 0.9), ("limit", 0.0),
+    slow("loss", 0.0), slow("gradient", 0.9), slow("state", 0.0), slow("limit", 0.9),
+])  # fmt: skip
 def test_the_run_is_the_one_in_which_those_batches_were_left_out(tmp_path, monkeypatch, fault, decay):
     bad = {0, 4, 5, 11}
     plain = trainer(tmp_path / "plain", ema_decay=decay, steps=20)
@@ -432,7 +434,7 @@ def test_going_back_is_late_by_no_more_than_a_line_and_voids_what_came_after(tmp
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5, 8, 12, 14, 16])
+@pytest.mark.parametrize("stop", mostly_slow([1, 3, 5, 8, 12, 14, 16], 3, 5, 16))
 def test_interrupted_between_lines_and_resumed_equals_never_stopped(tmp_path, monkeypatch, stop):
     options = faulty(monkeypatch)
     whole = trainer(tmp_path / "whole", **options)

@@ -74,7 +74,7 @@ SOLVERS = [SolverConfig.of(grid_steps=4, divergence="hutchinson"), SolverConfig.
 
 def test_memory_does_not_grow_in_a_short_run(tmp_path, monkeypatch):
     monkeypatch.setitem(trainers.CHECKPOINTER, "save_seconds", 0.2)
-    check(tmp_path, 25, 50, 5, SOLVERS[0])
+    check(tmp_path, 12, 30, 3, SOLVERS[0])
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ def table(tmp_path_factory):
 
 def test_a_table_becomes_a_run(tmp_path, table, capsys):
     folder = tmp_path / "run"
-    assert main(["train", "table", "--data", str(table), "--minutes", "0.08", "--hidden", "8", "8", "--out", str(folder)]) == 0
+    assert main(["train", "table", "--data", str(table), "--minutes", "0.04", "--hidden", "8", "8", "--out", str(folder)]) == 0
     said = capsys.readouterr().out
     assert "mixture: " in said and "validation, nats per row: standard normal" in said
     info, result = read_config(folder), json.loads((folder / "result.json").read_text())

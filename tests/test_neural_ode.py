@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TIGHT
+from conftest import TIGHT, slow
 from torchdiffeq import odeint
 
 from cnf.config import FlowConfig, NeuralODEConfig, ResNetConfig, SolverConfig
@@ -49,9 +49,14 @@ def truth(f, start, end=1.0, begin=0.0):
 # -- the solve and its gradient ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gradient", ["direct", "adjoint"])
-@pytest.mark.parametrize("changes", [{}, {"augment": 2}, {"augment": 3, "input_layer": True}, {"data_control": True},
-                                     {"augment": 1, "data_control": True, "learn_end_time": True, "end_time": 0.7}])  # fmt: skip
+ALL = {"augment": 1, "data_control": True, "learn_end_time": True, "end_time": 0.7}
+
+
+@pytest.mark.parametrize("changes, gradient", [
+    ({}, "direct"), ({"augment": 3, "input_layer": True}, "direct"), (ALL, "direct"), ({"augment": 2}, "adjoint"), (ALL, "adjoint"),
+    slow({}, "adjoint"), slow({"augment": 2}, "direct"), slow({"augment": 3, "input_layer": True}, "adjoint"),
+    slow({"data_control": True}, "direct"), slow({"data_control": True}, "adjoint"),
+])  # fmt: skip
 def test_solve_and_gradient_are_odeints(gradient, changes):
     model = made(NODE.change(**changes), solver=Adaptive("dopri5", 1e-11, 1e-11, gradient))
     x, weight = points(5, 2), points(5, 3, seed=9)

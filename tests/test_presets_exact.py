@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, mostly_slow
 from trainers import training
 
 from cnf.config import PRESETS, RNODE, FlowConfig, SolverConfig, preset
@@ -110,7 +110,7 @@ def test_the_likelihood_and_its_gradient_are_those_of_all_tangents(name):
     torch.testing.assert_close(gradient(goal, x, Noise(0)), mine, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", mostly_slow(NAMES, "exact-digits", "exact-tabular"))
 def test_a_training_step_at_full_size(name, tmp_path):
     """The loss before any step is that of a field that is zero, for which log p is the base's behind the first transforms."""
     entry = preset(name)
@@ -139,7 +139,7 @@ def test_a_training_step_at_full_size(name, tmp_path):
     assert any(moved) and all(bool(p.isfinite().all()) for p in trainer.model.parameters())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", mostly_slow(NAMES, "exact-digits", "exact-tabular"))
 def test_the_gradient_varies_less_than_with_an_estimate(name):
     """The same field: with Hutchinson's trace the probe adds a variance of its own to that of the pixels' noise."""
     x = items(name, 4)
@@ -208,6 +208,7 @@ def test_the_comparison_writes_its_rows(tmp_path, capsys, monkeypatch):
     assert "| tabular | three hidden layers, Hutchinson |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_precision_is_compared_and_evaluation_is_in_float32(tmp_path, capsys):
     digits = precision.load_splits(preset("exact-digits").config)
     row = precision.compare("digits", [0, 1], 4, dataclasses.replace(digits, validation=digits.validation[:8]), 1)

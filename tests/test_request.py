@@ -69,6 +69,13 @@ def test_a_request_inside_torch_transformations():
     truth = chain(x, Request(context)).value
     one = vmap(lambda v, request: chain(v[None], Request(request.context[None], log_det=False)).value[0])(x, Request(context))
     torch.testing.assert_close(one, truth, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow  # one block with a context is compiled in test_hostile_fields.py
+def test_a_request_inside_a_compiled_chain():
+    chain = flow_of(context_dim=3).transform
+    x, context = torch.randn(5, 2, dtype=F64), torch.randn(5, 3, dtype=F64)
+    truth = chain(x, Request(context)).value
     compiled = torch.compile(chain, backend="aot_eager")
     torch.testing.assert_close(compiled(x, Request(context, log_det=False)).value, truth, rtol=1e-9, atol=1e-9)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import F64, ROOT, TIGHT, LinearField, perturbed
+from conftest import F64, ROOT, TIGHT, LinearField, perturbed, slow
 
 from cnf._utils.async_checks import defer_checks
 from cnf.config import FlowConfig, SolverConfig
@@ -199,7 +199,7 @@ def test_gradcheck_of_log_prob_in_point_and_parameters():
     assert torch.autograd.gradcheck(log_prob, (x, *block.parameters()), eps=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("steps", [4, 256])
+@pytest.mark.parametrize("steps", [4, slow(256)])
 def test_float32_is_as_good_walked_back_as_direct(steps):
     torch.manual_seed(0)
     field, x = perturbed(MLP(3, (16, 16))).float(), torch.randn(32, 3)
@@ -212,7 +212,7 @@ def test_float32_is_as_good_walked_back_as_direct(steps):
     assert float((found[0] - found[1]).norm() / found[0].norm()) < 2e-6
 
 
-@pytest.mark.parametrize(("steps", "dtype", "most"), [(4, F64, 1e-9), (256, F64, 1e-9), (64, torch.float32, 1e-6)])
+@pytest.mark.parametrize(("steps", "dtype", "most"), [(4, F64, 1e-9), (96, F64, 1e-9), slow(256, F64, 1e-9), (64, torch.float32, 1e-6)])
 def test_the_walk_back_meets_the_points_of_the_way_there(steps, dtype, most):
     """Every point that the right-hand side saw, the first state among them."""
     w, seen = torch.tensor(-3.0, dtype=dtype, requires_grad=True), {False: [], True: []}
@@ -303,9 +303,9 @@ def profile(solver):
 
 
 def test_memory_does_not_grow_with_the_steps():
-    few, many, plain = (profile(s) for s in (Reversible("rk4", 4), Reversible("rk4", 64), FixedGrid("rk4", 4)))
+    few, many, plain = (profile(s) for s in (Reversible("rk4", 4), Reversible("rk4", 16), FixedGrid("rk4", 4)))
     assert many["saved"] == few["saved"] < 0.05 * plain["saved"]
-    assert many["peak"] < 1.02 * few["peak"] and few["peak"] < 0.6 * plain["peak"]
+    assert many["peak"] < 1.005 * few["peak"] and few["peak"] < 0.6 * plain["peak"]
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

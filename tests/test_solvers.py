@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import F64, TIGHT, LinearField
+from conftest import F64, TIGHT, LinearField, slow
 
 from cnf.errors import ConfigError, SolverError
 from cnf.fields import MLP
@@ -85,14 +85,14 @@ def test_log_det_is_slogdet_of_the_autodiff_jacobian_and_quadratures_are_integra
     field = perturbed()
     cost = RunningCost("cost", lambda t, x: t * x.square().sum(1))
     names = [Kinetic(), JacobianFrobenius(), Directional(), TotalDerivative(), cost]
-    block = CNF(field, Exact(closed_form=False), FixedGrid("dopri5", 48), TIGHT, names, end_time=0.7)
+    block = CNF(field, Exact(closed_form=False), FixedGrid("dopri5", 24), TIGHT, names, end_time=0.7)
     x = torch.randn(3, 3, dtype=F64)
     out = block(x)
     for i in range(3):
         j = torch.autograd.functional.jacobian(lambda y: block(y[None], Request(log_det=False)).value[0], x[i])
         assert abs(float(torch.linalg.slogdet(j)[1] - out.log_det[i].detach())) < 1e-8
     # quadrature of each integrand along the same path, by Simpson's rule over independently formed Jacobians
-    n = 40
+    n = 20
     times = torch.linspace(0, 0.7, n + 1, dtype=F64)
     weights = torch.tensor([1.0, *([4.0, 2.0] * (n // 2))][:n] + [1.0], dtype=F64) * 0.7 / n / 3
     sums = dict.fromkeys(("kinetic", "jacobian", "directional", "total_derivative", "cost"), 0.0)
@@ -115,10 +115,10 @@ def test_log_det_is_slogdet_of_the_autodiff_jacobian_and_quadratures_are_integra
 MODES = [FixedGrid("rk4", 8), FixedGrid("rk4", 8, "checkpoint"), TIGHT, Adaptive("dopri5", 1e-11, 1e-11, "adjoint")]
 
 
-@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize("learn", [slow(False), True])  # a learned end time is one more parameter
 @pytest.mark.parametrize("solver", MODES, ids=repr)
 def test_gradcheck_of_log_prob_in_x_and_parameters(solver, learn):
-    field = perturbed((4,), 2)
+    field = perturbed((3,), 2)
     block = CNF(field, Exact(), solver, end_time=0.5, learn_end_time=learn).double()
     x = torch.randn(2, 2, dtype=F64, requires_grad=True)
     parameters = list(block.parameters())

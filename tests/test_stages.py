@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 import trainers
-from conftest import logged_rows
+from conftest import logged_rows, mostly_slow, slow
 from trainers import monitor, policy, training
 
 from cnf.config import DataConfig, FlowConfig, RunConfig, SolverConfig, TrainConfig
@@ -72,7 +72,7 @@ def test_curves_have_the_evaluations_of_solves_only(tmp_path, monkeypatch, every
     assert len(validated) >= 3 and all(row["validation_nfe"] > 10 for row in validated)
 
 
-@pytest.mark.parametrize("coupling", ["independent", "optimal-transport"])
+@pytest.mark.parametrize("coupling", [slow("independent"), "optimal-transport"])
 def test_matching_learns_a_density_for_each_class(tmp_path, coupling):
     generator = torch.Generator().manual_seed(5)
     code = torch.arange(900) % 2
@@ -129,7 +129,7 @@ def test_the_fine_tuning_begins_with_the_averaged_weights(tmp_path):
     assert policy(run).good_step == 7 and torch.equal(policy(run).good["model"]["transform.transforms.0.mean"], averaged["transform.transforms.0.mean"])
 
 
-@pytest.mark.parametrize("stop", [3, 6, 7, 9])  # matching, before and after the change, likelihood
+@pytest.mark.parametrize("stop", mostly_slow([3, 6, 7, 9], 3, 7))  # matching, before and after the change, likelihood
 def test_interrupted_and_resumed_equals_never_stopped(tmp_path, monkeypatch, every_step, stop):
     options = {**BOTH, "kinetic": 0.01, "solver_check_tolerance": 1e-6, "solver": SolverConfig.of(grid_steps=1, automatic_steps=True)}
     whole = trainer(tmp_path / "whole", **options)

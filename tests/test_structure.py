@@ -1,5 +1,6 @@
 """The shape of the package: short modules, imports without circles, few floors."""
 
+import functools
 import subprocess
 import sys
 
@@ -15,6 +16,8 @@ def structure(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import structure
 
+    # all measures are taken of the same files
+    monkeypatch.setattr(structure.ast, "parse", functools.cache(structure.ast.parse))
     return structure
 
 

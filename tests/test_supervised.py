@@ -184,19 +184,22 @@ def test_evaluation_repeats_the_result(three, capsys):
     assert finer["items"] == 30 and finer["rtol"] == 1e-7
 
 
-@pytest.mark.parametrize("name", ["flip", "three"])
-def test_a_fresh_process_predicts_the_same(request, tmp_path, name):
-    folder = request.getfixturevalue(name)
-    model, x = cnf.load(folder), load_splits(read_config(folder).config).test
-    assert isinstance(model, NeuralODE) and not model.training
-    torch.save(x, tmp_path / "x.pt")
+def test_a_fresh_process_predicts_the_same(flip, three, tmp_path):
+    expected = []
+    for folder in (flip, three):
+        model, x = cnf.load(folder), load_splits(read_config(folder).config).test
+        assert isinstance(model, NeuralODE) and not model.training
+        torch.save(x, tmp_path / f"{folder.name}.pt")
+        expected.append(model(x))
     code = (
-        "import sys, torch, cnf; torch.set_num_threads(1); x = torch.load(sys.argv[2]); "
-        "torch.save(cnf.load(sys.argv[1])(x).detach(), sys.argv[3])"
+        "import sys, torch, cnf; torch.set_num_threads(1); "
+        "found = [cnf.load(run)(torch.load(x)).detach() for run, x in (sys.argv[1:3], sys.argv[3:5])]; "
+        "torch.save(found, sys.argv[5])"
     )
-    words = [sys.executable, "-c", code, str(folder), str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]
-    subprocess.run(words, check=True, cwd=ROOT, timeout=120)
-    assert torch.equal(torch.load(tmp_path / "y.pt"), model(x))
+    runs = [str(path) for folder in (flip, three) for path in (folder, tmp_path / f"{folder.name}.pt")]
+    subprocess.run([sys.executable, "-c", code, *runs, str(tmp_path / "y.pt")], check=True, cwd=ROOT, timeout=120)
+    for mine, other in zip(expected, torch.load(tmp_path / "y.pt"), strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_sampling_is_refused(three, capsys):

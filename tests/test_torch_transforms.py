@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import F64
+from conftest import F64, mostly_slow, slow
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vjp, vmap
 
@@ -43,7 +43,7 @@ def flow_of(transform, **options):
     return Flow(transform(), (2,), **options).to(F64)
 
 
-@pytest.mark.parametrize("name", [name for name in GRIDS if name != "midpoint"])
+@pytest.mark.parametrize("name", mostly_slow([name for name in GRIDS if name != "midpoint"], "custom field", "reversible", "chain"))
 def test_func_transforms_of_a_grid(name):
     flow, x = flow_of(GRIDS[name]), torch.randn(4, 2, dtype=F64)
     close = {"rtol": 1e-9, "atol": 1e-9}
@@ -88,8 +88,7 @@ def test_ensembles_of_weights_under_vmap():
     torch.testing.assert_close(found, torch.stack([f.log_prob(x) for f in flows]), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("solver", ["direct", "adjoint"])
-@pytest.mark.parametrize("method", ["dopri5", "bosh3"])
+@pytest.mark.parametrize("method, solver", [("dopri5", "direct"), ("bosh3", "adjoint"), slow("dopri5", "adjoint"), slow("bosh3", "direct")])
 def test_func_gradients_of_an_adaptive_solve(method, solver):
     flow = flow_of(lambda: CNF(MLP(2, (8, 8)), eval_solver=Adaptive(method, 1e-7, 1e-7, gradient=solver))).eval()
     x = torch.randn(2, dtype=F64)
@@ -126,7 +125,7 @@ def test_value_checks_of_transforms_do_not_stand_in_the_way():
         torch.testing.assert_close(vmap(grad(flow.log_prob))(x), flow.score(x), rtol=1e-9, atol=1e-9)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("closed form", "checkpoint", "chain")]
+SLOW = [slow(name) for name in ("closed form", "checkpoint", "chain")]
 
 
 @pytest.mark.parametrize("name", ["midpoint", "custom field", *SLOW])
@@ -153,7 +152,7 @@ def test_export_with_a_dynamic_batch(name):
     torch.testing.assert_close(program.module()(y), flow.log_prob(y), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["midpoint", pytest.param("custom field", marks=pytest.mark.slow), *SLOW])
+@pytest.mark.parametrize("name", ["midpoint", slow("custom field"), *SLOW])
 def test_compiling_the_whole_log_prob(name):
     flow, x = flow_of(GRIDS[name]), torch.randn(4, 2, dtype=F64)
     compiled = torch.compile(flow.log_prob, fullgraph=True, backend="aot_eager")

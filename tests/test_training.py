@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 import trainers
-from conftest import logged_rows
+from conftest import logged_rows, slow
 from trainers import average, monitor, policy, training
 
 from cnf.config import DataConfig, FlowConfig, RunConfig, SolverConfig, TrainConfig
@@ -83,7 +83,7 @@ def every_step(monkeypatch):
 # -- resuming ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop", [2, 4, 7])  # before any validation, at one, between two
+@pytest.mark.parametrize("stop", [slow(2), slow(4), 7])  # before any validation, at one, between two
 def test_interrupted_and_resumed_equals_never_stopped(tmp_path, monkeypatch, every_step, stop):
     tight = {"solver_check_tolerance": 1e-9, "max_grid_steps": 8}  # so the watch refines, before and after the interruption
     whole = trainer(tmp_path / "whole", **tight)
