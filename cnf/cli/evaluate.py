@@ -199,8 +199,9 @@ def score_items(command: Command, info: RunInfo, group: Group = SINGLE_PROCESS) 
         raise ConfigError(f"--score ranks by likelihood, and {folder} predicts: --split, --data and --per-item are for it")
     kind = _dequantisation(command, info)
     items = read_items(
-        command.score, info.event_shape, info.levels, columns=info.columns, image_size=config.data.image_size, table=info.table
-    )
+        command.score, info.event_shape, info.levels, columns=info.columns, image_size=config.data.image_size, table=info.table,
+        missing=config.data.missing,
+    )  # fmt: skip
     for line in (*items.notices, *_preparations(folder, info)):
         print(f"data: {line}")
     context = _context(folder, info, items)

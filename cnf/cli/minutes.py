@@ -21,7 +21,7 @@ from cnf.fields import MLP
 from cnf.flow import Flow
 from cnf.runs import RunInfo, write_config
 from cnf.solvers import FixedGrid
-from cnf.training import finish, from_settings, summary, write_json
+from cnf.training import finish, from_settings, summary
 from cnf.training.checkpointer import Checkpointer, run_lock
 from cnf.transforms import MarginalTransform, iter_leaves
 
@@ -67,10 +67,12 @@ def search(info: RunInfo, data: DataSplits, folder: Path, group: Group) -> int:
         checkpointer = trainer.callback(Checkpointer)
         assert checkpointer is not None
         checkpointer.save()
-        result = finish(trainer, info, data, folder)
-        parts = {"start": found.start, "parts": found.parts, "search_seconds": found.seconds}
-        write_json(folder / "result.json", result | parts)
-    print("validation, nats per row: " + ", ".join(f"{name} {value:.4f}" for name, value in found.parts.items()) + f" (from {found.start})")
+        about = {"start": found.start, "parts": found.parts, "gains": found.gains, "search_seconds": found.seconds}
+        result = finish(trainer, info, data, folder, about)
+    print(f"validation, nats per row, and the gain over the part before ({found.start}):")
+    for name, value in found.parts.items():
+        gain = "{:+.4f} ± {:.4f}".format(*found.gains[name]) if name in found.gains else ""
+        print(f"  {name:16}{value:12.4f}  {gain}".rstrip())
     print(summary(result))
     print(f"pictures in {folder / 'samples'} and {folder / 'plots'}; cnf sample {folder} draws more, cnf rank {folder} FILE ranks rows")
     return 0

@@ -1,4 +1,4 @@
-"""Rows and images to score: nothing is split, dropped or dequantised."""
+"""Rows and images to score: nothing is split or dequantised, and dropped only rows with missing values, where training did."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def read_items(
     columns: Sequence[str] = (),
     image_size: int | None = None,
     table: Sequence[TableColumn] = (),
+    missing: str = "error",
 ) -> Items:
     """Read .npz and .npy files, tables, images and folders of images, in order, in the input format of a model.
 
@@ -64,6 +65,7 @@ def read_items(
         columns: names of the model's columns; a table with a header is read by name.
         image_size: centre-crop and resize image files to this size first.
         table: columns of the trained model, whose types a table is read with; if empty, ``columns`` as numbers.
+        missing: ``"drop"`` leaves out the rows of a table that have missing values, and says so.
 
     Returns:
         The rows or images; an image file is named by its path, a row or image of an array by its file and index.
@@ -84,10 +86,14 @@ def read_items(
     schema = tuple(table) or plain_table(columns or [f"column {j}" for j in range(event_shape[0])])
     for path in paths:
         rows, called = _read(path, image_size)
+        kept = None
         if levels:
             x = _image(rows.x, event_shape, levels, path, called)
         else:
             table_columns = _rows(rows, schema, path)
+            if missing == "drop":
+                table_columns = _complete(table_columns, str(path))
+                kept = table_columns.rows
             require_finite(table_columns.joint, (*table_columns.names, *table_columns.given), str(path), scored=True)
             x, step, said = _scored(table_columns, path)
             steps.append(np.broadcast_to(step, x.shape))
@@ -95,8 +101,8 @@ def read_items(
                 contexts.append(encode(schema, table_columns.given))
             notices += [*table_columns.notices, *said]
         parts.append(x)
-        names += called or [f"{path}:{i}" for i in range(len(x))]
-        labels += [None] * len(x) if rows.labels is None else _label_names(rows.labels)
+        names += called or [f"{path}:{i}" for i in (range(len(x)) if kept is None else kept)]
+        labels += [None] * len(x) if rows.labels is None else _label_names(rows.labels if kept is None else rows.labels[kept])
         # dark images are expected if the model's own scale is not 8-bit
         odd = levels is not None and not _is_power(levels)
         notices += [line for line in rows.notices if not (odd and line.startswith("the highest grey level"))]
@@ -174,6 +180,22 @@ def _rows(rows: Rows, schema: Sequence[TableColumn], path: Path) -> Columns:
     if label and rows.labels is not None and label not in frame.columns:
         frame = frame.set_axis([c.name for c in data_columns(schema)], axis=1).assign(label=rows.labels) if frame.shape[1] == width else frame
     return by_schema(frame, schema, name)
+
+
+def _complete(columns: Columns, name: str) -> Columns:
+    """Return the rows without missing values.
+
+    Raises:
+        DataError: if none is left.
+    """
+    lacking = np.asarray(np.isnan(columns.joint).any(1))
+    if not lacking.any():
+        return columns
+    if lacking.all():
+        raise DataError(f"{name!r}: every row has a missing value")
+    said = f"{int(lacking.sum()):,} of {len(lacking):,} rows of {name!r} left out, since they have missing values, as in training (missing='drop')"
+    given = {column: values[~lacking] for column, values in columns.given.items()}
+    return Columns(columns.schema, columns.table[~lacking], given, columns.rows[~lacking], [*columns.notices, said])
 
 
 def _scored(columns: Columns, path: Path) -> tuple[Array, Array, list[str]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cnf.bases.conditional import ConditionalMixture, ContextMixture, MixtureEnsemble
 from cnf.data import DataSplits
 from cnf.estimators.budget import Budget
+from cnf.estimators.rows import gains, in_chunks
 from cnf.estimators.training import Pace, choose_solver, train
 from cnf.fields import MLP
 from cnf.flow import Flow
@@ -44,6 +45,7 @@ class ConditionalFit:
 
     flow: Flow
     parts: dict[str, float]
+    gains: dict[str, tuple[float, float]]
     start: str
     validation: float
     steps: int
@@ -83,44 +85,47 @@ def fit_conditional(
     folds = [_to(data, device) for data in folds]
     budget = Budget(60 * minutes, wall=folds[0].train.is_cuda)
     race = (_RACE if len(folds) == 1 else 1.0) * budget.total
-    parts: dict[str, float] = {}
+    rows: dict[str, Tensor] = {}  # of each part, those of validation
     found: list[tuple[float, str, int, list[Flow]]] = []
     total = 0
     candidates = _candidates(folds, cells, names, components)
     for i, (name, transform, count) in enumerate(candidates):
         if found and budget.spent > race:
             break
-        flows, trainers = [], []
+        flows, starts = [], []
         for j, data in enumerate(folds):
             flow = Flow(transform, data.train.shape[1:], base=_base(transform, data, count, hidden, seed + j)).to(device)
             share = max(race - budget.spent, 0.0) / (len(folds) * (len(candidates) - i) - j)
-            trainers.append(_train(flow, data, [(flow.base, 2e-3)], Pace(_EVERY, budget, budget.spent + share, most=steps), seed + j))
+            starts.append(_nll(flow.eval(), data))
+            total += _train(flow, data, [(flow.base, 2e-3)], Pace(_EVERY, budget, budget.spent + share, most=steps), seed + j).state.step
             flows.append(flow)
-        score, start = _pooled(folds, [t.state.best for t in trainers]), _pooled(folds, [t.history[0]["validation"] for t in trainers])
-        parts["linear"] = min(parts.get("linear", start), start)
-        total += sum(t.state.step for t in trainers)
+        trained = torch.cat([_nll(flow, data) for flow, data in zip(flows, folds, strict=True)])
+        _keep(rows, "linear", torch.cat(starts))
+        _keep(rows, "mixture", trained)
+        score = float(trained.mean())
         if not found or score < min(each[0] for each in found):
             say(f"mixture: {score:.2f} nats per row after {budget.spent:.0f} s ({name}, {count} Gaussian{'s' if count > 1 else ''})")
         found.append((score, name, count, flows))
-    parts["mixture"], name, count, flows = min(found, key=lambda each: each[0])
+    best, name, count, flows = min(found, key=lambda each: each[0])
     start_name = f"{name}, {count} components"
     held_out = [_to(data, "cpu", torch.float64) for data in folds]
     if len(folds) > 1:
-        close = [each for each in found if each[1] == name and each[0] <= parts["mixture"] + _CLOSE]
+        close = [each for each in found if each[1] == name and each[0] <= best + _CLOSE]
         flows, held_out = [flow for each in close for flow in each[3]], held_out * len(close)
         start_name = f"{name}, {' and '.join(str(each[2]) for each in close)} components"
     else:
         flows[0], trainer = _with_field(flows[0], folds[0], hidden, Pace(_EVERY, budget, budget.total, most=steps), seed)
-        parts["flow"], total = trainer.state.best, total + trainer.state.step
-        say(f"flow: {parts['flow']:.2f} nats per row after {budget.spent:.0f} s ({trainer.state.step} steps)")
+        rows["flow"], total = _nll(flows[0], folds[0]), total + trainer.state.step
+        say(f"flow: {float(rows['flow'].mean()):.2f} nats per row after {budget.spent:.0f} s ({trainer.state.step} steps)")
     for flow, data in zip(flows, held_out, strict=True):
         flow.cpu().double()
         choose_solver(flow, data.validation, data.validation_context)
-    parts["calibrated"] = -_calibrate(flows, held_out)
+    rows["calibrated"] = _calibrate(flows, held_out)
+    parts = {part: float(own.mean()) for part, own in rows.items()}
     flow = flows[0]
     if len(flows) > 1:
         flow = Flow(flow.transform, flow.event_shape, base=MixtureEnsemble([_base_of(f) for f in flows]))
-    return ConditionalFit(flow.eval(), parts, start_name, parts["calibrated"], total, budget.spent)
+    return ConditionalFit(flow.eval(), parts, gains(rows), start_name, parts["calibrated"], total, budget.spent)
 
 
 def _to(data: DataSplits, *target: Any) -> DataSplits:
@@ -129,10 +134,16 @@ def _to(data: DataSplits, *target: Any) -> DataSplits:
     return dataclasses.replace(data, **{name: getattr(data, name).to(*target) for name in names})
 
 
-def _pooled(folds: Sequence[DataSplits], scores: Sequence[float]) -> float:
-    """Return the mean over the validation rows of all folds."""
-    sizes = [len(data.validation) for data in folds]
-    return sum(size * score for size, score in zip(sizes, scores, strict=True)) / sum(sizes)
+def _nll(flow: Flow, data: DataSplits) -> Tensor:
+    """Return the negative log-likelihood (M,) of the validation rows."""
+    given = () if data.validation_context is None else (data.validation_context,)
+    return -in_chunks(flow.log_prob, data.validation, *given).double()
+
+
+def _keep(rows: dict[str, Tensor], part: str, own: Tensor) -> None:
+    """Keep the rows of the candidate with the lowest mean."""
+    if part not in rows or own.mean() < rows[part].mean():
+        rows[part] = own
 
 
 def _candidates(
@@ -216,24 +227,23 @@ def _base_of(flow: Flow) -> ContextMixture:
 
 
 @torch.no_grad()
-def _calibrate(flows: Sequence[Flow], held_out: Sequence[DataSplits]) -> float:
-    """Scale the components' standard deviations to the best likelihood of the flows' validation rows; return it."""
+def _calibrate(flows: Sequence[Flow], held_out: Sequence[DataSplits]) -> Tensor:
+    """Scale the components' standard deviations to the best likelihood of the flows' validation rows, whose values are returned."""
     latents = [flow.evaluate(data.validation, Request(data.validation_context, integrals=False)) for flow, data in zip(flows, held_out, strict=True)]
 
-    def total(change: float) -> float:
-        value = 0.0
+    def values(change: float) -> Tensor:
+        found = []
         for flow, out, data in zip(flows, latents, held_out, strict=True):
             _base_of(flow).widen(change)
-            value += float(flow.density(out.value, out.log_det, data.validation_context).sum())
+            found.append(-flow.density(out.value, out.log_det, data.validation_context))
             _base_of(flow).widen(-change)
-        return value
+        return torch.cat(found)
 
-    rows = sum(len(data.validation) for data in held_out)
-    scores = {change: total(change) for change in _LOG_SCALES}
+    scores = {change: -float(values(change).sum()) for change in _LOG_SCALES}
     best = max(_LOG_SCALES, key=scores.__getitem__)
     # shrunk towards no change, since the estimate of one scale gains half a nat by chance
     change = best * max(0.0, 1 - _CHANCE / max(scores[best] - scores[0.0], _CHANCE))
-    value = total(change) / rows
+    calibrated = values(change)
     for flow in flows:
         _base_of(flow).widen(change)
-    return value
+    return calibrated

@@ -46,9 +46,13 @@ class Table:
     validation: Tensor
     log_det: Tensor
 
+    def rows(self, log_prob: Tensor) -> Tensor:
+        """Return the negative log-likelihood (M,) of the validation rows, given their log-density as latents (M,)."""
+        return -(log_prob.double() + self.log_det)
+
     def nll(self, log_prob: Tensor) -> float:
-        """Return the mean negative log-likelihood of the validation rows, given their log-density as latents (M,)."""
-        return -float((log_prob.double() + self.log_det).mean())
+        """Return its mean."""
+        return float(self.rows(log_prob).mean())
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,9 @@ def prepare(name: str, transform: MarginalTransform | Standardize, train: Tensor
     return Table(name, transform, z, torch.cat([v for v, _ in parts]), torch.cat([d for _, d in parts]).double())
 
 
-def normal_nll(table: Table) -> float:
-    """Return the validation nats of a standard normal density of the latents."""
-    return table.nll(torch.distributions.Normal(0.0, 1.0).log_prob(table.validation.double().cpu()).sum(1).to(table.log_det))
+def normal_nll(table: Table) -> Tensor:
+    """Return the negative log-likelihood (M,) of the validation rows by a standard normal density of the latents."""
+    return table.rows(torch.distributions.Normal(0.0, 1.0).log_prob(table.validation.double().cpu()).sum(1).to(table.log_det))
 
 
 def fit_mixtures(

@@ -136,13 +136,13 @@ class Start:
         slope = min(0.0, low - high) / max(1e-9, math.log2(late / early))
         return low + DAMPING * slope * math.log2(max(1.0, steps / late))
 
-    def score(self) -> float:
-        """Return the validation nats by the evaluation solver, of all rows; infinite if one cannot be solved."""
+    def score(self) -> Tensor:
+        """Return the negative log-likelihood (M,) of the validation rows by the evaluation solver; infinite if one cannot be solved."""
         table = self.candidate.table
         try:
-            return table.nll(evaluate(self.flow.eval(), table.validation).require_solved().log_prob.to(table.log_det))
+            return table.rows(evaluate(self.flow.eval(), table.validation).require_solved().log_prob.to(table.log_det))
         except SolverError:
-            return math.inf
+            return torch.full_like(table.log_det, math.inf)
 
     def assemble(self) -> Flow:
         """Return the flow of the table's rows, in evaluation mode."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -204,6 +205,13 @@ def in_chunks(function: Any, *parts: Tensor, rows: int = 8192) -> Tensor:
     """Apply a function to rows of tensors in chunks, without gradient, and concatenate."""
     with torch.no_grad():
         return torch.cat([function(*piece) for piece in zip(*(part.split(rows) for part in parts), strict=True)])
+
+
+def gains(rows: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """Return by how much each part is better than the one before, in nats, with the standard error over the rows."""
+    names = list(rows)
+    apart = {name: rows[before] - rows[name] for before, name in itertools.pairwise(names)}
+    return {name: (float(d.mean()), float(d.std()) / math.sqrt(len(d)) if len(d) > 1 else math.nan) for name, d in apart.items()}
 
 
 def check_parameters(estimator: Any) -> None:

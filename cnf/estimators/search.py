@@ -11,9 +11,10 @@ from torch import Tensor
 
 from cnf._utils.errors import DataError, require_at_least, require_inside
 from cnf.estimators.budget import Budget
-from cnf.estimators.mixtures import COMPONENTS, Candidate, Table, fit_mixtures, normal_nll, prepare
+from cnf.estimators.mixtures import COMPONENTS, Candidate, Table, fit_mixtures, log_prob, normal_nll, prepare
 from cnf.estimators.pooling import converge, pool
 from cnf.estimators.race import Start, start
+from cnf.estimators.rows import gains
 from cnf.flow import Flow
 from cnf.transforms import MarginalTransform, Standardize
 
@@ -37,6 +38,7 @@ class DensityFit:
         flow: the density, in evaluation mode.
         parts: negative log-likelihood of the validation rows, in nats per row, of a standard normal, the marginals, the
             best mixture and the flow, in this order, as far as they exist.
+        gains: what each part after the first gains over the one before, with its standard error over the rows, in nats.
         start: transform and mixture that the flow started from.
         validation: that of ``flow``.
         steps: optimiser steps of the flow, those of the race included.
@@ -45,6 +47,7 @@ class DensityFit:
 
     flow: Flow
     parts: dict[str, float]
+    gains: dict[str, tuple[float, float]]
     start: str
     validation: float
     steps: int
@@ -103,9 +106,9 @@ def fit_density(
     say = on_progress or (lambda line: None)
     budget = Budget(None if steps else 60 * minutes, wall=train.is_cuda)
     tables = _tables(train, validation, cells, bounds, names)
-    parts = {"standard normal": normal_nll(tables[0])}
+    rows = {"standard normal": normal_nll(tables[0])}  # of each part, those of validation
     if len(tables) > 1:
-        parts["marginals"] = normal_nll(tables[1])
+        rows["marginals"] = normal_nll(tables[1])
     best = math.inf
 
     def report(made: Candidate) -> None:
@@ -119,17 +122,19 @@ def fit_density(
     if budget.limited:
         converge(candidates, budget, second, seed, report)
     mixture = pool(candidates, components, budget, third, seed, report)
-    parts["mixture"] = mixture.validation
+    rows["mixture"] = mixture.table.rows(log_prob(mixture.base, mixture.table.validation))
     widths = tuple(hidden) if hidden else (64, 64)
     unmoved = start(mixture, widths, seed)
     starts = [start(made, widths, seed) for made in choose_starts([*candidates, mixture])]
     winner = race(starts, budget, seed, steps)
     _train(winner, budget, seed, steps)
-    final = winner.score()
+    scored = winner.score()
+    final = float(scored.mean())
     say(f"flow: {final:.2f} nats per row after {budget.spent:.0f} s ({winner.steps} steps)")
-    chosen, value = (winner, final) if final < mixture.validation else (unmoved, mixture.validation)
-    parts["flow"] = value
-    return DensityFit(chosen.assemble(), parts, chosen.candidate.name, value, chosen.steps, budget.spent)
+    better = final < mixture.validation
+    chosen, rows["flow"] = (winner, scored) if better else (unmoved, rows["mixture"])
+    parts = {name: float(own.mean()) for name, own in rows.items()}
+    return DensityFit(chosen.assemble(), parts, gains(rows), chosen.candidate.name, parts["flow"], chosen.steps, budget.spent)
 
 
 def choose_starts(candidates: Sequence[Candidate]) -> list[Candidate]:

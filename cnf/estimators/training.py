@@ -50,7 +50,7 @@ class Pace(Callback):
     @property
     def step_seconds(self) -> float:
         """Median time of the latest steps, without validations."""
-        return statistics.median(self._steps)
+        return statistics.median(self._steps or [0.02])
 
     def on_start(self, run: Run) -> None:
         """Start the clock."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cnf._utils.errors import DataError, SolverError
 from cnf.data import DataSplits
@@ -23,6 +25,7 @@ from cnf.training.scoring import score, trained, write_scores
 
 __all__ = ["TEST_SCORES", "add_columns", "columns_text", "comparability", "finish", "summary"]
 
+DRAWN = 10_000  # rows and samples in a picture of a table
 TEST_SCORES = "test_nll.npz"  # likelihoods on the test split, in the run folder
 
 
@@ -117,18 +120,24 @@ def add_columns(result: dict[str, Any], flow: Flow, data: DataSplits, split: str
         say("no report on the columns: there is not enough memory for it")
 
 
-def finish(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path) -> dict[str, Any]:
+def finish(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path, about: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Score the test split with the best validation's weights; write result.json, test_nll.npz and plots.
 
     For tables the result includes the cost of each column. A run of a predictor reports loss and accuracy and writes
     test_predictions.npz. Several processes share the scoring; rank 0 does the rest.
+
+    Args:
+        trainer: after its last step.
+        info, data: of the run.
+        folder: of the run.
+        about: further entries of result.json.
     """
     if not isinstance(trainer.model, Flow):
         return finish_predictions(trainer, info, data, folder)
     flow = trainer.best_model()
     train, group = info.config.train, trainer.group
     result, found = score(flow, info, data, draws=train.noise_samples, items=train.test_items, group=group, quiet=trainer.quiet)
-    result |= trained(trainer, info, data)
+    result |= {**trained(trainer, info, data), **(about or {})}
     if not group.main:
         return result
     write_scores(folder / TEST_SCORES, found)
@@ -168,17 +177,21 @@ def pictures(flow: Flow, data: DataSplits, folder: Path, metrics: list[dict[str,
     plots, samples = folder / "plots", folder / "samples"
     plots.mkdir(exist_ok=True)
     samples.mkdir(exist_ok=True)
-    count = 64 if data.kind == "image" else min(10_000, len(data.test))
-    context = None if data.test_context is None else data.test_context[:count].to(flow.like)
+    rows, context = data.test, data.test_context
+    if data.kind == "table":  # as many points as a picture holds: the test split may be small
+        rows = torch.cat([rows, data.train[:DRAWN]])
+        context = None if context is None or data.train_context is None else torch.cat([context, data.train_context[:DRAWN]])
+    count = 64 if data.kind == "image" else min(DRAWN, len(rows))
+    rows, context = rows[:count], None if context is None else context[:count].to(flow.like)
     noise = Noise(0, "sample")
     if context is None:
         x = flow.sample(count, noise=noise)
     else:
         x = flow.sample(1, context, noise=noise)[0]
     x = x.cpu()
-    plotting.samples_beside_data(x, data.test[:count], samples / "samples.png", levels=data.levels, columns=data.columns)
+    plotting.samples_beside_data(x, rows, samples / "samples.png", levels=data.levels, columns=data.columns)
     if data.kind == "table" and x.shape[1] > 1:
-        plotting.corner_plot(x, data.test[:count], plots / "corner.png", columns=data.columns)
+        plotting.corner_plot(x, rows, plots / "corner.png", columns=data.columns)
     plotting.learning_curves(metrics, plots / "learning_curves.png", unit=unit)
     if data.event_shape == (2,) and context is None:
         plotting.density_2d(flow, data.test, plots / "density.png")
