@@ -61,8 +61,8 @@ class Denoiser(UNet):
         context_dim: int = 0,
         zero_init: bool = True,
     ):
-        if not interpolant.noise:
-            raise ConfigError("interpolant.noise must be positive for a denoiser, got 0: use truncated-normal dequantisation, whose data have noise")
+        if not interpolant.sigma:
+            raise ConfigError("interpolant.sigma must be positive for a denoiser, got 0: use truncated-normal dequantisation, whose data have noise")
         if not level > 0:
             raise ConfigError(f"level (the distance between two grey levels) must be positive, got {level}")
         super().__init__(
@@ -109,7 +109,7 @@ class Denoiser(UNet):
 
     def _field(self, x: Tensor, inner: Tensor, a: Tensor, b: Tensor, r: Tensor) -> Tensor:
         """Return f from x and F; jointly linear in both."""
-        left, s = 1 - self.interpolant.noise, self.data_std.to(x)
+        left, s = 1 - self.interpolant.sigma, self.data_std.to(x)
         ahead = self.interpolant.length * b / r
         return (ahead * (b - a * (s * s / left)) / r) * x - (ahead * (s / left)) * inner.to(x.dtype)
 

@@ -34,7 +34,7 @@ class Interpolant:
     share of time.
 
     Args:
-        noise: σ in [0, 1), in units of z.
+        sigma: σ in [0, 1), in units of z.
 
     Raises:
         ConfigError: for σ outside [0, 1).
@@ -45,25 +45,25 @@ class Interpolant:
         (0.1, 0.909091)
     """
 
-    noise: float = 0.0
+    sigma: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.noise < 1:
-            raise ConfigError(f"noise must be at least 0 and less than 1 (standard deviations of the base), got {self.noise}")
+        if not 0 <= self.sigma < 1:
+            raise ConfigError(f"sigma must be at least 0 and less than 1 (standard deviations of the base), got {self.sigma}")
 
     @property
     def length(self) -> float:
         """ln 1/σ, the number of e-folds of b along the path; 1 without noise."""
-        return -math.log(self.noise) if self.noise else 1.0
+        return -math.log(self.sigma) if self.sigma else 1.0
 
     def __call__(self, t: Tensor) -> Coefficients:
         """Return the coefficients at times t in [0, 1]."""
-        if not self.noise:
+        if not self.sigma:
             one = torch.ones_like(t)
             return Coefficients(1 - t, t, -one, one)
         b = torch.exp(self.length * (t - 1))
         db = self.length * b
-        left = 1 - self.noise
+        left = 1 - self.sigma
         return Coefficients(-torch.expm1(self.length * (t - 1)) / left, b, -db / left, db)
 
     def likelihood_weight(self, t: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class MatchingPath:
                 "flow matching trains only the field, but --dequantize variational is learned too: use uniform or truncated-normal"
             )
         interpolants = {stated(block.field, "interpolant") for block in self.blocks}
-        if len(interpolants) > 1 or (len(self.blocks) > 1 and next(iter(interpolants)).noise):
+        if len(interpolants) > 1 or (len(self.blocks) > 1 and next(iter(interpolants)).sigma):
             raise ConfigError(f"a path with noise needs exactly one block, got interpolants {sorted(map(repr, interpolants))}")
         self.interpolant: Interpolant = interpolants.pop()
 
@@ -80,7 +80,7 @@ class MatchingPath:
     def start(self, x: Tensor, noise: Noise | None = None) -> Tensor:
         """Return the data (N, \\*event') at the input of the first block, without the interpolant's noise."""
         for leaf, own in iter_leaves(self.flow.transform, Request(noise=noise, log_det=False))[: self.first]:
-            if self.interpolant.noise and isinstance(leaf, TruncatedNormalDequantize):
+            if self.interpolant.sigma and isinstance(leaf, TruncatedNormalDequantize):
                 x = leaf.middle(x)
             else:
                 x = leaf(x, own).value

@@ -72,23 +72,23 @@ class FlowMatching(DensityObjective):
             if value not in known:
                 raise ConfigError(f"{name}={value!r} is unknown: expected {' or '.join(map(repr, known))}")
         self.path = MatchingPath(flow)
-        if coupling != "independent" and self.path.interpolant.noise:
+        if coupling != "independent" and self.path.interpolant.sigma:
             raise ConfigError(
                 f"coupling={coupling!r} ties the noise to the data, and on this path part of it dequantises them: it has to be independent"
             )
-        if not isinstance(flow.base, StandardNormal) and (self.path.interpolant.noise or weights == "likelihood"):
-            reason = "the noise of the data is part of a normal z on this path" if self.path.interpolant.noise else "likelihood weights are those of a diffusion from a normal z"
+        if not isinstance(flow.base, StandardNormal) and (self.path.interpolant.sigma or weights == "likelihood"):
+            reason = "the noise of the data is part of a normal z on this path" if self.path.interpolant.sigma else "likelihood weights are those of a diffusion from a normal z"
             raise ConfigError(f"base is a {type(flow.base).__name__}, but {reason}: use a normal base, or a path without noise and weights='even'")
         self.coupling = coupling
         # without noise the likelihood weight is unbounded near the data, where the target is nearly all noise: a 2-D
         # Gaussian came within 0.24 nats of the truth, and within 0.02 with even weights
-        self.weights = weights if weights != "default" else "likelihood" if self.path.interpolant.noise else "even"
+        self.weights = weights if weights != "default" else "likelihood" if self.path.interpolant.sigma else "even"
         self.times = TimeDistribution() if times == "importance" else TimeDistribution(1)
 
     @property
     def bounds(self) -> bool:
         """Whether the loss is a bound in bits/dim: likelihood weights on a path with noise."""
-        return self.weights == "likelihood" and bool(self.path.interpolant.noise)
+        return self.weights == "likelihood" and bool(self.path.interpolant.sigma)
 
     @property
     def metric_unit(self) -> str:
