@@ -8,8 +8,17 @@ from difflib import get_close_matches
 from numbers import Integral
 
 __all__ = [
-    "CNFError", "CheckpointError", "ConfigError", "DataError", "Interrupted", "SolverError", "TrainingError", "require_at_least",
-    "require_inside", "unknown_name",
+    "CNFError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Interrupted",
+    "SolverError",
+    "TrainingError",
+    "constant_column",
+    "require_at_least",
+    "require_inside",
+    "unknown_name",
 ]  # fmt: skip
 
 
@@ -61,6 +70,16 @@ def require_inside(low: float, high: float, **arguments: float) -> None:
 
 class DataError(CNFError, ValueError):
     """Raised when a data set, file or batch cannot be used."""
+
+
+def constant_column(label: str, value: float) -> DataError:
+    """Return the error for a column with a single value.
+
+    Example:
+        >>> constant_column("column 2", 1.5)
+        DataError('column 2 is constant at 1.5 and has no density: drop it, or add noise')
+    """
+    return DataError(f"{label} is constant at {value + 0.0:g} and has no density: drop it, or add noise")
 
 
 class SolverError(CNFError, RuntimeError):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from cnf._utils.errors import ConfigError, DataError, require_at_least, unknown_name
+from cnf._utils.errors import ConfigError, DataError, constant_column, require_at_least, unknown_name
 from cnf.bases.base import Base
 from cnf.bases.mixture_fit import MixtureParameters, fit, iterate
 from cnf.random import Noise, draw
@@ -224,7 +224,7 @@ class GaussianMixture(Base):
             raise DataError(f"z holds NaN or infinity, first in row {int((~finite).nonzero()[0])}: remove or replace such rows")
         if bool((constant := rows.amin(0) == rows.amax(0)).any()):
             where = int(constant.nonzero()[0])
-            raise DataError(f"dimension {where} of z is constant at {float(rows[0, where]) + 0.0:g} and has no density: drop it, or add noise")
+            raise constant_column(f"dimension {where} of z", float(rows[0, where]))
         return rows
 
     def _triangular(self) -> Tensor:

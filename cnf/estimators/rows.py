@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cnf._utils.errors import ConfigError, DataError, require_at_least, require_inside
+from cnf._utils.errors import ConfigError, DataError, constant_column, require_at_least, require_inside
 from cnf.data.lattice import lattice_points, lattice_step
 
 __all__ = ["Layout", "PreparedRows", "check_parameters", "check_weights", "in_chunks", "prepare_rows", "seed_of"]
@@ -168,7 +168,7 @@ def prepare_rows(
     for j in columns:
         if x[:, j].min() == x[:, j].max():
             label = f"column {j}" + ("" if names is None else f" ({names[j]!r})")
-            raise DataError(f"{label} is constant at {x[0, j]:g} and has no density: drop it, or add noise")
+            raise constant_column(label, x[0, j])
         steps[j] = (lattice_step(x[:, j], np.finfo(np.float64).eps) or np.nan) if discrete else np.nan
     origins = x.min(0)
     changes = (x[1:] != x[:-1]).any(1)

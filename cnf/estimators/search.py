@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cnf._utils.errors import DataError, require_at_least, require_inside
+from cnf._utils.errors import DataError, constant_column, require_at_least, require_inside
 from cnf.estimators.budget import Budget
 from cnf.estimators.mixtures import COMPONENTS, Candidate, Table, fit_mixtures, log_prob, normal_nll, prepare
 from cnf.estimators.pooling import converge, pool
@@ -232,7 +232,7 @@ def _check(train: Tensor, validation: Tensor, names: Sequence[str] | None) -> No
     label = [f"column {j}" + (f" ({names[j]!r})" if names else "") for j in range(train.shape[1])]
     for j in range(train.shape[1]):
         if bool((train[:, j] == train[0, j]).all()):
-            raise DataError(f"{label[j]} is constant at {float(train[0, j]):g} and has no density: drop it, or add noise")
+            raise constant_column(label[j], float(train[0, j]))
         for i in range(j):
             if torch.equal(train[:, i], train[:, j]):
                 raise DataError(f"{label[j]} is a copy of {label[i]}, so that the table has no density: drop one of them")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cnf._utils.async_checks import deferred
-from cnf._utils.errors import ConfigError, DataError, require_at_least, require_inside, unknown_name
+from cnf._utils.errors import ConfigError, DataError, constant_column, require_at_least, require_inside, unknown_name
 from cnf.transforms.base import DeterministicTransform, Shape
 from cnf.transforms.marginal_selection import ColumnMarginal, ColumnSpec, defined, select_marginal, stack_marginals
 from cnf.transforms.quantile_fit import Cells
@@ -171,7 +171,7 @@ class MarginalTransform(DeterministicTransform):
         spec = self._spec(j)
         # the mean of a constant column is rounded, which leaves a deviation of about eps |mean|
         if not x.std() > 4 * np.finfo(np.float64).eps * abs(x.mean()):
-            raise DataError(f"{self._name(j)} is constant at {x[0]:g} and has no density: drop it, or add noise")
+            raise constant_column(self._name(j), x[0])
         if spec.bounds is not None:
             low, high = spec.bounds
             for part in (x, x if held_out is None else held_out):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from cnf._utils.errors import ConfigError, DataError
+from cnf._utils.errors import ConfigError, DataError, constant_column
 from cnf.transforms.base import DeterministicTransform
 
 __all__ = ["Standardize"]
@@ -77,7 +77,7 @@ class Standardize(DeterministicTransform):
         # the mean of a constant column is rounded, which leaves a std of about eps |mean|
         floor = 4 * torch.finfo(torch.float64).eps * mean.abs()
         if (where := _first(~((std > floor) & (std.to(self.std) > 0)))) is not None:
-            raise DataError(f"dimension {where} is constant at {float(mean[tuple(where)]):g} and has no density: drop it, or add noise")
+            raise constant_column(f"dimension {where}", float(mean[tuple(where)]))
         self.mean.copy_(mean)
         self.std.copy_(std)
 
