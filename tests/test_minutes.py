@@ -61,6 +61,7 @@ def test_a_table_with_a_category_and_missing_cells(tmp_path, capsys):
     result, info = json.loads((folder / "result.json").read_text()), read_config(folder)
     assert isinstance(info.config.model.base, ConditionalMixtureBaseConfig) and result["parts"]["calibrated"] <= result["parts"]["linear"]
     assert result["gains"]["mixture"][0] == pytest.approx(result["parts"]["linear"] - result["parts"]["mixture"])
+    assert (folder / "plots" / "calibration.png").is_file() and (folder / "plots" / "corner.png").is_file()
     # the run folder holds the density that was found
     flow, context = cnf.load(folder), torch.tensor([[1.0, 0.0]])
     draws = torch.cat([flow.sample(1, context)[0] for _ in range(5)])

@@ -13,6 +13,7 @@ __all__ = ["calibration_plot", "corner_plot"]
 
 LIMITS = (0.005, 0.995)  # quantiles of the data that each axis spans, widened by a tenth
 MOST_ROWS = 100_000
+MOST_COLUMNS = 8  # in a plot of calibration
 
 
 def corner_plot(samples: Tensor, data: Tensor, path: Path, *, columns: tuple[str, ...] = (), most: int = 8) -> Path:
@@ -71,13 +72,14 @@ def corner_plot(samples: Tensor, data: Tensor, path: Path, *, columns: tuple[str
     return save_figure(figure, path)
 
 
-def calibration_plot(ranks: Tensor, path: Path, *, title: str = "") -> Path:
+def calibration_plot(ranks: Tensor, path: Path, *, title: str = "", columns: tuple[str, ...] = ()) -> Path:
     """Plot the distribution of probability integral transforms F(y | x), which is uniform for a calibrated density.
 
     Args:
-        ranks: (N,) values of F(y | x) in [0, 1] on held-out rows.
+        ranks: (N,) values of F(y | x) in [0, 1] on held-out rows, or (N, D) for several columns, of which 8 are drawn.
         path: output PNG.
         title: title of the plot.
+        columns: names of the columns.
 
     Example:
         >>> import tempfile
@@ -85,17 +87,21 @@ def calibration_plot(ranks: Tensor, path: Path, *, title: str = "") -> Path:
         ...     calibration_plot(torch.rand(300), Path(folder) / "pit.png").name
         'pit.png'
     """
-    values = np.sort(array(ranks).astype(np.float64).ravel())
+    values = array(ranks).astype(np.float64)
+    values = np.sort(values.reshape(len(values), -1)[:, :MOST_COLUMNS], axis=0)
+    names = columns[:MOST_COLUMNS] or tuple(f"column {j}" for j in range(values.shape[1]))
     bins = int(np.clip(np.sqrt(len(values)) / 2, 5, 20))
     figure = new_figure(8.4, 3.9)
     left, right = subplots(figure, 1, 2, squeeze=False)[0]
-    left.hist(values, np.linspace(0, 1, bins + 1), density=True, alpha=0.6)
+    for own, name in zip(values.T, names, strict=True):
+        several = {"histtype": "step", "label": name} if len(names) > 1 else {"alpha": 0.6}
+        left.hist(own, np.linspace(0, 1, bins + 1), density=True, **several)
+        right.plot(np.linspace(0, 1, len(own)), own, lw=1.2)
     spread = 1.96 * np.sqrt(bins / max(1, len(values)))  # of a bin's density, if the values are uniform
     left.axhspan(1 - spread, 1 + spread, color="black", alpha=0.12, label="95 % if calibrated")
     left.axhline(1.0, color="black", lw=0.8)
     left.set(xlabel="F(y | x)", ylabel="density", xlim=(0, 1))
     left.legend(fontsize=8)
-    right.plot(np.linspace(0, 1, len(values)), values, lw=1.2)
     right.plot([0, 1], [0, 1], color="black", lw=0.8)
     right.set(xlabel="expected share of rows", ylabel="quantile of F(y | x)", xlim=(0, 1), ylim=(0, 1), aspect="equal")
     if title:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cnf._utils.errors import DataError, SolverError
 from cnf.data import DataSplits
@@ -26,6 +27,7 @@ from cnf.training.scoring import score, trained, write_scores
 __all__ = ["TEST_SCORES", "add_columns", "columns_text", "comparability", "finish", "summary"]
 
 DRAWN = 10_000  # rows and samples in a picture of a table
+RANKED, RIVALS = 1000, 100  # test rows in the plot of calibration, and samples of each
 TEST_SCORES = "test_nll.npz"  # likelihoods on the test split, in the run folder
 
 
@@ -192,9 +194,18 @@ def pictures(flow: Flow, data: DataSplits, folder: Path, metrics: list[dict[str,
     plotting.samples_beside_data(x, rows, samples / "samples.png", levels=data.levels, columns=data.columns)
     if data.kind == "table" and x.shape[1] > 1:
         plotting.corner_plot(x, rows, plots / "corner.png", columns=data.columns)
+    if data.kind == "table" and data.test_context is not None and len(data.test):
+        ranks = _ranks(flow, data.test[:RANKED], data.test_context[:RANKED].to(flow.like))
+        plotting.calibration_plot(ranks, plots / "calibration.png", title="test rows", columns=data.columns)
     plotting.learning_curves(metrics, plots / "learning_curves.png", unit=unit)
     if data.event_shape == (2,) and context is None:
         plotting.density_2d(flow, data.test, plots / "density.png")
         plotting.vector_field_2d(flow, plots / "vector_field.png")
         plotting.trajectories_2d(flow, data.test, plots / "trajectories.png")
         plotting.flow_gif(flow, plots / "flow.gif")
+
+
+def _ranks(flow: Flow, x: Tensor, context: Tensor) -> Tensor:
+    """Return F(x_j | context) (N, D) of rows (N, D), estimated by samples."""
+    draws = flow.sample(RIVALS, context, noise=Noise(0, "ranks")).cpu()
+    return ((draws < x.cpu()).double().sum(0) + 0.5) / (RIVALS + 1)
