@@ -141,6 +141,16 @@ def test_numeric_types(dtype):
     assert model.score_samples(x).dtype == np.float64 and np.isfinite(model.score(x))
 
 
+def test_an_ensemble_of_several_sizes():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(500, 2))
+    y = x[:, 0] + 0.3 * generator.normal(size=500)
+    model = ConditionalDensityEstimator(max_steps=3, hidden=(8,), random_state=0).fit(x, y)
+    assert model.flow_.base.components == 5 * (1 + 3)  # both are as good: five folds of one and of three components
+    assert list(model.parts_) == ["linear", "mixture", "calibrated"] and abs(model.parts_["calibrated"] - model.parts_["mixture"]) < 0.05
+    assert model.score(x, y) == pytest.approx(-0.5 * np.log(2 * np.pi * np.e * 0.3**2), abs=0.1)
+
+
 # -- scikit-learn's manners ------------------------------------------------------------------------------------------
 
 

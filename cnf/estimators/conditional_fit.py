@@ -120,7 +120,8 @@ def fit_conditional(
     for flow, data in zip(flows, held_out, strict=True):
         flow.cpu().double()
         choose_solver(flow, data.validation, data.validation_context)
-    rows["calibrated"] = _calibrate(flows, held_out)
+    total_rows = sum(len(data.validation) for data in folds)
+    rows["calibrated"] = _calibrate(flows, held_out).reshape(-1, total_rows).mean(0)  # over the ensemble's numbers of components
     parts = {part: float(own.mean()) for part, own in rows.items()}
     flow = flows[0]
     if len(flows) > 1:
