@@ -1,4 +1,4 @@
-"""Time grids by the noise of a path, and exponential multistep samplers: known flows, orders, costs, refusals."""
+"""Time grids by the noise of a path, exponential multistep samplers, and the options of cnf sample that choose them."""
 
 import copy
 import math
@@ -7,11 +7,15 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import F64, TIGHT, normal, perturbed
+from conftest import F64, TIGHT, normal, perturbed, slow
 
 import cnf
+from cnf.cli import main
+from cnf.cli.sample_options import MULTISTEP
+from cnf.config import PRESETS
 from cnf.errors import ConfigError, SolverError
 from cnf.fields import MLP, AugmentedTimeConditioning, Interpolant, TimePath
+from cnf.runs import RunInfo, write_config, write_weights
 from cnf.solvers import ExponentialMultistep, FixedGrid, PowerSpacing, RatioSpacing, Reversible
 from cnf.transforms import Request
 
@@ -202,3 +206,96 @@ def test_state_that_is_not_finite():
 
     with pytest.raises(SolverError, match=r"not finite after 4 steps \(unipc\)"):
         cnf.Flow(cnf.CNF(Bad()), (2,)).decode(5 * torch.ones(1, 2), solver=ExponentialMultistep("unipc", 4, SPACINGS[2]))
+
+
+# -- cnf sample --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of two untrained runs on the digits: a denoiser, and a plain convolutional field."""
+    folder, options = tmp_path_factory.mktemp("runs"), {"hidden": (4,), "zero_init": False, "noise_samples": 1, "test_items": 5}
+    for name, preset in (("denoiser", "fm-digits"), ("plain", "digits")):
+        info = RunInfo(PRESETS[preset].config.change(**options), (1, 8, 8), 17, 0, (), ())
+        (folder / name).mkdir()
+        torch.manual_seed(0)
+        write_config(folder / name, info)
+        write_weights(folder / name, info.build())
+    return folder
+
+
+def drawn(folder, words, capsys, out="x.npz"):
+    """The printed line and the arrays of a file."""
+    assert main(["sample", str(folder), "-n", "2", "--seed", "5", "--out", str(folder / out), *words.split()]) == 0
+    return capsys.readouterr().out.strip(), dict(np.load(folder / out)) if out.endswith("npz") else {}
+
+
+@pytest.mark.parametrize(
+    ("words", "solver", "said"),
+    [
+        ("", ("unipc", 12), "drawn by unipc in 12 evaluations; log_prob by dopri5 at rtol 2e-06"),
+        ("--quality draft", ("unipc", 6), "drawn by unipc in 6 evaluations"),
+        slow("--quality default", ("unipc", 12), "drawn by unipc in 12 evaluations"),
+        ("--quality exact", None, "drawn by dopri5 at rtol 2e-06"),
+        slow("--grid-steps 3 --method dpm++", ("dpm++", 3), "drawn by dpm++ in 3 evaluations"),
+        ("--grid-steps 2", ("rk4", 2), "drawn by rk4 in 2 solver steps (8 evaluations)"),
+    ],
+)
+def test_quality_chooses_the_solver_of_a_denoiser(runs, capsys, words, solver, said):
+    line, arrays = drawn(runs / "denoiser", words, capsys)
+    assert said in line
+    flow = cnf.load(runs / "denoiser")
+    path, noise, used = flow.blocks[0].field.interpolant, cnf.Noise(5, "sample"), None
+    if solver is not None:
+        used = ExponentialMultistep(*solver, RatioSpacing(path)) if solver[0] in METHODS else FixedGrid(*solver, spacing=PowerSpacing(path))
+    with torch.no_grad():
+        x = flow.sample(2, noise=noise, solver=used)
+        assert np.array_equal(arrays["samples"], x.numpy())
+        assert np.array_equal(arrays["log_prob"], flow.log_prob(x, noise=noise).numpy())
+
+
+def test_paths_of_a_denoiser_are_solved_by_the_runs_solver(runs, capsys):
+    line, arrays = drawn(runs / "denoiser", "--trajectory", capsys)
+    assert "drawn by unipc in 12 evaluations; log_prob and trajectory by dopri5" in line and arrays["trajectory"].shape == (21, 2, 1, 8, 8)
+    assert "drawn by dopri5 at rtol 2e-06" in drawn(runs / "denoiser", "", capsys, "x.gif")[0]
+    assert "drawn by rk4 in 1 solver steps" in drawn(runs / "denoiser", "--grid-steps 1 --precision bf16", capsys, "x.gif")[0]
+
+
+def test_other_runs_keep_the_adaptive_solver(runs, capsys):
+    for words in ("", "--quality exact"):
+        line, arrays = drawn(runs / "plain", words, capsys)
+        assert "drawn by dopri5" in line and "log_prob" not in line
+        assert np.array_equal(arrays["samples"], cnf.load(runs / "plain").sample(2, noise=cnf.Noise(5, "sample")).numpy())
+
+
+@pytest.mark.parametrize(("name", "words"), [("denoiser", ""), slow("denoiser", "--grid-steps 2"), ("plain", "--grid-steps 2")])
+def test_bf16_draws_nearly_the_same_samples(runs, capsys, name, words):
+    plain = drawn(runs / name, words, capsys)[1]["samples"]
+    line, arrays = drawn(runs / name, f"{words} --precision bf16", capsys)
+    assert "in bf16" in line and arrays["samples"].dtype == np.float32
+    assert 0 < np.abs(arrays["samples"] - plain).max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("denoiser", "--quality draft --grid-steps 3", "--quality draft and --grid-steps 3 both choose the solver: give one of them"),
+        ("denoiser", "--quality best", "invalid choice: 'best'"),
+        ("denoiser", "--method unipc", "--method unipc is for --grid-steps N: give both, or neither"),
+        ("denoiser", "--quality draft --out x.gif", "--quality draft draws samples without the way to them, which a .gif shows"),
+        ("denoiser", "--method unipc --grid-steps 3 --out x.gif", "--method unipc draws samples without the way to them"),
+        ("denoiser", "--quality exact --precision bf16", "--precision bf16 has three digits, too few for the error control"),
+        ("plain", "--quality draft", "--quality draft is for denoisers (presets such as fm-mnist), and this run's field is none: use --quality exact"),
+        ("plain", "--quality default", "--quality default is for denoisers"),
+        ("plain", "--grid-steps 3 --method dpm++", "--method dpm++ is for denoisers"),
+        ("plain", "--precision bf16", "--precision bf16 has three digits"),
+    ],
+)
+def test_sample_refuses_solvers_that_do_not_fit(runs, capsys, monkeypatch, name, words, message):
+    monkeypatch.chdir(runs)
+    assert main(["sample", name, *words.split()]) == 2
+    assert message in capsys.readouterr().err and not list(runs.glob("x.*"))
+
+
+def test_names_that_stand_in_for_imports_agree():
+    assert MULTISTEP == METHODS
