@@ -233,12 +233,12 @@ def drawn(folder, words, capsys, out="x.npz"):
 @pytest.mark.parametrize(
     ("words", "solver", "said"),
     [
-        ("", ("unipc", 12), "drawn by unipc in 12 evaluations; log_prob by dopri5 at rtol 2e-06"),
-        ("--quality draft", ("unipc", 6), "drawn by unipc in 6 evaluations"),
-        slow("--quality default", ("unipc", 12), "drawn by unipc in 12 evaluations"),
+        ("", ("unipc", 12), "drawn by unipc, 12 evaluations; log_prob by dopri5 at rtol 2e-06"),
+        ("--quality draft", ("unipc", 6), "drawn by unipc, 6 evaluations"),
+        slow("--quality default", ("unipc", 12), "drawn by unipc, 12 evaluations"),
         ("--quality exact", None, "drawn by dopri5 at rtol 2e-06"),
-        slow("--grid-steps 3 --method dpm++", ("dpm++", 3), "drawn by dpm++ in 3 evaluations"),
-        ("--grid-steps 2", ("rk4", 2), "drawn by rk4 in 2 solver steps (8 evaluations)"),
+        slow("--grid-steps 3 --method dpm++", ("dpm++", 3), "drawn by dpm++, 3 evaluations"),
+        ("--grid-steps 2", ("rk4", 2), "drawn by rk4, 2 solver steps (8 evaluations)"),
     ],
 )
 def test_quality_chooses_the_solver_of_a_denoiser(runs, capsys, words, solver, said):
@@ -256,9 +256,9 @@ def test_quality_chooses_the_solver_of_a_denoiser(runs, capsys, words, solver, s
 
 def test_paths_of_a_denoiser_are_solved_by_the_runs_solver(runs, capsys):
     line, arrays = drawn(runs / "denoiser", "--trajectory", capsys)
-    assert "drawn by unipc in 12 evaluations; log_prob and trajectory by dopri5" in line and arrays["trajectory"].shape == (21, 2, 1, 8, 8)
+    assert "drawn by unipc, 12 evaluations; log_prob and trajectory by dopri5" in line and arrays["trajectory"].shape == (21, 2, 1, 8, 8)
     assert "drawn by dopri5 at rtol 2e-06" in drawn(runs / "denoiser", "", capsys, "x.gif")[0]
-    assert "drawn by rk4 in 1 solver steps" in drawn(runs / "denoiser", "--grid-steps 1 --precision bf16", capsys, "x.gif")[0]
+    assert "drawn by rk4, 1 solver step (4 evaluations) in bf16" in drawn(runs / "denoiser", "--grid-steps 1 --precision bf16", capsys, "x.gif")[0]
 
 
 def test_other_runs_keep_the_adaptive_solver(runs, capsys):

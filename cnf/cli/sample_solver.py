@@ -26,7 +26,7 @@ class SamplePlan(NamedTuple):
     autocast: torch.dtype | None
     """Dtype of the field's computations; None for that of the weights."""
     description: str
-    """Solver and precision in words, such as "unipc in 12 evaluations"; empty for a flow without an ODE."""
+    """Solver and precision in words, such as "unipc, 12 evaluations"; empty for a flow without an ODE."""
     own: str
     """The run's own solver in words."""
 
@@ -88,9 +88,13 @@ def _words(solver: Solver, blocks: int) -> str:
     """Return the name and the size of a solver."""
     each = " in each block" if blocks > 1 else ""
     if isinstance(solver, ExponentialMultistep):
-        return f"{solver.method} in {solver.steps} evaluations{each}"
+        return f"{solver.method}, {_counted(solver.steps, 'evaluation')}{each}"
     if isinstance(solver, FixedGrid):
-        return f"{solver.method} in {solver.steps} solver steps{each} ({solver.steps * len(solver.tableau.b)} evaluations)"
+        return f"{solver.method}, {_counted(solver.steps, 'solver step')} ({_counted(solver.steps * len(solver.tableau.b), 'evaluation')}){each}"
     if isinstance(solver, Adaptive):
         return f"{solver.method} at rtol {solver.rtol:g}"
     return repr(solver)
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n} {noun}{'s' * (n != 1)}"
