@@ -169,7 +169,7 @@ def test_what_may_not_be():
         UNet(1, (4,), context_dim=2)(torch.tensor(0.0), torch.randn(1, 1, 4, 4))
     with pytest.raises(ConfigError, match="heads"):
         UNet(1, (6,), attention=True)
-    with pytest.raises(ConfigError, match=r"interpolant\.noise must be positive"):
+    with pytest.raises(ConfigError, match=r"interpolant\.sigma must be positive"):
         Denoiser(1, Interpolant(), level=0.1)
     with pytest.raises(ConfigError, match=r"level .*must be positive, got 0"):
         Denoiser(1, Interpolant(0.1), level=0.0)

@@ -25,6 +25,7 @@ FORMER = {
     "dequantization": "transforms.dequantization",
     "derivatives": "ode.derivatives",
     "divergence": "ode.divergence",
+    "fields.interpolant": "solvers.interpolant",
     "fitting": "training.fitting",
     "halving": "ode.halving",
     "likelihood": "evaluation",

@@ -13,6 +13,7 @@ from torch import Tensor
 from cnf._utils.errors import ConfigError, DataError
 from cnf.cli.common import load_splits, read_run, usable_device
 from cnf.cli.sample_options import FRAMES, IMAGES, VECTORS
+from cnf.cli.sample_solver import SamplePlan, sample_plan
 from cnf.data.schema import conditions, data_columns, encode, parse_given, plain_table, wanted
 from cnf.data.write import (
     ENDINGS,
@@ -25,9 +26,9 @@ from cnf.data.write import (
 )
 from cnf.distributed import Group, join
 from cnf.flow import Flow
+from cnf.ode.dynamics import field_precision
 from cnf.random import Noise
 from cnf.runs import RunInfo, load, outputs, write_atomic
-from cnf.solvers import FixedGrid
 
 __all__ = ["sample"]
 
@@ -53,6 +54,7 @@ def _joined(options: Any, info: RunInfo, group: Group) -> int:
     n: int = options.n or (IMAGES if images else VECTORS)
     context, given = _context(info, options, n, flow.like)
     out: Path = options.out or outputs(options.run) / "samples" / f"sample-{options.seed}.png"
+    plan = sample_plan(options, flow, animated=out.suffix == ".gif")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -67,11 +69,12 @@ def _joined(options: Any, info: RunInfo, group: Group) -> int:
         if group.main:
             from cnf import plotting
 
-            plotting.flow_gif(
-                flow, out, n=n, seed=options.seed, temperature=options.temperature, context=context, solver=_solver(options)
-            )
+            with field_precision(plan.autocast, flow.like):
+                plotting.flow_gif(
+                    flow, out, n=n, seed=options.seed, temperature=options.temperature, context=context, solver=plan.solver
+                )
     else:
-        x, arrays = _draw(flow, n, context, options, full=out.suffix == ".npz", group=group)
+        x, arrays = _draw(flow, n, context, options, plan, full=out.suffix == ".npz", group=group)
         if not group.main:
             return 0
         table = info.table or plain_table(info.columns or [f"column {j}" for j in range(info.event_shape[0])])
@@ -97,13 +100,11 @@ def _joined(options: Any, info: RunInfo, group: Group) -> int:
             _picture(x.cpu(), info, options, out)
         if out.suffix in (".npz", *ENDINGS):
             _explain(info, out)
-    print(f"{n:,} samples of {os.path.normpath(options.run)} in {out}")
+    drawn = f", drawn by {plan.description}" if plan.description else ""
+    if drawn and plan.solver is not None and out.suffix == ".npz":
+        drawn += f"; log_prob{' and trajectory' if options.trajectory else ''} by {plan.own}"
+    print(f"{n:,} samples of {os.path.normpath(options.run)} in {out}{drawn}")
     return 0
-
-
-def _solver(options: Any) -> FixedGrid | None:
-    """Return the solver of ``--grid-steps``; None for the run's own."""
-    return None if options.grid_steps is None else FixedGrid(options.method, options.grid_steps)
 
 
 def _explain(info: RunInfo, out: Path) -> None:
@@ -154,7 +155,9 @@ def _class_context(info: RunInfo, label: str | None, n: int, like: Tensor) -> Te
     return eye[info.classes.index(label)].expand(n, -1)
 
 
-def _draw(flow: Flow, n: int, context: Tensor | None, options: Any, *, full: bool, group: Group) -> tuple[Tensor, dict[str, Any]]:
+def _draw(
+    flow: Flow, n: int, context: Tensor | None, options: Any, plan: SamplePlan, *, full: bool, group: Group
+) -> tuple[Tensor, dict[str, Any]]:
     """Draw samples (n, \\*event) in batches; with ``full``, also return the arrays of the .npz file.
 
     Several processes divide the batches, each drawing its rows of the joint noise; rank 0 returns all samples, the
@@ -170,8 +173,9 @@ def _draw(flow: Flow, n: int, context: Tensor | None, options: Any, *, full: boo
             count = min(size, n - start)
             noise = Noise(options.seed, "sample", start=start, total=n)
             rows = None if context is None else context[start : start + count]
-            wanted: dict[str, Any] = {"noise": noise, "temperature": options.temperature, "solver": _solver(options)}
-            x = flow.sample(count, **wanted) if rows is None else flow.sample(1, rows, **wanted)[0]
+            wanted: dict[str, Any] = {"noise": noise, "temperature": options.temperature, "solver": plan.solver}
+            with field_precision(plan.autocast, flow.like):
+                x = flow.sample(count, **wanted) if rows is None else flow.sample(1, rows, **wanted)[0]
             part = {"samples": x}
             if full:
                 part["log_prob"] = flow.log_prob(x, rows, noise=noise)

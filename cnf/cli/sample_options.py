@@ -9,16 +9,18 @@ from typing import Any
 
 from cnf._utils.errors import ConfigError
 
-__all__ = ["ENDINGS", "FRAMES", "IMAGES", "METHODS", "VECTORS", "check", "parser"]
+__all__ = ["ENDINGS", "FRAMES", "IMAGES", "METHODS", "MULTISTEP", "VECTORS", "check", "parser"]
 
 ENDINGS = (".csv", ".parquet")
 SUFFIXES = (".png", ".npz", ".gif", *ENDINGS)
 METHODS = ("dopri5", "euler", "heun", "midpoint", "rk4", "rk4-classic")  # sorted(cnf.solvers.TABLEAUS)
+MULTISTEP = ("unipc", "dpm++")  # cnf.solvers.ExponentialMultistep.METHODS
+QUALITIES = ("draft", "default", "exact")
 IMAGES, VECTORS = 64, 1000  # default numbers of samples
 FRAMES = 21  # time points of --trajectory
 MOST_STEPS = 100_000
 EXAMPLES = (
-    ("pretrained:fm-mnist --grid-steps 16", "the packaged model"),
+    ("pretrained:fm-mnist --quality draft", "the packaged model"),
     ("runs/digits-0 -n 100 --out digits.png", "a picture"),
     ("runs/tabular-table-0 -n 1000 --out new.csv", "rows with the columns of your table"),
 )
@@ -41,9 +43,15 @@ def parser(program: str) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
     add("--temperature", type=float, default=1.0, help="scale of the latent noise; below 1 more typical samples, above 1 more varied ones "
         "(default: %(default)s)")  # fmt: skip
-    add("--grid-steps", type=int, metavar="N", help="sample with N solver steps of a fixed grid in each block, for speed (default: the run's "
-        "adaptive solver at its tolerances); log_prob and --trajectory use the run's solver")
-    add("--method", default="rk4", choices=METHODS, help="method of --grid-steps (default: %(default)s)")
+    add("--quality", choices=QUALITIES, help="draft or default: for denoisers (presets such as fm-mnist), 6 or 12 evaluations of the "
+        "multistep solver unipc; exact: the run's adaptive solver at its tolerances (default: default for a denoiser, exact otherwise and for "
+        "a .gif); log_prob and --trajectory always use the run's solver")  # fmt: skip
+    add("--grid-steps", type=int, metavar="N", help="instead of --quality: N solver steps of a fixed grid in each block; for a denoiser at equal "
+        "steps of a power of the noise")
+    add("--method", default="rk4", choices=(*METHODS, *MULTISTEP), help="method of --grid-steps; unipc and dpm++ are for denoisers "
+        "(default: %(default)s)")  # fmt: skip
+    add("--precision", default="fp32", choices=("fp32", "bf16"), help="precision of the field while samples are drawn, bf16 with any but "
+        "the adaptive solver (default: %(default)s)")  # fmt: skip
     add("--class", dest="label", metavar="NAME", help="runs with --condition label: class of the samples (default: "
         "every class in turn)")  # fmt: skip
     add("--given", metavar="NAME=VALUE,...", help="runs with --condition COLUMNS: sample p(others | these), such as x=1.5,z=low")
@@ -66,6 +74,8 @@ def check(options: Any) -> None:
         raise ConfigError(f"--temperature {options.temperature:g}: expected a positive number, such as 0.8")
     if options.grid_steps is not None and not 1 <= options.grid_steps <= MOST_STEPS:
         raise ConfigError(f"--grid-steps {options.grid_steps}: expected 1 to {MOST_STEPS:,} steps")
+    if options.quality is not None and options.grid_steps is not None:
+        raise ConfigError(f"--quality {options.quality} and --grid-steps {options.grid_steps} both choose the solver: give one of them")
     if options.grid_steps is None and options.method != "rk4":
         raise ConfigError(f"--method {options.method} is for --grid-steps N: give both, or neither")
     if options.seed < 0:

@@ -5,13 +5,13 @@ from cnf.fields.augmented import AUGMENTED_TIME_LAYERS, AugmentedTimeConditionin
 from cnf.fields.base import VectorField
 from cnf.fields.denoiser import PERIODS, Denoiser
 from cnf.fields.hypernet import HyperMLP
-from cnf.fields.interpolant import Interpolant
 from cnf.fields.layers import LAYERS, LayerFactory, time_layer
 from cnf.fields.maps import Conv, Linear
 from cnf.fields.networks import MLP, ConvField, Stack
 from cnf.fields.parallel import SqueezeSum
 from cnf.fields.time import TimeLayer
 from cnf.fields.unet import UNet
+from cnf.solvers.interpolant import Interpolant
 
 __all__ = [
     "AUGMENTED_TIME_LAYERS",

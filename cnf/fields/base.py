@@ -9,7 +9,7 @@ from torch.nn.modules import module as torch_module
 
 from cnf._utils.errors import ConfigError
 from cnf.fields.autodiff import autodiff_jvp
-from cnf.fields.interpolant import Interpolant
+from cnf.solvers.interpolant import Interpolant
 
 __all__ = ["FusedField", "SolveField", "SolveFunctions", "Structure", "VectorField", "consistent", "intact", "structure"]
 

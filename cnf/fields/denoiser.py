@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cnf._utils.errors import ConfigError, DataError
-from cnf.fields.interpolant import Interpolant
 from cnf.fields.unet import UNet
+from cnf.solvers.interpolant import Interpolant
 
 __all__ = ["PERIODS", "Denoiser"]
 

@@ -3,7 +3,23 @@
 from cnf.solvers.adaptive import Adaptive
 from cnf.solvers.base import Solution, Solver, Stats, refined
 from cnf.solvers.fixed import FixedGrid
+from cnf.solvers.multistep import ExponentialMultistep
 from cnf.solvers.reversible import Reversible
+from cnf.solvers.spacing import PowerSpacing, RatioSpacing, Spacing
 from cnf.solvers.tableaus import TABLEAUS, Tableau
 
-__all__ = ["TABLEAUS", "Adaptive", "FixedGrid", "Reversible", "Solution", "Solver", "Stats", "Tableau", "refined"]
+__all__ = [
+    "TABLEAUS",
+    "Adaptive",
+    "ExponentialMultistep",
+    "FixedGrid",
+    "PowerSpacing",
+    "RatioSpacing",
+    "Reversible",
+    "Solution",
+    "Solver",
+    "Spacing",
+    "Stats",
+    "Tableau",
+    "refined",
+]

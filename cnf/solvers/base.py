@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cnf._utils.errors import ConfigError, SolverError
 
-__all__ = ["RHS", "Counter", "Solution", "Solver", "SolverOverride", "State", "Stats", "finite", "largest", "refined", "require_finite", "solver_of"]
+__all__ = ["RHS", "Counter", "Solution", "Solver", "SolverOverride", "State", "Stats", "finite", "interval", "largest", "refined", "require_finite", "solver_of"]
 
 State = tuple[Tensor, ...]
 RHS = Callable[[Tensor, State], State]
@@ -115,7 +115,8 @@ class Solver(Protocol):
     """Solver of d state / ds = rhs(s, state) over s in [0, 1].
 
     The right-hand side does not depend on the quadratures. A solver may therefore call it with the dynamic entries
-    alone and read only their slopes; the right-hand side may then omit the others.
+    alone and read only their slopes; the right-hand side may then omit the others. Solvers that depend on the block's
+    time t = start + s span read the attributes ``start`` and ``span``, tensors (); without them t = s.
     """
 
     def solve(self, rhs: RHS, state: State, *, dynamic: int = 1, parameters: Sequence[Tensor] = ()) -> Solution:
@@ -151,6 +152,11 @@ def solver_of(block: Any, override: SolverOverride = None) -> Solver:
 def refined(block: Any) -> Solver:
     """Return the refined solver of a block in its present mode: ten times tighter tolerances, or twice the steps of a grid."""
     return solver_of(block).refined()
+
+
+def interval(rhs: RHS, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return start and length () of the block's time interval, negative from noise to data; 0 and 1 if ``rhs`` has none."""
+    return getattr(rhs, "start", like.new_zeros(())), getattr(rhs, "span", like.new_ones(()))
 
 
 def largest(y: State) -> float:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from cnf._utils.async_checks import deferred, tracing
-from cnf._utils.errors import SolverError, require_at_least, unknown_name
-from cnf.solvers.base import RHS, Counter, Solution, State, Stats, finite, largest
+from cnf._utils.errors import ConfigError, SolverError, require_at_least, unknown_name
+from cnf.solvers.base import RHS, Counter, Solution, State, Stats, finite, interval, largest
 from cnf.solvers.checkpointing import Recompute
+from cnf.solvers.spacing import Spacing
 from cnf.solvers.tableaus import TABLEAUS, Tableau
 
 __all__ = ["FixedGrid"]
@@ -58,14 +59,16 @@ class FixedGrid:
 
     Args:
         method: ``"euler"``, ``"midpoint"``, ``"heun"``, ``"rk4"`` (the 3/8 rule), ``"rk4-classic"`` or ``"dopri5"``.
-        steps: number of equal solver steps over [0, 1].
+        steps: number of solver steps over [0, 1].
         gradient: ``"direct"`` stores every stage for the backward pass; ``"checkpoint"`` stores four states and
             recomputes the steps between them (once up to four steps, twice beyond): the same gradient, in memory
             independent of the number of steps. It can be differentiated once, and ``parameters`` of :meth:`solve` must
             list every tensor that ``rhs`` closes over and that requires a gradient.
+        spacing: places the nodes in the block's time, in both directions, such as :class:`~cnf.solvers.PowerSpacing`;
+            None for equal steps. Gradients treat the nodes as constants.
 
     Raises:
-        ConfigError: for an unknown method or gradient, or fewer than one step.
+        ConfigError: for an unknown method or gradient, fewer than one step, or a spacing without a method ``times``.
 
     Example:
         >>> y = FixedGrid("rk4", steps=8).solve(lambda s, y: (-y[0],), (torch.ones(1),)).state[0]
@@ -75,21 +78,26 @@ class FixedGrid:
 
     GRADIENTS: ClassVar[tuple[str, ...]] = ("direct", "checkpoint")
 
-    def __init__(self, method: str = "rk4", steps: int = 4, gradient: str = "direct"):
+    def __init__(self, method: str = "rk4", steps: int = 4, gradient: str = "direct", *, spacing: Spacing | None = None):
         if method not in TABLEAUS:
             raise unknown_name("method", method, TABLEAUS, type(self).__name__)
         require_at_least(1, steps=steps)
         if gradient not in self.GRADIENTS:
             raise unknown_name("gradient", gradient, self.GRADIENTS, type(self).__name__)
-        self.method, self.steps, self.gradient = method, steps, gradient
+        if spacing is not None and (isinstance(spacing, type) or not hasattr(spacing, "times")):
+            raise ConfigError(f"spacing must be a time grid such as PowerSpacing(...), or None for equal steps, got {spacing!r}")
+        self.method, self.steps, self.gradient, self.spacing = method, steps, gradient, spacing
         self.tableau = TABLEAUS[method]
 
     def __repr__(self) -> str:
-        return f"FixedGrid({self.method!r}, steps={self.steps}, gradient={self.gradient!r})"
+        return f"FixedGrid({self.method!r}, steps={self.steps}, gradient={self.gradient!r}{self._spacing_repr()})"
+
+    def _spacing_repr(self) -> str:
+        return "" if self.spacing is None else f", spacing={self.spacing!r}"
 
     def with_steps(self, steps: int) -> FixedGrid:
-        """Return the same method with ``steps`` steps."""
-        return FixedGrid(self.method, steps, self.gradient)
+        """Return the same method and spacing with ``steps`` steps."""
+        return FixedGrid(self.method, steps, self.gradient, spacing=self.spacing)
 
     def refined(self) -> FixedGrid:
         """Return the same method with twice the steps."""
@@ -114,8 +122,7 @@ class FixedGrid:
                 Inside :func:`cnf.defer_checks` the state is not checked.
         """
         counter = Counter()
-        like = state[0]
-        nodes = torch.linspace(0, 1, self.steps + 1, dtype=like.dtype, device=like.device)
+        nodes = self.nodes(rhs, state[0])
         y = self._run(rhs, state, nodes, counter, dynamic, parameters)
         if not deferred(*y) and not finite(y):
             counter.nfe = 0
@@ -123,6 +130,16 @@ class FixedGrid:
                 self._run(rhs, state, nodes, counter, dynamic, parameters, check=True)
         counter.backward, counter.accepted = True, self.steps
         return Solution(y, Stats([counter]))
+
+    @torch.no_grad()
+    def nodes(self, rhs: RHS, like: Tensor) -> Tensor:
+        """Return the nodes (steps + 1,) of s, from 0 to 1, with dtype and device of ``like``."""
+        even = torch.linspace(0, 1, self.steps + 1, dtype=like.dtype, device=like.device)
+        if self.spacing is None:
+            return even
+        start, span = interval(rhs, like)
+        inner = (self.spacing.times(start, start + span, self.steps)[1:-1] - start) / span
+        return torch.cat([even[:1], inner.to(even).clamp(0, 1), even[-1:]])
 
     def _run(
         self,
@@ -165,5 +182,5 @@ class FixedGrid:
                 f"the state is not finite after step {i + 1} of {self.steps} ({self.method}) at s={nodes[i + 1]:.4g} "
                 f"of the block's time, {counter.nfe} evaluations: more steps, a smaller learning rate, or a "
                 "kinetic penalty may help",
-                s=float(nodes[i]), step=1 / self.steps, largest=largest(before),
+                s=float(nodes[i]), step=float(nodes[i + 1] - nodes[i]), largest=largest(before),
             )  # fmt: skip

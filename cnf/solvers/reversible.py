@@ -14,6 +14,7 @@ from cnf._utils.errors import ConfigError, SolverError
 from cnf.solvers.base import RHS, Counter, State
 from cnf.solvers.checkpointing import Recompute, final, present_autocast
 from cnf.solvers.fixed import FixedGrid, stages, weighted
+from cnf.solvers.spacing import Spacing
 from cnf.solvers.tableaus import Tableau
 
 __all__ = ["Reversible"]
@@ -49,13 +50,14 @@ class Reversible(FixedGrid):
 
     Args:
         method: as in :class:`FixedGrid`.
-        steps: number of equal solver steps over [0, 1].
+        steps: number of solver steps over [0, 1].
         coupling: λ in (0, 1]; None for :math:`10^{-3/\text{steps}}`. Each step damps errors of d by λ, and the reverse
             step amplifies them by 1/λ. Small values are stable: where the flow contracts by e⁻⁵, 16 steps of rk4 are a
             hundred times more accurate with the default than with 0.99.
         gradient: ``"reversible"``, or ``"direct"`` for the same values with every stage stored. ``"reversible"`` can be
             differentiated once, and ``parameters`` of :meth:`solve` must list every tensor that ``rhs`` closes over and
             that requires a gradient.
+        spacing: as in :class:`FixedGrid`.
 
     Raises:
         ConfigError: for an unknown method or gradient, fewer than one step, or a coupling outside (0, 1] or too small
@@ -73,9 +75,15 @@ class Reversible(FixedGrid):
     GRADIENTS = ("reversible", "direct")
 
     def __init__(
-        self, method: str = "rk4", steps: int = 4, coupling: float | None = None, gradient: str = "reversible"
+        self,
+        method: str = "rk4",
+        steps: int = 4,
+        coupling: float | None = None,
+        gradient: str = "reversible",
+        *,
+        spacing: Spacing | None = None,
     ):
-        super().__init__(method, steps, gradient)
+        super().__init__(method, steps, gradient, spacing=spacing)
         self.requested_coupling = coupling
         self.coupling = WHOLE_COUPLING ** (1 / steps) if coupling is None else coupling
         if not 0 < self.coupling <= 1:  # nan is neither
@@ -88,13 +96,14 @@ class Reversible(FixedGrid):
 
     def __repr__(self) -> str:
         return (
-            f"Reversible({self.method!r}, steps={self.steps}, coupling={self.coupling:.4g}, gradient={self.gradient!r})"
+            f"Reversible({self.method!r}, steps={self.steps}, coupling={self.coupling:.4g}, gradient={self.gradient!r}"
+            f"{self._spacing_repr()})"
         )
 
     def with_steps(self, steps: int) -> Reversible:
         """Return the same method with ``steps`` steps and the same total coupling λ^steps."""
         coupling = None if self.requested_coupling is None else self.requested_coupling ** (self.steps / steps)
-        return Reversible(self.method, steps, coupling, self.gradient)
+        return Reversible(self.method, steps, coupling, self.gradient, spacing=self.spacing)
 
     def _run(
         self,

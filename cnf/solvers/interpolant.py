@@ -66,6 +66,10 @@ class Interpolant:
         left = 1 - self.sigma
         return Coefficients(-torch.expm1(self.length * (t - 1)) / left, b, -db / left, db)
 
+    def time(self, b: Tensor) -> Tensor:
+        """Return the times at which the noise level is b > 0, of b's shape; b = 0 has one without data noise, t = 0."""
+        return b.log() / self.length + 1 if self.sigma else b
+
     def likelihood_weight(self, t: Tensor) -> Tensor:
         r"""Return the loss weight :math:`a / (b\,(a \dot b - b \dot a))`; without noise it is infinite at t = 0.
 
