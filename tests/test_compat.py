@@ -412,6 +412,16 @@ def test_another_architecture(change, match):
         load_reference(content)
 
 
+def test_an_end_time_that_is_not_finite():
+    content, _ = checkpoint()
+    for name, value in content["state_dict"].items():
+        if name.endswith("sqrt_end_time"):
+            value.fill_(math.inf)
+    vars(content["args"]).pop("time_length", None)
+    with pytest.raises(CheckpointError, match="end_time=inf; expected a finite number"):
+        load_reference(content)
+
+
 def test_a_squash_convolution_which_the_released_code_cannot_run():
     content, _ = checkpoint(Net("squash", 1, (3, 4), [1, 1, 1], 0), 1)
     assert load_reference(content).blocks[0].field.layers[0].has_gate  # as it should be built

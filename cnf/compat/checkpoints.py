@@ -84,15 +84,15 @@ def load_reference(
     reference = read_reference(source, args)
     arch = layout(reference)
     shape = _event_shape(arch, reference.args, event_shape)
-    model = _model(arch, reference.args)
     nbits = reference.args.get("nbits", int, 8)
     if not 1 <= nbits <= 8:
         raise CheckpointError(f"args.nbits must be between 1 and 8, got {nbits}")
     levels = 2**nbits if arch.images else None
-    solver = _solver(arch, reference.args, model)
-    if model.blocks > len(arch.blocks):
-        raise CheckpointError(f"args.num_blocks is {model.blocks}, but the checkpoint has only {len(arch.blocks)} blocks")
     try:
+        model = _model(arch, reference.args)
+        solver = _solver(arch, reference.args, model)
+        if model.blocks > len(arch.blocks):
+            raise CheckpointError(f"args.num_blocks is {model.blocks}, but the checkpoint has only {len(arch.blocks)} blocks")
         # first on the meta device: arguments that request more than the file holds must not allocate memory (with
         # levels, so that no statistics of vectors are inspected)
         with torch.device("meta"):
