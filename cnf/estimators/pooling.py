@@ -73,11 +73,11 @@ def pool(fitted: Sequence[Candidate], components: Sequence[int], budget: Budget,
     table, count = best.table, best.base.components
     larger = [k for k in components if k > count and k * 8 <= len(table.train)][:1] if count > 1 else []
     sizes = [count, *larger]
-    members, scores, failures = [best.base], log_prob(best.base, table.validation), 0
+    members, scores, failures, skipped = [best.base], log_prob(best.base, table.validation), 0, 0
     most = MOST_MEMBERS if budget.limited else MEMBERS
     pace = 0.0
     while count > 1 and len(members) < most and failures < FAILURES:
-        number = len(members) + failures
+        number = len(members) + failures + skipped
         size = sizes[number % len(sizes)]
         rows = len(table.train) if not budget.limited else min(len(table.train), max(5000, int(ROWS * size * max(1.0, seconds / 20))))
         began = budget.spent
@@ -98,6 +98,8 @@ def pool(fitted: Sequence[Candidate], components: Sequence[int], budget: Budget,
             members, scores, failures = [*members, base], pooled, 0
             best = replace(best, base=GaussianMixture.mean_of(members), validation=value, members=len(members))
             report(best)
+        elif size > count:  # overfits
+            sizes, skipped = [count], skipped + 1
         else:
             failures += 1
     return best
