@@ -141,6 +141,35 @@ def test_numeric_types(dtype):
     assert model.score_samples(x).dtype == np.float64 and np.isfinite(model.score(x))
 
 
+@pytest.mark.parametrize("offset", [1e9, -3e7])
+def test_columns_far_from_zero(offset):
+    """Single precision, in which the fit computes, does not resolve them."""
+    x = offset + np.random.default_rng(0).normal(size=(300, 2))
+    held_out = offset + np.random.default_rng(1).normal(size=(300, 2))
+    truth = stats.norm.logpdf(held_out - offset)
+    model = DensityEstimator(max_steps=3, components=1, hidden=(8,), random_state=0).fit(x)
+    assert model.score(held_out) == pytest.approx(truth.sum(1).mean(), abs=0.1)
+    np.testing.assert_allclose(model.sample(300, random_state=0).mean(0) - offset, 0, atol=0.2)
+    given = ConditionalDensityEstimator(max_steps=3, components=1, hidden=(8,), random_state=0).fit(x[:, :1], x[:, 1])
+    assert given.score(held_out[:, :1], held_out[:, 1]) == pytest.approx(truth[:, 1].mean(), abs=0.1)
+    np.testing.assert_allclose(given.predict(held_out[:5, :1]) - offset, 0, atol=0.3)
+
+
+def test_a_lattice_far_from_zero():
+    counts = 1e7 + np.random.default_rng(0).poisson(3, size=(500, 1))
+    model = DensityEstimator(max_steps=3, components=2, hidden=(8,), random_state=0).fit(counts)
+    np.testing.assert_allclose(np.exp(model.score_samples(1e7 + np.arange(8)[:, None])), stats.poisson.pmf(np.arange(8), 3), atol=0.05)
+    assert set(np.unique(model.sample(50, random_state=0))) <= set(1e7 + np.arange(-1, 12))
+
+
+@pytest.mark.parametrize("minutes", [1e-6, 1e-3])
+def test_hardly_any_time(minutes):
+    rows = np.repeat(np.random.default_rng(0).random((5, 2)), 30, 0)
+    assert np.isfinite(DensityEstimator(max_minutes=minutes, hidden=(8,), random_state=0).fit(rows).score(rows))
+    model = ConditionalDensityEstimator(max_minutes=minutes, hidden=(8,), random_state=0).fit(*xy(60))
+    assert np.isfinite(model.score(*xy(60)))
+
+
 def test_an_ensemble_of_several_sizes():
     generator = np.random.default_rng(0)
     x = generator.normal(size=(500, 2))

@@ -20,9 +20,11 @@ from cnf.estimators.rows import (
     LEAST_ROWS,
     check_parameters,
     check_weights,
+    far_columns,
     in_chunks,
     prepare_rows,
     seed_of,
+    shifted,
     to_lattice,
 )
 from cnf.random import Noise
@@ -140,13 +142,14 @@ class ConditionalDensityEstimator(MultiOutputMixin, RegressorMixin, BaseEstimato
         self._steps, self._origins = rows.steps[width:], rows.origins[width:]
         self._x_mean, spread = rows.x[:, :width].mean(0), rows.x[:, :width].std(0)
         self._x_std = np.where(spread > 1e-12 * (1 + np.abs(self._x_mean)), spread, 1.0)
+        self._y_shift = far_columns(rows.x[:, width:])
         few = len(rows.x) < _CROSS_VALIDATED
         folds = rows.folds(_FOLDS, seed) if few else [(rows.train, rows.validation)]
         found = fit_conditional(
             [self._data(train, held) for train, held in folds],
             minutes=self.max_minutes,
             seed=seed,
-            cells=rows.cells(slice(width, None)),
+            cells=rows.cells(slice(width, None), self._y_shift),
             names=names,
             components=None if isinstance(self.components, str) else int(self.components),
             hidden=self.hidden,
@@ -154,14 +157,14 @@ class ConditionalDensityEstimator(MultiOutputMixin, RegressorMixin, BaseEstimato
             device=self.device,
             on_progress=print if self.verbose else None,
         )
-        self.flow_, self.parts_ = found.flow, found.parts
+        self.flow_, self.parts_ = shifted(found.flow, self._y_shift), found.parts
         self.validation_score_, self.n_steps_ = -found.validation, found.steps
         return self
 
     def _data(self, train: Array, held: Array) -> DataSplits:
         width = len(self._x_mean)
         (x, context), (validation, its_context) = [
-            (torch.from_numpy(rows[:, width:]).float(), torch.from_numpy((rows[:, :width] - self._x_mean) / self._x_std).float()) for rows in (train, held)
+            (torch.from_numpy(rows[:, width:] - self._y_shift).float(), torch.from_numpy((rows[:, :width] - self._x_mean) / self._x_std).float()) for rows in (train, held)
         ]
         return DataSplits("rows", "table", x, validation, x[:0], context, its_context)
 

@@ -20,9 +20,11 @@ from cnf.estimators.rows import (
     Layout,
     check_parameters,
     check_weights,
+    far_columns,
     in_chunks,
     prepare_rows,
     seed_of,
+    shifted,
     to_lattice,
 )
 from cnf.estimators.search import DensityFit, fit_density
@@ -113,8 +115,10 @@ class DensityEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
         weight = check_weights(sample_weight, rows)
         data = prepare_rows(rows, weight, self.validation_fraction, seed, discrete=self.discrete == "auto", names=names)
         self._steps, self._origins = data.steps, data.origins
-        found = self._fit(data.train, data.validation, seed, data.cells(), names)
-        self.flow_, self.parts_ = found.flow.cpu().double(), found.parts
+        shift = far_columns(data.train)
+        train, validation = data.train - shift, data.validation - shift
+        found = self._fit(train, validation, seed, data.cells(shift=shift), names)
+        self.flow_, self.parts_ = shifted(found.flow.cpu().double(), shift), found.parts
         self.validation_score_, self.n_steps_ = -found.validation, found.steps
         return self
 

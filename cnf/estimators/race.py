@@ -132,9 +132,11 @@ class Start:
 
         Flows fall by about as much with each doubling of their steps; mixtures of many components start low and stay.
         """
+        if len(self.history) < 2:  # the time was up before its first step
+            return self.validation
         (early, high), (late, low) = self.history[-2:]
-        slope = min(0.0, low - high) / max(1e-9, math.log2(late / early))
-        return low + DAMPING * slope * math.log2(max(1.0, steps / late))
+        slope = min(0.0, low - high) / max(1e-9, math.log2(max(1, late) / max(1, early)))
+        return low + DAMPING * slope * math.log2(max(1.0, steps / max(1, late)))
 
     def score(self) -> Tensor:
         """Return the negative log-likelihood (M,) of the validation rows by the evaluation solver; infinite if one cannot be solved."""

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from cnf._utils.errors import ConfigError, DataError, constant_column, require_at_least, require_inside
 from cnf.data.lattice import lattice_points, lattice_step
+from cnf.flow import Flow
+from cnf.transforms import Sequential, Standardize
 
-__all__ = ["Layout", "PreparedRows", "check_parameters", "check_weights", "in_chunks", "prepare_rows", "seed_of"]
+__all__ = ["Layout", "PreparedRows", "check_parameters", "check_weights", "far_columns", "in_chunks", "prepare_rows", "seed_of", "shifted", "to_lattice"]
 
 Array = NDArray[np.float64]
 
 LEAST_ROWS = 5
+FAR = 100.0  # standard deviations; at 1e5 of them a value in single precision has two digits left
 _MOST_ROWS = 1_000_000  # of weighted rows as repeated rows
 _RESOLUTION = 4  # repeated rows for each row with fractional weights
 
@@ -86,9 +89,12 @@ class PreparedRows:
         fold = order[self.group] % min(count, len(order))
         return [(self.x[fold != k], self.x[fold == k]) for k in range(int(fold.max()) + 1)]
 
-    def cells(self, columns: slice = slice(None)) -> list[tuple[float, float] | None] | None:
-        """Return (border, step) of the discrete columns' cells, None for the others; None if all are continuous."""
-        pairs = zip(self.origins[columns], self.steps[columns], strict=True)
+    def cells(self, columns: slice = slice(None), shift: Array | float = 0.0) -> list[tuple[float, float] | None] | None:
+        """Return (border, step) of the discrete columns' cells, None for the others; None if all are continuous.
+
+        Borders are those of the columns less ``shift``.
+        """
+        pairs = zip(self.origins[columns] - shift, self.steps[columns], strict=True)
         out = [None if np.isnan(step) else (float(origin - step / 2), float(step)) for origin, step in pairs]
         return out if any(out) else None
 
@@ -191,6 +197,21 @@ def _held_out(group: NDArray[np.int64], fraction: float, generator: np.random.Ge
     count = min(max(count, 1), len(sizes) - 1)
     held: NDArray[np.bool_] = np.isin(group, order[:count])
     return held
+
+
+def far_columns(x: Array) -> Array:
+    """Return the median (D,) of columns that lie too far from 0 for single precision, in which the fit computes; 0 for others."""
+    middle, spread = np.median(x, axis=0), x.std(0)
+    far: Array = np.where(np.abs(middle) > FAR * spread, middle, 0.0)
+    return far
+
+
+def shifted(flow: Flow, shift: Array) -> Flow:
+    """Return the flow of rows from that of rows less ``shift`` (D,)."""
+    if not shift.any():
+        return flow
+    first = Standardize(torch.from_numpy(shift), torch.ones(len(shift), dtype=torch.float64))
+    return Flow(Sequential([first, flow.transform]), flow.event_shape, base=flow.base).eval()
 
 
 def to_lattice(x: Array, steps: Array, origins: Array) -> Array:

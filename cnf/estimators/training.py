@@ -49,8 +49,8 @@ class Pace(Callback):
 
     @property
     def step_seconds(self) -> float:
-        """Median time of the latest steps, without validations."""
-        return statistics.median(self._steps or [0.02])
+        """Median time of the latest steps, without validations; positive, though a clock may stand between two steps."""
+        return max(1e-4, statistics.median(self._steps or [0.02]))
 
     def on_start(self, run: Run) -> None:
         """Start the clock."""
