@@ -162,6 +162,18 @@ def test_a_lattice_far_from_zero():
     assert set(np.unique(model.sample(50, random_state=0))) <= set(1e7 + np.arange(-1, 12))
 
 
+def test_a_large_table_is_read_in_part(monkeypatch):
+    for name, value in {"_ROWS_PER_SECOND": 0, "_LEAST_READ": 300, "_SCORED": 50}.items():
+        monkeypatch.setattr(f"cnf.estimators.rows.{name}", value)
+    x = np.random.default_rng(0).lognormal(sigma=2.0, size=(4000, 2))
+    model = DensityEstimator(max_minutes=0.01, hidden=(8,), random_state=0).fit(x)
+    assert np.isfinite(model.score_samples(x)).all()  # the smallest and largest values too, which few rows would lack
+    truth = stats.lognorm.logpdf(x, 2.0).sum(1).mean()
+    assert model.score(x) == pytest.approx(truth, abs=0.2)
+    given = ConditionalDensityEstimator(max_minutes=0.01, hidden=(8,), random_state=0).fit(x[:, :1], x[:, 1])
+    assert given.score(x[:, :1], x[:, 1]) == pytest.approx(stats.lognorm.logpdf(x[:, 1], 2.0).mean(), abs=0.3)
+
+
 @pytest.mark.parametrize("minutes", [1e-6, 1e-3])
 def test_hardly_any_time(minutes):
     rows = np.repeat(np.random.default_rng(0).random((5, 2)), 30, 0)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cnf.bases.conditional import ConditionalMixture, ContextMixture, MixtureEnsemble
 from cnf.data import DataSplits
 from cnf.estimators.budget import Budget
-from cnf.estimators.rows import gains, in_chunks
+from cnf.estimators.rows import gains, in_chunks, read_rows, scored_rows
 from cnf.estimators.training import Pace, choose_solver, train
 from cnf.fields import MLP
 from cnf.flow import Flow
@@ -82,7 +82,7 @@ def fit_conditional(
         on_progress: is called with lines of progress.
     """
     say = on_progress or (lambda line: None)
-    folds = [_to(data, device) for data in folds]
+    folds = [_to(data if steps else _part(data, minutes, seed), device) for data in folds]
     budget = Budget(60 * minutes, wall=folds[0].train.is_cuda)
     race = (_RACE if len(folds) == 1 else 1.0) * budget.total
     rows: dict[str, Tensor] = {}  # of each part, those of validation
@@ -133,6 +133,19 @@ def _to(data: DataSplits, *target: Any) -> DataSplits:
     """Return training and validation rows on a device, or in a dtype."""
     names = ("train", "validation", "train_context", "validation_context")
     return dataclasses.replace(data, **{name: getattr(data, name).to(*target) for name in names})
+
+
+def _part(data: DataSplits, minutes: float, seed: int) -> DataSplits:
+    """Return the rows that a search within a time reads."""
+    assert data.train_context is not None and data.validation_context is not None
+    read, scored = read_rows(data.train, minutes, seed), scored_rows(data.validation, seed)
+    return dataclasses.replace(
+        data,
+        train=data.train[read],
+        validation=data.validation[scored],
+        train_context=data.train_context[read],
+        validation_context=data.validation_context[scored],
+    )
 
 
 def _nll(flow: Flow, data: DataSplits) -> Tensor:

@@ -18,12 +18,14 @@ from cnf.data.lattice import lattice_points, lattice_step
 from cnf.flow import Flow
 from cnf.transforms import Sequential, Standardize
 
-__all__ = ["Layout", "PreparedRows", "check_parameters", "check_weights", "far_columns", "in_chunks", "prepare_rows", "seed_of", "shifted", "to_lattice"]
+__all__ = ["Layout", "PreparedRows", "check_parameters", "check_weights", "far_columns", "gains", "in_chunks", "prepare_rows", "read_rows", "scored_rows", "seed_of", "shifted", "to_lattice"]
 
 Array = NDArray[np.float64]
 
 LEAST_ROWS = 5
 FAR = 100.0  # standard deviations; at 1e5 of them a value in single precision has two digits left
+_ROWS_PER_SECOND, _LEAST_READ = 5000, 20_000  # training rows that a time suffices for: their transform alone takes 100 µs for 50 columns
+_SCORED = 20_000  # validation rows
 _MOST_ROWS = 1_000_000  # of weighted rows as repeated rows
 _RESOLUTION = 4  # repeated rows for each row with fractional weights
 
@@ -197,6 +199,25 @@ def _held_out(group: NDArray[np.int64], fraction: float, generator: np.random.Ge
     count = min(max(count, 1), len(sizes) - 1)
     held: NDArray[np.bool_] = np.isin(group, order[:count])
     return held
+
+
+def read_rows(x: Tensor, minutes: float, seed: int) -> Tensor:
+    """Return the indices of the training rows (N, D) that a search within a time reads."""
+    return _some(x, int(max(_LEAST_READ, _ROWS_PER_SECOND * 60 * minutes)), seed)
+
+
+def scored_rows(x: Tensor, seed: int) -> Tensor:
+    """Return the indices of the validation rows (N, D) that choose between the parts of a search within a time."""
+    return _some(x, _SCORED, seed)
+
+
+def _some(x: Tensor, rows: int, seed: int) -> Tensor:
+    """Return indices of rows at random, and of those with the least and the largest value of each column, whose range is kept."""
+    if len(x) <= rows:
+        return torch.arange(len(x), device=x.device)
+    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:rows].to(x.device)
+    index: Tensor = torch.cat([chosen, x.argmin(0), x.argmax(0)]).unique()  # type: ignore[no-untyped-call]
+    return index
 
 
 def far_columns(x: Array) -> Array:

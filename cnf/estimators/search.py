@@ -14,7 +14,7 @@ from cnf.estimators.budget import Budget
 from cnf.estimators.mixtures import COMPONENTS, Candidate, Table, fit_mixtures, log_prob, normal_nll, prepare
 from cnf.estimators.pooling import converge, pool
 from cnf.estimators.race import Start, start
-from cnf.estimators.rows import gains
+from cnf.estimators.rows import gains, read_rows, scored_rows
 from cnf.flow import Flow
 from cnf.transforms import MarginalTransform, Standardize
 
@@ -28,8 +28,6 @@ VALIDATION_SHARE = 0.1  # of the training
 RACE_STEPS = 100  # of each start in the first round
 RACED = 1000  # validation rows of a race
 TRAINED = 2000  # validation rows while training
-SCORED = 20_000  # validation rows that choose between the parts
-ROWS_PER_SECOND, LEAST_ROWS = 5000, 20_000  # training rows that the time suffices for: their transform alone takes 100 µs for 50 columns
 
 
 @dataclass(frozen=True)
@@ -106,8 +104,7 @@ def fit_density(
     train, validation = (_rows(name, x, names, device) for name, x in (("train", train), ("validation", validation)))
     _check(train, validation, names)
     if not steps:
-        train = _subset(train, int(max(LEAST_ROWS, ROWS_PER_SECOND * 60 * minutes)), seed)
-        validation = _subset(validation, SCORED, seed)
+        train, validation = train[read_rows(train, minutes, seed)], validation[scored_rows(validation, seed)]
     say = on_progress or (lambda line: None)
     budget = Budget(None if steps else 60 * minutes, wall=train.is_cuda)
     tables = _tables(train, validation, cells, bounds, names)
@@ -214,14 +211,6 @@ def _rows(name: str, x: Tensor, names: Sequence[str] | None, device: str | torch
         row = int((~x.isfinite().all(1)).nonzero()[0])
         raise DataError(f"{name} holds NaN or infinity, first in row {row}: remove or replace such rows")
     return x
-
-
-def _subset(x: Tensor, rows: int, seed: int) -> Tensor:
-    """Return some rows at random, and those with the least and the largest value of each column, whose range is kept."""
-    if len(x) <= rows:
-        return x
-    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:rows].to(x.device)
-    return x[torch.cat([chosen, x.argmin(0), x.argmax(0)]).unique()]
 
 
 def _check(train: Tensor, validation: Tensor, names: Sequence[str] | None) -> None:
