@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from cnf._utils.errors import ConfigError, DataError
 from cnf.data import load
-from cnf.estimators import fit_density, race
+from cnf.estimators import fit_density, starts
 from cnf.estimators.budget import Budget
 from cnf.evaluation import evaluate
 
@@ -43,7 +43,7 @@ def test_a_flow_that_does_not_help_is_not_taken(monkeypatch):
     """With steps that only do harm, the mixture itself is returned."""
     x = rings(500, seed=3)
     for name in ("FINE", "SHARP"):
-        monkeypatch.setattr(race, name, race.Recipe(base_rate=3.0))
+        monkeypatch.setattr(starts, name, starts.Recipe(base_rate=3.0))
     result = fit_density(x[:400], x[400:], **QUICK)
     assert result.validation == result.parts["mixture"] and result.steps == 0
     assert evaluate(result.flow, x[400:]).mean == pytest.approx(result.parts["mixture"], abs=2e-5)

@@ -19,7 +19,7 @@ EVALUATIONS = {"draft": 6, "default": 12}  # of --quality; "exact" is the run's 
 
 
 class SamplePlan(NamedTuple):
-    """How samples are drawn."""
+    """Solver and precision of sampling."""
 
     solver: Solver | None
     """Solver of every block; None for the run's own."""

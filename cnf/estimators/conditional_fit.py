@@ -29,7 +29,7 @@ __all__ = ["ConditionalFit", "fit_conditional"]
 _COMPONENTS = (1, 3, 8)
 _ROWS_PER_COMPONENT = 80
 _CLOSE = 0.05  # nats: candidates of an ensemble's transform that are as close to the best take part
-_RACE = 0.5  # share of the time for the choice of transform and components
+_CHOICE = 0.5  # share of the time for the choice of transform and components
 _LOG_SCALES = tuple(0.025 * i for i in range(-20, 21))  # changes of the log standard deviations
 _CHANCE = 2.0  # nats: smaller gains of calibration are not significant
 _BATCH_SIZE = 256  # tables of at most twice as many rows are taken whole
@@ -84,18 +84,18 @@ def fit_conditional(
     say = on_progress or (lambda line: None)
     folds = [_to(data if steps else _part(data, minutes, seed), device) for data in folds]
     budget = Budget(60 * minutes, wall=folds[0].train.is_cuda)
-    race = (_RACE if len(folds) == 1 else 1.0) * budget.total
+    until = (_CHOICE if len(folds) == 1 else 1.0) * budget.total
     rows: dict[str, Tensor] = {}  # of each part, those of validation
     found: list[tuple[float, str, int, list[Flow]]] = []
     total = 0
     candidates = _candidates(folds, cells, names, components)
     for i, (name, transform, count) in enumerate(candidates):
-        if found and budget.spent > race:
+        if found and budget.spent > until:
             break
         flows, starts = [], []
         for j, data in enumerate(folds):
             flow = Flow(transform, data.train.shape[1:], base=_base(transform, data, count, hidden, seed + j)).to(device)
-            share = max(race - budget.spent, 0.0) / (len(folds) * (len(candidates) - i) - j)
+            share = max(until - budget.spent, 0.0) / (len(folds) * (len(candidates) - i) - j)
             starts.append(_nll(flow.eval(), data))
             total += _train(flow, data, [(flow.base, 2e-3)], Pace(_EVERY, budget, budget.spent + share, most=steps), seed + j).state.step
             flows.append(flow)

@@ -1,4 +1,4 @@
-"""Search for the density of a table in a given time: mixtures, a race of flows that start from them, training."""
+"""Search for the density of a table in a given time: mixtures, successive halving of flows that start from them, training."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from cnf._utils.errors import DataError, constant_column, require_at_least, requ
 from cnf.estimators.budget import Budget
 from cnf.estimators.mixtures import COMPONENTS, Candidate, Table, fit_mixtures, log_prob, normal_nll, prepare
 from cnf.estimators.pooling import converge, pool
-from cnf.estimators.race import Start, start
 from cnf.estimators.rows import gains, read_rows, scored_rows
+from cnf.estimators.starts import Start, start
 from cnf.flow import Flow
 from cnf.transforms import MarginalTransform, Standardize
 
 __all__ = ["DensityFit", "fit_density"]
 
 MIXTURE_SHARES = 0.15, 0.25, 0.5  # of the time, at which all sizes are tried, the best are at their optimum, and pooled
-RACE_SHARE = 0.1
-DUEL_SHARE = 0.25  # of what is left, for each of the last two
-DUEL_VALIDATIONS = 3
+HALVING_SHARE = 0.1
+LAST_SHARE = 0.25  # of what is left, for each of the last two
+LAST_VALIDATIONS = 3
 VALIDATION_SHARE = 0.1  # of the training
-RACE_STEPS = 100  # of each start in the first round
-RACED = 1000  # validation rows of a race
+FIRST_STEPS = 100  # of each start in the first round
+HALVING_ROWS = 1000  # of validation, for successive halving
 TRAINED = 2000  # validation rows while training
 
 
@@ -41,7 +41,7 @@ class DensityFit:
         gains: what each part after the first gains over the one before, with its standard error over the rows, in nats.
         start: transform and mixture that the flow started from.
         validation: that of ``flow``.
-        steps: optimiser steps of the flow, those of the race included.
+        steps: optimiser steps of the flow, those of successive halving included.
         seconds: CPU seconds of the search (wall-clock seconds on several threads).
     """
 
@@ -72,8 +72,8 @@ def fit_density(
     """Fit the density of a table within a time; on the validation rows it is never worse than the best mixture.
 
     Mixtures of Gaussians of rising size are fitted first, to the standardised columns and to columns that pass marginal
-    transforms. Flows that start from some of them, at exactly their likelihood, race by the validation; the winner is
-    trained on, and the best of all weights is returned, the best mixture among them. All figures are of the evaluation
+    transforms. Flows that start from some of them, at exactly their likelihood, undergo successive halving by the validation; the one
+    that is left is trained on, and the best of all weights is returned, the best mixture among them. All figures are of the evaluation
     solver. Within a time, large tables are read in part: 5,000 training rows for each second, 20,000 validation rows.
 
     Args:
@@ -128,13 +128,13 @@ def fit_density(
     widths = tuple(hidden) if hidden else (64, 64)
     unmoved = start(mixture, widths, seed)
     starts = [start(made, widths, seed) for made in choose_starts([*candidates, mixture])]
-    winner = race(starts, budget, seed, steps)
-    _train(winner, budget, seed, steps)
-    scored = winner.score()
+    selected = halve(starts, budget, seed, steps)
+    _train(selected, budget, seed, steps)
+    scored = selected.score()
     final = float(scored.mean())
-    say(f"flow: {final:.2f} nats per row after {budget.spent:.0f} s ({winner.steps} steps)")
+    say(f"flow: {final:.2f} nats per row after {budget.spent:.0f} s ({selected.steps} steps)")
     better = final < mixture.validation
-    chosen, rows["flow"] = (winner, scored) if better else (unmoved, rows["mixture"])
+    chosen, rows["flow"] = (selected, scored) if better else (unmoved, rows["mixture"])
     parts = {name: float(own.mean()) for name, own in rows.items()}
     return DensityFit(chosen.assemble(), parts, gains(rows), chosen.candidate.name, parts["flow"], chosen.steps, budget.spent)
 
@@ -153,21 +153,21 @@ def choose_starts(candidates: Sequence[Candidate]) -> list[Candidate]:
     return list({id(made): made for made in chosen}.values())
 
 
-def race(starts: list[Start], budget: Budget, seed: int, steps: int | None) -> Start:
-    """Train each start for some steps, keep the better half and the first, and so on; the last two have a longer duel."""
+def halve(starts: list[Start], budget: Budget, seed: int, steps: int | None) -> Start:
+    """Train each start for some steps, keep the better half and the first, and so on; the last two train for longer."""
     mixture = starts[0]
-    rows = torch.arange(min(RACED, len(starts[0].candidate.table.validation)))
-    count = max(2, steps // 10) if steps else RACE_STEPS
+    rows = torch.arange(min(HALVING_ROWS, len(starts[0].candidate.table.validation)))
+    count = max(2, steps // 10) if steps else FIRST_STEPS
     if budget.limited:  # measure the time of a step
         starts[0].train(6, budget, seed=seed, rows=rows)
         total = sum(len(starts) / 2**i for i in range(_rounds(starts)))
-        count = max(4, min(count, int(RACE_SHARE * budget.total / total / starts[0].step_seconds)))
+        count = max(4, min(count, int(HALVING_SHARE * budget.total / total / starts[0].step_seconds)))
     for number in range(_rounds(starts)):
-        duel = len(starts) == 2 and budget.limited
+        last = len(starts) == 2 and budget.limited
         for each in starts:
-            until = budget.spent + DUEL_SHARE * budget.left if duel else math.inf
-            plan = int((until - budget.spent) / each.step_seconds) if duel else count
-            each.train(plan, budget, until, seed=seed + number, rows=rows, validations=DUEL_VALIDATIONS if duel else 0 if number else 1)
+            until = budget.spent + LAST_SHARE * budget.left if last else math.inf
+            plan = int((until - budget.spent) / each.step_seconds) if last else count
+            each.train(plan, budget, until, seed=seed + number, rows=rows, validations=LAST_VALIDATIONS if last else 0 if number else 1)
         starts = sorted(starts, key=lambda each: each.predicted(each.steps + (steps or budget.left / each.step_seconds)))[: math.ceil(len(starts) / 2)]
         if len(starts) > 1 and mixture not in starts:  # early predictions are bold
             starts[-1] = mixture
@@ -179,19 +179,19 @@ def _rounds(starts: Sequence[Start]) -> int:
     return math.ceil(math.log2(len(starts)))
 
 
-def _train(winner: Start, budget: Budget, seed: int, steps: int | None) -> None:
-    """Train the winner to the end of the time, with some validations, and time for that of all rows afterwards."""
-    total = len(winner.candidate.table.validation)
+def _train(selected: Start, budget: Budget, seed: int, steps: int | None) -> None:
+    """Train the selected start to the end of the time, with some validations, and time for that of all rows afterwards."""
+    total = len(selected.candidate.table.validation)
     rows = torch.arange(min(TRAINED, total))
-    until = 0.97 * budget.total - winner.row_seconds * total
+    until = 0.97 * budget.total - selected.row_seconds * total
     if steps is None:
-        cost = max(1e-3, winner.row_seconds * len(rows))
+        cost = max(1e-3, selected.row_seconds * len(rows))
         validations = max(1, min(10, int(VALIDATION_SHARE * (until - budget.spent) / cost)))
-        plan = int((until - budget.spent - validations * cost) / winner.step_seconds)
+        plan = int((until - budget.spent - validations * cost) / selected.step_seconds)
     else:
         validations, plan = 4, steps
     if plan > 0:
-        winner.train(plan, budget, until, seed=seed + 100, rows=rows, validations=validations, decay=True)
+        selected.train(plan, budget, until, seed=seed + 100, rows=rows, validations=validations, decay=True)
 
 
 def _tables(train: Tensor, validation: Tensor, cells: object, bounds: object, names: Sequence[str] | None) -> list[Table]:

@@ -1,4 +1,4 @@
-"""Race of starts: short trainings of flows on mixtures of which the better half goes on, and the training of the winner."""
+"""Flows that start from a mixture, with a field that is zero: their recipes and their training."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Start:
         step_seconds: of one step, by the latest training.
         row_seconds: of a validation, for each row.
         refinements: doublings of the training solver's steps.
-        history: steps and validation of the races.
+        history: steps and validation of the trainings so far.
     """
 
     candidate: Candidate
@@ -128,7 +128,7 @@ class Start:
         return torch.optim.Adam(groups, fused=True)
 
     def predicted(self, steps: float) -> float:
-        """Return the validation that the race's course predicts after a number of steps.
+        """Return the validation that the course so far predicts after a number of steps.
 
         Flows fall by about as much with each doubling of their steps; mixtures of many components start low and stay.
         """
