@@ -148,6 +148,9 @@ class GaussianMixture(Base):
     def mean_of(cls, members: Sequence[GaussianMixture]) -> GaussianMixture:
         """Return the mean of mixtures over one event shape: a mixture of all their components.
 
+        Raises:
+            ConfigError: for no member, or members of several event shapes.
+
         Example:
             >>> mean = GaussianMixture.mean_of([GaussianMixture(2, 3), GaussianMixture(2, 4)])
             >>> mean.components

@@ -19,7 +19,7 @@ from cnf.data.pictures import SUFFIXES
 from cnf.data.prepared import reduce_bits
 from cnf.data.schema import TableColumn, conditions, data_columns, encode, plain_table, snap
 from cnf.data.splits import Array, Rows, encode_labels
-from cnf.data.tables import as_frame, off_lattice
+from cnf.data.tables import as_frame, off_lattice, without_missing
 
 __all__ = ["Items", "own_names", "read_items"]
 
@@ -92,7 +92,7 @@ def read_items(
         else:
             table_columns = _rows(rows, schema, path)
             if missing == "drop":
-                table_columns = _complete(table_columns, str(path))
+                table_columns = without_missing(table_columns, str(path))
                 kept = table_columns.rows
             require_finite(table_columns.joint, (*table_columns.names, *table_columns.given), str(path), scored=True)
             x, step, said = _scored(table_columns, path)
@@ -180,22 +180,6 @@ def _rows(rows: Rows, schema: Sequence[TableColumn], path: Path) -> Columns:
     if label and rows.labels is not None and label not in frame.columns:
         frame = frame.set_axis([c.name for c in data_columns(schema)], axis=1).assign(label=rows.labels) if frame.shape[1] == width else frame
     return by_schema(frame, schema, name)
-
-
-def _complete(columns: Columns, name: str) -> Columns:
-    """Return the rows without missing values.
-
-    Raises:
-        DataError: if none is left.
-    """
-    lacking = np.asarray(np.isnan(columns.joint).any(1))
-    if not lacking.any():
-        return columns
-    if lacking.all():
-        raise DataError(f"{name!r}: every row has a missing value")
-    said = f"{int(lacking.sum()):,} of {len(lacking):,} rows of {name!r} left out, since they have missing values, as in training (missing='drop')"
-    given = {column: values[~lacking] for column, values in columns.given.items()}
-    return Columns(columns.schema, columns.table[~lacking], given, columns.rows[~lacking], [*columns.notices, said])
 
 
 def _scored(columns: Columns, path: Path) -> tuple[Array, Array, list[str]]:

@@ -20,7 +20,7 @@ from cnf.data.splits import DataSplits, Options, Rows, assemble
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["as_frame", "load_table", "off_lattice"]
+__all__ = ["as_frame", "load_table", "off_lattice", "without_missing"]
 
 # a column is bounded at an end if the outer 2 % of its range there contain 1 % of its values, at least 5
 EDGE, EDGE_SHARE, EDGE_COUNT = 0.02, 0.01, 5
@@ -62,7 +62,7 @@ def load_table(rows: Sequence[Rows], labels: Array | None, name: str, options: O
     label = options.condition == "label" and labels is None and "label" in frame.columns
     if options.table:
         columns = by_schema(frame, options.table, name)
-        columns = _without_missing(columns) if options.missing == "drop" else columns
+        columns = without_missing(columns, name) if options.missing == "drop" else columns
     else:
         columns = understand(frame, options, name, label=label)
     table, given, names = columns.table, columns.given, columns.names
@@ -112,12 +112,18 @@ def _epsilon(rows: Sequence[Rows]) -> float:
     return max(float(np.finfo(k if k in (np.float16, np.float32) else np.float64).eps) for k in kinds)
 
 
-def _without_missing(columns: Columns) -> Columns:
-    """Drop the rows with missing values."""
+def without_missing(columns: Columns, name: str) -> Columns:
+    """Return the rows without missing values, with a notice of how many were dropped.
+
+    Raises:
+        DataError: if every row of ``name`` has one.
+    """
     good, total = np.flatnonzero(~np.isnan(columns.joint).any(1)), len(columns.rows)
     if len(good) == total:
         return columns
-    said = f"{total - len(good):,} of {total:,} rows dropped, since they have missing values (missing='drop')"
+    if not len(good):
+        raise DataError(f"{name!r}: every row has a missing value")
+    said = f"{total - len(good):,} of {total:,} rows dropped from {name!r}, since they have missing values (missing='drop')"
     given = {c: v[good] for c, v in columns.given.items()}
     return Columns(columns.schema, columns.table[good], given, columns.rows[good], [*columns.notices, said])
 

@@ -82,7 +82,9 @@ def fit_conditional(
         on_progress: is called with lines of progress.
     """
     say = on_progress or (lambda line: None)
-    folds = [_to(data if steps else _part(data, minutes, seed), device) for data in folds]
+    if not steps:
+        folds = [_part(data, read_rows(data.train, minutes, seed), scored_rows(data.validation, seed)) for data in folds]
+    folds = [_to(data, device) for data in folds]
     budget = Budget(60 * minutes, wall=folds[0].train.is_cuda)
     until = (_CHOICE if len(folds) == 1 else 1.0) * budget.total
     rows: dict[str, Tensor] = {}  # of each part, those of validation
@@ -135,10 +137,9 @@ def _to(data: DataSplits, *target: Any) -> DataSplits:
     return dataclasses.replace(data, **{name: getattr(data, name).to(*target) for name in names})
 
 
-def _part(data: DataSplits, minutes: float, seed: int) -> DataSplits:
-    """Return the rows that a search within a time reads."""
+def _part(data: DataSplits, read: Tensor | slice, scored: Tensor | slice) -> DataSplits:
+    """Return some of the training and validation rows."""
     assert data.train_context is not None and data.validation_context is not None
-    read, scored = read_rows(data.train, minutes, seed), scored_rows(data.validation, seed)
     return dataclasses.replace(
         data,
         train=data.train[read],
@@ -150,8 +151,8 @@ def _part(data: DataSplits, minutes: float, seed: int) -> DataSplits:
 
 def _nll(flow: Flow, data: DataSplits) -> Tensor:
     """Return the negative log-likelihood (M,) of the validation rows."""
-    given = () if data.validation_context is None else (data.validation_context,)
-    return -in_chunks(flow.log_prob, data.validation, *given).double()
+    assert data.validation_context is not None
+    return -in_chunks(flow.log_prob, data.validation, data.validation_context).double()
 
 
 def _keep(rows: dict[str, Tensor], part: str, own: Tensor) -> None:
@@ -207,7 +208,7 @@ def _train(flow: Flow, data: DataSplits, rates: Sequence[tuple[nn.Module, float]
     groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates]
     return train(
         flow,
-        dataclasses.replace(data, validation=data.validation[:_VALIDATED], validation_context=_first(data.validation_context)),
+        _part(data, slice(None), slice(_VALIDATED)),
         lambda _: torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=1e-2, fused=True),
         pace,
         pace.rate(_WARMUP),
@@ -217,10 +218,6 @@ def _train(flow: Flow, data: DataSplits, rates: Sequence[tuple[nn.Module, float]
         validate_every=every,
         callbacks=[EarlyStopping(_PATIENCE)],
     )
-
-
-def _first(context: Tensor | None) -> Tensor | None:
-    return None if context is None else context[:_VALIDATED]
 
 
 def _with_field(flow: Flow, data: DataSplits, hidden: Sequence[int], pace: Pace, seed: int) -> tuple[Flow, Trainer]:

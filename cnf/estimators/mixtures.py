@@ -15,7 +15,7 @@ from cnf.bases import GaussianMixture
 from cnf.estimators.budget import Budget
 from cnf.transforms import MarginalTransform, Standardize
 
-__all__ = ["COMPONENTS", "FIRST", "ITERATIONS", "ROWS", "TOLERANCE", "Candidate", "Table", "first_fit", "fit_mixtures", "log_prob", "normal_nll", "prepare", "some_rows"]
+__all__ = ["COMPONENTS", "FIRST", "ITERATIONS", "ROWS", "ROWS_PER_COMPONENT", "TOLERANCE", "Candidate", "Table", "enough_rows", "first_fit", "fit_mixtures", "log_prob", "normal_nll", "prepare", "some_rows"]
 
 COMPONENTS = (1, 2, 4, 8, 16, 30, 60, 100, 150, 200, 300, 400, 600)
 SMALL = 2000  # rows, up to which all kinds of covariance and two regularisations are tried
@@ -149,6 +149,11 @@ def fit_mixtures(
     return fitted
 
 
+def enough_rows(total: int, count: int, seconds: float) -> int:
+    """Return how many of ``total`` rows a fit of ``count`` components takes, where all fits take ``seconds``."""
+    return min(total, max(5000, int(ROWS * count * max(1.0, seconds / 20))))
+
+
 def some_rows(z: Tensor, rows: int, seed: int) -> Tensor:
     """Return ``rows`` rows in random order, the same for the same seed."""
     order = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))[:rows]
@@ -165,7 +170,7 @@ class _Progress:
         """Return the number of rows of the next fit."""
         if not budget.limited:
             return total
-        most = min(total, max(5000, int(ROWS * count * max(1.0, seconds / 20))))
+        most = enough_rows(total, count, seconds)
         allowed = max(0.0, seconds - budget.spent) / tables
         return most if not self.pace else min(most, int(allowed / (self.pace * count)))
 

@@ -11,7 +11,18 @@ import torch
 
 from cnf.bases import GaussianMixture
 from cnf.estimators.budget import Budget
-from cnf.estimators.mixtures import FIRST, ITERATIONS, ROWS, TOLERANCE, Candidate, first_fit, log_prob, some_rows
+from cnf.estimators.mixtures import (
+    FIRST,
+    ITERATIONS,
+    ROWS,
+    ROWS_PER_COMPONENT,
+    TOLERANCE,
+    Candidate,
+    enough_rows,
+    first_fit,
+    log_prob,
+    some_rows,
+)
 
 __all__ = ["converge", "pool"]
 
@@ -71,7 +82,7 @@ def pool(fitted: Sequence[Candidate], components: Sequence[int], budget: Budget,
     """
     best = min(fitted, key=lambda made: made.validation)
     table, count = best.table, best.base.components
-    larger = [k for k in components if k > count and k * 8 <= len(table.train)][:1] if count > 1 else []
+    larger = [k for k in components if k > count and k * ROWS_PER_COMPONENT <= len(table.train)][:1] if count > 1 else []
     sizes = [count, *larger]
     members, scores, failures, skipped = [best.base], log_prob(best.base, table.validation), 0, 0
     most = MOST_MEMBERS if budget.limited else MEMBERS
@@ -79,7 +90,7 @@ def pool(fitted: Sequence[Candidate], components: Sequence[int], budget: Budget,
     while count > 1 and len(members) < most and failures < FAILURES:
         number = len(members) + failures + skipped
         size = sizes[number % len(sizes)]
-        rows = len(table.train) if not budget.limited else min(len(table.train), max(5000, int(ROWS * size * max(1.0, seconds / 20))))
+        rows = enough_rows(len(table.train), size, seconds) if budget.limited else len(table.train)
         began = budget.spent
         if budget.limited and began + pace * rows * size >= seconds:
             break

@@ -103,7 +103,7 @@ class Start:
         recipe, table = self.recipe, self.candidate.table
         z = table.validation if rows is None else table.validation[rows]
         log_det = table.log_det if rows is None else table.log_det[rows]
-        pace = Pace(steps, budget, until, validations, None if math.isfinite(until) else steps)
+        pace = Pace(steps, budget, until, validations)
         monitor = SolverMonitor(recipe.tolerance / self.flow.dim, every=recipe.every)
         for block in self.flow.blocks:
             block.solver = FixedGrid("rk4", recipe.grid_steps * 2**self.refinements)
