@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -68,11 +69,18 @@ class LinearField(torch.nn.Module):
         return (x.flatten(1) @ self.a.T).reshape(x.shape)
 
 
-@pytest.fixture
-def double():
-    """Double precision by default, and a fixed seed."""
-    torch.set_default_dtype(F64)
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers for a test, whatever runs before it in its process."""
+    random.seed(0)
+    np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def double(seeded):
+    """Double precision by default."""
+    torch.set_default_dtype(F64)
     yield
     torch.set_default_dtype(torch.float32)
 

@@ -34,10 +34,10 @@ from cnf.bases import Base, ConditionalMixture, DistributionBase, GaussianMixtur
 from cnf.distribution import FlowDistribution
 from cnf.errors import CheckpointError, ConfigError, DataError
 from cnf.evaluation import evaluate
-from cnf.fields import MLP, ConvField, Interpolant
+from cnf.fields import MLP, ConvField, Interpolant, MixtureVelocity
 from cnf.losses import FlowMatching, Likelihood
 from cnf.random import Noise, draw
-from cnf.solvers import FixedGrid
+from cnf.solvers import Adaptive, FixedGrid
 from cnf.training.callbacks import WeightAverage
 from cnf.training.step import gradient
 from cnf.transforms import Dequantize, Gaussianize, Sequential, Standardize
@@ -432,6 +432,18 @@ def test_the_mean_of_mixtures(kinds):
         GaussianMixture.mean_of([members[0], GaussianMixture(3, 2)])
 
 
+@pytest.mark.parametrize("covariance", ["full", "diag"])
+def test_the_flow_to_a_mixture_in_closed_form_has_its_density(covariance):
+    base = GaussianMixture(2, 3, covariance).double()
+    with torch.no_grad():
+        for p in base.parameters():
+            p.add_(0.5 * torch.randn_like(p))
+    z = base.sample(20)
+    field = MixtureVelocity(base.logits, base.means, base.covariances)
+    flow = cnf.Flow(cnf.CNF(field, eval_solver=Adaptive("dopri5", rtol=1e-8, atol=1e-8)), (2,)).double().eval()
+    assert torch.allclose(flow.log_prob(z), base.log_prob(z), atol=1e-5)
+
+
 def test_fit_of_other_shapes():
     for shape in ((1,), (1, 2, 2), (2, 3)):
         z = normal(90, *shape)
@@ -514,7 +526,7 @@ from cnf.bases import GaussianMixture
 from cnf.distributed import join
 from cnf.fields import MLP
 from cnf.losses import FlowMatching, Likelihood
-from cnf.solvers import FixedGrid
+from cnf.solvers import Adaptive, FixedGrid
 
 torch.manual_seed(0)
 x = torch.randn(24, 2, dtype=torch.float64)

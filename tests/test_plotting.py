@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+import cnf
 from cnf import plotting
 from cnf.config import FlowConfig, SolverConfig
 from cnf.errors import CheckpointError, ConfigError
@@ -174,6 +175,27 @@ def test_trajectories(tmp_path, figures, flow):
     assert not legend.get_window_extent().overlaps(axis.get_window_extent())  # it hides no point
 
 
+def test_a_mixture_as_base_goes_on_to_a_standard_normal(tmp_path, figures):
+    """The map of one Gaussian's points is x -> S^(-1/2) (x - m); a field that is zero is left out."""
+    base = cnf.bases.GaussianMixture(2, 1)
+    with torch.no_grad():
+        base.means.copy_(torch.tensor([[1.0, -0.5]]))
+        base.lower.fill_(0.4)
+    roots, axes = torch.linalg.eigh(base.covariances[0].detach())
+    white = axes @ torch.diag(roots**-0.5) @ axes.T
+    for scale in (0.0, 0.3):
+        field = cnf.fields.MLP(2, (8,), zero_init=not scale)
+        flow = cnf.Flow(cnf.CNF(field), (2,), base=base).eval()
+        plotting.trajectories_2d(flow, data := points(30), tmp_path / "a.png", n=20)
+        start, end = (c.get_offsets() for c in figures[-1].axes[0].collections)
+        assert np.allclose(start, data[:20])
+        latent = flow.encode(data[:20]).detach()
+        assert torch.allclose(latent, data[:20], atol=1e-6) == (not scale)
+        assert np.allclose(end, (latent - base.means.detach()) @ white, atol=1e-4)
+    plotting.vector_field_2d(flow, tmp_path / "b.png", times=2)
+    assert len([axis for axis in figures[-1].axes if axis.get_title()]) == 4  # two blocks
+
+
 def frames_of(path):
     with Image.open(path) as picture:
         assert picture.format == "GIF" and picture.info["loop"] == 0
@@ -190,8 +212,10 @@ def test_gif_of_points(tmp_path, flow, figures):
     assert len({f.shape for f, _ in frames}) == 1
     (axis,) = figures[0].axes
     x = flow.rsample(50, noise=Noise(0, "sample"))
-    assert np.allclose(axis.collections[0].get_offsets(), flow.transform.transforms[0](x).value.detach(), atol=1e-5)
-    assert axis.get_title() == "t = 0.00 T"
+    arrived, trails, dots = axis.collections
+    assert np.allclose(dots.get_offsets(), flow.transform.transforms[0](x).value.detach(), atol=1e-5)
+    assert np.allclose(arrived.get_offsets(), dots.get_offsets()) and len(trails.get_segments()) == 50
+    assert axis.get_title() == "from noise (0) to data (1): 1.00"
     context = torch.eye(2)[torch.arange(6) % 2]
     conditional = ready(build(FlowConfig.of(hidden=(4,)), SolverConfig(), (2,), context_dim=2))
     assert len(frames_of(plotting.flow_gif(conditional, tmp_path / "b.gif", n=6, frames=3, context=context))) == 3

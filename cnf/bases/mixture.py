@@ -245,6 +245,13 @@ class GaussianMixture(Base):
         self.fitted = True
 
     @property
+    def covariances(self) -> Tensor:
+        """Covariances (K, D, D) of the components."""
+        roots: Tensor = torch.linalg.inv(self._triangular())
+        covariances: Tensor = roots @ roots.mT
+        return covariances.expand(self.components, -1, -1)
+
+    @property
     def has_rsample(self) -> bool:
         """Whether samples have a gradient in all trained parameters: with one component, or if none is trained."""
         return self.components == 1 or not any(p.requires_grad for p in self.parameters())

@@ -7,6 +7,7 @@ from cnf.fields.denoiser import PERIODS, Denoiser
 from cnf.fields.hypernet import HyperMLP
 from cnf.fields.layers import LAYERS, LayerFactory, time_layer
 from cnf.fields.maps import Conv, Linear
+from cnf.fields.mixture import MixtureVelocity
 from cnf.fields.networks import MLP, ConvField, Stack
 from cnf.fields.parallel import SqueezeSum
 from cnf.fields.time import TimeLayer
@@ -26,6 +27,7 @@ __all__ = [
     "Interpolant",
     "LayerFactory",
     "Linear",
+    "MixtureVelocity",
     "SqueezeSum",
     "Stack",
     "TimeLayer",

@@ -1,4 +1,4 @@
-"""Animated GIFs of a flow."""
+"""Flows from noise to data, and animated GIFs of them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,43 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from PIL import Image
 from torch import Tensor
 
 from cnf._utils.errors import ConfigError
+from cnf.bases import GaussianMixture, StandardNormal
+from cnf.fields import MixtureVelocity
 from cnf.flow import Flow
 from cnf.ode.continuous import CNF
 from cnf.plotting.canvas import array, new_figure, subplots, tiles, write
 from cnf.random import Noise
 from cnf.solvers.base import SolverOverride
-from cnf.transforms import Squeeze, iter_leaves
+from cnf.transforms import Sequential, Squeeze, iter_leaves
 
-__all__ = ["flow_gif"]
+__all__ = ["flow_gif", "to_standard_normal"]
+
+MOVED = 0.01  # least mean distance from data to latents, in standardised coordinates, that a picture shows
+PROBES = 256  # samples by which that is measured
+TRAIL = 4  # frames
+
+
+@torch.no_grad()
+def to_standard_normal(flow: Flow) -> Flow:
+    """Return a flow of points in the plane whose base is a Gaussian mixture with a standard normal as base instead.
+
+    The latents go on by the closed-form velocity of the mixture (:class:`~cnf.fields.MixtureVelocity`), and blocks that
+    leave them where they are are left out, so that a picture shows the way from noise to data. Other flows are returned.
+    """
+    base = flow.base
+    if not isinstance(base, GaussianMixture) or flow.event_shape != (2,) or flow.context_dim:
+        return flow
+    field = MixtureVelocity(base.logits.double().log_softmax(0), base.means.double(), base.covariances.double())
+    leaves = [leaf for leaf, _ in iter_leaves(flow.transform)]
+    way = flow.trajectory(flow.sample(PROBES, noise=Noise(0, "sample")), torch.linspace(0, 1, 2))
+    if float((way[1] - way[0]).norm(dim=1).mean()) < MOVED:
+        leaves = [leaf for leaf in leaves if not any(isinstance(m, CNF) for m in leaf.modules())]
+    return Flow(Sequential([*leaves, CNF(field).to(flow.like)]), (2,), base=StandardNormal(2)).to(flow.like).eval()
 
 
 @torch.no_grad()
@@ -35,7 +60,7 @@ def flow_gif(
     context: Tensor | None = None,
     solver: SolverOverride = None,
 ) -> Path:
-    """Animate noise flowing to data: by default 2,000 points in the plane, or a grid of 64 images.
+    """Animate noise flowing to data: by default 2,000 points in the plane, or a grid of 64 images; see :func:`to_standard_normal`.
 
     Args:
         flow: flow on points in the plane or on images; the scales of a multiscale flow move one after another.
@@ -60,7 +85,7 @@ def flow_gif(
         x = flow.rsample(n, noise=noise, temperature=temperature, solver=solver)
     else:
         x = flow.rsample(1, context, noise=noise, temperature=temperature, solver=solver)[0]
-    way = flow.trajectory(x, torch.linspace(0, 1, frames), context, solver=solver).flip(0)
+    way = to_standard_normal(flow).trajectory(x, torch.linspace(0, 1, frames), context, solver=solver).flip(0)
     if images:
         leaves = (leaf for leaf, _ in iter_leaves(flow.transform))
         before = list(itertools.takewhile(lambda leaf: not any(isinstance(m, CNF) for m in leaf.modules()), leaves))
@@ -80,16 +105,22 @@ def flow_gif(
 
 
 def _scatters(way: Any) -> list[Image.Image]:
-    """Draw frames of points (frames, N, 2), from noise to data."""
+    """Draw frames of points (frames, N, 2), from noise to data, with the trails of a few frames."""
     limit = float(np.quantile(np.abs(way), 0.999)) * 1.1
-    figure = new_figure(4.2, 4.4)
+    figure = new_figure(4.8, 5.1)
     axis = subplots(figure)
-    dots = axis.scatter(*way[0].T, 3, alpha=0.6, linewidths=0)
+    axis.scatter(*way[-1].T, 3, color="0.85", linewidths=0, zorder=1)
+    trails = axis.add_collection(LineCollection([], colors="tab:blue", linewidths=0.4, alpha=0.35, zorder=2))
+    dots = axis.scatter(*way[0].T, 4, color="tab:blue", linewidths=0, zorder=3)
     axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xlabel="standardised coordinates")
     canvas, pictures = FigureCanvasAgg(figure), []
+    axis.set_title(" ")
+    canvas.draw()  # the layout, which the frames share
+    figure.set_layout_engine("none")
     for i, points in enumerate(way):
         dots.set_offsets(points)
-        axis.set_title(f"t = {1 - i / (len(way) - 1):.2f} T")
+        trails.set_segments(way[max(0, i - TRAIL) : i + 1].swapaxes(0, 1) if i else [])
+        axis.set_title(f"from noise (0) to data (1): {i / (len(way) - 1):.2f}")
         canvas.draw()
         pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
     return pictures

@@ -11,6 +11,7 @@ from torch import Tensor
 from cnf.flow import Flow
 from cnf.ode.continuous import CNF
 from cnf.plotting.canvas import array, aspect_of, box_around, new_figure, save_figure, subplots, xy
+from cnf.plotting.motion import to_standard_normal
 from cnf.transforms import Request, Transform
 from cnf.transforms.chain import State, walk
 
@@ -75,7 +76,7 @@ def vector_field_2d(flow: Flow, path: Path, *, times: int = 5, extent: float = 3
                 shared.value = block.advance_augmented_time(shared.value, end)
         return state
 
-    walk(flow.transform, (grid,), Request(steer=False), draw)
+    walk(to_standard_normal(flow).transform, (grid,), Request(steer=False), draw)
     speeds = np.stack([np.hypot(*v.T) for _, v in panels])
     top = float(np.quantile(speeds, 0.99)) or 1.0
     rows = len(panels) // times
@@ -94,13 +95,13 @@ def vector_field_2d(flow: Flow, path: Path, *, times: int = 5, extent: float = 3
 
 
 def trajectories_2d(flow: Flow, data: Tensor, path: Path, *, n: int = 200) -> Path:
-    """Plot the paths of the first ``n`` points of data (N, 2) to the latent, in standardised coordinates, as PNG."""
-    paths = array(flow.trajectory(data[:n].to(flow.like), torch.linspace(0, 1, 40)))
+    """Plot the paths of the first ``n`` points of data (N, 2) to noise, in standardised coordinates; see :func:`.motion.to_standard_normal`."""
+    way = array(to_standard_normal(flow).trajectory(data[:n].to(flow.like), torch.linspace(0, 1, 40)))
     figure = new_figure(6.4, 6.6)
     axis = subplots(figure)
-    axis.plot(paths[:, :, 0], paths[:, :, 1], color="grey", lw=0.5, alpha=0.6)
-    axis.scatter(*xy(paths[0]), 8, color="tab:red", label="data (t = 0)", zorder=3)
-    axis.scatter(*xy(paths[-1]), 8, color="tab:blue", label="latent (t = T)", zorder=3)
+    axis.plot(way[:, :, 0], way[:, :, 1], color="grey", lw=0.5, alpha=0.6)
+    axis.scatter(*xy(way[0]), 8, color="tab:red", label="data (t = 0)", zorder=3)
+    axis.scatter(*xy(way[-1]), 8, color="tab:blue", label="noise (t = T)", zorder=3)
     axis.set(aspect="equal", title="trajectories (standardised coordinates)")
     figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return save_figure(figure, path)
