@@ -36,6 +36,9 @@ def test_fused_tangents_are_those_of_autodiff(kind, context_dim):
     t, t_dot = torch.tensor(0.3).double(), torch.tensor(0.7).double()
     dx, product = field.jvp(t, x, v, context)
     _, total = field.jvp(t, x, v, context, t_dot=t_dot)
+    with torch.no_grad():  # without gradient by kernels that have none
+        for with_gradient, alone in zip((dx, product), field.jvp(t, x, v, context), strict=True):
+            torch.testing.assert_close(alone, with_gradient, rtol=1e-11, atol=1e-12)
     for k in range(2):
         value, one = torch.func.jvp(lambda y: field(t, y, context), (x,), (v[k],))
         torch.testing.assert_close(value, dx, rtol=1e-12, atol=1e-12)

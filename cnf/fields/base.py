@@ -9,6 +9,7 @@ from torch.nn.modules import module as torch_module
 
 from cnf._utils.errors import ConfigError
 from cnf.fields.autodiff import autodiff_jvp
+from cnf.solvers.adams import Semilinear
 from cnf.solvers.interpolant import Interpolant
 
 __all__ = ["FusedField", "SolveField", "SolveFunctions", "Structure", "VectorField", "consistent", "intact", "structure"]
@@ -35,6 +36,8 @@ class SolveField:
     """Whether :meth:`jvp` does without autodiff."""
     closed_form = False
     """Whether :meth:`divergence` is available."""
+    semilinear: Callable[[Tensor], Semilinear] | None = None
+    """The linear part of f at times (T,), for :class:`~cnf.solvers.ExponentialAdams`; None if it is not known."""
 
     def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return dx/dt (N, \\*event)."""

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from cnf._utils.errors import ConfigError, DataError
+from cnf.fields.base import SolveField
 from cnf.fields.unet import UNet
+from cnf.solvers.adams import Semilinear
 from cnf.solvers.interpolant import Interpolant
 
 __all__ = ["PERIODS", "Denoiser"]
@@ -85,6 +87,26 @@ class Denoiser(UNet):
         if not 0 < mean < math.inf:
             raise DataError(f"the data's mean square is {mean:g}; expected finite numbers that are not all zero")
         self.data_std.fill_(math.sqrt(mean))
+
+    def precompute(self, x: Tensor, context: Tensor | None = None) -> SolveField:
+        """Return the field for one solve, with its linear part."""
+        field = super().precompute(x, context)
+        field.semilinear = self.semilinear
+        return field
+
+    def semilinear(self, t: Tensor) -> Semilinear:
+        r"""Return the linear part at times t (T,): with :math:`\theta = \arctan b/(a s)`, f is :math:`(\dot r/r) x - r \dot\theta F`.
+
+        Example:
+            >>> field = Denoiser(1, Interpolant(0.01), level=4 / 256, hidden=(8,), depth=1)
+            >>> field.semilinear(torch.tensor([0.0, 1.0])).angle.mul(2 / torch.pi).round(decimals=3).tolist()
+            [0.006, 1.0]
+        """
+        a, b, da, db = self.interpolant(t.double())
+        s = self.data_std.to(a)
+        square = (a * s).square() + b.square()
+        rate = (a * da * s.square() + b * db) / square
+        return Semilinear(square.sqrt(), rate, torch.atan2(b, a * s), s * (a * db - b * da) / square)
 
     def value(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return dx/dt (N, C, H, W) at x and t (), or t (N,) with one time per row."""

@@ -1,5 +1,6 @@
 """Fixed-grid and adaptive ODE solvers over s in [0, 1] with direct, checkpointed, reversible and adjoint gradients."""
 
+from cnf.solvers.adams import ExponentialAdams
 from cnf.solvers.adaptive import Adaptive
 from cnf.solvers.base import Solution, Solver, Stats, refined
 from cnf.solvers.fixed import FixedGrid
@@ -11,6 +12,7 @@ from cnf.solvers.tableaus import TABLEAUS, Tableau
 __all__ = [
     "TABLEAUS",
     "Adaptive",
+    "ExponentialAdams",
     "ExponentialMultistep",
     "FixedGrid",
     "PowerSpacing",
