@@ -14,8 +14,8 @@ from cnf._utils.errors import ConfigError, DataError
 from cnf._utils.late import late
 from cnf._utils.validation import as_rows
 from cnf.distribution.density import Density
-from cnf.distribution.transform import FixedNoise, FlowTransform, reals, shape_of, support
-from cnf.random import Noise
+from cnf.distribution.transform import FlowTransform, reals, shape_of, support
+from cnf.random import Noise, SharedNoise
 
 __all__ = ["FlowDistribution", "LatentDistribution"]
 
@@ -126,7 +126,7 @@ class FlowDistribution(Distribution):
         shape = own if batch_shape is None else tuple(batch_shape)
         if len(own) > len(shape) or any(n not in (1, m) for n, m in zip(own[::-1], shape[::-1], strict=False)):
             raise ConfigError(f"batch_shape={shape} does not extend that of the context, {own}")
-        self.noise = FixedNoise() if noise is None else noise
+        self.noise = SharedNoise() if noise is None else noise
         self.base = LatentDistribution(flow, context, shape)
         self.transform = FlowTransform(flow, context, self.noise)
         super().__init__(torch.Size(shape), torch.Size(flow.event_shape), validate_args=validate_args)

@@ -14,30 +14,7 @@ from cnf.distribution.density import Density
 from cnf.random import Noise
 from cnf.transforms import Dequantize, Gaussianize, Logit, MarginalTransform, Request, iter_leaves
 
-__all__ = ["FixedNoise", "FlowTransform", "LazyTransform", "reals", "shape_of", "support"]
-
-
-class FixedNoise(Noise):
-    """Noise of one distribution: its own seed, and the same draw for every row and at every call.
-
-    The seed is drawn from torch's global generator at the first draw, so that flows without random parts advance nothing.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(0, "distribution")
-        self.drawn: list[int] = []  # shared with the children
-
-    def draw(self, name: str, kind: Any, shape: Any, *, batch_dim: int | None = 0, **options: Any) -> Tensor:
-        if batch_dim is None:
-            return super().draw(name, kind, shape, batch_dim=None, **options)
-        one = [1 if i == batch_dim else n for i, n in enumerate(shape)]
-        return super().draw(name, kind, one, batch_dim=None, **options).expand(tuple(shape))
-
-    def _key(self, name: str) -> int:
-        if not self.drawn:
-            self.drawn.append(int(torch.randint(2**62, ())))
-        self.seed = self.drawn[0]
-        return super()._key(name)
+__all__ = ["FlowTransform", "LazyTransform", "reals", "shape_of", "support"]
 
 
 class FlowTransform(torch.distributions.Transform):
