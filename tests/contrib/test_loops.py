@@ -105,7 +105,7 @@ def test_lbfgs():
     flow, (x, c) = flow_of(), data(200)
     flow.fit_statistics(x)
     loss = NegativeLogLikelihood(flow)
-    optimizer = torch.optim.LBFGS(loss.parameters(), max_iter=15, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(loss.parameters(), max_iter=30, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
