@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from cnf._utils.errors import ConfigError
+from cnf._utils.late import late
 from cnf.bases import Base, StandardNormal
 from cnf.transforms import Dequantize, Request, Transform, TransformOutput
 from cnf.transforms.request import DEFAULT
@@ -75,3 +77,20 @@ class Density(nn.Module):
         """Convert nats to bits/dim: −log p / (D ln 2), plus log2(levels) for a density on [0, 1]."""
         shift = math.log2(self.levels) if floats and self.levels else 0.0
         return -log_prob / (self.dim * math.log(2)) + shift
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
+        """Write config.json, model.safetensors and a model card; see :func:`cnf.contrib.hub.save_pretrained`."""
+        path: Path = late("cnf.contrib.hub", "save_pretrained", "hub")(self, folder, **options)
+        return path
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu", **options: Any) -> Self:
+        """Return the flow of a folder or of a repository ``"user/repo"``; see :func:`cnf.contrib.hub.from_pretrained`.
+
+        Raises:
+            ConfigError: if the model is a predictor.
+        """
+        model = late("cnf.contrib.hub", "from_pretrained", "hub")(source, device, **options)
+        if not isinstance(model, cls):
+            raise ConfigError(f"{source} holds a {type(model).__name__}, not a {cls.__name__}: load it by cnf.load")
+        return model
