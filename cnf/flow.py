@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from cnf._utils.async_checks import outside_inference_mode
@@ -16,7 +16,7 @@ from cnf._utils.errors import ConfigError, DataError, require_inside
 from cnf._utils.validation import as_rows, check_context, check_points, check_unit_interval, sample_rows
 from cnf.bases import Base, as_base
 from cnf.bases.base import as_shape
-from cnf.distribution import Density, FlowDistribution
+from cnf.distribution import ContextEmbedding, Density, FlowDistribution
 from cnf.fields.custom import context_size
 from cnf.ode.continuous import CNF
 from cnf.ode.divergence import Divergence
@@ -47,10 +47,13 @@ class Flow(Density):
         base: density of z: a :class:`~cnf.bases.Base`, or a ``torch.distributions.Distribution`` with the latents' event
             shape (:class:`~cnf.bases.DistributionBase`); N(0, base_std² I) if None.
         base_std: standard deviation of the normal base.
+        embedding: network of the context, which is standardised first (:class:`~cnf.distribution.ContextEmbedding`);
+            ``nn.Identity()`` only standardises. It is trained and saved with the flow.
+        context_dim: size C of the context that the embedding takes.
 
     Raises:
         ConfigError: for an invalid base_std or event_shape, one that the transform does not accept, both base and
-            base_std, or a base without density or of another shape.
+            base_std, a base without density or of another shape, or one of embedding and context_dim alone.
         DataError: from every method, for a point or context of the wrong shape, dtype, device or value.
         SolverError: from every method, if an ODE cannot be solved.
 
@@ -61,9 +64,21 @@ class Flow(Density):
         torch.Size([5])
     """
 
-    def __init__(self, transform: Transform, event_shape: tuple[int, ...], *, base: Base | Distribution | None = None, base_std: float = 1.0):
+    def __init__(
+        self,
+        transform: Transform | torch.distributions.Transform,
+        event_shape: tuple[int, ...],
+        *,
+        base: Base | Distribution | None = None,
+        base_std: float = 1.0,
+        embedding: nn.Module | None = None,
+        context_dim: int | None = None,
+    ):
         super().__init__()
         require_inside(0, math.inf, base_std=base_std)
+        if (embedding is None) != (context_dim is None):
+            raise ConfigError(f"embedding={type(embedding).__name__} and context_dim={context_dim} belong together: give both or neither")
+        self.embedding = None if embedding is None or context_dim is None else ContextEmbedding(embedding, context_dim)
         self.event_shape = as_shape(event_shape)
         self.transform: Transform = as_transform(transform)
         self.latent_shape = self.transform.latent_shape(self.event_shape)
@@ -79,13 +94,20 @@ class Flow(Density):
     @property
     def context_dim(self) -> int | None:
         """Size C of the context, 0 for none; None if only fields or transforms take one that do not declare it."""
+        if self.embedding is not None:
+            return self.embedding.context_dim
         sizes = [self.base.context_dim, *(context_size(block.field) for block in self.blocks)]
         sizes += [m.context_dim for m in self.transform.modules() if isinstance(m, TorchTransform)]
         return max(filter(None, sizes), default=None if None in sizes else 0)
 
-    def fit_statistics(self, x: Tensor, *, batch_size: int = 8192) -> None:
-        """Fit the data statistics of the flow to x (N, \\*event); see :func:`cnf.ode.statistics.fit_statistics`."""
+    def fit_statistics(self, x: Tensor, context: Tensor | None = None, *, batch_size: int = 8192) -> None:
+        """Fit the data statistics of the flow to x (N, \\*event), and those of an embedding to a context (N, C).
+
+        See :func:`cnf.ode.statistics.fit_statistics`.
+        """
         fit_statistics(self.transform, x, batch_size)
+        if self.embedding is not None and context is not None:
+            self.embedding.fit(context)
 
     def forward(
         self, x: Tensor | None = None, context: Tensor | None = None, *, noise: Noise | None = None
@@ -121,9 +143,9 @@ class Flow(Density):
             check_context(context, self.context_dim, like)
 
     def _rows(self, name: str, x: Tensor, shape: Shape, context: Tensor | None) -> tuple[Tensor, Tensor | None, Shape]:
-        """Validate points and context; return them as rows, with the leading shape of the result."""
+        """Validate points and context; return them as rows, the context embedded, with the leading shape of the result."""
         self._check(name, x, shape, context)
-        return as_rows(x, shape, context)
+        return as_rows(x, shape, self.embed(context))
 
     def evaluate(self, x: Tensor, request: Request = DEFAULT, *, reverse: bool = False, **former: Any) -> TransformOutput:
         """Transform data (N, \\*event) to latents, or back; return value, log_det (N,), integrals by name (N,) and cost."""
@@ -150,7 +172,7 @@ class Flow(Density):
         x, context, lead = self._rows("x", x, self.event_shape, context)
         request = Request(context, noise, integrals=False, solver=solver, divergence=divergence)
         out = self._apply_rows(x, request)
-        return self.density(out.value, out.log_det, context).reshape(lead)
+        return (self.base.log_prob(out.value, context) + out.log_det).reshape(lead)
 
     def bits_per_dim(
         self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, solver: SolverOverride = None, divergence: DivergenceOverride = None
@@ -181,10 +203,10 @@ class Flow(Density):
     def _latent(
         self, n: int | Sequence[int], context: Tensor | None, noise: Noise | None, temperature: float
     ) -> tuple[Tensor, Tensor | None, Shape]:
-        """Return z, the context as rows, and the leading shape of the samples."""
+        """Return z, the embedded context as rows, and the leading shape of the samples."""
         if context is not None:
             check_context(context, self.context_dim, self.like)
-        lead, context = sample_rows(n, context)
+        lead, context = sample_rows(n, self.embed(context))
         base = self.base.rsample if torch.is_grad_enabled() else self.base.sample
         return base(math.prod(lead), context, noise=noise, temperature=temperature, like=self.like), context, lead
 
@@ -196,7 +218,8 @@ class Flow(Density):
         Where gradients are recorded, a base without such samples that is trained (a mixture) raises a ConfigError.
         """
         z, rows, lead = self._latent(n, context, noise, temperature)
-        return self.decode(z, rows, noise=noise, solver=solver).reshape(*lead, *self.event_shape)
+        out = self._apply_rows(z, Request(rows, noise, log_det=False, solver=solver), reverse=True)
+        return out.value.reshape(*lead, *self.event_shape)
 
     @torch.no_grad()
     def sample(
@@ -224,7 +247,7 @@ class Flow(Density):
         z, rows, lead = self._latent(n, context, noise, 1.0)
         request = Request(rows, noise, integrals=False, solver=solver, divergence=divergence)
         out = self._apply_rows(z, request, reverse=True)
-        return out.value.reshape(*lead, *self.event_shape), self.density(z, -out.log_det, rows).reshape(lead)
+        return out.value.reshape(*lead, *self.event_shape), (self.base.log_prob(z, rows) - out.log_det).reshape(lead)
 
     @outside_inference_mode
     def score(

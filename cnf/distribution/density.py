@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cnf._utils.errors import ConfigError
 from cnf._utils.late import late
 from cnf.bases import Base, StandardNormal
+from cnf.distribution.embedding import ContextEmbedding
 from cnf.transforms import Dequantize, Request, Transform, TransformOutput
 from cnf.transforms.request import DEFAULT
 
@@ -31,6 +32,8 @@ class Density(nn.Module):
     """Transform from data to noise."""
     base: Base
     """Density of the noise."""
+    embedding: ContextEmbedding | None
+    """Embedding of the context, before fields and base take it."""
 
     def evaluate(self, x: Tensor, request: Request = DEFAULT, *, reverse: bool = False, **former: Any) -> TransformOutput:
         """Transform rows of data to latents, or back."""
@@ -67,7 +70,11 @@ class Density(nn.Module):
 
     def base_log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Return log q(z) (N,) in nats."""
-        return self.base.log_prob(z, context)
+        return self.base.log_prob(z, self.embed(context) if self.base.context_dim else context)
+
+    def embed(self, context: Tensor | None) -> Tensor | None:
+        """Return what fields and base take for a context (\\*lead, C): the context itself, or its embedding."""
+        return context if context is None or self.embedding is None else self.embedding(context)
 
     def density(self, z: Tensor, log_det: Tensor, context: Tensor | None = None) -> Tensor:
         """Return log p(x) = log q(z) + log|det dz/dx| (N,) in nats, from the output of :meth:`evaluate`."""

@@ -54,19 +54,23 @@ class LatentDistribution(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log q in nats of ``value`` (\\*sample, \\*batch, \\*event)."""
         given = value.shape[: value.ndim - len(self.event_shape)]
-        rows, context, lead = as_rows(value, tuple(self.event_shape), self.context)
+        rows, context, lead = as_rows(value, tuple(self.event_shape), self._context())
         found = self.flow.base.log_prob(rows, context).reshape(lead)
         return found.expand(torch.broadcast_shapes(given, self.batch_shape))
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch.distributions' own signature)
         """Draw differentiable samples (\\*sample, \\*batch, \\*event), or without gradient where none is recorded."""
         lead = (*sample_shape, *self.batch_shape)
-        context = self.context
+        context = self._context()
         if context is not None and context.ndim > 1:
             context = context.expand(*lead, context.shape[-1]).reshape(math.prod(lead), context.shape[-1])
         base = self.flow.base
         draw = base.rsample if torch.is_grad_enabled() else base.sample
         return draw(math.prod(lead), context, like=self.flow.like).reshape(*lead, *self.event_shape)
+
+    def _context(self) -> Tensor | None:
+        """Return the context of the base, None if it takes none."""
+        return self.flow.embed(self.context) if self.flow.base.context_dim else None
 
     def __repr__(self) -> str:
         return f"LatentDistribution({self.flow.base!r}, batch_shape={tuple(self.batch_shape)})"

@@ -143,6 +143,7 @@ class FlowMatching(DensityObjective):
 
     def _regression(self, x: Tensor, context: Tensor | None, t: Tensor, weight: Tensor, noise: Noise | None) -> Tensor:
         """Return the weighted squared errors of the velocity (N,) at times t (N,), float64 on the CPU."""
+        context = self.flow.embed(context)
         start = self.path.start(x, noise)
         z = self.flow.base.sample(len(start), context, noise=noise, like=start)
         z = couple(start, z, context, self.coupling)
