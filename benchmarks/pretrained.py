@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from cnf.config import PRESETS, DataConfig, RunConfig, TrainConfig
-from cnf.runs import load, read_config, shelf, write_config, write_weights
+from cnf.config.results import read_result
+from cnf.contrib.hub import model_card
+from cnf.runs import PREFIX, load, read_config, shelf, write_config, write_text, write_weights
 
 EVALUATION = ("eval_method", "eval_rtol", "eval_atol", "eval_tolerance")
 
@@ -31,12 +33,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--name", help="by default the run's preset")
+    parser.add_argument("--description", default="", help="text for the model card")
     options = parser.parse_args(argv)
     info = read_config(options.run)
     folder = shelf.SHELF / (options.name or info.config.name)
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder, load(options.run), half=True)
     write_config(folder, replace(info, config=portable(info.config)))
+    scored = options.run / "result.json"
+    card = model_card(load(folder), read_result(scored) if scored.is_file() else None, options.description, PREFIX + folder.name)
+    write_text(folder / "README.md", card)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{folder.name}: {size:,} bytes in {folder}")
     return 0

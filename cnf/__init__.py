@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         SolverConfig,
         UNetConfig,
     )
+    from cnf.distribution import FlowDistribution
     from cnf.estimators import ConditionalDensityEstimator, DensityEstimator
     from cnf.fields import VectorField
     from cnf.flow import Flow
@@ -54,6 +55,7 @@ __all__ = [
     "FixedGrid",
     "Flow",
     "FlowConfig",
+    "FlowDistribution",
     "GaussianMixture",
     "GeneratingTimeConfig",
     "GridConfig",
@@ -98,6 +100,7 @@ _HOMES = {
         "SolverConfig",
         "UNetConfig",
     ),
+    "cnf.distribution": ("FlowDistribution",),
     "cnf.ode.continuous": ("CNF",),
     "cnf.ode.divergence": ("Exact", "Hutchinson"),
     "cnf.estimators": ("ConditionalDensityEstimator", "DensityEstimator"),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -15,9 +14,9 @@ from torch.distributions import Distribution
 from cnf._utils.async_checks import outside_inference_mode
 from cnf._utils.errors import ConfigError, DataError, require_inside
 from cnf._utils.validation import as_rows, check_context, check_points, check_unit_interval, sample_rows
-from cnf.bases import Base, StandardNormal, as_base
+from cnf.bases import Base, as_base
 from cnf.bases.base import as_shape
-from cnf.distribution import FlowDistribution
+from cnf.distribution import ContextEmbedding, Density, FlowDistribution
 from cnf.fields.custom import context_size
 from cnf.ode.continuous import CNF
 from cnf.ode.divergence import Divergence
@@ -26,7 +25,8 @@ from cnf.ode.trajectory import trajectory
 from cnf.random import Noise
 from cnf.solvers import Stats
 from cnf.solvers.base import SolverOverride
-from cnf.transforms import Dequantize, Request, Transform, TransformOutput
+from cnf.transforms import Dequantize, Request, TorchTransform, Transform, TransformOutput
+from cnf.transforms.adapter import as_transform
 from cnf.transforms.base import Shape
 from cnf.transforms.request import DEFAULT, as_request
 
@@ -35,7 +35,7 @@ __all__ = ["Flow", "FlowDistribution"]
 DivergenceOverride = Divergence | Callable[[CNF], Divergence] | None
 
 
-class Flow(nn.Module):
+class Flow(Density):
     """Density defined by ``transform`` from data to z ~ ``base``.
 
     Points have the dtype of the weights; method names follow torch.distributions. ``context`` is (N, C), one row per
@@ -47,10 +47,13 @@ class Flow(nn.Module):
         base: density of z: a :class:`~cnf.bases.Base`, or a ``torch.distributions.Distribution`` with the latents' event
             shape (:class:`~cnf.bases.DistributionBase`); N(0, base_std² I) if None.
         base_std: standard deviation of the normal base.
+        embedding: network of the context, which is standardised first (:class:`~cnf.distribution.ContextEmbedding`);
+            ``nn.Identity()`` only standardises. It is trained and saved with the flow.
+        context_dim: size C of the context that the embedding takes.
 
     Raises:
         ConfigError: for an invalid base_std or event_shape, one that the transform does not accept, both base and
-            base_std, or a base without density or of another shape.
+            base_std, a base without density or of another shape, or one of embedding and context_dim alone.
         DataError: from every method, for a point or context of the wrong shape, dtype, device or value.
         SolverError: from every method, if an ODE cannot be solved.
 
@@ -61,32 +64,27 @@ class Flow(nn.Module):
         torch.Size([5])
     """
 
-    def __init__(self, transform: Transform, event_shape: tuple[int, ...], *, base: Base | Distribution | None = None, base_std: float = 1.0):
+    def __init__(
+        self,
+        transform: Transform | torch.distributions.Transform,
+        event_shape: tuple[int, ...],
+        *,
+        base: Base | Distribution | None = None,
+        base_std: float = 1.0,
+        embedding: nn.Module | None = None,
+        context_dim: int | None = None,
+    ):
         super().__init__()
         require_inside(0, math.inf, base_std=base_std)
+        if (embedding is None) != (context_dim is None):
+            raise ConfigError(f"embedding={type(embedding).__name__} and context_dim={context_dim} belong together: give both or neither")
+        self.embedding = None if embedding is None or context_dim is None else ContextEmbedding(embedding, context_dim)
         self.event_shape = as_shape(event_shape)
-        self.transform = transform
-        self.latent_shape = transform.latent_shape(self.event_shape)
+        self.transform: Transform = as_transform(transform)
+        self.latent_shape = self.transform.latent_shape(self.event_shape)
         self.base = as_base(base, base_std, self.latent_shape)
         for number, block in enumerate(blocks := self.blocks, 1):
             block.label = f"block {number} of {len(blocks)}"
-
-    @property
-    def dim(self) -> int:
-        """Number of data dimensions D."""
-        return math.prod(self.event_shape)
-
-    @property
-    def base_std(self) -> float:
-        """Standard deviation of the normal base."""
-        if not isinstance(self.base, StandardNormal):
-            raise ConfigError(f"base_std is the standard deviation of a normal base, but this flow has a {type(self.base).__name__}")
-        return self.base.std
-
-    @property
-    def levels(self) -> int | None:
-        """Number of grey levels for images; None for vectors."""
-        return next((m.levels for m in self.transform.modules() if isinstance(m, Dequantize)), None)
 
     @property
     def blocks(self) -> list[CNF]:
@@ -95,21 +93,21 @@ class Flow(nn.Module):
 
     @property
     def context_dim(self) -> int | None:
-        """Size C of the context, 0 for none; None if a custom field does not declare it (``field.context_dim``)."""
+        """Size C of the context, 0 for none; None if only fields or transforms take one that do not declare it."""
+        if self.embedding is not None:
+            return self.embedding.context_dim
         sizes = [self.base.context_dim, *(context_size(block.field) for block in self.blocks)]
-        return None if None in sizes else max(map(int, filter(None, sizes)), default=0)
+        sizes += [m.context_dim for m in self.transform.modules() if isinstance(m, TorchTransform)]
+        return max(filter(None, sizes), default=None if None in sizes else 0)
 
-    @property
-    def like(self) -> Tensor:
-        """A tensor with the flow's floating-point dtype and device; torch's default without weights."""
-        return next(self._weights(), torch.zeros(()))
+    def fit_statistics(self, x: Tensor, context: Tensor | None = None, *, batch_size: int = 8192) -> None:
+        """Fit the data statistics of the flow to x (N, \\*event), and those of an embedding to a context (N, C).
 
-    def _weights(self) -> Iterator[Tensor]:
-        return (v for v in chain(self.parameters(), self.buffers()) if v.is_floating_point())
-
-    def fit_statistics(self, x: Tensor, *, batch_size: int = 8192) -> None:
-        """Fit the data statistics of the flow to x (N, \\*event); see :func:`cnf.ode.statistics.fit_statistics`."""
+        See :func:`cnf.ode.statistics.fit_statistics`.
+        """
         fit_statistics(self.transform, x, batch_size)
+        if self.embedding is not None and context is not None:
+            self.embedding.fit(context)
 
     def forward(
         self, x: Tensor | None = None, context: Tensor | None = None, *, noise: Noise | None = None
@@ -145,15 +143,15 @@ class Flow(nn.Module):
             check_context(context, self.context_dim, like)
 
     def _rows(self, name: str, x: Tensor, shape: Shape, context: Tensor | None) -> tuple[Tensor, Tensor | None, Shape]:
-        """Validate points and context; return them as rows, with the leading shape of the result."""
+        """Validate points and context; return them as rows, the context embedded, with the leading shape of the result."""
         self._check(name, x, shape, context)
-        return as_rows(x, shape, context)
+        return as_rows(x, shape, self.embed(context))
 
-    def evaluate(self, x: Tensor, request: Request = DEFAULT, **former: Any) -> TransformOutput:
-        """Transform data (N, \\*event) to latents; return value, log_det (N,), integrals by name (N,) and cost."""
+    def evaluate(self, x: Tensor, request: Request = DEFAULT, *, reverse: bool = False, **former: Any) -> TransformOutput:
+        """Transform data (N, \\*event) to latents, or back; return value, log_det (N,), integrals by name (N,) and cost."""
         request = as_request(request, former)
-        x, context, _ = self._rows("x", x, self.event_shape, request.context)
-        return self._apply_rows(x, replace(request, context=context))
+        x, context, _ = self._rows("z" if reverse else "x", x, self.latent_shape if reverse else self.event_shape, request.context)
+        return self._apply_rows(x, replace(request, context=context), reverse)
 
     def _apply_rows(self, x: Tensor, request: Request, reverse: bool = False) -> TransformOutput:
         """Apply the transform, or its inverse, to validated rows; an empty batch gives an empty result."""
@@ -161,14 +159,6 @@ class Flow(nn.Module):
             shape, zero = self.event_shape if reverse else self.latent_shape, x.sum() if x.is_floating_point() else 0
             return TransformOutput(self.like.new_zeros(0, *shape) + zero, self.like.new_zeros(0) + zero, {}, Stats())
         return self.transform.inverse(x, request) if reverse else cast(TransformOutput, self.transform(x, request))
-
-    def base_log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return log q(z) (N,) in nats."""
-        return self.base.log_prob(z, context)
-
-    def density(self, z: Tensor, log_det: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return log p(x) = log q(z) + log|det dz/dx| (N,) in nats, from the output of :meth:`evaluate`."""
-        return self.base_log_prob(z, context) + log_det
 
     def log_prob(
         self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, solver: SolverOverride = None, divergence: DivergenceOverride = None
@@ -182,7 +172,7 @@ class Flow(nn.Module):
         x, context, lead = self._rows("x", x, self.event_shape, context)
         request = Request(context, noise, integrals=False, solver=solver, divergence=divergence)
         out = self._apply_rows(x, request)
-        return self.density(out.value, out.log_det, context).reshape(lead)
+        return (self.base.log_prob(out.value, context) + out.log_det).reshape(lead)
 
     def bits_per_dim(
         self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, solver: SolverOverride = None, divergence: DivergenceOverride = None
@@ -197,11 +187,6 @@ class Flow(nn.Module):
         self._check("x", x, self.event_shape, context)
         check_unit_interval(x)
         return self.to_bits(self.log_prob(x, context, noise=noise, solver=solver, divergence=divergence), x.is_floating_point())
-
-    def to_bits(self, log_prob: Tensor, floats: bool) -> Tensor:
-        """Convert nats to bits/dim: −log p / (D ln 2), plus log2(levels) for a density on [0, 1]."""
-        shift = math.log2(self.levels) if floats and self.levels else 0.0
-        return -log_prob / (self.dim * math.log(2)) + shift
 
     def encode(self, x: Tensor, context: Tensor | None = None, *, noise: Noise | None = None, solver: SolverOverride = None) -> Tensor:
         """Map x (\\*lead, \\*event) to z (\\*lead, \\*latent), without computing the divergence."""
@@ -218,10 +203,10 @@ class Flow(nn.Module):
     def _latent(
         self, n: int | Sequence[int], context: Tensor | None, noise: Noise | None, temperature: float
     ) -> tuple[Tensor, Tensor | None, Shape]:
-        """Return z, the context as rows, and the leading shape of the samples."""
+        """Return z, the embedded context as rows, and the leading shape of the samples."""
         if context is not None:
             check_context(context, self.context_dim, self.like)
-        lead, context = sample_rows(n, context)
+        lead, context = sample_rows(n, self.embed(context))
         base = self.base.rsample if torch.is_grad_enabled() else self.base.sample
         return base(math.prod(lead), context, noise=noise, temperature=temperature, like=self.like), context, lead
 
@@ -233,7 +218,8 @@ class Flow(nn.Module):
         Where gradients are recorded, a base without such samples that is trained (a mixture) raises a ConfigError.
         """
         z, rows, lead = self._latent(n, context, noise, temperature)
-        return self.decode(z, rows, noise=noise, solver=solver).reshape(*lead, *self.event_shape)
+        out = self._apply_rows(z, Request(rows, noise, log_det=False, solver=solver), reverse=True)
+        return out.value.reshape(*lead, *self.event_shape)
 
     @torch.no_grad()
     def sample(
@@ -261,7 +247,7 @@ class Flow(nn.Module):
         z, rows, lead = self._latent(n, context, noise, 1.0)
         request = Request(rows, noise, integrals=False, solver=solver, divergence=divergence)
         out = self._apply_rows(z, request, reverse=True)
-        return out.value.reshape(*lead, *self.event_shape), self.density(z, -out.log_det, rows).reshape(lead)
+        return out.value.reshape(*lead, *self.event_shape), (self.base.log_prob(z, rows) - out.log_det).reshape(lead)
 
     @outside_inference_mode
     def score(
@@ -290,10 +276,10 @@ class Flow(nn.Module):
         x, context, _ = self._rows("x", x, self.event_shape, context)
         return trajectory(self.transform, x, times, context, noise=noise, solver=solver)
 
-    def distribution(self, context: Tensor | None = None) -> FlowDistribution:
+    def distribution(self, context: Tensor | None = None, *, validate_args: bool | None = None) -> FlowDistribution:
         """Return this flow as a ``torch.distributions.Distribution``; a context (M, C) gives the batch shape (M,)."""
         if context is not None:
             check_context(context, self.context_dim, self.like)
         elif self.context_dim:
             raise ConfigError(f"context is missing, expected shape ({self.context_dim},) or (N, {self.context_dim}) for this conditional flow")
-        return FlowDistribution(self, context)
+        return FlowDistribution(self, context, validate_args=validate_args)

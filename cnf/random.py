@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cnf._utils.errors import ConfigError, unknown_name
 
-__all__ = ["Kind", "Noise", "child", "draw", "number"]
+__all__ = ["Kind", "Noise", "SharedNoise", "child", "draw", "number"]
 
 Kind = Literal["uniform", "normal", "rademacher"]
 
@@ -158,6 +158,35 @@ class _Replay(Noise):
         if [n for n in value.shape if n != 1] != [n for n in shape if n != 1]:
             raise ConfigError(f"noise to replay: {key!r} has shape {tuple(value.shape)}; expected {tuple(shape)}")
         return value.reshape(tuple(shape))
+
+
+class SharedNoise(Noise):
+    """Noise with the same draw for every row and at every call: what is computed is a function of the row.
+
+    Args:
+        seed: seed; None draws one from torch's global generator at the first draw.
+        step: number of the draw.
+
+    Example:
+        >>> noise = SharedNoise(seed=0)
+        >>> bool((noise.draw("probe", "normal", (3, 2)) == noise.draw("probe", "normal", (5, 2))[0]).all())
+        True
+    """
+
+    def __init__(self, seed: int | None = None, step: int = 0):
+        super().__init__(0, "shared", step)
+        self.drawn = [] if seed is None else [seed]  # shared with the children
+
+    def draw(self, name: str, kind: Kind, shape: Sequence[int], *, batch_dim: int | None = 0, **options: Any) -> Tensor:
+        """Draw a named tensor; see :meth:`Noise.draw`."""
+        one = [1 if i == batch_dim else n for i, n in enumerate(shape)]
+        return super().draw(name, kind, one, batch_dim=None, **options).expand(tuple(shape))
+
+    def _key(self, name: str) -> int:
+        if not self.drawn:
+            self.drawn.append(int(torch.randint(2**62, ())))
+        self.seed = self.drawn[0]
+        return super()._key(name)
 
 
 def _sample(

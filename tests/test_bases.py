@@ -338,7 +338,7 @@ def test_a_context_reaches_field_and_base():
             assert x.shape == (5, 4, 2) and log_prob.shape == (5, 4)
             assert torch.allclose(flow.log_prob(x, context), log_prob, rtol=0, atol=1e-7)
             assert torch.allclose(evaluate(flow.eval(), x[0], context).log_prob, log_prob[0], rtol=0, atol=1e-7)
-        assert Likelihood(flow)(x[0], context)["nll"].shape == FlowMatching(flow, weights="even")(x[0], context)["loss"].shape == (4,)
+        assert Likelihood(flow)(x[0], context)["nll"].shape == FlowMatching(flow, weights="even")(x[0], context).shape == (4,)
     flow = flow_on(Shifted())
     assert flow.context_dim == 3 and not torch.equal(flow.log_prob(x[0], context), flow.log_prob(x[0], -context))
     with pytest.raises(ConfigError, match="context is missing"):
@@ -561,10 +561,10 @@ def test_matching_draws_its_noise_from_the_base(name):
     base, _ = BASES[name]()
     flow = cnf.Flow(cnf.CNF(MLP(2, zero_init=True).double()), (2,), base=base)
     x, noise = blobs(30), Noise(0, step=2)
-    loss = FlowMatching(flow, times="even")(x, None, noise)["loss"].detach()
+    loss = FlowMatching(flow, times="even")(x, None, noise).detach()
     z = base.sample(30, noise=noise, like=flow.like)
     assert torch.allclose(loss, (z - x).square().mean(1), rtol=0, atol=1e-12)  # the field is zero
-    transported = FlowMatching(flow, "optimal-transport", times="even")(x, None, noise)["loss"].detach()
+    transported = FlowMatching(flow, "optimal-transport", times="even")(x, None, noise).detach()
     assert float(transported.mean()) < float(loss.mean())
 
 

@@ -17,7 +17,9 @@ from conftest import ROOT
 
 import cnf
 
+NEEDS = {"cnf.contrib.pyro": "pyro", "cnf.contrib.sbi": "sbi"}  # modules that an optional package brings
 MODULES = sorted(["cnf", *(m.name for m in pkgutil.walk_packages(cnf.__path__, "cnf."))])
+MODULES = [name for name in MODULES if name not in NEEDS or importlib.util.find_spec(NEEDS[name])]
 NETWORK = re.compile(r"download|urlopen|https?://")  # examples that need more than this machine
 
 

@@ -588,8 +588,9 @@ def test_validation_and_support():
     with pytest.raises(ValueError, match="event"):
         d.log_prob(torch.zeros(1, 2, 3, dtype=F64))
     loose = FlowDistribution(flow, validate_args=False)
-    with pytest.raises(DataError, match="Logit takes"):
-        loose.log_prob(outside)
+    mixed = loose.log_prob(torch.stack([outside, inside, math.nan * inside]))
+    assert float(mixed[0]) == -math.inf and bool(mixed[2].isnan()) and float(loose.log_prob(outside)) == -math.inf
+    assert torch.allclose(mixed[1], d.log_prob(inside))
     assert torch.allclose(loose.log_prob(inside), d.log_prob(inside))
     with pytest.raises(DataError, match="bounds the log-probability of pixels"):
         d.log_prob(torch.zeros(3, 1, 2, 2, dtype=torch.uint8))

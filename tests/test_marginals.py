@@ -410,7 +410,7 @@ def test_the_support_of_the_distribution():
     low, high = transform.bounds
     assert torch.allclose(low, torch.tensor([-math.inf, 0, -0.001, -math.inf, -math.inf], dtype=F64))
     assert torch.allclose(high, torch.tensor([math.inf, math.inf, 1.001, math.inf, math.inf], dtype=F64))
-    distribution = Flow(Sequential([transform]), (5,)).distribution()
+    distribution = Flow(Sequential([transform]), (5,)).distribution(validate_args=True)
     assert bool(distribution.support.check(x).all())
     with pytest.raises(ValueError, match="support"):
         distribution.log_prob(-x[:3])

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import normal
 from torch import nn
 
 from cnf import CNF, Flow, Noise, build
@@ -58,14 +59,14 @@ def test_the_minimiser_on_a_gaussian_pair_is_the_closed_form(weights, times):
     objective.learn(sample(2000))
     gradients = []
     for _ in range(100):
-        loss = objective(sample(2000))["loss"].mean()
+        loss = objective(sample(2000)).mean()
         gradients.append(torch.autograd.grad(loss, field.weights)[0])
     gradients = torch.stack(gradients)
     z = gradients.mean(0) / (gradients.std(0) / 10)
     assert bool((z.abs() < 5).all()), z
     # and it is a minimum that the test can see: a small step away the gradient is not zero
     field.weights.data.fill_(0.3)
-    away = torch.stack([torch.autograd.grad(objective(sample(2000))["loss"].mean(), field.weights)[0] for _ in range(20)])
+    away = torch.stack([torch.autograd.grad(objective(sample(2000)).mean(), field.weights)[0] for _ in range(20)])
     assert float((away.mean(0) / (away.std(0) / 20**0.5)).abs().max()) > 20
 
 
@@ -85,10 +86,10 @@ def test_importance_leaves_the_loss_what_it_is_and_steadies_it():
     even, chosen = (FlowMatching(flow, weights="likelihood", times=times) for times in ("even", "importance"))
     for i in range(20):
         chosen.learn(x, noise=Noise(1, step=i))
-    found = [torch.stack([o(x, noise=Noise(0, step=i))["loss"].mean() for i in range(200)]).detach() for o in (even, chosen)]
+    found = [torch.stack([o(x, noise=Noise(0, step=i)).mean() for i in range(200)]).detach() for o in (even, chosen)]
     spread = sum(float(f.var()) / len(f) for f in found) ** 0.5
     assert abs(float(found[0].mean() - found[1].mean())) < 5 * spread
-    rows = [o(x, noise=Noise(7))["loss"].detach().std() for o in (even, chosen)]
+    rows = [o(x, noise=Noise(7)).detach().std() for o in (even, chosen)]
     assert rows[1] < 0.8 * rows[0]
 
 
@@ -220,7 +221,7 @@ def test_an_augmented_time_is_where_the_block_has_it():
     found = path.velocity(t, x)
     truth = torch.cat([block.velocity(t[i], x[i : i + 1]) for i in range(3)])
     assert torch.allclose(found, truth, atol=1e-8)
-    loss = FlowMatching(Flow(block, (2,)))(torch.randn(32, 2, dtype=torch.float64))["loss"].mean()
+    loss = FlowMatching(Flow(block, (2,)))(torch.randn(32, 2, dtype=torch.float64)).mean()
     loss.backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in block.parameters())
 
@@ -242,7 +243,7 @@ def test_every_parameter_of_the_field_gets_a_gradient(kind):
             p.data += 0.1 * torch.randn_like(p)  # past the zeros of its residual branches
         x = torch.randint(0, 17, (16, 1, 8, 8), dtype=torch.uint8)
         flow.fit_statistics(x)
-    FlowMatching(flow, "optimal-transport" if context is not None else "independent")(x, context)["loss"].mean().backward()
+    FlowMatching(flow, "optimal-transport" if context is not None else "independent")(x, context).mean().backward()
     without = [name for name, p in flow.named_parameters() if p.grad is None or not bool(p.grad.isfinite().all())]
     assert not without
 
@@ -266,3 +267,15 @@ def test_chains_without_such_a_path_are_refused():
         FlowMatching(build(denoiser, SolverConfig(), (1, 4, 4), levels=17), coupling="optimal-transport")
     with pytest.raises(ConfigError, match="coupling='nearest' is unknown"):
         FlowMatching(build(FlowConfig.of(hidden=(4,)), SolverConfig(), (2,)), coupling="nearest")
+
+
+def test_the_validation_loss_is_a_function_of_the_row():
+    torch.manual_seed(0)
+    flow = Flow(Sequential([Standardize(torch.ones(2), 2 * torch.ones(2)), CNF(MLP(2, (8,), context_dim=3))]), (2,)).double()
+    objective, x, c = FlowMatching(flow), normal(6, 2), normal(6, 3)
+    found = objective.validation_loss(x, c)
+    assert found.shape == (6,) and torch.equal(found, objective.validation_loss(x, c))
+    assert torch.allclose(found[[4, 1]], objective.validation_loss(x[[4, 1]], c[[4, 1]]))
+    many = objective.validation_loss(x, c, draws=2000, seed=1)  # the mean of the training loss, row by row
+    drawn = torch.stack([objective(x, c) for _ in range(500)])
+    assert bool(((many - drawn.mean(0)).abs() < 5 * drawn.std(0) / 500**0.5 + 5 * drawn.std(0) / 2000**0.5).all())

@@ -26,7 +26,7 @@ def test_modules_are_short_and_import_downwards(structure):
     assert {n: count for n, count in size.items() if count > LINES} == {}
     assert structure.circles(graph) == structure.circles(structure.rooms(graph)) == []
     assert structure.changes_state(ROOT) == [] and structure.walkers(ROOT) == []
-    assert structure.callers(ROOT, "base_log_prob") == ["cnf.flow.Flow.density"]
+    assert structure.callers(ROOT, "base_log_prob") == ["cnf.distribution.density.Density.density"]
     assert len(structure.longest_chain(structure.rooms(structure.imports(ROOT, typing=False)))) <= FLOORS
 
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from torch.distributions import Distribution, Transform, constraints
-from torch.distributions.transforms import _InverseTransform
-from torch.distributions.utils import lazy_property
+from torch import Tensor
+from torch.distributions import Distribution, constraints
 
 from cnf._utils.async_checks import to_device
+from cnf._utils.distributions import Template
 from cnf._utils.errors import ConfigError
 from cnf.bases.base import Base, StandardNormal
 from cnf.random import Noise, number
@@ -51,28 +46,11 @@ class DistributionBase(Base):
         if type(distribution).log_prob is Distribution.log_prob or getattr(_support(distribution), "is_discrete", False):
             raise ConfigError(f"base {name} has no density: expected a continuous distribution with log_prob")
         super().__init__(event)
-        self._names: dict[str, str] = {}
-
-        def register(path: str, value: Tensor) -> Tensor:
-            if value.requires_grad:
-                raise ConfigError(
-                    f"base {name} has a parameter {path!r} that requires a gradient, which would not reach it: detach it, or derive from "
-                    "cnf.bases.Base to train it"
-                )
-            self._names[path] = f"value_{path.replace('.', '__')}"
-            self.register_buffer(self._names[path], value.clone())
-            return value.new_empty(0)
-
-        self._template = _mapped(distribution, register, entries=_essential)
+        self._template = Template(self, distribution, "base", "derive from cnf.bases.Base")
 
     def distribution(self, like: Tensor | None = None) -> Distribution:
         """Return the distribution, with floating-point parameters in the dtype and on the device of ``like``."""
-
-        def current(path: str, _: Tensor) -> Tensor:
-            value: Tensor = getattr(self, self._names[path])
-            return value if like is None else value.to(like) if value.is_floating_point() else value.to(like.device)
-
-        made: Distribution = _mapped(self._template, current)
+        made: Distribution = self._template.filled(self, like)
         return made
 
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
@@ -87,7 +65,7 @@ class DistributionBase(Base):
 
     def _draw(self, n: int, context: Tensor | None, noise: Noise | None, temperature: float, like: Tensor) -> Tensor:
         if temperature != 1:
-            raise ConfigError(f"temperature={temperature:g} is for a normal or mixture base, expected 1 for {type(self._template).__name__}")
+            raise ConfigError(f"temperature={temperature:g} is for a normal or mixture base, expected 1 for {self._template.kind}")
         if not n:
             return like.new_empty(0, *self.event_shape)
         if noise is None:
@@ -101,7 +79,7 @@ class DistributionBase(Base):
 
     def extra_repr(self) -> str:
         """Return the distribution's class and the event shape for ``repr``."""
-        return f"{type(self._template).__name__}, {super().extra_repr()}"
+        return f"{self._template.kind}, {super().extra_repr()}"
 
 
 def as_base(base: Base | Distribution | None, base_std: float, latent_shape: tuple[int, ...]) -> Base:
@@ -128,50 +106,3 @@ def _support(distribution: Distribution) -> constraints.Constraint | None:
         return distribution.support
     except NotImplementedError:
         return None
-
-
-def _mapped(
-    value: Any, change: Callable[[str, Tensor], Tensor], path: str = "", entries: Callable[[Any], dict[str, Any]] = vars
-) -> Any:
-    """Return a copy of a distribution with every tensor replaced by ``change(path, tensor)``; it does not validate values."""
-    if isinstance(value, Tensor):
-        return change(path, value)
-    if isinstance(value, nn.Module):
-        raise ConfigError(f"base holds a module ({type(value).__name__} at {path!r}): derive from cnf.bases.Base to make a base of it")
-    if type(value) in (list, tuple):
-        return type(value)(_mapped(each, change, _joined(path, str(i)), entries) for i, each in enumerate(value))
-    if not isinstance(value, Distribution | Transform):
-        return value
-    other = copy.copy(value)
-    other.__dict__.clear()
-    for name, each in entries(value).items():
-        other.__dict__[name] = _mapped(each, change, _joined(path, name), entries)
-    if isinstance(other, Distribution):
-        other._validate_args = False
-    return other
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _essential(value: Distribution | Transform) -> dict[str, Any]:
-    """Return the attributes of a distribution without cached ones, which depend on what it was used for before."""
-    probe = copy.copy(value)
-    entries = dict(vars(value))
-    probe.__dict__.clear()
-    probe.__dict__.update(entries)
-    for name in reversed(list(entries)):
-        if isinstance(getattr(type(value), name, None), lazy_property):
-            del probe.__dict__[name]
-            try:
-                getattr(probe, name)
-            except (AttributeError, RecursionError):  # not computed from the others: a parameter
-                probe.__dict__[name] = entries[name]
-                continue
-            del probe.__dict__[name], entries[name]
-    if "_cached_x_y" in entries:
-        entries["_cached_x_y"] = None, None
-    if "_inv" in entries and not isinstance(value, _InverseTransform):  # made at its first use; an inverse holds its original
-        entries["_inv"] = None
-    return entries

@@ -68,6 +68,7 @@ def local_error(flow: Flow, x: Tensor, context: Tensor | None = None) -> Tensor:
     flow._check("x", y if x.is_floating_point() else x, flow.event_shape, context)
     if flow.levels is not None and not x.is_floating_point():
         y = (y + 0.5) / flow.levels
+    context = flow.embed(context)
     y = input_of(flow.transform, y, Request(context, log_det=False), lambda leaf: isinstance(leaf, CNF))
     block = _first(flow)
     assert block is not None

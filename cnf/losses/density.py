@@ -69,7 +69,7 @@ class DensityObjective(nn.Module):
         like, some = model.like, None if context is None else (context[:SHOWN] if context.ndim == 2 else context).to(model.like)
         points = x[:SHOWN].to(like if x.is_floating_point() else like.device)
         with suppress(ConfigError, SolverError):  # no path, or no smooth one: return the figure without them
-            ratio, energy = straightness(model.transform, points, some, noise=Noise(seed, "paths"))
+            ratio, energy = straightness(model.transform, points, model.embed(some), noise=Noise(seed, "paths"))
             terms |= {"straightness": ratio, "path_energy": energy}
         return terms
 

@@ -16,7 +16,7 @@ from cnf.flow import Flow
 from cnf.flow_matching import COUPLINGS, MatchingPath, TimeDistribution, couple, stratified
 from cnf.flow_matching.path import GROUPS
 from cnf.losses.density import DensityObjective
-from cnf.random import Noise
+from cnf.random import Noise, SharedNoise
 from cnf.solvers import Stats
 from cnf.solvers.base import Counter
 
@@ -53,9 +53,8 @@ class FlowMatching(DensityObjective):
     Example:
         >>> from cnf import FlowConfig, SolverConfig, build
         >>> objective = FlowMatching(build(FlowConfig.of(hidden=(8,)), SolverConfig(), (2,)))
-        >>> terms = objective(torch.randn(5, 2))
-        >>> sorted(terms), terms["loss"].shape
-        (['loss'], torch.Size([5]))
+        >>> objective(torch.randn(5, 2)).shape, objective.validation_loss(torch.randn(5, 2)).shape
+        (torch.Size([5]), torch.Size([5]))
     """
 
     solves = False
@@ -105,8 +104,33 @@ class FlowMatching(DensityObjective):
         return interpolant(t).db.square().reciprocal()
 
     def evaluate(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> tuple[dict[str, Tensor], Stats]:
-        """Return the terms (see :meth:`forward`) and the statistics of one evaluation of the field."""
+        """Return ``{"loss": (N,)}`` and the statistics of one evaluation of the field."""
         return {"loss": self._losses(x, context, noise, fair=True)[1]}, _one()
+
+    def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Tensor:  # type: ignore[override]
+        """Return the loss (N,), which other packages' loops train by its mean."""
+        return self.evaluate(x, context, noise)[0]["loss"]
+
+    def validation_loss(self, x: Tensor, context: Tensor | None = None, *, draws: int = 32, seed: int = 0) -> Tensor:
+        """Return the mean loss (N,) over fixed times and noise, which are the same for every row and at every call.
+
+        It is a function of the row and the weights alone, whatever the batch: early stopping and selection see changes
+        of the weights, not of the draws (of which ``forward`` takes one for each row).
+
+        Args:
+            x: points (N, \\*event).
+            context: (N, C), (C,) or None.
+            draws: number of times, stratified, each with its noise.
+            seed: of times and noise.
+        """
+        self.flow._check("x", x, self.flow.event_shape, context)
+        times = stratified(Noise(seed, "validation"), draws)
+        losses = []
+        for k, t in enumerate(times.split(1)):
+            # one time at a time, which a field that takes one for all rows needs too
+            rows = t.expand(len(x))
+            losses.append(self._regression(x, context, rows, self.weight(rows), SharedNoise(seed, k)))
+        return torch.stack(losses).mean(0)
 
     def _losses(self, x: Tensor, context: Tensor | None, noise: Noise | None, fair: bool = False) -> tuple[Tensor, Tensor]:
         """Return times, float64 on the CPU, and weighted losses (N,).
@@ -115,15 +139,20 @@ class FlowMatching(DensityObjective):
         """
         self.flow._check("x", x, self.flow.event_shape, context)
         t, density = self.times.quantile(stratified(noise, len(x), GROUPS if self.path.together else None))
+        return t, self._regression(x, context, t, self.weight(t) / density if fair else self.weight(t), noise)
+
+    def _regression(self, x: Tensor, context: Tensor | None, t: Tensor, weight: Tensor, noise: Noise | None) -> Tensor:
+        """Return the weighted squared errors of the velocity (N,) at times t (N,), float64 on the CPU."""
+        context = self.flow.embed(context)
         start = self.path.start(x, noise)
         z = self.flow.base.sample(len(start), context, noise=noise, like=start)
         z = couple(start, z, context, self.coupling)
-        weight = self.weight(t) / density if fair else self.weight(t)
         # computed on the CPU from the times alone and copied at once, without synchronisation
         known = to_device(torch.stack([*self.path.interpolant(t), weight]).to(start.dtype), start.device)
         a, b, da, db = (c.reshape(-1, *(1,) * (start.ndim - 1)) for c in known[:4])
         velocity = self.path.velocity(t, a * start + b * z, context, noise)
-        return t, (velocity - (da * start + db * z)).flatten(1).square().mean(1) * known[4]
+        loss: Tensor = (velocity - (da * start + db * z)).flatten(1).square().mean(1) * known[4]
+        return loss
 
     @torch.no_grad()
     def learn(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None, *, group: Group = SINGLE_PROCESS) -> dict[str, Any]:

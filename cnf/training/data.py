@@ -108,7 +108,7 @@ class DatasetBatches(Batches):
             raise DataError("train has no rows")
         self._resize(size)
         chosen = torch.randperm(self.length, generator=torch.Generator().manual_seed(seed))[:FITTED].sort().values
-        self.x = self.fetch(chosen)[0]  # whose statistics are those of the data
+        self.x, self.context = self.fetch(chosen)  # whose statistics are those of the data
 
     def fetch(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return x and context of some rows."""
@@ -133,7 +133,7 @@ class StreamBatches(Batches):
         self.loader, self.device, self.dtype, self.seed, self.group = loader, device, dtype, seed, SINGLE_PROCESS
         self._iterator: Iterator[Any] = iter(loader)
         self._known: dict[int, tuple[Tensor, Tensor | None]] = {}
-        self.x = self._next()[0]
+        self.x, self.context = self._next()[:2]
         self._iterator = iter(loader)
         self.size = len(self.x)
 

@@ -159,8 +159,11 @@ def fit(
         _move(flow, device)
     batches, held_out, mark = training_data(flow, train, validation, context, batch_size, seed, group)
     objective = _objective(flow, loss, batches)
-    if not _fitted(flow) and (where is None or not (resume and group.on_rank0(lambda: has_trainer(where)))):
-        objective.prepare(batches.x)
+    if where is None or not (resume and group.on_rank0(lambda: has_trainer(where))):
+        if not _fitted(flow):
+            objective.prepare(batches.x)
+        if isinstance(flow, Flow) and flow.embedding is not None and not flow.embedding.fitted and batches.context is not None:
+            flow.embedding.fit(batches.context)
     group.broadcast(flow.state_dict().values())
     make, rates = optimizer_and_rates(flow, optimizer, schedule, lr, warmup, steps, batches.device)
     phase = Phase(objective, batches, make, rates)

@@ -1,6 +1,7 @@
 """Invertible transforms with log-determinants."""
 
 from cnf._utils.aliases import aliases
+from cnf.transforms.adapter import TorchTransform
 from cnf.transforms.base import DeterministicTransform, Transform, TransformOutput
 from cnf.transforms.chain import Chain, Sequential, iter_leaves
 from cnf.transforms.gaussianize import Gaussianize
@@ -11,7 +12,7 @@ from cnf.transforms.standardize import Standardize
 
 __all__ = [
     "Chain", "Dequantize", "DeterministicTransform", "Gaussianize", "Logit", "MarginalTransform", "Request", "Rescale", "Sequential",
-    "Squeeze", "Standardize", "Transform", "TransformOutput", "iter_leaves",
+    "Squeeze", "Standardize", "TorchTransform", "Transform", "TransformOutput", "iter_leaves",
 ]  # fmt: skip
 
 __getattr__ = aliases(__name__, CenterShift="Rescale", Plain="DeterministicTransform", Transformed="TransformOutput", leaves="iter_leaves")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from cnf.solvers import Stats
+from cnf.transforms.adapter import as_transform
 from cnf.transforms.base import Shape, Transform, TransformOutput, zeros
 from cnf.transforms.request import DEFAULT, Request
 
@@ -43,6 +44,8 @@ class Chain(Transform):
 class Sequential(Chain):
     """Composition of transforms; child i receives ``noise.child(i)``, integrals of the same name are summed.
 
+    Transforms of torch.distributions and of zuko, read from data to noise, become :class:`TorchTransform`.
+
     Example:
         >>> from cnf.transforms import Logit, Rescale
         >>> chain = Sequential([Logit(0.05), Rescale()])
@@ -51,9 +54,9 @@ class Sequential(Chain):
                 [-0.5000, -0.5000, -0.5000]])
     """
 
-    def __init__(self, transforms: Iterable[Transform]):
+    def __init__(self, transforms: Iterable[Any]):
         super().__init__()
-        self.transforms = nn.ModuleList(transforms)
+        self.transforms = nn.ModuleList(as_transform(each) for each in transforms)
 
     def through(self, state: State, request: Request, visit: Visit, reverse: bool = False) -> State:
         """Visit the transforms, first to last or (``reverse``) last to first."""
