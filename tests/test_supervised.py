@@ -159,7 +159,7 @@ def three(tmp_path_factory):
 def test_a_run_and_what_it_leaves(flip, three, capsys):
     assert read_config(flip).config.name == "anode-flip"  # the preset that suits the data
     plots = {p.name for p in (flip / "plots").iterdir()}
-    assert plots == {"boundary.png", "features.png", "learning_curves.png", "trajectories.png"}
+    assert plots == {"boundary.png", "features.png", "features_training.png", "learning_curves.png", "trajectories.png"}
     assert {p.name for p in (three / "plots").iterdir()} == plots - {"trajectories.png"}
     result = json.loads((three / "result.json").read_text())
     with np.load(three / "test_predictions.npz", allow_pickle=False) as file:

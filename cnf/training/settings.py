@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from cnf.training.batches import Batches, Validation, fingerprint, shared_settin
 from cnf.training.callbacks import Callback, EarlyStopping, TimeLimit, WeightAverage, replaced
 from cnf.training.checkpointer import Checkpointer
 from cnf.training.defaults import default_callbacks
+from cnf.training.feature_history import FeatureHistory, chosen_points
 from cnf.training.loop import VALIDATION_SEED, Trainer
 from cnf.training.non_finite import NonFinitePolicy
 from cnf.training.phases import Phase
@@ -80,6 +82,9 @@ def from_settings(
     config, solver, device = info.config.train, info.config.solver, stages[0].batches.device
     defaults = default_callbacks(folder, partial(write_config, info=info), fingerprint(data), group)
     defaults = replaced(defaults, _configured(config, solver, stages[-1].objective))
+    if isinstance(model, Predictor) and group.main:
+        points = data.validation[chosen_points(len(data.validation), math.prod(model.state_shape))]
+        defaults.append(FeatureHistory(points))
     trainer = kind(
         model,
         stages,
