@@ -29,7 +29,15 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from anode_pictures import draw_decay, draw_flows, draw_held_out, draw_losses, draw_stability, draw_training, draw_vector_fields
+from anode_pictures import (
+    draw_decay,
+    draw_flows,
+    draw_held_out,
+    draw_losses,
+    draw_stability,
+    draw_training,
+    draw_vector_fields,
+)
 from anode_runs import Budget, Curves, run, runs, select
 from measure import RESULTS, machine, markdown, record, versions
 
