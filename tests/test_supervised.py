@@ -159,7 +159,7 @@ def three(tmp_path_factory):
 def test_a_run_and_what_it_leaves(flip, three, capsys):
     assert read_config(flip).config.name == "anode-flip"  # the preset that suits the data
     plots = {p.name for p in (flip / "plots").iterdir()}
-    assert plots == {"boundary.png", "features.png", "learning_curves.png", "trajectories.png"}
+    assert plots == {"boundary.png", "features.png", "features_training.png", "learning_curves.png", "trajectories.png"}
     assert {p.name for p in (three / "plots").iterdir()} == plots - {"trajectories.png"}
     result = json.loads((three / "result.json").read_text())
     with np.load(three / "test_predictions.npz", allow_pickle=False) as file:
@@ -251,7 +251,12 @@ def test_the_learned_depth_is_drawn(tmp_path):
 @pytest.mark.parametrize(("words", "message"), [
     ("node-flip --objective likelihood", "--objective likelihood with --architecture node: expected stack"),
     ("digits --objective classification", "--objective classification with --architecture stack: expected node or resnet"),
-    ("node-flip --kinetic 0.1", "--kinetic 0.1 is for --objective likelihood or both, not for --objective regression"),
+    ("node-flip --step-error 0.1", "--step-error 0.1 is for --objective likelihood or both, not for --objective regression"),
+    ("node-flip --penalty kinetic", "penalty 'kinetic': expected NAME=WEIGHT, such as total-derivative=0.01"),
+    ("node-flip --penalty bend=1", "penalty='bend' is unknown: expected 'kinetic', 'jacobian', 'directional' or 'total-derivative'"),
+    ("node-flip --measure bend", "penalty='bend' is unknown"),
+    ("node-flip --kinetic 0.1 --penalty kinetic=1", "kinetic has a weight already"),
+    ("anode-three-spheres --architecture resnet --hidden 8 --augment 0 --kinetic 0.1", "--kinetic is for models that solve an ODE"),
     ("node-flip --divergence hutchinson", "--divergence is for densities"),
     ("anode-digits --condition label", "--condition is for densities"),
     ("anode-digits --noise-samples 3", "--noise-samples is for densities"),
@@ -325,8 +330,43 @@ def test_supervised_sets():
         datasets.load("flip", condition="targets")
     with pytest.raises(ConfigError, match="n must be at least 3, got 2"):
         sample_supervised("flip", 2)
-    with pytest.raises(DataError, match="must be one of flip"):
-        sample_supervised("spheres4", 9)
+    with pytest.raises(DataError, match="must be one of identity, flip"):
+        sample_supervised("spheres0", 9)
+
+
+def test_the_sets_of_anode():
+    x, y = sample_supervised("identity", 100)
+    assert (np.sign(x) == y).all()
+    x, y = sample_supervised("spheres7", 300)
+    radius = np.linalg.norm(x, axis=1)[:, None]
+    assert x.shape == (300, 7) and (radius[y < 0] <= 0.5).all() and (radius[y > 0] >= 1).all()
+    x, y = sample_supervised("separable2", 300)
+    assert (np.sign(x[:, :1]) == y).all() and (np.linalg.norm(x - y * [1, 0], axis=1) <= 0.5).all()
+    x, y = sample_supervised("shifted-sines", 20_000)
+    rest = x[:, 1:] - np.sin(np.pi * x[:, :1]) - y / 2
+    assert abs(rest.mean()) < 5 * 0.1 / math.sqrt(20_000) and abs(rest.std() - 0.1) < 0.003 and np.abs(x[:, 0]).max() <= 1
+    assert datasets.load("spheres12", condition="target", sizes=(9, 3, 3)).columns[-1] == "x12"
+    with pytest.raises(DataError, match="neither a known name"):
+        datasets.load("spheres1001")
+
+
+def test_a_slice_is_held_out():
+    options = {"condition": "target", "sizes": (300, 100, 300)}
+    data = datasets.load("spheres2", **options, hold_out_angle=60)
+    angles = [torch.rad2deg(torch.atan2(x[:, 1], x[:, 0])).abs() for x in (data.train, data.validation, data.test)]
+    assert [len(a) for a in angles] == [300, 100, 300]
+    assert angles[0].min() >= 30 and angles[1].max() < 30 and angles[2].min() < 30 < angles[2].max()
+    for x, y in ((data.train, data.train_context), (data.validation, data.validation_context)):
+        assert torch.equal(y[:, 0] > 0, x.norm(dim=1) > 0.75) and 0.2 < float((y < 0).double().mean()) < 0.45
+    assert torch.equal(data.test, datasets.load("spheres2", **options).test)  # of all angles
+    for name, angle, message in [
+        ("flip", 60, "hold_out_angle=60 is for points in the plane"), ("spheres2", 360, "above 0 and below 360 degrees, got 360"),
+        ("spheres2", 1e-6, "choose another angle"),
+    ]:  # fmt: skip
+        with pytest.raises((ConfigError, DataError), match=message):
+            datasets.load(name, **options, hold_out_angle=angle)
+    with pytest.raises(ConfigError, match="does not apply to 'moons'; it is for supervised toy sets"):
+        datasets.load("moons", hold_out_angle=60)
 
 
 def test_three_spheres_are_densities_given_a_class_too(tmp_path):

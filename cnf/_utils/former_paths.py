@@ -31,7 +31,7 @@ FORMER = {
     "likelihood": "evaluation",
     "likelihood.evaluation": "evaluation.likelihood",
     "matching": "flow_matching",
-    "models.neural_ode": "neural_ode.neural_ode",
+    "models.neural_ode": "neural_ode",
     "models.odenet": "neural_ode.odenet",
     "models.predictor": "neural_ode.predictor",
     "models.residual": "neural_ode.residual",

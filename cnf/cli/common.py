@@ -85,6 +85,7 @@ def _load(config: RunConfig, run: RunInfo | None, download: bool) -> DataSplits:
         invert=d.invert,
         flip=None if d.flip == "default" else d.flip == "yes",
         sizes=d.toy_sizes,
+        hold_out_angle=d.hold_out_angle,
         columns=wanted,
         drop_columns=d.drop_columns,
         missing=d.missing,

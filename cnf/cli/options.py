@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -24,7 +25,9 @@ __all__ = ["CLASSIFIER", "DEFAULT", "Command", "fitting", "parse", "refuse_meani
 DEFAULT = "fm-digits"
 CLASSIFIER = "anode-digits"  # default preset of train_classifier.py
 # default presets by the name of --data, before loading, and by kind of data, after loading
-_REGRESSIONS = {"flip": "anode-flip", "spheres1": "anode-spheres", "spheres2": "anode-spheres"}
+_REGRESSIONS = {"identity": "anode-flip", "flip": "anode-flip"} | dict.fromkeys(
+    ("spheres", "separable2", "shifted-sines"), "anode-spheres"
+)
 SUITED = _REGRESSIONS | {"mnist": "fm-mnist", "cifar10": "fm-cifar10"}
 SUITED_CLASSIFIER = _REGRESSIONS | {
     "three-spheres": "anode-three-spheres", "disjoint-spheres": "anode-three-spheres", "mnist": "anode-mnist"
@@ -82,7 +85,8 @@ class Command:
 
 def suited(default: str, data: str) -> str | None:
     """Return the default preset for a data set by name, or None for the program's default."""
-    return (SUITED_CLASSIFIER if default == CLASSIFIER else SUITED).get(data)
+    name = re.sub(r"^spheres\d+$", "spheres", data)  # spheres in any dimension
+    return (SUITED_CLASSIFIER if default == CLASSIFIER else SUITED).get(name)
 
 
 def fitting(default: str, kind: str, shape: tuple[int, ...]) -> str | None:

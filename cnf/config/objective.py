@@ -5,24 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from cnf.config.model import ODE
 from cnf.config.rules import NONNEGATIVE, POSITIVE, Family, setting, tag
 from cnf.config.solver import GRID
 from cnf.config.tagged import Settings
 
 __all__ = ["BothConfig", "ClassificationConfig", "LikelihoodConfig", "MatchingConfig", "ObjectiveConfig", "RegressionConfig"]
 
-REGULARISED = Family("regularised", (True,), "kinetic and jacobian, and both are zero")
+REGULARISED = Family("regularised", (True,), "kinetic, jacobian and penalty, and none is given")
 
 
 @dataclass(frozen=True)
-class LikelihoodConfig(Settings):
+class _Penalised(Settings):
+    """Weighted and measured integrals along the path."""
+
+    kinetic: float = setting(0.0, NONNEGATIVE, given=(ODE,))
+    """Weight of the kinetic energy ∫‖f‖² (RNODE)."""
+    jacobian: float = setting(0.0, NONNEGATIVE, given=(ODE,))
+    """Weight of the Jacobian's squared Frobenius norm ∫‖J‖² (RNODE)."""
+    penalty: tuple[str, ...] = setting((), given=(ODE,), later=True)
+    """Weights of further integrals, NAME=WEIGHT: directional (∫‖J f‖²), total-derivative (∫‖J f + ∂f/∂t‖²)."""
+    measure: tuple[str, ...] = setting((), given=(ODE,), later=True)
+    """Integrals to report in metrics.jsonl without penalising them: kinetic, jacobian, directional, total-derivative."""
+
+
+@dataclass(frozen=True)
+class LikelihoodConfig(_Penalised):
     """Maximum likelihood, possibly with RNODE's regularisers (2002.02798)."""
 
     kind: Literal["likelihood"] = tag("likelihood")
-    kinetic: float = setting(0.0, NONNEGATIVE)
-    """Weight of the kinetic energy ∫‖f‖² (RNODE)."""
-    jacobian: float = setting(0.0, NONNEGATIVE)
-    """Weight of the Jacobian's squared Frobenius norm ∫‖J‖² (RNODE)."""
     step_error: float = setting(0.0, NONNEGATIVE, given=(GRID,))
     """Weight of the local error of the grid (ERNODE), for flows that few solver steps solve."""
     regularisers: Literal["paper", "code"] = setting("paper", given=(REGULARISED,))
@@ -61,14 +72,14 @@ class BothConfig(MatchingConfig, LikelihoodConfig):
 
 
 @dataclass(frozen=True)
-class RegressionConfig(Settings):
+class RegressionConfig(_Penalised):
     """Least squares of a predictor."""
 
     kind: Literal["regression"] = tag("regression")
 
 
 @dataclass(frozen=True)
-class ClassificationConfig(Settings):
+class ClassificationConfig(_Penalised):
     """Cross entropy of a predictor."""
 
     kind: Literal["classification"] = tag("classification")

@@ -23,7 +23,9 @@ __all__ = ["DataConfig", "Preset", "RunConfig", "TrainConfig"]
 
 DECAY = Bounds("0 (no averaging) or more, below 1", least=0, below=1)
 THREADS = Bounds("a positive number, at most 4096", least=1, most=4096)
+ANGLE = Bounds("degrees above 0 and below 360", above=0, below=360)
 TABLES = Family("kind", ("table",), "tables")
+TOYS = Family("kind", ("toy",), "toy points")
 RANDOM = Family("split", ("random",), "random splits, and that of these data is fixed")
 DRAWN = Family("kind", ("toy", "table"), "toy points and the noise on a table's columns")
 NOISY = Family("noisy", (True,), "likelihoods with noise, and the exact trace of vectors (or of the middle of each grey level) has none")
@@ -68,6 +70,8 @@ class DataConfig(Settings):
     """Density of an image in the plane: light is dense instead of dark."""
     toy_sizes: tuple[int, int, int] = (50_000, 5_000, 10_000)
     """Training, validation and test samples of a toy set."""
+    hold_out_angle: float | None = setting(None, ANGLE, given=(TOYS,), later=True)
+    """Supervised toy sets in the plane: train outside of a slice of these degrees, validate inside of it (ANODE, figure 9)."""
     columns: str | None = setting(None, given=(TABLES,), later=True)
     """Columns of a custom table to keep, separated by commas; default: all."""
     drop_columns: str | None = setting(None, given=(TABLES,), later=True)
@@ -166,7 +170,7 @@ class RunConfig(Settings):
         matching = isinstance(objective, MatchingConfig) and not isinstance(objective, LikelihoodConfig)
         tags |= {
             "solves": tags["architecture"] != "resnet" and (not matching or tags.get("augmented_time", "none") != "none"),
-            "regularised": bool(tags.get("kinetic") or tags.get("jacobian")),
+            "regularised": bool(tags.get("kinetic") or tags.get("jacobian") or tags.get("penalty")),
             "watched": not matching or tags["fm_time_sampling"] == "importance",
         }
         return tags | facts

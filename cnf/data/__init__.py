@@ -32,7 +32,7 @@ _LOADERS: tuple[tuple[str, dict[str, str], Callable[[str, Options], DataSplits]]
     ("celeba", celeba.NAMES, celeba.load_celeba),
     ("image", large.NAMES, large.load_large),
     ("toy", toy.NAMES, toy.load_toy),
-    ("toy", supervised.NAMES, supervised.load_supervised),
+    ("supervised", supervised.NAMES, supervised.load_supervised),
     ("tabular", tabular.NAMES, tabular.load_tabular),
 )
 
@@ -68,6 +68,8 @@ def load(name_or_path: str | Path, **options: Any) -> DataSplits:
         invert: for the density of an image: make light dense instead of dark.
         flip: flip training images horizontally at random; None follows the published protocol, without one no flips.
         sizes: numbers of training, validation and test samples of a toy set.
+        hold_out_angle: degrees of a slice around the first axis, of supervised toy sets: no training point is inside,
+            and all validation points are.
         columns, drop_columns: table columns to keep or to drop; comma-separated text, or a list.
         missing: treatment of table rows with missing values: ``"error"`` or ``"drop"``.
         dependent: treatment of linearly dependent table columns: ``"error"`` or ``"keep"``.
@@ -89,7 +91,7 @@ def load(name_or_path: str | Path, **options: Any) -> DataSplits:
         _refuse_idle(settings, name, "picture")
         return pictures.load_picture(path, settings)
     for kind, sets, loader in _LOADERS:
-        if plain in sets:
+        if supervised.family(plain) in sets:
             _refuse_idle(settings, name, kind)
             return loader(plain, settings)
     _refuse_idle(settings, name, "own")
@@ -108,7 +110,8 @@ _APPLIES_TO = {
     "flip": (("image", "celeba", "own"), "images"),
     "image_size": (("own", "celeba"), "a folder of images and celeba"),
     "invert": (("picture",), "the density of an image"),
-    "sizes": (("toy", "picture"), "toy sets"),
+    "sizes": (("toy", "supervised", "picture"), "toy sets"),
+    "hold_out_angle": (("supervised",), "supervised toy sets, such as spheres2"),
     "duplicates": (("own", "tabular"), "your own data"),
     "discrete": (("own", "tabular"), "your own tables"),
     "columns": (("own",), "your own tables"),

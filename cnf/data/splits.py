@@ -97,6 +97,7 @@ class Options:
     invert: bool = False
     flip: bool | None = None
     sizes: tuple[int, int, int] = (50_000, 5_000, 10_000)
+    hold_out_angle: float | None = None
     columns: str | Sequence[str] | None = None
     drop_columns: str | Sequence[str] | None = None
     missing: str = "error"
@@ -116,6 +117,8 @@ class Options:
         fractions = (self.validation_fraction, self.test_fraction)
         if not (min(fractions) > 0.0 and sum(fractions) < 1.0):
             raise ConfigError(f"validation_fraction and test_fraction must be positive with a sum below 1, got {fractions[0]} and {fractions[1]}")
+        if self.hold_out_angle is not None and not 0 < self.hold_out_angle < 360:
+            raise ConfigError(f"hold_out_angle must be above 0 and below 360 degrees, got {self.hold_out_angle}")
         if len(self.sizes) != 3 or min(self.sizes) < 1:
             raise ConfigError(f"sizes must be three positive numbers (training, validation, test), got {self.sizes}")
 
@@ -232,7 +235,7 @@ def assemble(
         contexts = [eye[torch.from_numpy(np.asarray(c, dtype=np.int64))] for c in codes]
     if options.condition == "target":
         if targets is None:
-            raise DataError(f"--objective regression needs targets, and {name!r} has none; the sets flip, spheres1 and spheres2 have")
+            raise DataError(f"--objective regression needs targets, and {name!r} has none; the sets identity, flip, spheres1, spheres2, ..., separable2 and shifted-sines have")
         contexts = [_tensor(y) for y in targets]
     return DataSplits(
         name,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from torch import Tensor
 
 from cnf._utils.errors import ConfigError
 from cnf.flow import Flow
 from cnf.losses.density import DensityObjective
+from cnf.losses.penalties import Penalties, find_quadrature, penalised, released_factor
 from cnf.ode.divergence import Bound, Linearization
-from cnf.ode.quadratures import JacobianFrobenius, Kinetic, Quadrature, StepError
+from cnf.ode.quadratures import Kinetic, Quadrature, StepError
 from cnf.random import Noise
 from cnf.solvers import FixedGrid, Stats
 from cnf.transforms import Request
@@ -47,6 +49,9 @@ class Likelihood(DensityObjective):
             ``jacobian_mean``).
         step_error: weight of the solver's error on its grid (:class:`~cnf.ode.quadratures.StepError`), scaled like the
             other regularisers: favours flows that need few solver steps.
+        penalties: weights of further integrals, by name (``"directional"``, ``"total-derivative"``) or by quadrature,
+            scaled like the other regularisers.
+        measure: integrals to report without penalising them, by name or quadrature.
 
     Attributes:
         scale: divisor of the weighted regularisers: :math:`D \ln 2` for images, 1 for vectors and for ``"code"``.
@@ -73,6 +78,8 @@ class Likelihood(DensityObjective):
         jacobian: float = 0.0,
         regularisers: str = "paper",
         step_error: float = 0.0,
+        penalties: Penalties | None = None,
+        measure: Iterable[str | Quadrature] = (),
     ):
         super().__init__(flow)
         if regularisers not in ("paper", "code"):
@@ -82,13 +89,19 @@ class Likelihood(DensityObjective):
         released = regularisers == "code"
         self.scale = flow.dim * math.log(2) if flow.levels is not None and not released else 1.0
         self.weights: dict[str, float] = {}
+        given: dict[str | Quadrature, float] = {"kinetic": kinetic, "jacobian": jacobian}
+        if repeated := next((name for name in penalties or () if given.get(name)), None):
+            raise ConfigError(f"penalties has {repeated!r}, whose weight is {given[repeated]} already: give it once")
         # the kinetic energy is free next to the solve, so it is always reported in training
-        own: list[Quadrature] = [Kinetic()]
-        for quadrature, weight, factor in ((Kinetic(), kinetic, 0.5), (JacobianFrobenius(), jacobian, 1.0)):
-            if weight:
-                chosen: Quadrature = _BlockMean(quadrature, factor) if released else quadrature
-                self.weights[chosen.name] = weight
-                own += [chosen] if chosen.name != "kinetic" else []
+        reported = [Kinetic(), *map(find_quadrature, measure)]
+        own, weights = penalised({**given, **(penalties or {})}, reported)
+        own.sort(key=lambda q: q.name != "kinetic")
+        for quadrature in [q for q in own if q.name in weights]:
+            chosen = _BlockMean(quadrature, released_factor(quadrature)) if released else quadrature
+            self.weights[chosen.name] = weights[quadrature.name]
+            if released:
+                own.append(chosen)
+                own = own if quadrature.name in {q.name for q in reported} else [q for q in own if q is not quadrature]
         if step_error:
             if not all(type(b.solver) is FixedGrid and b.solver.tableau.error for b in flow.blocks):
                 raise ConfigError(
@@ -99,7 +112,8 @@ class Likelihood(DensityObjective):
             own.append(StepError())
         for block in flow.blocks:
             # drop the quadratures of an earlier objective
-            kept = [q for q in block.quadratures if q.name.removesuffix("_mean") not in ("kinetic", "jacobian", "step_error")]
+            replaced = {"kinetic", "jacobian", "step_error", *(q.name for q in own)}
+            kept = [q for q in block.quadratures if q.name not in replaced and not isinstance(q, _BlockMean)]
             if taken := {q.name for q in kept} & {"loss", "nll"}:
                 raise ConfigError(f"quadrature name {min(taken)!r} is taken by the objective: give the integral another name")
             block.quadratures = (*kept, *own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from cnf._utils.errors import ConfigError, DataError
 from cnf.distributed import SINGLE_PROCESS, Group
+from cnf.losses.penalties import Penalties, penalised
 from cnf.neural_ode import NeuralODE, Predictor
+from cnf.ode.quadratures import Quadrature, learned_modules
 from cnf.random import Noise
 from cnf.solvers import Solver, Stats, refined
 from cnf.solvers.base import SolverOverride
@@ -125,9 +127,14 @@ class Supervised(nn.Module):
     Args:
         model: the predictor.
         kind: ``"regression"`` or ``"classification"``.
+        penalties: weights of integrals along the path of a neural ODE, added to its training loss: names
+            (``"kinetic"``, ``"jacobian"``, ``"directional"``, ``"total-derivative"``) or quadratures, such as a
+            :class:`~cnf.ode.quadratures.RunningCost`. The integrals are sums over the dimensions of the state, and come
+            from the same solve (kinetic and Jacobian: RNODE, 2002.02798; running costs: 2002.08071).
+        measure: integrals to report without penalising them.
 
     Raises:
-        ConfigError: for another kind.
+        ConfigError: for another kind, penalties or measurements of a model without an ODE, or names that are taken.
 
     Example:
         >>> from cnf.neural_ode import anode_mlp
@@ -139,11 +146,20 @@ class Supervised(nn.Module):
 
     metric = "loss"
 
-    def __init__(self, model: Predictor, kind: str):
+    def __init__(
+        self, model: Predictor, kind: str, penalties: Penalties | None = None, measure: Iterable[str | Quadrature] = ()
+    ):
         super().__init__()
         if kind not in KINDS:
             raise ConfigError(f"kind={kind!r} is unknown: expected {' or '.join(map(repr, KINDS))}")
         self.model, self.kind = model, kind
+        self.quadratures, self.weights = penalised(penalties or {}, measure)
+        if self.quadratures and not isinstance(model, NeuralODE):
+            raise ConfigError(f"penalties and measurements are of the path of a neural ODE, and {type(model).__name__} solves none: leave them out")
+        if taken := {q.name for q in self.quadratures} & {"loss", "accuracy", "data_loss"}:
+            raise ConfigError(f"quadrature name {min(taken)!r} is taken by the objective: give the integral another name")
+        # learned running costs are trained with the model
+        self.costs = nn.ModuleList(learned_modules(self.quadratures))
 
     @property
     def unit(self) -> str:
@@ -170,17 +186,32 @@ class Supervised(nn.Module):
 
     def evaluate(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> tuple[dict[str, Tensor], Stats]:
         """Return the terms (see :meth:`forward`) and the statistics of the solve."""
-        return self._terms(x, context, None)
+        terms, stats, integrals = self._terms(x, context, None, self.quadratures, noise)
+        if self.weights:
+            terms["data_loss"] = terms["loss"]
+        for name, weight in self.weights.items():
+            terms["loss"] = terms["loss"] + weight * integrals[name]
+        return {**terms, **integrals}, stats
 
-    def _terms(self, x: Tensor, context: Tensor | None, solver: SolverOverride) -> tuple[dict[str, Tensor], Stats]:
+    def _terms(
+        self, x: Tensor, context: Tensor | None, solver: SolverOverride, quadratures: Sequence[Quadrature] = (), noise: Noise | None = None
+    ) -> tuple[dict[str, Tensor], Stats, dict[str, Tensor]]:
         if context is None:
             raise DataError("there are no targets: a regression or a classification needs them as context (N, outputs)")
-        outputs, _, stats = self.model.predict(x) if solver is None else self.model.predict(x, solver=solver)
+        integrals: dict[str, Tensor] = {}
+        if quadratures:
+            model = cast(NeuralODE, self.model)
+            (outputs, _, stats), integrals = model.predict_with_integrals(x, quadratures, noise=noise, solver=solver)
+        else:
+            outputs, _, stats = self.model.predict(x) if solver is None else self.model.predict(x, solver=solver)
         loss, correct = _losses(outputs, context.to(outputs), self.kind)
-        return {"loss": loss, **({} if correct is None else {"accuracy": correct.to(loss.dtype)})}, stats
+        return {"loss": loss, **({} if correct is None else {"accuracy": correct.to(loss.dtype)})}, stats, integrals
 
     def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> dict[str, Tensor]:
-        """Return ``loss`` (N,) and, for a classification, ``accuracy`` (N,) of 0 or 1; ``context`` is the targets."""
+        """Return ``loss`` (N,) and, for a classification, ``accuracy`` (N,) of 0 or 1; ``context`` is the targets.
+
+        Integrals (N,) follow by name; with penalties ``data_loss`` is the loss without them.
+        """
         return self.evaluate(x, context, noise)[0]
 
     def validate(

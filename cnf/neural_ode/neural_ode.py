@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,24 @@ from torch import Tensor, nn
 from cnf._utils.errors import ConfigError, SolverError
 from cnf.fields.custom import protect
 from cnf.fields.signature import check_signature
-from cnf.neural_ode.odenet import ODENet, conv_maps, mlp_maps
 from cnf.neural_ode.predictor import Prediction, Predictor
+from cnf.ode.divergence import Bound, Divergence, Hutchinson, Linearization
+from cnf.ode.quadratures import Quadrature, learned_modules
+from cnf.random import Noise, child
 from cnf.solvers import Adaptive, FixedGrid, Solver, Stats
 from cnf.solvers.base import SolverOverride, solver_of
 
-__all__ = ["NeuralODE", "anode_conv", "anode_mlp"]
+__all__ = ["NeuralODE"]
 
 DEPTH_WIDTH = 16  # hidden units of the net that returns each row's end time
+
+
+class _Along(NamedTuple):
+    """What is integrated next to the state."""
+
+    quadratures: tuple[Quadrature, ...]
+    divergence: Divergence
+    noise: Noise | None
 
 
 class NeuralODE(Predictor):
@@ -54,6 +64,7 @@ class NeuralODE(Predictor):
         SolverError: from the methods, if the ODE cannot be solved.
 
     Example:
+        >>> from cnf.neural_ode import anode_mlp
         >>> model = anode_mlp(2, hidden=32, augment=5)
         >>> sum(p.numel() for p in model.parameters())
         1551
@@ -143,8 +154,37 @@ class NeuralODE(Predictor):
 
         ``solver`` replaces the model's own for this call: a solver, or a function of the model that returns one.
         """
-        features, stats = self._advance(self.start(x), x, 0.0, 1.0, solver_of(self, solver))
-        return Prediction(self.read(features), features, stats)
+        return self.predict_with_integrals(x, (), solver=solver)[0]
+
+    def predict_with_integrals(
+        self,
+        x: Tensor,
+        quadratures: Sequence[Quadrature],
+        *,
+        divergence: Divergence | None = None,
+        noise: Noise | None = None,
+        solver: SolverOverride = None,
+    ) -> tuple[Prediction, dict[str, Tensor]]:
+        """Return the prediction, and integrals over the path of each row (N,) by name, from the same solve.
+
+        Args:
+            x: inputs (N, \\*event).
+            quadratures: integrands of :mod:`cnf.ode.quadratures`, evaluated at states (N, \\*state) with their zeros
+                appended; with adaptive depth over each row's own time.
+            divergence: supplies ‖J‖² where a quadrature needs it; Hutchinson's estimate with one probe if None.
+            noise: of the probe.
+            solver: as for :meth:`predict`.
+
+        Example:
+            >>> from cnf.neural_ode import anode_mlp
+            >>> from cnf.ode.quadratures import Kinetic
+            >>> prediction, integrals = anode_mlp(2, augment=1).predict_with_integrals(torch.randn(4, 2), [Kinetic()])
+            >>> prediction.outputs.shape, integrals["kinetic"].shape
+            (torch.Size([4, 1]), torch.Size([4]))
+        """
+        along = _Along(tuple(quadratures), divergence or Hutchinson(), noise)
+        features, stats, values = self._advance(self.start(x), x, 0.0, 1.0, solver_of(self, solver), along)
+        return Prediction(self.read(features), features, stats), dict(zip((q.name for q in quadratures), values, strict=True))
 
     @torch.no_grad()
     def trajectory(self, x: Tensor, times: Tensor) -> Tensor:
@@ -158,14 +198,17 @@ class NeuralODE(Predictor):
         state, now, frames = self.start(x), 0.0, []
         for time in times.tolist():
             if time > now:
-                state = self._advance(state, x, now, time, solver_of(self))[0]
+                state = self._advance(state, x, now, time, solver_of(self), _Along((), Hutchinson(), None))[0]
                 now = time
             frames.append(state)
         return torch.stack(frames)
 
-    def _advance(self, state: Tensor, x: Tensor, start: float, stop: float, solver: Solver) -> tuple[Tensor, Stats]:
-        """Integrate a state from ``start`` to ``stop``, fractions of T, through the pieces in between."""
+    def _advance(
+        self, state: Tensor, x: Tensor, start: float, stop: float, solver: Solver, along: _Along
+    ) -> tuple[Tensor, Stats, list[Tensor]]:
+        """Integrate a state and the quadratures from ``start`` to ``stop``, fractions of T, through the pieces in between."""
         count, stats = len(self.fields), Stats()
+        totals = [state.new_zeros(len(state)) for _ in along.quadratures]
         end, control = self.end_time(x), None
         if self.data_control:  # a view: the end time may depend on x, and an adjoint solver would count x twice
             entering = self._entering(x)
@@ -173,96 +216,31 @@ class NeuralODE(Predictor):
         for k, field in enumerate(self.fields):
             low, high = max(start, k / count), min(stop, (k + 1) / count)
             if low < high:
-                state, cost = self._piece(field, state, control, end * low, end * (high - low), solver)
-                stats = stats + cost
-        return state, stats
+                part = along._replace(noise=child(along.noise, k))
+                (state, *values), cost = self._piece(field, (state, *totals), control, end * low, end * (high - low), solver, part)
+                totals, stats = list(values), stats + cost
+        return state, stats, totals
 
     def _piece(
-        self, field: nn.Module, state: Tensor, control: Tensor | None, start: Tensor, span: Tensor, solver: Solver
-    ) -> tuple[Tensor, Stats]:
-        """Solve one piece; ``start`` and ``span`` are (), or (N,) with an end time per row."""
-        factor, evaluate = span.reshape(-1, *(1,) * (state.ndim - 1)) if span.ndim else span, protect(field)
+        self, field: nn.Module, state: tuple[Tensor, ...], control: Tensor | None, start: Tensor, span: Tensor, solver: Solver, along: _Along
+    ) -> tuple[tuple[Tensor, ...], Stats]:
+        """Solve one piece for the point and the quadratures; ``start`` and ``span`` are (), or (N,) with an end time per row."""
+        x, evaluate, need = state[0], protect(field), frozenset[str]().union(*(q.need for q in along.quadratures))
+        factor = span.reshape(-1, *(1,) * (x.ndim - 1)) if span.ndim else span
+        bound, probe = Bound(evaluate, control), along.divergence.probe(x, along.noise, need, evaluate)
 
         def rhs(s: Tensor, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (factor * evaluate(start + s * span, y[0], control),)
+            t = start + s * span
+            if len(y) == 1:  # the point alone
+                return (factor * evaluate(t, y[0], control),)
+            linear = along.divergence.linearize(evaluate, t, y[0], probe, control, need) if need else Linearization(bound(t, y[0]))
+            return (factor * linear.dx, *(span * q(t, y[0], linear, bound) for q in along.quadratures))
 
-        parameters = [*field.parameters(), start, span, *(() if control is None else (control,))]
+        learned = [p for module in learned_modules(along.quadratures) for p in module.parameters()]
+        parameters = [*field.parameters(), *learned, start, span, *(() if control is None else (control,))]
         try:
-            solution = solver.solve(rhs, (state,), dynamic=1, parameters=parameters)
+            solution = solver.solve(rhs, state, dynamic=1, parameters=parameters)
         except SolverError as error:
             low, high = (float(v.detach().max()) for v in (start, start + span))
             raise SolverError(f"neural ODE on states {self.state_shape}, t {low:g} to {high:g}: {error}{error.where(low, high - low)}") from None
-        return solution.state[0], solution.stats
-
-
-def _layer(time_dependent: bool | None, options: Mapping[str, Any]) -> str:
-    """Return the layer type; by default time enters only with adaptive depth, which needs it."""
-    return "concat" if (options.get("adaptive_depth", False) if time_dependent is None else time_dependent) else "ignore"
-
-
-def anode_mlp(
-    dim: int,
-    hidden: int = 32,
-    outputs: int = 1,
-    augment: int = 0,
-    *,
-    time_dependent: bool | None = None,
-    nonlinearity: str = "relu",
-    **options: Any,
-) -> NeuralODE:
-    """Build ANODE's model of vectors (1904.01681): three linear layers, time in the first; ``augment=0`` is a NODE.
-
-    Args:
-        dim: dimension of the inputs.
-        hidden: width of both hidden layers.
-        outputs: number of outputs.
-        augment: p, number of zero features appended.
-        time_dependent: condition the first layer on t, unlike the published runs; by default only with
-            ``adaptive_depth``.
-        nonlinearity: ``"relu"`` or ``"softplus"`` as published.
-        options: keyword arguments of :class:`NeuralODE`.
-
-    Raises:
-        ConfigError: as :class:`NeuralODE`.
-
-    Example:
-        >>> [sum(p.numel() for p in anode_mlp(1, augment=p, time_dependent=True).parameters()) for p in (0, 5)]
-        [1187, 1517]
-    """
-    maps, layers = mlp_maps(dim + max(0, augment), (hidden, hidden), _layer(time_dependent, options))
-    return NeuralODE(ODENet(maps, layers, nonlinearity), (dim,), outputs, augment=augment, **options)
-
-
-def anode_conv(
-    event_shape: tuple[int, int, int],
-    filters: int = 64,
-    outputs: int = 10,
-    augment: int = 0,
-    *,
-    time_dependent: bool | None = None,
-    nonlinearity: str = "relu",
-    **options: Any,
-) -> NeuralODE:
-    """Build ANODE's model of images (1904.01681): 1x1, 3x3 and 1x1 convolutions; ``augment=0`` is a NODE.
-
-    Args:
-        event_shape: (C, H, W).
-        filters: channels of both hidden layers.
-        outputs: number of outputs.
-        augment: p, number of zero channels appended.
-        time_dependent: append t as a channel in every convolution, unlike the published counts; by default only with
-            ``adaptive_depth``.
-        nonlinearity: ``"relu"`` or ``"softplus"`` as published.
-        options: keyword arguments of :class:`NeuralODE`.
-
-    Raises:
-        ConfigError: as :class:`NeuralODE`.
-
-    Example:
-        >>> [sum(p.numel() for p in anode_conv((1, 28, 28), k, augment=p).parameters()) for k, p in ((92, 0), (64, 5))]
-        [84395, 84816]
-    """
-    maps, layers = conv_maps(
-        event_shape[0] + max(0, augment), (filters, filters), _layer(time_dependent, options), (0, 1, 0)
-    )
-    return NeuralODE(ODENet(maps, layers, nonlinearity), event_shape, outputs, augment=augment, **options)
+        return solution.state, solution.stats

@@ -17,7 +17,7 @@ from cnf.fields.augmented import TimePath
 from cnf.fields.autodiff import differentiable_attention
 from cnf.fields.base import SolveField
 from cnf.ode.divergence import Bound, Divergence, Linearization, checked_need
-from cnf.ode.quadratures import Quadrature, StepError
+from cnf.ode.quadratures import Quadrature, StepError, learned_modules
 
 __all__ = ["AugmentedDynamics", "SampledStage", "field_precision"]
 
@@ -81,8 +81,7 @@ class AugmentedDynamics:
 
     def weights(self, field: nn.Module) -> list[Tensor]:
         """Return the parameters of the field, the augmented time and learned running costs, without duplicates."""
-        learned = [m for q in self.quadratures for m in (q, getattr(q, "cost", None)) if isinstance(m, nn.Module)]
-        modules = (field, *([] if self.path is None else [self.path]), *learned)
+        modules = (field, *([] if self.path is None else [self.path]), *learned_modules(self.quadratures))
         return list({id(p): p for m in modules for p in m.parameters()}.values())
 
     def part(self, index: Tensor, field: Callable[[Tensor | None], SolveField]) -> AugmentedDynamics:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnf._utils.errors import ConfigError
 from cnf.ode.divergence import Bound, Linearization
 
-__all__ = ["Directional", "JacobianFrobenius", "Kinetic", "Quadrature", "RunningCost", "StepError", "TotalDerivative", "check_names"]
+__all__ = ["Directional", "JacobianFrobenius", "Kinetic", "Quadrature", "RunningCost", "StepError", "TotalDerivative", "check_names", "learned_modules"]
 
 
 class Quadrature(Protocol):
@@ -123,6 +123,11 @@ def check_names(quadratures: Sequence[Quadrature]) -> None:
     names = [q.name for q in quadratures]
     if "log_det" in names or len(set(names)) < len(names):
         raise ConfigError(f"names of quadratures must be unique and not 'log_det', got {names}")
+
+
+def learned_modules(quadratures: Sequence[Quadrature]) -> list[nn.Module]:
+    """Return the running costs that are modules, whose parameters are trained with the field."""
+    return [m for q in quadratures for m in (q, getattr(q, "cost", None)) if isinstance(m, nn.Module)]
 
 
 def _square(v: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Plots: samples and data, densities, vector fields, trajectories, learning curves, animations."""
 
 from cnf.plotting.curves import learning_curves, validation_curves
-from cnf.plotting.features import decision_boundary, feature_evolution, learned_depth, paths_1d
+from cnf.plotting.features import decision_boundary, feature_evolution, features_training, learned_depth, paths_1d
 from cnf.plotting.motion import flow_gif
 from cnf.plotting.plane import density_2d, trajectories_2d, vector_field_2d
 from cnf.plotting.samples import image_grid, samples_beside_data
@@ -13,6 +13,7 @@ __all__ = [
     "decision_boundary",
     "density_2d",
     "feature_evolution",
+    "features_training",
     "flow_gif",
     "image_grid",
     "learned_depth",

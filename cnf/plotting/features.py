@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from cnf._utils.errors import ConfigError
 from cnf.neural_ode import NeuralODE, Predictor
 from cnf.plotting.canvas import Box, array, aspect_of, box_around, new_figure, save_figure, subplots
 
-__all__ = ["decision_boundary", "feature_evolution", "learned_depth", "paths_1d"]
+__all__ = ["decision_boundary", "feature_evolution", "features_training", "learned_depth", "paths_1d"]
 
 FITTED = 1000  # states used for the principal axes: all those of images would take minutes
 
@@ -81,6 +81,34 @@ def feature_evolution(
         raise ConfigError(f"times must be at least 2 panels, got {times}")
     ticks = torch.linspace(0, 1, times)
     states = array(model.trajectory(x.to(model.like.device), ticks).flatten(2))
+    titles = [f"t = {tick:g} T" + ("(x)" if model.depth is not None else "") for tick in ticks.tolist()]
+    return _panels(states, marks, titles, path, classes)
+
+
+def features_training(frames: Mapping[int, Tensor], marks: Tensor, path: Path, *, classes: Sequence[str] = ()) -> Path:
+    """Plot the features of the same points at several steps of a training (ANODE, 1904.01681, figure 6).
+
+    Panels are as in :func:`feature_evolution`, with principal axes that all of them share.
+
+    Args:
+        frames: features (N, \\*state) by step.
+        marks: (N,) class indices, or targets.
+        path: output PNG.
+        classes: names of the classes; empty for regression.
+
+    Raises:
+        ConfigError: without a frame.
+    """
+    if not frames:
+        raise ConfigError("frames is empty: expected the features of at least one step")
+    steps = sorted(frames)
+    states = np.stack([array(frames[step].flatten(1).double()) for step in steps])
+    return _panels(states, marks, [f"step {step:,}" for step in steps], path, classes)
+
+
+def _panels(states: Any, marks: Tensor, titles: Sequence[str], path: Path, classes: Sequence[str]) -> Path:
+    """Plot states (panels, N, D) side by side."""
+    times = len(titles)
     colours, handles = _colours(marks, classes)
     spread = np.ptp(states.reshape(times, -1), axis=1)
     shared = bool(spread.max() <= 4 * spread.min()) or states.shape[2] == 1
@@ -101,8 +129,8 @@ def feature_evolution(
             axis.set_xlabel(names[0], fontsize=8)
             axis.tick_params(labelsize=7)
         axes[0].set_ylabel(names[1], fontsize=8)
-    for axis, tick in zip(axes, ticks.tolist(), strict=True):
-        axis.set_title(f"t = {tick:g} T" + ("(x)" if model.depth is not None else ""), fontsize=9)
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, fontsize=9)
     return save_figure(figure, path, handles, fontsize=8)
 
 

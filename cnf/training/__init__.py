@@ -5,6 +5,7 @@ from cnf.config.results import read_json
 from cnf.training.auto_steps import AutoSteps
 from cnf.training.callbacks import Callback, EarlyStopping, Run, TimeLimit, WeightAverage
 from cnf.training.checkpointer import Checkpointer
+from cnf.training.feature_history import FeatureHistory
 from cnf.training.files import write_json
 from cnf.training.loggers import ProgressBar, RunLogger, TensorBoardLogger
 from cnf.training.loop import Trainer
@@ -22,6 +23,7 @@ __all__ = [
     "Callback",
     "Checkpointer",
     "EarlyStopping",
+    "FeatureHistory",
     "Interrupted",
     "NonFinitePolicy",
     "ProgressBar",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from cnf.neural_ode import NeuralODE, Predictor
 from cnf.runs import RunInfo
 from cnf.solvers import Adaptive, refined
 from cnf.training.batches import choose_rows
+from cnf.training.feature_history import FeatureHistory, chosen_points
 from cnf.training.files import write_items, write_json
 from cnf.training.loop import Trainer
 from cnf.training.scoring import TEST_SEED, about, rows_checked, trained
@@ -156,9 +158,9 @@ def write_predictions(path: Path, found: Assessment, index: torch.Tensor, classe
 
 
 def predictor_pictures(
-    model: Predictor, info: RunInfo, data: DataSplits, folder: Path, metrics: list[dict[str, Any]]
+    model: Predictor, info: RunInfo, data: DataSplits, folder: Path, metrics: list[dict[str, Any]], frames: dict[int, torch.Tensor]
 ) -> None:
-    """Plot learning curves, the evolution of the features and the learned depth.
+    """Plot learning curves, the evolution of the features over depth and over training (``frames``), the learned depth.
 
     Data of one or two dimensions also get the decision boundary, data of one dimension the trajectories.
     """
@@ -177,6 +179,11 @@ def predictor_pictures(
     targets = targets[: len(x)]
     marks = targets.argmax(1) if classification else targets[:, 0]
     classes = data.classes if classification else ()
+    if frames:
+        assert data.validation_context is not None
+        targets = data.validation_context[chosen_points(len(data.validation), math.prod(model.state_shape))]
+        shown = targets.argmax(1) if classification else targets[:, 0]
+        plotting.features_training(frames, shown, plots / "features_training.png", classes=classes)
     if isinstance(model, NeuralODE):
         plotting.feature_evolution(model, x, marks, plots / "features.png", classes=classes)
         if model.depth is not None:
@@ -208,5 +215,6 @@ def finish_predictions(trainer: Trainer, info: RunInfo, data: DataSplits, folder
     write_predictions(folder / PREDICTIONS, found, index, data.classes)
     # written last: --resume takes this file as proof that the test is complete
     write_json(folder / "result.json", result)
-    predictor_pictures(model, info, data, folder, trainer.history)
+    history = trainer.callback(FeatureHistory)
+    predictor_pictures(model, info, data, folder, trainer.history, {} if history is None else history.frames)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,11 @@ from cnf.bases import ConditionalMixture, GaussianMixture
 from cnf.config import (
     AdaptiveConfig,
     BothConfig,
+    ClassificationConfig,
     GridConfig,
     LikelihoodConfig,
     MatchingConfig,
+    RegressionConfig,
     SolverConfig,
     TrainConfig,
 )
@@ -24,6 +27,7 @@ from cnf.data import DataSplits
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.flow import Flow
 from cnf.losses import FlowMatching, Likelihood, Objective, Supervised
+from cnf.losses.penalties import parse_penalties
 from cnf.neural_ode import Predictor
 from cnf.random import Noise
 from cnf.runs import RunInfo, write_config
@@ -32,6 +36,7 @@ from cnf.training.batches import Batches, Validation, fingerprint, shared_settin
 from cnf.training.callbacks import Callback, EarlyStopping, TimeLimit, WeightAverage, replaced
 from cnf.training.checkpointer import Checkpointer
 from cnf.training.defaults import default_callbacks
+from cnf.training.feature_history import FeatureHistory, chosen_points
 from cnf.training.loop import VALIDATION_SEED, Trainer
 from cnf.training.non_finite import NonFinitePolicy
 from cnf.training.phases import Phase
@@ -80,6 +85,9 @@ def from_settings(
     config, solver, device = info.config.train, info.config.solver, stages[0].batches.device
     defaults = default_callbacks(folder, partial(write_config, info=info), fingerprint(data), group)
     defaults = replaced(defaults, _configured(config, solver, stages[-1].objective))
+    if isinstance(model, Predictor) and group.main:
+        points = data.validation[chosen_points(len(data.validation), math.prod(model.state_shape))]
+        defaults.append(FeatureHistory(points))
     trainer = kind(
         model,
         stages,
@@ -171,7 +179,9 @@ def phases(model: Flow | Predictor, config: TrainConfig, batches: Batches) -> li
 
     settings = config.objective
     if not isinstance(model, Flow):
-        return [phase(Supervised(model, settings.kind), batches, config.lr, config.warmup)]
+        assert isinstance(settings, RegressionConfig | ClassificationConfig)
+        weights = parse_penalties(settings.penalty, {"kinetic": settings.kinetic, "jacobian": settings.jacobian})
+        return [phase(Supervised(model, settings.kind, weights, settings.measure), batches, config.lr, config.warmup)]
     stages: list[Phase] = []
     if isinstance(settings, MatchingConfig):
         if settings.coupling != "independent" and (config.accumulate > 1 or batches.group.size > 1):
@@ -182,7 +192,10 @@ def phases(model: Flow | Predictor, config: TrainConfig, batches: Batches) -> li
         matching = FlowMatching(model, settings.coupling, settings.fm_weighting, settings.fm_time_sampling)
         stages.append(phase(matching, batches, config.lr, config.warmup))
     if isinstance(settings, LikelihoodConfig):
-        likelihood = Likelihood(model, settings.kinetic, settings.jacobian, settings.regularisers, settings.step_error)
+        likelihood = Likelihood(
+            model, settings.kinetic, settings.jacobian, settings.regularisers, settings.step_error,
+            parse_penalties(settings.penalty), settings.measure,
+        )  # fmt: skip
         if not isinstance(settings, BothConfig):
             return [phase(likelihood, batches, config.lr, config.warmup)]
         own = batches.resized(settings.finetune_batch_size) if settings.finetune_batch_size else batches

@@ -1,0 +1,165 @@
+"""The figures of ANODE (1904.01681) on toy sets, one command each.
+
+    python benchmarks/anode_figures.py fields          # 3: field and paths of identity and flip; Euler steps that cross
+    python benchmarks/anode_figures.py losses          # 5, 20: losses of ResNet, NODE and ANODE
+    python benchmarks/anode_figures.py training        # 6, 8, 17: features of fixed points over the training
+    python benchmarks/anode_figures.py flows           # 7, 25: losses, NFE and the learned flows
+    python benchmarks/anode_figures.py generalisation  # 9: a slice held out of the training
+    python benchmarks/anode_figures.py stability       # 13: failed runs over initialisations
+    python benchmarks/anode_figures.py decay           # 19: weight decay and augmentation
+
+Each takes --seeds, --epochs and --pictures FOLDER, prints a table of means and standard deviations over seeds, and adds
+its rows to --out. Settings are those of the presets node-... and anode-... (the paper's), with fewer epochs than its 50
+by default. One process, one thread. ``--quick`` runs one seed for one or two epochs of 192 points, in seconds.
+
+A run counts as failed if training breaks off, a batch is skipped since its solve takes more than 1,000 evaluations, or
+its test loss ends above half of the variance of the targets. The default of ``stability`` trains at ten times the usual
+rate. The paper's random search (F.2.1) is ``cnf sweep``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from anode_pictures import (
+    draw_decay,
+    draw_flows,
+    draw_held_out,
+    draw_losses,
+    draw_stability,
+    draw_training,
+    draw_vector_fields,
+)
+from anode_runs import Budget, Curves, run, runs, select
+from measure import RESULTS, machine, markdown, record, versions
+
+DEFAULTS = {  # seeds, epochs: about two CPU minutes each
+    "fields": (1, 25), "losses": (2, 6), "training": (1, 10), "flows": (1, 15),
+    "generalisation": (2, 12), "stability": (10, 5), "decay": (1, 6),
+}  # fmt: skip
+QUICK = (192, 64, 64)  # points
+EULER = 3  # steps: an odd number of equal maps can be the flip
+ANGLE = 40.0
+DECAYS, AUGMENTS = (0.0, 1.0, 5.0), (0, 1, 5)  # decoupled decay: times the rate, per step
+STABILITY_RATE = 1e-2
+Row = dict[str, Any]
+
+
+def fields(budget: Budget, folder: Path) -> list[Curves]:
+    """Figure 3."""
+    found = runs([("NODE", "identity"), ("NODE", "flip")], budget)
+    changes = {"train_solver": "grid", "method": "euler", "grid_steps": EULER, "max_grid_steps": EULER, "solver_check_every": 10**6}
+    euler = run("NODE", "flip", 0, budget, **changes)
+    euler.row["model"] = f"NODE, {EULER} Euler steps"
+    first = [one for one in found if one.row["seed"] == 0]
+    draw_vector_fields(first, euler, EULER, folder / "anode-fields.png")
+    return [*found, euler]
+
+
+def losses(budget: Budget, folder: Path) -> list[Curves]:
+    """Figures 5 and 20."""
+    cases = [(name, data) for data in ("spheres1", "spheres2", "separable2") for name in ("ResNet", "NODE", "ANODE")]
+    found = runs(cases, budget)
+    draw_losses(found, folder / "anode-losses.png")
+    return found
+
+
+def training(budget: Budget, folder: Path) -> list[Curves]:
+    """Figures 6, 8 and 17."""
+    found = runs([("NODE", "separable2"), ("NODE", "spheres2"), ("ANODE", "spheres2"), ("ANODE", "spheres3")], budget)
+    draw_training([one for one in found if one.row["seed"] == 0], folder / "anode-training.png")
+    return found
+
+
+def flows(budget: Budget, folder: Path) -> list[Curves]:
+    """Figures 7 and 25."""
+    found = runs([(name, data) for data in ("spheres1", "spheres2") for name in ("NODE", "ANODE")], budget)
+    draw_losses(found, folder / "anode-flows-losses.png", (("loss", "validation loss (MSE)"), ("nfe", "NFE of a training solve")))
+    draw_flows([one for one in found if one.row["seed"] == 0], folder / "anode-flows.png")
+    return found
+
+
+def generalisation(budget: Budget, folder: Path) -> list[Curves]:
+    """Figure 9."""
+    found = runs([("NODE", "spheres2"), ("ANODE", "spheres2")], budget, data_settings={"hold_out_angle": ANGLE})
+    draw_held_out(found, ANGLE, folder / "anode-generalisation.png")
+    return found
+
+
+def stability(budget: Budget, folder: Path) -> list[Curves]:
+    """Figure 13."""
+    found = runs([("NODE", "spheres2"), ("ANODE", "spheres2")], budget, lr=STABILITY_RATE)
+    draw_stability(found, folder / "anode-stability.png")
+    return found
+
+
+def decay(budget: Budget, folder: Path) -> list[Curves]:
+    """Figure 19."""
+    found = []
+    for weight in DECAYS:
+        for p in AUGMENTS:
+            for seed in range(budget.seeds):
+                one = run("ANODE", "spheres2", seed, budget, weight_decay=weight, augment=p)
+                one.row |= {"model": f"p = {p}, decay {weight:g}", "weight_decay": weight, "augment": p}
+                found.append(one)
+                print(f"{one.row['model']}, seed {seed}: " + (one.row["failure"] or f"test {one.row['test']:.3g}"), flush=True)
+    rows = [{**one.row, "last_nfe": one.row["nfe"][-1]} for one in found if one.model is not None]
+    draw_decay(rows, folder / "anode-decay.png")
+    return found
+
+
+FIGURES = {function.__name__: function for function in (fields, losses, training, flows, generalisation, stability, decay)}
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Return mean ± standard deviation over seeds; the mean alone for one seed."""
+    mean = f"{statistics.mean(values):{form}}"
+    return f"{mean} ± {statistics.stdev(values):{form}}" if len(values) > 1 else mean
+
+
+def table(found: Sequence[Curves]) -> str:
+    """Return the table of runs: one line for each data set and model."""
+    lines = []
+    for data, model in dict.fromkeys((one.row["data"], one.row["model"]) for one in found):
+        every = [one.row for one in found if (one.row["data"], one.row["model"]) == (data, model)]
+        some = [one.row for one in select(found, data=data, model=model)]
+        line = {"data": data, "model": model, "seeds": len(every), "failed": sum(row["failed"] for row in every)}
+        line |= {"cpu": spread([row["cpu_seconds"] for row in every], ".0f")}
+        ends = {key: [row[key][-1] for row in some] for key in ("train_loss", "loss", "nfe")} | {"test": [row["test"] for row in some]}
+        forms = {"train_loss": ".2g", "loss": ".2g", "nfe": ".0f", "test": ".2g"}
+        lines.append(line | {key: spread(values, forms[key]) if values else "" for key, values in ends.items()})
+    return markdown(lines, {
+        "data": "{data}", "model": "{model}", "seeds": "{seeds}", "training loss, last epoch": "{train_loss}", "validation": "{loss}",
+        "test": "{test}", "NFE, last epoch": "{nfe}", "failed": "{failed}", "CPU s": "{cpu}",
+    })  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figure", choices=list(FIGURES))
+    parser.add_argument("--seeds", type=int, help="runs of each model (default: " + ", ".join(f"{k} {v[0]}" for k, v in DEFAULTS.items()) + ")")
+    parser.add_argument("--epochs", type=int, help="of 3,000 points (default: " + ", ".join(f"{k} {v[1]}" for k, v in DEFAULTS.items()) + ")")
+    parser.add_argument("--quick", action="store_true", help="one seed, two epochs of 192 points")
+    parser.add_argument("--pictures", type=Path, default=Path("docs/pictures"), help="folder (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file of rows (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    seeds, epochs = (1, 2) if options.quick else DEFAULTS[options.figure]
+    budget = Budget(options.seeds or seeds, options.epochs or epochs, *([QUICK] if options.quick else []))
+    options.pictures.mkdir(parents=True, exist_ok=True)
+    found = FIGURES[options.figure](budget, options.pictures)
+    about = {**machine(), "versions": versions("torch", "torchdiffeq")}
+    record(options.out, f"anode_figures {options.figure}", arguments, [one.row for one in found], about)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
