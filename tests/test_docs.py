@@ -5,15 +5,18 @@ import doctest
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, mostly_slow
 
 import cnf
 
@@ -135,11 +138,16 @@ def test_who_may_import_what(name):
         assert not above, f"{name} imports {above}"
 
 
+def blocks(page, languages="python"):
+    """Return (language, code) of the fenced blocks of a page."""
+    return re.findall(rf"```({languages})\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
 def page_examples():
-    """Return (name, code) of every Python example of the pages."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    """Return every Python example of the pages that stand by themselves."""
+    pages = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if p.parent.name != "tutorials")]
     for page in pages:
-        for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)):
+        for number, (_, code) in enumerate(blocks(page)):
             yield pytest.param(code, id=f"{page.stem}-{number}")
 
 
@@ -148,3 +156,20 @@ def page_examples():
 def test_examples_of_the_pages_run(code, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "<page>", "exec"), {"__name__": "page"})
+
+
+TUTORIALS = sorted(p for p in (ROOT / "docs" / "tutorials").glob("*.md") if blocks(p, "python|bash"))
+
+
+@pytest.mark.parametrize("page", mostly_slow([p.stem for p in TUTORIALS], "custom"))
+def test_tutorials_run(page, monkeypatch, tmp_path):
+    """A tutorial's blocks run in the order of the page: Python in one namespace, commands in a shell, in one folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    names = {"__name__": "page"}
+    for language, code in blocks(ROOT / "docs" / "tutorials" / f"{page}.md", "python|bash"):
+        if language == "python":
+            exec(compile(code, f"<{page}>", "exec"), names)
+            continue
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", code], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{code}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

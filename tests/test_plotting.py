@@ -74,16 +74,16 @@ def test_image_grid(tmp_path):
         images = torch.randint(0, levels, (7, channels, 4, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         path = plotting.image_grid(images, tmp_path / "grid.png", columns=3, levels=levels)
         found = pixels(path)
-        assert found.shape == (3 * 41 + 1, 3 * 61 + 1, 3)
+        assert found.shape == (3 * 45 + 5, 3 * 65 + 5, 3)  # tenfold, and half a pixel of grey around each
         for i, image in enumerate(images):
-            tile = found[i // 3 * 41 + 1 : i // 3 * 41 + 41, i % 3 * 61 + 1 : i % 3 * 61 + 61]
+            tile = found[i // 3 * 45 + 5 : i // 3 * 45 + 45, i % 3 * 65 + 5 : i % 3 * 65 + 65]
             truth = (image.float() * 255 / (levels - 1)).round().int().permute(1, 2, 0).expand(4, 6, 3)
             assert np.array_equal(tile, truth.numpy().repeat(10, 0).repeat(10, 1))
         # floats are the grey levels that they stand for
         floats = (images.float() + 0.7) / levels
         assert np.array_equal(pixels(plotting.image_grid(floats, tmp_path / "f.png", columns=3, levels=levels)), found)
     outside = torch.tensor([-3.0, 7.0]).reshape(1, 1, 1, 2)
-    tile = pixels(plotting.image_grid(outside, tmp_path / "o.png"))[1:-1, 1:-1]
+    tile = pixels(plotting.image_grid(outside, tmp_path / "o.png"))[16:-16, 16:-16]
     assert (tile[:, :32] == 0).all() and (tile[:, 32:] == 255).all()
     assert pixels(plotting.image_grid(torch.rand(2, 2, 8, 8), tmp_path / "two.png")).shape[2] == 3  # two channels: their mean
 
@@ -164,12 +164,15 @@ def test_vector_field(tmp_path, figures, flow):
 def test_trajectories(tmp_path, figures, flow):
     data = points(30)
     plotting.trajectories_2d(flow, data, tmp_path / "a.png", n=10)
-    (axis,) = figures[0].axes
-    assert len(axis.lines) == 10
-    start, end = (c.get_offsets() for c in axis.collections)
+    axis, bar = figures[0].axes
+    lines, *ends = axis.collections
+    start, end = (c.get_offsets() for c in ends)
+    pieces = np.array(lines.get_segments()).reshape(39, 10, 2, 2)  # one for each time and point, coloured by the time
+    assert np.allclose(np.diff(lines.get_array().reshape(39, 10), axis=1), 0) and bar.get_ylabel() == "time t / T"
+    assert np.allclose(pieces[1:, :, 0], pieces[:-1, :, 1]) and np.allclose(pieces[-1, :, 1], end)
     assert np.allclose(end, flow.encode(data[:10]).detach(), atol=1e-4)
     assert np.allclose(start, flow.transform.transforms[0](data[:10]).value, atol=1e-6)
-    assert np.allclose([line.get_xydata()[0] for line in axis.lines], start, atol=1e-6)
+    assert np.allclose(pieces[0, :, 0], start, atol=1e-6)
     (legend,) = figures[0].legends
     figures[0].canvas.draw()
     assert not legend.get_window_extent().overlaps(axis.get_window_extent())  # it hides no point
@@ -187,7 +190,7 @@ def test_a_mixture_as_base_goes_on_to_a_standard_normal(tmp_path, figures):
         field = cnf.fields.MLP(2, (8,), zero_init=not scale)
         flow = cnf.Flow(cnf.CNF(field), (2,), base=base).eval()
         plotting.trajectories_2d(flow, data := points(30), tmp_path / "a.png", n=20)
-        start, end = (c.get_offsets() for c in figures[-1].axes[0].collections)
+        start, end = (c.get_offsets() for c in figures[-1].axes[0].collections[1:])
         assert np.allclose(start, data[:20])
         latent = flow.encode(data[:20]).detach()
         assert torch.allclose(latent, data[:20], atol=1e-6) == (not scale)
@@ -216,6 +219,7 @@ def test_gif_of_points(tmp_path, flow, figures):
     assert np.allclose(dots.get_offsets(), flow.transform.transforms[0](x).value.detach(), atol=1e-5)
     assert np.allclose(arrived.get_offsets(), dots.get_offsets()) and len(trails.get_segments()) == 50
     assert axis.get_title() == "from noise (0) to data (1): 1.00"
+    assert axis.images[0].get_array().sum() > 0 and axis.get_xlabel() and axis.get_ylabel()
     context = torch.eye(2)[torch.arange(6) % 2]
     conditional = ready(build(FlowConfig.of(hidden=(4,)), SolverConfig(), (2,), context_dim=2))
     assert len(frames_of(plotting.flow_gif(conditional, tmp_path / "b.gif", n=6, frames=3, context=context))) == 3
@@ -285,6 +289,11 @@ def test_learning_curves(tmp_path, figures):
     residual = [{"step": s, "loss": 1 / s, "nfe": 0, "nfe_backward": 0, "validation": 2 / s, "validation_nfe": 0} for s in (1, 2)]
     plotting.learning_curves(residual, tmp_path / "f.png", unit="nats", name="loss")
     assert len(figures[3].axes) == 1 and figures[3].axes[0].get_xlabel() == "step"
+    rows[99]["validation"] = 40.0  # however bad, a validation is seen; flow matching's error has a panel of its own
+    error = [{"step": s, "loss": 1 / s} for s in (1, 2)]
+    plotting.learning_curves([*rows, *error], tmp_path / "g.png", unit="nats")
+    top, middle, _ = figures[4].axes
+    assert top.get_ylim()[1] > 40 and np.array_equal(middle.lines[0].get_xydata(), [[1, 1], [2, 0.5]]) and middle.get_ylabel() == "loss"
     plotting.learning_curves([], tmp_path / "c.png", unit="nats")  # a run stopped before its first row
     plotting.learning_curves([{"step": 10, "skipped": 3}], tmp_path / "d.png", unit="nats")
 

@@ -21,7 +21,7 @@ from cnf.fields import MLP
 from cnf.flow import Flow
 from cnf.runs import RunInfo, write_config
 from cnf.solvers import FixedGrid
-from cnf.training import finish, from_settings, summary
+from cnf.training import REPORT, finish, from_settings, summary
 from cnf.training.checkpointer import Checkpointer, run_lock
 from cnf.transforms import MarginalTransform, iter_leaves
 
@@ -50,8 +50,8 @@ def refuse_chosen(config: RunConfig, given: Collection[str]) -> None:
         raise ConfigError(f"{option(idle[0])} is chosen by --minutes {config.train.minutes:g}: leave one of them out")
 
 
-def search(info: RunInfo, data: DataSplits, folder: Path, group: Group) -> int:
-    """Find a density within the minutes of the settings, and leave a finished run that --resume trains on."""
+def search(info: RunInfo, data: DataSplits, folder: Path, group: Group, line: str = "") -> int:
+    """Find a density within the minutes of the settings, and leave a finished run that --resume trains on; ``line`` is the command."""
     train = info.config.train
     if train.threads:
         torch.set_num_threads(train.threads)
@@ -67,14 +67,14 @@ def search(info: RunInfo, data: DataSplits, folder: Path, group: Group) -> int:
         checkpointer = trainer.callback(Checkpointer)
         assert checkpointer is not None
         checkpointer.save()
-        about = {"start": found.start, "parts": found.parts, "gains": found.gains, "search_seconds": found.seconds}
+        about = {"start": found.start, "parts": found.parts, "gains": found.gains, "search_seconds": found.seconds, "command": line}
         result = finish(trainer, info, data, folder, about)
     print(f"validation, nats per row, and the gain over the part before ({found.start}):")
     for name, value in found.parts.items():
         gain = "{:+.4f} ± {:.4f}".format(*found.gains[name]) if name in found.gains else ""
         print(f"  {name:16}{value:12.4f}  {gain}".rstrip())
     print(summary(result))
-    print(f"pictures in {folder / 'samples'} and {folder / 'plots'}; cnf sample {folder} draws more, cnf rank {folder} FILE ranks rows")
+    print(f"report in {folder / REPORT}, pictures in {folder / 'samples'} and {folder / 'plots'}; cnf sample {folder} draws more, cnf rank {folder} FILE ranks rows")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 import signal
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,7 +30,7 @@ from cnf.distributed import Group, join
 from cnf.models import slow_bf16
 from cnf.models.custom import registered
 from cnf.runs import LOCK, RunInfo, has_trainer, leftovers, write_config
-from cnf.training import Trainer, finish, from_settings, read_json, summary
+from cnf.training import REPORT, Trainer, finish, from_settings, read_json, summary
 from cnf.training.checkpointer import run_lock
 from cnf.training.cost import measure
 from cnf.training.predictions import PREDICTIONS
@@ -65,6 +66,7 @@ def _joined(
 ) -> int:
     config = command.config
     usable_device(config.train.device)
+    line = shlex.join([*(["python", program] if program.endswith(".py") else program.split()), *words])
     if old is not None:
         refuse_changes(old.config, config, command)
     if command.score:
@@ -120,8 +122,8 @@ def _joined(
     if searched:
         if group.size > 1:
             raise ConfigError("--minutes searches in one process: start it without torchrun")
-        return search(info, data, folder, group)
-    return _train(command, info, data, folder, group)
+        return search(info, data, folder, group, line)
+    return _train(command, info, data, folder, group, line)
 
 
 def _noisy(command: Command, levels: int | None, *, spreads: bool = False) -> bool:
@@ -146,7 +148,7 @@ def _describe(config: RunConfig, data: DataSplits) -> RunInfo:
     return RunInfo(config, data.event_shape, data.levels, data.context_dim, data.classes, data.columns, data.table, registered())
 
 
-def _train(command: Command, info: RunInfo, data: DataSplits, folder: Path, group: Group) -> int:
+def _train(command: Command, info: RunInfo, data: DataSplits, folder: Path, group: Group, line: str) -> int:
     if info.config.solver.precision == "bf16" and slow_bf16(info.config.train.device):
         print("precision: this CPU has neither AMX nor avx512_bf16, so that bf16 is no faster here than fp32")
     with run_lock(folder, group) if command.resume else nullcontext():
@@ -162,24 +164,24 @@ def _train(command: Command, info: RunInfo, data: DataSplits, folder: Path, grou
         group.on_rank0(lambda: _make(folder))
         with run_lock(folder, group):
             group.on_rank0(lambda: _begin(folder, info, command.resume))
-            return _run(trainer, info, data, folder)
+            return _run(trainer, info, data, folder, line)
 
 
-def _run(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path) -> int:
+def _run(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path, line: str) -> int:
     count = sum(p.numel() for p in trainer.model.parameters())
     print(f"{folder}: {count:,} parameters, {len(data.train):,} items, {info.config.train.steps:,} steps", flush=True)
     trainer.run()
     try:
-        result = finish(trainer, info, data, folder)
+        result = finish(trainer, info, data, folder, {"command": line})
     except KeyboardInterrupt:  # training is saved, so --resume only repeats the test
         raise Interrupted(signal.SIGINT, trainer.state.step) from None
     if not trainer.group.main:
         return 0
     print(summary(result))
     if info.config.train.density:
-        print(f"pictures in {folder / 'samples'} and {folder / 'plots'}; cnf sample {folder} draws more")
+        print(f"report in {folder / REPORT}, pictures in {folder / 'samples'} and {folder / 'plots'}; cnf sample {folder} draws more")
     else:
-        print(f"pictures in {folder / 'plots'}, the test items' predictions in {folder / PREDICTIONS}")
+        print(f"report in {folder / REPORT}, pictures in {folder / 'plots'}, the test items' predictions in {folder / PREDICTIONS}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from cnf.runs import write_atomic
 
-__all__ = ["Box", "array", "aspect_of", "box_around", "new_figure", "save_figure", "set_loss_limits", "subplots", "tiles", "write", "xy"]
+__all__ = ["PLANE", "Box", "array", "aspect_of", "box_around", "new_figure", "save_figure", "set_loss_limits", "subplots", "tiles", "write", "xy"]
 
 Box = tuple[float, float, float, float]  # left, right, bottom, top
+PLANE = ("$x_1$", "$x_2$")  # names of the coordinates of points without column names
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> Path:
@@ -32,9 +34,9 @@ def save_figure(figure: Figure, path: Path, handles: Sequence[Any] = (), fontsiz
     return write(path, lambda p: figure.savefig(p, format="png"))
 
 
-def set_loss_limits(axis: Any, values: Sequence[float], quantile: float) -> None:
-    """Limit the y axis to the values up to a quantile, since the first steps would compress the rest."""
-    low, high = min(values), float(np.quantile(values, quantile))
+def set_loss_limits(axis: Any, values: Sequence[float], quantile: float, whole: Sequence[float] = ()) -> None:
+    """Limit the y axis to the values up to a quantile, since the first steps would compress the rest, and to all of ``whole``."""
+    low, high = min(*values, *whole, math.inf), max(float(np.quantile(values, quantile)), *whole, -math.inf)
     margin = max(0.05 * (high - low), 1e-6)
     axis.set_ylim(low - margin, high + margin)
 
@@ -87,9 +89,10 @@ def tiles(images: Tensor, columns: int | None, levels: int) -> np.ndarray:
     columns = columns or max(1, round(n**0.5))
     rows = -(-n // columns)
     scale = max(1, 64 // max(h, w))  # small images are enlarged without smoothing
-    canvas = np.full((rows * (h * scale + 1) + 1, columns * (w * scale + 1) + 1, 3), 128, dtype=np.uint8)
+    gap = max(1, scale // 2)  # of half a pixel: narrower ones let small images run into each other
+    canvas = np.full((rows * (h * scale + gap) + gap, columns * (w * scale + gap) + gap, 3), 128, dtype=np.uint8)
     for i, image in enumerate(pixels):
-        top, left = (i // columns) * (h * scale + 1) + 1, (i % columns) * (w * scale + 1) + 1
+        top, left = (i // columns) * (h * scale + gap) + gap, (i % columns) * (w * scale + gap) + gap
         tile = np.repeat(np.repeat(image, scale, 1), scale, 2).transpose(1, 2, 0)
         canvas[top : top + h * scale, left : left + w * scale] = np.broadcast_to(tile, (h * scale, w * scale, 3))
     return canvas

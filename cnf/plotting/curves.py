@@ -14,9 +14,10 @@ __all__ = ["learning_curves", "validation_curves"]
 
 
 def learning_curves(metrics: list[dict[str, Any]], path: Path, *, unit: str, name: str = "nll") -> Path:
-    """Plot training and validation losses over the steps, and the evaluations of their solves below.
+    """Plot training and validation losses over the steps, and below flow matching's loss and the evaluations of the solves.
 
-    A ``loss`` that falls by more than a factor of 100 has a log scale. Without solves there is no lower panel.
+    A loss that falls by more than a factor of 100 has a log scale. A panel without values is left out. Every validation
+    is within the frame.
 
     Args:
         metrics: rows of metrics.jsonl: ``step`` and, where logged, the loss, ``validation``, ``nfe``, ``nfe_backward``
@@ -33,25 +34,34 @@ def learning_curves(metrics: list[dict[str, Any]], path: Path, *, unit: str, nam
         ("validation_nfe", "validation", averaged),
     )
     rows = {key: [(m["step"], m[key]) for m in metrics if key in m and np.isfinite(m[key])] for key, *_ in (*losses, *solves)}
-    solved = [line for line in solves if any(value for _, value in rows[line[0]])]
-    figure = new_figure(8, 6)
-    top, *below = subplots(figure, 2, 1, sharex=True, height_ratios=[2, 1]) if solved else [subplots(figure, 1, 1)]
-    for axis, lines in zip((top, *below), (losses, solved), strict=False):
+    panels = [(losses, unit)]
+    if name == "nll" and any("loss" in row and "nll" not in row for row in metrics):  # flow matching's error is no likelihood
+        rows["matching"] = [(m["step"], m["loss"]) for m in metrics if "loss" in m and "nll" not in m and np.isfinite(m["loss"])]
+        panels.append(((("matching", "flow matching, training batch", {"lw": 0.9, "alpha": 0.7, "color": "C2"}),), "loss"))
+    if solved := tuple(line for line in solves if any(value for _, value in rows[line[0]])):
+        panels.append((solved, "evaluations a solve"))
+    figure = new_figure(8, 3.4 + 1.6 * len(panels))
+    axes = subplots(figure, len(panels), 1, sharex=True, squeeze=False, height_ratios=[2] + [1] * (len(panels) - 1))[:, 0]
+    for axis, (lines, label_of) in zip(axes, panels, strict=True):
+        axis.set_ylabel(label_of)
         for key, label, style in lines:
             if rows[key]:
                 axis.plot(*zip(*rows[key], strict=True), label=label, **style)
                 axis.legend(fontsize=8, loc="best")
         axis.grid(alpha=0.3)
     axis.set_xlabel("step")
-    shown = [value for key, *_ in losses for _, value in rows[key]]
-    if name == "loss" and shown and min(shown) > 0 and max(shown) > 100 * min(shown):  # it falls by orders of magnitude
+    top = axes[0]
+    shown, checked = ([value for key in keys for _, value in rows[key]] for keys in ((name, "validation"), ("validation",)))
+    if shown and min(shown) > 0 and max(shown if name == "loss" else checked or shown) > 100 * min(shown):  # orders of magnitude
         top.set_yscale("log")
     elif shown:
-        set_loss_limits(top, shown, 0.97)
-    top.set(ylabel=unit, title="learning curves")
-    for bottom in below:
-        bottom.set_ylabel("evaluations a solve")
-        bottom.set_ylim(bottom=0)
+        set_loss_limits(top, shown, 0.97, checked)
+    top.set_title("learning curves")
+    for axis, (_, label_of) in zip(axes, panels, strict=True):
+        if label_of == "loss":
+            axis.set_yscale("log")
+        elif label_of == "evaluations a solve":
+            axis.set_ylim(bottom=0)
     return save_figure(figure, path)
 
 

@@ -11,6 +11,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from cnf._utils.errors import ConfigError
@@ -18,7 +19,7 @@ from cnf.bases import GaussianMixture, StandardNormal
 from cnf.fields import MixtureVelocity
 from cnf.flow import Flow
 from cnf.ode.continuous import CNF
-from cnf.plotting.canvas import array, new_figure, subplots, tiles, write
+from cnf.plotting.canvas import PLANE, array, new_figure, subplots, tiles, write
 from cnf.random import Noise
 from cnf.solvers.base import SolverOverride
 from cnf.transforms import Sequential, Squeeze, iter_leaves
@@ -28,6 +29,8 @@ __all__ = ["flow_gif", "to_standard_normal"]
 MOVED = 0.01  # least mean distance from data to latents, in standardised coordinates, that a picture shows
 PROBES = 256  # samples by which that is measured
 TRAIL = 4  # frames
+COLOURS = 48  # of a frame: half the file of 256
+CELLS = 120  # of a density, along each axis
 
 
 @torch.no_grad()
@@ -105,22 +108,33 @@ def flow_gif(
 
 
 def _scatters(way: Any) -> list[Image.Image]:
-    """Draw frames of points (frames, N, 2), from noise to data, with the trails of a few frames."""
+    """Draw frames of points (frames, N, 2), from noise to data: their density, trails of a few frames, the data in orange."""
     limit = float(np.quantile(np.abs(way), 0.999)) * 1.1
+    box, clouds = (-limit, limit, -limit, limit), [_cloud(points, limit) for points in way]
     figure = new_figure(4.8, 5.1)
     axis = subplots(figure)
-    axis.scatter(*way[-1].T, 3, color="0.85", linewidths=0, zorder=1)
-    trails = axis.add_collection(LineCollection([], colors="tab:blue", linewidths=0.4, alpha=0.35, zorder=2))
-    dots = axis.scatter(*way[0].T, 4, color="tab:blue", linewidths=0, zorder=3)
-    axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xlabel="standardised coordinates")
+    density = axis.imshow(clouds[0], origin="lower", extent=box, cmap="Blues", vmin=0, vmax=1.3 * max(c.max() for c in clouds), zorder=0)
+    axis.scatter(*way[-1].T, 2, color="tab:orange", alpha=0.5, linewidths=0, zorder=1)
+    trails = axis.add_collection(LineCollection([], colors="#08306b", linewidths=0.4, alpha=0.3, zorder=2))
+    dots = axis.scatter(*way[0].T, 2.2, color="#08306b", linewidths=0, zorder=3)
+    axis.set(xlim=box[:2], ylim=box[2:], aspect="equal", xlabel=f"{PLANE[0]}, standardised", ylabel=f"{PLANE[1]}, standardised")
+    axis.locator_params(nbins=5)
     canvas, pictures = FigureCanvasAgg(figure), []
     axis.set_title(" ")
     canvas.draw()  # the layout, which the frames share
     figure.set_layout_engine("none")
-    for i, points in enumerate(way):
+    for i, (points, cloud) in enumerate(zip(way, clouds, strict=True)):
+        density.set_data(cloud)
         dots.set_offsets(points)
         trails.set_segments(way[max(0, i - TRAIL) : i + 1].swapaxes(0, 1) if i else [])
         axis.set_title(f"from noise (0) to data (1): {i / (len(way) - 1):.2f}")
         canvas.draw()
-        pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
+        shot = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+        pictures.append(shot.quantize(COLOURS, dither=Image.Dither.NONE))
     return pictures
+
+
+def _cloud(points: Any, limit: float) -> Any:
+    """Return the smoothed density (CELLS, CELLS) of points (N, 2) in the frame, its square root to keep thin parts visible."""
+    counts, _, _ = np.histogram2d(points[:, 1], points[:, 0], bins=CELLS, range=[[-limit, limit]] * 2)
+    return np.sqrt(gaussian_filter(counts, CELLS / 60))

@@ -6,16 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.collections import LineCollection
 from torch import Tensor
 
 from cnf.flow import Flow
 from cnf.ode.continuous import CNF
-from cnf.plotting.canvas import array, aspect_of, box_around, new_figure, save_figure, subplots, xy
+from cnf.plotting.canvas import PLANE, array, aspect_of, box_around, new_figure, save_figure, subplots, xy
 from cnf.plotting.motion import to_standard_normal
 from cnf.transforms import Request, Transform
 from cnf.transforms.chain import State, walk
 
 __all__ = ["density_2d", "trajectories_2d", "vector_field_2d"]
+
+FRAMES = 40  # times of a trajectory
 
 
 @torch.no_grad()
@@ -43,7 +46,7 @@ def density_2d(flow: Flow, data: Tensor, path: Path, *, extent: float | None = N
     pair = subplots(figure, 1, 2)
     for axis, values, title in zip(pair, (share, p), ("data (histogram)", "model"), strict=True):
         image = axis.imshow(values.T, origin="lower", extent=box, cmap="magma", vmin=0, vmax=top, aspect=aspect_of(box))
-        axis.set_title(title)
+        axis.set(title=title, xlabel=PLANE[0], ylabel=PLANE[1])
     figure.colorbar(image, ax=list(pair), shrink=0.85, label="density p(x)", extend="max")
     return save_figure(figure, path)
 
@@ -89,19 +92,24 @@ def vector_field_2d(flow: Flow, path: Path, *, times: int = 5, extent: float = 3
         )
         axis.set(title=f"block {number // times + 1}, t = {t:.2f}", aspect="equal")
         axis.tick_params(labelsize=7)
+        axis.locator_params(nbins=5)
     figure.colorbar(image, ax=list(axes.ravel()), label="speed |f|", shrink=0.8, pad=0.01, extend="max")
-    figure.supxlabel("standardised coordinates", fontsize=9)
+    figure.supxlabel(f"{PLANE[0]}, standardised", fontsize=9)
+    figure.supylabel(f"{PLANE[1]}, standardised", fontsize=9)
     return save_figure(figure, path)
 
 
 def trajectories_2d(flow: Flow, data: Tensor, path: Path, *, n: int = 200) -> Path:
     """Plot the paths of the first ``n`` points of data (N, 2) to noise, in standardised coordinates; see :func:`.motion.to_standard_normal`."""
-    way = array(to_standard_normal(flow).trajectory(data[:n].to(flow.like), torch.linspace(0, 1, 40)))
-    figure = new_figure(6.4, 6.6)
+    way = array(to_standard_normal(flow).trajectory(data[:n].to(flow.like), torch.linspace(0, 1, FRAMES)))
+    figure = new_figure(6.8, 6.4)
     axis = subplots(figure)
-    axis.plot(way[:, :, 0], way[:, :, 1], color="grey", lw=0.5, alpha=0.6)
-    axis.scatter(*xy(way[0]), 8, color="tab:red", label="data (t = 0)", zorder=3)
-    axis.scatter(*xy(way[-1]), 8, color="tab:blue", label="noise (t = T)", zorder=3)
-    axis.set(aspect="equal", title="trajectories (standardised coordinates)")
+    pieces = np.stack([way[:-1], way[1:]], 2).reshape(-1, 2, 2)  # of all points at the first time, then at the second, ...
+    times = np.repeat(np.linspace(0, 1, FRAMES - 1), way.shape[1])
+    lines = axis.add_collection(LineCollection(pieces, array=times, cmap="viridis", linewidths=0.7, alpha=0.7))
+    axis.scatter(*xy(way[0]), 9, color=lines.cmap(0.0), label="data (t = 0)", zorder=3)
+    axis.scatter(*xy(way[-1]), 9, color="tab:orange", label="noise (t = T)", zorder=3)
+    axis.set(aspect="equal", title="trajectories", xlabel=f"{PLANE[0]}, standardised", ylabel=f"{PLANE[1]}, standardised")
+    figure.colorbar(lines, ax=axis, label="time t / T", shrink=0.7)
     figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return save_figure(figure, path)

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from cnf.plotting.canvas import array, aspect_of, box_around, new_figure, save_figure, subplots, tiles, write, xy
+from cnf.plotting.canvas import PLANE, array, aspect_of, box_around, new_figure, save_figure, subplots, tiles, write, xy
 
 __all__ = ["image_grid", "samples_beside_data"]
 
@@ -20,8 +20,8 @@ def image_grid(images: Tensor, path: Path, *, columns: int | None = None, levels
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = image_grid(torch.rand(16, 1, 8, 8), Path(folder) / "grid.png")
-        ...     Image.open(path).size  # 4 x 4 tiles, enlarged eightfold, a line between them
-        (261, 261)
+        ...     Image.open(path).size  # 4 x 4 tiles, enlarged eightfold, 4 pixels around each
+        (276, 276)
     """
     grid = Image.fromarray(tiles(images, columns, levels))
     return write(path, lambda p: grid.save(p, format="PNG"))
@@ -53,8 +53,7 @@ def samples_beside_data(
         for axis, (x, title) in zip(subplots(figure, 1, len(parts), squeeze=False)[0], parts, strict=True):
             axis.scatter(*xy(x), min(12.0, max(2.5, 12_000 / len(x))), alpha=0.6, linewidths=0)
             axis.set(title=title, xlim=box[:2], ylim=box[2:], aspect=aspect_of(box))
-            if columns:
-                axis.set(xlabel=columns[0], ylabel=columns[1])
+            axis.set(**dict(zip(("xlabel", "ylabel"), columns or PLANE, strict=True)))
     else:
         count = min(12, samples.shape[1])
         across = min(4, count)

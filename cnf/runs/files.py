@@ -23,7 +23,7 @@ STAGES = ("before", "written", "synced", "renamed", "done")
 _TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")
 # files that only the owner of a run folder writes (see cnf.runs.lock): under the lock their temporaries are stale
 _OWN = (
-    "config.json", "metrics.jsonl", "model.safetensors", "result.json", "test_nll.npz", "test_predictions.npz",
+    "config.json", "metrics.jsonl", "model.safetensors", "report.html", "result.json", "test_nll.npz", "test_predictions.npz",
     "trainer.previous.pt", "trainer.pt",
 )  # fmt: skip
 _ADVICE = {

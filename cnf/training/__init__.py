@@ -11,6 +11,7 @@ from cnf.training.loggers import ProgressBar, RunLogger, TensorBoardLogger
 from cnf.training.loop import Trainer
 from cnf.training.non_finite import NonFinitePolicy
 from cnf.training.report import comparability, finish, summary
+from cnf.training.report_page import REPORT, write_report
 from cnf.training.scoring import score, write_scores
 from cnf.training.settings import from_settings
 from cnf.training.signals import Signals
@@ -19,6 +20,7 @@ from cnf.training.state import TrainState
 from cnf.training.time_sampler import TimeSampler
 
 __all__ = [
+    "REPORT",
     "AutoSteps",
     "Callback",
     "Checkpointer",
@@ -44,5 +46,6 @@ __all__ = [
     "score",
     "summary",
     "write_json",
+    "write_report",
     "write_scores",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +30,7 @@ from cnf.training.fit_data import training_data
 from cnf.training.fit_optimizer import MakeOptimizer, Schedule, optimizer_and_rates
 from cnf.training.loop import Trainer
 from cnf.training.phases import Phase
+from cnf.training.report_page import write_report
 from cnf.training.solver_monitor import SolverMonitor
 from cnf.transforms import Standardize
 
@@ -182,6 +184,9 @@ def fit(
     state = trainer.state
     flow.load_state_dict(state.best_weights)
     flow.eval()
+    if where is not None and group.main:
+        found = f"validation {state.best:.4f} {objective.unit}".rstrip() if math.isfinite(state.best) else "no validation"
+        write_report(where, found, meaning=[f"the best of the validations, at step {state.best_step:,} of {state.step:,}; ended by {reason}"])
     return FitResult(flow, trainer.history, state.best, state.best_step, reason, objective.unit, state.seconds, where)
 
 

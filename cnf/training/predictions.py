@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from cnf.solvers import Adaptive, refined
 from cnf.training.batches import choose_rows
 from cnf.training.feature_history import FeatureHistory, chosen_points
 from cnf.training.files import write_items, write_json
+from cnf.training.interpretation import interpret, warnings
 from cnf.training.loop import Trainer
+from cnf.training.report_page import write_report
 from cnf.training.scoring import TEST_SEED, about, rows_checked, trained
 
 __all__ = ["PREDICTIONS", "finish_predictions", "predicted", "predictions_text", "score_predictions", "write_predictions"]
@@ -131,6 +134,7 @@ def predictions_text(result: dict[str, Any]) -> str:
     if result["accuracy"] is not None:
         head = f"accuracy {100 * result['accuracy']:.2f} ± {100 * result['accuracy_standard_error']:.2f} %, {loss}"
     lines = [f"{result['split']}: {head} over {result['items']:,} of {result['items_of']:,} items of {result['data']}"]
+    lines += [f"  {line}" for line in interpret(result)]
     if result["solver"] is not None:
         tolerances = "" if result["rtol"] is None else f" rtol {result['rtol']:g} atol {result['atol']:g}"
         changed = "" if result["changed_predictions"] is None else f", {result['changed_predictions']} predictions changed"
@@ -194,8 +198,16 @@ def predictor_pictures(
         plotting.decision_boundary(model, x, marks, plots / "boundary.png", classes=classes)
 
 
-def finish_predictions(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path) -> dict[str, Any]:
-    """Score the test split with the best validation's weights; write result.json, test_predictions.npz and plots.
+def finish_predictions(
+    trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path, about: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Score the test split with the best validation's weights; write result.json, test_predictions.npz, plots and report.html.
+
+    Args:
+        trainer: after its last step.
+        info, data: of the run.
+        folder: of the run.
+        about: further entries of result.json.
 
     Raises:
         SolverError: if a solve fails.
@@ -207,6 +219,7 @@ def finish_predictions(trainer: Trainer, info: RunInfo, data: DataSplits, folder
     solved = [row for row in trainer.history if "nfe" in row]
     result |= {
         **trained(trainer, info, data),
+        **(about or {}),
         "nfe_training": solved[-1]["nfe"] if solved else None,
         "nfe_backward_training": solved[-1]["nfe_backward"] if solved else None,
     }
@@ -217,4 +230,8 @@ def finish_predictions(trainer: Trainer, info: RunInfo, data: DataSplits, folder
     write_json(folder / "result.json", result)
     history = trainer.callback(FeatureHistory)
     predictor_pictures(model, info, data, folder, trainer.history, {} if history is None else history.frames)
+    head, *lines = predictions_text(result).splitlines()
+    meaning = interpret(result)
+    settings = [line.strip() for line in lines if line.strip() not in meaning]
+    write_report(folder, head, meaning=meaning, settings=settings, warnings=warnings(result))
     return result

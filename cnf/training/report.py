@@ -19,9 +19,11 @@ from cnf.losses import FlowMatching
 from cnf.random import Noise
 from cnf.runs import RunInfo
 from cnf.training.files import write_json
+from cnf.training.interpretation import interpret, warnings
 from cnf.training.loop import Trainer
 from cnf.training.memory import is_oom
 from cnf.training.predictions import finish_predictions, predicted, predictions_text
+from cnf.training.report_page import write_report
 from cnf.training.scoring import score, trained, write_scores
 
 __all__ = ["TEST_SCORES", "add_columns", "columns_text", "comparability", "finish", "summary"]
@@ -60,16 +62,20 @@ def comparability(result: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
+def headline(result: dict[str, Any]) -> str:
+    """Format the figure of a density: value, standard error, unit and number of items."""
+    error = "" if result["standard_error"] is None else f" ± {result['standard_error']:.4f}"
+    noise = result["noise_standard_error"]
+    aside = " (noise: one draw cannot tell)" if noise is None else f" (noise ± {noise:.4f})" if noise else ""
+    return f"{result['split']}: {result['value']:.4f}{error} {result['unit']}{aside} over {result['items']:,} items"
+
+
 def summary(result: dict[str, Any]) -> str:
     """Format a result as text: the figure and every setting that it depends on."""
     if predicted(result):
         return predictions_text(result)
-    bits = "bits_per_dim" in result
-    value, unit = (result["bits_per_dim"], "bits/dim") if bits else (result["nats"], "nats")
-    error = "" if result["standard_error"] is None else f" ± {result['standard_error']:.4f}"
-    noise = result["noise_standard_error"]
-    aside = " (noise: one draw cannot tell)" if noise is None else f" (noise ± {noise:.4f})" if noise else ""
-    lines = [f"{result['split']}: {value:.4f}{error} {unit}{aside} over {result['items']:,} items"]
+    lines = [headline(result)]
+    lines += [f"  {line}" for line in interpret(result)]
     if result["note"] is not None:
         lines.append(f"  not a bound: {result['note']}")
     if result.get("unsolved_note"):
@@ -79,8 +85,6 @@ def summary(result: dict[str, Any]) -> str:
         f"  NFE {result['nfe']:.0f}, {result['products']:.0f} with a derivative; round trip {result['round_trip_error']:.1e} on {result['checked_items']:,} items, "
         f"largest solver error of one {result['solver_error_largest']:.1e}; {result['parameters']:,} parameters"
     )
-    if "true_entropy" in result:
-        lines.append(f"  true entropy {result['true_entropy']:.4f} nats: {value - result['true_entropy']:.4f} above it")
     if "integral" in result:
         lines.append(f"  the density integrates to {result['integral']:.4f} on a grid")
     if "columns" in result:
@@ -126,7 +130,7 @@ def finish(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path, abou
     """Score the test split with the best validation's weights; write result.json, test_nll.npz and plots.
 
     For tables the result includes the cost of each column. A run of a predictor reports loss and accuracy and writes
-    test_predictions.npz. Several processes share the scoring; rank 0 does the rest.
+    test_predictions.npz. Both write report.html. Several processes share the scoring; rank 0 does the rest.
 
     Args:
         trainer: after its last step.
@@ -135,7 +139,7 @@ def finish(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path, abou
         about: further entries of result.json.
     """
     if not isinstance(trainer.model, Flow):
-        return finish_predictions(trainer, info, data, folder)
+        return finish_predictions(trainer, info, data, folder, about)
     flow = trainer.best_model()
     train, group = info.config.train, trainer.group
     result, found = score(flow, info, data, draws=train.noise_samples, items=train.test_items, group=group, quiet=trainer.quiet)
@@ -151,6 +155,10 @@ def finish(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path, abou
         pictures(flow, data, folder, _curves(trainer), trainer.objective.unit)
     except SolverError as error:
         trainer.say(f"some pictures could not be drawn: {error}")
+    write_report(
+        folder, headline(result), meaning=interpret(result), settings=comparability(result).split("; "), warnings=warnings(result),
+        details=columns_text(result["columns"]) if "columns" in result else "",
+    )  # fmt: skip
     return result
 
 
