@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cnf import data as datasets
 from cnf.fields import MLP
-from cnf.fields.maps import Linear
+from cnf.fields.maps import Conv, Linear
 from cnf.fields.time import Affine, Constants, TimeLayer
 from cnf.flow import Flow
 from cnf.ode.continuous import CNF
@@ -48,10 +48,20 @@ class Frequencies(TimeLayer):
         return Affine(weight, None, torch.cat([angles.cos(), angles.sin()], -1) @ time.T + self.core.bias)
 
 
+class FirstFrequencies:
+    """Layer factory: time enters the first layer alone. A layer replaced in a finished field would lose the closed form."""
+
+    after_first = "ignore"
+
+    def __call__(self, map: Linear | Conv, context_dim: int = 0, *, context_gate: bool = True) -> TimeLayer:
+        assert isinstance(map, Linear)
+        return Frequencies(map)
+
+
 def our_flow(dim: int, activation: str, steps: int = 8) -> Flow:
     """zuko's default CNF in our parts, with the closed-form trace and a fixed rk4 grid."""
-    field = MLP(dim, HIDDEN, layer="ignore", nonlinearity=activation)
-    field.layers[0] = Frequencies(Linear(dim, HIDDEN[0]))
+    field = MLP(dim, HIDDEN, layer=FirstFrequencies(), nonlinearity=activation)
+    assert field.closed_form
     return Flow(CNF(field, Exact(), FixedGrid("rk4", steps)), (dim,))
 
 

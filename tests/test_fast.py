@@ -452,7 +452,8 @@ def test_step_error_is_the_embedded_methods(method, local):
         block.solver = FixedGrid(method, steps)
         found[steps] = block(x).integrals["step_error"]
         block.solver = FixedGrid(method, steps, "checkpoint")
-        assert torch.equal(block(x).integrals["step_error"], found[steps])
+        # stages are prepared for all steps at once, or step by step: the same but for rounding
+        assert torch.allclose(block(x).integrals["step_error"], found[steps], rtol=1e-10, atol=1e-15)
     # local errors h^(p+1), times h, summed over 1/h steps
     slopes = [float((found[n] / found[2 * n]).log2().mean()) for n in (32, 64)]
     assert all(abs(slope - local) < 0.1 for slope in slopes)

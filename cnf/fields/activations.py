@@ -26,7 +26,8 @@ class Activation:
 
 def _tanh(x: Tensor) -> tuple[Tensor, Tensor]:
     y = torch.tanh(x)
-    return y, 1 - y * y
+    # 1 - y² in one operation: a Python scalar and two operations take twice the time on a CPU
+    return y, torch.ops.aten.tanh_backward.default(y.new_ones(()), y)
 
 
 class _Softplus(torch.autograd.Function):

@@ -57,6 +57,13 @@ class SolveField:
         """
         raise _no_closed_form(self.name)
 
+    def at_times(self, t: Tensor, *, divergence: bool) -> list[SolveField] | None:
+        """Return the field at each of the times t (S,), with all that depends on t alone computed in one product.
+
+        ``divergence`` includes what :meth:`divergence` needs. None, the default: nothing is gained by knowing the times.
+        """
+        return None
+
     def keep_kernel(self, t: Tensor) -> None:
         """Compute now what :meth:`divergence` would otherwise compute on first use and keep for all t."""
 

@@ -13,8 +13,9 @@ from cnf.fields.activations import activation
 from cnf.fields.base import FusedField, intact, structure
 from cnf.fields.layers import LayerFactory, time_layer
 from cnf.fields.maps import Conv, Linear
-from cnf.fields.precomputed import PrecomputedField, call_layers, closed_form, skip
+from cnf.fields.precomputed import PrecomputedField, call_layers, closed_form
 from cnf.fields.time import TimeLayer
+from cnf.fields.timed import skip
 
 __all__ = ["MLP", "ConvField", "Stack", "layer_sizes"]
 

@@ -13,9 +13,13 @@ from cnf.fields.activations import Activation
 from cnf.fields.base import SolveField
 from cnf.fields.maps import Linear, channels_last
 from cnf.fields.time import Affine, LayerConstants, TimeLayer
+from cnf.fields.timed import FieldAtTime, elements, layers_at, skip, stage_kernels
 from cnf.fields.trace import ConvKernel, conv_kernel, conv_trace, dense_kernel, dense_trace
 
-__all__ = ["PrecomputedField", "call_layers", "closed_form", "skip"]
+__all__ = ["PrecomputedField", "call_layers", "closed_form"]
+
+
+LARGEST = 2**24  # elements of all weights and kernels kept for known times, 64 MB in float32
 
 
 def closed_form(layers: Sequence[TimeLayer]) -> bool:
@@ -124,6 +128,22 @@ class PrecomputedField(SolveField):
             div = div + self.linear.diagonal().sum()
         return skip(self.residual, self.linear, h, entered).reshape(x.shape), div
 
+    def at_times(self, t: Tensor, *, divergence: bool) -> list[SolveField] | None:
+        """Return the field at each of the times t (S,); see :meth:`SolveField.at_times`.
+
+        None for convolutions, weights that depend on t, and above :data:`LARGEST` elements.
+        """
+        if self.spatial or t.ndim != 1 or any(layer.time_weights or layer.augmented_time for layer in self.layers):
+            return None
+        # sizes may be symbolic while a graph is traced
+        if not torch.compiler.is_compiling() and len(t) * elements(self.layers, self.known) > LARGEST:
+            return None
+        if (found := layers_at(self.layers, self.known, t)) is None:
+            return None
+        stages, weights = found
+        kernels = stage_kernels(weights, len(t)) if divergence and self.closed_form else [None] * len(t)
+        return [FieldAtTime(layers, kernel, self.activation, self.residual, self.linear, self) for layers, kernel in zip(stages, kernels, strict=True)]
+
     def keep_kernel(self, t: Tensor) -> None:
         """Compute the trace's kernel now if it does not depend on t."""
         if self.closed_form and self.keeps_kernel:
@@ -167,13 +187,6 @@ class PrecomputedField(SolveField):
 
     def _enter(self, x: Tensor) -> Tensor:
         return channels_last(x) if self.spatial else x.flatten(1)
-
-
-def skip(residual: str, linear: Tensor | None, h: Tensor, x: Tensor) -> Tensor:
-    """Add a stack's residual term (see :class:`~cnf.fields.Stack`) to its output h at the input x."""
-    if residual == "minus":
-        return h - x
-    return h if linear is None else h + x @ linear.T
 
 
 def call_layers(layers: Iterable[nn.Module], activation: Activation, t: Tensor, h: Tensor, context: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -16,7 +17,7 @@ from cnf._utils.validation import context_rows
 from cnf.fields.augmented import TimePath
 from cnf.fields.autodiff import differentiable_attention
 from cnf.fields.base import SolveField
-from cnf.ode.divergence import Bound, Divergence, Linearization, checked_need
+from cnf.ode.divergence import Bound, Divergence, Hutchinson, Linearization, checked_need
 from cnf.ode.quadratures import Quadrature, StepError, learned_modules
 
 __all__ = ["AugmentedDynamics", "SampledStage", "field_precision"]
@@ -92,6 +93,27 @@ class AugmentedDynamics:
         other.field = field(other.context)
         return other
 
+    def at(self, s: Tensor, first: int = 0, *, integrals: bool = True) -> list[list[Callable[[State], State]]] | None:
+        """Return functions state -> d state / ds at each of s (steps, stages), the steps of a grid from ``first`` on.
+
+        What depends on t alone is computed for all of them in one product; ``integrals`` includes what the divergence
+        needs. None if nothing is gained by that.
+        """
+        if self.path is not None or self.autocast is not None:
+            return None
+        steps, stages = s.shape
+        times = self.start + s.flatten() * self.span
+        trace = integrals and bool(self.need) and not isinstance(self.divergence, Hutchinson) and getattr(self.divergence, "closed_form", True)
+        fields = self.field.at_times(times, divergence=trace)
+        if fields is None:
+            return None
+        chosen = None if self.sampled_stage is None else (self.sampled_stage.step - first) * stages + self.sampled_stage.stage
+        every = [
+            partial(_slopes, self, field, t, omit=chosen is not None and i != chosen)
+            for i, (field, t) in enumerate(zip(fields, times.unbind(), strict=True))
+        ]
+        return [every[i * stages : (i + 1) * stages] for i in range(steps)]
+
     def __call__(self, s: Tensor, state: State, stage: tuple[int, int] | None = None) -> State:
         """Return d state / ds; ``stage`` is the step and stage of a grid, both counted from 0."""
         omit = self.sampled_stage is not None and stage != self.sampled_stage[:2]
@@ -111,27 +133,33 @@ def field_precision(kind: torch.dtype | None, x: Tensor) -> AbstractContextManag
 
 def _evaluate(rhs: AugmentedDynamics, s: Tensor, state: State, omit: bool) -> State:
     """Evaluate the dynamics; ``omit`` sets integrands that only the sampled stage evaluates to zero."""
+    return _slopes(rhs, rhs.field, rhs.start + s * rhs.span, state, omit)
+
+
+def _slopes(rhs: AugmentedDynamics, field: SolveField, t: Tensor, state: State, omit: bool) -> State:
+    """Evaluate the dynamics at time t (), with ``field`` in place of that of ``rhs``."""
     span, x = rhs.span, state[0]
-    t = rhs.start + s * span
+    integrals = len(state) > 1 + (rhs.path is not None)
+    need: frozenset[str] = frozenset() if not integrals else rhs.need - {"jac_sq"} if omit else rhs.need
     if rhs.path is None:
-        time, bound, moved = t, Bound(rhs.field, rhs.context), []
+        time, moved, drift = t, [], None
     else:
         drift = rhs.path(state[1])
         time, moved = state[1][0], [span * drift]
-        bound = Bound(rhs.field, rhs.context, time, drift[0])
-    integrals = len(state) > 1 + len(moved)
-    need: frozenset[str] = frozenset() if not integrals else rhs.need - {"jac_sq"} if omit else rhs.need
     with field_precision(rhs.autocast, x):
         if need:
-            parts = rhs.divergence.linearize(rhs.field, time, x, rhs.probe, rhs.context, need)
+            parts = rhs.divergence.linearize(field, time, x, rhs.probe, rhs.context, need)
         else:
-            parts = Linearization(bound(t, x))
+            parts = Linearization(field(time, x, rhs.context).to(x.dtype))
         out = [span * parts.dx, *moved]
         if integrals and rhs.log_det:
             out.append(span * cast(Tensor, parts.div))
+        if not integrals or not rhs.quadratures:
+            return tuple(out)
+        bound = Bound(field, rhs.context) if drift is None else Bound(field, rhs.context, time, drift[0])
         # regularisers are non-negative in both directions: |span|, not its sign
         length = span.abs()
-        for quadrature, foreign in zip(rhs.quadratures, rhs.foreign, strict=True) if integrals else ():
+        for quadrature, foreign in zip(rhs.quadratures, rhs.foreign, strict=True):
             rare = rhs.share is not None and "jac_sq" in quadrature.need
             if rare and omit:
                 out.append(x.new_zeros(len(x)))

@@ -205,6 +205,7 @@ class _Slopes:
         nodes = patterson(FINEST)[0].to(state[0])
         self.times = torch.cat([nodes.new_zeros(1), nodes, nodes.new_ones(1)])
         self.taken: dict[int, Tensor] = {}
+        self.ready: dict[int, Callable[[State], State]] = {}  # right-hand sides prepared for nodes
         self.solves = Stats()
         self.further = 0  # evaluations of the refinement
         self._keep(KEPT)
@@ -227,16 +228,23 @@ class _Slopes:
             if i % self.every:
                 self._keep(FINEST)
             here = tuple(entry[i // self.every] for entry in self.path)
-            self.taken[i] = torch.stack(self.rhs(self.times[i], (*here, *self.rest))[len(here) :])
+            state = (*here, *self.rest)
+            slopes = self.ready.pop(i)(state) if i in self.ready else self.rhs(self.times[i], state)
+            self.taken[i] = torch.stack(slopes[len(here) :])
         return self.taken[i]
 
     def integrals(self, count: int) -> Tensor:
         """Return the integrals (integrals, N) by the rule with ``count`` nodes."""
         every = _every(count)
-        total = torch.zeros_like(self(every))
-        for i, weight in enumerate(patterson(count)[1].tolist(), 1):
-            total = total + weight * self(i * every)
-        return total
+        self._prepare(every)
+        values = torch.stack([self(i * every) for i in range(1, count + 1)])
+        return torch.tensordot(patterson(count)[1].to(values), values, 1)
+
+    def _prepare(self, every: int) -> None:
+        """Prepare the right-hand side for the nodes that the rule of stride ``every`` adds, if it offers that."""
+        added, at = slice(every, FINEST + 1, 2 * every), getattr(self.rhs, "at", None)
+        if at is not None and (found := at(self.times[None, added])) is not None:
+            self.ready = dict(zip(range(FINEST + 1)[added], found[0], strict=True))
 
     def deviation(self, count: int) -> Tensor:
         """Return the RMS deviation (integrals, N) at the rule's new nodes from the polynomial through the old ones."""

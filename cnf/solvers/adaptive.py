@@ -1,4 +1,4 @@
-"""Adaptive solver on top of torchdiffeq, with direct and adjoint gradients."""
+"""Adaptive solver: dopri5 by our own loop, torchdiffeq's other methods and its adjoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cnf._utils.async_checks import vectorized
 from cnf._utils.errors import ConfigError, SolverError, require_inside, unknown_name
 from cnf.solvers.base import RHS, Counter, Solution, State, Stats, finite, largest
 from cnf.solvers.checkpointing import Recompute, differentiable_once
-from cnf.solvers.embedded import embedded
+from cnf.solvers.embedded import StepFailure, embedded
 
 __all__ = ["Adaptive"]
 
@@ -123,8 +123,6 @@ class Adaptive:
         Raises:
             SolverError: for too many steps, an underflowing step, or a non-finite state.
         """
-        if vectorized():
-            return embedded(self.method, rhs, state, self._tolerances(state[0]), self._norm(state, dynamic), self.max_steps)
         ends = torch.tensor([0.0, 1.0], dtype=state[0].dtype, device=state[0].device)
         path, stats = self.path(rhs, state, ends, dynamic=dynamic, parameters=parameters)
         return Solution(tuple(entry[-1] for entry in path), stats)
@@ -142,9 +140,11 @@ class Adaptive:
         """
         if state[0].is_meta or torch.compiler.is_exporting():
             raise ConfigError(f"{self!r} chooses its steps by values, which torch.export and the meta device do not have: use FixedGrid(...)")
-        like = state[0]
+        like, norm = state[0], self._norm(state, dynamic)
+        adjoint = self.gradient == "adjoint" and torch.is_grad_enabled()
+        if vectorized() or (self.method == "dopri5" and not adjoint):  # torchdiffeq has neither torch.func nor fast steps
+            return self._embedded(rhs, state, times, norm, dynamic)
         function = _Function(rhs, like.dtype, self.max_steps)
-        norm = self._norm(state, dynamic)
 
         def options(end: float) -> dict[str, Any]:
             # step_t ends the last step at the end time; by default torchdiffeq steps past it and interpolates
@@ -153,7 +153,7 @@ class Adaptive:
         rtol, atol = self._tolerances(like)
         common: dict[str, Any] = {"rtol": rtol, "atol": atol, "method": self.method}
         try:
-            if self.gradient == "adjoint" and torch.is_grad_enabled():
+            if adjoint:
                 if getattr(rhs, "custom", True):  # a custom field may close over an encoder's output, for example
                     parameters = (*parameters, *Recompute(parameters).unnamed(lambda *y: function(times[0], y), state))
                 path = torchdiffeq.odeint_adjoint(
@@ -169,11 +169,23 @@ class Adaptive:
             else:
                 path = torchdiffeq.odeint(function, state, times, options={**options(1.0), "norm": norm}, **common)
         except AssertionError as error:
-            raise self._failed(" ".join(str(error).split()), function) from None
+            raise self._failed(" ".join(str(error).split()), function.counter, function.attempt) from None
         if not finite(tuple(e[-1] for e in path)):
-            raise self._failed("the final state is not finite", function)
+            raise self._failed("the final state is not finite", function.counter, function.attempt)
         function.counter.backward, function.attempt = True, None
         return Solution(tuple(path), Stats([function.counter]))
+
+    def _embedded(self, rhs: RHS, state: State, times: Tensor, norm: Callable[[State], Tensor], dynamic: int) -> Solution:
+        """Return the path by our own loop over torchdiffeq's tableau."""
+        try:
+            solution = embedded(
+                self.method, rhs, state, self._tolerances(state[0]), norm, self.max_steps, times=times.tolist(), integrals=len(state) > dynamic
+            )
+        except StepFailure as failure:
+            raise self._failed(str(failure), failure.counter, failure.attempt) from None
+        if not vectorized() and not finite(tuple(e[-1] for e in solution.state)):
+            raise self._failed("the final state is not finite", solution.stats.counters[0], None)
+        return solution
 
     def integrating(self) -> Adaptive:
         """Return the same solver with every integral solved along with the point and in the error norm."""
@@ -199,11 +211,11 @@ class Adaptive:
         size: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) / math.sqrt(rows.shape[1])
         return size.max().clamp(max=LARGEST)
 
-    def _failed(self, reason: str, function: _Function) -> SolverError:
-        counter, where = function.counter, dict[str, Any]()
-        if function.attempt is not None:
-            s, y, h = function.attempt
-            where = {"s": float(s.detach()), "step": float(h.detach()), "largest": largest(y)}
+    def _failed(self, reason: str, counter: Counter, attempt: tuple[Any, State, Any] | None) -> SolverError:
+        where = dict[str, Any]()
+        if attempt is not None and not vectorized():
+            s, y, h = attempt
+            where = {"s": float(s), "step": float(h), "largest": largest(y)}
         return SolverError(
             f"{self!r} gave up after {counter.accepted} accepted and {counter.rejected} rejected steps, {counter.nfe} "
             f"evaluations ({reason[:200]}): looser tolerances, a larger max_steps (now {self.max_steps}), or a kinetic "

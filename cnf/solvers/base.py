@@ -26,25 +26,25 @@ class Counter:
         self.backward = False
         self.attempt: tuple[Tensor, Tensor] | None = None  # s and step size of the adjoint's latest step
 
-    def count(self) -> None:
-        """Count one evaluation."""
+    def count(self, number: int = 1) -> None:
+        """Count evaluations."""
         if self.backward:
-            self.nfe_backward += 1
+            self.nfe_backward += number
         else:
-            self.nfe += 1
+            self.nfe += number
 
 
 class Stats:
     """Evaluation counts of one or several solves; they include later backward passes."""
 
     def __init__(self, counters: Sequence[Counter] = ()):
-        self._counters = tuple(counters)
+        self.counters = tuple(counters)
 
     def __add__(self, other: Stats) -> Stats:
-        return Stats(self._counters + other._counters)
+        return Stats(self.counters + other.counters)
 
     def _sum(self, name: str) -> int:
-        return sum(getattr(c, name) for c in self._counters)
+        return sum(getattr(c, name) for c in self.counters)
 
     @property
     def nfe(self) -> int:
@@ -73,7 +73,7 @@ class Stats:
 
     def all_products(self) -> None:
         """Mark every forward evaluation so far as one with a derivative."""
-        for counter in self._counters:
+        for counter in self.counters:
             counter.products = counter.nfe
 
     def joined(self, products: int = 0) -> Stats:
@@ -86,17 +86,17 @@ class Stats:
 
     def costliest(self) -> str:
         """Describe the block with most evaluations; "" for a single block."""
-        if len(self._counters) < 2:
+        if len(self.counters) < 2:
             return ""
-        number, counter = max(enumerate(self._counters, 1), key=lambda pair: pair[1].nfe)
-        return f" in block {number} of {len(self._counters)} ({counter.nfe:,} evaluations)"
+        number, counter = max(enumerate(self.counters, 1), key=lambda pair: pair[1].nfe)
+        return f" in block {number} of {len(self.counters)} ({counter.nfe:,} evaluations)"
 
     def stalled(self) -> str:
         """Describe where an adjoint's backward solve stopped, "" if unknown; blocks are solved last to first."""
-        for number, counter in enumerate(self._counters, 1):
+        for number, counter in enumerate(self.counters, 1):
             if counter.attempt is not None:
                 s, h = (abs(float(v.detach())) for v in counter.attempt)
-                where = f" in block {number} of {len(self._counters)}" if len(self._counters) > 1 else ""
+                where = f" in block {number} of {len(self.counters)}" if len(self.counters) > 1 else ""
                 return f"{where} at s={s:.4g} of its time, step size {h:.3g}, after {counter.nfe_backward:,} evaluations"
         return ""
 
@@ -166,7 +166,8 @@ def largest(y: State) -> float:
 
 def finite(y: State) -> bool:
     """Return whether every entry of a state is finite."""
-    return all(bool(torch.isfinite(e).all()) for e in y)
+    # e - e is NaN where e is not finite, and zero elsewhere: half the operations of isfinite
+    return not any(bool((e - e).any()) for e in map(Tensor.detach, y))
 
 
 def require_finite(values: Tensor, what: str) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from cnf._utils.async_checks import deferred, tracing
+from cnf._utils.compilation import compiled
 from cnf._utils.errors import ConfigError, SolverError, require_at_least, unknown_name
 from cnf.solvers.base import RHS, Counter, Solution, State, Stats, finite, interval, largest
 from cnf.solvers.checkpointing import Recompute
@@ -30,25 +31,57 @@ def weighted(j: int, coefficients: Sequence[float], slopes: Sequence[State]) -> 
     return total
 
 
-def _axpy(y: State, h: Tensor, coefficients: Sequence[float], slopes: Sequence[State]) -> State:
-    """Return y + h Σ c_i k_i, entry by entry."""
-    sums = [weighted(j, coefficients, slopes) for j in range(len(y))]
-    return tuple(entry if total is None else entry + h * total for entry, total in zip(y, sums, strict=True))
+def _moved(y: State, h: float | Tensor, coefficients: Sequence[float], slopes: Sequence[State], count: int | None = None) -> State:
+    """Return y + h Σ c_i k_i for the first ``count`` entries, all if None; the others are returned as they are."""
+    count = len(y) if count is None else count
+    moved = []
+    for j, entry in enumerate(y[:count]):
+        if isinstance(h, Tensor):
+            total = weighted(j, coefficients, slopes)
+            moved.append(entry if total is None else entry + h * total)
+            continue
+        for c, k in zip(coefficients, slopes, strict=False):
+            entry = torch.add(entry, k[j], alpha=c * h) if c else entry
+        moved.append(entry)
+    return (*moved, *y[count:])
 
 
 def stages(
-    tableau: Tableau, rhs: RHS, s: Tensor, h: Tensor, y: State, counter: Counter, number: int | None = None
-) -> list[State]:
-    """Return the slopes k_i of one step of size h from y at s.
+    tableau: Tableau, rhs: RHS, s: Tensor, h: Tensor, counter: Counter, number: int | None = None
+) -> list[Callable[[State], State]]:
+    """Return functions of the state that evaluate the stages of one step of size h at s, and count.
 
     With ``number``, a right-hand side that samples one of a grid's stages gets step and stage as third argument."""
-    slopes: list[State] = []
     sampling = number is not None and getattr(rhs, "sampled_stage", None) is not None
-    for i, (c, a) in enumerate(zip(tableau.c, tableau.a, strict=True)):
+
+    def evaluate(i: int, c: float, y: State) -> State:
         counter.count()
         stage: tuple[Any, ...] = ((number, i),) if sampling else ()
-        slopes.append(rhs(s + c * h, _axpy(y, h, a, slopes), *stage))
+        return rhs(s + c * h, y, *stage)
+
+    return [partial(evaluate, i, c) for i, c in enumerate(tableau.c)]
+
+
+def slopes_of(tableau: Tableau, evaluate: Sequence[Callable[[State], State]], h: float | Tensor, y: State, dynamic: int) -> list[State]:
+    """Return the slopes k_i of one step; the state's entries from ``dynamic`` on, which no slope depends on, stay."""
+    slopes: list[State] = []
+    for stage, a in zip(evaluate, tableau.a, strict=True):
+        slopes.append(stage(_moved(y, h, a, slopes, dynamic)))
     return slopes
+
+
+def _advance(
+    tableau: Tableau, evaluate: Sequence[Callable[[State], State]], h: float | Tensor, y: State, dynamic: int, error_entry: int | None
+) -> State:
+    """Return the state after one step; |h| ‖E‖ of the step's error estimate is added to the entry ``error_entry``."""
+    slopes = slopes_of(tableau, evaluate, h, y, dynamic)
+    after = _moved(y, h, tableau.b, slopes)
+    if error_entry is None or len(y) <= error_entry:
+        return after
+    apart = weighted(0, tableau.error, slopes)
+    assert apart is not None
+    size = h * torch.linalg.vector_norm((h * apart).flatten(1), dim=1)  # |h| ‖E‖
+    return (*after[:error_entry], after[error_entry] + size, *after[error_entry + 1 :])
 
 
 class FixedGrid:
@@ -153,20 +186,11 @@ class FixedGrid:
     ) -> State:
         """Return the state at s = 1; with ``check`` (without gradient) the state is checked after every step."""
 
-        error_entry = getattr(rhs, "step_error", None) if self.tableau.error else None
-
-        def step(i: int, s: Tensor, h: Tensor, *y: Tensor) -> State:
-            slopes = stages(self.tableau, rhs, s, h, y, counter, i)
-            after = _axpy(y, h, self.tableau.b, slopes)
-            if error_entry is None or len(y) <= error_entry:
-                return after
-            apart = weighted(0, self.tableau.error, slopes)
-            assert apart is not None
-            size = h * torch.linalg.vector_norm((h * apart).flatten(1), dim=1)  # |h| ‖E‖
-            return *after[:error_entry], after[error_entry] + size, *after[error_entry + 1 :]
-
-        parts = [partial(step, i, nodes[i], nodes[i + 1] - nodes[i]) for i in range(self.steps)]
-        if self.gradient == "checkpoint" and torch.is_grad_enabled() and not tracing(*state):
+        recomputing = self.gradient == "checkpoint" and torch.is_grad_enabled() and not tracing(*state)
+        recording = torch.is_grad_enabled() and any(v.requires_grad for v in (*state, *parameters))
+        steps = _Steps(self, rhs, nodes, counter, dynamic, whole=not recomputing, recording=recording)
+        parts = [partial(steps, i) for i in range(self.steps)]
+        if recomputing:
             return Recompute(parameters).checkpoint_sequential(parts, state)
         y = state
         for i, part in enumerate(parts):
@@ -184,3 +208,44 @@ class FixedGrid:
                 "kinetic penalty may help",
                 s=float(nodes[i]), step=float(nodes[i + 1] - nodes[i]), largest=largest(before),
             )  # fmt: skip
+
+
+class _Steps:
+    """Steps of one solve on a grid; ``whole`` prepares the right-hand side's stages of all steps at once.
+
+    A right-hand side prepares them by a method ``at`` (see :class:`cnf.ode.dynamics.AugmentedDynamics`). Steps that a
+    checkpoint recomputes prepare their own: a part shared by all would be differentiated once for each.
+    """
+
+    def __init__(self, solver: FixedGrid, rhs: RHS, nodes: Tensor, counter: Counter, dynamic: int, whole: bool, recording: bool):
+        self.tableau, self.rhs, self.nodes, self.counter, self.dynamic = solver.tableau, rhs, nodes, counter, dynamic
+        self.error_entry = getattr(rhs, "step_error", None) if self.tableau.error else None
+        self.sizes = nodes.diff()
+        # equal steps have a size without a tensor, which saves operations; compiled code would be specific to it
+        self.compiles = bool(getattr(rhs, "compile", False))
+        self.size = None if solver.spacing is not None else 1 / solver.steps
+        self.at, self.recording = getattr(rhs, "at", None), recording
+        self.prepared = self._prepare(0, solver.steps) if whole else None
+
+    def _prepare(self, first: int, stop: int) -> Any:
+        if self.at is None:
+            return None
+        s, h = self.nodes[first:stop], self.sizes[first:stop]
+        return self.at(torch.stack([s + c * h for c in self.tableau.c], 1), first)
+
+    def __call__(self, i: int, *y: Tensor) -> State:
+        """Return the state after step i."""
+        found = self._prepare(i, i + 1) if self.prepared is None else self.prepared[i : i + 1]
+        tensor, size = self.sizes[i], self.size
+        if found is None:
+            self.at = None
+            evaluate = stages(self.tableau, self.rhs, self.nodes[i], tensor, self.counter, i)
+            return _advance(self.tableau, evaluate, tensor if size is None else size, y, self.dynamic, self.error_entry)
+        self.counter.count(len(found[0]))
+        chosen = getattr(self.rhs, "sampled_stage", None)
+        if not self.compiles or (chosen is not None and chosen.step == i):  # a graph for each stage that may be sampled
+            return _advance(self.tableau, found[0], tensor if size is None else size, y, self.dynamic, self.error_entry)
+        # one graph: the first step's state may lack a gradient and hold the same zeros twice
+        recording = self.recording and torch.is_grad_enabled()
+        y = tuple(e if e.requires_grad and recording else e.detach().requires_grad_(recording) for e in y)
+        return cast(State, compiled(_advance)(self.tableau, found[0], tensor, y, self.dynamic, self.error_entry))

@@ -13,7 +13,7 @@ from cnf._utils.async_checks import deferred, tracing
 from cnf._utils.errors import ConfigError, SolverError
 from cnf.solvers.base import RHS, Counter, State
 from cnf.solvers.checkpointing import Recompute, final, present_autocast
-from cnf.solvers.fixed import FixedGrid, stages, weighted
+from cnf.solvers.fixed import FixedGrid, slopes_of, stages, weighted
 from cnf.solvers.spacing import Spacing
 from cnf.solvers.tableaus import Tableau
 
@@ -155,7 +155,7 @@ class _Walk:
     def _increment(self, rhs: RHS, s: Tensor, h: Tensor, point: State, count: int) -> State:
         tableau: Tableau = self.solver.tableau
         y = tuple(e.to(t) for e, t in zip(point, self.types, strict=False))
-        slopes = stages(tableau, rhs, s, h, y, self.counter)
+        slopes = slopes_of(tableau, stages(tableau, rhs, s, h, self.counter), h, y, self.dynamic)
         return tuple((h * cast(Tensor, weighted(j, tableau.b, slopes))).to(WIDE) for j in range(count))
 
     def forth(
