@@ -42,11 +42,11 @@ print(f"difference: {gain.mean():.3f} ± {gain.std() / len(gain) ** 0.5:.3f}")
 assert gain.mean() > 0
 
 # %% [markdown]
-# The least likely rows. Three rents are made larger than the income.
+# The least likely rows. Three rents are made three times the income.
 
 # %%
 odd = test.copy()
-odd.iloc[:3, 2] = odd.iloc[:3, 1] * 1.5
+odd.iloc[:3, 2] = odd.iloc[:3, 1] * 3
 order = np.argsort(model.score_samples(odd))
 print(odd.iloc[order[:5]])
 assert set(order[:3]) == {0, 1, 2}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -202,6 +203,7 @@ def test_who_runs_out_of_memory_is_told_of_options_that_there_are(monkeypatch, c
 
 def test_dry_run_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("cnf.training.cost.CostMeter.enough_seconds", 0.0)
+    monkeypatch.setattr("cnf.training.cost.SECONDS", math.inf)
     monkeypatch.chdir(tmp_path)
     assert train_main(["digits", *TINY, "--dry-run"]) == 0
     said = capsys.readouterr().out
@@ -209,6 +211,14 @@ def test_dry_run_leaves_nothing(tmp_path, monkeypatch, capsys):
     assert re.search(r"memory: \d+ MiB kept for the backward pass, [\d,]+ MiB at the peak \(process\)\n", said)
     assert re.search(r"time: [\d.e-]+ s a step; 6 steps take about 0 seconds without validations\n", said)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_dry_run_does_not_measure_what_would_take_long(monkeypatch, capsys):
+    """The step of a whole batch is then extrapolated from fewer rows."""
+    monkeypatch.setattr("cnf.training.cost.SECONDS", 0.0)
+    assert train_main(["digits", *TINY, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "batch 20\n" in said and "at the peak (process; by arithmetic from 1 of 20 rows)" in said
 
 
 def test_a_dry_run_of_both_objectives_measures_both(tmp_path, monkeypatch, capsys):
@@ -327,6 +337,8 @@ WRONG = {
     "--steps 1.5": r"--steps",
     "--schedule linear": r"linear.*cosine",
     "dgits": r"preset 'dgits' is unknown: did you mean 'digits'",
+    "checkerboard": r"'checkerboard' is data, not a preset: write --data checkerboard",
+    "checkerbord": r"preset 'checkerbord' is unknown: did you mean --data checkerboard",
     "--steps 5 dgits": r"preset 'dgits' is unknown: did you mean 'digits'",
     "digits tabular": r"tabular",
     "--data digts": r"'digts'.*did you mean 'digits'",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -170,6 +171,7 @@ def parse(
         start, written = read_settings(first.settings, name, fallback)
         name, named, otherwise = name or start.name, written | named, preset(start.name).otherwise if start.name in PRESETS else {}
     else:
+        _refuse_data(name)
         entry = preset(name or fallback)
         start, otherwise = entry.config, entry.otherwise
         if "data" not in typed:
@@ -188,6 +190,19 @@ def parse(
     if not unsure:
         refuse_meaningless(config, named, **facts)
     return command, frozenset(named), info
+
+
+def _refuse_data(name: str | None) -> None:
+    """Refuse data in the place of a preset, and a name that is closer to a data set than to a preset."""
+    if name is None or name in PRESETS:
+        return
+    from cnf.data import names as data_names  # needs torch
+
+    if name in data_names() or Path(name).exists():
+        raise ConfigError(f"{name!r} is data, not a preset: write --data {name}")
+    near = get_close_matches(name, [*PRESETS, *data_names()], 1)
+    if near and near[0] not in PRESETS:
+        raise ConfigError(f"preset {name!r} is unknown: did you mean --data {near[0]}? (cnf list shows the presets)")
 
 
 def _timed(config: RunConfig, given: Collection[str]) -> RunConfig:

@@ -34,7 +34,7 @@ def learning_curves(metrics: list[dict[str, Any]], path: Path, *, unit: str, nam
         ("validation_nfe", "validation", averaged),
     )
     rows = {key: [(m["step"], m[key]) for m in metrics if key in m and np.isfinite(m[key])] for key, *_ in (*losses, *solves)}
-    panels = [(losses, unit)]
+    panels: list[tuple[Any, str]] = [(losses, unit)]
     if name == "nll" and any("loss" in row and "nll" not in row for row in metrics):  # flow matching's error is no likelihood
         rows["matching"] = [(m["step"], m["loss"]) for m in metrics if "loss" in m and "nll" not in m and np.isfinite(m["loss"])]
         panels.append(((("matching", "flow matching, training batch", {"lw": 0.9, "alpha": 0.7, "color": "C2"}),), "loss"))

@@ -106,7 +106,7 @@ def trajectories_2d(flow: Flow, data: Tensor, path: Path, *, n: int = 200) -> Pa
     axis = subplots(figure)
     pieces = np.stack([way[:-1], way[1:]], 2).reshape(-1, 2, 2)  # of all points at the first time, then at the second, ...
     times = np.repeat(np.linspace(0, 1, FRAMES - 1), way.shape[1])
-    lines = axis.add_collection(LineCollection(pieces, array=times, cmap="viridis", linewidths=0.7, alpha=0.7))
+    lines = axis.add_collection(LineCollection(list(pieces), array=times, cmap="viridis", linewidths=0.7, alpha=0.7))
     axis.scatter(*xy(way[0]), 9, color=lines.cmap(0.0), label="data (t = 0)", zorder=3)
     axis.scatter(*xy(way[-1]), 9, color="tab:orange", label="noise (t = T)", zorder=3)
     axis.set(aspect="equal", title="trajectories", xlabel=f"{PLANE[0]}, standardised", ylabel=f"{PLANE[1]}, standardised")

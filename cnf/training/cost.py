@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from cnf.data import DataSplits
 from cnf.distributed import SINGLE_PROCESS, Group
@@ -14,12 +16,15 @@ from cnf.runs import RunInfo
 from cnf.training.callbacks import Callback, Run, WeightAverage
 from cnf.training.loop import Trainer
 from cnf.training.memory import saved_tensor_bytes
+from cnf.training.phases import Phase
 from cnf.training.settings import prepare
 from cnf.training.step import micro_batches
 
 __all__ = ["Cost", "CostMeter", "measure"]
 
 NEVER = 2**62
+SECONDS, GROWTH = 6.0, 4
+"""Seconds that the steps of a phase may take, and growth of the batch from one attempt to the next."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +46,16 @@ class CostMeter(Callback):
 
     Args:
         accumulate: micro-batches of a step.
+
+    Attributes:
         least_steps: steps to measure at least.
         enough_seconds: time after which they are enough.
     """
 
-    enough_seconds = 2.0
+    least_steps, enough_seconds = 3, 2.0
 
-    def __init__(self, accumulate: int = 1, least_steps: int = 3):
-        self.accumulate, self.least_steps = accumulate, least_steps
+    def __init__(self, accumulate: int = 1):
+        self.accumulate = accumulate
         self.times: list[float] = []
 
     def on_start(self, run: Run) -> None:
@@ -88,24 +95,56 @@ class CostMeter(Callback):
 
 
 def measure(info: RunInfo, data: DataSplits, group: Group = SINGLE_PROCESS) -> list[Cost]:
-    """Return the cost of a step in each training phase of these settings; writes nothing."""
+    """Return the cost of a step in each training phase of these settings; writes nothing.
+
+    Batches grow fourfold from one row on. A batch that would take longer than :data:`SECONDS` is not measured: the cost of a
+    smaller one is extrapolated, as a constant and a part for each row.
+    """
     model, stages = prepare(info, data, group)
-    config, costs = info.config.train, []
+    costs: list[Cost] = []
     for number, phase in enumerate(stages):
-        meter = CostMeter(config.accumulate)
-        Trainer(
-            model,
-            [dataclasses.replace(phase, steps=None)],
-            steps=NEVER,
-            callbacks=[WeightAverage(config.ema_decay), meter],
-            validate_every=NEVER,
-            log_every=NEVER,
-            accumulate=config.accumulate,
-            max_grad_norm=config.max_grad_norm,
-            tf32=info.config.solver.precision == "tf32",
-            group=group,
-            quiet=True,
-        ).run()
-        cost = meter.cost
+        cost = _cost(model, phase, info, group)
         costs.append(dataclasses.replace(cost, where=f"{cost.where}, so far") if number and cost.where == "process" else cost)
     return costs
+
+
+def _cost(model: nn.Module, phase: Phase, info: RunInfo, group: Group) -> Cost:
+    started, batch = time.monotonic(), phase.batches.size
+    size = min(batch, group.size * info.config.train.accumulate)
+    if info.config.solver.compile:  # every other size would be compiled anew
+        size = batch
+    smaller: tuple[int, float] = (0, 0.0)  # rows and seconds of the attempt before: a step is a constant and a part for each row
+    while True:
+        cost = _run(model, phase, info, group, size)
+        if size == batch:
+            return cost
+        larger = min(batch, GROWTH * size)
+        each = max(0.0, cost.seconds - smaller[1]) / (size - smaller[0])
+        steps = CostMeter.least_steps + 2  # with a forward pass and a first step
+        if group.all_max([steps * (cost.seconds + each * (larger - size)) + time.monotonic() - started])[0] > SECONDS:
+            kept = cost.kept * batch / size
+            where = f"{cost.where}; by arithmetic from {size:,} of {batch:,} rows"
+            seconds = cost.seconds + each * (batch - size)
+            return dataclasses.replace(cost, batch=batch, kept=kept, peak=cost.peak + kept - cost.kept, where=where, seconds=seconds)
+        smaller, size = (size, cost.seconds), larger
+
+
+def _run(model: nn.Module, phase: Phase, info: RunInfo, group: Group, size: int) -> Cost:
+    config, whole = info.config.train, size == phase.batches.size
+    meter = CostMeter(config.accumulate)
+    if not whole:
+        meter.least_steps, meter.enough_seconds = 1, 0.0
+    Trainer(
+        model,
+        [dataclasses.replace(phase, steps=None, batches=phase.batches if whole else phase.batches.resized(size))],
+        steps=NEVER,
+        callbacks=[WeightAverage(config.ema_decay), meter],
+        validate_every=NEVER,
+        log_every=NEVER,
+        accumulate=config.accumulate,
+        max_grad_norm=config.max_grad_norm,
+        tf32=info.config.solver.precision == "tf32",
+        group=group,
+        quiet=True,
+    ).run()
+    return meter.cost
