@@ -25,6 +25,7 @@ from cnf.config import (
     SolverConfig,
     TrainConfig,
     UNetConfig,
+    preset,
 )
 from cnf.config.former import NAMES
 from cnf.config.tagged import schema, values
@@ -231,3 +232,21 @@ def test_a_run_with_a_mixture_base_starts_at_the_mixture(tmp_path):
     assert worse.state.best_step == 0 and worse.state.best == run.history[0]["validation"]
     with pytest.raises(ConfigError, match="preprocess='marginals' is for tables"):
         cnf.build(model, SolverConfig(), (1, 2, 2), levels=4)
+
+
+@pytest.mark.slow
+def test_a_step_size_fixes_the_grid(tmp_path, capsys):
+    from cnf.cli import train_main
+    from cnf.models.solving import train_solver
+
+    config = preset("rnode-mnist").config.change(step_size=0.25)
+    assert train_solver(config.solver).steps == 4 and config.solver.train_solver.steps == 4
+    assert train_solver(config.solver.change(step_size=0.3)).steps == 4  # a whole number of equal steps, none longer
+    words = ["ffjord-toy", "--step-size", "0.5", "--steps", "3", "--solver-check-every", "1", "--solver-check-tolerance", "1e-9", "--hidden", "4"]
+    words += ["--toy-sizes", "40", "20", "20", "--batch-size", "20", "--validate-every", "3", "--warmup", "1", "--out", str(tmp_path / "run")]
+    assert train_main(words) == 0
+    assert "smaller --step-size" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {row["grid_steps"] for row in rows if "grid_steps" in row} == {2}
+    assert train_main(["ffjord-toy", "--step-size", "0.5", "--grid-steps", "3", "--out", str(tmp_path / "other")]) == 2
+    assert "--grid-steps is for grids without --step-size" in capsys.readouterr().err

@@ -34,7 +34,8 @@ __all__ = ["CHOSEN", "refuse_chosen", "search"]
 # settings that the search chooses
 CHOSEN = (
     "architecture", "field", "time_conditioning", "nonlinearity", "residual", "blocks", "end_time", "learn_end_time", "preprocess", "knots", "base",
-    "components", "covariance", "train_base", "base_std", "objective", "train_solver", "method", "grid_steps", "automatic_steps", "gradient", "divergence",
+    "components", "covariance", "train_base", "base_std", "objective", "train_solver", "method", "grid_steps", "step_size",
+    "automatic_steps", "gradient", "divergence", "penalty", "measure",
     "steps", "batch_size", "accumulate", "lr", "warmup", "schedule", "weight_decay", "max_grad_norm", "ema_decay", "kinetic", "jacobian", "patience",
     "max_time", "validate_every",
 )  # fmt: skip

@@ -15,7 +15,7 @@ from cnf.config.objective import (
     RegressionConfig,
 )
 from cnf.config.rules import COUNT, DENSITY, NONNEGATIVE, POSITIVE, SEED, Bounds, Family, outside, setting
-from cnf.config.solver import BY_LIKELIHOOD, GRID, SolverConfig
+from cnf.config.solver import BY_LIKELIHOOD, FREE, GRID, SolverConfig
 from cnf.config.tagged import Settings, schema, values
 
 __all__ = ["DataConfig", "Preset", "RunConfig", "TrainConfig"]
@@ -122,7 +122,7 @@ class TrainConfig(Settings):
     solver_check_tolerance: float = setting(0.01, POSITIVE, given=(ODE, BY_LIKELIHOOD,))
     """Solver error, in bits/dim or nats/dim, above which the solver steps of a grid are doubled (the tolerances of an
     adaptive solver divided by ten)."""
-    max_grid_steps: int = setting(64, COUNT, given=(ODE, BY_LIKELIHOOD, GRID,))
+    max_grid_steps: int = setting(64, COUNT, given=(ODE, BY_LIKELIHOOD, GRID, FREE))
     """Maximum number of solver steps that are set by the solver checks."""
     minutes: float | None = setting(None, POSITIVE, given=(DENSITY, VECTORS), later=True)
     """Tables and points: find the start (marginals and Gaussian mixture) and train, all within this time (CPU minutes). The

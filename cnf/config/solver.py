@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from cnf.config.model import ODE
-from cnf.config.rules import COUNT, DENSITY, NONNEGATIVE, POSITIVE, Family, setting, tag
+from cnf.config.rules import COUNT, DENSITY, NONNEGATIVE, POSITIVE, Bounds, Family, setting, tag
 from cnf.config.tagged import Settings
 
-__all__ = ["BY_LIKELIHOOD", "GRID", "AdaptiveConfig", "ExactConfig", "GridConfig", "HutchinsonConfig", "SolverConfig"]
+__all__ = ["BY_LIKELIHOOD", "FREE", "GRID", "AdaptiveConfig", "ExactConfig", "GridConfig", "HutchinsonConfig", "SolverConfig"]
 
 GRID = Family("train_solver", ("grid",), "fixed grids")
+FREE = Family("step_size", (None,), "grids without --step-size")
+SHARE = Bounds("above 0, at most 1", above=0, most=1)
 SOLVING = Family("solves", (True,), "training that solves an ODE")
 BY_LIKELIHOOD = Family("objective", ("likelihood", "both", "regression", "classification"), "training that solves an ODE")
 
@@ -23,13 +26,21 @@ class GridConfig(Settings):
     kind: Literal["grid"] = tag("grid")
     method: Literal["euler", "midpoint", "heun", "rk4", "rk4-classic", "dopri5"] = "rk4"
     """Training solver. Fixed grid: euler, midpoint, heun, rk4, rk4-classic, dopri5; adaptive: dopri5, dopri8, bosh3, ..."""
-    grid_steps: int = setting(4, COUNT)
+    grid_steps: int = setting(4, COUNT, given=(FREE,))
     """Training: solver steps of each block (solver checks may raise them)."""
-    automatic_steps: bool = setting(False, given=(BY_LIKELIHOOD,))
+    step_size: float | None = setting(None, SHARE, later=True)
+    """Training: step size of the grid as a fraction of each block's time, which no solver check changes, in place of
+    --grid-steps (RNODE: 0.25, four steps)."""
+    automatic_steps: bool = setting(False, given=(BY_LIKELIHOOD, FREE))
     """Training on a grid: choose the solver steps of each block from --solver-check-tolerance, starting at --grid-
     steps."""
     gradient: Literal["direct", "checkpoint", "reversible"] = "direct"
     """Training gradient on a grid: direct, checkpoint, or reversible (a reversible scheme of the same order)."""
+
+    @property
+    def steps(self) -> int:
+        """Solver steps at the start of training: those of ``step_size``, or ``grid_steps``."""
+        return self.grid_steps if self.step_size is None else math.ceil(1 / self.step_size - 1e-9)
 
 
 @dataclass(frozen=True)

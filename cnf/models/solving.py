@@ -19,7 +19,7 @@ def train_solver(config: SolverConfig, grid_steps: int | None = None) -> Solver:
     train = config.train_solver
     if isinstance(train, AdaptiveConfig):
         return Adaptive(train.method, train.rtol, train.atol, train.gradient)
-    steps = grid_steps or train.grid_steps
+    steps = grid_steps or train.steps
     if train.gradient == "reversible":
         return Reversible(train.method, steps)
     return FixedGrid(train.method, steps, train.gradient)

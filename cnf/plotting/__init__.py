@@ -2,6 +2,7 @@
 
 from cnf.plotting.curves import learning_curves, validation_curves
 from cnf.plotting.features import decision_boundary, feature_evolution, features_training, learned_depth, paths_1d
+from cnf.plotting.line import flow_1d
 from cnf.plotting.motion import flow_gif
 from cnf.plotting.plane import density_2d, trajectories_2d, vector_field_2d
 from cnf.plotting.samples import image_grid, samples_beside_data
@@ -14,6 +15,7 @@ __all__ = [
     "density_2d",
     "feature_evolution",
     "features_training",
+    "flow_1d",
     "flow_gif",
     "image_grid",
     "learned_depth",

@@ -181,7 +181,7 @@ def _curves(trainer: Trainer) -> list[dict[str, Any]]:
 
 
 def pictures(flow: Flow, data: DataSplits, folder: Path, metrics: list[dict[str, Any]], unit: str) -> None:
-    """Plot samples next to data and learning curves; in 2-D also density, field, trajectories and an animation."""
+    """Plot samples next to data and learning curves; in 1-D also density and paths, in 2-D density, field, trajectories and an animation."""
     from cnf import plotting
 
     plots, samples = folder / "plots", folder / "samples"
@@ -206,6 +206,8 @@ def pictures(flow: Flow, data: DataSplits, folder: Path, metrics: list[dict[str,
         ranks = _ranks(flow, data.test[:RANKED], data.test_context[:RANKED].to(flow.like))
         plotting.calibration_plot(ranks, plots / "calibration.png", title="test rows", columns=data.columns)
     plotting.learning_curves(metrics, plots / "learning_curves.png", unit=unit)
+    if data.event_shape == (1,) and context is None:
+        plotting.flow_1d({"density and paths": flow}, data.test, plots / "flow.png")
     if data.event_shape == (2,) and context is None:
         plotting.density_2d(flow, data.test, plots / "density.png")
         plotting.vector_field_2d(flow, plots / "vector_field.png")

@@ -154,11 +154,13 @@ def _fit_mixture(flow: Flow, base: GaussianMixture | ConditionalMixture, batches
 def _configured(config: TrainConfig, solver: SolverConfig, objective: Objective) -> list[Callback]:
     """Return the callbacks that have settings."""
     grid = solver.train_solver
-    kind = AutoSteps if isinstance(grid, GridConfig) and grid.automatic_steps and objective.solves else SolverMonitor
+    fixed = isinstance(grid, GridConfig) and grid.step_size is not None
+    kind = AutoSteps if isinstance(grid, GridConfig) and grid.automatic_steps and objective.solves and not fixed else SolverMonitor
+    most = grid.steps if isinstance(grid, GridConfig) and fixed else config.max_grid_steps
     return [
         WeightAverage(config.ema_decay),
         TimeSampler(config.solver_check_every),
-        kind(config.solver_check_tolerance, config.max_grid_steps, config.solver_check_every),
+        kind(config.solver_check_tolerance, most, config.solver_check_every),
         NonFinitePolicy(max_error=MAX_ERROR * config.solver_check_tolerance, advice=advice(config, solver)),
         EarlyStopping(config.patience),
         TimeLimit(config.max_time),
@@ -213,7 +215,7 @@ def advice(config: TrainConfig, solver: SolverConfig) -> str:
         'a smaller --lr (now 0.1), a longer --warmup (now 0), --kinetic 0.01 or more (now 0), or more --grid-steps (now 2)'
     """
     objective, train = config.objective, solver.train_solver
-    finer = f"a smaller --rtol (now {train.rtol:g})" if isinstance(train, AdaptiveConfig) else f"more --grid-steps (now {train.grid_steps})"
+    finer = f"a smaller --rtol (now {train.rtol:g})" if isinstance(train, AdaptiveConfig) else f"more --grid-steps (now {train.steps})"
     if objective.kind == "flow-matching":
         return f"a smaller --lr (now {config.lr:g}), or a longer --warmup (now {config.warmup})"
     kinetic = f"--kinetic 0.01 or more (now {objective.kinetic:g}), " if isinstance(objective, LikelihoodConfig) else ""

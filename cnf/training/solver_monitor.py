@@ -139,7 +139,7 @@ class SolverMonitor(Callback):
         if not self._warned:
             self._warned = True
             assert self.objective is not None
-            hint = "a new run with --kinetic, or a larger --max-grid-steps, may help"
+            hint = "a new run with --kinetic, a larger --max-grid-steps or a smaller --step-size may help"
             if self.objective.metric != "nll":  # no density, no regularisers
-                hint = "a smaller --lr, or a larger --max-grid-steps, may help"
+                hint = "a smaller --lr, a larger --max-grid-steps or a smaller --step-size may help"
             self.say(f"{text}, and {solver} is not refined any further (validation and test do not use it): {hint}")

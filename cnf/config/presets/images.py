@@ -50,7 +50,7 @@ FFJORD_SOLVER = _SOLVER.change(hutchinson_noise="rademacher")
 _RNODE_ADAPTIVE = _SOLVER.change(hutchinson_noise="gaussian")
 # rk4 (the 3/8 rule): MNIST's script, and the paper for CIFAR-10. Both take four steps; here from one on, as many as the
 # measured error requires, which trained better in less than half the time (benchmarks/README.md). Published grid:
-# --no-automatic-steps --grid-steps 4 --max-grid-steps 4. The code's gradient is the adjoint on that grid; checkpoints
+# --step-size 0.25. The code's gradient is the adjoint on that grid; checkpoints
 # give the grid's own gradient at as little memory
 _RNODE_SOLVER = _RNODE_ADAPTIVE.change(
     train_solver="grid", method="rk4", grid_steps=1, automatic_steps=True, gradient="checkpoint"
