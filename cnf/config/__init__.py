@@ -32,7 +32,15 @@ from cnf.config.objective import BothConfig, ClassificationConfig, LikelihoodCon
 from cnf.config.presets import PRESETS, preset
 from cnf.config.published import AFFJORD, FFJORD, PUBLISHED, RNODE, Published
 from cnf.config.settings import DataConfig, Preset, RunConfig, TrainConfig
-from cnf.config.solver import AdaptiveConfig, ExactConfig, GridConfig, HutchinsonConfig, SolverConfig
+from cnf.config.solver import (
+    AdamsConfig,
+    AdaptiveConfig,
+    AdaptiveLikelihoodConfig,
+    ExactConfig,
+    GridConfig,
+    HutchinsonConfig,
+    SolverConfig,
+)
 
 __all__ = [
     "AFFJORD",
@@ -41,7 +49,9 @@ __all__ = [
     "PRESETS",
     "PUBLISHED",
     "RNODE",
+    "AdamsConfig",
     "AdaptiveConfig",
+    "AdaptiveLikelihoodConfig",
     "AugmentedTimeConfig",
     "BothConfig",
     "CenterConfig",

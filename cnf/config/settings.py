@@ -170,6 +170,7 @@ class RunConfig(Settings):
         matching = isinstance(objective, MatchingConfig) and not isinstance(objective, LikelihoodConfig)
         tags |= {
             "solves": tags["architecture"] != "resnet" and (not matching or tags.get("augmented_time", "none") != "none"),
+            "denoiser": tags.get("field") == "unet" and tags.get("dequantize") == "truncated-normal",
             "regularised": bool(tags.get("kinetic") or tags.get("jacobian") or tags.get("penalty")),
             "watched": not matching or tags["fm_time_sampling"] == "importance",
         }

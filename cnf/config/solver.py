@@ -10,13 +10,18 @@ from cnf.config.model import ODE
 from cnf.config.rules import COUNT, DENSITY, NONNEGATIVE, POSITIVE, Bounds, Family, setting, tag
 from cnf.config.tagged import Settings
 
-__all__ = ["BY_LIKELIHOOD", "FREE", "GRID", "AdaptiveConfig", "ExactConfig", "GridConfig", "HutchinsonConfig", "SolverConfig"]
+__all__ = [
+    "BY_LIKELIHOOD", "FREE", "GRID", "AdamsConfig", "AdaptiveConfig", "AdaptiveLikelihoodConfig", "ExactConfig", "GridConfig",
+    "HutchinsonConfig", "SolverConfig",
+]  # fmt: skip
 
 GRID = Family("train_solver", ("grid",), "fixed grids")
 FREE = Family("step_size", (None,), "grids without --step-size")
 SHARE = Bounds("above 0, at most 1", above=0, most=1)
 SOLVING = Family("solves", (True,), "training that solves an ODE")
 BY_LIKELIHOOD = Family("objective", ("likelihood", "both", "regression", "classification"), "training that solves an ODE")
+DENOISER = Family("denoiser", (True,), "denoisers (field='unet', dequantize='truncated-normal')")
+ADAPTIVE_LIKELIHOOD = Family("likelihood_solver", ("adaptive",), "likelihoods by the adaptive solver")
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,27 @@ class HutchinsonConfig(Settings):
 
 
 @dataclass(frozen=True)
+class AdaptiveLikelihoodConfig(Settings):
+    """Likelihoods by the adaptive solver of evaluation."""
+
+    kind: Literal["adaptive"] = tag("adaptive")
+
+
+@dataclass(frozen=True)
+class AdamsConfig(Settings):
+    """Likelihoods of denoisers by an exponential Adams method, with its number of steps from an error estimate."""
+
+    kind: Literal["adams"] = tag("adams", given=(DENOISER,))
+    likelihood_steps: int = setting(32, COUNT, given=(DENOISER,))
+    """Likelihoods by adams: solver steps, one fewer than evaluations, with which to begin."""
+    likelihood_order: Literal[3, 4] = setting(4, given=(DENOISER,))
+    """Likelihoods by adams: order of the method."""
+    likelihood_tolerance: float = setting(0.005, NONNEGATIVE, given=(DENOISER,))
+    """Likelihoods by adams: mean of the estimated errors of a batch's rows in bits/dim, above which it is solved again in
+    more steps; 0 takes --likelihood-steps as they are."""
+
+
+@dataclass(frozen=True)
 class SolverConfig(Settings):
     """Solvers of training and evaluation, divergence and precision.
 
@@ -90,14 +116,16 @@ class SolverConfig(Settings):
     train_solver: GridConfig | AdaptiveConfig = setting(GridConfig(), given=(SOLVING,))
     """Training solver: a fixed grid, or adaptive (evaluation has --eval-method)."""
     eval_method: Literal["dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2"] = setting("dopri5", given=(ODE,))
-    """Evaluation and sampling: adaptive solver."""
+    """Evaluation and sampling: adaptive solver (for likelihoods see --likelihood-solver)."""
     eval_rtol: float = setting(1e-5, POSITIVE, given=(ODE,))
     """Evaluation: relative tolerance."""
     eval_atol: float = setting(1e-5, POSITIVE, given=(ODE,))
     """Evaluation: absolute tolerance."""
-    eval_tolerance: float = setting(1e-4, NONNEGATIVE, given=(DENSITY,))
+    eval_tolerance: float = setting(1e-4, NONNEGATIVE, given=(DENSITY, ADAPTIVE_LIKELIHOOD))
     """Evaluation: error of the log-det in bits/dim or nats/dim, integrated at few nodes along the path; 0 integrates at
     every solver stage."""
+    likelihood_solver: AdaptiveLikelihoodConfig | AdamsConfig = setting(AdaptiveLikelihoodConfig(), given=(DENSITY,), later=True)
+    """Evaluation: adaptive, or for denoisers adams, an exponential Adams method that needs a quarter of the evaluations."""
     divergence: ExactConfig | HutchinsonConfig = setting(ExactConfig(), given=(DENSITY,))
     """Exact trace, or Hutchinson's estimate."""
     steer: float = setting(0.0, given=(DENSITY,))

@@ -114,7 +114,7 @@ class GroupNorm(nn.Module):
     def _mean(self, x: Tensor) -> Tensor:
         """Return the mean over positions and each group's channels of x (..., H W, C), repeated to (..., 1, C)."""
         # positions first: a sum over the first and last of three axes takes twelve times as long on a CPU
-        groups = x.mean(-2, keepdim=True).unflatten(-1, (self.groups, -1))
+        groups = cast(Tensor, x.mean(-2, keepdim=True).unflatten(-1, (self.groups, -1)))
         return groups.mean(-1, keepdim=True).expand_as(groups).flatten(-2)
 
     def _images(self, x: Tensor, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from cnf.evaluation import block_errors, evaluate, solver_error
 from cnf.flow import Flow
 from cnf.ode.trajectory import straightness
 from cnf.random import Noise
-from cnf.solvers import Solver, Stats
+from cnf.solvers import Solver, Stats, coarse
 
 __all__ = ["DensityObjective"]
 
@@ -58,13 +58,15 @@ class DensityObjective(nn.Module):
     ) -> dict[str, float]:
         """Return the mean negative log-likelihood of ``model`` as ``validation``; ``index`` selects the rows' noise.
 
+        The solver is that of evaluation, in its coarse version if it has one (:func:`cnf.solvers.coarse`).
+
         Also return ``validation_nfe``, the evaluations of a batch's solve, and, for flows with paths, ``straightness``
         and ``path_energy`` of some rows (see :func:`cnf.ode.trajectory.straightness`).
 
         Raises:
             SolverError: if a row cannot be solved.
         """
-        found = evaluate(model, x, context, seed=seed, index=index, group=group).require_solved()
+        found = evaluate(model, x, context, seed=seed, index=index, group=group, solver=coarse).require_solved()
         terms = {"validation": found.mean, "validation_nfe": found.nfe}
         like, some = model.like, None if context is None else (context[:SHOWN] if context.ndim == 2 else context).to(model.like)
         points = x[:SHOWN].to(like if x.is_floating_point() else like.device)

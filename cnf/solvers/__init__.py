@@ -1,6 +1,6 @@
 """Fixed-grid and adaptive ODE solvers over s in [0, 1] with direct, checkpointed, reversible and adjoint gradients."""
 
-from cnf.solvers.adams import ExponentialAdams
+from cnf.solvers.adams import ExponentialAdams, coarse
 from cnf.solvers.adaptive import Adaptive
 from cnf.solvers.base import Solution, Solver, Stats, refined
 from cnf.solvers.fixed import FixedGrid
@@ -23,5 +23,6 @@ __all__ = [
     "Spacing",
     "Stats",
     "Tableau",
+    "coarse",
     "refined",
 ]

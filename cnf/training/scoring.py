@@ -25,7 +25,7 @@ from cnf.flow import Flow
 from cnf.neural_ode import Predictor
 from cnf.ode.divergence import Exact, Hutchinson
 from cnf.runs import RunInfo
-from cnf.solvers import Adaptive, FixedGrid
+from cnf.solvers import Adaptive, ExponentialAdams, FixedGrid, Solver
 from cnf.training.batches import choose_rows
 from cnf.training.files import write_items
 from cnf.training.loop import Trainer
@@ -178,18 +178,26 @@ def _solvers(flow: Flow) -> dict[str, Any]:
     solvers = [block.eval_solver for block in flow.blocks]
     traces = [block.divergence for block in flow.blocks]
     adaptive = [s for s in solvers if isinstance(s, Adaptive)]
-    grids = [s for s in solvers if isinstance(s, FixedGrid)]
+    grids = [s for s in solvers if isinstance(s, FixedGrid | ExponentialAdams)]
     probes = [d for d in traces if isinstance(d, Hutchinson)]
     return {
-        "solver": common([s.method if isinstance(s, Adaptive | FixedGrid) else repr(s) for s in solvers]),
+        "solver": common([_name(s) for s in solvers]),
         "rtol": common([s.rtol for s in adaptive]),
         "atol": common([s.atol for s in adaptive]),
         "quadrature_tolerance": common([s.quadrature_tolerance for s in adaptive]),
         "grid_steps": common([s.steps for s in grids]),
+        "likelihood_tolerance": common([s.tolerance for s in solvers if isinstance(s, ExponentialAdams)]),
         "divergence": common(["exact" if isinstance(d, Exact) else "hutchinson" for d in traces]),
         "probe": common([d.distribution for d in probes]),
         "probes": common([d.probes for d in probes]),
     }
+
+
+def _name(solver: Solver) -> str:
+    """Return the name of a solver's method."""
+    if isinstance(solver, ExponentialAdams):
+        return f"exponential Adams {solver.order}"
+    return solver.method if isinstance(solver, Adaptive | FixedGrid) else repr(solver)
 
 
 def write_scores(path: Path, found: Evaluation, *, names: Sequence[str] | None = None) -> None:
