@@ -108,7 +108,7 @@ class AugmentedDynamics:
         if fields is None:
             return None
         chosen = None if self.sampled_stage is None else (self.sampled_stage.step - first) * stages + self.sampled_stage.stage
-        every = [
+        every: list[Callable[[State], State]] = [
             partial(_slopes, self, field, t, omit=chosen is not None and i != chosen)
             for i, (field, t) in enumerate(zip(fields, times.unbind(), strict=True))
         ]

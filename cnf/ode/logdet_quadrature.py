@@ -238,7 +238,8 @@ class _Slopes:
         every = _every(count)
         self._prepare(every)
         values = torch.stack([self(i * every) for i in range(1, count + 1)])
-        return torch.tensordot(patterson(count)[1].to(values), values, 1)
+        total: Tensor = torch.tensordot(patterson(count)[1].to(values), values, 1)
+        return total
 
     def _prepare(self, every: int) -> None:
         """Prepare the right-hand side for the nodes that the rule of stride ``every`` adds, if it offers that."""

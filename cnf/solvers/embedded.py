@@ -169,7 +169,8 @@ def _growth(apart: float, order: float) -> float:
     """Return the factor of the next step for an error of ``apart`` tolerances."""
     if apart == 0:
         return GROWTH
-    return min(GROWTH, max(SAFETY / apart ** (1 / order), 1.0 if apart < 1 else SHRINKING))
+    factor: float = SAFETY / apart ** (1 / order)
+    return min(GROWTH, max(factor, 1.0 if apart < 1 else SHRINKING))
 
 
 def _moved(y: State | None, h: float, coefficients: Sequence[float], slopes: Sequence[State]) -> State:
