@@ -9,6 +9,7 @@ from conftest import F64, TIGHT, jacobian, normal, perturbed, slow, uniform
 
 from cnf.errors import ConfigError, DataError
 from cnf.fields import MLP, ConvField
+from cnf.flow import Flow
 from cnf.ode.continuous import CNF
 from cnf.ode.divergence import Exact
 from cnf.ode.quadratures import Kinetic
@@ -26,6 +27,7 @@ CASES = {
     "standardize channels": lambda: (Standardize(normal(2, 1, 1), 0.5 + uniform(2, 1, 1)), normal(4, 2, 2, 3), None),
     "dequantize": lambda: (Dequantize(17).double(), uniform(4, 1, 2, 2), None),
     "logit 0.05": lambda: (Logit(0.05), uniform(4, 5), None),
+    "logit of a box": lambda: (Logit(0.0, torch.tensor([-1.0, 0.0], dtype=F64), torch.tensor([3.0, 7.0], dtype=F64)), uniform(4, 2), None),
     "logit 1e-6": lambda: (Logit(1e-6), uniform(4, 1, 2, 2), None),
     "center shift": lambda: (Rescale(), uniform(4, 3), None),
     "squeeze": lambda: (Squeeze(), normal(2, 3, 2, 4), None),
@@ -224,6 +226,24 @@ def test_logit_domain():
         logit(torch.tensor([[0.5, math.nan]]))
     with pytest.raises(DataError, match="put Dequantize before"):
         logit(torch.zeros(1, 2, dtype=torch.uint8))
+
+
+def test_logit_of_a_box():
+    low, high = torch.tensor([-1.0, 5.0], dtype=F64), torch.tensor([1.0, 5.5], dtype=F64)
+    box, flow = Logit(0.0, low, high), Flow(Sequential([Logit(0.0, low, high)]), (2,))
+    ticks = torch.linspace(0, 1, 401, dtype=F64)[:-1] + 0.5 / 400
+    x = low + (high - low) * torch.cartesian_prod(ticks, ticks)
+    assert abs(float(flow.log_prob(x).exp().sum()) * float((high - low).prod()) / 400**2 - 1) < 1e-4
+    edge = torch.stack([low, high])
+    assert bool(box(edge).value.isfinite().all()) and torch.allclose(box.inverse(box(edge).value).value, edge)
+    sample = flow.sample(2000)
+    assert bool(((sample > low) & (sample < high)).all())
+    outside = flow.distribution(validate_args=False).log_prob(torch.stack([high + 0.1, low - 0.1]))
+    assert bool((outside == -math.inf).all()) and flow.like.dtype == F64
+    with pytest.raises(DataError, match="Logit takes x in its box, but x spans"):
+        flow.log_prob(high + 0.1)
+    with pytest.raises(ConfigError, match="must be finite borders, low less than high"):
+        Logit(0.1, high, low)
 
 
 def test_squeeze_order_and_refusals():

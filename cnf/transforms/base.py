@@ -111,12 +111,12 @@ def require_floats(transform: str, x: Tensor) -> None:
         raise DataError(f"{transform} takes floats in [0, 1], got {x.dtype}: put Dequantize before it")
 
 
-def require_unit(transform: str, x: Tensor, s: Tensor) -> None:
-    """Raise a DataError for images x whose image s leaves (0, 1), unless value checks are deferred."""
+def require_unit(transform: str, x: Tensor, s: Tensor, domain: str = "[0, 1]") -> None:
+    """Raise a DataError for points x of a domain whose image s leaves (0, 1), unless value checks are deferred."""
     if s.numel() and not deferred(s) and not bool(((s > 0) & (s < 1)).all()):
         low, high = (float(v) for v in x.detach().aminmax())
         fault = "holds NaN" if math.isnan(low) else f"spans [{low:g}, {high:g}]"
-        raise DataError(f"{transform} takes x in [0, 1], but x {fault}: rescale the data")
+        raise DataError(f"{transform} takes x in {domain}, but x {fault}: rescale the data")
 
 
 def zeros(x: Tensor) -> Tensor:

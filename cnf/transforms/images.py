@@ -1,8 +1,9 @@
-"""Transforms of images: dequantisation, logit, centring, squeeze."""
+"""Transforms of images: dequantisation, logit, centring, squeeze. The logit serves boxes too."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,51 +94,75 @@ class Logit(DeterministicTransform):
     r"""Logit transform logit(alpha + (1 - 2 alpha) x) from [0, 1] to the real line (Real NVP, 1605.08803).
 
     The domain is the slightly larger interval (-margin, 1 + margin), margin = alpha / (1 - 2 alpha): the image of the
-    inverse, and the support of a density on the real line that is pulled back.
+    inverse, and the support of a density on the real line that is pulled back. With ``low`` and ``high`` the interval of
+    each dimension is [low, high] in place of [0, 1]: a box, outside of which there is no mass with alpha = 0.
 
     Args:
-        alpha: margin in (0, 0.5), which keeps the borders finite.
+        alpha: margin in (0, 0.5), which keeps the borders finite; of a box also 0, where points on them move inside by rounding.
+        low: lower border of each dimension, a tensor that broadcasts with an event, or a number.
+        high: upper border.
 
     Raises:
-        ConfigError: for alpha outside (0, 0.5).
-        DataError: for x outside that interval, which would give NaN, and for integers.
+        ConfigError: for alpha outside (0, 0.5), or a box whose borders are not finite or in the wrong order.
+        DataError: for x outside the domain, which would give NaN, and for integers.
 
     Example:
         >>> y = Logit(0.05)(torch.tensor([[0.5]]))
         >>> float(y.value), round(float(y.log_det), 4)
         (0.0, 1.2809)
+        >>> Logit(0.0, torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 10.0]))(torch.tensor([[0.0, 5.0]])).value
+        tensor([[0., 0.]])
     """
 
-    def __init__(self, alpha: float):
+    low: Tensor
+    width: Tensor
+
+    def __init__(self, alpha: float, low: Tensor | float = 0.0, high: Tensor | float = 1.0):
         super().__init__()
-        require_inside(0, 0.5, alpha=alpha)
+        self.unit = not isinstance(low, Tensor) and not isinstance(high, Tensor) and (low, high) == (0, 1)
+        if not (0 < alpha < 0.5 or (alpha == 0 and not self.unit)):
+            raise ConfigError(f"alpha must be inside (0, 0.5), or 0 for a box, got {alpha:g}")
         self.alpha = alpha
+        start, end = torch.broadcast_tensors(torch.as_tensor(low), torch.as_tensor(high))
+        if not bool((start.isfinite() & end.isfinite() & (start < end)).all()):
+            raise ConfigError(f"low={low} and high={high} must be finite borders, low less than high")
+        dtype = start.dtype if start.is_floating_point() else torch.get_default_dtype()
+        self.register_buffer("low", None if self.unit else start.to(dtype).clone())
+        self.register_buffer("width", None if self.unit else (end - start).to(dtype))
 
     @property
     def margin(self) -> float:
-        """Extension of the domain beyond [0, 1]."""
+        """Extension of the domain beyond [0, 1], in widths of the box."""
         return self.alpha / (1 - 2 * self.alpha)
 
     @property
-    def bounds(self) -> tuple[float, float]:
-        """Domain bounds."""
-        return -self.margin, 1 + self.margin
+    def bounds(self) -> tuple[Any, Any]:
+        """Domain bounds: numbers for [0, 1], tensors for a box."""
+        if self.unit:
+            return -self.margin, 1 + self.margin
+        return self.low - self.margin * self.width, self.low + (1 + self.margin) * self.width
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         require_floats("Logit", x)
         scale = 1 - 2 * self.alpha
-        s = self.alpha + scale * x
-        require_unit("Logit", x, s)
+        s = self.alpha + scale * (x if self.unit else (x - self.low) / self.width)
+        if not self.alpha:
+            eps = torch.finfo(x.dtype).eps
+            s = torch.where((s >= 0) & (s <= 1), s.clamp(eps, 1 - eps), s)
+        require_unit("Logit", x, s, "[0, 1]" if self.unit else "its box")
         y = torch.log(s) - torch.log1p(-s)
         # ds/dx = scale and dy/ds = 1 / (s (1 - s))
-        log_det = (math.log(scale) - torch.log(s) - torch.log1p(-s)).flatten(1).sum(1)
-        return y, log_det
+        return y, (self._log_scale(x) - torch.log(s) - torch.log1p(-s)).flatten(1).sum(1)
 
     def _inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        scale = 1 - 2 * self.alpha
-        x = (torch.sigmoid(z) - self.alpha) / scale
-        log_det = (F.logsigmoid(z) + F.logsigmoid(-z) - math.log(scale)).flatten(1).sum(1)
-        return x, log_det
+        x = (torch.sigmoid(z) - self.alpha) / (1 - 2 * self.alpha)
+        log_det = (F.logsigmoid(z) + F.logsigmoid(-z) - self._log_scale(z)).flatten(1).sum(1)
+        return x if self.unit else self.low + self.width * x, log_det
+
+    def _log_scale(self, x: Tensor) -> Tensor:
+        """Return ln |ds/dx| of each dimension."""
+        scale = x.new_full((), math.log(1 - 2 * self.alpha))
+        return scale if self.unit else (scale - self.width.log()).expand(x.shape[1:])
 
 
 class Rescale(DeterministicTransform):
