@@ -42,7 +42,7 @@ before = flow.log_prob(points[:500]).mean().item()
 
 # %%
 folder = Path(tempfile.mkdtemp()) / "moons"
-result = cnf.fit(flow, points, validation=0.2, steps=200, batch_size=256, lr=5e-3, validate_every=50, folder=folder)
+result = cnf.fit(flow, points, validation=0.2, steps=100, batch_size=256, lr=1e-2, validate_every=50, folder=folder)
 with torch.no_grad():
     after = flow.log_prob(points[:500]).mean().item()
 print(f"log p: {before:.3f} before, {after:.3f} after; best validation {result.best:.3f} {result.unit}")
