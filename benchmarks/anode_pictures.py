@@ -21,13 +21,13 @@ COLOURS = {"ResNet": "tab:green", "NODE": "tab:red", "ANODE": "tab:blue"}
 
 
 def _curve(axis: Any, found: Sequence[Curves], key: str, label: str, colour: str, line: str = "-") -> None:
-    """Plot the mean over seeds of a curve by epoch, with a band of one standard deviation."""
+    """Plot the mean over seeds of a curve by epoch, and a band of one standard deviation, mirrored on the log scale."""
     if not found:
         return
     mean, deviation = band(found, key)
     epochs = np.arange(1, len(mean) + 1)
     axis.plot(epochs, mean, line, color=colour, label=label)
-    axis.fill_between(epochs, np.maximum(mean - deviation, mean.min() / 10), mean + deviation, color=colour, alpha=0.2, linewidth=0)
+    axis.fill_between(epochs, mean**2 / (mean + deviation), mean + deviation, color=colour, alpha=0.2, linewidth=0)
     axis.grid(alpha=0.3)
 
 
@@ -170,7 +170,7 @@ def _map(axis: Any, one: Curves, angle: float, size: int = 100) -> None:
     assert one.model is not None and one.data is not None
     ticks = torch.linspace(-1.8, 1.8, size)
     values = one.model(torch.cartesian_prod(ticks, ticks))[:, 0].reshape(size, size).T
-    axis.imshow(values, origin="lower", extent=(-1.8, 1.8, -1.8, 1.8), cmap="coolwarm", vmin=-1.2, vmax=1.2)
+    axis.imshow(values.numpy(), origin="lower", extent=(-1.8, 1.8, -1.8, 1.8), cmap="coolwarm", vmin=-1.2, vmax=1.2)
     x = one.data.train[torch.randperm(len(one.data.train), generator=torch.Generator().manual_seed(0))[:500]]
     axis.scatter(x[:, 0], x[:, 1], 3, c="black", linewidths=0)
     axis.add_patch(Wedge((0, 0), 1.8, -angle / 2, angle / 2, fill=False, edgecolor="black"))

@@ -36,6 +36,7 @@ import published_formulation as published
 import speed
 import step_profile
 import stopwatch
+import survey
 import time_to_loss
 import torchdyn_cnf
 import zuko_cnf
@@ -187,21 +188,21 @@ def test_functions_are_timed_in_turn():
 
 def test_models_of_the_three_spheres_share_one_budget():
     """The survey's widths 15, 11 and 14 (2002.08071) with 4 and 7 terms and 5 pieces, and others of about 1,300 parameters."""
-    counts = {n: sum(p.numel() for p in build_predictor(c, SolverConfig(), (2,), outputs=3).parameters()) for n, c in anode.THREE.items()}
-    assert all(getattr(model, "field", model).nonlinearity == "tanh" for model in anode.THREE.values())
-    assert list(counts.values())[-3:] == [1277, 1332, 1419]
-    assert len(counts) == 8 and all(1250 <= n <= 1420 for n in counts.values()), counts
+    models = [preset(name).config.model for name in survey.NETS]
+    counts = [sum(p.numel() for p in build_predictor(model, SolverConfig(), (2,), outputs=3).parameters()) for model in models]
+    assert all(getattr(model, "field", model).nonlinearity == "tanh" for model in models)
+    assert counts[-3:] == [1277, 1332, 1419]
+    assert len(counts) == 8 and all(1250 <= n <= 1420 for n in counts), counts
 
 
 @pytest.mark.slow
-def test_anode_rows_become_tables(tmp_path, capsys):
-    rows = [anode.three("vanilla NODE", seed, 1) for seed in (0, 1)]
+def test_anode_rows_become_tables():
+    rows = [survey.three("survey-node", seed, 1)[0] for seed in (0, 1)]
     assert rows[0]["nfe"] > 0 and 0 < rows[0]["test_accuracy"] < 1 and rows[0]["parameters"] == 1298
     accuracies = [100 * r["test_accuracy"] for r in rows]
-    line = anode.table(rows).splitlines()[2]
-    assert line.startswith("| 1 | vanilla NODE | 1,298 | 2 |") and f"{sum(accuracies) / 2:.1f} ± " in line
-    anode.draw_three(rows, tmp_path / "three.png")
-    assert anode.three("vanilla NODE", 0, 1, "disjoint-spheres")["test_accuracy"] != rows[0]["test_accuracy"]
+    line = survey.table(rows).splitlines()[2]
+    assert line.startswith("| survey-node | three-spheres | 1 | 1,298 | 2 |") and f"{sum(accuracies) / 2:.1f} ± " in line
+    assert survey.three("survey-node", 0, 1, "disjoint-spheres")[0]["test_accuracy"] != rows[0]["test_accuracy"]
     fits = [anode.fit("anode-flip", "flip", 0, 1)]
     assert len(fits[0]["loss"]) == len(fits[0]["nfe"]) == 1 and f"{fits[0]['test']:.2g}" in anode.table(fits)
 

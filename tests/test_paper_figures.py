@@ -15,8 +15,9 @@ import survey
 CASES = [(module, figure) for module in (anode_figures, rnode_figures) for figure in module.FIGURES]
 
 
-@pytest.mark.parametrize(("module", "figure"), mostly_slow(CASES, (anode_figures, "generalisation")))
-def test_a_figure_is_one_command(module, figure, tmp_path, capsys):
+@pytest.mark.parametrize("case", mostly_slow(CASES, (anode_figures, "generalisation")), ids=lambda case: case[1])
+def test_a_figure_is_one_command(case, tmp_path, capsys):
+    module, figure = case
     out = tmp_path / "rows.json"
     module.main([figure, "--quick", "--pictures", str(tmp_path), "--out", str(out)])
     (found,) = json.loads(out.read_text()).values()

@@ -12,11 +12,12 @@ from cnf.config.presets.images import IMAGES
 from cnf.config.presets.matching import MATCHING
 from cnf.config.presets.minutes import MINUTES
 from cnf.config.presets.neural_ode import NEURAL_ODE
+from cnf.config.presets.survey import SURVEY
 from cnf.config.settings import DataConfig, Preset, RunConfig, TrainConfig
 
 __all__ = ["PRESETS", "DataConfig", "Preset", "RunConfig", "TrainConfig", "preset"]
 
-PRESETS = MINUTES | DENSITY | EXACT | IMAGES | MATCHING | AFFJORD | NEURAL_ODE
+PRESETS = MINUTES | DENSITY | EXACT | IMAGES | MATCHING | AFFJORD | NEURAL_ODE | SURVEY
 
 
 def preset(name: str) -> Preset:

@@ -36,4 +36,12 @@ PARAMETERS = {
     "anode-digits": 9_376,
     "node-mnist": 84_395,
     "anode-mnist": 84_816,
+    "survey-resnet": 1_305,
+    "survey-node": 1_298,
+    "survey-anode": 1_263,
+    "survey-il-node": 1_284,
+    "survey-data-control": 1_291,
+    "survey-chebyshev": 1_277,
+    "survey-fourier": 1_332,
+    "survey-stacked": 1_419,
 }
