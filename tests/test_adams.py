@@ -15,7 +15,7 @@ from cnf.losses import FlowMatching
 from cnf.models import eval_solver
 from cnf.ode.divergence import Hutchinson
 from cnf.ode.quadratures import Kinetic
-from cnf.solvers import Adaptive, ExponentialAdams, coarse
+from cnf.solvers import Adaptive, ExponentialAdams, PowerSpacing, coarse
 from cnf.transforms import Request
 
 ADAMS = {"field": "unet", "dequantize": "truncated-normal", "preprocess": "center", "hidden": (4,), "unet_depth": 1}
@@ -104,6 +104,13 @@ def test_steps_are_chosen_by_the_estimate(exact):
         solved(block, x, ExponentialAdams(8, tolerance=1e-9, max_steps=12))
 
 
+def test_other_grids_converge_as_well(exact):
+    block, x, truth = exact
+    solver = ExponentialAdams(60, spacing=PowerSpacing(block.field.interpolant, 12))
+    out = solved(block, x, solver.with_steps(60))
+    assert float((out.log_det - truth.log_det).abs().max()) < 1e-3
+
+
 def test_a_part_of_the_path_has_a_part_of_the_steps(exact):
     block, x, truth = exact
     half = torch.tensor(0.5, dtype=F64)
@@ -131,7 +138,7 @@ def test_gradients_are_those_of_the_discretisation(exact):
 
 def test_other_fields_and_settings_are_refused():
     x = torch.randn(3, 2)
-    with pytest.raises(ConfigError, match="is for denoisers .* use FixedGrid"):
+    with pytest.raises(ConfigError, match=r"is for denoisers .* use FixedGrid"):
         CNF(MLP(2))(x, Request(solver=ExponentialAdams()))
     for options, words in (({"order": 5}, "order must be one of 3, 4, got 5"), ({"steps": 0}, "steps"), ({"tolerance": 0.0}, "tolerance")):
         with pytest.raises(ConfigError, match=words):
