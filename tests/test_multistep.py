@@ -16,7 +16,7 @@ from cnf.config import PRESETS
 from cnf.errors import ConfigError, SolverError
 from cnf.fields import MLP, AugmentedTimeConditioning, Interpolant, TimePath
 from cnf.runs import RunInfo, write_config, write_weights
-from cnf.solvers import ExponentialMultistep, FixedGrid, PowerSpacing, RatioSpacing, Reversible
+from cnf.solvers import Adaptive, ExponentialMultistep, FixedGrid, PowerSpacing, RatioSpacing, Reversible
 from cnf.transforms import Request
 
 SPACINGS = [PowerSpacing(Interpolant(0.02)), PowerSpacing(Interpolant(), 2), RatioSpacing(Interpolant(0.02)), RatioSpacing(Interpolant(), 7, 80)]
@@ -233,7 +233,7 @@ def drawn(folder, words, capsys, out="x.npz"):
 @pytest.mark.parametrize(
     ("words", "solver", "said"),
     [
-        ("", ("unipc", 12), "drawn by unipc, 12 evaluations; log_prob by dopri5 at rtol 2e-06"),
+        ("", ("unipc", 12), "drawn by unipc, 12 evaluations; log_prob by exponential Adams of order 4, 33 evaluations"),
         ("--quality draft", ("unipc", 6), "drawn by unipc, 6 evaluations"),
         slow("--quality default", ("unipc", 12), "drawn by unipc, 12 evaluations"),
         ("--quality exact", None, "drawn by dopri5 at rtol 2e-06"),
@@ -246,7 +246,9 @@ def test_quality_chooses_the_solver_of_a_denoiser(runs, capsys, words, solver, s
     assert said in line
     flow = cnf.load(runs / "denoiser")
     path, noise, used = flow.blocks[0].field.interpolant, cnf.Noise(5, "sample"), None
-    if solver is not None:
+    if solver is None:
+        used = Adaptive("dopri5", 2e-6, 2e-6, max_steps=10_000)
+    else:
         used = ExponentialMultistep(*solver, RatioSpacing(path)) if solver[0] in METHODS else FixedGrid(*solver, spacing=PowerSpacing(path))
     with torch.no_grad():
         x = flow.sample(2, noise=noise, solver=used)
@@ -256,7 +258,7 @@ def test_quality_chooses_the_solver_of_a_denoiser(runs, capsys, words, solver, s
 
 def test_paths_of_a_denoiser_are_solved_by_the_runs_solver(runs, capsys):
     line, arrays = drawn(runs / "denoiser", "--trajectory", capsys)
-    assert "drawn by unipc, 12 evaluations; log_prob and trajectory by dopri5" in line and arrays["trajectory"].shape == (21, 2, 1, 8, 8)
+    assert "drawn by unipc, 12 evaluations; log_prob and trajectory by exponential Adams of order 4, 33 evaluations" in line and arrays["trajectory"].shape == (21, 2, 1, 8, 8)
     assert "drawn by dopri5 at rtol 2e-06" in drawn(runs / "denoiser", "", capsys, "x.gif")[0]
     assert "drawn by rk4, 1 solver step (4 evaluations) in bf16" in drawn(runs / "denoiser", "--grid-steps 1 --precision bf16", capsys, "x.gif")[0]
 

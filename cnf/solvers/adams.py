@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from cnf._utils.async_checks import deferred, tracing
 from cnf._utils.errors import ConfigError, SolverError, require_at_least, require_inside
 from cnf.solvers.base import RHS, Counter, Solution, Solver, State, Stats, finite, interval, largest, solver_of
+from cnf.solvers.spacing import Spacing, require_spacing
 
 __all__ = ["ExponentialAdams", "Semilinear", "coarse"]
 
@@ -55,8 +56,8 @@ class ExponentialAdams:
 
     The integrals do not act on the point. They are integrated after the last step, by polynomials in t through
     ``order + 1`` neighbouring nodes; of the log-det's integrand only div g is approximated, since that of the linear part
-    is D ln r. Nodes are at equal steps of t, hence of ln b. On trained models of digits, MNIST and 32 x 32 images this
-    was the best of the grids of equal steps of :math:`b^{1/\rho}` at order 4 (docs/results.md).
+    is D ln r. By default nodes are at equal steps of t, hence of ln b. On trained models of digits, MNIST and 32 x 32
+    images this was the best of the grids of equal steps of :math:`b^{1/\rho}` at order 4 (docs/results.md).
 
     The error of a row's log-likelihood is estimated by embedded lower orders: the change of the log-det by a rule with
     one node fewer, and z·δ, the change of ln N(z) by the sum δ of the differences between the corrector and one of
@@ -70,6 +71,7 @@ class ExponentialAdams:
         tolerance: for the mean over rows of the estimated error of the log-likelihood, in nats per dimension; None takes
             ``steps`` steps whatever the estimate. Under torch.compile and torch.func, which hide values, it is not used.
         max_steps: maximum number of solver steps.
+        spacing: places the nodes in the block's time, such as :class:`~cnf.solvers.PowerSpacing`; None for equal steps.
 
     Raises:
         ConfigError: for another order, fewer than one step, or a tolerance that is not positive; from :meth:`solve` for
@@ -82,21 +84,25 @@ class ExponentialAdams:
         ExponentialAdams(steps=64, order=4)
     """
 
-    def __init__(self, steps: int = 32, order: int = 4, tolerance: float | None = None, max_steps: int = 512):
+    def __init__(
+        self, steps: int = 32, order: int = 4, tolerance: float | None = None, max_steps: int = 512, *, spacing: Spacing | None = None
+    ):
         require_at_least(1, steps=steps, max_steps=max_steps)
         if order not in ORDERS:
             raise ConfigError(f"order must be one of {', '.join(map(str, ORDERS))}, got {order!r}")
         if tolerance is not None:
             require_inside(0, math.inf, tolerance=tolerance)
         self.steps, self.order, self.tolerance, self.max_steps = steps, order, tolerance, max_steps
+        self.spacing = require_spacing(spacing)
 
     def __repr__(self) -> str:
         tolerance = "" if self.tolerance is None else f", tolerance={self.tolerance:g}"
-        return f"ExponentialAdams(steps={self.steps}, order={self.order}{tolerance})"
+        spacing = "" if self.spacing is None else f", spacing={self.spacing!r}"
+        return f"ExponentialAdams(steps={self.steps}, order={self.order}{tolerance}{spacing})"
 
     def with_steps(self, steps: int) -> ExponentialAdams:
         """Return the same method with exactly ``steps`` steps."""
-        return ExponentialAdams(steps, self.order, max_steps=max(steps, self.max_steps))
+        return ExponentialAdams(steps, self.order, max_steps=max(steps, self.max_steps), spacing=self.spacing)
 
     def refined(self) -> ExponentialAdams:
         """Return the same method with twice the steps."""
@@ -130,7 +136,7 @@ class ExponentialAdams:
 
     def coarse(self) -> ExponentialAdams:
         """Return a version with at most 21 evaluations, whose mean error was 0.003 to 0.02 bits/dim, for validation in training."""
-        return ExponentialAdams(min(self.steps, COARSE), 3, max_steps=self.max_steps)
+        return ExponentialAdams(min(self.steps, COARSE), 3, max_steps=self.max_steps, spacing=self.spacing)
 
     def attempt(self, rhs: RHS, state: State, steps: int, counter: Counter | None = None) -> tuple[State, Tensor]:
         """Return the state at s = 1 after ``steps`` steps, and the estimated error (N,) of each row's log-likelihood in nats."""
@@ -164,7 +170,7 @@ class ExponentialAdams:
         error = (y * apart).detach().flatten(1).sum(1).abs()
         if not integrands:
             return (y * grid.scale[-1],), error
-        totals, lower = (_integral(integrands, self.order + more) for more in (1, 0))
+        totals, lower = (_integral(grid.nodes, integrands, self.order + more) for more in (1, 0))
         if log_det:
             linear = x.shape[1:].numel() * math.log(grid.scale[-1] / grid.scale[0])
             error = error + (totals[0] - lower[0]).detach().abs()
@@ -182,17 +188,18 @@ class ExponentialAdams:
             )
         start, span = (v.detach().double() for v in interval(rhs, x))
         s = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
+        if self.spacing is not None:
+            s[1:-1] = (self.spacing.times(start, start + span, steps)[1:-1] - start) / span
         part: Semilinear = semilinear(start + s * span)
-        length = float(span)
-        return _Grid(
-            s.to(x), part.scale.tolist(), [length * v for v in part.rate.tolist()], part.angle.tolist(), [length * v for v in part.speed.tolist()]
-        )
+        rate, speed = (span * part.rate).tolist(), (span * part.speed).tolist()
+        return _Grid(s.to(x), tuple(s.tolist()), part.scale.tolist(), rate, part.angle.tolist(), speed)
 
 
 class _Grid(NamedTuple):
-    """Nodes s (steps + 1,) and the linear part there; rate and speed are derivatives in s."""
+    """Nodes s (steps + 1,), as a tensor and in double precision, and the linear part there; rate and speed are derivatives in s."""
 
     s: Tensor
+    nodes: tuple[float, ...]
     scale: list[float]
     rate: list[float]
     angle: list[float]
@@ -217,21 +224,22 @@ def _weights(nodes: Sequence[float], start: float, stop: float) -> list[float]:
     return weights
 
 
-@cache
-def _rule(intervals: int, count: int) -> tuple[float, ...]:
-    """Return weights on [0, 1] of values at equal steps, on each step of the polynomial through ``count`` nodes around it."""
-    weights, count = [0.0] * (intervals + 1), min(count, intervals + 1)
-    for i in range(intervals):
-        first = min(max(0, i - (count - 2) // 2), intervals + 1 - count)
+@lru_cache(maxsize=64)
+def _rule(nodes: tuple[float, ...], count: int) -> list[float]:
+    """Return weights on [0, 1] of values at ``nodes``: on each interval of the polynomial through ``count`` nodes around it."""
+    last = len(nodes) - 1
+    weights, count = [0.0] * (last + 1), min(count, last + 1)
+    for i in range(last):
+        first = min(max(0, i - (count - 2) // 2), last + 1 - count)
         used = range(first, first + count)
-        for j, weight in zip(used, _weights([k / intervals for k in used], i / intervals, (i + 1) / intervals), strict=True):
+        for j, weight in zip(used, _weights([nodes[k] for k in used], nodes[i], nodes[i + 1]), strict=True):
             weights[j] += weight
-    return tuple(weights)
+    return weights
 
 
-def _integral(values: Sequence[Tensor], count: int) -> Tensor:
-    """Return the integral over [0, 1] of values (integrals, N) at equal steps, in double precision."""
+def _integral(nodes: tuple[float, ...], values: Sequence[Tensor], count: int) -> Tensor:
+    """Return the integral over [0, 1] of values (integrals, N) at ``nodes``, in double precision."""
     total = torch.zeros_like(values[0], dtype=torch.float64)
-    for weight, value in zip(_rule(len(values) - 1, count), values, strict=True):
+    for weight, value in zip(_rule(nodes, count), values, strict=True):
         total = torch.add(total, value.double(), alpha=weight)
     return total

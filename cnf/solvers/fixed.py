@@ -13,10 +13,10 @@ from torch import Tensor
 
 from cnf._utils.async_checks import deferred, tracing
 from cnf._utils.compilation import compiled
-from cnf._utils.errors import ConfigError, SolverError, require_at_least, unknown_name
+from cnf._utils.errors import SolverError, require_at_least, unknown_name
 from cnf.solvers.base import RHS, Counter, Solution, State, Stats, finite, interval, largest
 from cnf.solvers.checkpointing import Recompute
-from cnf.solvers.spacing import Spacing
+from cnf.solvers.spacing import Spacing, require_spacing
 from cnf.solvers.tableaus import TABLEAUS, Tableau
 
 __all__ = ["FixedGrid"]
@@ -117,9 +117,7 @@ class FixedGrid:
         require_at_least(1, steps=steps)
         if gradient not in self.GRADIENTS:
             raise unknown_name("gradient", gradient, self.GRADIENTS, type(self).__name__)
-        if spacing is not None and (isinstance(spacing, type) or not hasattr(spacing, "times")):
-            raise ConfigError(f"spacing must be a time grid such as PowerSpacing(...), or None for equal steps, got {spacing!r}")
-        self.method, self.steps, self.gradient, self.spacing = method, steps, gradient, spacing
+        self.method, self.steps, self.gradient, self.spacing = method, steps, gradient, require_spacing(spacing)
         self.tableau = TABLEAUS[method]
 
     def __repr__(self) -> str:

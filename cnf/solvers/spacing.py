@@ -12,7 +12,7 @@ from torch import Tensor
 from cnf._utils.errors import ConfigError, require_inside
 from cnf.solvers.interpolant import Interpolant
 
-__all__ = ["PowerSpacing", "RatioSpacing", "Spacing"]
+__all__ = ["PowerSpacing", "RatioSpacing", "Spacing", "require_spacing"]
 
 
 class Spacing(Protocol):
@@ -20,6 +20,17 @@ class Spacing(Protocol):
 
     def times(self, start: Tensor, stop: Tensor, steps: int) -> Tensor:
         """Return monotone times (steps + 1,) from ``start`` () to ``stop`` ()."""
+
+
+def require_spacing(spacing: Spacing | None) -> Spacing | None:
+    """Return a time grid, or None for equal steps.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    if spacing is not None and (isinstance(spacing, type) or not hasattr(spacing, "times")):
+        raise ConfigError(f"spacing must be a time grid such as PowerSpacing(...), or None for equal steps, got {spacing!r}")
+    return spacing
 
 
 @dataclass(frozen=True)
