@@ -12,8 +12,10 @@ import pytest
 import torch
 from conftest import ROOT, mostly_slow
 
+from cnf import CNF, Flow
 from cnf.config import FlowConfig, SolverConfig, preset
 from cnf.data import DataSplits
+from cnf.fields import MLP
 from cnf.losses import Likelihood
 from cnf.models import build, build_predictor
 from cnf.random import Noise
@@ -28,10 +30,12 @@ import costs
 import data_share
 import few_steps
 import image_pair
+import jax_cnf
 import matching
 import measure
 import memory
 import modes
+import one_point
 import published_formulation as published
 import speed
 import step_profile
@@ -106,6 +110,31 @@ def test_without_zuko_a_line_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(zuko_cnf, "zuko", None)
     assert zuko_cnf.main(["--quick"]) == 1
     assert "pip install" in capsys.readouterr().err
+
+
+def test_without_jax_a_line_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(jax_cnf, "jax", None)
+    assert jax_cnf.main(["--quick"]) == 1
+    assert "pip install" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(jax_cnf.jax is None, reason="jax, diffrax or equinox is not installed")
+def test_jax_sides_are_the_same_function():
+    flow, x = bent(3).eval(), torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    parameters, rows = jax_cnf.weights(flow), x.numpy()
+    truth = flow.log_prob(x, solver=FixedGrid("rk4", 20)).detach()
+    for program in (jax_cnf.closed_form, jax_cnf.by_diffrax):
+        found = torch.tensor(jax_cnf.jax.device_get(program(parameters, rows, 20)))
+        torch.testing.assert_close(found, truth, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dim", [2, 43])
+def test_the_plain_program_is_the_same_arithmetic(dim):
+    torch.manual_seed(0)
+    flow, x = Flow(CNF(MLP(dim, (64, 64))), (dim,)).eval(), torch.randn(3, dim)
+    with torch.no_grad():
+        ours = flow.log_prob(x, solver=FixedGrid("rk4", 4))
+        torch.testing.assert_close(one_point.plain_log_prob(flow.blocks[0].field, 4)(x), ours, rtol=0, atol=1e-4)
 
 
 def test_saved_and_living_bytes_of_a_known_graph():
