@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cnf.estimators import ConditionalDensityEstimator, DensityEstimator
     from cnf.fields import VectorField
     from cnf.flow import Flow
+    from cnf.guidance import guided
     from cnf.models import build
     from cnf.ode.continuous import CNF
     from cnf.ode.divergence import Exact, Hutchinson
@@ -76,6 +77,7 @@ __all__ = [
     "defer_checks",
     "fit",
     "from_velocity",
+    "guided",
     "load",
     "save",
 ]
@@ -107,6 +109,7 @@ _HOMES = {
     "cnf.fields": ("VectorField",),
     "cnf.training.fitting": ("FitResult", "fit"),
     "cnf.flow": ("Flow",),
+    "cnf.guidance": ("guided",),
     "cnf.models": ("build",),
     "cnf.random": ("Noise",),
     "cnf.solvers": ("Adaptive", "FixedGrid"),

@@ -26,6 +26,7 @@ from cnf.data.write import (
 )
 from cnf.distributed import Group, join
 from cnf.flow import Flow
+from cnf.guidance import guided
 from cnf.ode.dynamics import field_precision
 from cnf.random import Noise
 from cnf.runs import RunInfo, load, outputs, write_atomic
@@ -50,6 +51,12 @@ def sample(options: Any) -> int:
 
 def _joined(options: Any, info: RunInfo, group: Group) -> int:
     flow = load(options.run, usable_device(options.device))
+    if options.guidance is not None:
+        if not info.context_dim:
+            raise ConfigError(f"--guidance {options.guidance:g} is for runs with --condition, and {options.run} has none")
+        if not getattr(info.config.train.objective, "drop_condition", 0):
+            raise ConfigError(f"--guidance {options.guidance:g}: {options.run} never saw rows without their condition: train with --drop-condition 0.1")
+        flow = guided(flow, options.guidance)
     images = len(info.event_shape) == 3
     n: int = options.n or (IMAGES if images else VECTORS)
     context, given = _context(info, options, n, flow.like)

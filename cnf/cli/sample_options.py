@@ -55,6 +55,8 @@ def parser(program: str) -> argparse.ArgumentParser:
     add("--class", dest="label", metavar="NAME", help="runs with --condition label: class of the samples (default: "
         "every class in turn)")  # fmt: skip
     add("--given", metavar="NAME=VALUE,...", help="runs with --condition COLUMNS: sample p(others | these), such as x=1.5,z=low")
+    add("--guidance", type=float, metavar="W", help="runs with --condition that were trained with --drop-condition: exaggerate the condition W times "
+        "(classifier-free guidance, two evaluations in place of one); 1.5 to 4 is usual, log_prob is that of the guided samples")  # fmt: skip
     add("--trajectory", action="store_true", help=f".npz: also the path from noise to each sample, array trajectory ({FRAMES}, n, "
         "...) in the coordinates of the ODE, at the times in array times (1 noise, 0 data); the scales of a multiscale flow move one "
         "after another")  # fmt: skip
@@ -78,6 +80,8 @@ def check(options: Any) -> None:
         raise ConfigError(f"--quality {options.quality} and --grid-steps {options.grid_steps} both choose the solver: give one of them")
     if options.grid_steps is None and options.method != "rk4":
         raise ConfigError(f"--method {options.method} is for --grid-steps N: give both, or neither")
+    if options.guidance is not None and not math.isfinite(options.guidance):
+        raise ConfigError(f"--guidance {options.guidance}: expected a finite number, such as 2")
     if options.seed < 0:
         raise ConfigError(f"--seed {options.seed}: expected zero or more")
     if options.out is not None and options.out.suffix not in SUFFIXES:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cnf.config.model import ODE
-from cnf.config.rules import NONNEGATIVE, POSITIVE, Family, setting, tag
+from cnf.config.rules import NONNEGATIVE, POSITIVE, Bounds, Family, setting, tag
 from cnf.config.solver import GRID
 from cnf.config.tagged import Settings
 
@@ -55,6 +55,8 @@ class MatchingConfig(Settings):
     fm_time_sampling: Literal["importance", "even"] = "importance"
     """Flow matching: sample times by importance (where the loss is large) or uniformly; the expected loss is the
     same."""
+    drop_condition: float = setting(0.0, Bounds("zero or more, less than 1", least=0, below=1), later=True)
+    """Flow matching with --condition: share of the rows trained without it, such as 0.1, for `cnf sample --guidance`."""
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,11 @@ def _load_forward_mode() -> None:
 
 @contextmanager
 def differentiable_attention(needed: bool = True) -> Iterator[None]:
-    """Select the math kernel of attention if needed: fused kernels have no forward-mode and no second derivative."""
+    """Select the math kernel of attention if needed: fused kernels have no forward-mode and no second derivative.
+
+    It is chosen around evaluations that are differentiated alone; sampling and flow matching keep the fused kernel. On one
+    CPU core it took 1.5 times as long as the fused one for 8 tokens of width 32, and 2.7 times for 64 of width 64.
+    """
     if not needed or torch.compiler.is_compiling():
         yield
         return

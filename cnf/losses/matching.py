@@ -16,7 +16,7 @@ from cnf.flow import Flow
 from cnf.flow_matching import COUPLINGS, MatchingPath, TimeDistribution, couple, stratified
 from cnf.flow_matching.path import GROUPS
 from cnf.losses.density import DensityObjective
-from cnf.random import Noise, SharedNoise
+from cnf.random import Noise, SharedNoise, draw
 from cnf.solvers import Stats
 from cnf.solvers.base import Counter
 
@@ -45,6 +45,8 @@ class FlowMatching(DensityObjective):
             without noise. ``"default"``: likelihood on a path with noise, even otherwise.
         times: ``"importance"``: sampled where the loss is large, as measured at intervals (:meth:`learn`); ``"even"``:
             uniform. Both are stratified over the batch and give the same loss in expectation.
+        drop_context: share of the rows whose (embedded) context is replaced by zeros in training, for guidance
+            (:func:`cnf.guided`, 2207.12598).
 
     Raises:
         ConfigError: for unknown settings, a flow without such a path, optimal transport on a path with noise, which must
@@ -60,7 +62,7 @@ class FlowMatching(DensityObjective):
     solves = False
 
     def __init__(
-        self, flow: Flow, coupling: str = "independent", weights: str = "default", times: str = "importance"
+        self, flow: Flow, coupling: str = "independent", weights: str = "default", times: str = "importance", drop_context: float = 0.0
     ):
         super().__init__(flow)
         for name, value, known in (
@@ -70,6 +72,11 @@ class FlowMatching(DensityObjective):
         ):
             if value not in known:
                 raise ConfigError(f"{name}={value!r} is unknown: expected {' or '.join(map(repr, known))}")
+        if not 0 <= drop_context < 1:
+            raise ConfigError(f"drop_context must be at least 0 and less than 1, got {drop_context:g}")
+        if drop_context and flow.context_dim == 0:
+            raise ConfigError(f"drop_context={drop_context:g} is for a conditional flow, and this one takes no context: leave it out")
+        self.drop_context = drop_context
         self.path = MatchingPath(flow)
         if coupling != "independent" and self.path.interpolant.sigma:
             raise ConfigError(
@@ -139,14 +146,19 @@ class FlowMatching(DensityObjective):
         """
         self.flow._check("x", x, self.flow.event_shape, context)
         t, density = self.times.quantile(stratified(noise, len(x), GROUPS if self.path.together else None))
-        return t, self._regression(x, context, t, self.weight(t) / density if fair else self.weight(t), noise)
+        return t, self._regression(x, context, t, self.weight(t) / density if fair else self.weight(t), noise, self.drop_context)
 
-    def _regression(self, x: Tensor, context: Tensor | None, t: Tensor, weight: Tensor, noise: Noise | None) -> Tensor:
+    def _regression(
+        self, x: Tensor, context: Tensor | None, t: Tensor, weight: Tensor, noise: Noise | None, drop: float = 0.0
+    ) -> Tensor:
         """Return the weighted squared errors of the velocity (N,) at times t (N,), float64 on the CPU."""
         context = self.flow.embed(context)
         start = self.path.start(x, noise)
         z = self.flow.base.sample(len(start), context, noise=noise, like=start)
         z = couple(start, z, context, self.coupling)
+        if drop and context is not None:
+            u = draw(noise, "drop_context", "uniform", (len(x), 1), dtype=context.dtype, device=context.device)
+            context = torch.where(u < drop, torch.zeros_like(context), context)
         # computed on the CPU from the times alone and copied at once, without synchronisation
         known = to_device(torch.stack([*self.path.interpolant(t), weight]).to(start.dtype), start.device)
         a, b, da, db = (c.reshape(-1, *(1,) * (start.ndim - 1)) for c in known[:4])

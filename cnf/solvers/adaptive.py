@@ -1,10 +1,10 @@
-"""Adaptive solver: dopri5 by our own loop, torchdiffeq's other methods and its adjoint."""
+"""torchdiffeq's solvers, with direct and adjoint gradients, and dopri5 by our own loop."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,44 +22,85 @@ __all__ = ["Adaptive"]
 LARGEST = 1e40  # cap of the error ratio: the first step is about its inverse and must not be zero
 
 
-class _Function:
-    """Right-hand side in torchdiffeq's calling convention, counting evaluations and steps."""
+EMBEDDED = ("dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2")
+ADAMS = ("explicit_adams", "implicit_adams")
+SCIPY = "scipy_solver"
+# options of torchdiffeq that a caller may set; the others follow from the arguments
+OPTIONS = {
+    **dict.fromkeys(EMBEDDED, ("first_step", "min_step", "max_step", "safety", "ifactor", "dfactor", "jump_t")),
+    **dict.fromkeys(ADAMS, ("step_size", "max_order", "max_iters", "perturb")),
+    SCIPY: ("solver", "min_step", "max_step"),
+}
+CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
+PER_STEP = 20  # evaluations that scipy's implicit methods may take for one of max_steps
 
-    def __init__(self, rhs: RHS, dtype: torch.dtype, max_steps: int):
-        self.rhs, self.dtype, self.max_steps, self.counter = rhs, dtype, max_steps, Counter()
+
+class _Function:
+    """Right-hand side in torchdiffeq's calling convention, counting evaluations; scipy's methods tell no steps."""
+
+    def __init__(self, rhs: RHS, dtype: torch.dtype, solver: Adaptive):
+        self.rhs, self.dtype, self.max_steps, self.counter = rhs, dtype, solver.max_steps, Counter()
         self.attempt: tuple[Tensor, State, Tensor] | None = None
+        self.callbacks, self.most = solver.callbacks, PER_STEP * solver.max_steps if solver.method == SCIPY else math.inf
 
     def __call__(self, s: Tensor, y: State) -> State:
         self.counter.count()
+        assert self.counter.nfe <= self.most, f"{self.most} evaluations exceeded"
         return self.rhs(s.to(self.dtype), y)
 
-    def callback_step(self, s: Tensor, y: State, h: Tensor) -> None:
+    def _step(self, s: Tensor, y: State, h: Tensor) -> None:
         taken = self.counter.accepted + self.counter.rejected
         # torchdiffeq restarts its own count at every output time
         assert taken < self.max_steps, f"max_num_steps exceeded ({taken}>={self.max_steps})"
         self.attempt = s, y, h
+        self._call("callback_step", s, y, h)
+
+    def _call(self, name: str, s: Tensor, y: State, h: Tensor) -> None:
+        if name in self.callbacks:
+            self.callbacks[name](s, y, h)
+
+
+class _GridFunction(_Function):
+    """The same for methods on a grid, which accept every step."""
+
+    def callback_step(self, s: Tensor, y: State, h: Tensor) -> None:
+        self._step(s, y, h)
+        self.counter.accepted += 1
+
+
+class _StepFunction(_Function):
+    """The same for methods with step control."""
+
+    def callback_step(self, s: Tensor, y: State, h: Tensor) -> None:
+        self._step(s, y, h)
 
     def callback_step_adjoint(self, s: Tensor, y: State, h: Tensor) -> None:
         self.counter.attempt = s, h
 
     def callback_accept_step(self, s: Tensor, y: State, h: Tensor) -> None:
         self.counter.accepted += 1
+        self._call("callback_accept_step", s, y, h)
 
     def callback_reject_step(self, s: Tensor, y: State, h: Tensor) -> None:
         self.counter.rejected += 1
+        self._call("callback_reject_step", s, y, h)
 
 
 class Adaptive:
-    """torchdiffeq's adaptive methods, with the last step ending at s = 1 and quadratures excluded from the error norm.
+    """torchdiffeq's methods, with the last step ending at s = 1 and quadratures excluded from the error norm.
 
-    dopri5 without the adjoint takes the same steps in a loop of our own, which costs less per step.
+    dopri5 without the adjoint, options or callbacks takes the same steps in a loop of our own, which costs less per step.
 
     ``norm="batch"`` is the root mean square over all entries of a batch, to which one stiff row among 200 contributes a
     fourteenth of its error: cheap if a mean over rows is of interest. ``norm="row"`` is the largest root mean
     square of a row, so that no row's error depends on the other rows.
 
     Args:
-        method: an adaptive method of torchdiffeq: ``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"adaptive_heun"``, ``"fehlberg2"``.
+        method: an adaptive method of torchdiffeq: ``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"adaptive_heun"``, ``"fehlberg2"``;
+            ``"explicit_adams"`` or ``"implicit_adams"``, multistep methods on a grid (``options={"step_size": h}``, a share
+            of the solve; the tolerances are those of the implicit one's iteration); or ``"scipy_solver"``, which runs
+            ``options={"solver": "LSODA"}`` or another of ``scipy.integrate.solve_ivp`` (BDF and Radau are implicit, for stiff
+            fields) on the CPU, with the adjoint's gradient alone.
         rtol: relative tolerance.
         atol: absolute tolerance.
         gradient: ``"direct"`` (backpropagation through the solver steps) or ``"adjoint"`` (the continuous adjoint with
@@ -72,14 +113,30 @@ class Adaptive:
             it is in nats for every row (from 100 dimensions on, times a hundredth of their number). None integrates
             them along with the point, with uncontrolled error unless they are in the norm. If a gradient is recorded,
             it is that of the integrals along with the point.
-        norm: ``"batch"`` or ``"row"``; ``"row"`` raises tolerances to at least four machine epsilons.
+        norm: ``"batch"`` or ``"row"``; ``"row"`` raises tolerances to at least four machine epsilons. Other than ``"batch"``,
+            and ``quadrature_tolerance``, for the adaptive methods alone.
+        options: of the method, as torchdiffeq takes them: ``first_step``, ``min_step``, ``max_step``, ``safety``, ``ifactor``,
+            ``dfactor``, ``jump_t`` of the adaptive methods; ``step_size``, ``max_order``, ``max_iters``, ``perturb`` of Adams;
+            ``solver``, ``min_step``, ``max_step`` of scipy. Times and steps are shares of the solve, from 0 to 1.
+        callbacks: functions of (s, state, step) by torchdiffeq's names, ``"callback_step"``, ``"callback_accept_step"``,
+            ``"callback_reject_step"``, called in the forward solve.
+
+    torchdiffeq's events are not offered: a solve that ends where its state says so is no map with this log-determinant.
 
     Raises:
-        ConfigError: for an unknown method, gradient or norm, or tolerances that are not positive and finite, or
-            mutually exclusive.
+        ConfigError: for an unknown method, gradient, norm, option or callback, or tolerances that are not positive and
+            finite, or mutually exclusive.
+
+    Example:
+        >>> from cnf import CNF, Flow
+        >>> from cnf.fields import MLP
+        >>> adams = Adaptive("implicit_adams", options={"step_size": 0.05})
+        >>> flow = Flow(CNF(MLP(2), eval_solver=adams), (2,)).eval()
+        >>> flow.log_prob(torch.zeros(3, 2)).shape
+        torch.Size([3])
     """
 
-    METHODS = ("dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2")
+    METHODS = EMBEDDED  # with step control
     NORMS = ("batch", "row")
 
     def __init__(
@@ -92,9 +149,11 @@ class Adaptive:
         quadratures_in_norm: bool = False,
         quadrature_tolerance: float | None = None,
         norm: str = "batch",
+        options: Mapping[str, Any] | None = None,
+        callbacks: Mapping[str, Callable[[Tensor, State, Tensor], Any]] | None = None,
     ):
-        if method not in self.METHODS:
-            raise unknown_name("method", method, self.METHODS, "Adaptive")
+        if method not in OPTIONS:
+            raise unknown_name("method", method, OPTIONS, "Adaptive")
         tolerances = {"rtol": rtol, "atol": atol} | ({} if quadrature_tolerance is None else {"quadrature_tolerance": quadrature_tolerance})
         require_inside(0, math.inf, **tolerances)
         if gradient not in ("direct", "adjoint"):
@@ -103,17 +162,31 @@ class Adaptive:
             raise ConfigError("quadratures_in_norm=True excludes quadrature_tolerance: integrals outside the error norm only; set one of them")
         if norm not in self.NORMS:
             raise unknown_name("norm", norm, self.NORMS)
+        self.options, self.callbacks = dict(options or {}), dict(callbacks or {})
+        calls = CALLBACKS if method in EMBEDDED else CALLBACKS[:1] if method in ADAMS else ()
+        for given, known, what in ((self.options, OPTIONS[method], "options"), (self.callbacks, calls, "callbacks")):
+            if unknown := given.keys() - set(known):
+                raise unknown_name(what, min(unknown), known, f"method {method!r}")
+        if method not in EMBEDDED and (norm != "batch" or quadrature_tolerance is not None):
+            raise ConfigError(f"norm={norm!r}, quadrature_tolerance={quadrature_tolerance}: method {method!r} has no step control of its own: leave both out")
+        if method in ADAMS and not 0 < float(self.options.get("step_size", 0)) <= 1:
+            raise ConfigError(f"options={self.options}: method {method!r} needs a step_size in (0, 1], such as options={{'step_size': 0.05}}")
+        if method == SCIPY and gradient != "adjoint":
+            raise ConfigError(f"gradient={gradient!r}: {SCIPY} runs outside of autograd: take gradient='adjoint'")
         self.norm = norm
         self.method, self.rtol, self.atol, self.gradient = method, rtol, atol, gradient
         self.max_steps, self.quadratures_in_norm = max_steps, quadratures_in_norm
         self.quadrature_tolerance = quadrature_tolerance
 
     def __repr__(self) -> str:
-        return f"Adaptive({self.method!r}, rtol={self.rtol:g}, atol={self.atol:g}, gradient={self.gradient!r})"
+        options = f", options={self.options}" if self.options else ""
+        return f"Adaptive({self.method!r}, rtol={self.rtol:g}, atol={self.atol:g}, gradient={self.gradient!r}{options})"
 
     def refined(self) -> Adaptive:
-        """Return the same method with ten times tighter tolerances."""
+        """Return the same method with ten times tighter tolerances, and half the step size."""
         finer = copy.copy(self)
+        if "step_size" in self.options:
+            finer.options = {**self.options, "step_size": self.options["step_size"] / 2}
         finer.rtol, finer.atol, finer.max_steps = self.rtol / 10, self.atol / 10, 4 * self.max_steps
         if self.quadrature_tolerance is not None:
             finer.quadrature_tolerance = self.quadrature_tolerance / 10
@@ -144,13 +217,19 @@ class Adaptive:
             raise ConfigError(f"{self!r} chooses its steps by values, which torch.export and the meta device do not have: use FixedGrid(...)")
         like, norm = state[0], self._norm(state, dynamic)
         adjoint = self.gradient == "adjoint" and torch.is_grad_enabled()
-        if vectorized() or (self.method == "dopri5" and not adjoint):  # torchdiffeq has neither torch.func nor fast steps
+        plain = not self.options and not self.callbacks
+        if vectorized() and not (plain and self.method in EMBEDDED):
+            raise ConfigError(f"{self!r} does not run under torch.func: use one of {', '.join(EMBEDDED)} without options and callbacks, or FixedGrid(...)")
+        if vectorized() or (self.method == "dopri5" and plain and not adjoint):  # torchdiffeq has neither torch.func nor fast steps
             return self._embedded(rhs, state, times, norm, dynamic)
-        function = _Function(rhs, like.dtype, self.max_steps)
+        kind = _StepFunction if self.method in EMBEDDED else _GridFunction if self.method in ADAMS else _Function
+        function = kind(rhs, like.dtype, self)
 
         def options(end: float) -> dict[str, Any]:
+            if self.method not in EMBEDDED:
+                return dict(self.options)
             # step_t ends the last step at the end time; by default torchdiffeq steps past it and interpolates
-            return {"step_t": like.new_tensor([end], dtype=torch.float64), "max_num_steps": self.max_steps}
+            return {**self.options, "step_t": like.new_tensor([end], dtype=torch.float64), "max_num_steps": self.max_steps}
 
         rtol, atol = self._tolerances(like)
         common: dict[str, Any] = {"rtol": rtol, "atol": atol, "method": self.method}
@@ -170,7 +249,9 @@ class Adaptive:
                 path = differentiable_once(self.gradient, tuple(path))
             else:
                 path = torchdiffeq.odeint(function, state, times, options={**options(1.0), "norm": norm}, **common)
-        except AssertionError as error:
+        except (AssertionError, RuntimeError, ValueError) as error:
+            if not isinstance(error, AssertionError) and self.method != SCIPY:  # scipy's failures show as missing times
+                raise
             raise self._failed(" ".join(str(error).split()), function.counter, function.attempt) from None
         if not finite(tuple(e[-1] for e in path)):
             raise self._failed("the final state is not finite", function.counter, function.attempt)

@@ -191,7 +191,7 @@ def phases(model: Flow | Predictor, config: TrainConfig, batches: Batches) -> li
                 f"coupling={settings.coupling!r} assigns the noise of a whole batch, which no process or micro-batch has: leave "
                 "--accumulate at 1 and train in one process, or take coupling='independent'"
             )
-        matching = FlowMatching(model, settings.coupling, settings.fm_weighting, settings.fm_time_sampling)
+        matching = FlowMatching(model, settings.coupling, settings.fm_weighting, settings.fm_time_sampling, settings.drop_condition)
         stages.append(phase(matching, batches, config.lr, config.warmup))
     if isinstance(settings, LikelihoodConfig):
         likelihood = Likelihood(
