@@ -69,7 +69,7 @@ def metrics(folder):
 def test_run_folder(digits):
     names = {str(p.relative_to(digits)) for p in digits.rglob("*") if p.is_file() and "tensorboard" not in str(p)}
     assert names == {
-        "config.json", "metrics.jsonl", "model.safetensors", "trainer.pt", "trainer.previous.pt", "result.json", "test_nll.npz",
+        "config.json", "metrics.jsonl", "model.safetensors", "trainer.pt", "trainer.previous.pt", "report.html", "result.json", "test_nll.npz",
         "samples/samples.png", "plots/learning_curves.png",
     }  # fmt: skip
     assert len(list((digits / "tensorboard").iterdir())) == 1

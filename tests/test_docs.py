@@ -1,6 +1,7 @@
 """Documentation that is true: every module's examples run, and every public name says what it is."""
 
 import ast
+import configparser
 import doctest
 import importlib
 import importlib.util
@@ -171,5 +172,23 @@ def test_tutorials_run(page, monkeypatch, tmp_path):
         if language == "python":
             exec(compile(code, f"<{page}>", "exec"), names)
             continue
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", code], capture_output=True, text=True, timeout=300)
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", code], capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, f"{code}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def test_the_first_page_is_short_and_its_badges_are_true():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 150
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    oldest = settings["options"]["python_requires"].removeprefix(">=")
+    torch_from = re.search(r"torch>=([\d.]+)", settings["options"]["install_requires"])[1]
+    assert f"python-{oldest}_to_" in text and f"torch-{torch_from}_or_newer" in text and f"licence-{settings['metadata']['license']}" in text
+    version = settings["metadata"]["version"]
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8") and cnf.__version__ == version
+
+
+def test_links_of_the_first_page_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"):
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            assert "://" in target or (ROOT / target).exists(), f"{page.name}: {target}"

@@ -11,6 +11,7 @@ import socket
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ from cnf.runs import (
     write_weights,
 )
 from cnf.solvers import Adaptive, FixedGrid, adaptive
-from cnf.training import Interrupted, Trainer
+from cnf.training import Interrupted, NonFinitePolicy, Trainer
 from cnf.training.memory import is_oom
 from cnf.training.step import gradient, pieces
 from cnf.transforms import Sequential
@@ -653,3 +654,15 @@ def test_other_errors_are_not_taken_for_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(Likelihood, "evaluate", lambda *a: exec("raise RuntimeError('something else')"))
     with pytest.raises(RuntimeError, match="something else"):
         trainer(tmp_path / "run").update()
+
+
+@pytest.mark.parametrize(("losses", "said"), [([3.0, 2.0, 2.2], ""), ([3.0, 2.0, 40.0], "grown from 2 to 40: try a smaller learning rate"), ([9.0], ""), ([], "")])
+def test_a_failure_after_a_growing_loss_names_the_learning_rate(losses, said):
+    lines = []
+    run = SimpleNamespace(
+        history=[{"step": i, "loss": loss} for i, loss in enumerate(losses)], state=SimpleNamespace(skipped=0, step=9), say=lines.append,
+        explain=lambda result: "the solve diverged",
+    )  # fmt: skip
+    watcher = NonFinitePolicy()
+    assert watcher.on_metrics(run, SimpleNamespace(taken=False, step=9, values={})) is False
+    assert len(lines) == 1 and "the solve diverged" in lines[0] and (said in lines[0] if said else lines[0].endswith("diverged"))

@@ -16,7 +16,7 @@ def interpret(result: Mapping[str, Any]) -> list[str]:
 
     Example:
         >>> interpret({"value": 2.7, "unit": "nats", "true_entropy": 2.6, "standard_error": 0.01})
-        ['true entropy 2.6000 nats: 0.1000 above it, the least that any model can have']
+        ['true entropy 2.6000 nats, the least that any model can have: 0.1000 above it']
         >>> interpret({"value": 2.0, "unit": "bits/dim", "levels": 256})
         ['a uniform density has 8.000 bits/dim: 6.000 below it']
     """
@@ -24,8 +24,9 @@ def interpret(result: Mapping[str, Any]) -> list[str]:
     lines = []
     if (entropy := result.get("true_entropy")) is not None:
         excess = value - entropy
-        judged = "as good as the test items can tell" if abs(excess) < NEAR * error else "the least that any model can have"
-        lines.append(f"true entropy {entropy:.4f} nats: {abs(excess):.4f} {'above' if excess >= 0 else 'below'} it, {judged}")
+        near = ", as good as the test items can tell" if abs(excess) < NEAR * error else ""
+        place = "above" if excess >= 0 else "below"
+        lines.append(f"true entropy {entropy:.4f} nats, the least that any model can have: {abs(excess):.4f} {place} it{near}")
     if unit == "bits/dim" and result.get("levels"):
         uniform = math.log2(result["levels"])
         lines.append(f"a uniform density has {uniform:.3f} bits/dim: {abs(uniform - value):.3f} {'below' if value <= uniform else 'above'} it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from cnf.training.metrics import StepResult
 __all__ = ["NonFinitePolicy"]
 
 COUNTS = ("nfe", "nfe_backward")
+GROWN = 0.5  # of the lowest loss: a growth that noise does not explain
 ADVICE = "a smaller learning rate, a longer warmup, or more solver steps"
 
 
@@ -88,7 +89,7 @@ class NonFinitePolicy(Callback):
         why = run.explain(result) if report or back else ""  # before anything is counted: a signal may interrupt it
         self.skips_in_row += 1
         if report:  # metrics.jsonl and result.json count all of them
-            run.say(f"step {result.step}: batch skipped: {why}")
+            run.say(f"step {result.step}: batch skipped: {why}{_growth(run.history)}")
         if not back:
             return False
         text = f"{self.max_skips} batches in a row could not be used, the last at step {result.step} ({why})"
@@ -165,6 +166,15 @@ class NonFinitePolicy(Callback):
         if state["good"]:
             self.good = {name: state["good"][name] for name in self.good}
         self._apply()
+
+
+def _growth(history: Sequence[Mapping[str, Any]]) -> str:
+    """Return what to try where the logged loss had been growing before a step that failed, else an empty text."""
+    losses = [value for row in history if isinstance(value := row.get("loss", row.get("nll")), int | float) and math.isfinite(value)]
+    lowest, last = min(losses, default=math.inf), losses[-1] if losses else math.inf
+    if last - lowest <= GROWN * max(1.0, abs(lowest)) or len(losses) < 2:
+        return ""
+    return f"; the loss had grown from {lowest:.3g} to {last:.3g}: try a smaller learning rate (--lr, lr=)"
 
 
 def _copy(value: Any) -> Any:
