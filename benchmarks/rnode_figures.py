@@ -25,9 +25,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from anode import train
-from anode_figures import spread
 from anode_runs import Budget, configure
-from measure import RESULTS, machine, markdown, record, versions
+from measure import RESULTS, machine, markdown, record, spread, versions
 
 import cnf
 from cnf.config import RunConfig, preset
