@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from measure import RESULTS, machine, markdown, record, versions
+from measure import RESULTS, machine, markdown, record, spread, versions
 
 from cnf.cli.common import load_splits
 from cnf.config import RunConfig, preset
@@ -79,12 +79,6 @@ def fits(seeds: int, epochs: int) -> list[Row]:
                 print(f"{data:9} {name:14} seed {seed}: test {rows[-1]['test']:.3g}, NFE {rows[-1]['nfe'][-1]:.0f}, "
                       f"{rows[-1]['seconds']:.0f} s", flush=True)  # fmt: skip
     return rows
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """Mean ± standard deviation over seeds."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{form}} ± {deviation:{form}}"
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from anode_pictures import (
     draw_vector_fields,
 )
 from anode_runs import Budget, Curves, run, runs, select
-from measure import RESULTS, machine, markdown, record, versions
+from measure import RESULTS, machine, markdown, record, spread, versions
 
 DEFAULTS = {  # seeds, epochs: about two CPU minutes each
     "fields": (1, 25), "losses": (2, 6), "training": (1, 10), "flows": (1, 15),
@@ -117,12 +116,6 @@ def decay(budget: Budget, folder: Path) -> list[Curves]:
 
 
 FIGURES = {function.__name__: function for function in (fields, losses, training, flows, generalisation, stability, decay)}
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """Return mean ± standard deviation over seeds; the mean alone for one seed."""
-    mean = f"{statistics.mean(values):{form}}"
-    return f"{mean} ± {statistics.stdev(values):{form}}" if len(values) > 1 else mean
 
 
 def table(found: Sequence[Curves]) -> str:

@@ -161,7 +161,7 @@ def draw_held_out(found: Sequence[Curves], angle: float, path: Path) -> None:
         some = select(found, model=name)
         if some:
             _map(axis, some[0], angle)
-            axis.set_title(f"{name}, seed {some[0].row['seed']}: prediction;\nno training point within {angle:g} degrees", fontsize=9)
+            axis.set_title(f"{name}, seed {some[0].row['seed']}: prediction,\nslice of {angle:g} degrees held out", fontsize=9)
     save_figure(figure, path)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RESULTS", "alternate", "machine", "markdown", "record", "seconds", "training_step", "versions"]
+__all__ = ["RESULTS", "alternate", "machine", "markdown", "record", "seconds", "spread", "training_step", "versions"]
 
 RESULTS = Path(__file__).resolve().parent / "results.json"
 # of the processor, which decide what bfloat16 is worth
@@ -121,6 +121,12 @@ def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(form.format_map(row) for form in columns.values()) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean ± standard deviation over seeds; the mean alone for one seed."""
+    mean = f"{statistics.mean(values):{form}}"
+    return f"{mean} ± {statistics.stdev(values):{form}}" if len(values) > 1 else mean
 
 
 def record(path: Path, name: str, arguments: Sequence[str] | None, rows: Sequence[Row], about: Row) -> None:

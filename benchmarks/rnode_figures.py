@@ -25,9 +25,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from anode import train
-from anode_figures import spread
 from anode_runs import Budget, configure
-from measure import RESULTS, machine, markdown, record, versions
+from measure import RESULTS, machine, markdown, record, spread, versions
 
 import cnf
 from cnf.config import RunConfig, preset
@@ -46,7 +45,7 @@ MEASURED = ("jacobian", "kinetic", "total-derivative")
 TERMS = ("jacobian", "kinetic", "total_derivative")
 PENALTIES = {"none": {}, "K": {"kinetic": 0.05}, "J": {"jacobian": 0.05}, "K and J": {"kinetic": 0.05, "jacobian": 0.05}}
 PREDICTOR_PENALTIES = {
-    "none": {}, "kinetic": {"kinetic": 0.01}, "Jacobian": {"jacobian": 0.01}, "total derivative": {"penalty": ("total-derivative=0.01",)},
+    "none": {}, "kinetic": {"kinetic": 0.1}, "Jacobian": {"jacobian": 0.1}, "total derivative": {"penalty": ("total-derivative=0.1",)},
 }  # fmt: skip
 TRANSPORT = 0.3  # weight of the kinetic energy in figure 1
 

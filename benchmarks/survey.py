@@ -22,8 +22,8 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from anode import spread, train
-from measure import RESULTS, machine, markdown, record, versions
+from anode import train
+from measure import RESULTS, machine, markdown, record, spread, versions
 
 from cnf.config import PRESETS, preset
 from cnf.data import load

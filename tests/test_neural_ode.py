@@ -5,16 +5,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TIGHT, slow
+from conftest import F64, TIGHT, perturbed, slow
 from torchdiffeq import odeint
 
 from cnf.config import FlowConfig, NeuralODEConfig, ResNetConfig, SolverConfig
 from cnf.errors import ConfigError, DataError, SolverError
 from cnf.fields import MLP, ConvField, Linear
+from cnf.fields.autodiff import autodiff_jvp
 from cnf.fields.depth import BASES, Galerkin, basis, galerkin
 from cnf.models import build, build_predictor
 from cnf.neural_ode import NeuralODE, ResidualNet, anode_conv, anode_mlp, residual_net
-from cnf.neural_ode.odenet import ODENet, mlp_maps
+from cnf.neural_ode.odenet import ODENet, conv_maps, mlp_maps
 from cnf.solvers import Adaptive, FixedGrid
 
 NODE = NeuralODEConfig.of(hidden=(8, 8), time_conditioning="concat", nonlinearity="softplus", zero_init=False)
@@ -418,3 +419,13 @@ def test_maps_of_a_factory_are_everywhere():
     net = ODENet(*mlp_maps(2, (4,), factory))
     assert all(isinstance(layer, Galerkin) for layer in net.layers)
     assert np.isclose(sum(p.numel() for p in net.parameters()), 3 * (2 * 4 + 4 + 4 * 2 + 2))
+
+
+@pytest.mark.parametrize(("maps", "shape"), [(mlp_maps(3, (8, 8), "concat"), (3,)), (conv_maps(2, (4, 4), "concatsquash", (0, 1, 0)), (2, 5, 5))])
+def test_fused_tangents_are_those_of_autodiff(maps, shape):
+    field = perturbed(ODENet(*maps, "softplus"))
+    x, v, t = torch.randn(4, *shape, dtype=F64), torch.randn(2, 4, *shape, dtype=F64), torch.tensor(0.3, dtype=F64)
+    for t_dot in (None, torch.ones_like(t)):
+        found, expected = field.jvp(t, x, v, t_dot=t_dot), autodiff_jvp(field, t, x, v, t_dot)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)

@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import anode_figures
 import rnode_figures
 import survey
+import vae_flows
 
 CASES = [(module, figure) for module in (anode_figures, rnode_figures) for figure in module.FIGURES]
 
@@ -32,3 +33,10 @@ def test_the_survey_is_eight_presets(tmp_path, capsys):
     survey.main(["--quick", "--pictures", str(tmp_path), "--out", str(tmp_path / "rows.json")])
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| survey-")]) == 8
     assert len(list(tmp_path.glob("survey-*.png"))) == 2
+
+
+@pytest.mark.slow
+def test_autoencoders_with_three_posteriors(tmp_path, capsys):
+    vae_flows.main(["--quick", "--pictures", str(tmp_path), "--out", str(tmp_path / "rows.json")])
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:] == list(vae_flows.POSTERIORS)
+    assert (tmp_path / "vae-digits.png").exists()

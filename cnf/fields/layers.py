@@ -17,6 +17,8 @@ __all__ = ["LAYERS", "Hyper", "LayerFactory", "time_layer"]
 class Ignore(TimeLayer):
     """W x + b, independent of t."""
 
+    time_dependent = False
+
     def build(self, map: Linear | Conv) -> None:
         self.core = map.module()
 

@@ -93,7 +93,7 @@ class PrecomputedField(SolveField):
             pre, dpre = (point, tangent) if gate is None else (point * gate, tangent * gate)
             if shift is not None:
                 pre = pre + shift
-            if t_dot is not None:
+            if t_dot is not None and layer.time_dependent:
                 dpre = dpre + self._time_derivative(i, t, t_dot, h[:n], point, gate)
             if i + 1 < len(self.layers):
                 pre, slope = self.activation.pair(pre)

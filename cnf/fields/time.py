@@ -47,6 +47,7 @@ class TimeLayer(nn.Module):
     """
 
     time_weights = False  # whether W itself depends on t
+    time_dependent = True  # whether anything does
     has_gate = False
     augmented_time = 0  # size k of the augmented time a (k,) that the layer takes in place of t; 0 for t
 

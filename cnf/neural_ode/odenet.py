@@ -49,8 +49,23 @@ class ODENet(VectorField):
         layers = [cast(TimeLayer, layer) for layer in self.layers]
         if not intact(self):
             return call_layers(layers, self.activation, t, h)
+        return self._precomputed(h).value(t, h)
+
+    def jvp(
+        self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return f and J v + t_dot ∂f/∂t for K stacked tangents, point and tangents in one batch; see :meth:`VectorField.jvp`.
+
+        With data control, or one time per row, by forward-mode autodiff.
+        """
+        if context is not None or t.ndim or not intact(self):
+            return super().jvp(t, x, v, context, t_dot=t_dot)
+        return self._precomputed(x).jvp(t, x, v, t_dot=t_dot)
+
+    def _precomputed(self, h: Tensor) -> PrecomputedField:
+        layers = [cast(TimeLayer, layer) for layer in self.layers]
         size = tuple(h.shape[2:]) if layers[0].map.spatial else ()
-        return PrecomputedField(layers, self.activation, size, None).value(t, h)
+        return PrecomputedField(layers, self.activation, size, None)
 
 
 def mlp_maps(
