@@ -15,13 +15,12 @@ from cnf._utils.async_checks import vectorized
 from cnf._utils.errors import ConfigError, SolverError, require_inside, unknown_name
 from cnf.solvers.base import RHS, Counter, Solution, State, Stats, finite, largest
 from cnf.solvers.checkpointing import Recompute, differentiable_once
+from cnf.solvers.counted import GridFunction, StepCallback, StepFunction, UnsteppedFunction
 from cnf.solvers.embedded import StepFailure, embedded
 
 __all__ = ["Adaptive"]
 
 LARGEST = 1e40  # cap of the error ratio: the first step is about its inverse and must not be zero
-
-
 EMBEDDED = ("dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2")
 ADAMS = ("explicit_adams", "implicit_adams")
 SCIPY = "scipy_solver"
@@ -32,58 +31,6 @@ OPTIONS = {
     SCIPY: ("solver", "min_step", "max_step"),
 }
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
-PER_STEP = 20  # evaluations that scipy's implicit methods may take for one of max_steps
-
-
-class _Function:
-    """Right-hand side in torchdiffeq's calling convention, counting evaluations; scipy's methods tell no steps."""
-
-    def __init__(self, rhs: RHS, dtype: torch.dtype, solver: Adaptive):
-        self.rhs, self.dtype, self.max_steps, self.counter = rhs, dtype, solver.max_steps, Counter()
-        self.attempt: tuple[Tensor, State, Tensor] | None = None
-        self.callbacks, self.most = solver.callbacks, PER_STEP * solver.max_steps if solver.method == SCIPY else math.inf
-
-    def __call__(self, s: Tensor, y: State) -> State:
-        self.counter.count()
-        assert self.counter.nfe <= self.most, f"{self.most} evaluations exceeded"
-        return self.rhs(s.to(self.dtype), y)
-
-    def _step(self, s: Tensor, y: State, h: Tensor) -> None:
-        taken = self.counter.accepted + self.counter.rejected
-        # torchdiffeq restarts its own count at every output time
-        assert taken < self.max_steps, f"max_num_steps exceeded ({taken}>={self.max_steps})"
-        self.attempt = s, y, h
-        self._call("callback_step", s, y, h)
-
-    def _call(self, name: str, s: Tensor, y: State, h: Tensor) -> None:
-        if name in self.callbacks:
-            self.callbacks[name](s, y, h)
-
-
-class _GridFunction(_Function):
-    """The same for methods on a grid, which accept every step."""
-
-    def callback_step(self, s: Tensor, y: State, h: Tensor) -> None:
-        self._step(s, y, h)
-        self.counter.accepted += 1
-
-
-class _StepFunction(_Function):
-    """The same for methods with step control."""
-
-    def callback_step(self, s: Tensor, y: State, h: Tensor) -> None:
-        self._step(s, y, h)
-
-    def callback_step_adjoint(self, s: Tensor, y: State, h: Tensor) -> None:
-        self.counter.attempt = s, h
-
-    def callback_accept_step(self, s: Tensor, y: State, h: Tensor) -> None:
-        self.counter.accepted += 1
-        self._call("callback_accept_step", s, y, h)
-
-    def callback_reject_step(self, s: Tensor, y: State, h: Tensor) -> None:
-        self.counter.rejected += 1
-        self._call("callback_reject_step", s, y, h)
 
 
 class Adaptive:
@@ -150,7 +97,7 @@ class Adaptive:
         quadrature_tolerance: float | None = None,
         norm: str = "batch",
         options: Mapping[str, Any] | None = None,
-        callbacks: Mapping[str, Callable[[Tensor, State, Tensor], Any]] | None = None,
+        callbacks: Mapping[str, StepCallback] | None = None,
     ):
         if method not in OPTIONS:
             raise unknown_name("method", method, OPTIONS, "Adaptive")
@@ -222,8 +169,8 @@ class Adaptive:
             raise ConfigError(f"{self!r} does not run under torch.func: use one of {', '.join(EMBEDDED)} without options and callbacks, or FixedGrid(...)")
         if vectorized() or (self.method == "dopri5" and plain and not adjoint):  # torchdiffeq has neither torch.func nor fast steps
             return self._embedded(rhs, state, times, norm, dynamic)
-        kind = _StepFunction if self.method in EMBEDDED else _GridFunction if self.method in ADAMS else _Function
-        function = kind(rhs, like.dtype, self)
+        kind = StepFunction if self.method in EMBEDDED else GridFunction if self.method in ADAMS else UnsteppedFunction
+        function = kind(rhs, like.dtype, self.max_steps, self.callbacks)
 
         def options(end: float) -> dict[str, Any]:
             if self.method not in EMBEDDED:
