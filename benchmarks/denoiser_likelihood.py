@@ -90,12 +90,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("-n", type=int, help="images (default: 32; 4 with --quick)")
     parser.add_argument("--quick", action="store_true", help="4 images, two solvers")
+    parser.add_argument("--data-root", help="folder of the data sets (default: the run's)")
     parser.add_argument("--json", type=Path, help="file of measured rows to add to")
     args = parser.parse_args(argv)
     rows, costs = list[dict[str, Any]](), list[dict[str, Any]]()
     for run in args.runs:
         flow = load(run).eval()
-        x = load_splits(read_run(run).config).test[: args.n or (4 if args.quick else 32)]
+        config = read_run(run).config
+        config = config.change(data_root=args.data_root) if args.data_root else config
+        x = load_splits(config).test[: args.n or (4 if args.quick else 32)]
         path = flow.blocks[0].field.interpolant
         truth, _ = bits(flow, x, FixedGrid("dopri5", REFERENCE, spacing=PowerSpacing(path, POWER)))
         for name, solver in solvers(path, args.quick).items():

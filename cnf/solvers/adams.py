@@ -20,6 +20,7 @@ __all__ = ["ExponentialAdams", "Semilinear", "coarse"]
 ORDERS = (3, 4)
 COARSE = 20  # at order 3, which is stable there; order 4 is from 24 steps on
 FEWEST = 4  # steps over a part of the path
+GROWTH = 4.0  # largest factor on the number of steps
 SAFETY = 1.1  # factor on the number of steps that the error estimate asks for
 
 
@@ -114,23 +115,24 @@ class ExponentialAdams:
         counter, steps = Counter(), max(min(self.steps, FEWEST), math.ceil(self.steps * share))
         while True:
             end, error = self.attempt(rhs, state, steps, counter)
-            if not deferred(*state) and not finite(end):
+            bad, last = not deferred(*state) and not finite(end), self.tolerance is None or steps >= self.max_steps
+            if bad and last:
                 raise SolverError(
                     f"the state is not finite after {steps} steps of {self!r}, {counter.nfe} evaluations", largest=largest(state)
                 )
             if self.tolerance is None or tracing(*state) or not len(error):
                 break
-            mean = float(error.mean()) / state[0].shape[1:].numel()
-            if mean <= self.tolerance:
+            mean = math.inf if bad else float(error.mean()) / state[0].shape[1:].numel()
+            if not mean > self.tolerance:
                 break
-            if steps >= self.max_steps:
+            if last:
                 raise SolverError(
                     f"{self!r} estimates an error of {mean:.2g} nats/dim after {steps} steps: a larger tolerance or max_steps "
                     f"(now {self.max_steps}), or an adaptive solver, may help",
                     exhausted=True,
                 )
-            # the embedded orders are three
-            steps = min(self.max_steps, math.ceil(SAFETY * steps * (mean / self.tolerance) ** (1 / 3)))
+            # the embedded orders are three; an unstable solve says too little of how many steps it takes
+            steps = min(self.max_steps, math.ceil(steps * min(GROWTH, SAFETY * (mean / self.tolerance) ** (1 / 3))))
         counter.backward, counter.accepted = True, steps
         return Solution(end, Stats([counter]))
 
@@ -225,7 +227,7 @@ def _weights(nodes: Sequence[float], start: float, stop: float) -> list[float]:
 
 
 @lru_cache(maxsize=64)
-def _rule(nodes: tuple[float, ...], count: int) -> list[float]:
+def _rule(nodes: tuple[float, ...], count: int) -> tuple[float, ...]:
     """Return weights on [0, 1] of values at ``nodes``: on each interval of the polynomial through ``count`` nodes around it."""
     last = len(nodes) - 1
     weights, count = [0.0] * (last + 1), min(count, last + 1)
@@ -234,7 +236,7 @@ def _rule(nodes: tuple[float, ...], count: int) -> list[float]:
         used = range(first, first + count)
         for j, weight in zip(used, _weights([nodes[k] for k in used], nodes[i], nodes[i + 1]), strict=True):
             weights[j] += weight
-    return weights
+    return tuple(weights)
 
 
 def _integral(nodes: tuple[float, ...], values: Sequence[Tensor], count: int) -> Tensor:
