@@ -110,7 +110,8 @@ class AugmentedDynamics:
         chosen = None if self.sampled_stage is None else (self.sampled_stage.step - first) * stages + self.sampled_stage.stage
         every: list[Callable[[State], State]] = [
             partial(_slopes, self, field, t, omit=chosen is not None and i != chosen)
-            for i, (field, t) in enumerate(zip(fields, times.unbind(), strict=True))
+            # a field at one time ignores t, which integrands alone read
+            for i, (field, t) in enumerate(zip(fields, times.unbind() if integrals else [self.start] * len(fields), strict=True))
         ]
         return [every[i * stages : (i + 1) * stages] for i in range(steps)]
 

@@ -226,7 +226,7 @@ class Adaptive:
     def _norm(self, state: State, dynamic: int) -> Callable[[State], Tensor]:
         """Return the error norm of a state, over the dynamic entries or, with ``quadratures_in_norm``, over all."""
         used = len(state) if self.quadratures_in_norm else dynamic
-        return lambda y: torch.stack([self._size(e) for e in y[:used]]).max()
+        return lambda y: self._size(y[0]) if used == 1 else torch.stack([self._size(e) for e in y[:used]]).max()
 
     def _tolerances(self, like: Tensor) -> tuple[float, float]:
         least = 4 * torch.finfo(like.dtype).eps if self.norm == "row" else 0.0

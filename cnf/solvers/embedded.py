@@ -103,15 +103,15 @@ def embedded(
         SolverError: under ``vmap``.
     """
     counter, (rtol, atol), kind = Counter(), tolerances, _method(method)
-    at = getattr(rhs, "at", None)
+    at, floor = getattr(rhs, "at", None), state[0].new_full((), atol)
 
     def slope(s: float, y: State) -> State:
         counter.count()
         return rhs(y[0].new_full((), s), y)
 
     def ratio(e: State, y: State, z: State) -> float:
-        scaled = (d.detach() / (torch.maximum(a.detach().abs(), b.detach().abs()) * rtol + atol) for d, a, b in zip(e, y, z, strict=True))
-        return _number(norm(tuple(scaled)))
+        largest = (torch.maximum(a.detach().abs(), b.detach().abs()) for a, b in zip(y, z, strict=True))
+        return _number(norm(tuple(d.detach() / torch.add(floor, top, alpha=rtol) for d, top in zip(e, largest, strict=True))))
 
     def stages(s: float, h: float) -> list[Callable[[State], State]]:
         nonlocal at
