@@ -35,9 +35,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# the build itself opens no connection
+# without -q, which would hide warnings from --strict; the build itself opens no connection
 docs: $(DOCS_STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 gallery: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python docs/tools/gallery.py $(ARGS)

@@ -12,6 +12,8 @@ __all__ = ["Markup", "entries"]
 
 ROLE = re.compile(r":(?:class|func|meth|attr|data|mod|exc|obj):`(~?)\.?([\w.]+)`")
 MATH = re.compile(r":math:`([^`]*)`")
+EXAMPLE = re.compile(r"^( *)Example:$", re.MULTILINE)  # the name that griffe knows for prompts with their output
+SHARED = re.compile(r"^( +)(\w+(?:, \w+)+): (.*)$")
 BLOCK = re.compile(r"^( *)\.\. math::(.*(?:\n(?: *|\1 +\S.*)(?=\n|$))*)", re.MULTILINE)
 
 
@@ -48,6 +50,7 @@ class Markup(griffe.Extension):
                 thing.docstring.value = self._markdown(thing.docstring.value, thing)
 
     def _markdown(self, text: str, scope: Any) -> str:
+        text = _separate(EXAMPLE.sub(r"\1Examples:", text))
         text = BLOCK.sub(lambda m: f"{m[1]}$${' '.join(m[2].split())}$$\n", text)
         text = MATH.sub(lambda m: f"${m[1]}$", text)
         return ROLE.sub(lambda m: self._link(m[2], m[1] == "~", scope), text).replace("``", "`")
@@ -58,6 +61,28 @@ class Markup(griffe.Extension):
             if path in self.known:
                 return f"[{shown}][{path}]"
         return shown
+
+
+def _separate(text: str) -> str:
+    """Give each of the parameters that share a description, such as "x, context: ...", a copy of it."""
+    lines, result, inside = text.splitlines(), [], False
+    for i, line in enumerate(lines):
+        if line.strip() == "Args:":
+            inside = True
+        elif line and not line.startswith("    "):
+            inside = False
+        if inside and (match := SHARED.match(line)):
+            rest = []
+            for following in lines[i + 1 :]:
+                if not following.startswith(match[1] + " "):
+                    break
+                rest.append(following)
+            *others, last = match[2].split(", ")
+            for name in others:
+                result += [f"{match[1]}{name}: {match[3]}", *rest]
+            line = f"{match[1]}{last}: {match[3]}"
+        result.append(line)
+    return "\n".join(result)
 
 
 def _candidates(name: str, scope: Any) -> Iterator[str]:

@@ -162,9 +162,9 @@ ENTRIES = (
         "checkerboard", "checkerboard.png", "A checkerboard", "FFJORD's network by likelihood alone. It loses at the corners where squares touch.",
         11.5, "cnf train ffjord-toy --data checkerboard", "plots/density.png",
     ),
-    Entry("straight", "gallery-straight.png", "Straight paths", "RNODE's penalties, after the same 250 steps from the same weights.", 0.9, draw=straight),
-    Entry("corner", "gallery-corner.png", "A table", "Data below the diagonal, samples above, both on it.", 0.6, draw=corner),
-    Entry("conditional", "gallery-conditional.png", "A conditional density", "Two branches, whose mean is never seen.", 0.4, draw=conditional),
+    Entry("straight", "gallery-straight.png", "Straight paths", "RNODE's penalties after the same 250 steps from the same weights. On the line the likelihood alone is nearly straight, too.", 0.7, draw=straight),
+    Entry("corner", "gallery-corner.png", "A table", "Data below the diagonal, samples above, both on it.", 0.3, draw=corner),
+    Entry("conditional", "gallery-conditional.png", "A conditional density", "Two branches, whose mean is never seen.", 0.3, draw=conditional),
     Entry("mnist", "gallery-mnist.png", "MNIST in 6 and 12 evaluations, and exactly", "From left to right, from the same noise.", 0.4, draw=mnist_samples),
     Entry(
         "digits", "digits.png", "Digits", "8x8 images by likelihood: data and samples.", 2.0, "cnf train digits", "samples/samples.png",
