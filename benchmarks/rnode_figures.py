@@ -40,7 +40,7 @@ from cnf.random import Noise
 from cnf.solvers import Adaptive
 
 Row = dict[str, Any]
-DEFAULTS = {"transport": (1, 800), "nfe": (1, 400), "penalties": (2, 250), "predictors": (2, 300)}  # seeds, steps
+DEFAULTS = {"transport": (1, 800), "nfe": (1, 150), "penalties": (1, 150), "predictors": (2, 300)}  # seeds, steps
 MEASURED = ("jacobian", "kinetic", "total-derivative")
 TERMS = ("jacobian", "kinetic", "total_derivative")
 PENALTIES = {"none": {}, "K": {"kinetic": 0.05}, "J": {"jacobian": 0.05}, "K and J": {"kinetic": 0.05, "jacobian": 0.05}}

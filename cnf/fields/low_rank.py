@@ -32,8 +32,8 @@ class LowRankMLP(VectorField):
 
     Example:
         >>> field = LowRankMLP(2, (8,), rank=1)
-        >>> field.context_dim, field(torch.tensor(0.5), torch.zeros(3, 2), torch.zeros(3, 31)).shape
-        (31, torch.Size([3, 2]))
+        >>> field.context_dim, field(torch.tensor(0.5), torch.zeros(3, 2), torch.zeros(3, 32)).shape
+        (32, torch.Size([3, 2]))
     """
 
     def __init__(self, dim: int, hidden: Sequence[int] = (64, 64), rank: int = 1, nonlinearity: str = "softplus"):
