@@ -71,6 +71,8 @@ class Reads(TorchDispatchMode):
     def note(self, name):
         place = [f"{f.filename}:{f.lineno}" for f in traceback.extract_stack() if f"{os.sep}cnf{os.sep}" in f.filename]
         own = (f"cnf{os.sep}random.py", f"flow_matching{os.sep}times.py")  # whose numbers are the CPU's, and drawn there
+        if any(f"training{os.sep}feature_history.py" in frame for frame in place):
+            return  # an adaptive solve, at six steps of a run
         if not place or not place[-1].rpartition(":")[0].endswith(own):
             self.found.append((self.inside, self.run.due, name, place[-1:]))
 

@@ -29,7 +29,7 @@ class MixtureVelocity(VectorField):
     Example:
         >>> from cnf import CNF, Flow
         >>> field = MixtureVelocity(torch.zeros(2), torch.tensor([[-1.0], [1.0]]), torch.full((2, 1, 1), 0.1))
-        >>> flow = Flow(CNF(field), (1,))
+        >>> flow = Flow(CNF(field), (1,)).eval()
         >>> abs(float(flow.log_prob(torch.ones(1, 1))) + 0.4608) < 1e-3  # log(N(0; 0, 0.1) / 2)
         True
     """

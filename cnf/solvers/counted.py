@@ -44,6 +44,7 @@ class GridFunction(Function):
     """The same for methods on a grid, which accept every step."""
 
     def callback_step(self, s: Tensor, y: State, h: Tensor) -> None:
+        """Count a step."""
         self._step(s, y, h)
         self.counter.accepted += 1
 
@@ -52,16 +53,20 @@ class StepFunction(Function):
     """The same for methods with step control."""
 
     def callback_step(self, s: Tensor, y: State, h: Tensor) -> None:
+        """Note a step that is tried."""
         self._step(s, y, h)
 
     def callback_step_adjoint(self, s: Tensor, y: State, h: Tensor) -> None:
+        """Note a step of the backward solve."""
         self.counter.attempt = s, h
 
     def callback_accept_step(self, s: Tensor, y: State, h: Tensor) -> None:
+        """Count an accepted step."""
         self.counter.accepted += 1
         self._call("callback_accept_step", s, y, h)
 
     def callback_reject_step(self, s: Tensor, y: State, h: Tensor) -> None:
+        """Count a rejected step."""
         self.counter.rejected += 1
         self._call("callback_reject_step", s, y, h)
 

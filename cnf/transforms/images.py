@@ -90,6 +90,15 @@ class Dequantize(Transform):
         return k.clamp(0, self.levels - 1).to(torch.uint8)
 
 
+def _borders(low: Tensor | float, high: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return the borders of a box, as floats of one shape."""
+    start, end = torch.broadcast_tensors(torch.as_tensor(low), torch.as_tensor(high))
+    if not start.is_meta and not bool((start.isfinite() & end.isfinite() & (start < end)).all()):
+        raise ConfigError(f"low={low} and high={high} must be finite borders, low less than high")
+    dtype = start.dtype if start.is_floating_point() else torch.get_default_dtype()
+    return start.to(dtype).clone(), end.to(dtype).clone()
+
+
 class Logit(DeterministicTransform):
     r"""Logit transform logit(alpha + (1 - 2 alpha) x) from [0, 1] to the real line (Real NVP, 1605.08803).
 
@@ -123,12 +132,9 @@ class Logit(DeterministicTransform):
         if not (0 < alpha < 0.5 or (alpha == 0 and not self.unit)):
             raise ConfigError(f"alpha must be inside (0, 0.5), or 0 for a box, got {alpha:g}")
         self.alpha = alpha
-        start, end = torch.broadcast_tensors(torch.as_tensor(low), torch.as_tensor(high))
-        if not bool((start.isfinite() & end.isfinite() & (start < end)).all()):
-            raise ConfigError(f"low={low} and high={high} must be finite borders, low less than high")
-        dtype = start.dtype if start.is_floating_point() else torch.get_default_dtype()
-        self.register_buffer("low", None if self.unit else start.to(dtype).clone())
-        self.register_buffer("width", None if self.unit else (end - start).to(dtype))
+        start, end = (None, None) if self.unit else _borders(low, high)
+        self.register_buffer("low", start)
+        self.register_buffer("width", None if start is None or end is None else end - start)
 
     @property
     def margin(self) -> float:
