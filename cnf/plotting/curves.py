@@ -61,7 +61,7 @@ def learning_curves(metrics: list[dict[str, Any]], path: Path, *, unit: str, nam
         if label_of == "loss":
             axis.set_yscale("log")
         elif label_of == "evaluations a solve":
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.08 * max(1.0, axis.dataLim.y1))
     return save_figure(figure, path)
 
 
