@@ -130,7 +130,7 @@ class Logit(DeterministicTransform):
         super().__init__()
         self.unit = not isinstance(low, Tensor) and not isinstance(high, Tensor) and (low, high) == (0, 1)
         if not (0 < alpha < 0.5 or (alpha == 0 and not self.unit)):
-            raise ConfigError(f"alpha must be inside (0, 0.5), or 0 for a box, got {alpha:g}")
+            raise ConfigError(f"alpha must be inside (0, 0.5){'' if self.unit else ', or 0 for a box'}, got {alpha:g}")
         self.alpha = alpha
         start, end = (None, None) if self.unit else _borders(low, high)
         self.register_buffer("low", start)
