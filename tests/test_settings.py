@@ -111,7 +111,10 @@ def test_settings_differ_in_name_and_former_names_are_free():
 def test_run_folders_of_format_4_are_read(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(FORMER[name]))
     info = read_config(tmp_path)
-    assert info.config == PRESETS[name].config
+    config = PRESETS[name].config
+    if config.model.field.kind == "unet":  # such runs were evaluated by the adaptive solver, and still are
+        config = config.change(likelihood_solver="adaptive")
+    assert info.config == config
     write_config(tmp_path, info)
     assert read_config(tmp_path) == info and json.loads((tmp_path / "config.json").read_text())["format"] == 5
     words = ["--config", str(tmp_path / "config.json")]
