@@ -40,7 +40,7 @@ from cnf.random import Noise
 from cnf.solvers import Adaptive
 
 Row = dict[str, Any]
-DEFAULTS = {"transport": (1, 800), "nfe": (1, 150), "penalties": (1, 150), "predictors": (2, 300)}  # seeds, steps
+DEFAULTS = {"transport": (1, 800), "nfe": (1, 250), "penalties": (1, 200), "predictors": (2, 300)}  # seeds, steps
 MEASURED = ("jacobian", "kinetic", "total-derivative")
 TERMS = ("jacobian", "kinetic", "total_derivative")
 PENALTIES = {"none": {}, "K": {"kinetic": 0.05}, "J": {"jacobian": 0.05}, "K and J": {"kinetic": 0.05, "jacobian": 0.05}}
@@ -86,7 +86,8 @@ def _toy(steps: int, seed: int, quick: bool, **changes: Any) -> RunConfig:
     config = preset("ffjord-toy").config
     sizes, batch = ((400, 64, 128), 64) if quick else ((20_000, 1000, 2000), 256)
     return replace(config, data=config.data.change(data="checkerboard", toy_sizes=sizes)).change(
-        steps=steps, batch_size=batch, validate_every=max(1, steps // 5), warmup=20, seed=seed, end_time=1.0, measure=MEASURED, **changes,
+        steps=steps, batch_size=batch, validate_every=max(1, steps // 5), warmup=20, seed=seed, end_time=1.0, measure=MEASURED,
+        hidden=(32, 32), lr=1e-2, **changes,
     )  # fmt: skip
 
 
@@ -95,7 +96,7 @@ def nfe(seeds: int, steps: int, folder: Path, quick: bool) -> list[Row]:
     rows = []
     for seed in range(seeds):
         begun = time.process_time()
-        settings = {"train_solver": "adaptive", "method": "dopri5", "rtol": 1e-4, "atol": 1e-4, "zero_init": True}
+        settings = {"train_solver": "adaptive", "method": "dopri5", "rtol": 1e-5, "atol": 1e-5, "zero_init": True}
         trainer, _ = train(_toy(steps, seed, quick, **settings))
         logged = [m for m in trainer.history if "nfe" in m and "jacobian" in m]
         rows.append({
