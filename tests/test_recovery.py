@@ -41,7 +41,7 @@ from cnf.runs import (
     write_config,
     write_weights,
 )
-from cnf.solvers import Adaptive, FixedGrid, adaptive
+from cnf.solvers import Adaptive, FixedGrid, counted
 from cnf.training import Interrupted, NonFinitePolicy, Trainer
 from cnf.training.memory import is_oom
 from cnf.training.step import gradient, pieces
@@ -469,7 +469,7 @@ def test_an_adjoint_that_fails_backwards_names_its_block(tmp_path, monkeypatch):
     run = trainer(tmp_path / "run", solver=solver)
     said, before, seen = [], [p.detach().clone() for p in run.model.parameters()], []
     monkeypatch.setattr(run, "say", said.append)
-    real = adaptive._Function.callback_step_adjoint
+    real = counted.StepFunction.callback_step_adjoint
 
     def limited(self, s, y, h):  # the first block is the last to be solved backwards, and its second step one too many
         real(self, s, y, h)
@@ -477,7 +477,7 @@ def test_an_adjoint_that_fails_backwards_names_its_block(tmp_path, monkeypatch):
         if self is not seen[0] and sum(one is self for one in seen) == 2:
             raise AssertionError("max_num_steps exceeded (2>=2)")
 
-    monkeypatch.setattr(adaptive._Function, "callback_step_adjoint", limited)
+    monkeypatch.setattr(counted.StepFunction, "callback_step_adjoint", limited)
     run.update()
     assert run.read_metrics() is None and run.state.skipped == 1
     assert re.search(

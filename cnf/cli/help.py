@@ -77,6 +77,9 @@ EVALUATE = (
 )
 EVALUATE_MORE = (
     ("--eval-tolerance X", "error of the log-det per dimension; 0 integrates at every solver stage", "the run's"),
+    ("--likelihood-solver NAME", "adams (denoisers: exponential Adams) or adaptive", "the run's"),
+    ("--likelihood-steps N, --likelihood-order N", "its steps and order", "the run's"),
+    ("--likelihood-tolerance X", "its error in bits/dim, above which a batch is solved in more steps", "the run's"),
     ("--hutchinson-noise NAME", "distribution of the probes: rademacher or gaussian", "the run's"),
     ("--hutchinson-mode NAME", "derivative of the probes: forward or reverse", "the run's"),
     ("--probes N", "probes for each row", "the run's"),

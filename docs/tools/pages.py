@@ -35,7 +35,7 @@ OUTSIDE = {
 GROUPS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "flow": (
         "Flows", "A flow is a density: a transform to noise and a base density. `cnf.load` brings a trained one back.",
-        ("flow", "distribution", "velocity", "ode", "random"),
+        ("flow", "distribution", "velocity", "guidance", "vae", "ode", "random"),
     ),
     "fields": ("Vector fields", "The right-hand side f(t, x) of the ODE, and how time enters it.", ("fields",)),
     "solvers": ("Solvers", "Methods that solve the ODE, and the gradients of their solutions.", ("solvers",)),
@@ -49,6 +49,7 @@ GROUPS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "neural_ode": ("Neural ODEs and derivatives", "Neural ODEs that predict, and derivatives of flows.", ("neural_ode", "sensitivity")),
     "runs": ("Settings, data and runs", "Settings of a run, models built from them, data sets, run folders.", ("config", "models", "data", "runs")),
     "more": ("Errors, processes, programs", "Error classes, several processes, programs, published checkpoints.", ("errors", "distributed", "cli", "compat")),
+    "contrib": ("Other packages", "Bridges to sbi, Pyro and the hub, each an extra.", ("contrib",)),
 }  # fmt: skip
 
 
