@@ -61,7 +61,7 @@ def _joined(options: Any, info: RunInfo, group: Group) -> int:
     n: int = options.n or (IMAGES if images else VECTORS)
     context, given = _context(info, options, n, flow.like)
     out: Path = options.out or outputs(options.run) / "samples" / f"sample-{options.seed}.png"
-    plan = sample_plan(options, flow, info.config.solver, animated=out.suffix == ".gif")
+    plan = sample_plan(options, flow, animated=out.suffix == ".gif")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

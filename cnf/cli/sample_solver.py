@@ -8,10 +8,9 @@ import torch
 
 from cnf._utils.errors import ConfigError
 from cnf.cli.sample_options import MULTISTEP
-from cnf.config import SolverConfig
 from cnf.fields import Denoiser, Interpolant
 from cnf.flow import Flow
-from cnf.models import adaptive_solver, slow_bf16
+from cnf.models import slow_bf16
 from cnf.solvers import Adaptive, ExponentialAdams, ExponentialMultistep, FixedGrid, PowerSpacing, RatioSpacing, Solver
 
 __all__ = ["EVALUATIONS", "SamplePlan", "sample_plan"]
@@ -32,13 +31,12 @@ class SamplePlan(NamedTuple):
     """The run's own solver in words."""
 
 
-def sample_plan(options: Any, flow: Flow, config: SolverConfig, *, animated: bool = False) -> SamplePlan:
+def sample_plan(options: Any, flow: Flow, *, animated: bool = False) -> SamplePlan:
     """Return solver and precision of these options (see :mod:`cnf.cli.sample_options`) for a flow.
 
     Args:
         options: parsed options.
         flow: the flow to sample from.
-        config: the run's settings of solvers.
         animated: the samples' paths are shown (a .gif), for which a multistep solver is replaced by the run's own.
 
     Raises:
@@ -52,8 +50,8 @@ def sample_plan(options: Any, flow: Flow, config: SolverConfig, *, animated: boo
         quality = options.quality or ("exact" if path is None or animated else "default")
         method, steps, words = "unipc", EVALUATIONS.get(quality), f"--quality {quality}"
     solver: Solver | None = None
-    if steps is None and any(isinstance(block.eval_solver, ExponentialAdams) for block in flow.blocks):
-        solver = adaptive_solver(config)
+    if steps is None and flow.blocks and isinstance(likelihood := flow.blocks[0].eval_solver, ExponentialAdams):
+        solver = likelihood.otherwise
     elif steps is not None and method not in MULTISTEP:
         solver = FixedGrid(method, steps, spacing=None if path is None else PowerSpacing(path))
     elif steps is not None:
@@ -96,7 +94,8 @@ def _words(solver: Solver, blocks: int) -> str:
     if isinstance(solver, FixedGrid):
         return f"{solver.method}, {_counted(solver.steps, 'solver step')} ({_counted(solver.steps * len(solver.tableau.b), 'evaluation')}){each}"
     if isinstance(solver, ExponentialAdams):
-        return f"exponential Adams of order {solver.order}, {_counted(solver.steps + 1, 'evaluation')}{each}"
+        paths = "" if solver.otherwise is None else f" (paths by {_words(solver.otherwise, blocks)})"
+        return f"exponential Adams of order {solver.order}, {_counted(solver.steps + 1, 'evaluation')}{each}{paths}"
     if isinstance(solver, Adaptive):
         return f"{solver.method} at rtol {solver.rtol:g}"
     return repr(solver)

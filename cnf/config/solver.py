@@ -125,7 +125,8 @@ class SolverConfig(Settings):
     """Evaluation: error of the log-det in bits/dim or nats/dim, integrated at few nodes along the path; 0 integrates at
     every solver stage."""
     likelihood_solver: AdaptiveLikelihoodConfig | AdamsConfig = setting(AdaptiveLikelihoodConfig(), given=(DENSITY,), later=True)
-    """Evaluation: adaptive, or for denoisers adams, an exponential Adams method that needs a quarter of the evaluations."""
+    """Evaluation: adaptive, or for denoisers adams, an exponential Adams method that needs a quarter of the
+    evaluations (samples and latents stay adaptive)."""
     divergence: ExactConfig | HutchinsonConfig = setting(ExactConfig(), given=(DENSITY,))
     """Exact trace, or Hutchinson's estimate."""
     steer: float = setting(0.0, given=(DENSITY,))

@@ -3,10 +3,9 @@
 from cnf._utils.aliases import aliases
 from cnf.models.flows import build, count_parameters
 from cnf.models.predictors import build_predictor
-from cnf.models.solving import adaptive_solver, divergence, eval_solver, slow_bf16, train_solver
+from cnf.models.solving import divergence, eval_solver, slow_bf16, train_solver
 
 __all__ = [
-    "adaptive_solver",
     "build",
     "build_predictor",
     "count_parameters",

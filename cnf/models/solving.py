@@ -12,7 +12,7 @@ from cnf.flow import Flow
 from cnf.ode.divergence import Divergence, Exact, Hutchinson
 from cnf.solvers import Adaptive, ExponentialAdams, FixedGrid, Reversible, Solver
 
-__all__ = ["adaptive_solver", "autocast", "divergence", "eval_solver", "slow_bf16", "train_solver"]
+__all__ = ["autocast", "divergence", "eval_solver", "slow_bf16", "train_solver"]
 
 
 def train_solver(config: SolverConfig, grid_steps: int | None = None) -> Solver:
@@ -27,16 +27,16 @@ def train_solver(config: SolverConfig, grid_steps: int | None = None) -> Solver:
 
 
 def eval_solver(config: SolverConfig, flow: Flow | None = None) -> Solver:
-    """Return the evaluation solver: of a denoiser as the settings of likelihoods say, else :func:`adaptive_solver`."""
+    """Return the evaluation solver: of a denoiser's likelihoods as their settings say, else :func:`_adaptive`."""
     chosen = config.likelihood_solver
     if flow is not None and isinstance(chosen, AdamsConfig) and all(isinstance(block.field, Denoiser) for block in flow.blocks):
         # images, whose tolerances are in bits/dim
         tolerance = chosen.likelihood_tolerance * math.log(2) or None
-        return ExponentialAdams(chosen.likelihood_steps, chosen.likelihood_order, tolerance)
-    return adaptive_solver(config, flow)
+        return ExponentialAdams(chosen.likelihood_steps, chosen.likelihood_order, tolerance, otherwise=_adaptive(config, flow))
+    return _adaptive(config, flow)
 
 
-def adaptive_solver(config: SolverConfig, flow: Flow | None = None) -> Solver:
+def _adaptive(config: SolverConfig, flow: Flow | None = None) -> Solver:
     """Return the adaptive solver of evaluation and sampling; with a flow, each block gets an equal share of the log-det's tolerance."""
     share = None
     if flow is not None and config.eval_tolerance:
