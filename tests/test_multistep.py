@@ -233,7 +233,7 @@ def drawn(folder, words, capsys, out="x.npz"):
 @pytest.mark.parametrize(
     ("words", "solver", "said"),
     [
-        ("", ("unipc", 12), "drawn by unipc, 12 evaluations; log_prob by exponential Adams of order 4, 33 evaluations"),
+        ("", ("unipc", 12), "drawn by unipc, 12 evaluations; log_prob by exponential Adams of order 4, 49 evaluations"),
         ("--quality draft", ("unipc", 6), "drawn by unipc, 6 evaluations"),
         slow("--quality default", ("unipc", 12), "drawn by unipc, 12 evaluations"),
         ("--quality exact", None, "drawn by dopri5 at rtol 2e-06"),
@@ -258,7 +258,7 @@ def test_quality_chooses_the_solver_of_a_denoiser(runs, capsys, words, solver, s
 
 def test_paths_of_a_denoiser_are_solved_by_the_runs_solver(runs, capsys):
     line, arrays = drawn(runs / "denoiser", "--trajectory", capsys)
-    assert "drawn by unipc, 12 evaluations; log_prob and trajectory by exponential Adams of order 4, 33 evaluations (paths by dopri5 at rtol 2e-06)" in line and arrays["trajectory"].shape == (21, 2, 1, 8, 8)
+    assert "drawn by unipc, 12 evaluations; log_prob and trajectory by exponential Adams of order 4, 49 evaluations (paths by dopri5 at rtol 2e-06)" in line and arrays["trajectory"].shape == (21, 2, 1, 8, 8)
     assert "drawn by dopri5 at rtol 2e-06" in drawn(runs / "denoiser", "", capsys, "x.gif")[0]
     assert "drawn by rk4, 1 solver step (4 evaluations) in bf16" in drawn(runs / "denoiser", "--grid-steps 1 --precision bf16", capsys, "x.gif")[0]
 
