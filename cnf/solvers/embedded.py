@@ -132,8 +132,9 @@ def embedded(
             raise failed(f"max_num_steps exceeded ({taken}>={max_steps})")
         if not s + h > s or not math.isfinite(h):
             raise failed(f"underflow in dt {h}")
-        end = 1.0 if s + h > 1 else s + h
-        h = end - s
+        end = s + h
+        if end > 1:
+            end, h = 1.0, 1.0 - s
         k, after = [f], y
         for evaluate, row in zip(stages(s, h), kind.rows, strict=True):
             after = _moved(y, h, row, k)
