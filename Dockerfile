@@ -1,10 +1,11 @@
 # docker build -t cnf .
 # docker run --rm -v "$PWD:/work" cnf train demo            # or any other command of cnf; runs/ is left in this folder
-# With a GPU: docker build --build-arg TORCH_INDEX=https://pypi.org/simple -t cnf . ; docker run --gpus all ...
+# Small, without CUDA: --build-arg TORCH_INDEX=URL, the index of CPU builds that pytorch.org/get-started names
+# With a GPU: docker run --gpus all ...
 FROM python:3.12-slim
 
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install --no-cache-dir torch torchvision --index-url ${TORCH_INDEX}
+ARG TORCH_INDEX=
+RUN pip install --no-cache-dir torch torchvision ${TORCH_INDEX:+--index-url $TORCH_INDEX}
 
 COPY setup.cfg pyproject.toml README.md LICENSE /src/
 COPY cnf /src/cnf
