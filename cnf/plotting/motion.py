@@ -21,6 +21,7 @@ from cnf.flow import Flow
 from cnf.ode.continuous import CNF
 from cnf.plotting.canvas import PLANE, array, new_figure, subplots, tiles, write
 from cnf.random import Noise
+from cnf.solvers import FixedGrid
 from cnf.solvers.base import SolverOverride
 from cnf.transforms import Sequential, Squeeze, iter_leaves
 
@@ -29,6 +30,7 @@ __all__ = ["flow_gif", "to_standard_normal"]
 MOVED = 0.01  # least mean distance from data to latents, in standardised coordinates, that a picture shows
 PROBES = 256  # samples by which that is measured
 TRAIL = 4  # frames
+STEPS = 1  # of the mixture's velocity between two frames
 COLOURS = 48  # of a frame: half the file of 256
 CELLS = 120  # of a density, along each axis
 
@@ -48,7 +50,7 @@ def to_standard_normal(flow: Flow) -> Flow:
     way = flow.trajectory(flow.sample(PROBES, noise=Noise(0, "sample")), torch.linspace(0, 1, 2))
     if float((way[1] - way[0]).norm(dim=1).mean()) < MOVED:
         leaves = [leaf for leaf in leaves if not any(isinstance(m, CNF) for m in leaf.modules())]
-    return Flow(Sequential([*leaves, CNF(field).to(flow.like)]), (2,), base=StandardNormal(2)).to(flow.like).eval()
+    return Flow(Sequential([*leaves, CNF(field, eval_solver=FixedGrid("rk4", STEPS)).to(flow.like)]), (2,), base=StandardNormal(2)).to(flow.like).eval()
 
 
 @torch.no_grad()
