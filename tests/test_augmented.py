@@ -299,6 +299,7 @@ def test_conditional_flows(drive):
     assert (block(x, Request(context + 1)).value - out.value).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_regularisers_against_their_integrands_by_hand():
     """Every quadrature along the path of x and a, by Simpson's rule; the total derivative follows a."""
     quadratures = (Kinetic(), JacobianFrobenius(), Directional(), TotalDerivative(), RunningCost("r", lambda t, x: t * x.square().sum(1)))
@@ -357,6 +358,7 @@ def carried_flow(dim=3):
     return Flow(Sequential([chain, mlp_block("concat", dim)]), (dim,)).eval()
 
 
+@pytest.mark.slow
 def test_trajectory_of_a_carried_chain_carries_a():
     flow, x = carried_flow(), torch.randn(4, 3)
     path = flow.trajectory(x, torch.linspace(0, 1, 9))

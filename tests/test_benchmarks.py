@@ -366,6 +366,7 @@ def test_time_to_a_loss():
     assert not time_to_loss.run("tiny", config, 0.0, max_steps=1)["reached"]
 
 
+@pytest.mark.slow
 def test_updates_are_timed_while_training():
     x = modes.images(20, shape=IMAGE)
     splits = DataSplits("tiny", "image", x[4:], x[:4], x[:4], levels=256)

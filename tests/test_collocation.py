@@ -182,6 +182,7 @@ def test_the_path_between_steps_is_as_good_as_the_steps(method):
     assert float((out.log_det - whole.log_det).abs().mean()) < 30 * tight
 
 
+@pytest.mark.slow
 def test_other_integrals_are_taken_at_the_same_nodes():
     kinds = (Kinetic(), JacobianFrobenius(), Directional(), TotalDerivative(), RunningCost("far", lambda t, x: (t + 1) * x.square().sum(1)))
     for name in ("three hidden", "driven concat"):
@@ -484,6 +485,7 @@ def test_hardness_reaches_the_first_block_of_every_architecture():
         assert sorted(sorted_rows(flow, x, None, size=2, group=SINGLE_PROCESS).tolist()) == list(range(7))
 
 
+@pytest.mark.slow
 def test_the_benchmark_holds_both_sides_to_the_error(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import evaluation

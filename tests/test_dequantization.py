@@ -146,6 +146,7 @@ def test_deficit_is_the_divergence_between_noise_and_posterior():
         assert abs(float((bound * weights / 2).sum()) - (math.log(P[k]) - kl)) < 1e-10
 
 
+@pytest.mark.slow
 def test_importance_weighting_reaches_the_truth_from_any_noise():
     """E exp(bound) = P for every K, two-sided; and the bound itself rises towards ln P."""
     dequantize = VariationalDequantize(3, 1, couplings=1)

@@ -224,6 +224,7 @@ def test_torch_generator_is_untouched():
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_grid_search_and_pipeline():
     x, y = xy()
     search = GridSearchCV(DensityEstimator(**QUICK, random_state=0), {"components": [1, 2]}, cv=2).fit(x)

@@ -25,6 +25,7 @@ def table(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_table_becomes_a_run(tmp_path, table, capsys):
     folder = tmp_path / "run"
     assert main(["train", "table", "--data", str(table), "--minutes", "0.04", "--hidden", "8", "8", "--out", str(folder)]) == 0

@@ -184,6 +184,7 @@ def test_the_published_side_has_as_many_parameters(case, width):
     assert all(isinstance(d, Hutchinson) and d.mode == "forward" and d.probes == 1 for d in divergences)
 
 
+@pytest.mark.slow
 def test_the_comparison_writes_its_rows(tmp_path, capsys, monkeypatch):
     for name in ("exact-tabular", "exact-digits"):
         entry = preset(name)

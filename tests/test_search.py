@@ -154,6 +154,7 @@ def test_checkerboard_in_a_minute():
     assert evaluate(result.flow, data.test).mean < 3.6  # measured: 3.583 and 3.587 on a busy core
 
 
+@pytest.mark.slow
 def test_the_comparison_on_tables_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import tables

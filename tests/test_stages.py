@@ -40,6 +40,7 @@ def every_step(monkeypatch):
     monkeypatch.setitem(trainers.RUN, "log_every", 1)
 
 
+@pytest.mark.slow
 def test_matching_learns_a_density_with_one_evaluation_an_item(tmp_path, every_step):
     run = trainer(tmp_path / "run", objective="flow-matching", steps=600, batch_size=128, validate_every=300, solver_check_every=50,
                   model=MODEL.change(hidden=(32, 32)))  # fmt: skip
