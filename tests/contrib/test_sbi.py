@@ -21,6 +21,12 @@ D, NOISE = 3, 0.5
 MAP = torch.eye(D) + 0.5
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """sbi writes its logs into the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 def simulations(rows, seed=0):
     generator = torch.Generator().manual_seed(seed)
     theta = torch.randn(rows, D, generator=generator)
