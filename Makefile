@@ -24,11 +24,11 @@ slow: $(STAMP)
 
 # lower bounds as constraints (the last patch of the oldest release); extras that the core tests do not need are left out
 CORE := tests/test_flow.py tests/test_distribution.py tests/test_conditional.py tests/test_transforms.py tests/test_solvers.py \
-	tests/test_fields.py tests/test_bases.py tests/test_matching.py tests/test_checkpoint.py
+	tests/test_fields.py tests/test_bases.py tests/test_matching.py tests/test_checkpoint.py tests/test_estimators.py tests/test_marginals.py tests/test_tables.py tests/test_fit.py tests/test_settings.py
 test-oldest:
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	sed -n 's/^    \([A-Za-z_-]*\)>=\([0-9.]*\)$$/\1==\2.*/p' setup.cfg | sort -u > .venv-oldest/oldest.txt
-	.venv-oldest/bin/python -m pip install -q -c .venv-oldest/oldest.txt -e '.[data,cli]' pytest pytest-xdist hypothesis
+	.venv-oldest/bin/python -m pip install -q -c .venv-oldest/oldest.txt -e '.[all]' pytest pytest-xdist hypothesis
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n 2 $(CORE)
 
 lint: $(STAMP)

@@ -3,10 +3,11 @@
     python benchmarks/tables.py --seconds 60 --seeds 0 1 2 --json benchmarks/results.json
     python benchmarks/tables.py --data checkerboard power.npy --quick
 
-The rivals are scikit-learn's mixture and kernel density, and zuko's neural spline flow (1906.04032) and masked
-autoregressive flow (1705.07057). All sides of a data set see the same splits. The mixture's number of components, from 1 to
-100, the kernel's bandwidth and the flows' learning rate are chosen on the validation rows; all are fitted to standardised
-columns. Mixture and kernel take what they take; our search and the flows have the budget.
+The rivals are scikit-learn's mixture and kernel density, zuko's neural spline flow (1906.04032) and masked autoregressive
+flow (1705.07057), and FFJORD (1810.01367) with the settings of its scripts, weight decay left out. All sides of a data set
+see the same splits. The mixture's number of components, from 1 to 100, the kernel's bandwidth and the learning rate of
+zuko's flows are chosen on the validation rows; all are fitted to standardised columns. Mixture and kernel take what they
+take; our search and the flows have the budget.
 Every side is compared on the test rows, row by row: the difference to the mixture has its own standard error.
 """
 
@@ -27,7 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 from measure import machine, markdown, record, versions
-from rivals import autoregressive
+from rivals import autoregressive, ffjord
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, make_moons, make_swiss_roll
 from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import KernelDensity
@@ -37,7 +38,7 @@ from cnf.data import load
 from cnf.estimators import fit_density
 from cnf.evaluation import evaluate
 
-SIDES = ("flow", "mixture", "kernel", "NSF", "MAF")
+SIDES = ("flow", "mixture", "kernel", "NSF", "MAF", "FFJORD")
 COMPONENTS = (1, 2, 4, 8, 16, 30, 60, 100)
 BANDWIDTHS = tuple(np.geomspace(0.03, 1.0, 8))
 KERNEL_ROWS = 10_000  # training rows of the kernel density, whose evaluation costs a distance to each
@@ -167,6 +168,7 @@ def compare(name: str, data: Splits, seconds: float, seed: int, sides: tuple[str
     """One row for each side; differences are to the mixture, row by row."""
     calls: dict[str, Callable[[], tuple[Tensor, dict[str, Any]]]] = {
         "flow": lambda: flow(data, seconds, seed, **options), "mixture": lambda: mixture(data, seed), "kernel": lambda: kernel(data, seed),
+        "FFJORD": lambda: ffjord(data[:3], seconds, seed),
         **{kind: lambda kind=kind: autoregressive(data[:3], seconds, seed, kind) for kind in ("NSF", "MAF")},  # type: ignore[misc]
     }  # fmt: skip
     found = {side: calls[side]() for side in sides}

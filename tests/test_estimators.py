@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, slow
 from scipy import stats
+from scipy.integrate import trapezoid
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -89,7 +90,7 @@ def test_density_integrates_to_one():
     x = np.random.default_rng(0).gamma(2.0, size=(800, 1))
     model = DensityEstimator(max_steps=20, hidden=(8,), random_state=0).fit(x)
     grid = np.linspace(-5, 40, 20001)[:, None]
-    assert abs(np.trapezoid(np.exp(model.score_samples(grid)), grid[:, 0]) - 1) < 5e-3
+    assert abs(trapezoid(np.exp(model.score_samples(grid)), grid[:, 0]) - 1) < 5e-3
 
 
 def test_samples_and_score(gaussian):
@@ -268,7 +269,7 @@ BAD = np.zeros((20, 2)) + np.arange(20)[:, None] / 7
         ((BAD * [1, 0] + [0, 2],), "column 1 is constant at 2 and has no density"),
         ((pd.DataFrame({"a": BAD[:, 0], "b": 1.0}),), r"column 1 \('b'\) is constant at 1"),
         ((BAD, None, -np.ones(20)), "sample_weight must not be negative, got -1 in row 0"),
-        ((BAD, None, np.zeros(20)), "at least one non-zero"),
+        ((BAD, None, np.zeros(20)), "at least one non-zero|0 rows of positive weight"),  # by the version of scikit-learn
         ((BAD, None, np.arange(20) < 3), "3 rows of positive weight, expected at least 5"),
     ],
 )
@@ -357,8 +358,8 @@ def test_samples_have_the_mean_and_the_quantiles():
     np.testing.assert_allclose(np.quantile(draws, (0.1, 0.8), axis=1).T, model.predict_quantiles(at, (0.1, 0.8)), rtol=0.03)
     grid = np.linspace(0.01, 12, 4001)
     density = np.exp(model.score_samples(np.full((4001, 1), 0.7), grid))
-    assert abs(np.trapezoid(density, grid) - 1) < 5e-3
-    assert abs(np.trapezoid(grid * density, grid) - model.predict([[0.7]])[0]) < 0.01
+    assert abs(trapezoid(density, grid) - 1) < 5e-3
+    assert abs(trapezoid(grid * density, grid) - model.predict([[0.7]])[0]) < 0.01
 
 
 def test_several_columns():

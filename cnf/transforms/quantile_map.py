@@ -213,7 +213,7 @@ def _gaussianize_inverse(table: _Table, z: Tensor) -> tuple[Tensor, Tensor]:
 def forward_map(state: MarginalState, x: Tensor) -> tuple[Tensor, Tensor]:
     """Map x (N, D) to z (N, D) in float64; return z and ln dz/dx (N, D), NaN or infinite outside the support."""
     kind, x = state.kind, x.double()
-    loc, scale, low, high = (v.double() for v in state[1:5])
+    loc, scale, low, high = state.loc.double(), state.scale.double(), state.low.double(), state.high.double()
     logit = kind == LOGIT
     bounded = (kind == LOG) | logit
     above = torch.where(bounded, x - low, 1.0).log()
@@ -228,7 +228,7 @@ def forward_map(state: MarginalState, x: Tensor) -> tuple[Tensor, Tensor]:
 def inverse_map(state: MarginalState, z: Tensor) -> tuple[Tensor, Tensor]:
     """Map z (N, D) to x (N, D) in float64; return x and ln dx/dz (N, D)."""
     kind, z = state.kind, z.double()
-    loc, scale, low, high = (v.double() for v in state[1:5])
+    loc, scale, low, high = state.loc.double(), state.scale.double(), state.low.double(), state.high.double()
     quantiles = kind == GAUSSIANIZE
     y, own = _gaussianize_inverse(_table(state), z)
     v = torch.where(quantiles, y, z) * scale + loc
