@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,8 @@ class Guided(VectorField):
         super().__init__()
         if context_size(field) == 0:
             raise ConfigError(f"field {type(field).__name__} takes no context, which guidance needs: train a conditional flow")
-        if not math.isfinite(weight):
-            raise ConfigError(f"weight must be a finite number, such as 2, got {weight}")
+        if not isinstance(weight, SupportsFloat) or not math.isfinite(weight):
+            raise ConfigError(f"weight must be a finite number, such as 2, got {weight!r}")
         self.field, self.weight = field, weight
         self.context_dim, self.time_rows = context_size(field), bool(stated(field, "time_rows"))
         self.interpolant, self.custom = stated(field, "interpolant"), bool(stated(field, "custom"))

@@ -269,7 +269,7 @@ BAD = np.zeros((20, 2)) + np.arange(20)[:, None] / 7
         ((BAD * [1, 0] + [0, 2],), "column 1 is constant at 2 and has no density"),
         ((pd.DataFrame({"a": BAD[:, 0], "b": 1.0}),), r"column 1 \('b'\) is constant at 1"),
         ((BAD, None, -np.ones(20)), "sample_weight must not be negative, got -1 in row 0"),
-        ((BAD, None, np.zeros(20)), "at least one non-zero|0 rows of positive weight"),  # by the version of scikit-learn
+        ((BAD, None, np.zeros(20)), "at least one non-zero"),
         ((BAD, None, np.arange(20) < 3), "3 rows of positive weight, expected at least 5"),
     ],
 )
@@ -383,7 +383,7 @@ def test_several_columns():
 
 def test_conditional_errors():
     x, y = xy(50)
-    with pytest.raises(ValueError, match=r"column 2 is constant at 1 and has no density"):
+    with pytest.raises(ValueError, match=r"y is constant at 1 and has no density"):
         ConditionalDensityEstimator(**QUICK).fit(x, np.ones(50))
     model = ConditionalDensityEstimator(**QUICK).fit(x, y)
     with pytest.raises(ValueError, match="expected 50 rows of 1 columns"):

@@ -72,12 +72,12 @@ def test_density_integrates_to_one(found):
 
 
 def test_same_seed_and_steps_give_the_same_density():
-    x, quick = rings(150), {"steps": 4, "components": (1, 2)}
-    first, again = (fit_density(x[:100], x[100:], seed=5, **quick) for _ in range(2))
+    x, quick = rings(1000), {"steps": 4, "components": (1, 2)}
+    first, again = (fit_density(x[:800], x[800:], seed=5, **quick) for _ in range(2))
     assert first.parts == again.parts and first.start == again.start and first.steps == again.steps
     own, others = first.flow.state_dict(), again.flow.state_dict()
     assert all(torch.equal(value, others[name]) for name, value in own.items())
-    assert fit_density(x[:100], x[100:], seed=6, **quick).parts["flow"] != first.parts["flow"]
+    assert fit_density(x[:800], x[800:], seed=6, **quick).parts["flow"] != first.parts["flow"]
 
 
 def test_small_tables():

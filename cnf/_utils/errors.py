@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from numbers import Integral
+from numbers import Integral, Real
 
 __all__ = [
     "CNFError",
@@ -54,18 +54,24 @@ def require_at_least(least: int, **arguments: int | None) -> None:
         cnf.errors.ConfigError: batch_size must be at least 1, got 0
     """
     for name, value in arguments.items():
-        if not isinstance(value, Integral | None):
+        if not isinstance(value, Integral | None) or isinstance(value, bool):
             raise ConfigError(f"{name} must be an integer, got {value!r}")
         if value is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
 
 
 def require_inside(low: float, high: float, **arguments: float) -> None:
-    """Raise a ConfigError for the first argument outside the open interval (low, high)."""
+    """Raise a ConfigError for the first argument that is no number or outside the open interval (low, high).
+
+    Example:
+        >>> require_inside(0, 1, q="0.5")
+        Traceback (most recent call last):
+        cnf.errors.ConfigError: q must be inside (0, 1), got '0.5'
+    """
     for name, value in arguments.items():
-        if not low < value < high:
+        if not isinstance(value, Real) or not low < value < high:
             expected = "positive and finite" if (low, high) == (0, math.inf) else f"inside ({low:g}, {high:g})"
-            raise ConfigError(f"{name} must be {expected}, got {value}")
+            raise ConfigError(f"{name} must be {expected}, got {value!r}")
 
 
 class DataError(CNFError, ValueError):

@@ -91,7 +91,7 @@ def sample_shape(n: Any) -> tuple[int, ...]:
         ((5,), (3, 2), ())
     """
     try:
-        shape = tuple(index(k) for k in n) if isinstance(n, Sequence) else (index(n),)
+        shape = (-1,) if isinstance(n, bool) else tuple(index(k) for k in n) if isinstance(n, Sequence) else (index(n),)
     except TypeError:
         shape = (-1,)
     if any(k < 0 for k in shape):

@@ -16,7 +16,7 @@ from cnf.data.rows import Array, Table
 from cnf.data.schema import TableColumn, snap
 from cnf.data.splits import Options
 
-__all__ = ["column_name", "dequantize", "duplicate_rows", "find_lattices", "require_finite", "require_table", "require_usable"]
+__all__ = ["column_name", "dequantize", "duplicate_rows", "find_lattices", "repeated_values", "require_finite", "require_table", "require_usable"]
 
 DEQUANTIZE_STREAM = 1  # second word of the generator's seed, distinct from the toy sets' streams
 ATOM_SHARE = 0.05
@@ -164,18 +164,31 @@ def find_lattices(
             notices.append(f"{repeated}, on a lattice of step {step:.6g}: {treatment}")
             kind: Literal["date", "discrete"] = "date" if known.kind == "date" else "discrete"
             known = replace(known, kind=kind, step=step, origin=float(distinct[0]), dequantised=spread)
-        elif few_distinct(len(column), len(counts)):
-            discrete.append(label)
-            notices.append(f"{repeated} but on no lattice: {UNBOUNDED}; encode it as integers, or remove it")
-        elif counts.max() >= max(2.0, ATOM_SHARE * len(column)):
-            share = f"{distinct[counts.argmax()]:g} in {counts.max() / len(column):.0%} of the rows"
-            notices.append(f"{label} is {share}: the density has a spike there, and a likelihood can grow without bound")
+        elif said := repeated_values(column, label):
+            discrete += [label] * few_distinct(len(column), len(counts))
+            notices.append(said)
         out.append(known)
     if discrete and options.discrete == "error":
         raise DataError(
             f"{', '.join(discrete)} of {name!r} must be continuous with discrete='error', got discrete values; set discrete='dequantize', or remove them"
         )
     return tuple(out), notices
+
+
+def repeated_values(column: Array, label: str) -> str:
+    """Return a sentence about a column (N,) off any lattice whose values repeat, so that its density is unbounded; else "".
+
+    Example:
+        >>> repeated_values(np.array([0.0, 0.0, 1.3, 2.1]), "column 'rain'")
+        "column 'rain' is 0 in 50% of the rows: the density has a spike there, and a likelihood can grow without bound"
+    """
+    distinct, counts = np.unique(column, return_counts=True)
+    if few_distinct(len(column), len(counts)):
+        return f"{label} has {len(counts):,} distinct values in {len(column):,} rows but on no lattice: {UNBOUNDED}; encode it as integers, or remove it"
+    if counts.max() >= max(2.0, ATOM_SHARE * len(column)):
+        share = f"{distinct[counts.argmax()]:g} in {counts.max() / len(column):.0%} of the rows"
+        return f"{label} is {share}: the density has a spike there, and a likelihood can grow without bound"
+    return ""
 
 
 def dequantize(table: Table, columns: Sequence[TableColumn], seed: int) -> Table:

@@ -13,6 +13,7 @@ from cnf._utils.async_checks import tracing
 from cnf._utils.errors import ConfigError, DataError
 from cnf._utils.late import late
 from cnf._utils.validation import as_rows
+from cnf._utils.validation import sample_shape as as_shape
 from cnf.distribution.density import Density
 from cnf.distribution.transform import FlowTransform, reals, shape_of, support
 from cnf.random import Noise, SharedNoise
@@ -60,7 +61,7 @@ class LatentDistribution(Distribution):
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch.distributions' own signature)
         """Draw differentiable samples (\\*sample, \\*batch, \\*event), or without gradient where none is recorded."""
-        lead = (*sample_shape, *self.batch_shape)
+        lead = (*as_shape(sample_shape), *self.batch_shape)
         context = self._context()
         if context is not None and context.ndim > 1:
             context = context.expand(*lead, context.shape[-1]).reshape(math.prod(lead), context.shape[-1])

@@ -20,13 +20,12 @@ from cnf.estimators.rows import (
     LEAST_ROWS,
     check_parameters,
     check_weights,
-    far_columns,
     in_chunks,
     prepare_rows,
     seed_of,
-    shifted,
     to_lattice,
 )
+from cnf.estimators.units import Units, require_numbers, spread
 from cnf.random import Noise
 
 __all__ = ["ConditionalDensityEstimator"]
@@ -121,6 +120,8 @@ class ConditionalDensityEstimator(MultiOutputMixin, RegressorMixin, BaseEstimato
                 parameters.
         """
         check_parameters(self)
+        require_numbers(X)
+        require_numbers(y, "y")
         names = list(map(str, y.columns)) if hasattr(y, "columns") else None
         given, target = validate_data(
             self, X, y, dtype=np.float64, multi_output=True, y_numeric=True, ensure_min_samples=LEAST_ROWS
@@ -137,19 +138,20 @@ class ConditionalDensityEstimator(MultiOutputMixin, RegressorMixin, BaseEstimato
             seed,
             discrete=self.discrete == "auto",
             targets=slice(width, None),
-            names=None if names is None else [*[""] * width, *names],
+            labels=["y"] if self._flat else [f"column {j} of y" + (f" ({names[j]!r})" if names else "") for j in range(self.n_outputs_)],
         )
         self._steps, self._origins = rows.steps[width:], rows.origins[width:]
-        self._x_mean, spread = rows.x[:, :width].mean(0), rows.x[:, :width].std(0)
-        self._x_std = np.where(spread > 1e-12 * (1 + np.abs(self._x_mean)), spread, 1.0)
-        self._y_shift = far_columns(rows.x[:, width:])
+        x = rows.x[:, :width]
+        self._x_mean, std = x.mean(0), spread(x)
+        self._x_std = np.where(std > 1e-12 * np.abs(x).max(0), std, 1.0)
+        self._units = Units.of(rows.x[:, width:])
         few = len(rows.x) < _CROSS_VALIDATED
         folds = rows.folds(_FOLDS, seed) if few else [(rows.train, rows.validation)]
         found = fit_conditional(
             [self._data(train, held) for train, held in folds],
             minutes=self.max_minutes,
             seed=seed,
-            cells=rows.cells(slice(width, None), self._y_shift),
+            cells=rows.cells(self._units, slice(width, None)),
             names=names,
             components=None if isinstance(self.components, str) else int(self.components),
             hidden=self.hidden,
@@ -157,14 +159,15 @@ class ConditionalDensityEstimator(MultiOutputMixin, RegressorMixin, BaseEstimato
             device=self.device,
             on_progress=print if self.verbose else None,
         )
-        self.flow_, self.parts_ = shifted(found.flow, self._y_shift), found.parts
-        self.validation_score_, self.n_steps_ = -found.validation, found.steps
+        self.flow_, volume = self._units.undo(found.flow), float(np.log(self._units.scale).sum())
+        self.parts_ = {name: nll + volume for name, nll in found.parts.items()}
+        self.validation_score_, self.n_steps_ = -found.validation - volume, found.steps
         return self
 
     def _data(self, train: Array, held: Array) -> DataSplits:
         width = len(self._x_mean)
         (x, context), (validation, its_context) = [
-            (torch.from_numpy(rows[:, width:] - self._y_shift).float(), torch.from_numpy((rows[:, :width] - self._x_mean) / self._x_std).float()) for rows in (train, held)
+            (torch.from_numpy(self._units.apply(rows[:, width:])).float(), torch.from_numpy((rows[:, :width] - self._x_mean) / self._x_std).float()) for rows in (train, held)
         ]
         return DataSplits("rows", "table", x, validation, x[:0], context, its_context)
 
@@ -237,7 +240,7 @@ class ConditionalDensityEstimator(MultiOutputMixin, RegressorMixin, BaseEstimato
         standard error is 0.06 standard deviations.
         """
         levels = np.atleast_1d(np.asarray(q, dtype=np.float64))
-        if levels.ndim != 1 or not ((levels > 0) & (levels < 1)).all():
+        if levels.ndim != 1 or not len(levels) or not ((levels > 0) & (levels < 1)).all():
             raise ConfigError(f"q must be levels inside (0, 1), got {q}")
         context = self._context(X)
         if self.n_outputs_ == 1:

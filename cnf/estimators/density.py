@@ -20,14 +20,13 @@ from cnf.estimators.rows import (
     Layout,
     check_parameters,
     check_weights,
-    far_columns,
     in_chunks,
     prepare_rows,
     seed_of,
-    shifted,
     to_lattice,
 )
 from cnf.estimators.search import DensityFit, fit_density
+from cnf.estimators.units import Units, require_numbers
 from cnf.random import Noise
 
 __all__ = ["DensityEstimator"]
@@ -104,22 +103,24 @@ class DensityEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
             sample_weight: (N,) weights; an integer weight w is the same as w equal rows, others are resampled.
 
         Raises:
-            ValueError: for NaN or infinity, other shapes, fewer than five rows, a constant column, or invalid
-                parameters.
+            ValueError: for NaN or infinity, text, other shapes, fewer than five rows, a constant column, columns that
+                determine one another, or invalid parameters.
         """
         check_parameters(self)
+        require_numbers(X)
         rows = validate_data(self, X, dtype=np.float64, ensure_min_samples=LEAST_ROWS)
         self._layout = Layout.of(X, getattr(self, "feature_names_in_", None))
         seed = seed_of(self.random_state)
         names = self._layout.names
         weight = check_weights(sample_weight, rows)
-        data = prepare_rows(rows, weight, self.validation_fraction, seed, discrete=self.discrete == "auto", names=names)
+        labels = None if names is None else [f"column {j} ({name!r})" for j, name in enumerate(names)]
+        data = prepare_rows(rows, weight, self.validation_fraction, seed, discrete=self.discrete == "auto", labels=labels)
         self._steps, self._origins = data.steps, data.origins
-        shift = far_columns(data.train)
-        train, validation = data.train - shift, data.validation - shift
-        found = self._fit(train, validation, seed, data.cells(shift=shift), names)
-        self.flow_, self.parts_ = shifted(found.flow.cpu().double(), shift), found.parts
-        self.validation_score_, self.n_steps_ = -found.validation, found.steps
+        units = Units.of(data.train)
+        found = self._fit(units.apply(data.train), units.apply(data.validation), seed, data.cells(units), names)
+        self.flow_, volume = units.undo(found.flow.cpu().double()), float(np.log(units.scale).sum())
+        self.parts_ = {name: nll + volume for name, nll in found.parts.items()}
+        self.validation_score_, self.n_steps_ = -found.validation - volume, found.steps
         return self
 
     def _fit(

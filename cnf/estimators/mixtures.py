@@ -180,7 +180,11 @@ def _kinds(rows: int, dim: int, count: int) -> list[tuple[Literal["full", "tied"
     if rows > SMALL:
         return [("full", 1e-6)]
     kinds: list[tuple[Literal["full", "tied", "diag"], float]] = [("full", 1e-6), ("full", 1e-2)]
-    return kinds if dim == 1 or count == 1 else [*kinds, ("tied", 1e-6), ("diag", 1e-6), ("diag", 1e-2)]
+    if dim == 1:
+        return kinds
+    if count == 1:  # with fewer rows than columns a covariance is singular
+        return [*kinds, ("full", 0.1), ("diag", 1e-6)]
+    return [*kinds, ("tied", 1e-6), ("diag", 1e-6), ("diag", 1e-2)]
 
 
 def first_fit(z: Tensor, count: int, covariance: str, min_variance: float, seed: int) -> GaussianMixture:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -14,16 +16,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cnf._utils.errors import ConfigError, DataError, constant_column, require_at_least, require_inside
+from cnf.data.checks import repeated_values
+from cnf.data.dependence import dependent_columns
 from cnf.data.lattice import lattice_points, lattice_step
-from cnf.flow import Flow
-from cnf.transforms import Sequential, Standardize
+from cnf.estimators.units import Units
 
-__all__ = ["Layout", "PreparedRows", "check_parameters", "check_weights", "far_columns", "gains", "in_chunks", "prepare_rows", "read_rows", "scored_rows", "seed_of", "shifted", "to_lattice"]
+__all__ = ["Layout", "PreparedRows", "check_parameters", "check_weights", "gains", "in_chunks", "prepare_rows", "read_rows", "scored_rows", "seed_of", "to_lattice"]
 
 Array = NDArray[np.float64]
 
 LEAST_ROWS = 5
-FAR = 100.0  # standard deviations; at 1e5 of them a value in single precision has two digits left
 _ROWS_PER_SECOND, _LEAST_READ = 5000, 20_000  # training rows that a time suffices for: their transform alone takes 100 µs for 50 columns
 _SCORED = 20_000  # validation rows
 _MOST_ROWS = 1_000_000  # of weighted rows as repeated rows
@@ -91,12 +93,9 @@ class PreparedRows:
         fold = order[self.group] % min(count, len(order))
         return [(self.x[fold != k], self.x[fold == k]) for k in range(int(fold.max()) + 1)]
 
-    def cells(self, columns: slice = slice(None), shift: Array | float = 0.0) -> list[tuple[float, float] | None] | None:
-        """Return (border, step) of the discrete columns' cells, None for the others; None if all are continuous.
-
-        Borders are those of the columns less ``shift``.
-        """
-        pairs = zip(self.origins[columns] - shift, self.steps[columns], strict=True)
+    def cells(self, units: Units, columns: slice = slice(None)) -> list[tuple[float, float] | None] | None:
+        """Return (border, step) of the discrete columns' cells in units, None for the others; None if all are continuous."""
+        pairs = zip(units.apply(self.origins[columns]), self.steps[columns] / units.scale, strict=True)
         out = [None if np.isnan(step) else (float(origin - step / 2), float(step)) for origin, step in pairs]
         return out if any(out) else None
 
@@ -121,6 +120,8 @@ def check_weights(sample_weight: Any, x: Array) -> Array | None:
     weight: Array = _check_sample_weight(sample_weight, x, dtype=np.float64)
     if (bad := np.flatnonzero(weight < 0)).size:
         raise DataError(f"sample_weight must not be negative, got {weight[bad[0]]:g} in row {bad[0]}")
+    if not weight.any():
+        raise DataError("sample_weight must have at least one non-zero entry, got zeros only")
     return weight
 
 
@@ -144,7 +145,7 @@ def prepare_rows(
     *,
     discrete: bool = True,
     targets: slice = slice(None),
-    names: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> PreparedRows:
     """Sort, weight, dequantise and split rows (N, D).
 
@@ -158,10 +159,10 @@ def prepare_rows(
         seed: of the split and of dequantisation.
         discrete: whether to dequantise columns on a lattice.
         targets: columns with a density, which must not be constant; others are never dequantised.
-        names: of the columns, for messages.
+        labels: names of the target columns for messages; "column 0" and so on if None.
 
     Raises:
-        DataError: for a constant column, or fewer than five rows of positive weight.
+        DataError: for a constant column, columns that determine one another, or fewer than five rows of positive weight.
     """
     generator = np.random.default_rng(seed)
     if weight is not None:
@@ -173,13 +174,21 @@ def prepare_rows(
     if len(x) < LEAST_ROWS:
         raise DataError(f"{len(x)} rows of positive weight, expected at least {LEAST_ROWS}")
     steps, columns = np.full(x.shape[1], np.nan), range(x.shape[1])[targets]
-    for j in columns:
+    labels = labels or [f"column {j}" for j in columns]
+    for j, label in zip(columns, labels, strict=True):
         if x[:, j].min() == x[:, j].max():
-            label = f"column {j}" + ("" if names is None else f" ({names[j]!r})")
             raise constant_column(label, x[0, j])
         steps[j] = (lattice_step(x[:, j], np.finfo(np.float64).eps) or np.nan) if discrete else np.nan
-    origins = x.min(0)
     changes = (x[1:] != x[:-1]).any(1)
+    distinct = x[np.concatenate([[True], changes])]  # a weight is no repetition
+    spikes = [repeated_values(distinct[:, j], label) for j, label in zip(columns, labels, strict=True) if discrete and np.isnan(steps[j])]
+    if said := "; ".join(filter(None, spikes)):
+        warnings.warn(said, stacklevel=3)
+    modelled = x[:, targets]
+    if relations := dependent_columns(modelled / Units.of(modelled).scale, labels):
+        words = "; ".join(relation for _, relation in relations[:10])
+        raise DataError(f"columns depend on each other ({words}), so that they have no joint density: drop one of each relation")
+    origins = x.min(0)
     if not np.isnan(steps).any():  # in a table of discrete columns equal rows are not the same row
         changes[:] = True
     group = np.concatenate([[0], np.cumsum(changes)])
@@ -220,21 +229,6 @@ def _some(x: Tensor, rows: int, seed: int) -> Tensor:
     return index
 
 
-def far_columns(x: Array) -> Array:
-    """Return the median (D,) of columns that lie too far from 0 for single precision, in which the fit computes; 0 for others."""
-    middle, spread = np.median(x, axis=0), x.std(0)
-    far: Array = np.where(np.abs(middle) > FAR * spread, middle, 0.0)
-    return far
-
-
-def shifted(flow: Flow, shift: Array) -> Flow:
-    """Return the flow of rows from that of rows less ``shift`` (D,)."""
-    if not shift.any():
-        return flow
-    first = Standardize(torch.from_numpy(shift), torch.ones(len(shift), dtype=torch.float64))
-    return Flow(Sequential([first, flow.transform]), flow.event_shape, base=flow.base).eval()
-
-
 def to_lattice(x: Array, steps: Array, origins: Array) -> Array:
     """Round samples (..., D) of discrete columns to the nearest point of their lattice."""
     out = x.copy()
@@ -258,6 +252,8 @@ def gains(rows: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
 
 def check_parameters(estimator: Any) -> None:
     """Validate the parameters that both estimators have."""
+    if isinstance(estimator.hidden, int | str) or not all(isinstance(width, Integral) for width in estimator.hidden):
+        raise ConfigError(f"hidden must be the widths of the hidden layers, such as (64, 64), got {estimator.hidden!r}")
     require_inside(0, math.inf, max_minutes=estimator.max_minutes)
     require_inside(0, 1, validation_fraction=estimator.validation_fraction)
     require_at_least(1, max_steps=estimator.max_steps)

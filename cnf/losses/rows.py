@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from cnf._utils.errors import ConfigError
 from cnf.flow import Flow
 from cnf.random import Noise
 
@@ -19,6 +20,9 @@ class NegativeLogLikelihood(nn.Module):
     Args:
         flow: the density to train; fit its statistics first (:meth:`cnf.Flow.fit_statistics`).
 
+    Raises:
+        ConfigError: for a module without ``log_prob``.
+
     Example:
         >>> import torch
         >>> from cnf import CNF
@@ -30,6 +34,8 @@ class NegativeLogLikelihood(nn.Module):
 
     def __init__(self, flow: Flow):
         super().__init__()
+        if not callable(getattr(flow, "log_prob", None)):
+            raise ConfigError(f"flow is a {type(flow).__name__} without log_prob, expected a cnf.Flow: let DDP wrap this loss, not the flow")
         self.flow = flow
 
     def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Tensor:

@@ -30,6 +30,7 @@ OPTIONS = {
     **dict.fromkeys(ADAMS, ("step_size", "max_order", "max_iters", "perturb")),
     SCIPY: ("solver", "min_step", "max_step"),
 }
+POSITIVE = ("first_step", "safety", "ifactor", "dfactor", "max_order", "max_iters")
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
@@ -109,7 +110,12 @@ class Adaptive:
             raise ConfigError("quadratures_in_norm=True excludes quadrature_tolerance: integrals outside the error norm only; set one of them")
         if norm not in self.NORMS:
             raise unknown_name("norm", norm, self.NORMS)
+        for what, value in (("options", options), ("callbacks", callbacks)):
+            if not isinstance(value, Mapping | None):
+                raise ConfigError(f"{what} must be a dictionary, such as {{'first_step': 0.01}}, got {value!r}")
         self.options, self.callbacks = dict(options or {}), dict(callbacks or {})
+        positive = {f"options[{k!r}]": v for k, v in self.options.items() if k in POSITIVE and v is not None}
+        require_inside(0, math.inf, **{k: v for k, v in positive.items() if not isinstance(v, Tensor)})
         calls = CALLBACKS if method in EMBEDDED else CALLBACKS[:1] if method in ADAMS else ()
         for given, known, what in ((self.options, OPTIONS[method], "options"), (self.callbacks, calls, "callbacks")):
             if unknown := given.keys() - set(known):
