@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -336,3 +337,29 @@ def test_a_model_without_parameters_and_one_callback_alone():
     with pytest.raises(ConfigError, match="Flow has no parameter that requires a gradient"):
         cnf.fit(cnf.Flow(cnf.CNF(Decay()), (2,)), POINTS, **SHORT)
     assert cnf.fit(own_flow(), POINTS, callbacks=cnf.training.TimeLimit(0.0), **SHORT).reason == "max_time"
+
+
+def test_data_without_density_are_told():
+    flow, x = cnf.Flow(cnf.CNF(cnf.fields.MLP(3, (4,))), (3,)), torch.randn(60, 3)
+    for column, words in (
+        (torch.ones(60), "column 2 is constant at 1"),
+        (x[:, 0] - 2 * x[:, 1], "column 2 = column 0 - 2 column 1"),
+        ((x[:, 2] > 0).float(), "column 2 has 2 distinct values in 60 rows"),
+    ):
+        with pytest.warns(UserWarning, match=f"have no density.*{words}"):
+            cnf.fit(flow, torch.cat([x[:, :2], column[:, None]], 1), steps=1, quiet=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        cnf.fit(flow, x, steps=1, quiet=True)
+
+
+def test_losses_and_transforms_of_another_kind_are_named():
+    flow = cnf.Flow(cnf.CNF(cnf.fields.MLP(2, (4,))), (2,))
+    for loss, words in ((torch.nn.MSELoss(), "loss=MSELoss takes"), (lambda flow, x: -flow.log_prob(x), "expected a function of .model, x, context, noise.")):
+        with pytest.raises(ConfigError, match=words):
+            cnf.fit(flow, torch.randn(9, 2), loss=loss, steps=1, quiet=True)
+    for transform in (torch.nn.Linear(2, 2), None, [torch.nn.ReLU()]):
+        with pytest.raises(ConfigError, match="transform is a .*expected a transform of cnf"):
+            cnf.Flow(cnf.transforms.Sequential(transform) if isinstance(transform, list) else transform, (2,))
+    with pytest.raises(ConfigError, match="Linear without log_prob"):
+        cnf.losses.NegativeLogLikelihood(torch.nn.Linear(2, 2))

@@ -96,6 +96,8 @@ class GaussianMixture(Base):
             >>> flow.log_prob(x).shape
             torch.Size([500])
         """
+        if not isinstance(z, Tensor):
+            raise DataError(f"z is a {type(z).__name__}, expected a torch.Tensor: use torch.as_tensor(z)")
         with torch.random.fork_rng(devices=()):  # the initial means are replaced
             base = cls(z.shape[1:] or 1, components, covariance, trainable)
         base.to(device=z.device, dtype=z.dtype if z.is_floating_point() else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,6 +33,9 @@ class CustomLoss(nn.Module):
         model: any module.
         function: the loss.
 
+    Raises:
+        ConfigError: for a function of other arguments.
+
     Example:
         >>> objective = CustomLoss(nn.Linear(2, 1), lambda model, x, context, noise: (model(x) - context).square().mean())
         >>> objective(torch.ones(3, 2), torch.ones(3, 1))["loss"].shape
@@ -43,6 +47,14 @@ class CustomLoss(nn.Module):
 
     def __init__(self, model: nn.Module, function: LossFunction):
         super().__init__()
+        called = function.forward if isinstance(function, nn.Module) else function
+        try:
+            inspect.signature(called).bind(model, None, None, None)
+        except ValueError:  # a built-in function has no signature
+            pass
+        except TypeError:
+            name = getattr(function, "__name__", type(function).__name__)
+            raise ConfigError(f"loss={name} takes {inspect.signature(called)}, expected a function of (model, x, context, noise)") from None
         self.model, self.function = model, function
         self._density = DensityObjective(model) if isinstance(model, Flow) else None
 

@@ -117,8 +117,9 @@ def read_fields(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     recorded = raw.get("format") if isinstance(raw, dict) else None
     if type(recorded) is not int or recorded not in (FORMAT, *CONVERTED):
-        other = f" (this folder was written by another version, in format {recorded})" if type(recorded) is int else ""
-        raise CheckpointError(f"{path}: this version reads format {FORMAT}{other}")
+        if type(recorded) is not int:
+            raise CheckpointError(f"{path} is no configuration of cnf: it has no number of a format (this version reads format {FORMAT})")
+        raise CheckpointError(f"{path}: this version reads format {FORMAT} (this folder was written by another version, in format {recorded})")
     fields: dict[str, Any] = raw
     return fields
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from cnf._utils.errors import ConfigError, DataError
 from cnf.data import DataSplits
+from cnf.data.dependence import dependent_columns
+from cnf.data.lattice import few_distinct
 from cnf.distributed import Group
 from cnf.flow import Flow
 from cnf.neural_ode import Predictor
@@ -17,6 +21,8 @@ from cnf.training.batches import Batches, Validation, fingerprint
 from cnf.training.data import DatasetBatches, StreamBatches, pair, reproducible, split
 
 __all__ = ["training_data"]
+
+CHECKED = 20_000  # rows, about, that are searched for columns without density
 
 
 def training_data(
@@ -55,8 +61,31 @@ def training_data(
         held_out = None if validation is None else _held_out(*_validation_rows(validation, "validation", names), model, like)
     other = (x[:0], None) if held_out is None else (held_out.x.cpu(), None if held_out.context is None else held_out.context.cpu())
     levels = model.levels if isinstance(model, Flow | Predictor) else None
+    if isinstance(model, Flow) and levels is None and x.ndim == 2:
+        _warn_without_density(x)
     data = DataSplits("data", "table" if levels is None else "image", x, other[0], x[:0], c, other[1], levels=levels)
     return Batches(data, batch_size, seed, device, group, dtype), held_out, fingerprint(data)
+
+
+def _warn_without_density(x: Tensor) -> None:
+    """Warn of columns of rows (N, D) that are constant, discrete, or determined by others: the likelihood is unbounded."""
+    rows = x[:: max(1, len(x) // CHECKED)].double().numpy()
+    if not np.isfinite(rows).all():  # an error elsewhere
+        return
+    said, names = [], [f"column {j}" for j in range(rows.shape[1])]
+    for name, column in zip(names, rows.T, strict=True):
+        distinct = len(np.unique(column))
+        if distinct == 1 < len(column):
+            said.append(f"{name} is constant at {column[0]:g}")
+        elif few_distinct(len(column), distinct):
+            said.append(f"{name} has {distinct:,} distinct values in {len(column):,} rows")
+    said += [relation for _, relation in dependent_columns(rows, names)]
+    if said:
+        more = f" and {len(said) - 5} more" if len(said) > 5 else ""
+        warnings.warn(
+            f"the training data have no density, so that the likelihood can grow without bound: {'; '.join(said[:5])}{more}. Drop such "
+            "columns, add noise to discrete ones, or take cnf.DensityEstimator, which does", stacklevel=4,
+        )  # fmt: skip
 
 
 def _validation_rows(data: Any, name: str, context: Any = None) -> tuple[Tensor, Tensor | None]:

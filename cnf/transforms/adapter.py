@@ -78,11 +78,18 @@ class TorchTransform(Transform):
 
 
 def as_transform(transform: Any) -> Any:
-    """Return a transform of a flow: this one, or :class:`TorchTransform` of one of torch or zuko."""
+    """Return a transform of a flow: this one, or :class:`TorchTransform` of one of torch or zuko.
+
+    Raises:
+        ConfigError: for anything else.
+    """
     if isinstance(transform, TorchBase):
         return TorchTransform(transform)
     if isinstance(transform, nn.Module) and not isinstance(transform, Transform) and hasattr(type(transform), "inv"):
         return TorchTransform(transform, context_dim=_takes_context(transform))
+    if not isinstance(transform, Transform):
+        hint = ": a module that returns dx/dt is a field, so write cnf.CNF(module)" if isinstance(transform, nn.Module) else ""
+        raise ConfigError(f"transform is a {type(transform).__name__}, expected a transform of cnf, torch.distributions or zuko{hint}")
     return transform
 
 
