@@ -359,7 +359,7 @@ def test_losses_and_transforms_of_another_kind_are_named():
         with pytest.raises(ConfigError, match=words):
             cnf.fit(flow, torch.randn(9, 2), loss=loss, steps=1, quiet=True)
     for transform in (torch.nn.Linear(2, 2), None, [torch.nn.ReLU()]):
-        with pytest.raises(ConfigError, match="transform is a .*expected a transform of cnf"):
+        with pytest.raises(ConfigError, match=r"transform is a .*expected a transform of cnf"):
             cnf.Flow(cnf.transforms.Sequential(transform) if isinstance(transform, list) else transform, (2,))
     with pytest.raises(ConfigError, match="Linear without log_prob"):
         cnf.losses.NegativeLogLikelihood(torch.nn.Linear(2, 2))
