@@ -113,7 +113,7 @@ class Trainer(Stepper):
         assert reason is not None
         if reason != "steps":
             text = {"max_time": "time is up", "patience": f"no better validation in {state.worse}"}
-            self.say(f"step {state.step}: {text.get(reason, reason)}")
+            self.say(f"step {state.step}: {text.get(reason, reason)}", "message")
         return reason
 
     def _after_step(self, pending: Pending) -> None:

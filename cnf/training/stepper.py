@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,10 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
-from tqdm import tqdm
 
 from cnf._utils.async_checks import defer_checks
 from cnf._utils.errors import DataError, SolverError
+from cnf._utils.output import emit
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.losses import Objective
 from cnf.training.batches import Batches, Validation
@@ -117,10 +116,10 @@ class Stepper:
         """The step at which the current phase ends."""
         return self.steps - sum(phase.steps or 0 for phase in self.phases[self.state.phase + 1 :])
 
-    def say(self, line: str) -> None:
-        """Print a message, above the progress bar."""
+    def say(self, line: str, event: str = "warning", **values: Any) -> None:
+        """Print a warning, or what another event of :func:`~cnf._utils.output.emit` reports."""
         if not self.quiet:
-            tqdm.write(line, file=sys.stderr)
+            emit(event, line, **values)
 
     def callback(self, kind: type[C]) -> C | None:
         """Return the callback of a class; None if there is none."""
@@ -228,7 +227,7 @@ class Stepper:
         self._init_optimizer()
         state.metrics.last = None  # no metrics of the earlier phase are shown from here on
         if self.phase.message:
-            self.say(f"step {state.step}: {self.phase.message}")
+            self.say(f"step {state.step}: {self.phase.message}", "message")
         for callback in self.callbacks:
             callback.on_phase(self)
 
