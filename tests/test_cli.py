@@ -669,4 +669,4 @@ def test_bf16_says_where_it_is_no_faster(tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         assert train_main(["digits", *TINY, "--precision", "bf16", "--out", str(tmp_path / str(fast))]) == 0
-        assert ("bf16 is no faster here" in capsys.readouterr().out) == (not fast)
+        assert ("bf16 is no faster here" in capsys.readouterr().err) == (not fast)

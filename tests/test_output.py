@@ -152,3 +152,38 @@ def test_the_time_left_ends_at_the_limit():
     bar = ProgressBar()
     bar._first = 0
     assert bar._seconds_left(Run()) == 15.0  # 45 by the steps
+
+
+@pytest.mark.parametrize("preset", ["ffjord-toy", "anode-three-spheres"])
+def test_tensorboard_holds_groups_pictures_and_settings(tmp_path, monkeypatch, preset):
+    """The event files, read back."""
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+    def draw(model, *args):
+        folder = next(each for each in args if hasattr(each, "glob"))
+        (folder / "samples").mkdir()
+        Image.fromarray(pixels).save(folder / "samples" / "samples.png")
+
+    monkeypatch.setattr("cnf.training.report.pictures", draw)
+    monkeypatch.setattr("cnf.training.predictions.predictor_pictures", draw)
+    run = tmp_path / "run"
+    assert main(["train", preset, "--toy-sizes", "40", "20", "20", *TINY, "--lr", "0.0125", "--out", str(run), "--quiet"]) == 0
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    result, tags = json.loads((run / "result.json").read_text()), events.Tags()
+    metric = "nll" if preset == "ffjord-toy" else "loss"
+    assert {tag.partition("/")[0] for tag in tags["scalars"]} == {"train", "validation", "solver", "test"}
+    assert events.Scalars(f"test/{metric}")[-1].value == pytest.approx(result["value"], rel=1e-6)
+    assert events.Scalars("validation/best")[-1].value == pytest.approx(result["validation"], rel=1e-6)
+    assert ("test/accuracy" in tags["scalars"]) == (metric == "loss") and "solver/nfe" in tags["scalars"]
+    (picture,) = events.Images("samples/samples")
+    assert picture.step == 4 and np.array_equal(np.asarray(Image.open(io.BytesIO(picture.encoded_image_string))), pixels)
+    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert json.loads(text) == json.loads((run / "config.json").read_text())
+    known = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content).session_start_info.hparams
+    assert known["train.lr"].number_value == 0.0125 and known["name"].string_value == preset and known["data.toy_sizes"].string_value == "[40, 20, 20]"
+    experiment = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/experiment").plugin_data.content).experiment
+    assert {each.name.tag for each in experiment.metric_infos} == {f"validation/{metric}", f"test/{metric}"}
