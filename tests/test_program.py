@@ -82,6 +82,7 @@ def test_tables_that_stand_in_for_imports_agree():
     ("words", "said"),
     [
         ("trian", "did you mean 'train'"),
+        ("fm-digits", "did you mean cnf train fm-digits?"),
         ("bogus", "expected one of train, evaluate"),
         ("train --evaluate runs/x", "use cnf evaluate RUN"),
         ("train --list", "use cnf list"),

@@ -10,6 +10,7 @@ from typing import Any
 
 from cnf._utils.errors import ConfigError
 from cnf._utils.output import emit
+from cnf.cli.help import OUTPUT
 from cnf.cli.tables import FORMATS, format_of, render
 from cnf.config.results import COMPARABLE, read_metrics, read_result
 
@@ -23,7 +24,7 @@ EXAMPLES = """examples:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="cnf compare", description="Tabulate the results of runs and draw their validation curves.\n\n" + EXAMPLES,
+        prog="cnf compare", description="Tabulate the results of runs and draw their validation curves.\n\n" + EXAMPLES, epilog=OUTPUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument

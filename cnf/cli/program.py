@@ -13,6 +13,7 @@ from cnf.cli.custom_field import take_field
 from cnf.cli.exits import guard
 from cnf.cli.help import COMMANDS, overview, short_help
 from cnf.cli.listing import list_presets, list_published
+from cnf.config import PRESETS
 
 __all__ = ["classify_main", "main", "sample_main", "train_main"]
 
@@ -73,6 +74,7 @@ def _main(words: Words) -> int:
 
         near = get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(COMMANDS)}"
+        hint = f"did you mean cnf train {name}?" if name in PRESETS else hint
         raise ConfigError(f"cnf {name}: there is no such command; {hint}")
     if "--version" in rest:
         return _version("cnf")

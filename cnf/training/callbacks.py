@@ -70,8 +70,11 @@ class Run(Protocol):
     def due(self) -> bool:
         """Whether this step gets a row in metrics.jsonl."""
 
-    def say(self, line: str, event: str = "warning", **values: Any) -> None:
-        """Print a warning, or what another event of :func:`~cnf._utils.output.emit` reports."""
+    def say(self, line: str) -> None:
+        """Print a warning."""
+
+    def report(self, event: str, text: str, **values: Any) -> None:
+        """Print an event (see :func:`cnf._utils.output.emit`)."""
 
     def callback(self, kind: type[C]) -> C | None:
         """Return the callback of a class; None if there is none."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from cnf.config import ConvConfig, FlowConfig, UNetConfig
+from cnf.config import AdaptiveConfig, ConvConfig, FlowConfig, UNetConfig
 from cnf.data import DataSplits
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.runs import RunInfo
@@ -27,7 +27,7 @@ NEVER = 2**62
 SECONDS, GROWTH = 4.0, 4
 """Seconds that the steps of all phases may take, and growth of the batch from one attempt to the next."""
 SIDE = 32
-"""Pixels: on a CPU, the steps of convolutional models are measured on parts of larger images."""
+"""Pixels: on a CPU, the steps of convolutional models are measured on parts of larger images: for adaptive solvers of half the size."""
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ def measure(info: RunInfo, data: DataSplits, group: Group = SINGLE_PROCESS) -> l
 
     Batches grow fourfold from one row on. A batch that would take longer than :data:`SECONDS` is not measured: the cost of a
     smaller one is extrapolated, as a constant and a part for each row. On a CPU the cost of large images is that of a part of
-    :data:`SIDE` pixels a side, times the number of parts, where the model is convolutional.
+    some pixels a side (:data:`SIDE`), times the number of parts, where the model is convolutional.
     """
     factor = _parts_a_side(info, data)
     if factor > 1:
         part, (height, width) = _corner(data, factor), data.event_shape[1:]
         whole = sum(p.numel() for p in info.build().parameters())
-        said = f"; by arithmetic from {height // factor}x{width // factor} of {height}x{width} pixels"
+        said = f"; an upper estimate from {height // factor}x{width // factor} of {height}x{width} pixels"
         return [_times(cost, factor**2, whole, said) for cost in measure(dataclasses.replace(info, event_shape=part.event_shape), part, group)]
     model, stages = prepare(info, data, group)
     costs: list[Cost] = []
@@ -124,7 +124,10 @@ def _parts_a_side(info: RunInfo, data: DataSplits) -> int:
     field = model.field if isinstance(model, FlowConfig) and not info.custom_field else None
     if data.kind != "image" or not isinstance(field, ConvConfig | UNetConfig) or torch.device(info.config.train.device).type != "cpu":
         return 1
-    while min(data.event_shape[1:]) > SIDE * factor and all(side % (SIDE // 2 * factor) == 0 for side in data.event_shape[1:]):
+    if min(data.event_shape[1:]) <= SIDE:
+        return 1
+    largest = SIDE // 2 if isinstance(info.config.solver.train_solver, AdaptiveConfig) else SIDE
+    while min(data.event_shape[1:]) > largest * factor and all(side % (largest // 2 * factor) == 0 for side in data.event_shape[1:]):
         factor *= 2
     return factor
 

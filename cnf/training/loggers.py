@@ -141,7 +141,7 @@ class ProgressBar(Callback):
         """Print a line for a validation."""
         if "validation" in row:
             self._shown = time.monotonic()
-            run.say(f"step {run.state.step:,}/{run.steps:,}: {self._validation(run, row)}", "validation", unit=run.objective.unit, **row)
+            run.report("validation", f"step {run.state.step:,}/{run.steps:,}: {self._validation(run, row)}", unit=run.objective.unit, **row)
 
     def on_step_end(self, run: Run) -> None:
         """Advance the bar by one step, or print a line after 30 seconds without one."""
@@ -152,7 +152,8 @@ class ProgressBar(Callback):
             self._shown = time.monotonic()
             left = self._seconds_left(run)
             parts = [*self._metrics(run), f"about {duration_text(left)} left"]
-            run.say(f"step {run.state.step:,}/{run.steps:,}: {', '.join(parts)}", "progress", step=run.state.step, steps=run.steps, seconds_left=left)
+            text = f"step {run.state.step:,}/{run.steps:,}: {', '.join(parts)}"
+            run.report("progress", text, step=run.state.step, steps=run.steps, seconds_left=left)
 
     def on_end(self, run: Run) -> None:
         """Close the bar."""

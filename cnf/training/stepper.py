@@ -116,10 +116,14 @@ class Stepper:
         """The step at which the current phase ends."""
         return self.steps - sum(phase.steps or 0 for phase in self.phases[self.state.phase + 1 :])
 
-    def say(self, line: str, event: str = "warning", **values: Any) -> None:
-        """Print a warning, or what another event of :func:`~cnf._utils.output.emit` reports."""
+    def say(self, line: str) -> None:
+        """Print a warning."""
+        self.report("warning", line)
+
+    def report(self, event: str, text: str, **values: Any) -> None:
+        """Print an event (see :func:`cnf._utils.output.emit`)."""
         if not self.quiet:
-            emit(event, line, **values)
+            emit(event, text, **values)
 
     def callback(self, kind: type[C]) -> C | None:
         """Return the callback of a class; None if there is none."""
@@ -227,7 +231,7 @@ class Stepper:
         self._init_optimizer()
         state.metrics.last = None  # no metrics of the earlier phase are shown from here on
         if self.phase.message:
-            self.say(f"step {state.step}: {self.phase.message}", "message")
+            self.report("message", f"step {state.step}: {self.phase.message}")
         for callback in self.callbacks:
             callback.on_phase(self)
 
