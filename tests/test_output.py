@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import sys
 
 import numpy as np
@@ -67,7 +68,7 @@ def test_quiet_prints_warnings_and_the_result_alone(tmp_path, table, capsys):
     run = tmp_path / "run"
     assert main(["train", "tabular", *TINY, "--data", str(table), "--out", str(run), "--quiet"]) == 0
     said = capsys.readouterr()
-    assert said.err == "" and "--quiet" not in json.loads((run / "result.json").read_text())["command"]
+    assert said.err == "" and json.loads((run / "result.json").read_text())["command"] == shlex.join(["cnf", "train", "tabular", *TINY, "--data", str(table), "--out", str(run)])
     first, *others = (line for line in said.out.splitlines() if not line.startswith("data: "))
     assert first.startswith("test: ") and "report in" not in said.out and "step" not in first
     assert "duplicate" in said.out and all(line.startswith("  ") for line in others)

@@ -97,8 +97,8 @@ def _joined(
     )  # fmt: skip
     if data.report and not command.evaluate:
         emit("message", "\n".join([f"columns of {data.name}:", *(f"  {line}" for line in data.report.splitlines())]))
-    for line in data.notices:
-        emit("data", f"data: {line}")
+    for notice in data.notices:
+        emit("data", f"data: {notice}")
     if not config.train.density and data.kind == "table":
         emit("data", "data: columns are not standardised: do so beforehand if their units differ")
     info = _describe(config, data)
