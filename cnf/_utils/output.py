@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 __all__ = ["emit", "emit_error", "finite", "output", "reports_progress", "take_output"]
 
 ESSENTIAL = ("data", "warning", "result", "error")  # what --quiet leaves
@@ -76,6 +74,8 @@ def emit(event: str, text: str, **values: Any) -> None:
         sys.stdout.write(f"{line}\n")  # in one piece: reports of progress come from another thread
         sys.stdout.flush()
     elif event in ABOVE_THE_BAR:
+        from tqdm import tqdm  # here, so that lists and help need not import it
+
         tqdm.write(text, file=sys.stderr)
     else:
         print(text, flush=True)
