@@ -1,5 +1,5 @@
 # docker build -t cnf .
-# docker run --rm -v "$PWD:/work" cnf train demo            # or any other command of cnf; runs/ is left in this folder
+# docker run --rm -v "$PWD:/work" --user "$(id -u):$(id -g)" cnf train demo    # or another command; runs/ is left in this folder
 # Small, without CUDA: --build-arg TORCH_INDEX=URL, the index of CPU builds that pytorch.org/get-started names
 # With a GPU: docker run --gpus all ...
 FROM python:3.12-slim
@@ -11,7 +11,8 @@ COPY setup.cfg pyproject.toml README.md LICENSE /src/
 COPY cnf /src/cnf
 RUN pip install --no-cache-dir '/src[all]' && rm -rf /src
 
-ENV OMP_WAIT_POLICY=PASSIVE
+# a home for the caches of any --user
+ENV OMP_WAIT_POLICY=PASSIVE HOME=/tmp
 WORKDIR /work
 ENTRYPOINT ["cnf"]
 CMD ["--help"]

@@ -221,6 +221,23 @@ def test_a_dry_run_does_not_measure_what_would_take_long(monkeypatch, capsys):
     assert "batch 20\n" in said and "at the peak (process; by arithmetic from 1 of 20 rows)" in said
 
 
+def test_a_dry_run_measures_a_part_of_large_images(monkeypatch, tmp_path, capsys):
+    """Of a grid's steps the cost is proportional to the pixels, up to what does not depend on them."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 3, 16, 16), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    words = ["exact-digits", *TINY, "--data", str(tmp_path / "images.npy"), "--json", "--dry-run"]
+    found = []
+    for side in (16, 4):
+        monkeypatch.setattr("cnf.training.cost.SIDE", side)
+        assert train_main(words) == 0
+        (result,) = (each for each in map(json.loads, capsys.readouterr().out.splitlines()) if each["event"] == "result")
+        found.append(result["phases"][0])
+    whole, part = found
+    assert part["parameters"] == whole["parameters"] and part["batch"] == whole["batch"] == 20
+    assert "4x4 of 16x16 pixels" in part["where"] and "pixels" not in whole["where"]
+    assert 0.8 * whole["kept"] < part["kept"] < 1.5 * whole["kept"]
+
+
 def test_a_dry_run_of_both_objectives_measures_both(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("cnf.training.cost.CostMeter.enough_seconds", 0.0)
     monkeypatch.chdir(tmp_path)
@@ -338,6 +355,8 @@ WRONG = {
     "--schedule linear": r"linear.*cosine",
     "dgits": r"preset 'dgits' is unknown: did you mean 'digits'",
     "checkerboard": r"'checkerboard' is data, not a preset: write --data checkerboard",
+    "people.csv": r"'people.csv' is neither a preset nor a file: there is none at /",
+    "--data fm-digits": r"'fm-digits' is a preset, not data: write cnf train fm-digits",
     "checkerbord": r"preset 'checkerbord' is unknown: did you mean --data checkerboard",
     "--steps 5 dgits": r"preset 'dgits' is unknown: did you mean 'digits'",
     "digits tabular": r"tabular",
@@ -669,4 +688,4 @@ def test_bf16_says_where_it_is_no_faster(tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         assert train_main(["digits", *TINY, "--precision", "bf16", "--out", str(tmp_path / str(fast))]) == 0
-        assert ("bf16 is no faster here" in capsys.readouterr().out) == (not fast)
+        assert ("bf16 is no faster here" in capsys.readouterr().err) == (not fast)

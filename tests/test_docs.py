@@ -130,7 +130,7 @@ def test_who_may_import_what(name):
     if not name.startswith("cnf.compat"):
         assert not [m for m in found if m.startswith("cnf.compat")], f"{name} imports compat"
     heavy = {m.split(".")[0] for m in found} & {"matplotlib", "torchvision", "tqdm", "tensorboard"}
-    if not name.startswith(("cnf.plotting", "cnf.data", "cnf.training")):
+    if not name.startswith(("cnf.plotting", "cnf.data", "cnf.training", "cnf._utils.output")):
         assert not heavy, f"{name} imports {heavy}"
     mathematics = ("cnf.random", "cnf.ode.divergence", "cnf.ode.quadratures", "cnf.solvers", "cnf.fields")
     if name.startswith(mathematics):
@@ -187,7 +187,9 @@ def test_the_first_page_is_short_and_its_badges_are_true():
     torch_from = re.search(r"torch>=([\d.]+)", settings["options"]["install_requires"])[1]
     assert f"python-{oldest}_to_" in text and f"torch-{torch_from}_or_newer" in text and f"licence-{settings['metadata']['license']}" in text
     version = settings["metadata"]["version"]
-    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8") and cnf.__version__ == version
+    dated = re.search(r"^## \[([\d.]+)\] - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert dated[1] == version == cnf.__version__
+    assert f"version: {version}\ndate-released: {dated[2]}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_links_of_the_first_page_lead_somewhere():

@@ -82,6 +82,7 @@ def test_tables_that_stand_in_for_imports_agree():
     ("words", "said"),
     [
         ("trian", "did you mean 'train'"),
+        ("fm-digits", "did you mean cnf train fm-digits?"),
         ("bogus", "expected one of train, evaluate"),
         ("train --evaluate runs/x", "use cnf evaluate RUN"),
         ("train --list", "use cnf list"),
@@ -204,7 +205,7 @@ def test_sweep_goes_on_after_a_failure_and_repeats_nothing(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr("cnf.cli.program.train_main", failing)
         assert main(words) == 1
-    assert "1 of 4 runs failed" in capsys.readouterr().out
+    assert "1 of 4 runs failed" in capsys.readouterr().err
     before = {p: p.stat().st_mtime_ns for p in out.rglob("result.json")}
     assert len(before) == 3
     assert main(words) == 0

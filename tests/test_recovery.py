@@ -44,6 +44,7 @@ from cnf.runs import (
 from cnf.solvers import Adaptive, FixedGrid, counted
 from cnf.training import Interrupted, NonFinitePolicy, Trainer
 from cnf.training.memory import is_oom
+from cnf.training.metrics import StepResult
 from cnf.training.step import gradient, pieces
 from cnf.transforms import Sequential
 
@@ -656,13 +657,17 @@ def test_other_errors_are_not_taken_for_memory(tmp_path, monkeypatch):
         trainer(tmp_path / "run").update()
 
 
-@pytest.mark.parametrize(("losses", "said"), [([3.0, 2.0, 2.2], ""), ([3.0, 2.0, 40.0], "grown from 2 to 40: try a smaller learning rate"), ([9.0], ""), ([], "")])
+@pytest.mark.parametrize(("losses", "said"), [([3.0, 2.0, 2.2], ""), ([3.0, 2.0, 40.0], "grown from 2 to 40: the learning rate is the likely cause, try a smaller one"), ([9.0], ""), ([], "")])
 def test_a_failure_after_a_growing_loss_names_the_learning_rate(losses, said):
     lines = []
-    run = SimpleNamespace(
-        history=[{"step": i, "loss": loss} for i, loss in enumerate(losses)], state=SimpleNamespace(skipped=0, step=9), say=lines.append,
-        explain=lambda result: "the solve diverged",
-    )  # fmt: skip
-    watcher = NonFinitePolicy()
-    assert watcher.on_metrics(run, SimpleNamespace(taken=False, step=9, values={})) is False
-    assert len(lines) == 1 and "the solve diverged" in lines[0] and (said in lines[0] if said else lines[0].endswith("diverged"))
+    run = SimpleNamespace(history=[{"step": 0, "loss": x} for x in losses[:1]], state=SimpleNamespace(skipped=0), say=lines.append, explain=lambda result: "the solve diverged")
+    watcher = NonFinitePolicy(max_skips=2, max_rollbacks=0)
+    watcher._run = run
+    watcher.on_start(run)  # resumed: it knows what was logged
+    for step, loss in enumerate(losses[1:], 1):
+        watcher.on_metrics(run, StepResult(step, {"loss": loss, "nfe": 8, "nfe_backward": 0}))
+    assert watcher.on_metrics(run, StepResult(9, {}, "the solve diverged")) is False
+    with pytest.raises(TrainingError) as caught:
+        watcher.on_metrics(run, StepResult(10, {}, "the solve diverged"))
+    for line in (lines[0], str(caught.value).partition(", though")[0]):
+        assert "the solve diverged" in line and (said in line if said else "grown" not in line)

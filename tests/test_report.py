@@ -2,6 +2,9 @@
 
 import base64
 import json
+import os
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -133,3 +136,55 @@ def test_doubts_are_named(result, words):
     (line,) = warnings(result)
     assert words in line
     assert warnings({"unit": "nats", "solver_error": 1e-6, "standard_error": 0.1, "items": 5, "items_of": 5, "skipped": 0}) == []
+
+
+# -- in a browser ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photograph(tmp_path_factory):
+    """A function that opens a page in headless Chromium and returns its pixels (height, width, 3)."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    browser = next(filter(None, map(shutil.which, (os.environ.get("CHROMIUM", ""), *names))), None)
+    if browser is None:
+        pytest.skip("no Chromium here: install one, or name it by the environment variable CHROMIUM")
+
+    def take(page, *, dark=False, width=1100, height=1600):
+        place = tmp_path_factory.mktemp("chromium")
+        shot = place / "page.png"
+        words = [
+            browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={place / 'profile'}",
+            f"--blink-settings=preferredColorScheme={int(not dark)}", f"--window-size={width},{height}", f"--screenshot={shot}", page.as_uri(),
+        ]  # fmt: skip
+        subprocess.run(words, capture_output=True, timeout=120, check=True)
+        return np.asarray(Image.open(shot).convert("RGB")).astype(int)
+
+    return take
+
+
+def coloured(pixels, colour):
+    """Rows and columns (first, last) of the pixels of one colour."""
+    rows, columns = np.nonzero(np.abs(pixels - np.array(colour)).max(2) <= 2)
+    return (rows.min(), rows.max()), (columns.min(), columns.max())
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_report_light_and_dark(tmp_path, photograph):
+    (tmp_path / "plots").mkdir()
+    for name, size, colour in (("density", (300, 200), (250, 10, 200)), ("vector_field", (3000, 600), (10, 200, 250))):
+        Image.new("RGB", size, colour).save(tmp_path / "plots" / f"{name}.png")
+    page = write_report(tmp_path, "test: 2.25 nats", warnings=["x" * 3000], details="y" * 3000)  # broken into lines
+    for dark in (False, True):
+        pixels = photograph(page, dark=dark)
+        ground = pixels[:5].reshape(-1, 3)
+        assert (ground.max() < 50) if dark else (ground.min() == 255)  # the reader's own choice of colours
+        text = np.abs(pixels[20:150] - ground[0]).max()
+        assert text > 180  # legible
+        (top, bottom), (left, right) = coloured(pixels, (250, 10, 200))
+        assert abs(bottom - top - 199) <= 2 and abs(right - left - 299) <= 2  # from inside the page, unscaled
+        assert (pixels[top - 5, left : right + 1] == 255).all()  # on white, whatever the page
+        _, (left, right) = coloured(pixels, (10, 200, 250))
+        assert 0.85 * 1100 < right - left < 1100 and abs(left - (1099 - right)) <= 2  # in the middle, within the window
+        assert (pixels[:, -8:] == ground[0]).all()  # nothing sticks out
+    narrow = photograph(page, width=500, height=1200)
+    assert (narrow[:, -3:] == narrow[0, 0]).all()

@@ -11,6 +11,8 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TypeVar
 
+from cnf._utils.output import emit, reports_progress
+
 __all__ = ["LINE_SECONDS", "Progress", "duration_text", "progress"]
 
 T = TypeVar("T")
@@ -36,7 +38,8 @@ class Progress:
     """
 
     def __init__(self, what: str, unit: str, *, quiet: bool = False):
-        self.what, self.unit, self.quiet, self.done, self.total = what, unit, quiet, 0, 0
+        self.what, self.unit, self.done, self.total = what, unit, 0, 0
+        self.quiet = quiet or not reports_progress()
         self._ended = threading.Event()
         self._reporter = threading.Thread(target=self._report, daemon=True)
 
@@ -62,13 +65,15 @@ class Progress:
         return f"{self.what}: {self.done:,} of {self.total:,} {self.unit} in {duration_text(spent)}{left}"
 
     def _report(self) -> None:
-        terminal, shown = sys.stderr.isatty(), False
+        terminal, shown = sys.stderr.isatty() and reports_progress(bar=True), False
         with suppress(OSError, ValueError):  # stderr is closed
             while not self._ended.wait(TERMINAL_SECONDS if terminal else LINE_SECONDS):
                 shown = terminal
-                text = self.text()[: shutil.get_terminal_size().columns - 1] if terminal else self.text()
-                sys.stderr.write(f"\r{text}\x1b[K" if terminal else f"{text}\n")
-                sys.stderr.flush()
+                if terminal:
+                    sys.stderr.write(f"\r{self.text()[: shutil.get_terminal_size().columns - 1]}\x1b[K")
+                    sys.stderr.flush()
+                else:
+                    emit("progress", self.text(), what=self.what, done=self.done, total=self.total)
             if shown:
                 sys.stderr.write("\r\x1b[K")
                 sys.stderr.flush()

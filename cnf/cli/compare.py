@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cnf._utils.errors import ConfigError
+from cnf._utils.output import emit
+from cnf.cli.help import OUTPUT
 from cnf.cli.tables import FORMATS, format_of, render
 from cnf.config.results import COMPARABLE, read_metrics, read_result
 
@@ -22,7 +24,7 @@ EXAMPLES = """examples:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="cnf compare", description="Tabulate the results of runs and draw their validation curves.\n\n" + EXAMPLES,
+        prog="cnf compare", description="Tabulate the results of runs and draw their validation curves.\n\n" + EXAMPLES, epilog=OUTPUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
@@ -52,14 +54,15 @@ def compare(words: Sequence[str]) -> int:
     if out is not None:
         written = options.format or format_of(out.suffix)
         form = "text"
-    print(render(rows, form))
+    lines = [render(rows, form)]
     for name in COMPARABLE:
         values = [str(result.get(name)) for result in results]
         if len(set(values)) > 1:
-            print(f"not comparable as they stand: {name} is {', '.join(dict.fromkeys(values))}")
+            lines.append(f"not comparable as they stand: {name} is {', '.join(dict.fromkeys(values))}")
+    emit("result", "\n".join(lines), runs=dict(zip(names, results, strict=True)))
     if out is not None:
         _write(out, render(rows, written) + "\n")
-        print(f"written to {out}")
+        emit("message", f"written to {out}")
     plot = options.plot or (out.with_suffix(".png") if out is not None else None)
     if plot is not None:
         _draw(plot, names, paths, results)
@@ -119,11 +122,11 @@ def _draw(path: Path, names: list[str], results: list[Path], found: list[dict[st
         if rows:
             curves[name] = rows
     if not curves:
-        print("no curves: no run has a metrics.jsonl with validations")
+        emit("message", "no curves: no run has a metrics.jsonl with validations")
         return
     from cnf import plotting
 
     path.parent.mkdir(parents=True, exist_ok=True)
     units = dict.fromkeys(result["unit"] for result in found)
     plotting.validation_curves(curves, path, unit=", ".join(units))
-    print(f"curves in {path}")
+    emit("message", f"curves in {path}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cnf._utils.errors import ConfigError, DataError
+from cnf._utils.output import emit
 from cnf._utils.progress import Progress
 from cnf.cli.common import read_run
 from cnf.cli.options import Command
@@ -111,7 +112,7 @@ def evaluate_run(command: Command, info: RunInfo, data: DataSplits, group: Group
             items=config.train.test_items, check=command.check, group=group,
         )  # fmt: skip
         if group.main:
-            add_columns(result, flow, data, command.split, print)
+            add_columns(result, flow, data, command.split, partial(emit, "warning"))
         write = partial(write_scores, found=found)
     if not group.main:
         return 0
@@ -119,11 +120,11 @@ def evaluate_run(command: Command, info: RunInfo, data: DataSplits, group: Group
     kept = _keep(outputs(folder), result)  # before printing, which fails if the output pipe is closed
     if command.per_item is not None:
         write(command.per_item)
-    print(summary(result), flush=True)
-    print(f"written to {kept}")
+    emit("result", summary(result), file=kept, **result)
+    emit("message", f"written to {kept}")
     if command.per_item is not None:
         what = "likelihood" if config.train.density else "prediction"
-        print(f"the {what} of each item is in {command.per_item}")
+        emit("message", f"the {what} of each item is in {command.per_item}")
     return 0
 
 
@@ -203,7 +204,7 @@ def score_items(command: Command, info: RunInfo, group: Group = SINGLE_PROCESS) 
         missing=config.data.missing,
     )  # fmt: skip
     for line in (*items.notices, *_preparations(folder, info)):
-        print(f"data: {line}")
+        emit("data", f"data: {line}")
     context = _context(folder, info, items)
     reference = _reference(command, info)
     _require_writable(command, folder)
@@ -217,13 +218,14 @@ def score_items(command: Command, info: RunInfo, group: Group = SINGLE_PROCESS) 
         return 0
     if command.per_item is not None:
         write_scores(command.per_item, ranking.evaluation, names=items.names)
-    print(ranking.text())
+    lines, unit = [ranking.text()], ranking.evaluation.unit
     if ranking.evaluation.note is not None:
-        print(f"(not a bound: {ranking.evaluation.note})")
+        lines.append(f"(not a bound: {ranking.evaluation.note})")
     if reference is not None:
-        print(f"(the reference is the run's own test: {len(reference):,} items)")
+        lines.append(f"(the reference is the run's own test: {len(reference):,} items)")
+    emit("result", "\n".join(lines), unit=unit, items=ranking.rows())
     if command.per_item is not None:
-        print(f"the likelihood of each item is in {command.per_item}")
+        emit("message", f"the likelihood of each item is in {command.per_item}")
     return 0
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from cnf._utils.errors import CNFError, ConfigError, DataError, Interrupted
+from cnf._utils.output import emit_error
 
 __all__ = ["guard", "speaks"]
 
@@ -77,12 +78,16 @@ def _outcome(run: Callable[[], int], room: str) -> int:
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except SystemExit as stop:  # from the parsers: help, or wrong usage, already explained
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if code:
+            emit_error("wrong usage", code)
+        return code
 
 
 def _say(line: str, code: int) -> int:
     if speaks():  # other ranks report what rank 0 does not know when leaving the group
         print(line, file=sys.stderr)
+        emit_error(line, code)
     return code
 
 

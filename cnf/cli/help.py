@@ -9,7 +9,9 @@ from cnf.cli.spelling import option
 from cnf.config import PRESETS, RunConfig
 from cnf.config.tagged import schema, values
 
-__all__ = ["COMMANDS", "overview", "short_help"]
+__all__ = ["COMMANDS", "OUTPUT", "overview", "short_help"]
+
+OUTPUT = "--quiet prints warnings and the result only, --json one JSON object a line; both are for every command"
 
 COMMANDS = {
     "train": "train a density or a predictor, test it, and leave a run folder",
@@ -115,7 +117,7 @@ def overview() -> str:
     """Return the help of the program itself."""
     lines = ["usage: cnf COMMAND [--options]", "", "Continuous normalizing flows: train, evaluate, sample.", "", "commands:"]
     lines += columns((f"  {name}", what) for name, what in COMMANDS.items())
-    return "\n".join([*lines, "", "examples:", *_examples("train"), "", "cnf COMMAND --help shows a command's options; cnf --version"])
+    return "\n".join([*lines, "", "examples:", *_examples("train"), "", OUTPUT, "cnf COMMAND --help shows a command's options; cnf --version"])
 
 
 def short_help(program: str, words: Sequence[str] = ()) -> str:
@@ -133,8 +135,9 @@ def short_help(program: str, words: Sequence[str] = ()) -> str:
     else:
         rows = OPTIONS[command] + (MORE.get(command, ()) if everything else ())
         lines += ["", "options:", *columns((f"  {o}", w, d) for o, w, d in rows)]
+    lines += ["", OUTPUT]
     if command != "list":
-        lines += ["", ("" if everything else "--help-all shows every option; ") + "exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted but saved"]
+        lines += [("" if everything else "--help-all shows every option; ") + "exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted but saved"]
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from cnf._utils.output import emit
 from cnf.config import PRESETS, PUBLISHED, Preset
 from cnf.config.presets.counts import PARAMETERS
 
@@ -39,10 +40,13 @@ def list_presets() -> int:
     """Print the presets by task, and return 0."""
     groups: dict[str, list[tuple[str, ...]]] = {}
     for name, e in PRESETS.items():
-        groups.setdefault(_task(e), []).append((name, e.config.data.data, f"{PARAMETERS[name]:,}", e.summary, e.cost))
+        groups.setdefault(_task(e), []).append((f"  {name}", e.config.data.data, f"{PARAMETERS[name]:,}", e.summary, e.cost))
+    lines = []
     for task, rows in groups.items():
-        print("\n".join([task, *columns([("  preset", "data", "parameters", "", "cost"), *(("  " + r[0], *r[1:]) for r in rows)], (2,)), ""]))
-    print("cnf train PRESET --help shows a preset's options, cnf list --published the parameters of the published models")
+        lines += [task, *columns([("  preset", "data", "parameters", "", "cost"), *rows], (2,)), ""]
+    lines.append("cnf train PRESET --help shows a preset's options, cnf list --published the parameters of the published models")
+    presets = {name: {"task": _task(e), "data": e.config.data.data, "parameters": PARAMETERS[name], "summary": e.summary} for name, e in PRESETS.items()}
+    emit("result", "\n".join(lines), presets=presets)
     return 0
 
 
@@ -51,6 +55,7 @@ def list_published() -> int:
     rows = [("published model", "parameters", "here", "why")]
     for m in PUBLISHED:
         rows.append((m.name, f"{m.parameters:,}", "" if m.count == m.parameters else f"{m.count:,}", m.reason))
-    print("parameters of the published image models, as stated in the papers or built by the released code:\n")
-    print("\n".join(columns(rows, right=(1, 2))))
+    head = "parameters of the published image models, as stated in the papers or built by the released code:\n"
+    models = {m.name: {"parameters": m.parameters, "here": m.count, "why": m.reason} for m in PUBLISHED}
+    emit("result", "\n".join([head, *columns(rows, right=(1, 2))]), models=models)
     return 0

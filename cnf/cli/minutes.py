@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from cnf._utils.errors import ConfigError
+from cnf._utils.output import emit
 from cnf.bases import ConditionalMixture, GaussianMixture
 from cnf.cli.spelling import option
 from cnf.config import FlowConfig, RunConfig
@@ -70,12 +71,13 @@ def search(info: RunInfo, data: DataSplits, folder: Path, group: Group, line: st
         checkpointer.save()
         about = {"start": found.start, "parts": found.parts, "gains": found.gains, "search_seconds": found.seconds, "command": line}
         result = finish(trainer, info, data, folder, about)
-    print(f"validation, nats per row, and the gain over the part before ({found.start}):")
+    lines = [f"validation, nats per row, and the gain over the part before ({found.start}):"]
     for name, value in found.parts.items():
         gain = "{:+.4f} ± {:.4f}".format(*found.gains[name]) if name in found.gains else ""
-        print(f"  {name:16}{value:12.4f}  {gain}".rstrip())
-    print(summary(result))
-    print(f"report in {folder / REPORT}, pictures in {folder / 'samples'} and {folder / 'plots'}; cnf sample {folder} draws more, cnf rank {folder} FILE ranks rows")
+        lines.append(f"  {name:16}{value:12.4f}  {gain}".rstrip())
+    emit("message", "\n".join(lines))
+    emit("result", summary(result), folder=folder, **result)
+    emit("message", f"report in {folder / REPORT}, pictures in {folder / 'samples'} and {folder / 'plots'}; cnf sample {folder} draws more, cnf rank {folder} FILE ranks rows")
     return 0
 
 
@@ -87,7 +89,7 @@ def _find(info: RunInfo, data: DataSplits, minutes: float, hidden: Sequence[int]
     train = info.config.train
     options: dict[str, Any] = {
         "minutes": minutes, "seed": train.seed, "cells": info.cells, "names": data.columns or None, "hidden": hidden, "device": train.device,
-        "on_progress": partial(print, flush=True),
+        "on_progress": partial(emit, "message"),
     }  # fmt: skip
     if data.train_context is not None:
         return fit_conditional([data], **options)

@@ -54,8 +54,8 @@ class Command:
     """Train a density (a continuous normalizing flow, which sample.py draws from) or a neural ODE that predicts (presets node-...,
     anode-...) on data, test it, and leave a run folder.
 
-    PRESET sets the defaults shown here; cnf list shows the presets. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted
-    but saved.
+    PRESET sets the defaults shown here; cnf list shows the presets. --quiet prints warnings and the result only, --json one JSON
+    object a line. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted but saved.
     """
 
     config: tyro.conf.OmitArgPrefixes[RunConfig]
@@ -174,7 +174,9 @@ def parse(
         _refuse_data(name)
         entry = preset(name or fallback)
         start, otherwise = entry.config, entry.otherwise
-        if "data" not in typed:
+        if "data" in typed:
+            _refuse_preset(named["data"])
+        else:
             facts["events"] = "vectors" if entry.levels is None else "images"
     unsure = not settled and name is None and info is None
     try:
@@ -192,6 +194,15 @@ def parse(
     return command, frozenset(named), info
 
 
+def _refuse_preset(data: str) -> None:
+    """Refuse a preset in the place of data."""
+    if data in PRESETS and not Path(data).exists():
+        from cnf.data import names as data_names
+
+        if data not in data_names():
+            raise ConfigError(f"--data {data}: {data!r} is a preset, not data: write cnf train {data}")
+
+
 def _refuse_data(name: str | None) -> None:
     """Refuse data in the place of a preset, and a name that is closer to a data set than to a preset."""
     if name is None or name in PRESETS:
@@ -200,6 +211,8 @@ def _refuse_data(name: str | None) -> None:
 
     if name in data_names() or Path(name).exists():
         raise ConfigError(f"{name!r} is data, not a preset: write --data {name}")
+    if Path(name).suffix or len(Path(name).parts) > 1:
+        raise ConfigError(f"{name!r} is neither a preset nor a file: there is none at {Path(name).resolve()}; write --data FILE for data")
     near = get_close_matches(name, [*PRESETS, *data_names()], 1)
     if near and near[0] not in PRESETS:
         raise ConfigError(f"preset {name!r} is unknown: did you mean --data {near[0]}? (cnf list shows the presets)")

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from cnf._utils.errors import ConfigError
+from cnf._utils.output import output, take_output
 from cnf._utils.version import __version__
 from cnf.cli.custom_field import take_field
 from cnf.cli.exits import guard
 from cnf.cli.help import COMMANDS, overview, short_help
 from cnf.cli.listing import list_presets, list_published
+from cnf.config import PRESETS
 
 __all__ = ["classify_main", "main", "sample_main", "train_main"]
 
@@ -25,8 +27,9 @@ Words = list[str]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program cnf and return the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    return guard(lambda: _main(words), room=_room(words, f"cnf {words[0] if words else ''}"))
+    words, options = take_output(sys.argv[1:] if arguments is None else arguments)
+    with output(**options):
+        return guard(lambda: _main(words), room=_room(words, f"cnf {words[0] if words else ''}"))
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
@@ -45,10 +48,9 @@ def sample_main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _script(arguments: Sequence[str] | None, program: str, run: Callable[[Words], int]) -> int:
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words == ["--version"]:
-        return guard(lambda: _version(program))
-    return guard(lambda: run(words), room=_room(words, program))
+    words, options = take_output(sys.argv[1:] if arguments is None else arguments)
+    with output(**options):
+        return guard(lambda: _version(program) if words == ["--version"] else run(words), room=_room(words, program))
 
 
 def _room(words: Words, program: str) -> str:
@@ -72,6 +74,7 @@ def _main(words: Words) -> int:
 
         near = get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(COMMANDS)}"
+        hint = f"did you mean cnf train {name}?" if name in PRESETS else hint
         raise ConfigError(f"cnf {name}: there is no such command; {hint}")
     if "--version" in rest:
         return _version("cnf")

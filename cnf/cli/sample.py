@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cnf._utils.errors import ConfigError, DataError
+from cnf._utils.output import emit
 from cnf.cli.common import load_splits, read_run, usable_device
 from cnf.cli.sample_options import FRAMES, IMAGES, VECTORS
 from cnf.cli.sample_solver import SamplePlan, sample_plan
@@ -110,7 +111,7 @@ def _joined(options: Any, info: RunInfo, group: Group) -> int:
     drawn = f", drawn by {plan.description}" if plan.description else ""
     if drawn and plan.solver is not None and out.suffix == ".npz":
         drawn += f"; log_prob{' and trajectory' if options.trajectory else ''} by {plan.own}"
-    print(f"{n:,} samples of {os.path.normpath(options.run)} in {out}{drawn}")
+    emit("result", f"{n:,} samples of {os.path.normpath(options.run)} in {out}{drawn}", samples=n, file=out)
     return 0
 
 
@@ -120,11 +121,11 @@ def _explain(info: RunInfo, out: Path) -> None:
     rounded = [c.name for c in data_columns(info.table) if not c.step and c.type == "int"]
     extra = "; log_prob is the density of the value before" if out.suffix == ".npz" else ""
     if lattice:
-        print(f"{', '.join(lattice)}: discrete in the data, and written in their steps (the floor of the dequantised value){extra}")
+        emit("message", f"{', '.join(lattice)}: discrete in the data, and written in their steps (the floor of the dequantised value){extra}")
     if rounded:
-        print(f"{', '.join(rounded)}: whole numbers in the data, and rounded to them{extra}")
+        emit("message", f"{', '.join(rounded)}: whole numbers in the data, and rounded to them{extra}")
     if out.suffix == ".npz" and (dates := [c.name for c in data_columns(info.table) if c.kind == "date"]):
-        print(f"{', '.join(dates)}: days since 1970-01-01 (.csv and .parquet have dates)")
+        emit("message", f"{', '.join(dates)}: days since 1970-01-01 (.csv and .parquet have dates)")
 
 
 def _context(info: RunInfo, options: Any, n: int, like: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
@@ -137,7 +138,7 @@ def _context(info: RunInfo, options: Any, n: int, like: Tensor) -> tuple[Tensor 
             raise ConfigError(f"this run is p(others | {', '.join(c.name for c in columns)}): give {'them' if len(columns) > 1 else 'it'} by --given {wanted(info.table)}")
         numbers, values, said = given_values(parse_given(options.given, info.table), info.table)
         for line in said:
-            print(line)
+            emit("message", line)
         row = torch.from_numpy(encode(info.table, numbers)).to(like)
         return row.expand(n, -1), values
     if columns and not info.classes:
@@ -213,10 +214,10 @@ def _picture(x: Tensor, info: RunInfo, options: Any, out: Path) -> None:
         found = load_splits(info.config, run=info, download=False)
         data = found.test
         if options.given is not None:
-            print("samples only: the context differs between rows of the data")
+            emit("message", "samples only: the context differs between rows of the data")
             data = None
         elif label is not None and found.test_context is not None:
             data = data[found.test_context.argmax(1) == info.classes.index(label)]
     except (DataError, ConfigError) as error:
-        print(f"samples only, since the data are not available: {error}")
+        emit("message", f"samples only, since the data are not available: {error}")
     plotting.samples_beside_data(x, data, out, columns=info.columns)

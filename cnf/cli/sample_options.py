@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cnf._utils.errors import ConfigError
+from cnf.cli.help import OUTPUT
 
 __all__ = ["ENDINGS", "FRAMES", "IMAGES", "METHODS", "MULTISTEP", "VECTORS", "check", "parser"]
 
@@ -32,6 +33,7 @@ def parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program,
         description=f"Draw samples from a trained run.\n\nexamples:\n{examples}",
+        epilog=OUTPUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cnf._utils.errors import ConfigError
+from cnf._utils.output import emit
 from cnf.cli.sample_options import MULTISTEP
 from cnf.fields import Denoiser, Interpolant
 from cnf.flow import Flow
@@ -82,7 +83,7 @@ def _precision(options: Any, flow: Flow, solver: Solver | None) -> torch.dtype |
     if flow.like.dtype != torch.float32:
         raise ConfigError(f"--precision bf16 is for float32 weights, and this run's are {str(flow.like.dtype).removeprefix('torch.')}: leave it out")
     if slow_bf16(options.device):
-        print("precision: this CPU has neither AMX nor avx512_bf16, so that bf16 is no faster here than fp32")
+        emit("warning", "precision: this CPU has neither AMX nor avx512_bf16, so that bf16 is no faster here than fp32")
     return torch.bfloat16
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cnf._utils.errors import CNFError, ConfigError, DataError
+from cnf._utils.output import emit
 from cnf.cli.changes import check, refuse_changes
 from cnf.cli.options import parse, renamed
 from cnf.cli.spelling import option
@@ -38,20 +39,21 @@ def sweep(words: Sequence[str]) -> int:
     rows: list[dict[str, Any]] = []
     for number, chosen in enumerate(runs, 1):
         out = folder / _name(chosen)
-        print(f"run {number} of {len(runs)}: {', '.join(f'{k}={v}' for k, v in chosen.items())}", flush=True)
+        emit("message", f"run {number} of {len(runs)}: {', '.join(f'{k}={v}' for k, v in chosen.items())}", settings=chosen)
         code = _train(chosen, rest, out)
         if code in INTERRUPTED:
-            print(f"the sweep stops here; the same command continues it in {folder}")
+            emit("message", f"the sweep stops here; the same command continues it in {folder}")
             return code
         rows.append(_row(chosen, out, code))
         _write(folder / "sweep.csv", rows)
     from cnf.cli.tables import render
 
-    print(render([{k: _text(v) for k, v in row.items() if k not in ("unit", "error")} for row in rows], "text"))
-    print(f"written to {folder / 'sweep.csv'}")
+    table = render([{k: _text(v) for k, v in row.items() if k not in ("unit", "error")} for row in rows], "text")
+    emit("result", table, runs=rows)
+    emit("message", f"written to {folder / 'sweep.csv'}")
     failed = sum(row["status"] != "finished" for row in rows)
     if failed:
-        print(f"{failed} of {len(rows)} runs failed; the same command tries them again")
+        emit("warning", f"{failed} of {len(rows)} runs failed; the same command tries them again")
     return int(failed > 0)
 
 
@@ -125,10 +127,10 @@ def _train(chosen: dict[str, str], rest: list[str], out: Path) -> int:
             assert old is not None
             refuse_changes(old.config, command.config, command)
             if _finished(out, command.config):
-                print(f"{out} has finished already")
+                emit("message", f"{out} has finished already")
                 return 0
         except CNFError as error:
-            print(f"{out}: {error}")
+            emit("warning", f"{out}: {error}")
             return 1
     return train_main(words)
 

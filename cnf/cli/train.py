@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from cnf._utils.errors import ConfigError, DataError, Interrupted
+from cnf._utils.output import emit
 from cnf._utils.progress import duration_text
 from cnf.cli.changes import check, refuse_changes
 from cnf.cli.common import load_splits, usable_device
@@ -53,7 +54,7 @@ def train(words: list[str], fallback: str, program: str, parsed: Parsed) -> int:
     command, given, old = parsed
     if old is None and command.preset is None and (name := suited(fallback, command.config.data.data)):
         command, given, _ = parse(words, name, program)
-        print(f"preset {name}, which is for {command.config.data.data} (name one to choose another)")
+        emit("message", f"preset {name}, which is for {command.config.data.data} (name one to choose another)")
         fallback = name
     config = command.config
     check(config, trains=command.evaluate is None)
@@ -88,19 +89,18 @@ def _joined(
         config = command.config
         check(config)
         if name:
-            print(f"preset {name}, since {data.name} is {_described(data)} (name one to choose another)")
+            emit("message", f"preset {name}, since {data.name} is {_described(data)} (name one to choose another)")
     folder = command.evaluate or out or group.on_rank0(lambda: _free_folder(config))
     refuse_meaningless(
         config, given, events="vectors" if data.levels is None else "images", kind=data.kind, split=_split(config, data),
         noisy=_noisy(command, data.levels),
     )  # fmt: skip
     if data.report and not command.evaluate:
-        print(f"columns of {data.name}:")
-        print("\n".join(f"  {line}" for line in data.report.splitlines()))
-    for line in data.notices:
-        print(f"data: {line}")
+        emit("message", "\n".join([f"columns of {data.name}:", *(f"  {line}" for line in data.report.splitlines())]))
+    for notice in data.notices:
+        emit("data", f"data: {notice}")
     if not config.train.density and data.kind == "table":
-        print("data: columns are not standardised: do so beforehand if their units differ")
+        emit("data", "data: columns are not standardised: do so beforehand if their units differ")
     info = _describe(config, data)
     if old is not None and info.custom_field and not old.custom_field:
         raise ConfigError(f"{folder} was trained with a built-in field: leave --field out")
@@ -116,7 +116,7 @@ def _joined(
         refuse_chosen(config, given | {"field"} if registered() else given)
     if command.dry_run:
         if searched:
-            print(f"the search and the training take {config.train.minutes:g} minutes (--minutes); steps and start are chosen by it")
+            emit("result", f"the search and the training take {config.train.minutes:g} minutes (--minutes); steps and start are chosen by it")
             return 0
         return _dry_run(info, data, group)
     if searched:
@@ -150,7 +150,7 @@ def _describe(config: RunConfig, data: DataSplits) -> RunInfo:
 
 def _train(command: Command, info: RunInfo, data: DataSplits, folder: Path, group: Group, line: str) -> int:
     if info.config.solver.precision == "bf16" and slow_bf16(info.config.train.device):
-        print("precision: this CPU has neither AMX nor avx512_bf16, so that bf16 is no faster here than fp32")
+        emit("warning", "precision: this CPU has neither AMX nor avx512_bf16, so that bf16 is no faster here than fp32")
     with run_lock(folder, group) if command.resume else nullcontext():
         trainer = from_settings(info, data, folder, resume=command.resume, group=group)
         step = trainer.state.step
@@ -158,9 +158,9 @@ def _train(command: Command, info: RunInfo, data: DataSplits, folder: Path, grou
             done = trainer.stop_reason()
             # a result of fewer steps belongs to a shorter run that was continued since
             if done and group.on_rank0(lambda: read_json(folder / "result.json").get("steps") == step):
-                print(f"{folder} has finished already ({done}, step {step:,}): more --steps train on, --evaluate scores it again")
+                emit("result", f"{folder} has finished already ({done}, step {step:,}): more --steps train on, --evaluate scores it again")
                 return 0
-            print(f"{folder}: from step {step:,} on" if has_trainer(folder) else f"{folder}: no checkpoint yet, from the beginning")
+            emit("message", f"{folder}: from step {step:,} on" if has_trainer(folder) else f"{folder}: no checkpoint yet, from the beginning")
         group.on_rank0(lambda: _make(folder))
         with run_lock(folder, group):
             group.on_rank0(lambda: _begin(folder, info, command.resume))
@@ -169,7 +169,9 @@ def _train(command: Command, info: RunInfo, data: DataSplits, folder: Path, grou
 
 def _run(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path, line: str) -> int:
     count = sum(p.numel() for p in trainer.model.parameters())
-    print(f"{folder}: {count:,} parameters, {len(data.train):,} items, {info.config.train.steps:,} steps", flush=True)
+    items, steps = len(data.train), info.config.train.steps
+    text = f"{folder}: {count:,} parameters, {items:,} items, {steps:,} steps"
+    emit("start", text, folder=folder, parameters=count, items=items, steps=steps, first_step=trainer.state.step)
     trainer.run()
     try:
         result = finish(trainer, info, data, folder, {"command": line})
@@ -177,11 +179,11 @@ def _run(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path, line: 
         raise Interrupted(signal.SIGINT, trainer.state.step) from None
     if not trainer.group.main:
         return 0
-    print(summary(result))
+    emit("result", summary(result), folder=folder, **result)
     if info.config.train.density:
-        print(f"report in {folder / REPORT}, pictures in {folder / 'samples'} and {folder / 'plots'}; cnf sample {folder} draws more")
+        emit("message", f"report in {folder / REPORT}, pictures in {folder / 'samples'} and {folder / 'plots'}; cnf sample {folder} draws more")
     else:
-        print(f"report in {folder / REPORT}, pictures in {folder / 'plots'}, the test items' predictions in {folder / PREDICTIONS}")
+        emit("message", f"report in {folder / REPORT}, pictures in {folder / 'plots'}, the test items' predictions in {folder / PREDICTIONS}")
     return 0
 
 
@@ -230,11 +232,13 @@ def _dry_run(info: RunInfo, data: DataSplits, group: Group) -> int:
         last = train.objective.finetune_steps
         stages = [("matching: ", train.steps - last), ("fine-tuning: ", last)]
     parts = f" in {train.accumulate} micro-batches, whose memory this is" if train.accumulate > 1 else ""
-    print(f"{costs[0].parameters:,} parameters; ", end="")
+    lines = []
     for (name, steps), cost in zip(stages, costs, strict=True):
-        print(f"{name}batch {cost.batch}{parts}")
-        print(f"memory: {cost.kept:,.0f} MiB kept for the backward pass, {cost.peak:,.0f} MiB at the peak ({cost.where})")
-        print(f"time: {cost.seconds:.3g} s a step; {steps:,} steps take about {duration_text(cost.seconds * steps)} without validations")
+        lines.append(f"{name}batch {cost.batch}{parts}")
+        lines.append(f"memory: {cost.kept:,.0f} MiB kept for the backward pass, {cost.peak:,.0f} MiB at the peak ({cost.where})")
+        lines.append(f"time: {cost.seconds:.3g} s a step; {steps:,} steps take about {duration_text(cost.seconds * steps)} without validations")
     if isinstance(info.config.solver.train_solver, AdaptiveConfig) or train.warmup or tunes:
-        print("  (measured at the start: an adaptive solver, or a grid that solver checks refine, takes longer later)")
+        lines.append("  (measured at the start: an adaptive solver, or a grid that solver checks refine, takes longer later)")
+    phases = [{"steps": steps, **dataclasses.asdict(cost)} for (_, steps), cost in zip(stages, costs, strict=True)]
+    emit("result", f"{costs[0].parameters:,} parameters; " + "\n".join(lines), phases=phases)
     return 0

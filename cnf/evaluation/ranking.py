@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,12 @@ class Ranking:
             shown = ", ".join(lost[:10]) + (", ..." if len(lost) > 10 else "")
             lines.append(f"  without a likelihood, ranked last: {shown}, whose ODE cannot be solved: {self.evaluation.reason}")
         return "\n".join([*lines, CAUTION])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a dictionary for each row, least likely first: name, index in the input, score, fraction of the reference below."""
+        below = [None] * len(self.names) if self.below is None else self.below.tolist()
+        cells = zip(self.names, self.order.tolist(), self.scores.tolist(), below, strict=True)
+        return [dict(zip(("name", "index", "score", "below"), row, strict=True)) for row in cells]
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torchdiffeq._impl.odeint import SOLVERS
 
 from cnf._utils.errors import SolverError
 from cnf.solvers.base import RHS, Counter, Solution, State, Stats
+from cnf.solvers.fixed import moved, weighted
 
 __all__ = ["Attempt", "StepFailure", "embedded"]
 
@@ -137,12 +138,12 @@ def embedded(
             end, h = 1.0, 1.0 - s
         k, after = [f], y
         for evaluate, row in zip(stages(s, h), kind.rows, strict=True):
-            after = _moved(y, h, row, k)
+            after = moved(y, h, row, k)
             counter.count()
             k.append(evaluate(after))
         if not kind.last:
-            after = _moved(y, h, kind.weights, k)
-        apart = ratio(_moved(None, h, kind.error, k), y, after)
+            after = moved(y, h, kind.weights, k)
+        apart = ratio(_error(h, kind.error, k), y, after)
         if apart <= 1:
             counter.accepted += 1
             inside = [time for time in left if time < end]
@@ -174,17 +175,10 @@ def _growth(apart: float, order: float) -> float:
     return min(GROWTH, max(factor, 1.0 if apart < 1 else SHRINKING))
 
 
-def _moved(y: State | None, h: float, coefficients: Sequence[float], slopes: Sequence[State]) -> State:
-    """Return y + h Σ c_i k_i, entry by entry; without y the sum alone."""
-    out = []
-    for j in range(len(slopes[0])):
-        total = None if y is None else y[j]
-        for c, k in zip(coefficients, slopes, strict=False):
-            if c:
-                total = k[j] * (c * h) if total is None else torch.add(total, k[j], alpha=c * h)
-        assert total is not None
-        out.append(total)
-    return tuple(out)
+def _error(h: float, coefficients: Sequence[float], slopes: Sequence[State]) -> State:
+    """Return h Σ c_i k_i, the estimated error of a step."""
+    scaled = [c * h for c in coefficients]
+    return tuple(cast(Tensor, weighted(j, scaled, slopes)) for j in range(len(slopes[0])))
 
 
 def _between(kind: _Method, y: State, h: float, slopes: Sequence[State], places: Sequence[float]) -> State:
@@ -202,7 +196,7 @@ def _first_step(slope: Callable[[float, State], State], y: State, f: State, orde
     """Return the first step size (Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, II.4)."""
     d0, d1 = ratio(y, y, y), ratio(f, y, y)
     h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
-    ahead = slope(h0, _moved(y, h0, [1.0], [f]))
+    ahead = slope(h0, moved(y, h0, [1.0], [f]))
     d2 = ratio(tuple(a - b for a, b in zip(ahead, f, strict=True)), y, y) / h0
     h1 = max(1e-6, h0 * 1e-3) if max(d1, d2) <= 1e-15 else (0.01 / max(d1, d2)) ** (1 / (order + 1))
     return min(100 * h0, h1)

@@ -31,7 +31,7 @@ def weighted(j: int, coefficients: Sequence[float], slopes: Sequence[State]) -> 
     return total
 
 
-def _moved(y: State, h: float | Tensor, coefficients: Sequence[float], slopes: Sequence[State], count: int | None = None) -> State:
+def moved(y: State, h: float | Tensor, coefficients: Sequence[float], slopes: Sequence[State], count: int | None = None) -> State:
     """Return y + h Σ c_i k_i for the first ``count`` entries, all if None; the others are returned as they are."""
     count = len(y) if count is None else count
     moved = []
@@ -66,7 +66,7 @@ def slopes_of(tableau: Tableau, evaluate: Sequence[Callable[[State], State]], h:
     """Return the slopes k_i of one step; the state's entries from ``dynamic`` on, which no slope depends on, stay."""
     slopes: list[State] = []
     for stage, a in zip(evaluate, tableau.a, strict=True):
-        slopes.append(stage(_moved(y, h, a, slopes, dynamic)))
+        slopes.append(stage(moved(y, h, a, slopes, dynamic)))
     return slopes
 
 
@@ -75,7 +75,7 @@ def _advance(
 ) -> State:
     """Return the state after one step; |h| ‖E‖ of the step's error estimate is added to the entry ``error_entry``."""
     slopes = slopes_of(tableau, evaluate, h, y, dynamic)
-    after = _moved(y, h, tableau.b, slopes)
+    after = moved(y, h, tableau.b, slopes)
     if error_entry is None or len(y) <= error_entry:
         return after
     apart = weighted(0, tableau.error, slopes)

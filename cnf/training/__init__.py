@@ -7,7 +7,7 @@ from cnf.training.callbacks import Callback, EarlyStopping, Run, TimeLimit, Weig
 from cnf.training.checkpointer import Checkpointer
 from cnf.training.feature_history import FeatureHistory
 from cnf.training.files import write_json
-from cnf.training.loggers import ProgressBar, RunLogger, TensorBoardLogger
+from cnf.training.loggers import ProgressBar, RunLogger
 from cnf.training.loop import Trainer
 from cnf.training.non_finite import NonFinitePolicy
 from cnf.training.report import comparability, finish, summary
@@ -17,6 +17,7 @@ from cnf.training.settings import from_settings
 from cnf.training.signals import Signals
 from cnf.training.solver_monitor import SolverMonitor
 from cnf.training.state import TrainState
+from cnf.training.tensorboard import TensorBoardLogger
 from cnf.training.time_sampler import TimeSampler
 
 __all__ = [

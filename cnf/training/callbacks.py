@@ -71,7 +71,10 @@ class Run(Protocol):
         """Whether this step gets a row in metrics.jsonl."""
 
     def say(self, line: str) -> None:
-        """Print a message."""
+        """Print a warning."""
+
+    def report(self, event: str, text: str, **values: Any) -> None:
+        """Print an event (see :func:`cnf._utils.output.emit`)."""
 
     def callback(self, kind: type[C]) -> C | None:
         """Return the callback of a class; None if there is none."""

@@ -16,8 +16,9 @@ from cnf.losses import Likelihood
 from cnf.runs import has_trainer, load_trainer, locked, one_line, renew, save_trainer, write_weights
 from cnf.runs.files import why
 from cnf.training.callbacks import Callback, Run
-from cnf.training.loggers import RunLogger, TensorBoardLogger
+from cnf.training.loggers import RunLogger
 from cnf.training.state import upgrade
+from cnf.training.tensorboard import TensorBoardLogger
 
 __all__ = ["Checkpointer", "run_lock"]
 

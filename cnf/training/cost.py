@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from cnf.config import AdaptiveConfig, ConvConfig, FlowConfig, UNetConfig
 from cnf.data import DataSplits
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.runs import RunInfo
@@ -23,8 +24,10 @@ from cnf.training.step import micro_batches
 __all__ = ["Cost", "CostMeter", "measure"]
 
 NEVER = 2**62
-SECONDS, GROWTH = 6.0, 4
-"""Seconds that the steps of a phase may take, and growth of the batch from one attempt to the next."""
+SECONDS, GROWTH = 4.0, 4
+"""Seconds that the steps of all phases may take, and growth of the batch from one attempt to the next."""
+SIDE = 32
+"""Pixels: on a CPU, the steps of convolutional models are measured on parts of larger images: for adaptive solvers of half the size."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Cost:
 
 
 class CostMeter(Callback):
-    """Measure memory and time of a few steps, after a first one, and stop.
+    """Measure memory and time of a few steps, after a first one (of the first, if no others are needed), and stop.
 
     Args:
         accumulate: micro-batches of a step.
@@ -89,7 +92,7 @@ class CostMeter(Callback):
 
             unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB elsewhere
             peak, where = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, "process"
-        seconds = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+        seconds = (self.times[-1] - self.times[0]) / (len(self.times) - 1) if len(self.times) > 1 else self.times[0]
         count = sum(p.numel() for p in run.model.parameters())
         self.cost = Cost(count, run.batches.size, self.kept / 2**20, peak, where, seconds)
 
@@ -98,17 +101,51 @@ def measure(info: RunInfo, data: DataSplits, group: Group = SINGLE_PROCESS) -> l
     """Return the cost of a step in each training phase of these settings; writes nothing.
 
     Batches grow fourfold from one row on. A batch that would take longer than :data:`SECONDS` is not measured: the cost of a
-    smaller one is extrapolated, as a constant and a part for each row.
+    smaller one is extrapolated, as a constant and a part for each row. On a CPU the cost of large images is that of a part of
+    some pixels a side (:data:`SIDE`), times the number of parts, where the model is convolutional.
     """
+    factor = _parts_a_side(info, data)
+    if factor > 1:
+        part, (height, width) = _corner(data, factor), data.event_shape[1:]
+        whole = sum(p.numel() for p in info.build().parameters())
+        said = f"; an upper estimate from {height // factor}x{width // factor} of {height}x{width} pixels"
+        return [_times(cost, factor**2, whole, said) for cost in measure(dataclasses.replace(info, event_shape=part.event_shape), part, group)]
     model, stages = prepare(info, data, group)
     costs: list[Cost] = []
     for number, phase in enumerate(stages):
-        cost = _cost(model, phase, info, group)
+        cost = _cost(model, phase, info, group, SECONDS / len(stages))
         costs.append(dataclasses.replace(cost, where=f"{cost.where}, so far") if number and cost.where == "process" else cost)
     return costs
 
 
-def _cost(model: nn.Module, phase: Phase, info: RunInfo, group: Group) -> Cost:
+def _parts_a_side(info: RunInfo, data: DataSplits) -> int:
+    """Return into how many parts to divide the sides of images, a power of two; 1 for not at all."""
+    model, factor = info.config.model, 1
+    field = model.field if isinstance(model, FlowConfig) and not info.custom_field else None
+    if data.kind != "image" or not isinstance(field, ConvConfig | UNetConfig) or torch.device(info.config.train.device).type != "cpu":
+        return 1
+    if min(data.event_shape[1:]) <= SIDE:
+        return 1
+    largest = SIDE // 2 if isinstance(info.config.solver.train_solver, AdaptiveConfig) else SIDE
+    while min(data.event_shape[1:]) > largest * factor and all(side % (largest // 2 * factor) == 0 for side in data.event_shape[1:]):
+        factor *= 2
+    return factor
+
+
+def _corner(data: DataSplits, factor: int) -> DataSplits:
+    """Return the images' upper left parts, for each side its ``factor``-th part."""
+    height, width = (side // factor for side in data.event_shape[1:])
+    train, validation, test = (part[..., :height, :width] for part in (data.train, data.validation, data.test))
+    return dataclasses.replace(data, train=train, validation=validation, test=test)
+
+
+def _times(cost: Cost, parts: int, parameters: int, said: str) -> Cost:
+    kept = cost.kept * parts
+    peak, seconds, where = cost.peak + kept - cost.kept, cost.seconds * parts, cost.where + said
+    return dataclasses.replace(cost, parameters=parameters, kept=kept, peak=peak, seconds=seconds, where=where)
+
+
+def _cost(model: nn.Module, phase: Phase, info: RunInfo, group: Group, limit: float) -> Cost:
     started, batch = time.monotonic(), phase.batches.size
     size = min(batch, group.size * info.config.train.accumulate)
     if info.config.solver.compile:  # every other size would be compiled anew
@@ -120,8 +157,8 @@ def _cost(model: nn.Module, phase: Phase, info: RunInfo, group: Group) -> Cost:
             return cost
         larger = min(batch, GROWTH * size)
         each = max(0.0, cost.seconds - smaller[1]) / (size - smaller[0])
-        steps = CostMeter.least_steps + 2  # with a forward pass and a first step
-        if group.all_max([steps * (cost.seconds + each * (larger - size)) + time.monotonic() - started])[0] > SECONDS:
+        steps = 2 + CostMeter.least_steps * (larger == batch)  # with a forward pass and a first step
+        if group.all_max([steps * (cost.seconds + each * (larger - size)) + time.monotonic() - started])[0] > limit:
             kept = cost.kept * batch / size
             where = f"{cost.where}; by arithmetic from {size:,} of {batch:,} rows"
             seconds = cost.seconds + each * (batch - size)
@@ -133,7 +170,7 @@ def _run(model: nn.Module, phase: Phase, info: RunInfo, group: Group, size: int)
     config, whole = info.config.train, size == phase.batches.size
     meter = CostMeter(config.accumulate)
     if not whole:
-        meter.least_steps, meter.enough_seconds = 1, 0.0
+        meter.least_steps, meter.enough_seconds = 0, 0.0
     Trainer(
         model,
         [dataclasses.replace(phase, steps=None, batches=phase.batches if whole else phase.batches.resized(size))],

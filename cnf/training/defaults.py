@@ -8,10 +8,11 @@ from pathlib import Path
 from cnf.distributed import Group
 from cnf.training.callbacks import Callback, WeightAverage
 from cnf.training.checkpointer import Checkpointer
-from cnf.training.loggers import ProgressBar, RunLogger, TensorBoardLogger
+from cnf.training.loggers import ProgressBar, RunLogger
 from cnf.training.non_finite import NonFinitePolicy
 from cnf.training.signals import Signals
 from cnf.training.solver_monitor import SolverMonitor
+from cnf.training.tensorboard import TensorBoardLogger
 from cnf.training.time_sampler import TimeSampler
 
 __all__ = ["default_callbacks"]

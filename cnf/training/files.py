@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cnf._utils.errors import ConfigError
+from cnf._utils.output import finite
 from cnf.runs import write_atomic, write_text
 
 __all__ = ["write_items", "write_json"]
@@ -19,15 +19,7 @@ __all__ = ["write_items", "write_json"]
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write JSON atomically; non-finite numbers become null."""
-
-    def plain(part: Any) -> Any:
-        if isinstance(part, dict):
-            return {key: plain(inner) for key, inner in part.items()}
-        if isinstance(part, list | tuple):
-            return [plain(inner) for inner in part]
-        return None if isinstance(part, float) and not math.isfinite(part) else part
-
-    text = json.dumps(plain(value), indent=2, allow_nan=False)
+    text = json.dumps(finite(value), indent=2, allow_nan=False)
     write_atomic(path, lambda p: write_text(p, text))
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["interpret", "warnings"]
+__all__ = ["interpret", "place", "warnings"]
 
 NEAR = 2.0  # standard errors within which two figures are not told apart
 
@@ -36,6 +36,30 @@ def interpret(result: Mapping[str, Any]) -> list[str]:
     if "parts" not in result and result.get("steps") and result.get("best_step") == result["steps"] and result.get("stopped") in ("steps", "max_time"):
         lines.append(f"the last validation is the best one: more than {result['steps']:,} steps would probably improve it (--resume --steps)")
     return lines
+
+
+def place(result: Mapping[str, Any]) -> str:
+    """Return in a few words where a figure stands, for a line of progress; "" where nothing is known to compare it with.
+
+    Example:
+        >>> place({"value": 3.4, "unit": "nats", "true_entropy": 2.64}), place({"value": 2.0, "unit": "bits/dim", "levels": 17})
+        ('0.760 above the entropy', '2.087 below a uniform density')
+    """
+    if (accuracy := result.get("accuracy")) is not None and result.get("outputs"):
+        return f"accuracy {100 * accuracy:.1f} %, by guessing {100 / result['outputs']:.0f} %"
+    value, (reference, name) = result["value"], _reference(result)
+    if reference is None or not math.isfinite(value):
+        return ""
+    return f"{abs(value - reference):.3f} {'above' if value >= reference else 'below'} {name}"
+
+
+def _reference(result: Mapping[str, Any]) -> tuple[float | None, str]:
+    """Return the entropy of the data, or the figure of a uniform density of images, and its name."""
+    if result.get("true_entropy") is not None:
+        return result["true_entropy"], "the entropy"
+    if result["unit"] == "bits/dim" and result.get("levels"):
+        return math.log2(result["levels"]), "a uniform density"
+    return None, ""
 
 
 def warnings(result: Mapping[str, Any]) -> list[str]:

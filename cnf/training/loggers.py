@@ -1,4 +1,4 @@
-"""Training logs: metrics.jsonl, TensorBoard and the progress bar."""
+"""Training logs: metrics.jsonl and the progress on the screen."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import json
 import math
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
 
+from cnf._utils.output import finite, reports_progress
+from cnf._utils.progress import LINE_SECONDS, duration_text
 from cnf.flow import Flow
 from cnf.runs import write_atomic
-from cnf.training.callbacks import Callback, Run
+from cnf.training.callbacks import Callback, Run, TimeLimit
+from cnf.training.interpretation import place
 
-__all__ = ["ProgressBar", "RunLogger", "TensorBoardLogger"]
-
-LINE_SECONDS = 60.0  # without a terminal: longest interval between two progress lines
+__all__ = ["ProgressBar", "RunLogger"]
 
 
 class RunLogger(Callback):
@@ -117,111 +117,43 @@ class RunLogger(Callback):
             self._log = None
 
 
-class TensorBoardLogger(Callback):
-    """TensorBoard logger. After a failed write (a full disk) it reports once and logs no more.
-
-    Args:
-        folder: the run folder; events go into its ``tensorboard``.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder / "tensorboard"
-        self._writer: Any = None
-        self._hook = threading.excepthook
-
-    def setup(self, run: Run) -> None:
-        """Remember where messages go."""
-        self.say = run.say
-
-    def on_start(self, run: Run) -> None:
-        """Open the event file; events of later steps, logged before a resume, are purged."""
-        self._hook = threading.excepthook
-        threading.excepthook = self._quietly
-        self._begin(run.state.step)
-
-    def on_row(self, run: Run, row: dict[str, Any]) -> None:
-        """Log the numbers of a row at step ``row["step"]``."""
-        self._add(row)
-
-    def on_end(self, run: Run) -> None:
-        """Close the event file."""
-        self._try(lambda writer: writer.close())
-        self._writer = None
-        if threading.excepthook == self._quietly:
-            threading.excepthook = self._hook
-
-    def flush(self) -> None:
-        """Flush the event file."""
-        self._try(lambda writer: writer.flush())
-
-    def recreate(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Write the event files of a removed folder again."""
-        self._try(lambda writer: writer.close())
-        self._begin(-1)
-        for row in rows:
-            self._add(row)
-
-    def _begin(self, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        try:
-            self._writer = SummaryWriter(str(self.folder), purge_step=step + 1)
-        except OSError as error:
-            self._give_up(error)
-
-    def _add(self, row: dict[str, Any]) -> None:
-        def add(writer: Any) -> None:
-            for name, value in row.items():
-                if name != "step":
-                    writer.add_scalar(name, value, row["step"])
-
-        self._try(add)
-
-    def _try(self, write: Callable[[Any], object]) -> None:
-        if self._writer is not None:
-            try:
-                write(self._writer)
-            except (OSError, ValueError) as error:  # ValueError: the file was closed by an earlier failure
-                self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        if self._writer is not None:
-            with suppress(OSError, ValueError):
-                self._writer.close()
-        self._writer = None
-        self.say(f"TensorBoard's files in {self.folder} cannot be written ({error}): training goes on without; metrics.jsonl has all")
-
-    def _quietly(self, failure: threading.ExceptHookArgs) -> None:
-        # TensorBoard's writer thread dies on a full disk; the next call in this thread raises the same error
-        if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__name__ == "_AsyncWriterThread"):
-            self._hook(failure)
-
-
 class ProgressBar(Callback):
-    """Progress bar on a terminal; otherwise a line at each validation, or after a minute without one.
+    """Progress bar on a terminal, a line every 30 seconds elsewhere, and in both a line for each validation.
+
+    What is printed is selected by :func:`cnf._utils.output.output`.
 
     Args:
         read_seconds: longest age of the metrics shown.
+        entropy: differential entropy of the data in nats, where it is known, with which validations are compared.
     """
 
-    def __init__(self, read_seconds: float = 5.0):
-        self.read_seconds = read_seconds
+    def __init__(self, read_seconds: float = 5.0, entropy: float | None = None):
+        self.read_seconds, self.entropy = read_seconds, entropy
         self._bar: Any = None
 
     def on_start(self, run: Run) -> None:
         """Open the bar."""
         self._first, self._shown = run.state.step, time.monotonic()
-        if not run.quiet and sys.stderr.isatty():
+        if not run.quiet and sys.stderr.isatty() and reports_progress(bar=True):
             self._bar = tqdm(total=run.steps, initial=run.state.step, dynamic_ncols=True, unit="step")
 
-    def on_step_end(self, run: Run) -> None:
-        """Advance the bar by one step, or print a line."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._text(run), refresh=False)
-            self._bar.update(1)
-        elif not run.quiet and ("validation" in run.figures or time.monotonic() - self._shown > LINE_SECONDS):
+    def on_row(self, run: Run, row: dict[str, Any]) -> None:
+        """Print a line for a validation."""
+        if "validation" in row:
             self._shown = time.monotonic()
-            run.say(f"step {run.state.step}/{run.steps}: {self._text(run)}")
+            run.report("validation", f"step {run.state.step:,}/{run.steps:,}: {self._validation(run, row)}", unit=run.objective.unit, **row)
+
+    def on_step_end(self, run: Run) -> None:
+        """Advance the bar by one step, or print a line after 30 seconds without one."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(self._metrics(run)), refresh=False)
+            self._bar.update(1)
+        elif not run.quiet and time.monotonic() - self._shown > LINE_SECONDS:
+            self._shown = time.monotonic()
+            left = self._seconds_left(run)
+            parts = [*self._metrics(run), f"about {duration_text(left)} left"]
+            text = f"step {run.state.step:,}/{run.steps:,}: {', '.join(parts)}"
+            run.report("progress", text, step=run.state.step, steps=run.steps, seconds_left=left)
 
     def on_end(self, run: Run) -> None:
         """Close the bar."""
@@ -229,25 +161,47 @@ class ProgressBar(Callback):
             self._bar.close()
             self._bar = None
 
-    def _text(self, run: Run) -> str:
-        """Return the latest known metrics, the speed and the validation."""
+    def _validation(self, run: Run, row: dict[str, Any]) -> str:
+        """Return a validation with its interpretation, and the time that is left."""
+        state, value = run.state, row["validation"]
+        best, form = f"best {self._number(run, state.best)} at {state.best_step:,}", self._number(run, value)
+        about = {"value": value, "unit": run.objective.unit, "true_entropy": self.entropy, "levels": getattr(run.model, "levels", None)}
+        verdicts = [place(about | {"accuracy": row.get("validation_accuracy"), "outputs": getattr(run.model, "outputs", 0)})]
+        validated = any("validation" in earlier for earlier in run.history[:-1])
+        verdicts.append("still improving" if state.best_step == state.step and validated else best if validated else "")
+        parts = [f"validation {form} {run.objective.unit}".rstrip() + (f" ({text})" if (text := ", ".join(filter(None, verdicts))) else "")]
+        parts += [f"NFE {row['validation_nfe']:.0f}"] if "validation_nfe" in row else []
+        if state.step < run.steps and state.step > self._first:
+            parts += [f"{self._speed(run):,.0f} samples/s", f"about {duration_text(self._seconds_left(run))} left"]
+        return ", ".join(parts)
+
+    def _metrics(self, run: Run) -> list[str]:
+        """Return the latest known metrics, the speed and the best validation."""
         state, metrics = run.state, run.state.metrics
         if time.monotonic() - metrics.read_at > self.read_seconds:
             metrics.read()
-        form = ".4f" if isinstance(run.model, Flow) else ".4g"  # a predictor's loss may fall by orders of magnitude
         parts, last = [], metrics.last
         if last is not None:
             text = "batch skipped"
             if last.taken:
-                text = f"{last.values[run.objective.metric]:{form}} {run.objective.metric_unit}".rstrip()
+                text = f"{self._number(run, last.values[run.objective.metric])} {run.objective.metric_unit}".rstrip()
                 text += f", NFE {last.values['nfe']:g}" if last.values["nfe"] else ""
             parts.append(text)
-        speed = (state.step - self._first) / max(1e-9, run.elapsed)
-        parts.append(f"{speed * run.batches.size:,.0f} samples/s")
-        if state.best_weights:
-            now = f"validation {run.figures['validation']:{form}}, " if "validation" in run.figures else ""
-            parts.append(f"{now}best {state.best:{form}} at {state.best_step}")
-        return ", ".join(parts)
+        parts.append(f"{self._speed(run):,.0f} samples/s")
+        return [*parts, f"best {self._number(run, state.best)} at {state.best_step:,}"] if state.best_weights else parts
+
+    def _number(self, run: Run, value: float) -> str:
+        return f"{value:.4f}" if isinstance(run.model, Flow) else f"{value:.4g}"  # a predictor's loss may fall by orders of magnitude
+
+    def _speed(self, run: Run) -> float:
+        """Return rows per second."""
+        return (run.state.step - self._first) * run.batches.size / max(1e-9, run.elapsed)
+
+    def _seconds_left(self, run: Run) -> float:
+        """Return the estimated seconds to the last step, or to the time limit."""
+        seconds = (run.steps - run.state.step) * run.elapsed / max(1, run.state.step - self._first)
+        limit = run.callback(TimeLimit)
+        return seconds if limit is None or limit.seconds is None else max(0.0, min(seconds, limit.seconds - run.elapsed))
 
 
 def _number(value: Any) -> float:
@@ -258,5 +212,4 @@ def _number(value: Any) -> float:
 
 
 def _line(row: dict[str, Any]) -> str:
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(finite) + "\n"
+    return json.dumps(finite(row)) + "\n"

@@ -8,6 +8,7 @@ from typing import Any
 
 from cnf._utils.errors import Interrupted, SolverError
 from cnf.flow import Flow
+from cnf.training.non_finite import NonFinitePolicy
 from cnf.training.signals import Abandoned, Signals
 from cnf.training.state import Pending
 from cnf.training.step import tensor_cores
@@ -35,7 +36,8 @@ class Trainer(Stepper):
                 with self.abandoning(), tensor_cores(False):
                     figures = self.objective.validate(model, x, context, index=index, seed=VALIDATION_SEED, group=self.group)
             except SolverError as error:
-                self.say(f"step {state.step}: validation failed: {error}")
+                policy = self.callback(NonFinitePolicy)
+                self.say(f"step {state.step}: validation failed: {error}{policy.growth if policy else ''}")
         value = figures.get("validation", math.inf)
         if math.isnan(value):  # compares as neither better nor worse
             value = math.inf
@@ -113,7 +115,7 @@ class Trainer(Stepper):
         assert reason is not None
         if reason != "steps":
             text = {"max_time": "time is up", "patience": f"no better validation in {state.worse}"}
-            self.say(f"step {state.step}: {text.get(reason, reason)}")
+            self.report("message", f"step {state.step}: {text.get(reason, reason)}")
         return reason
 
     def _after_step(self, pending: Pending) -> None:

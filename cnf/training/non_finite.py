@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -56,6 +56,7 @@ class NonFinitePolicy(Callback):
         self.skips_in_row = self.rollbacks = self.good_step = 0
         self.recent_nfe: dict[str, deque[float]] = {name: deque(maxlen=100) for name in COUNTS}
         self.good: dict[str, Any] = {}
+        self.lowest_loss = self.last_loss = math.inf
 
     def setup(self, run: Run) -> None:
         """Take the initial weights as good."""
@@ -65,11 +66,14 @@ class NonFinitePolicy(Callback):
     def on_start(self, run: Run) -> None:
         """Set the limits of a solve."""
         self._apply()
+        for row in run.history:
+            self._note(row)
 
     def on_phase(self, run: Run) -> None:
         """Start again with the weights that the phase starts from."""
         self.rollbacks = 0
         self.recent_nfe = {name: deque(maxlen=100) for name in COUNTS}
+        self.lowest_loss = self.last_loss = math.inf
         self._keep()
         self._apply()
 
@@ -79,6 +83,7 @@ class NonFinitePolicy(Callback):
         Raises:
             TrainingError: if all rollbacks have been used.
         """
+        self._note(result.values)
         if result.taken:
             self.skips_in_row = 0
             for name, recent in self.recent_nfe.items():
@@ -89,10 +94,10 @@ class NonFinitePolicy(Callback):
         why = run.explain(result) if report or back else ""  # before anything is counted: a signal may interrupt it
         self.skips_in_row += 1
         if report:  # metrics.jsonl and result.json count all of them
-            run.say(f"step {result.step}: batch skipped: {why}{_growth(run.history)}")
+            run.say(f"step {result.step}: batch skipped: {why}{self.growth}")
         if not back:
             return False
-        text = f"{self.max_skips} batches in a row could not be used, the last at step {result.step} ({why})"
+        text = f"{self.max_skips} batches in a row could not be used, the last at step {result.step} ({why}){self.growth}"
         if self.rollbacks >= self.max_rollbacks:
             raise TrainingError(
                 f"{text}, though the weights went back {self.max_rollbacks} times and the rate is down to {self.factor:g} of its "
@@ -122,6 +127,18 @@ class NonFinitePolicy(Callback):
         """
         if math.isfinite(run.figures["validation"]) and (better or not run.state.phase):
             self._keep()
+
+    @property
+    def growth(self) -> str:
+        """What a failure after a growing loss is likely to mean; "" where it did not grow."""
+        if not self.last_loss - self.lowest_loss > GROWN * max(1.0, abs(self.lowest_loss)):
+            return ""
+        return f"; the loss had grown from {self.lowest_loss:.3g} to {self.last_loss:.3g}: the learning rate is the likely cause, try a smaller one"
+
+    def _note(self, values: Mapping[str, Any]) -> None:
+        loss = values.get("loss", values.get("nll"))
+        if isinstance(loss, int | float) and math.isfinite(loss):
+            self.lowest_loss, self.last_loss = min(self.lowest_loss, loss), loss
 
     @property
     def factor(self) -> float:
@@ -166,15 +183,6 @@ class NonFinitePolicy(Callback):
         if state["good"]:
             self.good = {name: state["good"][name] for name in self.good}
         self._apply()
-
-
-def _growth(history: Sequence[Mapping[str, Any]]) -> str:
-    """Return what to try where the logged loss had been growing before a step that failed, else an empty text."""
-    losses = [value for row in history if isinstance(value := row.get("loss", row.get("nll")), int | float) and math.isfinite(value)]
-    lowest, last = min(losses, default=math.inf), losses[-1] if losses else math.inf
-    if last - lowest <= GROWN * max(1.0, abs(lowest)) or len(losses) < 2:
-        return ""
-    return f"; the loss had grown from {lowest:.3g} to {last:.3g}: try a smaller learning rate (--lr, lr=)"
 
 
 def _copy(value: Any) -> Any:

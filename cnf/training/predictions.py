@@ -26,6 +26,7 @@ from cnf.training.interpretation import interpret, warnings
 from cnf.training.loop import Trainer
 from cnf.training.report_page import write_report
 from cnf.training.scoring import TEST_SEED, about, rows_checked, trained
+from cnf.training.tensorboard import conclude
 
 __all__ = ["PREDICTIONS", "finish_predictions", "predicted", "predictions_text", "score_predictions", "write_predictions"]
 
@@ -230,6 +231,7 @@ def finish_predictions(
     write_json(folder / "result.json", result)
     history = trainer.callback(FeatureHistory)
     predictor_pictures(model, info, data, folder, trainer.history, {} if history is None else history.frames)
+    conclude(trainer, result["loss"], result["accuracy"])
     head, *lines = predictions_text(result).splitlines()
     meaning = interpret(result)
     settings = [line.strip() for line in lines if line.strip() not in meaning]

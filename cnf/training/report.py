@@ -25,6 +25,7 @@ from cnf.training.memory import is_oom
 from cnf.training.predictions import finish_predictions, predicted, predictions_text
 from cnf.training.report_page import write_report
 from cnf.training.scoring import score, trained, write_scores
+from cnf.training.tensorboard import conclude
 
 __all__ = ["TEST_SCORES", "add_columns", "columns_text", "comparability", "finish", "summary"]
 
@@ -155,6 +156,7 @@ def finish(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path, abou
         pictures(flow, data, folder, _curves(trainer), trainer.objective.unit)
     except SolverError as error:
         trainer.say(f"some pictures could not be drawn: {error}")
+    conclude(trainer, result["value"])
     write_report(
         folder, headline(result), meaning=interpret(result), settings=comparability(result).split("; "), warnings=warnings(result),
         details=columns_text(result["columns"]) if "columns" in result else "",

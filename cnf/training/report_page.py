@@ -18,6 +18,7 @@ __all__ = ["REPORT", "write_report"]
 REPORT = "report.html"
 LARGEST = 2**24  # bytes of one picture
 ROWS = 12  # validations in the table
+WIDE = 2.5  # times as wide as high: a picture that may be wider than the text
 CAPTIONS = {
     "samples/samples.png": "Samples next to data",
     "plots/flow.gif": "Noise flowing to data",
@@ -28,18 +29,22 @@ CAPTIONS = {
     "plots/trajectories.png": "Paths between data and noise",
     "plots/vector_field.png": "The vector field over time",
     "plots/features.png": "The features over time",
+    "plots/features_training.png": "The features over training",
     "plots/boundary.png": "The decision boundary",
     "plots/depth.png": "The learned depth",
 }
 STYLE = """
 :root { color-scheme: light dark; --line: #8885; --soft: #8882; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; border-bottom: 1px solid var(--line); }
 .figure { font-size: 1.9rem; margin: .2rem 0; } .warning { border-left: 4px solid #d55e00; padding-left: .7rem; }
 table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; border-bottom: 1px solid var(--line); }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 pre { background: var(--soft); padding: .7rem; overflow-x: auto; white-space: pre-wrap; }
-figure { margin: 1rem 0; } img { max-width: 100%; background: white; } figcaption { font-size: .9rem; }
+p::first-letter { text-transform: uppercase; }
+figure { margin: 1rem 0; } figure.wide { --wide: min(94vw, 110rem); width: var(--wide); margin-left: calc(50% - var(--wide) / 2); }
+figcaption { font-size: .9rem; }
+img { max-width: 100%; box-sizing: border-box; padding: .7rem; border-radius: .4rem; background: white; }
 """
 
 
@@ -72,7 +77,7 @@ def write_report(
     parts += _section("What the figure depends on", _items(settings))
     parts += _section("What each part gained", _gains(result))
     parts += _section("Pictures", "".join(_pictures(folder)))
-    parts += _section("Validations", _validations(rows))
+    parts += _section("Validations", _validations(rows, str(result.get("unit") or "")))
     parts += _section("Details", _pre(details))
     parts += _section("The data", _items(result.get("notices") or ()))
     parts += _section("The command", _pre(str(result.get("command") or "")))
@@ -128,13 +133,20 @@ def _pictures(folder: Path) -> list[str]:
     for path in files:
         if path.suffix not in (".png", ".gif") or not path.is_file() or path.stat().st_size > LARGEST:
             continue
-        data = base64.b64encode(path.read_bytes()).decode("ascii")
+        content = path.read_bytes()
+        data = base64.b64encode(content).decode("ascii")
+        kind = ' class="wide"' if path.suffix == ".png" and _wide(content) else ""
         caption = _text(CAPTIONS.get(path.relative_to(folder).as_posix(), path.stem.replace("_", " ")))
-        found.append(f'<figure><img alt="{caption}" src="data:image/{path.suffix[1:]};base64,{data}"><figcaption>{caption}</figcaption></figure>')
+        found.append(f'<figure{kind}><img alt="{caption}" src="data:image/{path.suffix[1:]};base64,{data}"><figcaption>{caption}</figcaption></figure>')
     return found
 
 
-def _validations(rows: Sequence[Mapping[str, Any]]) -> str:
+def _wide(png: bytes) -> bool:
+    """Return whether a PNG is so wide that its labels are small in a column of text."""
+    return int.from_bytes(png[16:20]) > WIDE * int.from_bytes(png[20:24])
+
+
+def _validations(rows: Sequence[Mapping[str, Any]], unit: str) -> str:
     """Return a table of the validations, thinned to a few with the last and the best among them."""
     checked = [row for row in rows if isinstance(row.get("validation"), int | float)]
     if not checked:
@@ -146,7 +158,7 @@ def _validations(rows: Sequence[Mapping[str, Any]]) -> str:
         (f"{row['step']:,}{' (best)' if row is best else ''}", f"{row['validation']:.4f}", _number(row.get("validation_nfe")), _number(row.get("seconds")))
         for row in kept
     ]
-    return _table(("step", "validation", "NFE", "seconds"), cells)
+    return _table(("step", f"validation, {unit}" if unit else "validation", "NFE", "seconds"), cells)
 
 
 def _number(value: object) -> str:
@@ -154,7 +166,7 @@ def _number(value: object) -> str:
 
 
 def _facts(result: Mapping[str, Any]) -> str:
-    facts = [(key, _number(result.get(key))) for key in ("parameters", "steps", "best_step", "seed", "nfe", "seconds", "search_seconds", "evaluation_seconds")]
+    facts = [({"nfe": "NFE"}.get(key, key), _number(result.get(key))) for key in ("parameters", "steps", "best_step", "seed", "nfe", "seconds", "search_seconds", "evaluation_seconds")]
     versions = result.get("versions") or {"cnf": __version__}
     facts += [*((f"version of {name}", str(version)) for name, version in versions.items()), ("device", str(result.get("device") or ""))]
     return _table(("", ""), [(key.replace("_", " "), value) for key, value in facts if value])

@@ -37,6 +37,7 @@ from cnf.training.callbacks import Callback, EarlyStopping, TimeLimit, WeightAve
 from cnf.training.checkpointer import Checkpointer
 from cnf.training.defaults import default_callbacks
 from cnf.training.feature_history import FeatureHistory, chosen_points
+from cnf.training.loggers import ProgressBar
 from cnf.training.loop import VALIDATION_SEED, Trainer
 from cnf.training.non_finite import NonFinitePolicy
 from cnf.training.phases import Phase
@@ -85,6 +86,8 @@ def from_settings(
     config, solver, device = info.config.train, info.config.solver, stages[0].batches.device
     defaults = default_callbacks(folder, partial(write_config, info=info), fingerprint(data), group)
     defaults = replaced(defaults, _configured(config, solver, stages[-1].objective))
+    if group.main:
+        defaults = replaced(defaults, [ProgressBar(entropy=data.entropy)])
     if isinstance(model, Predictor) and group.main:
         points = data.validation[chosen_points(len(data.validation), math.prod(model.state_shape))]
         defaults.append(FeatureHistory(points))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,10 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
-from tqdm import tqdm
 
 from cnf._utils.async_checks import defer_checks
 from cnf._utils.errors import DataError, SolverError
+from cnf._utils.output import emit
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.losses import Objective
 from cnf.training.batches import Batches, Validation
@@ -118,9 +117,13 @@ class Stepper:
         return self.steps - sum(phase.steps or 0 for phase in self.phases[self.state.phase + 1 :])
 
     def say(self, line: str) -> None:
-        """Print a message, above the progress bar."""
+        """Print a warning."""
+        self.report("warning", line)
+
+    def report(self, event: str, text: str, **values: Any) -> None:
+        """Print an event (see :func:`cnf._utils.output.emit`)."""
         if not self.quiet:
-            tqdm.write(line, file=sys.stderr)
+            emit(event, text, **values)
 
     def callback(self, kind: type[C]) -> C | None:
         """Return the callback of a class; None if there is none."""
@@ -228,7 +231,7 @@ class Stepper:
         self._init_optimizer()
         state.metrics.last = None  # no metrics of the earlier phase are shown from here on
         if self.phase.message:
-            self.say(f"step {state.step}: {self.phase.message}")
+            self.report("message", f"step {state.step}: {self.phase.message}")
         for callback in self.callbacks:
             callback.on_phase(self)
 

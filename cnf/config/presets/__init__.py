@@ -29,5 +29,5 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         near = get_close_matches(name, PRESETS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(PRESETS)}; --data NAME chooses data"
-        raise ConfigError(f"preset {name!r} is unknown: {hint} (--list shows all)")
+        raise ConfigError(f"preset {name!r} is unknown: {hint} (cnf list shows all)")
     return PRESETS[name]

@@ -1,0 +1,164 @@
+"""TensorBoard logs: scalars in groups, the settings, and the pictures of a run."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnf.config.results import read_json
+from cnf.losses import FlowMatching, Likelihood
+from cnf.training.callbacks import Callback, Run
+
+__all__ = ["TensorBoardLogger", "conclude", "tag"]
+
+SOLVER = ("nfe", "nfe_backward", "solver_error", "grid_steps", "most_grid_steps", "rtol")
+VALIDATION = ("best", "best_step", "straightness", "path_energy")
+
+
+def tag(name: str) -> str:
+    """Return the TensorBoard tag of an entry of metrics.jsonl.
+
+    Example:
+        >>> tag("loss"), tag("nfe"), tag("validation_nfe"), tag("straightness")
+        ('train/loss', 'solver/nfe', 'validation/nfe', 'validation/straightness')
+    """
+    if name.startswith("validation_"):
+        return f"validation/{name.removeprefix('validation_')}"
+    return f"{'solver' if name in SOLVER else 'validation' if name in VALIDATION else 'train'}/{name}"
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted names; lists as text, entries without a value left out."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            found[prefix + name] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
+    return found
+
+
+class TensorBoardLogger(Callback):
+    """TensorBoard logger: scalars in three groups, settings as text and as hyper-parameters, pictures at the end.
+
+    After a failed write (a full disk) it reports once and logs no more.
+
+    Args:
+        folder: the run folder; events go into its ``tensorboard``.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder / "tensorboard"
+        self._writer: Any = None
+        self._hook = threading.excepthook
+
+    def setup(self, run: Run) -> None:
+        """Remember where messages go, and whether validations are of the likelihood."""
+        self.say = run.say
+        self.metric = "nll" if isinstance(run.objective, FlowMatching | Likelihood) else "loss"
+
+    def on_start(self, run: Run) -> None:
+        """Open the event file; events of later steps, logged before a resume, are purged."""
+        self._hook = threading.excepthook
+        threading.excepthook = self._quietly
+        self._begin(run.state.step)
+
+    def on_row(self, run: Run, row: dict[str, Any]) -> None:
+        """Log the numbers of a row at step ``row["step"]``."""
+        self._add(row)
+
+    def on_end(self, run: Run) -> None:
+        """Close the event file."""
+        self._try(lambda writer: writer.close())
+        self._writer = None
+        if threading.excepthook == self._quietly:
+            threading.excepthook = self._hook
+
+    def flush(self) -> None:
+        """Flush the event file."""
+        self._try(lambda writer: writer.flush())
+
+    def recreate(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Write the event files of a removed folder again."""
+        self._try(lambda writer: writer.close())
+        self._begin(-1)
+        for row in rows:
+            self._add(row)
+
+    def _begin(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            self._writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+        except OSError as error:
+            self._give_up(error)
+        self._try(self._describe)
+
+    def _describe(self, writer: Any) -> None:
+        """Write the run's config.json as text and, flattened, as hyper-parameters."""
+        from torch.utils.tensorboard.summary import hparams
+
+        if not (config := read_json(self.folder.parent / "config.json")):
+            return
+        writer.add_text("config", textwrap.indent(json.dumps(config, indent=2), "    "), 0)
+        settings = config.get("config") or {name: value for name, value in config.items() if name not in ("format", "sha256")}
+        for summary in hparams(_flat(settings), dict.fromkeys((f"validation/{self.metric}", f"test/{self.metric}"), 0.0)):
+            writer.file_writer.add_summary(summary)
+
+    def _add(self, row: dict[str, Any]) -> None:
+        def add(writer: Any) -> None:
+            for name, value in row.items():
+                if name != "step":
+                    writer.add_scalar(f"validation/{self.metric}" if name == "validation" else tag(name), value, row["step"])
+
+        self._try(add)
+
+    def conclude(self, step: int, value: float, accuracy: float | None = None) -> None:
+        """Log the figure of the test, and the pictures of the run folder."""
+        from PIL import Image
+
+        def add(writer: Any) -> None:
+            writer.add_scalar(f"test/{self.metric}", value, step)
+            if accuracy is not None:
+                writer.add_scalar("test/accuracy", accuracy, step)
+            for path in sorted(self.folder.parent.glob("*/*.png")):
+                with Image.open(path) as picture:
+                    pixels = np.asarray(picture.convert("RGB"))
+                writer.add_image(f"{path.parent.name}/{path.stem}", pixels, step, dataformats="HWC")
+
+        self._begin(step)
+        self._try(add)
+        self._try(lambda writer: writer.close())
+        self._writer = None
+
+    def _try(self, write: Callable[[Any], object]) -> None:
+        if self._writer is not None:
+            try:
+                write(self._writer)
+            except (OSError, ValueError) as error:  # ValueError: the file was closed by an earlier failure
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        if self._writer is not None:
+            with suppress(OSError, ValueError):
+                self._writer.close()
+        self._writer = None
+        self.say(f"TensorBoard's files in {self.folder} cannot be written ({error}): training goes on without; metrics.jsonl has all")
+
+    def _quietly(self, failure: threading.ExceptHookArgs) -> None:
+        # TensorBoard's writer thread dies on a full disk; the next call in this thread raises the same error
+        if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__name__ == "_AsyncWriterThread"):
+            self._hook(failure)
+
+
+def conclude(run: Run, value: float, accuracy: float | None = None) -> None:
+    """Log the figure and the pictures of a finished run, if it has a TensorBoard logger."""
+    if (board := run.callback(TensorBoardLogger)) is not None:
+        board.conclude(run.state.step, value, accuracy)
