@@ -13,6 +13,7 @@ import argparse
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,26 +46,39 @@ def train(config: RunConfig) -> tuple[Trainer, Any]:
     return trainer, data
 
 
+def train_row(name: str, data: str, seed: int, epochs: int, **changes: Any) -> tuple[Row, Trainer, Any]:
+    """Train a preset on a data set for epochs as long as its validations are apart; return the row's entries of any benchmark."""
+    config = preset(name).config
+    config = replace(config, data=config.data.change(data=data)).change(**{"steps": epochs * config.train.validate_every, "seed": seed} | changes)
+    begun = time.process_time()  # of one thread: the wall time on a core of its own
+    trainer, splits = train(config)
+    row = {
+        "data": data,
+        "model": name,
+        "seed": seed,
+        "epochs": epochs,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "skipped": trainer.state.skipped,
+        "cpu_seconds": time.process_time() - begun,
+    }
+    return row, trainer, splits
+
+
+def by_epoch(trainer: Trainer, key: str, every: int) -> list[float]:
+    """Return the mean of a logged figure over each epoch of ``every`` steps."""
+    epochs, logged = trainer.steps // every, [m for m in trainer.history if key in m]
+    parts = [[m[key] for m in logged if e * every < m["step"] <= (e + 1) * every] for e in range(epochs)]
+    return [statistics.mean(part) if part else float("nan") for part in parts]
+
+
 def fit(name: str, data: str, seed: int, epochs: int) -> Row:
     """One run of ``fits``: loss and evaluations epoch by epoch."""
-    config = preset(name).config
-    train_config = config.train.change(steps=epochs * config.train.validate_every, seed=seed)
-    trainer, splits = train(replace(config, data=config.data.change(data=data), train=train_config))
-    every = train_config.validate_every
-    validated = [m for m in trainer.history if "validation" in m]
-    solved = [m for m in trainer.history if "nfe" in m]
-    nfe = [statistics.mean(m["nfe"] for m in solved if e * every < m["step"] <= (e + 1) * every) for e in range(epochs)]
-    test = assess(trainer.best_model(), splits.test, splits.test_context, "regression").mean
-    return {
-        "data": data,
+    row, trainer, splits = train_row(name, data, seed, epochs)
+    return row | {
         "model": name.split("-")[0].upper(),
-        "seed": seed,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "test": test,
-        "loss": [m["validation"] for m in validated],
-        "nfe": nfe,
-        "skipped": trainer.state.skipped,
-        "seconds": trainer.state.seconds,
+        "test": assess(trainer.best_model(), splits.test, splits.test_context, "regression").mean,
+        "loss": [m["validation"] for m in trainer.history if "validation" in m],
+        "nfe": by_epoch(trainer, "nfe", preset(name).config.train.validate_every),
     }
 
 
@@ -77,7 +91,7 @@ def fits(seeds: int, epochs: int) -> list[Row]:
             for seed in range(seeds):
                 rows.append(fit(name, data, seed, epochs))
                 print(f"{data:9} {name:14} seed {seed}: test {rows[-1]['test']:.3g}, NFE {rows[-1]['nfe'][-1]:.0f}, "
-                      f"{rows[-1]['seconds']:.0f} s", flush=True)  # fmt: skip
+                      f"{rows[-1]['cpu_seconds']:.0f} CPU s", flush=True)  # fmt: skip
     return rows
 
 
@@ -92,11 +106,11 @@ def table(rows: Sequence[Row]) -> str:
             "range": f"{min(r['test'] for r in some):.2g} to {max(r['test'] for r in some):.2g}",
             "first": spread([r["nfe"][0] for r in some], ".0f"),
             "last": spread([r["nfe"][-1] for r in some], ".0f"),
-            "time": spread([r["seconds"] for r in some], ".0f"),
+            "time": spread([r["cpu_seconds"] for r in some], ".0f"),
         })  # fmt: skip
     return markdown(lines, {
         "data": "{data}", "model": "{model}", "parameters": "{parameters:,}", "seeds": "{seeds}", "test loss (MSE), median": "{median}",
-        "its range": "{range}", "NFE, first epoch": "{first}", "NFE, last epoch": "{last}", "seconds": "{time}",
+        "its range": "{range}", "NFE, first epoch": "{first}", "NFE, last epoch": "{last}", "CPU s": "{time}",
     })  # fmt: skip
 
 

@@ -19,15 +19,13 @@ rate. The paper's random search (F.2.1) is ``cnf sweep``.
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch
 from anode_pictures import (
     draw_decay,
     draw_flows,
@@ -38,7 +36,7 @@ from anode_pictures import (
     draw_vector_fields,
 )
 from anode_runs import Budget, Curves, run, runs, select
-from measure import RESULTS, machine, markdown, record, spread, versions
+from measure import draw_figure, markdown, spread
 
 DEFAULTS = {  # seeds, epochs: about two CPU minutes each
     "fields": (1, 25), "losses": (2, 6), "training": (1, 10), "flows": (1, 15),
@@ -136,22 +134,11 @@ def table(found: Sequence[Curves]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figure", choices=list(FIGURES))
-    parser.add_argument("--seeds", type=int, help="runs of each model (default: " + ", ".join(f"{k} {v[0]}" for k, v in DEFAULTS.items()) + ")")
-    parser.add_argument("--epochs", type=int, help="of 3,000 points (default: " + ", ".join(f"{k} {v[1]}" for k, v in DEFAULTS.items()) + ")")
-    parser.add_argument("--quick", action="store_true", help="one seed, two epochs of 192 points")
-    parser.add_argument("--pictures", type=Path, default=Path("docs/pictures"), help="folder (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file of rows (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    seeds, epochs = (1, 2) if options.quick else DEFAULTS[options.figure]
-    budget = Budget(options.seeds or seeds, options.epochs or epochs, *([QUICK] if options.quick else []))
-    options.pictures.mkdir(parents=True, exist_ok=True)
-    found = FIGURES[options.figure](budget, options.pictures)
-    about = {**machine(), "versions": versions("torch", "torchdiffeq")}
-    record(options.out, f"anode_figures {options.figure}", arguments, [one.row for one in found], about)
-    print(table(found))
+    def command(figure: Callable[[Budget, Path], list[Curves]]) -> Callable[..., list[Curves]]:
+        return lambda seeds, epochs, folder, quick: figure(Budget(seeds, epochs, *([QUICK] if quick else [])), folder)
+
+    commands = {name: (command(function), *DEFAULTS[name]) for name, function in FIGURES.items()}
+    draw_figure(__doc__ or "", arguments, "anode_figures", "epochs", commands, lambda found: [one.row for one in found], table)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from anode import train
+from anode import by_epoch, train
 from torch import Tensor
 
 from cnf.config import ResNetConfig, RunConfig, preset
@@ -83,14 +82,7 @@ def run(name: str, data: str, seed: int, budget: Budget, **changes: Any) -> Curv
 
 
 def _figures(trainer: Trainer, splits: DataSplits, config: RunConfig) -> Row:
-    every, epochs = config.train.validate_every, config.train.steps // config.train.validate_every
-    logged = [m for m in trainer.history if "loss" in m]
-
-    def by_epoch(key: str) -> list[float]:
-        parts = [[m[key] for m in logged if key in m and e * every < m["step"] <= (e + 1) * every] for e in range(epochs)]
-        return [statistics.mean(part) if part else float("nan") for part in parts]
-
-    targets = splits.test_context
+    every, targets = config.train.validate_every, splits.test_context
     assert targets is not None
     spread = float(targets.var(unbiased=False))
     try:  # the weights at the end, as the paper's curves
@@ -100,8 +92,8 @@ def _figures(trainer: Trainer, splits: DataSplits, config: RunConfig) -> Row:
     return {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "loss": [m["validation"] for m in trainer.history if "validation" in m],
-        "train_loss": by_epoch("loss"),
-        "nfe": by_epoch("nfe"),
+        "train_loss": by_epoch(trainer, "loss", every),
+        "nfe": by_epoch(trainer, "nfe", every),
         "test": test,
         "skipped": trainer.state.skipped,
         "failed": bool(trainer.state.skipped) or not test < FAILS * spread,

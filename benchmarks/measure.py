@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RESULTS", "alternate", "machine", "markdown", "record", "seconds", "spread", "training_step", "versions"]
+__all__ = ["RESULTS", "alternate", "draw_figure", "machine", "markdown", "record", "seconds", "spread", "training_step", "versions"]
 
 RESULTS = Path(__file__).resolve().parent / "results.json"
 # of the processor, which decide what bfloat16 is worth
@@ -140,3 +141,38 @@ def record(path: Path, name: str, arguments: Sequence[str] | None, rows: Sequenc
     kept = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
     everything[name] = {"command": command, **about, "rows": kept}
     path.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+
+
+def draw_figure(
+    about: str, arguments: Sequence[str] | None, name: str, length: str, figures: Mapping[str, tuple[Callable[..., Any], int, int]],
+    rows: Callable[[Any], Sequence[Row]], table: Callable[[Any], str],
+) -> None:  # fmt: skip
+    """Parse the command line of a benchmark with one command for each figure, run one, record its rows and print its table.
+
+    Args:
+        about: the help.
+        arguments: the command line's words, sys.argv's if None.
+        name: of the benchmark.
+        length: of a run: the name of an option, ``"epochs"`` or ``"steps"``.
+        figures: by name: a function of (seeds, length, folder of pictures, whether quick), and the defaults of the first two.
+        rows: rows to record, from what the function returns.
+        table: text to print, from the same.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figure", choices=list(figures))
+    for k, option in enumerate(("seeds", length), 1):
+        defaults = ", ".join(f"{key} {entry[k]}" for key, entry in figures.items())
+        parser.add_argument(f"--{option}", type=int, help=f"(default: {defaults})")
+    parser.add_argument("--quick", action="store_true", help="one seed and few points, in seconds")
+    parser.add_argument("--pictures", type=Path, default=Path("docs/pictures"), help="folder (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file of rows (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    options.pictures.mkdir(parents=True, exist_ok=True)
+    function, seeds, default = figures[options.figure]
+    many = getattr(options, length)
+    if options.quick:
+        seeds, default = 1, 2 if length == "epochs" else 20
+    found = function(options.seeds or seeds, many or default, options.pictures, options.quick)
+    record(options.out, f"{name} {options.figure}", arguments, rows(found), {**machine(), "versions": versions("torch", "torchdiffeq")})
+    print(table(found))

@@ -12,7 +12,6 @@ measured (--measure), not penalised, except where the row says so. One process, 
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import time
@@ -26,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from anode import train
 from anode_runs import Budget, configure
-from measure import RESULTS, machine, markdown, record, spread, versions
+from measure import draw_figure, markdown, spread
 
 import cnf
 from cnf.config import RunConfig, preset
@@ -201,21 +200,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figure", choices=list(FIGURES))
-    parser.add_argument("--seeds", type=int, help="(default: " + ", ".join(f"{k} {v[0]}" for k, v in DEFAULTS.items()) + ")")
-    parser.add_argument("--steps", type=int, help="(default: " + ", ".join(f"{k} {v[1]}" for k, v in DEFAULTS.items()) + ")")
-    parser.add_argument("--quick", action="store_true", help="one seed, 20 steps, few points")
-    parser.add_argument("--pictures", type=Path, default=Path("docs/pictures"), help="folder (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file of rows (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    seeds, steps = (1, 20) if options.quick else DEFAULTS[options.figure]
-    options.pictures.mkdir(parents=True, exist_ok=True)
-    rows = FIGURES[options.figure](options.seeds or seeds, options.steps or steps, options.pictures, options.quick)
-    about = {**machine(), "versions": versions("torch", "torchdiffeq")}
-    record(options.out, f"rnode_figures {options.figure}", arguments, rows, about)
-    print(table(rows))
+    commands = {name: (function, *DEFAULTS[name]) for name, function in FIGURES.items()}
+    draw_figure(__doc__ or "", arguments, "rnode_figures", "steps", commands, list, table)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from anode import train
+from anode import train_row
 from measure import RESULTS, machine, markdown, record, spread, versions
 
-from cnf.config import PRESETS, preset
+from cnf.config import PRESETS
 from cnf.data import load
 from cnf.data.supervised import CLASSES
 from cnf.losses import assess
@@ -39,26 +37,14 @@ Row = dict[str, Any]
 
 def three(name: str, seed: int, epochs: int, data: str = "three-spheres") -> tuple[Row, Predictor]:
     """Return the figures of one run on one of :data:`cnf.data.supervised.CLASSES`, and the model."""
-    config = preset(name).config
-    every = 1024 // config.train.batch_size
-    changed = config.train.change(steps=epochs * every, validate_every=every, seed=seed, solver_check_every=10**6)
-    begun = time.process_time()  # of one thread: the wall time on a core of its own
-    trainer, splits = train(replace(config, data=config.data.change(data=data), train=changed))
-    spent = time.process_time() - begun
+    row, trainer, splits = train_row(name, data, seed, epochs, solver_check_every=10**6)
     model = trainer.averaged().eval()  # the weights at the end, as the survey has them
     parts = {s: assess(model, getattr(splits, s), getattr(splits, f"{s}_context"), "classification") for s in ("train", "test")}
-    row = {
-        "data": data,
-        "model": name,
-        "seed": seed,
-        "epochs": epochs,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+    row |= {
         "train_accuracy": parts["train"].accuracy,
         "test_accuracy": parts["test"].accuracy,
         "nfe": trainer.history[-1].get("nfe", 0) if isinstance(trainer.model, NeuralODE) else 0,
-        "seconds_per_epoch": spent / epochs,
-        "cpu_seconds": spent,
-        "skipped": trainer.state.skipped,
+        "seconds_per_epoch": row["cpu_seconds"] / epochs,
     }
     return row, model
 

@@ -1,4 +1,4 @@
-"""Variational autoencoders of binary data with a continuous normalizing flow as posterior (FFJORD, 1810.01367)."""
+"""Variational autoencoders with a continuous normalizing flow as posterior (FFJORD, 1810.01367)."""
 
 from __future__ import annotations
 
@@ -40,22 +40,23 @@ class ELBOTerms(NamedTuple):
 
 
 class FlowVAE(nn.Module):
-    r"""Variational autoencoder of binary data with the posterior of a flow.
+    r"""Variational autoencoder of binary data, or grey levels, with the posterior of a flow.
 
     An encoder gives features h(x), mean and scale of a normal z₀, and the context of a flow that takes z₀ to z. Then
     :math:`\log q(z | x) = \log N(z_0) - \log |\det \partial z / \partial z_0|`; the prior of z is standard normal, and
-    the decoder gives Bernoulli logits.
+    the decoder gives Bernoulli logits, or the logits of all grey levels of a pixel.
 
     Args:
         encoder: module from x (N, \*event) to features (N, H).
-        decoder: module from z (N, L) to logits (N, \*event).
+        decoder: module from z (N, L) to logits (N, \*event), or (N, levels, \*event) for more than two levels.
         latent: L.
         features: H.
         transform: flow on (L,), from z₀ to z, such as a :class:`~cnf.CNF`; None for a normal posterior.
         context_dim: width C of the flow's context, a linear map of the features; 0 for a flow that is the same for all x.
+        levels: number of grey levels; x holds k / (levels - 1), and values between 0 and 1 only for two of them.
 
     Raises:
-        ConfigError: for sizes below one, or a context without a flow.
+        ConfigError: for sizes below one, fewer than two levels, or a context without a flow.
         DataError: from the methods, for x outside of [0, 1].
 
     Example:
@@ -67,13 +68,15 @@ class FlowVAE(nn.Module):
     """
 
     def __init__(
-        self, encoder: nn.Module, decoder: nn.Module, latent: int, features: int, transform: Transform | None = None, context_dim: int = 0
-    ):
+        self, encoder: nn.Module, decoder: nn.Module, latent: int, features: int, transform: Transform | None = None,
+        context_dim: int = 0, levels: int = 2,
+    ):  # fmt: skip
         super().__init__()
         require_at_least(1, latent=latent, features=features)
+        require_at_least(2, levels=levels)
         if context_dim and transform is None:
             raise ConfigError(f"context_dim={context_dim} is of a flow, and transform=None: leave it at 0")
-        self.encoder, self.decoder, self.latent, self.transform = encoder, decoder, latent, transform
+        self.encoder, self.decoder, self.latent, self.transform, self.levels = encoder, decoder, latent, transform, levels
         self.normal = nn.Linear(features, 2 * latent)
         self.amortise = nn.Linear(features, context_dim) if context_dim else None
         if self.amortise is not None:  # at the start the flow hardly depends on x
@@ -103,9 +106,14 @@ class FlowVAE(nn.Module):
     def evaluate(self, x: Tensor, *, noise: Noise | None = None, solver: SolverOverride = None) -> ELBOTerms:
         """Return the terms of the evidence lower bound of x (N, \\*event), with one draw of z per row."""
         z, log_q, stats = self.posterior(x, noise=noise, solver=solver)
-        log_p = -F.binary_cross_entropy_with_logits(self.decoder(z), x, reduction="none").flatten(1).sum(1)
+        log_p = -self._negative_log_likelihood(self.decoder(z), x).flatten(1).sum(1)
         prior = -0.5 * (z.square() + math.log(2 * math.pi)).sum(1)
         return ELBOTerms(log_p, log_q - prior, stats)
+
+    def _negative_log_likelihood(self, logits: Tensor, x: Tensor) -> Tensor:
+        if self.levels == 2:
+            return F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+        return F.cross_entropy(logits, (x * (self.levels - 1)).round().long(), reduction="none")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the evidence lower bound (N,) in nats, with one draw of z per row."""
@@ -123,17 +131,20 @@ class FlowVAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, *, noise: Noise | None = None) -> Tensor:
-        """Return the probabilities (n, \\*event) of n draws of z from the prior."""
+        """Return the expected x (n, \\*event), for binary data the probabilities, at n draws of z from the prior."""
         like = self.normal.weight
-        z = draw(noise, "prior", "normal", (n, self.latent), dtype=like.dtype, device=like.device)
-        probabilities: Tensor = self.decoder(z).sigmoid()
-        return probabilities
+        return self._expected(draw(noise, "prior", "normal", (n, self.latent), dtype=like.dtype, device=like.device))
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, *, noise: Noise | None = None) -> Tensor:
-        """Return the probabilities (N, \\*event) at one draw of z given x."""
-        probabilities: Tensor = self.decoder(self.posterior(x, noise=noise)[0]).sigmoid()
-        return probabilities
+        """Return the expected x (N, \\*event), for binary data the probabilities, at one draw of z given x."""
+        return self._expected(self.posterior(x, noise=noise)[0])
+
+    def _expected(self, z: Tensor) -> Tensor:
+        logits: Tensor = self.decoder(z)
+        if self.levels == 2:
+            return logits.sigmoid()
+        return torch.einsum("nk...,k->n...", logits.softmax(1), torch.linspace(0, 1, self.levels).to(logits))
 
 
 def vae_mlp(

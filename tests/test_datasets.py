@@ -627,6 +627,6 @@ def test_miniboone_and_bsds300(tmp_path: Path) -> None:
 
 def test_names() -> None:
     known = datasets.names()
-    images = {"digits", "mnist", "fashion-mnist", "cifar10", "svhn", "celeba", "imagenet32", "imagenet64", "celebahq256"}
+    images = {"digits", "mnist", "fashion-mnist", "cifar10", "svhn", "celeba", "imagenet32", "imagenet64", "celebahq256", "tiny-imagenet"}
     assert set(toy.TOYS) < set(known) and images < set(known) and {"power", "bsds300"} < set(known)
     assert all(line and "\n" not in line for line in known.values())

@@ -340,3 +340,33 @@ def test_keep_rows_of_a_map(tmp_path: Path) -> None:
         plain, same = keep_rows(x, kept)
         assert np.array_equal(plain, x[kept]) and np.array_equal(same, kept)
     assert np.array_equal(np.load(tmp_path / "x.npy"), x)
+
+
+# --- Tiny ImageNet --------------------------------------------------------------------------------------------------------
+
+
+def test_tiny_imagenet_is_read_with_its_labels(tmp_path: Path) -> None:
+    root, classes = tmp_path / "tiny-imagenet-200", ("n01", "n02")
+    images = pixels(24, 64)
+    for i, image in enumerate(images[:20]):
+        png(root / "train" / classes[i % 2] / "images" / f"{i}.png", image)
+    for i, image in enumerate(images[20:]):
+        png(root / "val" / "images" / f"val_{i}.png", image)
+    lines = [f"val_{i}.png\t{classes[i // 2]}\t0\t0\t9\t9" for i in range(4)]
+    annotations = root / "val" / "val_annotations.txt"
+    annotations.write_text("\n".join(lines) + "\n")
+    data = datasets.load("tiny-imagenet", root=tmp_path, condition="label")
+    assert data.event_shape == (3, 64, 64) and data.classes == classes and (len(data.train), len(data.validation)) == (18, 2)
+    assert np.array_equal(data.test, images[20:])
+    assert data.test_context is not None and data.test_context.argmax(1).tolist() == [0, 0, 1, 1]
+    for part, context in ((data.train, data.train_context), (data.validation, data.validation_context)):
+        assert context is not None
+        for image, label in zip(part, context.argmax(1), strict=True):
+            place = next(i for i in range(20) if np.array_equal(images[i], image))
+            assert place % 2 == int(label)
+    annotations.write_text("val_0.png\tn09\n")
+    with pytest.raises(DataError, match="expected the name of a file and of a class"):
+        datasets.load("tiny-imagenet", root=tmp_path)
+    annotations.unlink()
+    with pytest.raises(DataError, match=r"val_annotations\.txt', which is missing"):
+        datasets.load("tiny-imagenet", root=tmp_path)

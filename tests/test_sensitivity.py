@@ -15,7 +15,15 @@ from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
 from cnf.models import build
 from cnf.ode.continuous import CNF
 from cnf.ode.multiscale import SharedAugmentedTime, multiscale
-from cnf.sensitivity import jacobian, log_det, magnus, parameter_jacobian, piecewise_jacobian, response
+from cnf.sensitivity import (
+    jacobian,
+    log_det,
+    magnus,
+    marginal_log_det,
+    parameter_jacobian,
+    piecewise_jacobian,
+    response,
+)
 from cnf.solvers import Adaptive, FixedGrid
 from cnf.transforms import Dequantize, Gaussianize, Logit, Request, Rescale, Sequential, Squeeze, Standardize, Transform
 
@@ -123,6 +131,24 @@ def test_linear_field_has_the_matrix_exponential():
     assert distance(j, expected) < 1e-8
     out = magnus(block, normal(2, 4), order=1, steps=1)
     assert distance(out.jacobian, expected) < 1e-12  # of a constant matrix Ω₁ alone is exact
+
+
+def test_the_marginal_map_has_the_determinant_of_its_own_jacobian():
+    block, x, start = block_of("concatsquash", COARSE)[0], normal(4, 2), normal(1)
+    y, value = marginal_log_det(block, x, start)
+
+    def marginal(point):
+        return block(torch.cat([point, start])[None], Request(log_det=False)).value[0, :2]
+
+    for n in range(4):
+        assert distance(y[n], marginal(x[n])) < 1e-13
+        assert distance(value[n], torch.linalg.slogdet(torch.autograd.functional.jacobian(marginal, x[n]))[1]) < 1e-12
+    # a linear field: the upper left part of the matrix exponential
+    a = normal(3, 3)
+    found = marginal_log_det(CNF(Polynomial(a)), x, start, solver=FixedGrid("dopri5", 100))[1]
+    assert distance(found, torch.linalg.slogdet(torch.linalg.matrix_exp(a)[:2, :2])[1].expand(4)) < 1e-8
+    with pytest.raises(DataError, match=r"one vector \(k,\)"):
+        marginal_log_det(block, x, start[None])
 
 
 def test_nothing_of_the_divergence_is_used():

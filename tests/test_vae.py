@@ -51,6 +51,18 @@ def test_the_weights_of_the_posterior_average_to_the_evidence(posterior):
         assert ((estimate - exact).abs() < 5 * ratios.std(1) / math.sqrt(300)).all()
 
 
+def test_grey_levels_have_a_probability_each():
+    torch.manual_seed(0)
+    decoder = nn.Sequential(nn.Linear(2, 12), nn.Unflatten(1, (4, 3))).double()
+    model = FlowVAE(nn.Linear(3, 5).double(), decoder, 2, 5, levels=4).double()
+    x = torch.tensor([[0.0, 1 / 3, 1.0]], dtype=F64)
+    z = model.posterior(x, noise=Noise(0))[0]
+    p = decoder(z).softmax(1)[0]  # (level, pixel)
+    found = model.evaluate(x, noise=Noise(0)).log_likelihood
+    torch.testing.assert_close(found, (p[0, 0] * p[1, 1] * p[3, 2]).log()[None])
+    torch.testing.assert_close(model.reconstruct(x, noise=Noise(0))[0], torch.arange(4, dtype=F64) / 3 @ p)
+
+
 def test_low_rank_updates_are_those_of_explicit_weights():
     torch.manual_seed(0)
     field = LowRankMLP(3, (5, 4), rank=2).double()
@@ -114,6 +126,7 @@ def test_it_learns_and_goes_through_fit(tmp_path):
 
 @pytest.mark.parametrize(("call", "error", "message"), [
     (lambda: vae_mlp((3,), posterior="planar"), ConfigError, "posterior='planar' is unknown"),
+    (lambda: FlowVAE(nn.Identity(), nn.Identity(), 2, 3, levels=1), ConfigError, "levels"),
     (lambda: FlowVAE(nn.Identity(), nn.Identity(), 2, 3, None, 4), ConfigError, "leave it at 0"),
     (lambda: made("normal").evaluate(2 * X), DataError, "floats in"),
 ])  # fmt: skip

@@ -31,7 +31,8 @@ _REGRESSIONS = {"identity": "anode-flip", "flip": "anode-flip"} | dict.fromkeys(
 )
 SUITED = _REGRESSIONS | {"mnist": "fm-mnist", "cifar10": "fm-cifar10"}
 SUITED_CLASSIFIER = _REGRESSIONS | {
-    "three-spheres": "anode-three-spheres", "disjoint-spheres": "anode-three-spheres", "mnist": "anode-mnist"
+    "three-spheres": "anode-three-spheres", "disjoint-spheres": "anode-three-spheres", "mnist": "anode-mnist",
+    "cifar10": "anode-cifar10", "svhn": "anode-svhn", "tiny-imagenet": "anode-tiny-imagenet",
 }  # fmt: skip
 FITTING = {"table": "tabular", "toy": "ffjord-toy"}
 FITTING_CLASSIFIER = {"table": "anode-three-spheres"}

@@ -1,4 +1,4 @@
-"""Published image models and their parameter counts."""
+"""Published image models, densities and predictors, and their parameter counts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from cnf.config.model import FlowConfig
+from cnf.config.model import FlowConfig, NeuralODEConfig
 
-__all__ = ["AFFJORD", "FFJORD", "PUBLISHED", "RNODE", "Published"]
+__all__ = ["AFFJORD", "ANODE", "FFJORD", "PUBLISHED", "RNODE", "Published"]
 
 FFJORD = FlowConfig.of(
     architecture="multiscale",
@@ -45,6 +45,16 @@ AFFJORD = FFJORD.change(blocks=1, augmented_time="both")
 a is 20 constant channels of the first convolution's input; its first 10 entries generate all weights. With
 ``augmented_time="hyper"`` a is not a channel; with ``augmented_time="concat"`` every convolution sees a, which generates no weights."""
 
+ANODE = NeuralODEConfig.of(
+    field="conv",
+    hidden=(64, 64),
+    strides=(0, 1, 0),
+    time_conditioning="ignore",  # as the published counts, although the paper mentions time
+    nonlinearity="relu",
+    zero_init=False,
+)
+"""ANODE's image model (1904.01681) but for its number of filters and of added channels."""
+
 MNIST, CIFAR, IMAGENET64, CELEBAHQ256 = (1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 256, 256)
 BUILT_SQUASH = {MNIST: 393_470, CIFAR: 669_130}
 SQUASH = "the released layer has one input channel too many and cannot run; without it the count is ours"
@@ -58,11 +68,12 @@ class Published:
     """
 
     name: str
-    model: FlowConfig
+    model: FlowConfig | NeuralODEConfig
     shape: tuple[int, int, int]
     parameters: int
     reason: str = ""
     built: int | None = None  # parameters of the model that ``cnf`` builds, where they differ
+    outputs: int = 0  # number of outputs of a predictor; 0 for a density
 
     @property
     def count(self) -> int:
@@ -109,6 +120,15 @@ def _published() -> Iterator[Published]:
         yield _affjord("concat", data, shape, concat)
         yield _affjord("hyper", data, shape, hyper)
         yield _affjord("both", data, shape, hyper)
+    # the published counts for Tiny ImageNet are of nets with 10 outputs, not 200
+    for data, shape, filters, plain, augment, augmented in (
+        ("MNIST", MNIST, 92, 84_395, 5, 84_816),
+        ("CIFAR-10", CIFAR, 125, 172_358, 10, 171_799),
+        ("Tiny ImageNet", IMAGENET64, 164, 366_269, 5, 365_714),
+    ):
+        reason = "with 10 outputs; the 200 classes make it {:,}" if data == "Tiny ImageNet" else ""
+        yield Published(f"NODE {data}", ANODE.change(hidden=(filters, filters)), shape, plain, reason.format(2_701_179), outputs=10)
+        yield Published(f"ANODE {data}, p = {augment}", ANODE.change(augment=augment), shape, augmented, reason.format(6_591_824), outputs=10)
 
 
 def _affjord(augmented_time: Literal["concat", "hyper", "both"], data: str, shape: tuple[int, int, int], parameters: int) -> Published:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cnf._utils.errors import ConfigError, DataError
-from cnf.data import celeba, images, large, pictures, supervised, tabular, toy
+from cnf.data import celeba, images, large, pictures, supervised, tabular, tiny_imagenet, toy
 from cnf.data.files import load_path
 from cnf.data.splits import DataSplits, Options
 
@@ -24,6 +24,8 @@ _ALIASES = {
     "celeba-hq": "celebahq256",
     "celebahq": "celebahq256",
     "celeba-hq-256": "celebahq256",
+    "tiny-imagenet-200": "tiny-imagenet",
+    "tinyimagenet": "tiny-imagenet",
 }
 
 
@@ -31,6 +33,7 @@ _LOADERS: tuple[tuple[str, dict[str, str], Callable[[str, Options], DataSplits]]
     ("image", images.NAMES, images.load_images),
     ("celeba", celeba.NAMES, celeba.load_celeba),
     ("image", large.NAMES, large.load_large),
+    ("image", tiny_imagenet.NAMES, tiny_imagenet.load_tiny_imagenet),
     ("toy", toy.NAMES, toy.load_toy),
     ("supervised", supervised.NAMES, supervised.load_supervised),
     ("tabular", tabular.NAMES, tabular.load_tabular),

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnf._utils.errors import ConfigError
+from cnf._utils.errors import ConfigError, DataError
 from cnf.ode.continuous import CNF
 from cnf.sensitivity.paths import TangentState, integrate_tangents, require_points, unit_tangents
 from cnf.solvers import Solver
 from cnf.transforms import Request, Transform
 from cnf.transforms.chain import State, Visit, walk
 
-__all__ = ["jacobian", "log_det"]
+__all__ = ["jacobian", "log_det", "marginal_log_det"]
 
 
 def jacobian(
@@ -89,6 +89,42 @@ def log_det(
     _, j = jacobian(transform, x, context, chunk=chunk, solver=solver, back=back)
     value: Tensor = torch.linalg.slogdet(j)[1]
     return value
+
+
+def marginal_log_det(
+    transform: Transform, x: Tensor, start: Tensor, context: Tensor | None = None, *, chunk: int | None = None, solver: Solver | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Return y (N, D) and log|det ∂y/∂x| (N,) in nats of the marginal map of an augmented transform. Experimental.
+
+    The transform acts on [x, a], a beginning at the same ``start`` for every row, and y is the first D entries of the
+    result: general augmentation (AFFJORD, 2306.02731, eq. 15-16), where a may depend on x along the path, so that no trace gives the
+    log-det. It is the determinant of a D × D part of :func:`jacobian`, at D + k tangents. The map x ↦ y need not be
+    injective, and only where it is do these numbers define a density.
+
+    Args:
+        transform: from (D + k,) to (D + k,).
+        x: points (N, D).
+        start: a at the beginning, (k,).
+        context, chunk, solver: as of :func:`jacobian`.
+
+    Raises:
+        DataError: for x that is not a batch of vectors, or a ``start`` that is not one.
+        ConfigError, SolverError: as :func:`jacobian`.
+
+    Example:
+        >>> from cnf.fields import MLP
+        >>> block = CNF(MLP(3))
+        >>> y, value = marginal_log_det(block, torch.randn(5, 2), torch.zeros(1))
+        >>> y.shape, value.shape
+        (torch.Size([5, 2]), torch.Size([5]))
+    """
+    require_points(x)
+    if x.ndim != 2 or start.ndim != 1:
+        raise DataError(f"x has shape {tuple(x.shape)} and start {tuple(start.shape)}; expected points (N, D) and one vector (k,)")
+    dim = x.shape[1]
+    z, j = jacobian(transform, torch.cat([x, start.to(x).expand(len(x), -1)], 1), context, chunk=chunk, solver=solver)
+    value: Tensor = torch.linalg.slogdet(j[:, :dim, :dim])[1]
+    return z[:, :dim], value
 
 
 def _push(reverse: bool) -> Visit:
