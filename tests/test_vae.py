@@ -118,7 +118,7 @@ def test_it_learns_and_goes_through_fit(tmp_path):
     x = torch.from_numpy(data).float()
     torch.manual_seed(0)
     model = vae_mlp((6,), 1, 16, flow_hidden=(8,), rank=1)
-    cnf.fit(model, x, validation=0.2, loss=ELBO(model, warmup=50), steps=300, batch_size=64, lr=1e-2, quiet=True, folder=tmp_path / "run")
+    cnf.fit(model, x, validation=0.2, loss=ELBO(model, warmup=50), steps=600, batch_size=64, lr=1e-2, quiet=True, folder=tmp_path / "run")
     found = estimate_elbo(model, x, draws=4)
     assert -found.elbo < math.log(2) + 0.15 and (model.reconstruct(x[:5]) - x[:5]).abs().max() < 0.2
     assert model.sample(7, noise=Noise(0)).shape == (7, 6)
