@@ -1,6 +1,8 @@
 """Fields and transforms that hide their derivative, their randomness or their weights from torch, or write into what they are given."""
 
+import math
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -324,3 +326,35 @@ def test_a_row_at_which_a_custom_field_is_not_finite_is_named():
     flow = Flow(CNF(Root()), (2,)).eval()
     with pytest.raises(SolverError, match="row 1 of 3 cannot be solved"), torch.no_grad():
         flow.encode(torch.tensor([[1.0, 1.0], [2.0, -1.0], [3.0, 3.0]]))
+
+
+def test_random_fields_in_evaluation_mode_are_told():
+    class Random(torch.nn.Linear):
+        def forward(self, t, x):
+            return super().forward(x) + torch.randn_like(x)
+
+    flow, x = Flow(CNF(Random(2, 2)), (2,)), torch.randn(4, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        flow.log_prob(x)  # in training, as dropout is
+    with pytest.warns(UserWarning, match="field Random draws random numbers in evaluation mode"):
+        flow.eval().log_prob(x)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_fields_that_are_gradients_of_an_energy(recorded):
+    """The flow of -∇E, E = |x|^2 / 2, is e^-t x: log p of x = N(e^-1 x) - D."""
+
+    class Gradient(torch.nn.Module):
+        def forward(self, t, x):
+            with torch.set_grad_enabled(recorded or torch.is_grad_enabled()):
+                x = x.requires_grad_() if recorded else x
+                return -torch.autograd.grad(0.5 * x.square().sum(), x, create_graph=True)[0]
+
+    flow, x = Flow(CNF(Gradient()), (2,)).eval(), torch.randn(4, 2)
+    if not recorded:
+        with pytest.raises(ConfigError, match=r"takes a derivative by x.*enable_grad.*requires_grad_"):
+            flow.sample(2)
+        return
+    truth = torch.distributions.Normal(0.0, 1.0).log_prob(x * math.exp(-1)).sum(1) - 2
+    assert torch.allclose(flow.log_prob(x), truth, atol=1e-4) and flow.sample(2).shape == (2, 2)

@@ -163,7 +163,8 @@ class CustomField(_BuiltIn):
         """Check, once per mode of the module, that rows are independent, and detect random numbers.
 
         Raises:
-            ConfigError: if the value of a row depends on the other rows of its batch, or changes from call to call.
+            ConfigError: if the value of a row depends on the other rows of its batch, or changes from call to call, or if the
+                field needs a derivative by x that is not recorded.
         """
         if x.shape[0] == 0 or tracing(x):
             return
@@ -175,7 +176,12 @@ class CustomField(_BuiltIn):
         try:
             other = self.twin()
             self.random, apart, again = other._compare_rows(t, x[:_ROWS], context)
-        except Exception:  # not copyable, or bound to its own rows: the solve reports the error
+        except Exception as error:  # not copyable, or bound to its own rows: the solve reports the error
+            if "does not require grad" in str(error):
+                raise ConfigError(
+                    f"field {self.name} takes a derivative by x, which has none while samples are drawn or under no_grad: write "
+                    "`with torch.enable_grad(): x = x.requires_grad_()` in front of it, in forward"
+                ) from error
             self.whole = True
             known[mode] = (False, True)
             return
@@ -186,6 +192,11 @@ class CustomField(_BuiltIn):
                 "separate generator, and keep no state from call to call"
             )
         self.whole = self.random  # other shapes draw other numbers
+        if self.random and not self.module.training:
+            warnings.warn(
+                f"field {self.name} draws random numbers in evaluation mode, so that densities and samples differ from call to call: pass the "
+                "same noise= to both, or make the field deterministic", stacklevel=2,
+            )  # fmt: skip
         if not self.random and apart is None:
             return
         if not self.random and apart is not None and apart > _MIXING:
