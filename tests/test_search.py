@@ -165,3 +165,9 @@ def test_the_comparison_on_tables_runs(tmp_path, monkeypatch, capsys):
     rows = json.loads(file.read_text())["tables"]["rows"]
     assert [row["side"] for row in rows] == list(tables.SIDES) and rows[1]["difference"] == 0
     assert all(math.isfinite(row["test"]) and row["error"] > 0 for row in rows) and "over the mixture" in capsys.readouterr().out
+
+
+def test_normal_data_have_a_single_start():
+    x = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
+    result = fit_density(x[:240], x[240:], minutes=0.005, components=(1,))
+    assert result.validation <= result.parts["mixture"] and "1 Gaussian" in result.start

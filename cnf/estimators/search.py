@@ -155,6 +155,8 @@ def choose_starts(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def halve(starts: list[Start], budget: Budget, seed: int, steps: int | None) -> Start:
     """Train each start for some steps, keep the better half and the first, and so on; the last two train for longer."""
+    if len(starts) == 1:
+        return starts[0]
     mixture = starts[0]
     rows = torch.arange(min(HALVING_ROWS, len(starts[0].candidate.table.validation)))
     count = max(2, steps // 10) if steps else FIRST_STEPS
