@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -236,6 +237,17 @@ def test_a_dry_run_measures_a_part_of_large_images(monkeypatch, tmp_path, capsys
     assert part["parameters"] == whole["parameters"] and part["batch"] == whole["batch"] == 20
     assert "4x4 of 16x16 pixels" in part["where"] and "pixels" not in whole["where"]
     assert 0.8 * whole["kept"] < part["kept"] < 1.5 * whole["kept"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "side"), [("rnode-celebahq256", 256), ("rnode-imagenet64", 64), ("ffjord-cifar10", 32), ("fm-cifar10", 32)])
+def test_a_dry_run_answers_within_ten_seconds(monkeypatch, tmp_path, capsys, preset, side):
+    """Of the CPU's time, with the presets that take the longest."""
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (60, 3, side, side), dtype=np.uint8))
+    started = time.process_time()
+    assert train_main([preset, "--data", str(tmp_path / "images.npy"), "--threads", "1", "--dry-run"]) == 0
+    assert time.process_time() - started < 10
+    assert ("an upper estimate from" in capsys.readouterr().out) == (side > 32)
 
 
 def test_a_dry_run_of_both_objectives_measures_both(tmp_path, monkeypatch, capsys):
