@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_run_folder(digits):
         "config.json", "metrics.jsonl", "model.safetensors", "trainer.pt", "trainer.previous.pt", "report.html", "result.json", "test_nll.npz",
         "samples/samples.png", "plots/learning_curves.png",
     }  # fmt: skip
-    assert len(list((digits / "tensorboard").iterdir())) == 1
+    assert len(list((digits / "tensorboard").iterdir())) == 2  # of the training and of the test
 
 
 def test_result_says_what_the_number_is(digits):
@@ -116,7 +117,7 @@ def test_interrupted_run_resumes_to_the_same_weights(tmp_path, monkeypatch, caps
     for name in ("model.safetensors", "test_nll.npz", "config.json"):
         assert (folder / name).read_bytes() == (digits / name).read_bytes()
     assert metrics(folder) == metrics(digits)
-    figures = [{k: v for k, v in json.loads((f / "result.json").read_text()).items() if "seconds" not in k} for f in (folder, digits)]
+    figures = [{k: v for k, v in json.loads((f / "result.json").read_text()).items() if "seconds" not in k and k != "command"} for f in (folder, digits)]
     assert figures[0] == figures[1]
 
 
@@ -236,6 +237,17 @@ def test_a_dry_run_measures_a_part_of_large_images(monkeypatch, tmp_path, capsys
     assert part["parameters"] == whole["parameters"] and part["batch"] == whole["batch"] == 20
     assert "4x4 of 16x16 pixels" in part["where"] and "pixels" not in whole["where"]
     assert 0.8 * whole["kept"] < part["kept"] < 1.5 * whole["kept"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "side"), [("rnode-celebahq256", 256), ("rnode-imagenet64", 64), ("ffjord-cifar10", 32), ("fm-cifar10", 32)])
+def test_a_dry_run_answers_within_ten_seconds(monkeypatch, tmp_path, capsys, preset, side):
+    """Of the CPU's time, with the presets that take the longest."""
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (60, 3, side, side), dtype=np.uint8))
+    started = time.process_time()
+    assert train_main([preset, "--data", str(tmp_path / "images.npy"), "--threads", "1", "--dry-run"]) == 0
+    assert time.process_time() - started < 10
+    assert ("an upper estimate from" in capsys.readouterr().out) == (side > 32)
 
 
 def test_a_dry_run_of_both_objectives_measures_both(tmp_path, monkeypatch, capsys):

@@ -21,8 +21,8 @@ from conftest import ROOT
 from trainers import average, monitor, training
 
 from cnf import distributed
+from cnf._utils.output import speaks
 from cnf.cli import sample_main
-from cnf.cli.exits import speaks
 from cnf.config import DataConfig, FlowConfig, RunConfig, SolverConfig, TrainConfig
 from cnf.data import DataSplits
 from cnf.distributed import SINGLE_PROCESS, Group, join

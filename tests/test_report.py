@@ -101,7 +101,7 @@ def test_every_run_leaves_a_report(tmp_path, words, pictures, capsys):
     check_alone(page)
     found = json.loads((folder / "result.json").read_text())
     text = " ".join(page.texts)
-    assert f"cnf {words}" in text and any(format(found["value"], digits) in text for digits in (".4f", ".4g"))
+    assert f"cnf {words}" in text and any(f"{found['value']:{form}}" in text for form in (".4f", ".4g"))  # densities, predictions
     assert all(line in text and line in said for line in interpret(found))
     files = {p.stem: p.read_bytes() for p in folder.glob("*/*") if p.suffix in (".png", ".gif")}
     assert pictures <= set(files) and sorted(data for _, data in page.pictures) == sorted(files.values())

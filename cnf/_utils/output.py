@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["emit", "emit_error", "finite", "output", "reports_progress", "take_output"]
+__all__ = ["emit", "emit_error", "finite", "output", "reports_progress", "speaks", "take_output"]
 
 ESSENTIAL = ("data", "warning", "result", "error")  # what --quiet leaves
 ABOVE_THE_BAR = ("warning", "validation", "progress")  # as text on stderr, above a progress bar
@@ -54,7 +55,7 @@ def reports_progress(*, bar: bool = False) -> bool:
     return not (_mode.quiet or (bar and _mode.json))
 
 
-def emit(event: str, text: str, **values: Any) -> None:
+def emit(event: str, text: str, /, **values: Any) -> None:
     """Print a line of text, or an object with the event, the text and values.
 
     Args:
@@ -70,15 +71,20 @@ def emit(event: str, text: str, **values: Any) -> None:
     if _mode.quiet and event not in ESSENTIAL:
         return
     if _mode.json:
-        line = json.dumps(finite({"event": event, "text": text, **values}), allow_nan=False, default=_plain)
+        line = json.dumps(finite({"event": event, "text": text} | values), allow_nan=False, default=_plain)
         sys.stdout.write(f"{line}\n")  # in one piece: reports of progress come from another thread
         sys.stdout.flush()
-    elif event in ABOVE_THE_BAR:
+    elif event not in ABOVE_THE_BAR:
+        print(text, flush=True)
+    elif speaks():
         from tqdm import tqdm  # here, so that lists and help need not import it
 
         tqdm.write(text, file=sys.stderr)
-    else:
-        print(text, flush=True)
+
+
+def speaks() -> bool:
+    """Return whether this process is rank 0 or the only one; the standard output of others is discarded."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def emit_error(text: str, code: int) -> None:

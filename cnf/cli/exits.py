@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Iterator
 
 from cnf._utils.errors import CNFError, ConfigError, DataError, Interrupted
-from cnf._utils.output import emit_error
+from cnf._utils.output import emit_error, speaks
 
-__all__ = ["guard", "speaks"]
+__all__ = ["guard"]
 
 HUNG_UP = 141  # a shell's exit code for SIGPIPE
 # optional library -> the extra of setup.cfg that installs it
@@ -89,11 +89,6 @@ def _say(line: str, code: int) -> int:
         print(line, file=sys.stderr)
         emit_error(line, code)
     return code
-
-
-def speaks() -> bool:
-    """Return whether this process is rank 0 or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 
+from cnf._utils.output import emit
 from cnf.config.former import NAMES, present
 from cnf.config.settings import RunConfig
 from cnf.config.tagged import schema
@@ -50,11 +50,11 @@ def renamed(arguments: Sequence[str]) -> list[str]:
         former = name[2:].replace("-", "_") if name.startswith("--") else ""
         if name in FORMER:
             chosen = FORMER[name]
-            print(f"{name} is now called {' '.join(chosen)}", file=sys.stderr)
+            emit("warning", f"{name} is now called {' '.join(chosen)}")
             words += chosen
             continue
         if former in NAMES:
-            print(f"{name} is now called {option(NAMES[former])}", file=sys.stderr)
+            emit("warning", f"{name} is now called {option(NAMES[former])}")
             word = option(NAMES[former]) + equals + value
         elif former == "num_blocks":  # FFJORD's name
             word = "--blocks" + equals + value

@@ -73,7 +73,7 @@ class Run(Protocol):
     def say(self, line: str) -> None:
         """Print a warning."""
 
-    def report(self, event: str, text: str, **values: Any) -> None:
+    def report(self, event: str, text: str, /, **values: Any) -> None:
         """Print an event (see :func:`cnf._utils.output.emit`)."""
 
     def callback(self, kind: type[C]) -> C | None:

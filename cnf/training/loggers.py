@@ -141,7 +141,7 @@ class ProgressBar(Callback):
         """Print a line for a validation."""
         if "validation" in row:
             self._shown = time.monotonic()
-            run.report("validation", f"step {run.state.step:,}/{run.steps:,}: {self._validation(run, row)}", unit=run.objective.unit, **row)
+            run.report("validation", f"step {run.state.step:,}/{run.steps:,}: {self._validation(run, row)}", **{"unit": run.objective.unit, **row})
 
     def on_step_end(self, run: Run) -> None:
         """Advance the bar by one step, or print a line after 30 seconds without one."""

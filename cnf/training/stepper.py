@@ -120,7 +120,7 @@ class Stepper:
         """Print a warning."""
         self.report("warning", line)
 
-    def report(self, event: str, text: str, **values: Any) -> None:
+    def report(self, event: str, text: str, /, **values: Any) -> None:
         """Print an event (see :func:`cnf._utils.output.emit`)."""
         if not self.quiet:
             emit(event, text, **values)

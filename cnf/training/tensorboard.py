@@ -10,8 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cnf.config.results import read_json
 from cnf.losses import FlowMatching, Likelihood
 from cnf.training.callbacks import Callback, Run
@@ -57,7 +55,7 @@ class TensorBoardLogger(Callback):
     def __init__(self, folder: Path):
         self.folder = folder / "tensorboard"
         self._writer: Any = None
-        self._hook = threading.excepthook
+        self._hook, self._failed = threading.excepthook, False
 
     def setup(self, run: Run) -> None:
         """Remember where messages go, and whether validations are of the likelihood."""
@@ -120,23 +118,27 @@ class TensorBoardLogger(Callback):
 
         self._try(add)
 
-    def conclude(self, step: int, value: float, accuracy: float | None = None) -> None:
+    def conclude(self, run: Run, value: float, accuracy: float | None = None) -> None:
         """Log the figure of the test, and the pictures of the run folder."""
-        from PIL import Image
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        step = run.state.step
 
         def add(writer: Any) -> None:
             writer.add_scalar(f"test/{self.metric}", value, step)
             if accuracy is not None:
                 writer.add_scalar("test/accuracy", accuracy, step)
             for path in sorted(self.folder.parent.glob("*/*.png")):
-                with Image.open(path) as picture:
-                    pixels = np.asarray(picture.convert("RGB"))
-                writer.add_image(f"{path.parent.name}/{path.stem}", pixels, step, dataformats="HWC")
+                content = path.read_bytes()  # as it is: SummaryWriter.add_image would encode it again
+                width, height = (int.from_bytes(content[at : at + 4]) for at in (16, 20))
+                picture = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=content)
+                summary = Summary(value=[Summary.Value(tag=f"{path.parent.name}/{path.stem}", image=picture)])
+                writer.file_writer.add_summary(summary, step)
 
-        self._begin(step)
-        self._try(add)
-        self._try(lambda writer: writer.close())
-        self._writer = None
+        if not self._failed:
+            self.on_start(run)
+            self._try(add)
+            self.on_end(run)
 
     def _try(self, write: Callable[[Any], object]) -> None:
         if self._writer is not None:
@@ -149,7 +151,7 @@ class TensorBoardLogger(Callback):
         if self._writer is not None:
             with suppress(OSError, ValueError):
                 self._writer.close()
-        self._writer = None
+        self._writer, self._failed = None, True
         self.say(f"TensorBoard's files in {self.folder} cannot be written ({error}): training goes on without; metrics.jsonl has all")
 
     def _quietly(self, failure: threading.ExceptHookArgs) -> None:
@@ -161,4 +163,4 @@ class TensorBoardLogger(Callback):
 def conclude(run: Run, value: float, accuracy: float | None = None) -> None:
     """Log the figure and the pictures of a finished run, if it has a TensorBoard logger."""
     if (board := run.callback(TensorBoardLogger)) is not None:
-        board.conclude(run.state.step, value, accuracy)
+        board.conclude(run, value, accuracy)
