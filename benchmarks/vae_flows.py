@@ -24,6 +24,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ from vae_data import NAMES, Images, load_images
 from vae_parts import POSTERIORS, Design, build
 
 import cnf
+from cnf.errors import CNFError, ConfigError
 from cnf.losses.elbo import ELBO, estimate_elbo
 from cnf.ode.divergence import Exact
 from cnf.plotting.canvas import new_figure, save_figure, subplots, tiles
@@ -188,6 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.pictures.mkdir(parents=True, exist_ok=True)
     images = load_images(options.data, options.data_root)
     fill(options, len(images.train))
+    for name in () if options.runs is None or options.resume else options.posteriors:
+        if (folder := options.runs / f"vae-{options.data}" / f"{name}-0").exists():
+            raise ConfigError(f"{folder} exists: --resume continues it, another --runs begins anew")
     rows: list[Row] = []
     models: dict[str, FlowVAE] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -204,4 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CNFError as error:
+        sys.exit(f"vae_flows.py: {error}")
