@@ -130,7 +130,7 @@ class NonFinitePolicy(Callback):
 
     @property
     def growth(self) -> str:
-        """What a failure after a growing loss is likely to mean; "" where it did not grow."""
+        """Likely cause of a failure after a growing loss, as text; "" where the loss did not grow."""
         if not self.last_loss - self.lowest_loss > GROWN * max(1.0, abs(self.lowest_loss)):
             return ""
         return f"; the loss had grown from {self.lowest_loss:.3g} to {self.last_loss:.3g}: the learning rate is the likely cause, try a smaller one"
