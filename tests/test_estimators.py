@@ -421,3 +421,12 @@ def test_an_ensemble_of_few_rows_has_no_field_and_more_rows_have_one(linear):
     x, y = xy(100)
     model = ConditionalDensityEstimator(**QUICK, random_state=0).fit(x, y)
     assert not model.flow_.blocks and isinstance(model.flow_.base, MixtureEnsemble) and len(model.flow_.base.members) == 5
+
+
+def test_samples_of_discrete_columns_are_values_seen():
+    rng = np.random.default_rng(0)
+    x = pd.DataFrame({"flag": rng.random(300) < 0.5, "count": rng.poisson(1.0, 300), "a": rng.normal(size=300)})
+    drawn = DensityEstimator(**QUICK, random_state=0).fit(x).sample(2000, random_state=0)
+    assert drawn["flag"].dtype == bool and set(drawn["count"]) <= set(range(x["count"].max() + 1)) and drawn["count"].max() > 1
+    y = ConditionalDensityEstimator(**QUICK, random_state=0).fit(x[["a"]], x["flag"].astype(int)).sample(x[["a"]], 5, random_state=0)
+    assert set(np.unique(y)) == {0, 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import math
@@ -23,6 +24,8 @@ import cnf
 from cnf import data as datasets
 from cnf.cli import sample_main, train_main
 from cnf.config import FlowConfig, SolverConfig
+from cnf.config.decoding import decode
+from cnf.data import load
 from cnf.data.cells import typed
 from cnf.data.dependence import dependent_columns
 from cnf.data.frames import read_frame
@@ -789,3 +792,15 @@ def test_discrete_values_come_back_as_they_were(tmp_path: Path, values: list[flo
     assert kinds(data)["v"] == ("data", "discrete", kind.__name__)
     back = sampled_frame(everything(data), data.table, {})["v"]
     assert sorted(back.tolist()) == pytest.approx(sorted(chosen.tolist()), abs=1e-9)
+
+
+def test_samples_of_discrete_columns_stay_within_the_table(tmp_path):
+    """A flag is never 2, and a count never negative; folders that do not know the largest value have no limits."""
+    x = np.c_[np.random.default_rng(0).poisson(1.0, 400), np.random.default_rng(1).normal(size=400)]
+    np.savetxt(tmp_path / "t.csv", x, delimiter=",", header="n,a", comments="")
+    column = load(str(tmp_path / "t.csv")).table[0]
+    assert (column.origin, column.last) == (x[:, 0].min(), x[:, 0].max())
+    values = np.array([-2.7, 0.5, 99.0])
+    assert to_lattice(column, values).tolist() == [0.0, 0.0, x[:, 0].max()]
+    known = {k: v for k, v in dataclasses.asdict(column).items() if k != "last"}
+    assert to_lattice(decode(TableColumn, known, "column"), values).tolist() == [-3.0, 0.0, 99.0]

@@ -121,7 +121,7 @@ def _explain(info: RunInfo, out: Path) -> None:
     rounded = [c.name for c in data_columns(info.table) if not c.step and c.type == "int"]
     extra = "; log_prob is the density of the value before" if out.suffix == ".npz" else ""
     if lattice:
-        emit("message", f"{', '.join(lattice)}: discrete in the data, and written in their steps (the floor of the dequantised value){extra}")
+        emit("message", f"{', '.join(lattice)}: discrete in the data, and written in their steps (the floor of the dequantised value, within the values of the data){extra}")
     if rounded:
         emit("message", f"{', '.join(rounded)}: whole numbers in the data, and rounded to them{extra}")
     if out.suffix == ".npz" and (dates := [c.name for c in data_columns(info.table) if c.kind == "date"]):

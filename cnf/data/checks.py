@@ -163,7 +163,7 @@ def find_lattices(
             treatment = f"dequantised by one step of uniform noise, seed {options.seed}" if spread else f"kept, so {UNBOUNDED}"
             notices.append(f"{repeated}, on a lattice of step {step:.6g}: {treatment}")
             kind: Literal["date", "discrete"] = "date" if known.kind == "date" else "discrete"
-            known = replace(known, kind=kind, step=step, origin=float(distinct[0]), dequantised=spread)
+            known = replace(known, kind=kind, step=step, origin=float(distinct[0]), last=float(distinct[-1]), dequantised=spread)
         elif said := repeated_values(column, label):
             discrete += [label] * few_distinct(len(column), len(counts))
             notices.append(said)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -31,7 +31,8 @@ class TableColumn:
         kind: ``"continuous"``, ``"discrete"``, ``"categorical"``, ``"date"``, ``"identifier"`` or ``"unused"``.
         type: data type in which samples are written.
         step: spacing of the values' lattice; 0 for none.
-        origin: a point of that lattice.
+        origin: a point of that lattice; the least value of the table, if ``last`` is given.
+        last: the largest value of the table on that lattice: samples stay between the two. None for no limits.
         dequantised: whether value v represents the interval [v, v + step), filled with uniform noise in training.
         epoch: reference day of a date, in days since 1970-01-01.
         categories: categories of a categorical condition, in the order of the one-hot columns.
@@ -49,6 +50,7 @@ class TableColumn:
     categories: tuple[str, ...] = ()
     mean: float = 0.0
     std: float = 1.0
+    last: float | None = field(default=None, metadata={"optional": True})  # older run folders lack it
 
     def fault(self) -> str | None:
         """Return the first inconsistency, as a clause of a message, or None.
@@ -63,6 +65,8 @@ class TableColumn:
             return "it is dequantised and has no step"
         if not (0 < self.std < 1e30 and abs(self.mean) < 1e30 and abs(self.origin) < 1e30):
             return f"its mean, std or origin is out of range ({self.mean}, {self.std}, {self.origin})"
+        if self.last is not None and not self.origin <= self.last < 1e30:
+            return f"its last value must be at least its origin {self.origin}, got {self.last}"
         if abs(self.epoch) > 10**6:
             return f"its epoch must be within 2,700 years of 1970, got day {self.epoch}"
         if (self.kind == "categorical") != bool(self.categories) and self.role != "left out":
@@ -139,6 +143,8 @@ def snap(column: TableColumn, values: NDArray[np.float64]) -> NDArray[np.float64
 def to_lattice(column: TableColumn, values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Round samples (N,) to the column's lattice: down if the column is dequantised, else to the nearest point.
 
+    Values beyond those of the training table, such as a negative count, become its least or largest one.
+
     Example:
         >>> k = TableColumn("k", kind="discrete", step=0.5, dequantised=True)
         >>> to_lattice(k, np.array([0.2, 0.7, -0.1])).tolist()
@@ -148,6 +154,8 @@ def to_lattice(column: TableColumn, values: NDArray[np.float64]) -> NDArray[np.f
         return np.rint(values) if column.type == "int" else values
     indices = (values - column.origin) / column.step
     whole = np.floor(indices) if column.dequantised else np.rint(indices)
+    if column.last is not None:
+        whole = np.clip(whole, 0, np.rint((column.last - column.origin) / column.step))
     points = lattice_points(column.origin, column.step, whole)
     return np.rint(points) if column.type == "int" else points  # a non-integer step: the values were rounded to integers
 

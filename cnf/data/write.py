@@ -35,8 +35,6 @@ def _exact(samples: Array, table: Sequence[TableColumn]) -> Table:
         out[:, j] = to_lattice(column, out[:, j])
         if column.kind == "date":
             out[:, j] += column.epoch
-        if column.type == "bool":
-            out[:, j] = np.clip(out[:, j], 0, 1)
     return out
 
 

@@ -140,7 +140,7 @@ class ConditionalDensityEstimator(MultiOutputMixin, RegressorMixin, BaseEstimato
             targets=slice(width, None),
             labels=["y"] if self._flat else [f"column {j} of y" + (f" ({names[j]!r})" if names else "") for j in range(self.n_outputs_)],
         )
-        self._steps, self._origins = rows.steps[width:], rows.origins[width:]
+        self._steps, self._origins, self._ends = rows.steps[width:], rows.origins[width:], rows.ends[width:]
         x = rows.x[:, :width]
         self._x_mean, std = x.mean(0), spread(x)
         self._x_std = np.where(std > 1e-12 * np.abs(x).max(0), std, 1.0)
@@ -216,7 +216,7 @@ class ConditionalDensityEstimator(MultiOutputMixin, RegressorMixin, BaseEstimato
         context = self._context(X)
         require_at_least(1, n_samples=n_samples)
         y = self._draw(context, n_samples, seed_of(random_state)).numpy()
-        out = to_lattice(y, self._steps, self._origins)
+        out = to_lattice(y, self._steps, self._origins, self._ends)
         return out[..., 0] if self._flat else out
 
     def _draw(self, context: Tensor, n: int, seed: int) -> Tensor:

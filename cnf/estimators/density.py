@@ -43,8 +43,8 @@ class DensityEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
     likelihood, and the weights of the best validation are kept, so that it is never worse than the mixture on them.
 
     Columns whose values lie on a lattice and repeat (integers, for example) are dequantised: the density is then that of
-    x + u, u uniform over one step around 0, samples lie on the lattice, and density x step estimates a value's
-    probability.
+    x + u, u uniform over one step around 0, samples lie on the lattice and within the values seen, and density x step
+    estimates a value's probability.
 
     Args:
         max_minutes: limit of the fit.
@@ -115,7 +115,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
         weight = check_weights(sample_weight, rows)
         labels = None if names is None else [f"column {j} ({name!r})" for j, name in enumerate(names)]
         data = prepare_rows(rows, weight, self.validation_fraction, seed, discrete=self.discrete == "auto", labels=labels)
-        self._steps, self._origins = data.steps, data.origins
+        self._steps, self._origins, self._ends = data.steps, data.origins, data.ends
         units = Units.of(data.train)
         found = self._fit(units.apply(data.train), units.apply(data.validation), seed, data.cells(units), names)
         self.flow_, volume = units.undo(found.flow.cpu().double()), float(np.log(units.scale).sum())
@@ -168,7 +168,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         require_at_least(1, n_samples=n_samples)
         x = self.flow_.sample(n_samples, noise=Noise(seed_of(random_state), "sample")).numpy()
-        return self._layout.restore(to_lattice(x, self._steps, self._origins))
+        return self._layout.restore(to_lattice(x, self._steps, self._origins, self._ends))
 
 
 def _cell_nodes(steps: Array) -> Tensor:

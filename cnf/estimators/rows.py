@@ -53,7 +53,7 @@ class Layout:
             return x
         columns = {}
         for j, (name, dtype) in enumerate(zip(self.names, self.dtypes, strict=True)):
-            whole = dtype.startswith(("int", "uint"))
+            whole = dtype.startswith(("int", "uint", "bool"))
             kept = dtype if whole or dtype in ("float32", "float64") else "float64"
             columns[name] = (np.rint(x[:, j]) if whole else x[:, j]).astype(kept)
         return self.frame(columns)
@@ -68,7 +68,7 @@ class PreparedRows:
         group: (N,) numbers of distinct rows, which stay together.
         held: (N,) whether a row is for validation.
         steps: of the D columns' lattices, NaN for a continuous column.
-        origins: a value of each lattice.
+        origins, ends: least and largest value of each column.
     """
 
     x: Array
@@ -76,6 +76,7 @@ class PreparedRows:
     held: NDArray[np.bool_]
     steps: Array
     origins: Array
+    ends: Array
 
     @property
     def train(self) -> Array:
@@ -188,13 +189,13 @@ def prepare_rows(
     if relations := dependent_columns(modelled / Units.of(modelled).scale, labels):
         words = "; ".join(relation for _, relation in relations[:10])
         raise DataError(f"columns depend on each other ({words}), so that they have no joint density: drop one of each relation")
-    origins = x.min(0)
+    origins, ends = x.min(0), x.max(0)
     if not np.isnan(steps).any():  # in a table of discrete columns equal rows are not the same row
         changes[:] = True
     group = np.concatenate([[0], np.cumsum(changes)])
     noise = generator.uniform(-0.5, 0.5, x.shape) * np.nan_to_num(steps)
     held = _held_out(group, fraction, generator)
-    return PreparedRows(x + noise, group, held, steps, origins)
+    return PreparedRows(x + noise, group, held, steps, origins, ends)
 
 
 def _held_out(group: NDArray[np.int64], fraction: float, generator: np.random.Generator) -> NDArray[np.bool_]:
@@ -229,11 +230,12 @@ def _some(x: Tensor, rows: int, seed: int) -> Tensor:
     return index
 
 
-def to_lattice(x: Array, steps: Array, origins: Array) -> Array:
-    """Round samples (..., D) of discrete columns to the nearest point of their lattice."""
+def to_lattice(x: Array, steps: Array, origins: Array, ends: Array) -> Array:
+    """Round samples (..., D) of discrete columns to the nearest point of their lattice from the least to the largest value seen."""
     out = x.copy()
     for j in np.flatnonzero(~np.isnan(steps)):
-        out[..., j] = lattice_points(origins[j], steps[j], np.rint((x[..., j] - origins[j]) / steps[j]))
+        indices = np.rint((np.clip(x[..., j], origins[j], ends[j]) - origins[j]) / steps[j])
+        out[..., j] = lattice_points(origins[j], steps[j], indices)
     return out
 
 
