@@ -803,4 +803,4 @@ def test_samples_of_discrete_columns_stay_within_the_table(tmp_path):
     values = np.array([-2.7, 0.5, 99.0])
     assert to_lattice(column, values).tolist() == [0.0, 0.0, x[:, 0].max()]
     known = {k: v for k, v in dataclasses.asdict(column).items() if k != "last"}
-    assert to_lattice(decode(TableColumn, known, "column"), values).tolist() == [-3.0, 0.0, 99.0]
+    assert to_lattice(decode(TableColumn, json.loads(json.dumps(known)), "column"), values).tolist() == [-3.0, 0.0, 99.0]
