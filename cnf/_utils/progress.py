@@ -95,5 +95,5 @@ def duration_text(seconds: float) -> str:
         ('42 seconds', '10 minutes', '2.5 hours')
     """
     if seconds < 100:
-        return f"{seconds:.0f} seconds"
+        return f"{seconds:.0f} second{'s' if f'{seconds:.0f}' != '1' else ''}"
     return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"

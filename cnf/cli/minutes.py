@@ -73,7 +73,7 @@ def search(info: RunInfo, data: DataSplits, folder: Path, group: Group, line: st
         result = finish(trainer, info, data, folder, about)
     lines = [f"validation, nats per row, and the gain over the part before ({found.start}):"]
     for name, value in found.parts.items():
-        gain = "{:+.4f} ± {:.4f}".format(*found.gains[name]) if name in found.gains else ""
+        gain = "{:+z.4f} ± {:.4f}".format(*found.gains[name]) if name in found.gains else ""
         lines.append(f"  {name:16}{value:12.4f}  {gain}".rstrip())
     emit("message", "\n".join(lines))
     emit("result", summary(result), folder=folder, **result)

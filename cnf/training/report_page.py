@@ -18,7 +18,7 @@ __all__ = ["REPORT", "write_report"]
 REPORT = "report.html"
 LARGEST = 2**24  # bytes of one picture
 ROWS = 12  # validations in the table
-WIDE = 2.5  # times as wide as high: a picture that may be wider than the text
+WIDE = 1200  # pixels: pictures of this width, and half of it in height, may be wider than the text
 CAPTIONS = {
     "samples/samples.png": "Samples next to data",
     "plots/flow.gif": "Noise flowing to data",
@@ -121,7 +121,7 @@ def _gains(result: Mapping[str, Any]) -> str:
     gains = result.get("gains") or {}
     rows = []
     for part, value in (result.get("parts") or {}).items():
-        rows.append((part, f"{value:.4f}", "{:+.4f} ± {:.4f}".format(*gains[part]) if part in gains else ""))
+        rows.append((part, f"{value:.4f}", "{:+z.4f} ± {:.4f}".format(*gains[part]) if part in gains else ""))
     return _table(("part", "validation, nats", "gain over the part before"), rows)
 
 
@@ -143,7 +143,8 @@ def _pictures(folder: Path) -> list[str]:
 
 def _wide(png: bytes) -> bool:
     """Return whether a PNG is so wide that its labels are small in a column of text."""
-    return int.from_bytes(png[16:20]) > WIDE * int.from_bytes(png[20:24])
+    width, height = int.from_bytes(png[16:20]), int.from_bytes(png[20:24])
+    return width >= max(WIDE, 2 * height)
 
 
 def _validations(rows: Sequence[Mapping[str, Any]], unit: str) -> str:
@@ -162,11 +163,14 @@ def _validations(rows: Sequence[Mapping[str, Any]], unit: str) -> str:
 
 
 def _number(value: object) -> str:
-    return f"{value:,.0f}" if isinstance(value, int | float) else ""
+    if not isinstance(value, int | float):
+        return ""
+    return f"{value:,.0f}" if value >= 10 or float(value).is_integer() else f"{value:.1f}"
 
 
 def _facts(result: Mapping[str, Any]) -> str:
     facts = [({"nfe": "NFE"}.get(key, key), _number(result.get(key))) for key in ("parameters", "steps", "best_step", "seed", "nfe", "seconds", "search_seconds", "evaluation_seconds")]
+    facts = [(key, value) for key, value in facts if (key, value) != ("seconds", "0")]  # of a search, which has its own
     versions = result.get("versions") or {"cnf": __version__}
     facts += [*((f"version of {name}", str(version)) for name, version in versions.items()), ("device", str(result.get("device") or ""))]
     return _table(("", ""), [(key.replace("_", " "), value) for key, value in facts if value])
