@@ -80,11 +80,12 @@ def classes(tmp_path_factory, pictures):
 
 
 def run(capsys, folder, *options):
-    """What --evaluate prints, and the newest evaluation-N.json."""
+    """What --evaluate prints, warnings last, and the newest evaluation-N.json."""
     capsys.readouterr()
     assert train_main(["--evaluate", str(folder), *map(str, options)]) == 0
     found = sorted(folder.glob("evaluation-*.json"), key=lambda p: int(re.sub(r"\D", "", p.stem)))
-    return capsys.readouterr().out, json.loads(found[-1].read_text()) if found else None
+    said = capsys.readouterr()
+    return said.out + said.err, json.loads(found[-1].read_text()) if found else None
 
 
 def refusal(capsys, folder, *options):
