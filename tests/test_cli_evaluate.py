@@ -80,7 +80,7 @@ def classes(tmp_path_factory, pictures):
 
 
 def run(capsys, folder, *options):
-    """What --evaluate prints, warnings at the end, and the newest evaluation-N.json."""
+    """What --evaluate prints, warnings last, and the newest evaluation-N.json."""
     capsys.readouterr()
     assert train_main(["--evaluate", str(folder), *map(str, options)]) == 0
     found = sorted(folder.glob("evaluation-*.json"), key=lambda p: int(re.sub(r"\D", "", p.stem)))

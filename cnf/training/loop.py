@@ -115,7 +115,7 @@ class Trainer(Stepper):
         assert reason is not None
         if reason != "steps":
             text = {"max_time": "time is up", "patience": f"no better validation in {state.worse}"}
-            self.report("message", f"step {state.step}: {text.get(reason, reason)}")
+            self.report("progress", f"step {state.step}: {text.get(reason, reason)}", step=state.step, steps=self.steps)
         return reason
 
     def _after_step(self, pending: Pending) -> None:

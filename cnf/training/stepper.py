@@ -231,7 +231,7 @@ class Stepper:
         self._init_optimizer()
         state.metrics.last = None  # no metrics of the earlier phase are shown from here on
         if self.phase.message:
-            self.report("message", f"step {state.step}: {self.phase.message}")
+            self.report("progress", f"step {state.step}: {self.phase.message}", step=state.step, steps=self.steps)
         for callback in self.callbacks:
             callback.on_phase(self)
 
