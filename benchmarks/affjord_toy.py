@@ -52,7 +52,7 @@ AUGMENTED_TIME_LAYERS = {"none": "FFJORD", "concat": "AFFJORD concat", "hyper": 
 IMAGES = ("mnist", "cifar10")
 SMALL: dict[str, Any] = {
     "hidden": (16, 16, 16), "preprocess": "standardize", "train_solver": "grid", "method": "rk4", "grid_steps": 2, "max_grid_steps": 8,
-    "gradient": "direct", "batch_size": 32, "lr": 2e-3, "warmup": 20, "max_grad_norm": 10.0, "validate_every": 50, "validation_items": 100, "threads": 1,
+    "gradient": "direct", "batch_size": 32, "lr": 1e-3, "warmup": 20, "max_grad_norm": 10.0, "validate_every": 50, "validation_items": 100, "threads": 1,
     "steps": 100_000,
 }  # fmt: skip
 WIDE = (220, 220)  # as many parameters as the hypernetwork of a field of (64, 64)
@@ -258,10 +258,11 @@ def main(arguments: list[str] | None = None) -> None:
             for drive in options.drives:
                 if options.report or (data, drive, seed) in done or (drive == "wide" and data not in TOYS):
                     continue
-                row = run(data, drive, seed, options)
-                rows.append(row)
                 about = {**machine(), "versions": versions("torch", "torchdiffeq")}
-                options.results.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+                row = run(data, drive, seed, options) | ({"about": about} if rows else {})  # the first row's stands at the top
+                kept = kept if rows else about
+                rows.append(row)
+                options.results.write_text(json.dumps({**kept, "rows": rows}, indent=1) + "\n", encoding="utf-8")
                 shown = {k: v for k, v in row.items() if k != "curve"}
                 print(json.dumps(shown), flush=True)
     print(report(rows, options.densities, options.pictures))

@@ -155,6 +155,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--validation-items", type=int, default=2000, help="images of a validation (default: %(default)s)")
+    parser.add_argument("--test-items", type=int, help="the first so many test images (default: all)")
     parser.add_argument("--importance-samples", type=int, default=50, help="weighted draws of z (default: %(default)s; the paper's code has 5,000)")
     parser.add_argument("--importance-images", type=int, default=64, help="number of images of the weighted likelihood (default: %(default)s)")
     parser.add_argument("--runs", type=Path, help="folder of the run folders (default: a temporary one)")
@@ -189,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     options.pictures.mkdir(parents=True, exist_ok=True)
     images = load_images(options.data, options.data_root)
+    images = images._replace(test=images.test[: options.test_items])
     fill(options, len(images.train))
     for name in () if options.runs is None or options.resume else options.posteriors:
         if (folder := options.runs / f"vae-{options.data}" / f"{name}-0").exists():

@@ -173,6 +173,6 @@ def build(posterior: str, shape: tuple[int, ...], levels: int, design: Design, d
         made = (Planar if posterior == "planar" else Sylvester)(design.latent, design.flows)
         transform, context = made, made.context_dim
     model = FlowVAE(encoder, decoder, design.latent, features, transform, context, levels)
-    if posterior in ("planar", "sylvester") and model.amortise is not None:  # 0.01 would leave directions to chance
+    if posterior == "planar" and model.amortise is not None:  # w near zero would leave its direction to chance
         nn.init.normal_(model.amortise.bias, std=0.3)
     return model

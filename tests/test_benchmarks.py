@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, mostly_slow
@@ -242,6 +243,20 @@ def test_affjord_toy_does_not_mix_lengths(tmp_path, capsys):
     with pytest.raises(SystemExit):
         affjord_toy.main(["--results", str(results), "--sets", "checkerboard", "--densities", str(tmp_path)])
     assert "holds checkerboard after 7 steps, not 4000" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        affjord_toy.main(["--results", str(results), "--sets", "mnist", "--densities", str(tmp_path)])
+    assert "give --minutes" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_affjord_on_images_stops_after_cpu_minutes(tmp_path):
+    x = torch.randint(0, 256, (60, 28, 28), generator=torch.Generator().manual_seed(0)).to(torch.uint8).numpy()
+    np.savez(tmp_path / "images.npz", x=x)
+    words = ["--sets", "mnist", "--drives", "none", "--seeds", "0", "--minutes", "0.0001", "--test-items", "2", "--path", str(tmp_path / "images.npz")]
+    affjord_toy.main([*words, "--results", str(tmp_path / "rows.json"), "--densities", str(tmp_path), "--pictures", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert row["steps"] <= 1 and row["cpu_minutes"] == 0.0001 and math.isfinite(row["test"])
+    assert (tmp_path / "affjord-mnist-curves.png").exists()
 
 
 SMALL = {"hidden": (6, 6, 6), "blocks": 1}
