@@ -18,7 +18,7 @@ from cnf.runs import write_atomic
 __all__ = ["PLANE", "Box", "array", "aspect_of", "box_around", "new_figure", "save_figure", "set_loss_limits", "subplots", "tiles", "write", "xy"]
 
 Box = tuple[float, float, float, float]  # left, right, bottom, top
-PLANE = ("$x_1$", "$x_2$")  # names of the coordinates of points without column names
+PLANE = ("x", "y")  # names of the coordinates of points without column names, as those of the toy sets
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> Path:
