@@ -1,5 +1,7 @@
 """Solver steps whose stages are prepared together: values and gradients of the plain path, cost, torchdiffeq's own steps."""
 
+import warnings
+
 import pytest
 import torch
 import torchdiffeq
@@ -8,7 +10,10 @@ from test_fast import LAYERS, Plain, close, gradients, made, traced
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cnf import CNF, Flow
+from cnf._utils.compilation import CompilationWarning
+from cnf._utils.errors import ConfigError
 from cnf.fields import MLP, precomputed
+from cnf.fields.activations import _RationalTanh
 from cnf.ode.divergence import Exact, Hutchinson
 from cnf.ode.quadratures import Kinetic, TotalDerivative
 from cnf.random import Noise
@@ -103,6 +108,52 @@ def test_the_compiled_unit_is_one_step_for_any_number_of_steps(traced):
         assert close(gradients(fast, x), gradients(plain, x), 1e-10)
         counts.append(made())
     assert counts[0] == counts[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["closed form", "estimate", "context", "spacing"])
+def test_a_whole_solve_compiled_has_the_plain_paths_gradient(case, traced):
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(1), dtype=F64)
+    divergence = Hutchinson() if case == "estimate" else None
+    fast, plain = blocks("concatsquash", context_dim=2 if case == "context" else 0, divergence=divergence, quadratures=(Kinetic(),))
+    fast.compiles = "solve"
+    for steps in (2, 3):
+        fast.solver = plain.solver = FixedGrid("rk4", steps, spacing=Squares() if case == "spacing" else None)
+        if case == "context":
+            request = Request(contexts(4)["rows"], Noise(0))
+            found = [torch.autograd.grad(b(x, request).log_det.sum(), list(b.parameters()), materialize_grads=True) for b in (fast, plain)]
+            assert close(*found, 1e-10)
+            continue
+        assert close(gradients(fast, x), gradients(plain, x), 1e-10)
+        before = made()
+        gradients(fast, x)
+        assert made() == before
+    assert made() >= 2  # a graph for each number of steps: it was compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, tolerance", [(F64, 1e-10), (torch.float32, 1e-5)], ids=str)
+def test_machine_code_of_a_whole_solve_has_the_plain_paths_gradient(dtype, tolerance):
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(1), dtype=F64).to(dtype)
+    fast, plain = (block.to(dtype) for block in blocks("concatsquash", solver=FixedGrid("rk4", 2)))
+    fast.compiles = "solve"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CompilationWarning)
+        assert close(gradients(fast, x), gradients(plain, x), tolerance)
+
+
+def test_the_compiled_unit_has_a_known_name():
+    with pytest.raises(ConfigError, match=r"compile='loss' is unknown: expected True, False or 'solve'"):
+        CNF(MLP(2), compile="loss")
+
+
+def test_the_tanh_of_compiled_code_is_exact_to_rounding():
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([1e-6, -1e-30, 0.0, 88.0, torch.inf])])
+    value, slope = _RationalTanh.apply(x)
+    truth = x.double().tanh()
+    assert ((value - truth).abs() <= 5e-7 * truth.abs()).all() and ((slope - (1 - truth**2)).abs() <= 1e-6).all()
+    assert value.abs().max() <= 1 and slope.min() >= 0
+    assert torch.autograd.gradcheck(_RationalTanh.apply, torch.linspace(-3, 3, 7, dtype=F64).requires_grad_(), atol=1e-6)
 
 
 class Operators(TorchDispatchMode):

@@ -10,7 +10,9 @@ from typing import Any, cast
 
 import torch
 
-__all__ = ["CompilationWarning", "compiled"]
+from cnf._utils.errors import ConfigError
+
+__all__ = ["CompilationWarning", "compiled", "require_compile"]
 
 BACKEND = "inductor"
 # recompile limit per function: a multiscale chain on images has up to 20 shapes, each with and without a gradient
@@ -77,3 +79,9 @@ def compiled(function: Callable[..., Any], graphs: bool = False) -> _Compiled:
         True
     """
     return _Compiled(function, graphs)
+
+
+def require_compile(compile: object) -> None:
+    """Raise a ConfigError unless ``compile`` is True, False or ``"solve"``."""
+    if not (isinstance(compile, bool) or compile == "solve"):
+        raise ConfigError(f"compile={compile!r} is unknown: expected True, False or 'solve'")

@@ -24,7 +24,49 @@ class Activation:
     pair: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
+# tanh x = x P(x²) / Q(x²) for |x| ≤ 9, fitted by least squares: relative error 2e-8, 4e-7 in float32 arithmetic
+_P = (0.9999999794679185, 0.13381035062677948, 0.003495599029118064, 2.060924978447063e-05, 1.3354870747605892e-08)
+_Q = (1.0, 0.4671435066738577, 0.025877024428877897, 0.0003285652135269641, 7.776648783146224e-07)
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    total = torch.full_like(x, coefficients[-1])
+    for c in coefficients[-2::-1]:
+        total = total * x + c
+    return total
+
+
+class _RationalTanh(torch.autograd.Function):
+    """tanh and its derivative 1 - tanh² in float32 by products and one division.
+
+    With the tanh that torch.compile generates for a CPU, a kernel of 256 x 64 values takes 22 to 42 µs, as long as their product
+    with a 64 x 64 matrix; with this one it takes 5 µs.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clamp(-9, 9)
+        y = (x * _polynomial(_P, x * x) / _polynomial(_Q, x * x)).clamp(-1, 1)
+        return y, 1 - y * y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        y, slope = ctx.saved_tensors
+        total: Tensor = slope * (gradients[0] - 2 * y * gradients[1])
+        return total
+
+
 def _tanh(x: Tensor) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.dtype == torch.float32 and x.is_cpu:
+        rational: Any = _RationalTanh
+        value, slope = rational.apply(x)
+        return value, slope
     y = torch.tanh(x)
     # 1 - y² in one operation: a Python scalar and two operations take twice the time on a CPU
     return y, torch.ops.aten.tanh_backward.default(y.new_ones(()), y)

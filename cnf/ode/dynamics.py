@@ -63,8 +63,8 @@ class AugmentedDynamics:
     """Integrate the log-det."""
     autocast: torch.dtype | None = None
     """Dtype of the field's computations, or None for that of x; the state keeps its own."""
-    compile: bool = False
-    """Compile every evaluation."""
+    compile: bool | str = False
+    """Compile every evaluation or step, or the whole solve ("solve")."""
     sampled_stage: SampledStage | None = None
     """The only stage that evaluates integrands with ``"jac_sq"`` in ``need``; None evaluates them at all stages."""
 
@@ -76,7 +76,7 @@ class AugmentedDynamics:
         errors = [i for i, q in enumerate(self.quadratures) if isinstance(q, StepError)]
         self.step_error = 1 + (self.path is not None) + self.log_det + errors[0] if errors else None  # its index in the state
         self.need = checked_need(frozenset({"div"} if self.log_det else ()).union(*(q.need for q in self.quadratures)))
-        if self.compile and "div" in self.need:
+        if self.compile is True and "div" in self.need:
             # at any t; within the compiled part it would be recomputed at every evaluation
             self.field.keep_kernel(self.start if self.path is None else self.start.new_zeros(self.path.k))
 
@@ -118,7 +118,7 @@ class AugmentedDynamics:
     def __call__(self, s: Tensor, state: State, stage: tuple[int, int] | None = None) -> State:
         """Return d state / ds; ``stage`` is the step and stage of a grid, both counted from 0."""
         omit = self.sampled_stage is not None and stage != self.sampled_stage[:2]
-        if not self.compile:
+        if not self.compile or torch.compiler.is_compiling():
             return _evaluate(self, s, state, omit)
         with differentiable_attention(self.field.custom):  # traced code takes the kernel that is selected outside of it
             return cast(State, compiled(_evaluate)(self, s, state, omit))

@@ -185,8 +185,12 @@ class FixedGrid:
         """Return the state at s = 1; with ``check`` (without gradient) the state is checked after every step."""
 
         recomputing = self.gradient == "checkpoint" and torch.is_grad_enabled() and not tracing(*state)
+        unit = False if check else getattr(rhs, "compile", False)
+        if unit == "solve":
+            counter.count(self.steps * len(self.tableau.c))
+            return cast(State, compiled(_solved)(self, rhs, state, nodes, dynamic))
         recording = torch.is_grad_enabled() and any(v.requires_grad for v in (*state, *parameters))
-        steps = _Steps(self, rhs, nodes, counter, dynamic, whole=not recomputing, recording=recording)
+        steps = _Steps(self, rhs, nodes, counter, dynamic, whole=not recomputing, recording=recording, compiles=bool(unit))
         parts = [partial(steps, i) for i in range(self.steps)]
         if recomputing:
             return Recompute(parameters).checkpoint_sequential(parts, state)
@@ -208,6 +212,14 @@ class FixedGrid:
             )  # fmt: skip
 
 
+def _solved(grid: FixedGrid, rhs: RHS, state: State, nodes: Tensor, dynamic: int) -> State:
+    """Return the state at s = 1 after all steps, the preparation of their stages included."""
+    steps = _Steps(grid, rhs, nodes, Counter(), dynamic, whole=True, recording=False, compiles=False)
+    for i in range(grid.steps):
+        state = steps(i, *state)
+    return state
+
+
 class _Steps:
     """Steps of one solve on a grid; ``whole`` prepares the right-hand side's stages of all steps at once.
 
@@ -215,12 +227,14 @@ class _Steps:
     checkpoint recomputes prepare their own: a part shared by all would be differentiated once for each.
     """
 
-    def __init__(self, solver: FixedGrid, rhs: RHS, nodes: Tensor, counter: Counter, dynamic: int, whole: bool, recording: bool):
+    def __init__(
+        self, solver: FixedGrid, rhs: RHS, nodes: Tensor, counter: Counter, dynamic: int, whole: bool, recording: bool, compiles: bool
+    ):
         self.tableau, self.rhs, self.nodes, self.counter, self.dynamic = solver.tableau, rhs, nodes, counter, dynamic
         self.error_entry = getattr(rhs, "step_error", None) if self.tableau.error else None
         self.sizes = nodes.diff()
         # equal steps have a size without a tensor, which saves operations; compiled code would be specific to it
-        self.compiles = bool(getattr(rhs, "compile", False))
+        self.compiles = compiles
         self.size = None if solver.spacing is not None else 1 / solver.steps
         self.at, self.recording = getattr(rhs, "at", None), recording
         self.prepared = self._prepare(0, solver.steps) if whole else None

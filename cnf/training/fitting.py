@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from cnf._utils.compilation import require_compile
 from cnf._utils.errors import ConfigError, DataError, require_at_least
 from cnf.bases import Base
 from cnf.distributed import SINGLE_PROCESS, Group
@@ -79,7 +80,7 @@ def fit(
     folder: str | Path | None = None,
     resume: bool = False,
     device: str | torch.device | None = None,
-    compile: bool = False,
+    compile: bool | Literal["solve"] = False,
     precision: str = "float32",
     seed: int = 0,
     lr: float = 1e-3,
@@ -119,7 +120,8 @@ def fit(
             ``cnf.load(folder, flow=...)``) reads them.
         resume: continue the run in ``folder``, to the same bits as if it had never stopped; with the same arguments.
         device: where to train; None leaves the model where it is.
-        compile: compile a flow's fields, or the whole of another module.
+        compile: compile a flow's solver steps, its whole solves (``"solve"``, see :class:`~cnf.ode.CNF`), or the whole of
+            another module.
         precision: ``"float32"``, ``"tf32"``, ``"bfloat16"`` (inside the fields, in training), or ``"float64"``.
         seed: of order and noise. The initial weights are the model's.
         lr: peak learning rate of the default optimiser.
@@ -253,7 +255,8 @@ def _objective(model: nn.Module, loss: Objective | LossFunction | None, batches:
     return CustomLoss(model, loss)
 
 
-def _set_precision(model: nn.Module, precision: str, compile: bool) -> None:
+def _set_precision(model: nn.Module, precision: str, compile: bool | Literal["solve"]) -> None:
+    require_compile(compile)
     blocks = model.blocks if isinstance(model, Flow) else []
     for block in blocks:
         block.autocast = torch.bfloat16 if precision == "bfloat16" else block.autocast
