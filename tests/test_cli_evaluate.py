@@ -187,8 +187,9 @@ def test_other_data_are_read_with_options_of_their_own(tmp_path, capsys, rows, t
     x[:, 2] = 0.0
     x[0, 2] = 7.0
     np.savetxt(tmp_path / "flat.csv", x, delimiter=",", header="a,b,c", comments="")
-    out, result = run(capsys, rows, "--data", tmp_path / "flat.csv", "--split", "validation", "--discrete", "keep")
-    assert "columns" not in result and "no report on the columns: column 2 is constant" in out
+    assert train_main(["--evaluate", str(rows), "--data", str(tmp_path / "flat.csv"), "--split", "validation", "--discrete", "keep"]) == 0
+    said = capsys.readouterr()
+    assert "no report on the columns: column 2 is constant" in said.err and "what each column costs" not in said.out
 
 
 # -- items of one's own ------------------------------------------------------------------------------------------
@@ -220,6 +221,10 @@ def test_ranking_is_the_order_of_the_log_density(tmp_path, capsys, rows):
         lines = list(csv.DictReader(file))  # in the order given
     assert [line["name"] for line in lines] == [f"{path}:{i}" for i in range(12)]
     assert np.allclose([float(line["nats"]) for line in lines], nll, atol=1e-3)
+    assert "as a whole" not in out
+    far = np.random.default_rng(6).normal(size=(25, 3)) * [1.0, 1e4, 3.0] + [9.0, 0.0, 0.0]
+    np.savetxt(path, far[:, [2, 0, 1]], delimiter=",", header="c,a,b", comments="")
+    assert "(25 of 25 items are in the least likely 5 % of the reference" in run(capsys, rows, "--score", path)[0]
 
 
 def test_the_test_split_scored_as_items_gives_the_test_s_own_figures(tmp_path, capsys, classes, pictures):

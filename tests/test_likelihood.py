@@ -35,7 +35,7 @@ from cnf.runs import RunInfo
 from cnf.solvers import Adaptive, FixedGrid, Stats, refined
 from cnf.training import comparability, score, summary, write_json, write_scores
 from cnf.training.report import columns_text
-from cnf.transforms import Dequantize, Logit, Sequential, Transform, TransformOutput
+from cnf.transforms import Dequantize, Logit, MarginalTransform, Sequential, Transform, TransformOutput
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -436,6 +436,15 @@ def test_column_report_of_a_gaussian_gives_the_entropies_and_the_mutual_informat
     assert all(abs(c.saved) < 5 * c.standard_error + 0.05 for c in independent)
     wrong = covariance * torch.tensor([1.0, -1.0, -1.0, 1.0])[:, None] * torch.tensor([1.0, -1.0, -1.0, 1.0])[None]
     assert min(c.saved for c in column_report(gaussian(wrong), x, items=64)) < -0.5
+    # logarithms keep the mutual information, and their support ends where the quadrature would go on
+    covariance = correlated()
+    y = torch.randn(3000, 4) @ torch.linalg.cholesky(covariance).T
+    logs = MarginalTransform(4, kinds=("log",))
+    logs.fit(y.exp())
+    joint = gaussian(torch.corrcoef(y.T)).transform
+    for j, column in enumerate(column_report(Flow(Sequential([logs, joint]), (4,)).eval(), y.exp(), items=256, points=401)):
+        information = 0.5 * math.log(float(covariance[j, j] * torch.linalg.inv(covariance)[j, j]))
+        assert abs(column.saved - information) < 0.1 + 3 * column.standard_error
     text = columns_text([vars(c) for c in report])
     assert all(name in text for name in "abcd") and "alone" in text
     with pytest.raises(DataError, match="constant"):

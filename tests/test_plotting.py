@@ -423,6 +423,10 @@ def test_a_corner_plot_spans_the_data_and_names_columns(tmp_path, monkeypatch):
     for j, scale in enumerate((1.0, 100.0, 1e-3)):
         low, high = axes[6 + j].get_xlim()
         assert 4.5 * scale < high - low < 8 * scale
+    data[:, 1] = (data[:, 1] / 50).exp()  # a long tail: its decades
+    plotting.corner_plot(data, data, tmp_path / "corner.png", columns=("a", "b", "c"))
+    axis = drawn.pop().axes[7]
+    assert axis.get_xlabel() == "log10 b" and 3.5 < axis.get_xlim()[1] - axis.get_xlim()[0] < 7
     plotting.calibration_plot(torch.linspace(0, 1, 400), tmp_path / "pit.png")
     heights = [patch.get_height() for patch in drawn[1].axes[0].patches if 0.2 < patch.get_height() < 5 and patch.get_width() < 0.5]
     assert len(heights) == 10 and all(abs(h - 1) < 0.05 for h in heights)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 
@@ -190,7 +191,15 @@ def test_compare_writes_every_format(tmp_path, capsys, run):
         assert main(["compare", *runs, "--out", str(out)]) == 0
         said = capsys.readouterr().out
         assert mark in out.read_text() and "not comparable as they stand: split is test, validation" in said
-    assert (tmp_path / "table.png").stat().st_size > 5000
+    assert (tmp_path / "table.png").stat().st_size > 5000 and "also differ" not in said
+    other = json.loads((run / "result.json").read_text())
+    other["config"]["train"] |= {"lr": 0.5, "seed": 9}
+    other["config"]["train"]["objective"]["kinetic"] = 0.25
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    assert main(["compare", str(run), str(tmp_path / "other.json")]) == 0
+    assert re.search(r"also differ in: kinetic [\d.]+, 0.25; lr [\d.e-]+, 0.5$", capsys.readouterr().out, re.M)  # the seed has a column
+    cnf.save(cnf.Flow(cnf.CNF(cnf.fields.MLP(2)), (2,)), tmp_path / "model")
+    assert main(["compare", str(run), str(tmp_path / "model")]) == 2 and "a model of cnf.fit" in capsys.readouterr().err
     assert main(["compare", *runs, "--out", str(tmp_path / "table.doc")]) == 2
     assert main(["compare", str(run), "--format", "markdown"]) == 0 and "|---|" in capsys.readouterr().out
 

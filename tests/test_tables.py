@@ -547,7 +547,7 @@ def test_later_files_are_read_as_training_read_its_own(tmp_path: Path, capsys: p
     said = capsys.readouterr().out
     assert "dequantised by one step of uniform noise, as in training" in said
     for change, message in (
-        ({"z": "huge"}, "must hold the categories of training, high, low, mid, got 'huge'"),
+        ({"z": "huge"}, "must hold the categories of training, high, low, mid, got 'huge' in line 2: "),
         ({"x": "far"}, "must hold numbers, as in training, got 'far'"),
         ({"day": 3.5}, "must hold dates, as in training, got"),
         ({"x": np.nan}, "'x'"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from cnf.cli.tables import FORMATS, format_of, render
 from cnf.config.results import COMPARABLE, read_metrics, read_result
 
 __all__ = ["compare", "row_of"]
+
+SHOWN = ("name", "data", "steps", "seed", "data_root", "device", "threads", "minutes", "max_time")  # in the table, or without effect on the model
 
 EXAMPLES = """examples:
   cnf compare runs/digits-0 runs/fm-digits-0               # a table on the screen
@@ -59,6 +61,7 @@ def compare(words: Sequence[str]) -> int:
         values = [str(result.get(name)) for result in results]
         if len(set(values)) > 1:
             lines.append(f"not comparable as they stand: {name} is {', '.join(dict.fromkeys(values))}")
+    lines += _differing([_leaves(result.get("config", {})) for result in results])
     emit("result", "\n".join(lines), runs=dict(zip(names, results, strict=True)))
     if out is not None:
         _write(out, render(rows, written) + "\n")
@@ -84,9 +87,30 @@ def row_of(result: dict[str, Any]) -> dict[str, str]:
         "parameters": _number(result.get("parameters"), "{:,}"),
         "NFE": _number(result.get("nfe"), "{:.0f}"),
         "steps": _number(result.get("steps"), "{:,}"),
-        "seconds": _number(result.get("seconds"), "{:.0f}"),
+        "seconds": _number(sum(result.get(key) or 0 for key in ("seconds", "search_seconds")) or None, "{:.0f}"),
         "seed": _number(result.get("seed"), "{}"),
     }
+
+
+def _leaves(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a nested configuration by the names that --help-all has for them."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            found |= {(name if key == "kind" else key): leaf for key, leaf in _leaves(value).items()}
+        else:
+            found[name] = value
+    return found
+
+
+def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line with the settings in which runs of one preset differ, apart from those in the table; "-" where a run has none."""
+    names = dict.fromkeys(name for each in settings for name in each if name not in SHOWN)
+    values = {name: [str(each.get(name, "-")) for each in settings] for name in names}
+    if len({each.get("name") for each in settings}) > 1:  # presets differ in most settings, and the table names them
+        return []
+    texts = [f"{name} {', '.join(own)}" for name, own in values.items() if len(set(own)) > 1]
+    return [f"the runs also differ in: {'; '.join(texts)}"] if texts else []
 
 
 def _number(value: Any, form: str) -> str:

@@ -25,7 +25,7 @@ from cnf.data.arrays import read_numpy
 from cnf.data.columns import own_names
 from cnf.data.items import Items, read_items
 from cnf.distributed import SINGLE_PROCESS, Group
-from cnf.evaluation import rank
+from cnf.evaluation import Ranking, rank
 from cnf.flow import Flow
 from cnf.models import divergence, eval_solver
 from cnf.neural_ode import NeuralODE
@@ -223,6 +223,7 @@ def score_items(command: Command, info: RunInfo, group: Group = SINGLE_PROCESS) 
         lines.append(f"(not a bound: {ranking.evaluation.note})")
     if reference is not None:
         lines.append(f"(the reference is the run's own test: {len(reference):,} items)")
+        lines += _shifted(ranking, [column.name for column in info.table if column.kind == "date" and column.role == "data"])
     emit("result", "\n".join(lines), unit=unit, items=ranking.rows())
     if command.per_item is not None:
         emit("message", f"the likelihood of each item is in {command.per_item}")
@@ -242,6 +243,18 @@ def _context(folder: Path, info: RunInfo, items: Items) -> Tensor | None:
                 f"known are {', '.join(info.classes)}"
             )
     return torch.eye(info.context_dim)[[codes[label] for label in items.labels if label is not None]]
+
+
+def _shifted(ranking: Ranking, dates: list[str]) -> list[str]:
+    """Return a warning if half of at least 20 rows are among the least likely twentieth of the reference: the order then says little."""
+    low = 0 if ranking.below is None else int((ranking.below < 0.05).sum())
+    if 2 * low <= max(20, len(ranking.names)):
+        return []
+    line = f"{low:,} of {len(ranking.names):,} items are in the least likely 5 % of the reference: they differ from the training data as a whole"
+    if dates:
+        names = ",".join(dates)
+        line += f"; dates outside those of training do this: train without {names} (--drop-columns {names}) to rank later rows"
+    return [f"({line})"]
 
 
 def _reference(command: Command, info: RunInfo) -> Tensor | None:

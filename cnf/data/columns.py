@@ -195,7 +195,7 @@ def _missing(frame: pd.DataFrame, values: dict[str, pd.Series], options: Options
         return rows[~bad], [f"{int(bad.sum()):,} of {len(bad):,} rows dropped, since they have missing values (missing='drop'): {listed}"]
     row = int(bad.argmax())
     column = next(c for c in counts if lacking[c][row])
-    where = f"line {frame.index[row]}" if frame.index.name == "row" else f"row {frame.index[row]}"
+    where = _place(frame, row)
     empty = [c for c, n in counts.items() if n == len(frame)]
     formulas = " (formulas without stored values read as empty: open the file in Excel and save it)" if empty and frame.index.name == "sheet row" else ""
     advice = (
@@ -254,6 +254,11 @@ def _condition(column: str, series: pd.Series, name: str, classes: bool) -> Tabl
     return TableColumn(column, "condition", "continuous", kind)
 
 
+def _place(rows: pd.Series | pd.DataFrame, row: int) -> str:
+    """Return where a row stands in its file: the line of a text file, the row of another."""
+    return f"line {rows.index[row]}" if rows.index.name == "row" else f"row {rows.index[row]}"
+
+
 def _few(series: pd.Series) -> str:
     values = sorted(map(str, series.unique()[:1000]))
     return ", ".join(map(repr, values[:3])) + (f", ... {series.nunique():,} in all" if len(values) > 3 else "")
@@ -270,7 +275,10 @@ def _numbers(series: pd.Series, column: TableColumn, name: str) -> Array:
         unknown = (numbers.isna() & series.notna()).to_numpy()
         if unknown.any():
             value = str(series[unknown].iloc[0])
-            raise DataError(f"{where} must hold the categories of training, {', '.join(column.categories)}, got {value!r}")
+            raise DataError(
+                f"{where} must hold the categories of training, {', '.join(column.categories)}, got {value!r} in {_place(series, int(unknown.argmax()))}: the "
+                f"model knows nothing of other categories; take such rows out ({int(unknown.sum()):,} of {len(series):,}), or train with them"
+            )
         return np.asarray(numbers, dtype=np.float64)
     if column.kind == "date":
         if series.dtype.kind != "M":

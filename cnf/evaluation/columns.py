@@ -14,6 +14,7 @@ from cnf._utils.validation import context_rows, match_flow
 from cnf.flow import Flow
 from cnf.ode.continuous import CNF
 from cnf.ode.divergence import Divergence, Exact
+from cnf.transforms import MarginalTransform, iter_leaves
 
 __all__ = ["Column", "column_report", "conditional_log_prob", "spacing_entropy"]
 
@@ -146,6 +147,18 @@ def spacing_entropy(values: Tensor, m: int | None = None) -> float:
     return float(spacings.log().mean() - psi[0] + psi[1])
 
 
+def _support(flow: Flow, column: int, low: float, high: float) -> tuple[float, float]:
+    """Return the interval of integration of a column that spans [low, high]: half as much again on both sides, inside its marginal's support."""
+    pad = (high - low) / 2  # for tails beyond these rows
+    left, right = low - pad, high + pad
+    first = iter_leaves(flow.transform)[0][0]
+    if isinstance(first, MarginalTransform):  # whose support is open: stop a thousandth of the gap before its ends
+        least, most = (float(bound[column]) for bound in first.bounds)
+        left = left if left > least else least + 1e-3 * (low - least)
+        right = right if right < most else most - 1e-3 * (most - high)
+    return left, right
+
+
 @torch.no_grad()
 def column_report(
     flow: Flow,
@@ -186,9 +199,8 @@ def column_report(
         if not scale > 0:
             raise DataError(f"column {j} is constant and has no density: drop it")
         alone = spacing_entropy(column)
-        pad = (high - low) / 2  # for tails beyond these rows
         full, half = conditional_log_prob(
-            flow, rows, j, given, support=(low - pad, high + pad), scale=scale, points=points
+            flow, rows, j, given, support=_support(flow, j, low, high), scale=scale, points=points
         )
         cost = -float(full.mean())
         report.append(

@@ -19,7 +19,8 @@ MOST_COLUMNS = 8  # in a plot of calibration
 def corner_plot(samples: Tensor, data: Tensor, path: Path, *, columns: tuple[str, ...] = (), most: int = 8) -> Path:
     """Plot all pairs of columns: data below the diagonal, samples above it, both distributions on it.
 
-    Axes are in the columns' units and span the data's quantiles 0.5 to 99.5 %.
+    Axes are in the columns' units and span the data's quantiles 0.5 to 99.5 %. A positive column with a long tail (its
+    quantile 99.5 % further above the median than ten times the distance of the 0.5 % below) has a logarithmic one.
 
     Args:
         samples: (N, D).
@@ -38,6 +39,10 @@ def corner_plot(samples: Tensor, data: Tensor, path: Path, *, columns: tuple[str
     count = min(most, data.shape[1])
     drawn, known = (array(x[:MOST_ROWS, :count]).astype(np.float64) for x in (samples, data))
     names = columns[:count] or tuple(f"column {j}" for j in range(count))
+    for j in range(count):
+        if _heavy(known[:, j]):  # linear axes would show one bar
+            drawn[:, j], known[:, j] = (np.log10(np.maximum(x[:, j], np.finfo(float).tiny)) for x in (drawn, known))
+            names = (*names[:j], f"log10 {names[j]}", *names[j + 1 :])
     spans = [_span(known[:, j]) for j in range(count)]
     figure = new_figure(1.9 * count + 0.8, 1.9 * count + 0.6)
     axes = subplots(figure, count, count, squeeze=False)
@@ -107,6 +112,11 @@ def calibration_plot(ranks: Tensor, path: Path, *, title: str = "", columns: tup
     if title:
         figure.suptitle(title, fontsize=10)
     return save_figure(figure, path)
+
+
+def _heavy(x: np.ndarray) -> bool:
+    low, middle, high = np.quantile(x, (LIMITS[0], 0.5, LIMITS[1]))
+    return bool(x.min() > 0 and high - middle > 10 * (middle - low))
 
 
 def _span(x: np.ndarray) -> tuple[float, float]:

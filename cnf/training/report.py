@@ -207,7 +207,7 @@ def pictures(flow: Flow, data: DataSplits, folder: Path, metrics: list[dict[str,
     if data.kind == "table" and data.test_context is not None and len(data.test):
         ranks = _ranks(flow, data.test[:RANKED], data.test_context[:RANKED].to(flow.like))
         plotting.calibration_plot(ranks, plots / "calibration.png", title="test rows", columns=data.columns)
-    if metrics:  # a search within minutes logs none
+    if any(key in row for row in metrics for key in ("nll", "loss", "validation")):  # a search within --minutes logs no steps
         plotting.learning_curves(metrics, plots / "learning_curves.png", unit=unit)
     if data.event_shape == (1,) and context is None:
         plotting.flow_1d({"density and paths": flow}, data.test, plots / "flow.png")
