@@ -296,6 +296,7 @@ def test_the_published_model_has_the_published_size():
     assert sum(p.numel() for p in published.Published((3, 32, 32), one).parameters()) == 679_434
 
 
+@pytest.mark.slow
 def test_the_published_formulation_is_our_function():
     model, one, x, draws = pair("rnode-mnist")  # both: rk4, four steps
     theirs, mine = model(x, draws), one.objective(x, noise=published.replay(one.flow, draws))
@@ -416,6 +417,7 @@ def test_a_profile_tells_convolutions_from_the_rest():
     assert "| convolutions |" in text and "conv" in text
 
 
+@pytest.mark.slow
 def test_speed_writes_its_rows(tmp_path, capsys):
     file = tmp_path / "rows.json"
     assert speed.main(["--quick", "--parts", "orders", "--threads", "1", "--json", str(file)]) == 0

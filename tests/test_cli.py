@@ -274,6 +274,7 @@ def test_run_folders_are_named_by_preset_data_and_seed(tmp_path, monkeypatch, ta
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_preset_may_stand_anywhere(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("cnf.training.cost.CostMeter.enough_seconds", 0.0)
     small = ["--batch-size", "8", "--max-train-rows", "50"]

@@ -80,7 +80,7 @@ def worst(flow, x, expected):
         return float((flow.log_prob(x).double() - expected).abs().max())
 
 
-@pytest.mark.parametrize(("kind", "gain"), [(nn.ReLU, 1.3), slow(nn.SELU, 1.0), (nn.ELU, 2.5), slow(nn.Tanh, 3.0)])
+@pytest.mark.parametrize(("kind", "gain"), [(nn.ReLU, 1.3), slow(nn.SELU, 1.0), slow(nn.ELU, 2.5), slow(nn.Tanh, 3.0)])
 def test_the_default_is_within_its_error_in_every_row(kind, gain):
     field, x = Net(kind, gain=gain), points(100, 2, 0)
     flow = Flow(CNF(field), (2,)).eval()
@@ -112,6 +112,7 @@ def test_the_default_is_within_its_error_for_many_fields(kind, gain, dim):
         assert worst(flow.double(), x.double(), expected) < WORST, seed
 
 
+@pytest.mark.slow
 def test_a_tolerance_of_a_mean_is_kept_where_rules_do_not_settle():
     field, x = Net(nn.ReLU, gain=1.6), points(60, 2, 0)
     flow = Flow(CNF(field, eval_solver=Adaptive("dopri5", 1e-7, 1e-7, quadrature_tolerance=2e-4)), (2,)).eval()
@@ -218,7 +219,7 @@ class Cliff(nn.Module):
         return torch.where(x.abs() > 50, torch.full_like(x, math.inf), -x)
 
 
-@pytest.mark.parametrize("solver", [None, slow(Adaptive("dopri5", 1e-5, 1e-5)), FixedGrid("rk4", 5)], ids=repr)
+@pytest.mark.parametrize("solver", [None, slow(Adaptive("dopri5", 1e-5, 1e-5)), slow(FixedGrid("rk4", 5))], ids=repr)
 def test_rows_that_cannot_be_solved_are_named_and_the_others_keep_theirs(solver):
     flow = Flow(CNF(Cliff(), eval_solver=solver), (2,)).eval()
     x = torch.randn(16, 2)

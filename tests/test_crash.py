@@ -218,6 +218,7 @@ def report(lab):
     assert not lab.lost
 
 
+@pytest.mark.slow
 def test_a_few_kills(tmp_path):
     lab = Lab(tmp_path)
     check_reference(lab.reference())

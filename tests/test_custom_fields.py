@@ -581,7 +581,7 @@ def Attention():
 
 
 @pytest.mark.parametrize("mix, divergence", [
-    (mix, divergence) if divergence == "forward" or mix == "attention" else slow(mix, divergence)
+    (mix, divergence) if mix == "attention" else slow(mix, divergence)
     for mix in MIXES for divergence in ("exact", "forward", "reverse")
 ])  # fmt: skip
 def test_composite_layers_have_the_derivative_of_autograds_jacobian(mix, divergence):

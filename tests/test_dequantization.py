@@ -170,6 +170,7 @@ def test_importance_weighting_reaches_the_truth_from_any_noise():
         assert uniform.dequantisation == "uniform" and float(uniform.log_prob.mean()) < math.log(P[k]) - gaps[0]
 
 
+@pytest.mark.slow
 def test_training_closes_the_gap():
     """Noise trained by the bound alone, the density held fixed: from the plain bound to nearly the truth."""
     torch.manual_seed(0)
@@ -306,6 +307,7 @@ def test_truncated_normal_bound_is_the_truth_where_the_peaks_have_its_form():
     torch.testing.assert_close(density.log() + out.log_det, p[pixels.flatten().long()].log(), rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_flow_with_truncated_normal_noise_is_scored_by_it_and_importance_weighting_helps():
     torch.manual_seed(0)
     config = FlowConfig.of(hidden=(8,), dequantize="truncated-normal", preprocess="logit", alpha=0.05, zero_init=False)

@@ -163,6 +163,7 @@ def test_a_lattice_far_from_zero():
     assert set(np.unique(model.sample(50, random_state=0))) <= set(1e7 + np.arange(-1, 12))
 
 
+@pytest.mark.slow
 def test_a_large_table_is_read_in_part(monkeypatch):
     for name, value in {"_ROWS_PER_SECOND": 0, "_LEAST_READ": 300, "_SCORED": 50}.items():
         monkeypatch.setattr(f"cnf.estimators.rows.{name}", value)

@@ -309,7 +309,8 @@ def test_a_path_is_that_of_one_solve_with_random_layers():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("direction", ["log_prob", pytest.param("decode", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["log_prob", "decode"])
 def test_compiling_a_whole_direction_with_a_context(direction):
     torch.manual_seed(0)
     flow, context = Flow(CNF(MLP(2, (8,), context_dim=3), Exact(), FixedGrid("rk4", 1)), (2,)).to(F64), torch.randn(4, 3, dtype=F64)

@@ -269,6 +269,7 @@ def test_chains_without_such_a_path_are_refused():
         FlowMatching(build(FlowConfig.of(hidden=(4,)), SolverConfig(), (2,)), coupling="nearest")
 
 
+@pytest.mark.slow
 def test_the_validation_loss_is_a_function_of_the_row():
     torch.manual_seed(0)
     flow = Flow(Sequential([Standardize(torch.ones(2), 2 * torch.ones(2)), CNF(MLP(2, (8,), context_dim=3))]), (2,)).double()

@@ -72,6 +72,7 @@ def check(tmp_path, warmup, steps, others, solver):
 SOLVERS = [SolverConfig.of(grid_steps=4, divergence="hutchinson"), SolverConfig.of(train_solver="adaptive", gradient="adjoint", rtol=1e-3, atol=1e-3)]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_in_a_short_run(tmp_path, monkeypatch):
     monkeypatch.setitem(trainers.CHECKPOINTER, "save_seconds", 0.2)
     check(tmp_path, 12, 30, 3, SOLVERS[0])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import slow
 from PIL import Image
 
 import cnf
@@ -113,7 +114,7 @@ def test_samples_beside_points(tmp_path, figures):
     assert axis.get_aspect() == "auto" and (axis.get_xlabel(), axis.get_ylabel()) == ("length", "mass")
 
 
-@pytest.mark.parametrize(("dim", "dtype"), [(1, torch.float32), (5, torch.float64), (14, torch.float32)])
+@pytest.mark.parametrize(("dim", "dtype"), [(1, torch.float32), (5, torch.float64), slow(14, torch.float32)])
 def test_samples_beside_tables(tmp_path, figures, dim, dtype):
     data = torch.randn(500, dim, generator=torch.Generator().manual_seed(0), dtype=dtype)
     data[:, 0] = 2.5  # a constant column is drawn, too

@@ -604,6 +604,7 @@ def test_micro_batches_of_a_prediction():
     assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(found[0][1], found[1][1], strict=True))
 
 
+@pytest.mark.slow
 def test_training_in_micro_batches_logs_the_same(tmp_path, monkeypatch):
     monkeypatch.setitem(trainers.RUN, "log_every", 1)
     solver = SolverConfig.of(grid_steps=2, divergence="hutchinson")

@@ -302,6 +302,7 @@ def profile(solver):
     return memory.profile(Likelihood(flow, 0.01, 0.01), x, Noise(0))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_steps():
     few, many, plain = (profile(s) for s in (Reversible("rk4", 4), Reversible("rk4", 16), FixedGrid("rk4", 4)))
     assert many["saved"] == few["saved"] < 0.05 * plain["saved"]

@@ -39,6 +39,7 @@ def test_never_worse_than_the_mixture_on_validation(found):
     assert evaluate(result.flow, x[600:]).mean == pytest.approx(result.validation, abs=2e-5)
 
 
+@pytest.mark.slow
 def test_a_flow_that_does_not_help_is_not_taken(monkeypatch):
     """With steps that only do harm, the mixture itself is returned."""
     x = rings(500, seed=3)

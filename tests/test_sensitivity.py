@@ -422,6 +422,7 @@ def test_piecewise_constant_parameters(chunk):
             assert distance(ours[name][k], truth) < 1e-12
 
 
+@pytest.mark.slow
 def test_pieces_that_are_alike_add_up_to_the_constant_parameters():
     block, x, _ = block_of("custom", FixedGrid("dopri5", 16))
     with torch.no_grad():

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 import trainers
-from conftest import logged_rows, mostly_slow, slow
+from conftest import logged_rows, mostly_slow
 from trainers import monitor, policy, training
 
 from cnf.config import DataConfig, FlowConfig, RunConfig, SolverConfig, TrainConfig
@@ -73,7 +73,8 @@ def test_curves_have_the_evaluations_of_solves_only(tmp_path, monkeypatch, every
     assert len(validated) >= 3 and all(row["validation_nfe"] > 10 for row in validated)
 
 
-@pytest.mark.parametrize("coupling", [slow("independent"), "optimal-transport"])
+@pytest.mark.slow
+@pytest.mark.parametrize("coupling", ["independent", "optimal-transport"])
 def test_matching_learns_a_density_for_each_class(tmp_path, coupling):
     generator = torch.Generator().manual_seed(5)
     code = torch.arange(900) % 2

@@ -368,6 +368,7 @@ def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         datasets.load("hepmass", root=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_header_of_one_name_for_very_many_columns(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text(",".join("a" * 50_000) + "\n" + ",".join("1" * 50_000) + "\n")
     assert text.read_csv(tmp_path / "x.csv")[1][-1] == "a (49999)"  # at once, where counting each would take minutes

@@ -184,6 +184,7 @@ def test_evaluation_repeats_the_result(three, capsys):
     assert finer["items"] == 30 and finer["rtol"] == 1e-7
 
 
+@pytest.mark.slow
 def test_a_fresh_process_predicts_the_same(flip, three, tmp_path):
     expected = []
     for folder in (flip, three):
@@ -224,6 +225,7 @@ def test_a_residual_net_and_a_dry_run(tmp_path, capsys):
     assert "parameters; batch 20" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_residual_net_flips_the_line(tmp_path):
     words = ["node-flip", "--architecture", "resnet", "--steps", "250", "--validate-every", "50", "--lr", "0.003"]
     assert classify_main([*words, "--out", str(tmp_path / "run")]) == 0

@@ -603,6 +603,7 @@ def test_scores_of_discrete_columns_are_those_of_training(tmp_path: Path, capsys
     assert abs(scored - entropy) < 0.25 and abs(scored - test) < 0.25
 
 
+@pytest.mark.slow
 def test_the_conditional_density_is_the_true_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """y = 2 x + c_z + noise: mean and deviation of p(y | x, z), and its likelihood, against the known conditional."""
     rng = np.random.default_rng(0)

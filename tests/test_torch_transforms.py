@@ -152,7 +152,8 @@ def test_export_with_a_dynamic_batch(name):
     torch.testing.assert_close(program.module()(y), flow.log_prob(y), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["midpoint", slow("custom field"), *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["midpoint", "custom field", *SLOW])
 def test_compiling_the_whole_log_prob(name):
     flow, x = flow_of(GRIDS[name]), torch.randn(4, 2, dtype=F64)
     compiled = torch.compile(flow.log_prob, fullgraph=True, backend="aot_eager")

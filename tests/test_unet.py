@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import slow
 
 from cnf import CNF, Noise, build
 from cnf.config import FlowConfig, SolverConfig
@@ -78,7 +79,7 @@ def test_one_time_a_row(kind):
     torch.testing.assert_close(field(t, x), each, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["unet", "denoiser"])
+@pytest.mark.parametrize("kind", ["unet", slow("denoiser")])
 def test_the_log_det_is_that_of_the_jacobian(kind):
     field = made(kind, hidden=(4,), depth=1)
     # the denoiser changes fast near the data, and half its time has that
