@@ -176,7 +176,7 @@ def test_other_data_are_read_with_options_of_their_own(tmp_path, capsys, rows, t
     np.savetxt(tmp_path / "other.csv", x, delimiter=",", header="a,b,c", comments="")
     np.savetxt(tmp_path / "named.csv", x, delimiter=",", header="a,b,d", comments="")
     options = ("--data", tmp_path / "other.csv", "--test-fraction", 0.4)
-    out, result = run(capsys, rows, *options)
+    _, result = run(capsys, rows, *options)
     other = load(tmp_path / "other.csv", test_fraction=0.4)
     assert result["items"] == 20 and result["data"] == str(tmp_path / "other.csv")
     assert result["nats"] == pytest.approx(-float(cnf.load(rows).log_prob(other.test).detach().double().mean()), abs=1e-4)
