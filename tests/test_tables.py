@@ -368,6 +368,9 @@ def test_missing_values_are_counted_and_dropped_where_asked(tmp_path: Path) -> N
     table.to_csv(tmp_path / "t.csv", index=False)
     with pytest.raises(DataError, match=r"3 values that are NaN.*first in line 5.*'y' 2, 'k' 1.*--missing drop"):
         datasets.load(tmp_path / "t.csv")
+    table.assign(word=["low", "high", "mid"] * 20).to_csv(tmp_path / "w.csv", index=False)
+    with pytest.raises(DataError, match=r"--missing drop.*text.*--condition word"):  # both at once
+        datasets.load(tmp_path / "w.csv")
     data = datasets.load(tmp_path / "t.csv", missing="drop")
     assert len(everything(data)) == 58 and any("2 of 60 rows dropped" in line and "'y' 2, 'k' 1" in line for line in data.notices)
     assert kinds(data)["k"] == ("data", "discrete", "int")

@@ -90,7 +90,7 @@ def understand(frame: pd.DataFrame, options: Options, name: str, *, label: bool 
             continue
         notices += said
         values[column] = series
-    rows, said = _missing(frame, values, options, name)
+    rows, said = _missing(frame, values, options, name, given)
     notices += said
     refused: list[tuple[str, str]] = []
     for column, series in values.items():
@@ -180,7 +180,7 @@ def _selection(names: list[str], options: Options, name: str, label: bool) -> tu
     return used, given, wanted
 
 
-def _missing(frame: pd.DataFrame, values: dict[str, pd.Series], options: Options, name: str) -> tuple[Array, list[str]]:
+def _missing(frame: pd.DataFrame, values: dict[str, pd.Series], options: Options, name: str, given: Sequence[str]) -> tuple[Array, list[str]]:
     """Return the row numbers without missing values, and notices."""
     lacking = {c: series.isna().to_numpy() for c, series in values.items()}
     counts = {c: int(bad.sum()) for c, bad in lacking.items() if bad.any()}
@@ -203,6 +203,8 @@ def _missing(frame: pd.DataFrame, values: dict[str, pd.Series], options: Options
         if empty
         else "drop those rows (--missing drop), leave the columns out (--drop-columns), or fill them in"
     )
+    if texts := ",".join(c for c, series in values.items() if c not in given and is_text(series) and not identifies(c, series)):
+        advice += f"; text has no density either: condition on it (--condition {texts}), or leave it out"
     raise DataError(
         f"{name!r} has {sum(counts.values()):,} values that are NaN or missing, the first in {where}, "
         f"{column_name(tuple(frame.columns), list(frame.columns).index(column))}; missing by column: {listed}; {advice}"
