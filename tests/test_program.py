@@ -226,7 +226,7 @@ def test_sweep_goes_on_after_a_failure_and_repeats_nothing(tmp_path, monkeypatch
     assert [(r["lr"], r["seed"], r["status"]) for r in rows] == [(lr, s, "finished") for lr in ("1e-3", "1e-2") for s in "01"]
     assert all(float(r["value"]) == read_result(out / f"lr={r['lr']},seed={r['seed']}" / "result.json")["value"] for r in rows)
     assert main([*words, "--weight-decay", "0.1"]) == 1  # other settings than those of the runs there
-    assert "--resume cannot change --weight-decay" in capsys.readouterr().out
+    assert "--resume cannot change --weight-decay" in capsys.readouterr().err
 
 
 def test_interrupted_sweep_stops(tmp_path, monkeypatch, capsys, table):
