@@ -485,6 +485,11 @@ def test_rank_sorts_by_likelihood_and_says_what_it_is_not():
     assert "gone" in text and "centre" not in text and "2 more" in text and CAUTION in text
     assert "not an anomaly score" in text and "centre" in found.text(None)
     assert rank(flow, x).names == ("3", "1", "2", "0")
+    logs = MarginalTransform(2, kinds=("log",))
+    logs.fit(torch.randn(200, 2).exp())
+    found = rank(Flow(logs, (2,)), torch.tensor([[1.0, 1.0], [1.0, -2.0], [9.0, 1.0]]))  # the second has no logarithm
+    assert found.names == ("1", "2", "0") and math.isinf(found.scores[0]) and "density is 0" in found.text()
+    assert torch.equal(found.evaluation.log_prob[[0, 2]], rank(Flow(logs, (2,)), torch.tensor([[1.0, 1.0], [9.0, 1.0]])).evaluation.log_prob)
     with pytest.raises(ConfigError, match="names has 1"):
         rank(flow, x, ["one"])
 

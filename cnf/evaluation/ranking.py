@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from cnf.config.results import CAUTION
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.evaluation.likelihood import Evaluation, evaluate
 from cnf.flow import Flow
+from cnf.transforms import MarginalTransform, iter_leaves
 
 __all__ = ["Ranking", "rank"]
 
@@ -44,6 +45,8 @@ class Ranking:
             lines.append(f"  {self.names[i]:{width}}  {float(self.scores[i]):10.4f}{share}")
         if count < len(self.names):
             lines.append(f"  ... and {len(self.names) - count:,} more")
+        if bool(self.scores.isinf().any()):
+            lines.append("  inf: outside the support of a column's logarithm or logit, where the density is 0")
         if lost := self.names[len(self.names) - len(self.evaluation.unsolved) :]:
             shown = ", ".join(lost[:10]) + (", ..." if len(lost) > 10 else "")
             lines.append(f"  without a likelihood, ranked last: {shown}, whose ODE cannot be solved: {self.evaluation.reason}")
@@ -54,6 +57,16 @@ class Ranking:
         below = [None] * len(self.names) if self.below is None else self.below.tolist()
         cells = zip(self.names, self.order.tolist(), self.scores.tolist(), below, strict=True)
         return [dict(zip(("name", "index", "score", "below"), row, strict=True)) for row in cells]
+
+
+def _outside(flow: Flow, x: Tensor, steps: Tensor | None) -> Tensor:
+    """Return which rows (N,) lie outside the open support of a first MarginalTransform; a dequantised value may be its lower end."""
+    first = iter_leaves(flow.transform)[0][0]
+    if not isinstance(first, MarginalTransform) or x.ndim != 2:
+        return torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    low, high = (bound.to(x) for bound in first.bounds)
+    spread = torch.zeros_like(low) if steps is None else steps.to(low)
+    return ((x < low) | ((x == low) & (spread == 0)) | (x >= high)).any(1)
 
 
 @torch.no_grad()
@@ -74,6 +87,8 @@ def rank(
     progress: Callable[[int, int], object] | None = None,
 ) -> Ranking:
     """Sort rows by their likelihood, least likely first; rows that cannot be solved come last and are named.
+
+    A row outside the support of a column's logarithm or logit has density 0 and comes first.
 
     Likelihood alone is not an anomaly score: a density depends on the units of the data and is low for busy or rare
     detail, and image models are known to assign plain images of other kinds a higher likelihood than their own data
@@ -101,10 +116,19 @@ def rank(
     """
     if names is not None and len(names) != len(x):
         raise ConfigError(f"names has {len(names)} entries, expected {len(x)}, one per row")
+    outside = _outside(flow, x, steps)
+    if bool(outside.all()):  # leaves the message to the transform
+        outside = torch.zeros_like(outside)
+    stand_in = x[int((~outside).int().argmax())] if len(x) else x
     evaluation = evaluate(
-        flow, x, context, draws=draws, importance=importance, dequantisation=dequantisation, seed=seed,
+        flow, torch.where(outside[:, None], stand_in, x) if bool(outside.any()) else x, context, draws=draws, importance=importance, dequantisation=dequantisation, seed=seed,
         batch_size=batch_size, group=group, steps=steps, progress=progress,
     )  # fmt: skip
+    if bool(outside.any()):
+        evaluation = replace(
+            evaluation, mean=math.inf, standard_error=math.nan, per_item=evaluation.per_item.masked_fill(outside.cpu(), math.inf),
+            log_prob=evaluation.log_prob.masked_fill(outside.cpu(), -math.inf), unsolved=tuple(i for i in evaluation.unsolved if not outside[i]),
+        )  # fmt: skip
     order = evaluation.per_item.nan_to_num(nan=-math.inf, posinf=math.inf).argsort(descending=True, stable=True)
     scores = evaluation.per_item[order]
     labels = [str(i) for i in range(len(x))] if names is None else list(names)

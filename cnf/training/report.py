@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cnf._utils.errors import DataError, SolverError
+from cnf._utils.output import emit
 from cnf.data import DataSplits
 from cnf.evaluation import column_report
 from cnf.flow import Flow
@@ -150,12 +152,13 @@ def finish(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path, abou
     write_scores(folder / TEST_SCORES, found)
     # after the scores: --resume takes this file as proof that the test is complete
     write_json(folder / "result.json", result)
-    add_columns(result, flow, data, "test", trainer.say)
+    warn = partial(emit, "warning")  # also of a quiet trainer, such as that of a search
+    add_columns(result, flow, data, "test", warn)
     write_json(folder / "result.json", result)
     try:
         pictures(flow, data, folder, _curves(trainer), trainer.objective.unit)
     except SolverError as error:
-        trainer.say(f"some pictures could not be drawn: {error}")
+        warn(f"some pictures could not be drawn: {error}")
     conclude(trainer, result["value"])
     write_report(
         folder, headline(result), meaning=interpret(result), settings=comparability(result).split("; "), warnings=warnings(result),
