@@ -22,7 +22,7 @@ WIDE = 30  # powers of two: with squares of larger or smaller values single prec
 
 
 def require_numbers(x: Any, name: str = "X") -> None:
-    """Raise a DataError for masked values, and for the first column of a DataFrame that holds text or dates.
+    """Raise a DataError for masked values, and for the first column of a DataFrame with another's name, text or dates.
 
     scikit-learn ignores a mask, and does not name the column.
     """
@@ -31,6 +31,8 @@ def require_numbers(x: Any, name: str = "X") -> None:
         raise DataError(f"{name} has masked values, first in row {row}: remove such rows, or fill the values in")
     if not hasattr(x, "select_dtypes"):
         return
+    if len(twice := x.columns[x.columns.duplicated()]):
+        raise DataError(f"{name} has two columns {twice[0]!r}: rename one of them")
     for label in x.columns[[t.kind not in "biufc" for t in x.dtypes]]:
         column = x[label].dropna()
         if getattr(column.dtype, "kind", "O") in "Mm":
