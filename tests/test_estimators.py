@@ -270,6 +270,7 @@ BAD = np.zeros((20, 2)) + np.arange(20)[:, None] / 7
         ((BAD * [1, 0] + [0, 2],), "column 1 is constant at 2 and has no density"),
         ((pd.DataFrame({"a": BAD[:, 0], "b": 1.0}),), r"column 1 \('b'\) is constant at 1"),
         ((pd.DataFrame({"a": BAD[:, 0], "b": ["x"] * 20}),), r"column 'b' of X holds 'x', which is no number"),
+        ((BAD.astype("datetime64[s]"),), "X holds dates or durations"),
         ((pd.DataFrame(BAD, columns=["a", "a"]),), r"X has two columns 'a': rename one of them"),
         ((BAD, None, -np.ones(20)), "sample_weight must not be negative, got -1 in row 0"),
         ((BAD, None, np.zeros(20)), "at least one non-zero"),
