@@ -57,7 +57,7 @@ class FlowVAE(nn.Module):
 
     Raises:
         ConfigError: for sizes below one, fewer than two levels, or a context without a flow.
-        DataError: from the methods, for x outside of [0, 1].
+        DataError: from the methods, for x outside of [0, 1], or between more than two grey levels.
 
     Example:
         >>> model = vae_mlp((4,), latent=2, hidden=8, flow_hidden=(8,))
@@ -90,8 +90,7 @@ class FlowVAE(nn.Module):
 
     def posterior(self, x: Tensor, *, noise: Noise | None = None, solver: SolverOverride = None) -> tuple[Tensor, Tensor, Stats]:
         """Draw z (N, L) from q(z | x); return it with log q(z | x) (N,) in nats and statistics of the solve."""
-        if not x.is_floating_point() or not bool(((x >= 0) & (x <= 1)).all()):
-            raise DataError(f"x has type {x.dtype}; expected floats in [0, 1], such as binary images")
+        self._require_levels(x)
         h = self.encoder(x)
         mean, log_std = self.normal(h).chunk(2, 1)
         e = draw(noise, "posterior", "normal", tuple(mean.shape), dtype=mean.dtype, device=mean.device)
@@ -103,6 +102,14 @@ class FlowVAE(nn.Module):
         out = self.transform(z, Request(context, child(noise, 0), solver=solver))
         return out.value, log_q - out.log_det, out.stats
 
+    def _require_levels(self, x: Tensor) -> None:
+        if not x.is_floating_point() or not bool(((x >= 0) & (x <= 1)).all()):
+            held = f"type {x.dtype}" if not x.is_floating_point() else f"values from {float(x.min()):.3g} to {float(x.max()):.3g}"
+            raise DataError(f"x has {held}; expected floats in [0, 1], such as binary images")
+        scaled = x.detach() * (self.levels - 1)
+        if self.levels > 2 and not bool(((scaled - scaled.round()).abs() < 0.2).all()):
+            raise DataError(f"x holds values between its {self.levels} grey levels; expected k / {self.levels - 1}: round x, or set levels= to those of the images")
+
     def evaluate(self, x: Tensor, *, noise: Noise | None = None, solver: SolverOverride = None) -> ELBOTerms:
         """Return the terms of the evidence lower bound of x (N, \\*event), with one draw of z per row."""
         z, log_q, stats = self.posterior(x, noise=noise, solver=solver)
@@ -113,6 +120,8 @@ class FlowVAE(nn.Module):
     def _negative_log_likelihood(self, logits: Tensor, x: Tensor) -> Tensor:
         if self.levels == 2:
             return F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+        if logits.shape != (len(x), self.levels, *x.shape[1:]):
+            raise ConfigError(f"decoder returns shape {tuple(logits.shape)}; expected (N, levels, *event), {(len(x), self.levels, *x.shape[1:])}")
         return F.cross_entropy(logits, (x * (self.levels - 1)).round().long(), reduction="none")
 
     def forward(self, x: Tensor) -> Tensor:

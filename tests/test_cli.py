@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from cnf.errors import TrainingError
 from cnf.random import Noise
 from cnf.runs import read_config, write_config
 from cnf.training import Trainer
+from cnf.training.cost import Cost
 
 TINY = ["--hidden", "8", "--max-train-rows", "60", "--steps", "6", "--batch-size", "20", "--warmup", "2", "--validate-every", "3",
         "--validation-items", "12", "--test-items", "16", "--noise-samples", "2", "--ema-decay", "0.5"]  # fmt: skip
@@ -219,7 +221,23 @@ def test_a_dry_run_does_not_measure_what_would_take_long(monkeypatch, capsys):
     monkeypatch.setattr("cnf.training.cost.SECONDS", 0.0)
     assert train_main(["digits", *TINY, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "batch 20\n" in said and "at the peak (process; by arithmetic from 1 of 20 rows)" in said
+    assert "batch 20\n" in said and "at the peak (process; by arithmetic from 1 of 20 rows, an upper estimate)" in said
+
+
+def test_a_dry_run_does_not_count_the_import_of_libraries(monkeypatch, capsys):
+    """A slow first step: the steps of more rows are measured nevertheless, and rows are not charged for what does not depend on them."""
+    clock, sizes = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now), []
+
+    def run(model, phase, info, group, size, again):
+        clock.now += 0.2 if sizes else 60.0
+        sizes.append((size, again))
+        return Cost(1, size, size, 100.0, "process", 0.1 + 0.001 * size)
+
+    monkeypatch.setattr("cnf.training.cost.time", clock)
+    monkeypatch.setattr("cnf.training.cost._run", run)
+    assert train_main(["digits", *TINY, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert sizes == [(1, True), (4, False), (16, False), (20, False)] and "time: 0.12 s a step" in said and "arithmetic" not in said
 
 
 def test_a_dry_run_measures_a_part_of_large_images(monkeypatch, tmp_path, capsys):

@@ -345,6 +345,8 @@ def test_data_without_density_are_told():
         (torch.ones(60), "column 2 is constant at 1"),
         (x[:, 0] - 2 * x[:, 1], "column 2 = column 0 - 2 column 1"),
         ((x[:, 2] > 0).float(), "column 2 has 2 distinct values in 60 rows"),
+        (torch.arange(60.0) // 3, "column 2 has 20 distinct values in 60 rows"),
+        (x[:, 2].clamp(min=0), r"column 2 is 0 in \d\d% of the rows"),
     ):
         with pytest.warns(UserWarning, match=f"have no density.*{words}"):
             cnf.fit(flow, torch.cat([x[:, :2], column[:, None]], 1), steps=1, quiet=True)

@@ -604,3 +604,17 @@ def test_a_report_that_cannot_be_made_does_not_take_the_figure_with_it(monkeypat
     monkeypatch.setattr(report, "column_report", full)
     add_columns(result, gaussian(torch.eye(2)), data, "test", said.append)
     assert result == {"nats": 1.0} and "not enough memory" in said[1]
+
+
+def test_columns_with_long_tails_cost_what_a_product_of_their_densities_says():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 2, generator=generator, dtype=torch.float64).mul(torch.tensor([1.0, 4.0])).exp()
+    marginals = MarginalTransform(2, kinds=("log",))
+    marginals.fit(x)
+    flow = Flow(marginals, (2,)).double()
+    report = column_report(flow, x, items=40)
+    assert all(column.quadrature_error < 0.01 for column in report)
+    rows = x[torch.linspace(0, 399, 40).round().long()]
+    normal = torch.distributions.LogNormal(x.log().mean(0), x.log().std(0, correction=0))
+    for column, truth in zip(report, -normal.log_prob(rows).mean(0), strict=True):
+        assert column.given_others == pytest.approx(float(truth), abs=0.01)

@@ -149,6 +149,10 @@ def test_the_marginal_map_has_the_determinant_of_its_own_jacobian():
     assert distance(found, torch.linalg.slogdet(torch.linalg.matrix_exp(a)[:2, :2])[1].expand(4)) < 1e-8
     with pytest.raises(DataError, match=r"one vector \(k,\)"):
         marginal_log_det(block, x, start[None])
+    with pytest.raises(DataError, match=r"x has type torch.float32, but the weights are torch.float64"):
+        marginal_log_det(block, x.float(), start)
+    with pytest.raises(DataError, match="start is a list"):
+        marginal_log_det(block, x, [0.0])
 
 
 def test_nothing_of_the_divergence_is_used():

@@ -129,6 +129,8 @@ def test_it_learns_and_goes_through_fit(tmp_path):
     (lambda: FlowVAE(nn.Identity(), nn.Identity(), 2, 3, levels=1), ConfigError, "levels"),
     (lambda: FlowVAE(nn.Identity(), nn.Identity(), 2, 3, None, 4), ConfigError, "leave it at 0"),
     (lambda: made("normal").evaluate(2 * X), DataError, "floats in"),
+    (lambda: FlowVAE(nn.Identity(), nn.Identity(), 2, 3, levels=4).evaluate(torch.full((2, 3), 0.5)), DataError, "between its 4 grey levels; expected k / 3"),
+    (lambda: FlowVAE(nn.Identity(), nn.Linear(2, 3), 2, 3, levels=4).evaluate(torch.zeros(2, 3)), ConfigError, r"\(2, 3\); expected \(N, levels, \*event\), \(2, 4, 3\)"),
 ])  # fmt: skip
 def test_wrong_use(call, error, message):
     with pytest.raises(error, match=message):

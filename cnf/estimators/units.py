@@ -22,15 +22,19 @@ WIDE = 30  # powers of two: with squares of larger or smaller values single prec
 
 
 def require_numbers(x: Any, name: str = "X") -> None:
-    """Raise a DataError for masked values, and for the first column of a DataFrame that holds text or dates.
+    """Raise a DataError for masked values, dates, and the first column of a DataFrame with another's name, text or dates.
 
     scikit-learn ignores a mask, and does not name the column.
     """
     if isinstance(x, np.ma.MaskedArray) and np.ma.getmaskarray(x).any():
         row = int(np.argwhere(np.ma.getmaskarray(x))[0][0])
         raise DataError(f"{name} has masked values, first in row {row}: remove such rows, or fill the values in")
+    if getattr(getattr(x, "dtype", None), "kind", "") in tuple("Mm"):  # scikit-learn would count nanoseconds
+        raise DataError(f"{name} holds dates or durations: convert it to numbers, such as days")
     if not hasattr(x, "select_dtypes"):
         return
+    if len(twice := x.columns[x.columns.duplicated()]):
+        raise DataError(f"{name} has two columns {twice[0]!r}: rename one of them")
     for label in x.columns[[t.kind not in "biufc" for t in x.dtypes]]:
         column = x[label].dropna()
         if getattr(column.dtype, "kind", "O") in "Mm":

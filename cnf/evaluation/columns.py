@@ -15,6 +15,7 @@ from cnf.flow import Flow
 from cnf.ode.continuous import CNF
 from cnf.ode.divergence import Divergence, Exact
 from cnf.transforms import MarginalTransform, iter_leaves
+from cnf.transforms.quantile_map import MarginalState, forward_map, inverse_map
 
 __all__ = ["Column", "column_report", "conditional_log_prob", "spacing_entropy"]
 
@@ -72,7 +73,8 @@ def conditional_log_prob(
 
     x_j is itself a draw from the conditional density, so that for a density of any width w the mass lies within a few w
     of x_j. The trapezoidal rule therefore runs over :math:`x_j + a \sinh(v)`, uniform in v: the spacing of the points
-    is proportional to their distance from x_j, down to a = scale/1000.
+    is proportional to their distance from x_j, down to a = scale/1000. In a flow that begins with a
+    :class:`~cnf.MarginalTransform`, it runs over the latent of x_j in that map instead.
 
     Args:
         flow: a flow of vectors, in evaluation mode.
@@ -98,12 +100,20 @@ def conditional_log_prob(
     low, high = support
     if float(own.min()) < low or float(own.max()) > high:
         raise DataError(f"column {column} spans [{own.min():g}, {own.max():g}], beyond support=({low:g}, {high:g}): widen it")
+    marginal = _marginal(flow, column)  # a column with a long tail has its mass anywhere in x, and within a few units of the latent
+    if marginal is not None:
+        ends = forward_map(marginal, torch.cat([own, own.new_tensor([low, high])])[:, None])[0][:, 0]
+        own, low, high, scale = ends[:-2], float(ends[-2]), float(ends[-1]), 1.0
     a = FINEST * scale
     left, right = -torch.asinh((own - low) / a), torch.asinh((high - own) / a)
     steps = torch.linspace(0, 1, points, dtype=torch.float64, device=x.device)
     v = left[:, None] + (right - left)[:, None] * steps
     weights = (a * torch.cosh(v)).log() + ((right - left) / (points - 1)).log()[:, None]
-    grid = (own[:, None] + a * torch.sinh(v)).to(x.dtype)
+    grid = own[:, None] + a * torch.sinh(v)
+    if marginal is not None:
+        values, slopes = inverse_map(marginal, grid.reshape(-1, 1))
+        grid, weights = values.reshape(grid.shape), weights + slopes.reshape(grid.shape)
+    grid = grid.to(x.dtype)
     rows = x[:, None].repeat(1, points, 1)
     rows[:, :, column] = grid
     owner = torch.arange(len(x), device=x.device).repeat_interleave(points).split(batch_size)  # row of each point
@@ -145,6 +155,14 @@ def spacing_entropy(values: Tensor, m: int | None = None) -> float:
     spacings = ordered[m:] - ordered[:-m]
     psi = torch.digamma(torch.tensor([float(m), n + 1.0], dtype=torch.float64))
     return float(spacings.log().mean() - psi[0] + psi[1])
+
+
+def _marginal(flow: Flow, column: int) -> MarginalState | None:
+    """Return the marginal map of a column at the beginning of a flow, or None."""
+    first = iter_leaves(flow.transform)[0][0]
+    if not isinstance(first, MarginalTransform):
+        return None
+    return MarginalState(*(first.get_buffer(name)[column : column + 1] for name in MarginalState._fields))
 
 
 def _support(flow: Flow, column: int, low: float, high: float) -> tuple[float, float]:

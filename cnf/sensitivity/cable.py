@@ -59,7 +59,7 @@ def jacobian(
         >>> j.shape
         torch.Size([5, 2, 2])
     """
-    require_points(x)
+    require_points(x, transform)
     request = Request(context, log_det=False, integrals=False, solver=solver, steer=False)
     ends = [walk(transform, (x, unit), request, _push(back), back) for unit in unit_tangents(x, chunk)]
     return ends[0][0], torch.cat([tangents.flatten(2) for _, tangents in ends]).permute(1, 2, 0)
@@ -118,7 +118,9 @@ def marginal_log_det(
         >>> y.shape, value.shape
         (torch.Size([5, 2]), torch.Size([5]))
     """
-    require_points(x)
+    require_points(x, transform)
+    if not isinstance(start, Tensor):
+        raise DataError(f"start is a {type(start).__name__}, expected a torch.Tensor (k,)")
     if x.ndim != 2 or start.ndim != 1:
         raise DataError(f"x has shape {tuple(x.shape)} and start {tuple(start.shape)}; expected points (N, D) and one vector (k,)")
     dim = x.shape[1]

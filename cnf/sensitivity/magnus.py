@@ -80,7 +80,7 @@ def magnus(
         >>> out.terms.shape, bool(torch.allclose(out.log_det, log_det(block, x, solver=FixedGrid("dopri5", 32))))
         (torch.Size([3, 8, 5, 2, 2]), True)
     """
-    require_points(x)
+    require_points(x, block)
     if order not in (1, 2, 3):
         raise ConfigError(f"order must be 1, 2 or 3, got {order}")
     require_at_least(1, steps=steps)

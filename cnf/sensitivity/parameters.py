@@ -144,7 +144,7 @@ def response(
         >>> dz.shape
         torch.Size([5, 2])
     """
-    require_points(x)
+    require_points(x, block)
     along = Along(block, context, solver)
     zero = torch.zeros_like(block.end_time(x))
     base = parameters or (lambda t: {})
@@ -171,7 +171,7 @@ def _pieces(
     solver: Solver | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return z and its derivatives by each piece's parameters, in chunks of columns that each solve the path again."""
-    require_points(x)
+    require_points(x, block)
     along = Along(block, context, solver, pieces)
     along.check(dict.fromkeys(names))
     for piece in pieces:

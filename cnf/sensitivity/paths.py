@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnf._utils.errors import DataError, require_at_least
 from cnf.ode.continuous import CNF
@@ -38,10 +38,13 @@ def chunk_size(chunk: int | None, columns: int, numel: int) -> int:
     return chunk or max(1, min(columns, _CHUNK_NUMEL // max(1, numel)))
 
 
-def require_points(x: Tensor) -> None:
-    """Validate that x is a non-empty batch of floats (N, \\*event)."""
+def require_points(x: Tensor, module: nn.Module) -> None:
+    """Validate that x is a non-empty batch of floats (N, \\*event), of the type of the module's weights."""
     if x.ndim < 2 or len(x) == 0 or not x.is_floating_point():
         raise DataError(f"x has shape {tuple(x.shape)} and type {x.dtype}, expected floats (N, *event)")
+    like = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if like is not None and x.dtype != like.dtype:
+        raise DataError(f"x has type {x.dtype}, but the weights are {like.dtype}: use x.to({like.dtype}), or convert the module")
 
 
 def integrate_tangents(block: CNF, start: TangentState, times: tuple[Tensor, Tensor], request: Request) -> TangentState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -146,31 +147,34 @@ def _times(cost: Cost, parts: int, parameters: int, said: str) -> Cost:
 
 
 def _cost(model: nn.Module, phase: Phase, info: RunInfo, group: Group, limit: float) -> Cost:
-    started, batch = time.monotonic(), phase.batches.size
+    started, batch = math.nan, phase.batches.size
     size = min(batch, group.size * info.config.train.accumulate)
     if info.config.solver.compile:  # every other size would be compiled anew
         size = batch
     smaller: tuple[int, float] = (0, 0.0)  # rows and seconds of the attempt before: a step is a constant and a part for each row
     while True:
-        cost = _run(model, phase, info, group, size)
+        cost = _run(model, phase, info, group, size, again=not smaller[0])
         if size == batch:
             return cost
+        if not smaller[0]:  # before, libraries were imported: seconds on a busy machine
+            started = time.monotonic()
         larger = min(batch, GROWTH * size)
         each = max(0.0, cost.seconds - smaller[1]) / (size - smaller[0])
         steps = 2 + CostMeter.least_steps * (larger == batch)  # with a forward pass and a first step
         if group.all_max([steps * (cost.seconds + each * (larger - size)) + time.monotonic() - started])[0] > limit:
             kept = cost.kept * batch / size
-            where = f"{cost.where}; by arithmetic from {size:,} of {batch:,} rows"
+            where = f"{cost.where}; by arithmetic from {size:,} of {batch:,} rows" + ("" if smaller[0] else ", an upper estimate")
             seconds = cost.seconds + each * (batch - size)
             return dataclasses.replace(cost, batch=batch, kept=kept, peak=cost.peak + kept - cost.kept, where=where, seconds=seconds)
         smaller, size = (size, cost.seconds), larger
 
 
-def _run(model: nn.Module, phase: Phase, info: RunInfo, group: Group, size: int) -> Cost:
+def _run(model: nn.Module, phase: Phase, info: RunInfo, group: Group, size: int, again: bool) -> Cost:
+    """Measure steps of ``size`` rows; for a part of the batch the first step, or with ``again`` the second one, which is warm."""
     config, whole = info.config.train, size == phase.batches.size
     meter = CostMeter(config.accumulate)
     if not whole:
-        meter.least_steps, meter.enough_seconds = 0, 0.0
+        meter.least_steps, meter.enough_seconds = int(again), 0.0
     Trainer(
         model,
         [dataclasses.replace(phase, steps=None, batches=phase.batches if whole else phase.batches.resized(size))],

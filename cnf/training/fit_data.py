@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from cnf._utils.errors import ConfigError, DataError
 from cnf.data import DataSplits
+from cnf.data.checks import ATOM_SHARE
 from cnf.data.dependence import dependent_columns
-from cnf.data.lattice import few_distinct
+from cnf.data.lattice import few_distinct, lattice_step
 from cnf.distributed import Group
 from cnf.flow import Flow
 from cnf.neural_ode import Predictor
@@ -68,23 +69,25 @@ def training_data(
 
 
 def _warn_without_density(x: Tensor) -> None:
-    """Warn of columns of rows (N, D) that are constant, discrete, or determined by others: the likelihood is unbounded."""
+    """Warn of columns of rows (N, D) that are constant, discrete, often equal, or determined by others: the likelihood is unbounded."""
     rows = x[:: max(1, len(x) // CHECKED)].double().numpy()
     if not np.isfinite(rows).all():  # an error elsewhere
         return
     said, names = [], [f"column {j}" for j in range(rows.shape[1])]
     for name, column in zip(names, rows.T, strict=True):
-        distinct = len(np.unique(column))
-        if distinct == 1 < len(column):
+        values, counts = np.unique(column, return_counts=True)
+        if len(values) == 1 < len(column):
             said.append(f"{name} is constant at {column[0]:g}")
-        elif few_distinct(len(column), distinct):
-            said.append(f"{name} has {distinct:,} distinct values in {len(column):,} rows")
+        elif few_distinct(len(column), len(values)) or lattice_step(column, torch.finfo(x.dtype).eps):
+            said.append(f"{name} has {len(values):,} distinct values in {len(column):,} rows")
+        elif counts.max() >= max(2.0, ATOM_SHARE * len(column)):
+            said.append(f"{name} is {values[counts.argmax()]:g} in {counts.max() / len(column):.0%} of the rows")
     said += [relation for _, relation in dependent_columns(rows, names)]
     if said:
         more = f" and {len(said) - 5} more" if len(said) > 5 else ""
         warnings.warn(
             f"the training data have no density, so that the likelihood can grow without bound: {'; '.join(said[:5])}{more}. Drop such "
-            "columns, add noise to discrete ones, or take cnf.DensityEstimator, which does", stacklevel=4,
+            "columns, or add noise to discrete ones, as cnf.DensityEstimator does", stacklevel=4,
         )  # fmt: skip
 
 

@@ -139,7 +139,9 @@ def _better(score: Array, best: Array) -> bool:
     difference = score - best
     if not len(difference) or not np.isfinite(difference).all() or difference.mean() <= 0:
         return False
-    clipped = np.clip(difference, *np.quantile(difference, [_WINSORIZED, 1 - _WINSORIZED]))
+    # rank by rank, so that of fewer than 100 rows the extreme ones are clipped too
+    low, high = np.quantile(difference, _WINSORIZED, method="higher"), np.quantile(difference, 1 - _WINSORIZED, method="lower")
+    clipped = np.clip(difference, low, high)
     return bool(clipped.mean() > _SIGNIFICANT * clipped.std() / math.sqrt(len(clipped)))
 
 
