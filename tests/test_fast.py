@@ -16,6 +16,7 @@ from cnf.config import FlowConfig, SolverConfig
 from cnf.errors import ConfigError
 from cnf.evaluation import block_errors, evaluate, solver_error
 from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, HyperMLP, SqueezeSum, TimePath
+from cnf.fields.activations import activation
 from cnf.losses import Likelihood
 from cnf.ode.continuous import CNF
 from cnf.ode.divergence import Exact, Hutchinson
@@ -496,3 +497,11 @@ def test_fields_of_ones_own_are_called_as_they_are():
     field.register_forward_hook(lambda *_: calls.append(1))
     CNF(field, solver=FixedGrid("rk4", 2)).train()(x, Request(log_det=False))
     assert len(calls) == 8
+
+
+def test_compiled_second_derivatives_of_tanh():
+    value = activation("tanh").value
+    x = torch.randn(3, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(lambda x: torch.func.hessian(lambda y: value(y).sum())(x), backend="aot_eager")
+    y = x.tanh()
+    assert torch.allclose(compiled(x), torch.diag(-2 * y * (1 - y * y)), atol=1e-6)

@@ -63,7 +63,8 @@ class _RationalTanh(torch.autograd.Function):
 
 
 def _tanh(x: Tensor) -> tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.dtype == torch.float32 and x.is_cpu:
+    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not torch._C._are_functorch_transforms_active()
+    if compiled and x.dtype == torch.float32 and x.is_cpu:  # under torch.func, a second derivative of the function below fails
         rational: Any = _RationalTanh
         value, slope = rational.apply(x)
         return value, slope
