@@ -33,7 +33,8 @@ def found():
 
 def test_never_worse_than_the_mixture_on_validation(found):
     result, x, _ = found
-    assert list(result.parts) == ["standard normal", "marginals", "mixture", "flow"]
+    assert list(result.parts) == ["uniform", "standard normal", "marginals", "mixture", "flow"]
+    assert result.parts["uniform"] == pytest.approx(math.log(float((x.amax(0) - x.amin(0)).prod())), abs=1e-5)
     assert result.validation == result.parts["flow"] <= result.parts["mixture"] < result.parts["standard normal"]
     assert not result.flow.training and result.steps > 0 and result.seconds > 0
     assert evaluate(result.flow, x[600:]).mean == pytest.approx(result.validation, abs=2e-5)

@@ -59,7 +59,8 @@ class DensityEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     Attributes:
         flow_: the fitted :class:`~cnf.Flow`, in double precision and evaluation mode.
-        parts_: negative log-likelihood of the validation rows in nats: standard normal, marginals, mixture, flow.
+        parts_: negative log-likelihood of the validation rows in nats: uniform, standard normal, marginals, mixture,
+            flow.
         validation_score_: mean validation log-likelihood (nats).
         n_steps_: optimiser steps.
         n_features_in_: number of columns.
