@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +124,8 @@ def fit_conditional(
         flow.cpu().double()
         choose_solver(flow, data.validation, data.validation_context)
     total_rows = sum(len(data.validation) for data in folds)
-    rows["calibrated"] = _calibrate(flows, held_out).reshape(-1, total_rows).mean(0)  # over the ensemble's numbers of components
+    members = _calibrate(flows, held_out).reshape(-1, total_rows)  # of each number of components, the one that has not seen the row
+    rows["calibrated"] = math.log(len(members)) - (-members).logsumexp(0)
     parts = {part: float(own.mean()) for part, own in rows.items()}
     flow = flows[0]
     if len(flows) > 1:
