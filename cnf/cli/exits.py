@@ -80,7 +80,7 @@ def _outcome(run: Callable[[], int], room: str) -> int:
     except SystemExit as stop:  # from the parsers: help, or wrong usage, already explained
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if code:
-            emit_error("wrong usage", code)
+            emit_error("wrong usage, explained on stderr", code)
         return code
 
 
