@@ -1,5 +1,7 @@
 """Pictures: what they show is what the flow says, nothing is cropped, and files are written whole."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -318,15 +320,17 @@ def test_files_are_written_whole(tmp_path, monkeypatch):
 def test_principal_axes_are_scikit_learns():
     from sklearn.decomposition import PCA
 
-    from cnf.plotting.features import _plane
+    from cnf.plotting.features import _space
 
     states = np.random.default_rng(0).normal(size=(3, 40, 5)) * [3, 2, 1, 0.5, 0.1]
-    points, names = _plane(states)
-    pca = PCA(2).fit(states.reshape(-1, 5))
-    expected = pca.transform(states.reshape(-1, 5)).reshape(3, 40, 2)
-    assert np.allclose(np.abs(points), np.abs(expected), atol=1e-9)
-    assert names[0] == f"principal axis 1 ({100 * pca.explained_variance_ratio_[0]:.0f} %)"
-    assert _plane(states[..., :2])[1] == ("$x_1$", "$x_2$")
+    points, names = _space(states)
+    pca = PCA(3).fit(states.reshape(-1, 5))
+    expected = pca.transform(states.reshape(-1, 5)).reshape(3, 40, 3)
+    distances = [np.linalg.norm(each.reshape(-1, 1, 3) - each.reshape(1, -1, 3), axis=2) for each in (points, expected)]
+    assert np.allclose(*distances, atol=1e-9) and points[0].std(0)[2] <= points[0].std(0)[:2].min()  # the same space, turned
+    shares = [int(re.search(r"\d+", name.split("(")[1])[0]) for name in names]
+    assert abs(sum(shares) - 100 * pca.explained_variance_ratio_.sum()) < 2
+    assert _space(states[..., :2])[1] == ("$x_1$", "$x_2$")
 
 
 def test_the_boundary_is_where_the_model_has_it(tmp_path):

@@ -21,17 +21,22 @@ __all__ = ["feature_evolution", "features_training", "learned_depth", "paths_1d"
 FITTED = 1000  # states used for the principal axes: all those of images would take minutes
 
 
-def _plane(states: Any) -> tuple[Any, tuple[str, str]]:
-    """Project states (times, N, D) to two coordinates: unchanged if D = 2, else principal axes (fitted to a subset)."""
-    if states.shape[2] == 2:
-        return states, ("$x_1$", "$x_2$")
+def _space(states: Any) -> tuple[Any, tuple[str, ...]]:
+    """Project states (times, N, D) to at most three coordinates: unchanged if D is 2 or 3, else their principal axes (fitted to a subset).
+
+    These are turned so that the first states lie flat in the first two, as those of augmented points do.
+    """
+    if states.shape[2] <= 3:
+        return states, ("$x_1$", "$x_2$", "$x_3$")[: states.shape[2]]
     flat = states.reshape(-1, states.shape[2]).astype(float)
     flat = flat - flat.mean(0)
     _, _, axes = np.linalg.svd(flat[:: 1 + len(flat) // FITTED], full_matrices=False)
-    two = flat @ axes[:2].T
-    share = (two**2).sum(0) / max(1e-300, (flat**2).sum())
-    names = tuple(f"principal axis {i + 1} ({100 * s:.0f} %)" for i, s in enumerate(share))
-    return two.reshape(*states.shape[:2], 2), (names[0], names[1])
+    three = flat @ axes[:3].T
+    first = three[: states.shape[1]]
+    _, _, turn = np.linalg.svd((first - first.mean(0))[:: 1 + len(first) // FITTED], full_matrices=False)
+    three = three @ turn.T if len(turn) == 3 else three
+    share = (three**2).sum(0) / max(1e-300, (flat**2).sum())
+    return three.reshape(*states.shape[:2], 3), tuple(f"axis {i + 1} ({100 * s:.0f} %)" for i, s in enumerate(share))
 
 
 def _histograms(axis: Any, values: Any, marks: Any, edges: Any, handles: Sequence[Line2D]) -> None:
@@ -45,7 +50,7 @@ def _histograms(axis: Any, values: Any, marks: Any, edges: Any, handles: Sequenc
 def feature_evolution(
     model: NeuralODE, x: Tensor, marks: Tensor, path: Path, *, classes: Sequence[str] = (), times: int = 5
 ) -> Path:
-    """Plot the states of points at several times, in two dimensions or on their two principal axes.
+    """Plot the states of points at several times, in two or three dimensions or on their first three principal axes.
 
     All panels share a frame, unless the spread of the states varies more than fourfold. States of one dimension are
     drawn as histograms.
@@ -96,16 +101,30 @@ def _panels(states: Any, marks: Tensor, titles: Sequence[str], path: Path, class
     colours, handles = mark_colours(marks, classes)
     spread = np.ptp(states.reshape(times, -1), axis=1)
     shared = bool(spread.max() <= 4 * spread.min()) or states.shape[2] == 1
-    figure = new_figure(2.7 * times, 3.7)
-    axes = subplots(figure, 1, times, squeeze=False, sharex=shared, sharey=shared)[0]
-    if states.shape[2] == 1:
+    solid = states.shape[2] > 2
+    figure = new_figure(3.1 * times if solid else 2.7 * times, 3.7)
+    options: dict[str, Any] = {"subplot_kw": {"projection": "3d"}} if solid else {"sharex": shared, "sharey": shared}
+    axes = subplots(figure, 1, times, squeeze=False, **options)[0]
+    if solid:
+        points, names = _space(states)
+        for axis, state in zip(axes, points, strict=True):
+            own = (points if shared else state).reshape(-1, 3)
+            low, high = own.min(0), own.max(0)
+            axis.scatter(*state.T, s=5, c=colours, alpha=0.6, linewidths=0)
+            axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(low[2], high[2]))
+            axis.set_box_aspect(np.maximum(high - low, 1e-3 * (high - low).max()), zoom=0.88)
+            for name, label in zip(names, (axis.set_xlabel, axis.set_ylabel, axis.set_zlabel), strict=True):
+                label(name, fontsize=7, labelpad=-7)
+            axis.locator_params(nbins=4)
+            axis.tick_params(labelsize=6, pad=-3)
+    elif states.shape[2] == 1:
         edges = np.linspace(states.min() - 1e-6, states.max() + 1e-6, 41)
         for axis, state in zip(axes, states[..., 0], strict=True):
             _histograms(axis, state, array(marks), edges, handles)
             axis.set_xlabel("$x$")
         axes[0].set_ylabel("points")
     else:
-        points, names = _plane(states)
+        points, names = _space(states)
         for axis, state in zip(axes, points, strict=True):
             box = box_around((points if shared else state).reshape(-1, 2))
             axis.scatter(*state.T, 5, c=colours, alpha=0.6, linewidths=0)
