@@ -16,7 +16,7 @@ from cnf.data.rows import Array, Table
 from cnf.data.schema import TableColumn, snap
 from cnf.data.splits import Options
 
-__all__ = ["column_name", "dequantize", "duplicate_rows", "find_lattices", "repeated_values", "require_finite", "require_table", "require_usable"]
+__all__ = ["column_name", "dequantize", "duplicate_rows", "find_lattices", "repeated_values", "repetition", "require_finite", "require_table", "require_usable"]
 
 DEQUANTIZE_STREAM = 1  # second word of the generator's seed, distinct from the toy sets' streams
 ATOM_SHARE = 0.05
@@ -182,12 +182,26 @@ def repeated_values(column: Array, label: str) -> str:
         >>> repeated_values(np.array([0.0, 0.0, 1.3, 2.1]), "column 'rain'")
         "column 'rain' is 0 in 50% of the rows: the density has a spike there, and a likelihood can grow without bound"
     """
+    fact = repetition(column, label)
+    if not fact:
+        return ""
+    if few_distinct(len(column), len(np.unique(column))):
+        return f"{fact} but on no lattice: {UNBOUNDED}; encode it as integers, or remove it"
+    return f"{fact}: the density has a spike there, and a likelihood can grow without bound"
+
+
+def repetition(column: Array, label: str) -> str:
+    """Return how the values of a column (N,) repeat, as a clause; "" where they hardly do.
+
+    Example:
+        >>> repetition(np.array([0.0, 0.0, 1.3, 2.1]), "column 0")
+        'column 0 is 0 in 50% of the rows'
+    """
     distinct, counts = np.unique(column, return_counts=True)
     if few_distinct(len(column), len(counts)):
-        return f"{label} has {len(counts):,} distinct values in {len(column):,} rows but on no lattice: {UNBOUNDED}; encode it as integers, or remove it"
+        return f"{label} has {len(counts):,} distinct values in {len(column):,} rows"
     if counts.max() >= max(2.0, ATOM_SHARE * len(column)):
-        share = f"{distinct[counts.argmax()]:g} in {counts.max() / len(column):.0%} of the rows"
-        return f"{label} is {share}: the density has a spike there, and a likelihood can grow without bound"
+        return f"{label} is {distinct[counts.argmax()]:g} in {counts.max() / len(column):.0%} of the rows"
     return ""
 
 

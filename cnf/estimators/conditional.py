@@ -159,9 +159,8 @@ class ConditionalDensityEstimator(MultiOutputMixin, RegressorMixin, BaseEstimato
             device=self.device,
             on_progress=print if self.verbose else None,
         )
-        self.flow_, volume = self._units.undo(found.flow), float(np.log(self._units.scale).sum())
-        self.parts_ = {name: nll + volume for name, nll in found.parts.items()}
-        self.validation_score_, self.n_steps_ = -found.validation - volume, found.steps
+        self.flow_, self.parts_ = self._units.undo(found.flow), {name: nll + self._units.volume for name, nll in found.parts.items()}
+        self.validation_score_, self.n_steps_ = -found.validation - self._units.volume, found.steps
         return self
 
     def _data(self, train: Array, held: Array) -> DataSplits:

@@ -14,6 +14,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from cnf._utils.errors import require_at_least
+from cnf.data.checks import column_name
 from cnf.estimators.mixtures import COMPONENTS
 from cnf.estimators.rows import (
     LEAST_ROWS,
@@ -114,14 +115,13 @@ class DensityEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
         seed = seed_of(self.random_state)
         names = self._layout.names
         weight = check_weights(sample_weight, rows)
-        labels = None if names is None else [f"column {j} ({name!r})" for j, name in enumerate(names)]
+        labels = None if names is None else [column_name(names, j) for j in range(len(names))]
         data = prepare_rows(rows, weight, self.validation_fraction, seed, discrete=self.discrete == "auto", labels=labels)
         self._steps, self._origins, self._ends = data.steps, data.origins, data.ends
         units = Units.of(data.train)
         found = self._fit(units.apply(data.train), units.apply(data.validation), seed, data.cells(units), names)
-        self.flow_, volume = units.undo(found.flow.cpu().double()), float(np.log(units.scale).sum())
-        self.parts_ = {name: nll + volume for name, nll in found.parts.items()}
-        self.validation_score_, self.n_steps_ = -found.validation - volume, found.steps
+        self.flow_, self.parts_ = units.undo(found.flow.cpu().double()), {name: nll + units.volume for name, nll in found.parts.items()}
+        self.validation_score_, self.n_steps_ = -found.validation - units.volume, found.steps
         return self
 
     def _fit(

@@ -70,6 +70,11 @@ class Units:
         power = np.rint(np.log2(np.where(largest > 0, largest, 1.0)))
         return cls(shift, np.where(np.abs(power) > WIDE, 2.0**power, 1.0))
 
+    @property
+    def volume(self) -> float:
+        """Nats per row by which a negative log-likelihood in these units is too low."""
+        return float(np.log(self.scale).sum())
+
     def apply(self, x: Array) -> Array:
         """Return rows (N, D) in these units."""
         out: Array = (x - self.shift) / self.scale

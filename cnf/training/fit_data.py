@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from cnf._utils.errors import ConfigError, DataError
 from cnf.data import DataSplits
-from cnf.data.checks import ATOM_SHARE
+from cnf.data.checks import repetition
 from cnf.data.dependence import dependent_columns
-from cnf.data.lattice import few_distinct, lattice_step
+from cnf.data.lattice import lattice_step
 from cnf.distributed import Group
 from cnf.flow import Flow
 from cnf.neural_ode import Predictor
@@ -75,13 +75,12 @@ def _warn_without_density(x: Tensor) -> None:
         return
     said, names = [], [f"column {j}" for j in range(rows.shape[1])]
     for name, column in zip(names, rows.T, strict=True):
-        values, counts = np.unique(column, return_counts=True)
-        if len(values) == 1 < len(column):
+        if column.min() == column.max() and len(column) > 1:
             said.append(f"{name} is constant at {column[0]:g}")
-        elif few_distinct(len(column), len(values)) or lattice_step(column, torch.finfo(x.dtype).eps):
-            said.append(f"{name} has {len(values):,} distinct values in {len(column):,} rows")
-        elif counts.max() >= max(2.0, ATOM_SHARE * len(column)):
-            said.append(f"{name} is {values[counts.argmax()]:g} in {counts.max() / len(column):.0%} of the rows")
+        elif lattice_step(column, torch.finfo(x.dtype).eps):
+            said.append(f"{name} has {len(np.unique(column)):,} distinct values in {len(column):,} rows")
+        elif fact := repetition(column, name):
+            said.append(fact)
     said += [relation for _, relation in dependent_columns(rows, names)]
     if said:
         more = f" and {len(said) - 5} more" if len(said) > 5 else ""
