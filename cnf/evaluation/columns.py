@@ -17,7 +17,7 @@ from cnf.ode.divergence import Divergence, Exact
 from cnf.transforms import MarginalTransform, iter_leaves
 from cnf.transforms.quantile_map import MarginalState, forward_map, inverse_map
 
-__all__ = ["Column", "column_report", "conditional_log_prob", "spacing_entropy"]
+__all__ = ["Column", "column_report", "conditional_log_prob", "leading_marginals", "spacing_entropy"]
 
 BUDGET = 2**18  # default number of evaluations of the density in a report
 FINEST = 1e-3  # resolution of the quadrature, as a fraction of a column's standard deviation
@@ -157,10 +157,16 @@ def spacing_entropy(values: Tensor, m: int | None = None) -> float:
     return float(spacings.log().mean() - psi[0] + psi[1])
 
 
+def leading_marginals(flow: Flow) -> MarginalTransform | None:
+    """Return the marginal transform that a flow begins with, or None."""
+    first = iter_leaves(flow.transform)[0][0]
+    return first if isinstance(first, MarginalTransform) else None
+
+
 def _marginal(flow: Flow, column: int) -> MarginalState | None:
     """Return the marginal map of a column at the beginning of a flow, or None."""
-    first = iter_leaves(flow.transform)[0][0]
-    if not isinstance(first, MarginalTransform):
+    first = leading_marginals(flow)
+    if first is None:
         return None
     return MarginalState(*(first.get_buffer(name)[column : column + 1] for name in MarginalState._fields))
 
@@ -169,8 +175,8 @@ def _support(flow: Flow, column: int, low: float, high: float) -> tuple[float, f
     """Return the interval of integration of a column that spans [low, high]: half as much again on both sides, inside its marginal's support."""
     pad = (high - low) / 2  # for tails beyond these rows
     left, right = low - pad, high + pad
-    first = iter_leaves(flow.transform)[0][0]
-    if isinstance(first, MarginalTransform):  # whose support is open: stop a thousandth of the gap before its ends
+    first = leading_marginals(flow)
+    if first is not None:  # whose support is open: stop a thousandth of the gap before its ends
         least, most = (float(bound[column]) for bound in first.bounds)
         left = left if left > least else least + 1e-3 * (low - least)
         right = right if right < most else most - 1e-3 * (most - high)

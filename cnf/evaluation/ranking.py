@@ -13,9 +13,9 @@ from torch import Tensor
 from cnf._utils.errors import ConfigError
 from cnf.config.results import CAUTION
 from cnf.distributed import SINGLE_PROCESS, Group
+from cnf.evaluation.columns import leading_marginals
 from cnf.evaluation.likelihood import Evaluation, evaluate
 from cnf.flow import Flow
-from cnf.transforms import MarginalTransform, iter_leaves
 
 __all__ = ["Ranking", "rank"]
 
@@ -61,8 +61,8 @@ class Ranking:
 
 def _outside(flow: Flow, x: Tensor, steps: Tensor | None) -> Tensor:
     """Return which rows (N,) lie outside the open support of a first MarginalTransform; a dequantised value may be its lower end."""
-    first = iter_leaves(flow.transform)[0][0]
-    if not isinstance(first, MarginalTransform) or x.ndim != 2:
+    first = leading_marginals(flow)
+    if first is None or x.ndim != 2:
         return torch.zeros(len(x), dtype=torch.bool, device=x.device)
     low, high = (bound.to(x) for bound in first.bounds)
     spread = torch.zeros_like(low) if steps is None else steps.to(low)
