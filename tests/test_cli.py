@@ -438,6 +438,8 @@ WRONG = {
     "digits --rtol 1e-3": r"--rtol 0.001 is for --train-solver adaptive",
     "digits --adaptive --method dopri5 --grid-steps 9": r"--grid-steps 9 is for --train-solver grid, not for --train-solver adaptive: leave it at 4",
     "--discrete keep": r"discrete='keep' does not apply to 'digits'",
+    "digits --compile-unit solve": r"--compile-unit is for training with --compile: leave it at step",
+    "digits --compile --compile-unit solve --gradient checkpoint": r"--compile-unit is for --gradient direct",
     "ffjord-toy --alpha 0.1": r"--alpha is for images: leave it at 0.01",
     "ffjord-toy --preprocess logit": r"--preprocess is for images",
     "ffjord-toy --noise-samples 3": r"--noise-samples is for likelihoods with noise, and the exact trace of vectors .* has none",

@@ -12,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cnf import CNF, Flow
 from cnf._utils.compilation import CompilationWarning
 from cnf._utils.errors import ConfigError
+from cnf.config import FlowConfig, SolverConfig
 from cnf.fields import MLP, precomputed
 from cnf.fields.activations import _RationalTanh
+from cnf.models import build
 from cnf.ode.divergence import Exact, Hutchinson
 from cnf.ode.quadratures import Kinetic, TotalDerivative
 from cnf.random import Noise
@@ -129,6 +131,19 @@ def test_a_whole_solve_compiled_has_the_plain_paths_gradient(case, traced):
         gradients(fast, x)
         assert made() == before
     assert made() >= 2  # a graph for each number of steps: it was compiled
+
+
+@pytest.mark.parametrize("unit, graphs", mostly_slow([("step", 1), ("solve", 2)], "solve"))
+def test_the_settings_choose_what_is_compiled(unit, graphs, traced):
+    """A step is one graph for any number of steps; whole solves have one each."""
+    x = torch.randn(4, 2, generator=torch.Generator().manual_seed(1))
+    solver = SolverConfig.of(compile=True, compile_unit=unit, gradient="direct", grid_steps=2)
+    flow = build(FlowConfig.of(hidden=(6,)), solver, (2,)).train()
+    (block,), before = flow.blocks, made()
+    for steps in (2, 3):
+        block.solver = block.solver.with_steps(steps)
+        flow.log_prob(x).sum().backward()
+    assert made() - before == graphs
 
 
 @pytest.mark.slow

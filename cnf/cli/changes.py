@@ -13,7 +13,7 @@ from cnf.config.tagged import values
 __all__ = ["check", "refuse_changes"]
 
 # settings that --resume may change: duration, device and location of the data (a fingerprint verifies the data)
-RESUME = ("data", "data_root", "download", "steps", "patience", "max_time", "device", "threads", "accumulate", "compile")
+RESUME = ("data", "data_root", "download", "steps", "patience", "max_time", "device", "threads", "accumulate", "compile", "compile_unit")
 # settings that --evaluate --score may change (custom data, without the run's data set)
 SCORE = ("eval_method", "eval_rtol", "eval_atol", "eval_tolerance", "likelihood_solver", "likelihood_steps", "likelihood_order",
          "likelihood_tolerance", "divergence", "hutchinson_noise", "hutchinson_mode", "probes", "noise_samples", "device", "threads")  # fmt: skip

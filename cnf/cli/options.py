@@ -67,7 +67,7 @@ class Command:
     out: Path | None = None
     """Run folder; by default runs/PRESET-SEED. It must be new or empty."""
     resume: Flag = False
-    """Continue the run in --out where it stopped. Only --steps, --patience, --max-time, --device, --threads, --accumulate, --compile, --data-root, --download, and --data for the same data elsewhere, may change."""
+    """Continue the run in --out where it stopped. Only --steps, --patience, --max-time, --device, --threads, --accumulate, --compile, --compile-unit, --data-root, --download, and --data for the same data elsewhere, may change."""
     evaluate: Path | None = None
     """Evaluate this run (or pretrained:fm-mnist) without training, with another solver, tolerances, trace, --noise-samples, --test-items, --split or --data."""
     split: Literal["test", "validation", "train"] = "test"

@@ -21,6 +21,8 @@ SHARE = Bounds("above 0, at most 1", above=0, most=1)
 SOLVING = Family("solves", (True,), "training that solves an ODE")
 BY_LIKELIHOOD = Family("objective", ("likelihood", "both", "regression", "classification"), "training that solves an ODE")
 DENOISER = Family("denoiser", (True,), "denoisers (field='unet', dequantize='truncated-normal')")
+COMPILED = Family("compile", (True,), "training with --compile")
+STORED = Family("gradient", ("direct",), "--gradient direct, which keeps what a checkpoint would compute again")
 ADAPTIVE_LIKELIHOOD = Family("likelihood_solver", ("adaptive",), "likelihoods by the adaptive solver")
 
 
@@ -132,6 +134,9 @@ class SolverConfig(Settings):
     steer: float = setting(0.0, given=(DENSITY,))
     """Half-width of a random end time in training (STEER)."""
     compile: bool = setting(False, given=(DENSITY,))
-    """Training: compile the fields (torch.compile): faster steps, after about a minute for every shape."""
+    """Training: compile the solver's steps (torch.compile): faster training, after about a minute for every shape."""
+    compile_unit: Literal["step", "solve"] = setting("step", given=(DENSITY, BY_LIKELIHOOD, GRID, COMPILED, STORED), later=True)
+    """With --compile: a solver step (a custom field always), or the whole solve on the grid: faster for small fields, compiled
+    anew for each number of steps."""
     precision: Literal["fp32", "bf16", "tf32", "fp64"] = setting("fp32", given=(DENSITY,))
     """bf16: inside the fields, in training only; tf32: in training only, on a GPU; fp64: everything."""

@@ -226,7 +226,7 @@ def build(
             steer=solver.steer,
             path=time_path(model.field),
             autocast=lower,
-            compile=solver.compile,
+            compile="solve" if solver.compile and solver.compile_unit == "solve" else solver.compile,
         )
 
     if model.architecture == "multiscale":

@@ -188,7 +188,7 @@ class FixedGrid:
         unit = False if check else getattr(rhs, "compile", False)
         if unit == "solve":
             counter.count(self.steps * len(self.tableau.c))
-            return cast(State, compiled(_solved)(self, rhs, state, nodes, dynamic))
+            return cast(State, compiled(_solved, state[0].is_cuda)(self, rhs, state, nodes, dynamic))
         recording = torch.is_grad_enabled() and any(v.requires_grad for v in (*state, *parameters))
         steps = _Steps(self, rhs, nodes, counter, dynamic, whole=not recomputing, recording=recording, compiles=bool(unit))
         parts = [partial(steps, i) for i in range(self.steps)]
