@@ -7,7 +7,8 @@ import torch
 from conftest import F64
 from torch import nn
 
-from cnf import CNF, Flow
+import cnf.compat
+from cnf import CNF, Flow, Hutchinson
 from cnf.cli import classify_main
 from cnf.errors import ConfigError
 from cnf.fields import MLP, VectorField
@@ -17,6 +18,7 @@ from cnf.neural_ode import NeuralODE, anode_mlp, residual_net
 from cnf.ode.quadratures import Kinetic, RunningCost, TotalDerivative
 from cnf.random import Noise
 from cnf.solvers import Adaptive, FixedGrid
+from cnf.transforms import Dequantize, Sequential
 
 A = torch.tensor([[0.3, -0.8], [0.5, 0.2]], dtype=F64)
 
@@ -72,7 +74,7 @@ def test_the_prediction_and_its_gradient_stay_the_same(solver, options):
     objective = Supervised(model, "regression", {}, QUADRATURES)
     terms, stats = objective.evaluate(x, y, Noise(0))
     torch.testing.assert_close(terms["loss"], plain, rtol=0, atol=1e-12)
-    assert set(terms) == {"loss", "kinetic", "jacobian", "directional", "total_derivative"}
+    assert set(terms) == {"loss", *(quadrature.name for quadrature in QUADRATURES.values())}
     assert stats.nfe == model.predict(x).stats.nfe  # the integrals take no evaluation of their own, and no step
 
     def gradient(loss):
@@ -121,6 +123,27 @@ def test_flows_take_any_integral_by_name():
     torch.testing.assert_close(released["total_derivative_mean"], released["total_derivative"] / 4)  # half of the mean over 2
     torch.testing.assert_close(released["loss"], released["nll"] + 0.2 * released["total_derivative_mean"])
     assert set(Likelihood(flow)(x)) == {"loss", "nll", "kinetic", "total_derivative"}  # the block's own stays
+
+
+@pytest.mark.parametrize("regularisers", ["paper", "code"])
+def test_released_regularisers_are_added_to_bits_per_dim_as_they_are(regularisers):
+    torch.manual_seed(0)
+    flow = Flow(Sequential([Dequantize(4), CNF(MLP(2, (8,)))]), (2,)).double()
+    for p in flow.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    x = torch.tensor([[0, 3], [1, 1], [2, 0]], dtype=torch.uint8)
+    terms = Likelihood(flow, penalties={"l1int": 0.3, "dl2int": 0.2}, regularisers=regularisers)(x, noise=Noise(0))
+    torch.testing.assert_close(terms["loss"], terms["nll"] + 0.3 * terms["l1int"] + 0.2 * terms["dl2int"])
+
+
+@pytest.mark.parametrize("name", cnf.compat.RELEASED)
+def test_fields_that_start_at_zero_have_a_gradient(name):
+    flow = Flow(CNF(MLP(2, (8,)), Hutchinson()), (2,))
+    for p in flow.blocks[0].field.parameters():
+        p.data.zero_()
+    loss = Likelihood(flow, penalties={name: 0.1})(torch.randn(4, 2, generator=torch.Generator().manual_seed(0)), noise=Noise(0))["loss"]
+    loss.sum().backward()
+    assert all(p.grad.isfinite().all() for p in flow.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize(("make", "message"), [

@@ -2,9 +2,8 @@
 
 from cnf.compat.affjord_toy import affjord_toy, load_affjord_toy
 from cnf.compat.checkpoints import Reference, load_reference, read_reference
-from cnf.compat.regularisers import FFJORD_REGULARISERS, RNODE_REGULARISERS, released
+from cnf.ode.released import RELEASED, released
 
 __all__ = [
-    "FFJORD_REGULARISERS", "RNODE_REGULARISERS", "Reference", "affjord_toy", "load_affjord_toy", "load_reference",
-    "read_reference", "released",
+    "RELEASED", "Reference", "affjord_toy", "load_affjord_toy", "load_reference", "read_reference", "released",
 ]  # fmt: skip

@@ -24,9 +24,10 @@ class _Penalised(Settings):
     jacobian: float = setting(0.0, NONNEGATIVE, given=(ODE,))
     """Weight of the Jacobian's squared Frobenius norm ∫‖J‖² (RNODE)."""
     penalty: tuple[str, ...] = setting((), given=(ODE,), later=True)
-    """Weights of further integrals, NAME=WEIGHT: directional (∫‖J f‖²), total-derivative (∫‖J f + ∂f/∂t‖²)."""
+    """Weights of further integrals, NAME=WEIGHT: directional (∫‖J f‖²), total-derivative (∫‖J f + ∂f/∂t‖²), and as in the
+    released codes l1int, l2int, dl2int, JFrobint, JdiagFrobint, JoffdiagFrobint, directional_penalty, total_deriv."""
     measure: tuple[str, ...] = setting((), given=(ODE,), later=True)
-    """Integrals to report in metrics.jsonl without penalising them: kinetic, jacobian, directional, total-derivative."""
+    """Integrals to report in metrics.jsonl without penalising them: kinetic, jacobian, directional, total-derivative, l1int, ..."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from cnf.losses.density import DensityObjective
 from cnf.losses.penalties import Penalties, find_quadrature, penalised, released_factor
 from cnf.ode.divergence import Bound, Linearization
 from cnf.ode.quadratures import Kinetic, Quadrature, StepError
+from cnf.ode.released import Released
 from cnf.random import Noise
 from cnf.solvers import FixedGrid, Stats
 from cnf.transforms import Request
@@ -50,7 +51,8 @@ class Likelihood(DensityObjective):
         step_error: weight of the solver's error on its grid (:class:`~cnf.ode.quadratures.StepError`), scaled like the
             other regularisers: favours flows that need few solver steps.
         penalties: weights of further integrals, by name (``"directional"``, ``"total-derivative"``) or by quadrature,
-            scaled like the other regularisers.
+            scaled like the other regularisers; those of the released codes (:data:`cnf.compat.RELEASED`, ``"l1int"``) are
+            means over each block's dimensions, added to the loss as they are.
         measure: integrals to report without penalising them, by name or quadrature.
 
     Attributes:
@@ -89,6 +91,7 @@ class Likelihood(DensityObjective):
         released = regularisers == "code"
         self.scale = flow.dim * math.log(2) if flow.levels is not None and not released else 1.0
         self.weights: dict[str, float] = {}
+        self._means: set[str] = set()
         given: dict[str | Quadrature, float] = {"kinetic": kinetic, "jacobian": jacobian}
         if repeated := next((name for name in penalties or () if given.get(name)), None):
             raise ConfigError(f"penalties has {repeated!r}, whose weight is {given[repeated]} already: give it once")
@@ -97,9 +100,11 @@ class Likelihood(DensityObjective):
         own, weights = penalised({**given, **(penalties or {})}, reported)
         own.sort(key=lambda q: q.name != "kinetic")
         for quadrature in [q for q in own if q.name in weights]:
-            chosen = _BlockMean(quadrature, released_factor(quadrature)) if released else quadrature
+            mean = isinstance(quadrature, Released)
+            chosen = _BlockMean(quadrature, released_factor(quadrature)) if released and not mean else quadrature
             self.weights[chosen.name] = weights[quadrature.name]
-            if released:
+            self._means |= {chosen.name} if mean else set()
+            if chosen is not quadrature:
                 own.append(chosen)
                 own = own if quadrature.name in {q.name for q in reported} else [q for q in own if q is not quadrature]
         if step_error:
@@ -126,7 +131,7 @@ class Likelihood(DensityObjective):
         nll = self.flow.to_bits(log_prob, x.is_floating_point()) if images else -log_prob
         loss = nll
         for name, weight in self.weights.items():
-            loss = loss + weight * out.integrals[name] / self.scale
+            loss = loss + weight * out.integrals[name] / (1.0 if name in self._means else self.scale)
         return {"loss": loss, "nll": nll, **out.integrals}, out.stats
 
     def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> dict[str, Tensor]:

@@ -7,14 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from cnf._utils.errors import ConfigError, unknown_name
 from cnf.ode.quadratures import Directional, JacobianFrobenius, Kinetic, Quadrature, TotalDerivative, check_names
+from cnf.ode.released import RELEASED
 
 __all__ = ["QUADRATURES", "Penalties", "find_quadrature", "parse_penalties", "penalised", "released_factor"]
 
-QUADRATURES: dict[str, type[Quadrature]] = {
-    "kinetic": Kinetic,
-    "jacobian": JacobianFrobenius,
-    "directional": Directional,
-    "total-derivative": TotalDerivative,
+QUADRATURES: dict[str, Quadrature] = {
+    "kinetic": Kinetic(),
+    "jacobian": JacobianFrobenius(),
+    "directional": Directional(),
+    "total-derivative": TotalDerivative(),
+    **RELEASED,
 }
 
 Penalties = Mapping[str | Quadrature, float]
@@ -35,7 +37,7 @@ def find_quadrature(name: str | Quadrature) -> Quadrature:
         return name
     if name not in QUADRATURES:
         raise unknown_name("penalty", name, tuple(QUADRATURES))
-    return QUADRATURES[name]()
+    return QUADRATURES[name]
 
 
 def penalised(penalties: Penalties, measure: Iterable[str | Quadrature] = ()) -> tuple[list[Quadrature], dict[str, float]]:

@@ -1,22 +1,23 @@
-"""Quadratures for the regularisers as FFJORD's and RNODE's released code computes them."""
+"""Regularisers as the released codes of FFJORD (1810.01367) and RNODE (2002.02798) compute them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cnf._utils.errors import ConfigError
+from cnf._utils.errors import unknown_name
 from cnf.ode.divergence import Bound, Linearization
 
-__all__ = ["FFJORD_REGULARISERS", "RNODE_REGULARISERS", "Released", "released"]
+__all__ = ["RELEASED", "Released", "released"]
 
 Integrand = Callable[[Tensor, Tensor, Linearization, Bound], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Released:
     """Released regulariser, evaluated at time t () and points x (N, \\*event) to (N,).
 
@@ -39,6 +40,12 @@ class Released:
 
 def _mean(v: Tensor) -> Tensor:
     return v.flatten(1).square().mean(1)
+
+
+def _root_mean(v: Tensor) -> Tensor:
+    """Return the root mean square (N,), whose derivative at zero, where fields may start, is zero."""
+    norm: Tensor = torch.linalg.vector_norm(v.flatten(1), dim=1)
+    return norm / math.sqrt(v.shape[1:].numel())
 
 
 def _vjp(t: Tensor, x: Tensor, field: Bound) -> Tensor:
@@ -93,20 +100,21 @@ def _l1(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
 
 
 def _l2(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
-    return _mean(parts.dx).sqrt()
+    return _root_mean(parts.dx)
 
 
 def _dl2(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
-    return _mean(_vjp(t, x, field)).sqrt()
+    return _root_mean(_vjp(t, x, field))
 
 
 def _frobenius(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
-    return _jacobian(t, x, field).square().sum((1, 2)).sqrt() / x.shape[1:].numel()
+    norm: Tensor = torch.linalg.vector_norm(_jacobian(t, x, field), dim=(1, 2))
+    return norm / x.shape[1:].numel()
 
 
 def _diagonal(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
     # the first column instead of the diagonal, as released
-    return _jacobian(t, x, field)[:, :, 0].square().mean(1).sqrt()
+    return _root_mean(_jacobian(t, x, field)[:, :, 0])
 
 
 def _off_diagonal(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> Tensor:
@@ -116,12 +124,11 @@ def _off_diagonal(t: Tensor, x: Tensor, parts: Linearization, field: Bound) -> T
     return (j.square().sum((1, 2)) - j[:, :, 0].square().sum(1)) / (d * (d - 1))
 
 
-_RNODE = {"kinetic_energy": _kinetic, "directional_penalty": _directional, "total_deriv": _total}
-RNODE_REGULARISERS = {name: Released(name, integrand) for name, integrand in _RNODE.items()}
-"""RNODE's regularisers by command-line name."""
-RNODE_REGULARISERS["jacobian_norm2"] = Released("jacobian_norm2", _jacobian_norm2, frozenset({"jac_sq"}))
-
-_FFJORD = {
+_INTEGRANDS = {
+    "kinetic_energy": _kinetic,
+    "jacobian_norm2": _jacobian_norm2,
+    "directional_penalty": _directional,
+    "total_deriv": _total,
     "l1int": _l1,
     "l2int": _l2,
     "dl2int": _dl2,
@@ -129,12 +136,13 @@ _FFJORD = {
     "JdiagFrobint": _diagonal,
     "JoffdiagFrobint": _off_diagonal,
 }
-FFJORD_REGULARISERS = {name: Released(name, integrand) for name, integrand in _FFJORD.items()}
-"""FFJORD's regularisers by command-line name."""
+RELEASED = {name: Released(name, integrand) for name, integrand in _INTEGRANDS.items()}
+"""RNODE's four regularisers and FFJORD's six, by command-line name."""
+RELEASED["jacobian_norm2"] = Released("jacobian_norm2", _jacobian_norm2, frozenset({"jac_sq"}))
 
 
 def released(name: str) -> Released:
-    """Return a released regulariser by name, a quadrature for :class:`~cnf.CNF`.
+    """Return a released regulariser by name, a quadrature for :class:`~cnf.CNF` or a loss's ``penalties``.
 
     With a reverse-mode Hutchinson estimate ``jacobian_norm2`` is RNODE's, from eᵀJ; the forward-mode estimate from J e
     is unbiased as well.
@@ -149,7 +157,6 @@ def released(name: str) -> Released:
         >>> sorted(block(torch.randn(5, 2)).integrals)
         ['dl2int', 'kinetic_energy']
     """
-    known = RNODE_REGULARISERS | FFJORD_REGULARISERS
-    if name not in known:
-        raise ConfigError(f"regulariser {name!r} is unknown: expected one of {', '.join(known)}")
-    return known[name]
+    if name not in RELEASED:
+        raise unknown_name("regulariser", name, tuple(RELEASED))
+    return RELEASED[name]
