@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cnf.neural_ode import Predictor
 from cnf.plotting.canvas import new_figure, save_figure, subplots
+from cnf.plotting.features import draw_states
 
 __all__ = ["draw_decay", "draw_flows", "draw_held_out", "draw_losses", "draw_stability", "draw_training", "draw_vector_fields"]
 
@@ -90,61 +91,52 @@ def _lines(axis: Any, times: Tensor, states: Tensor, style: str = "-") -> None:
         axis.plot(times, path, style, color="tab:blue" if path[0] < 0 else "tab:red", lw=1, ms=3)
 
 
-def _scatter(axis: Any, states: Tensor, marks: Tensor) -> None:
-    colours = np.where(marks.numpy() < 0, "tab:blue", "tab:red")
-    if states.shape[1] == 1:
-        axis.scatter(states[:, 0], 0.1 * np.random.default_rng(0).standard_normal(len(states)), 4, c=colours, linewidths=0)
-        axis.set(ylim=(-1, 1), yticks=[])
-    else:
-        axis.scatter(states[:, 0], states[:, 1], 4, c=colours, linewidths=0)
-    axis.tick_params(labelsize=6)
-
-
-def _plane(states: Tensor) -> Tensor:
-    """Project states (times, N, D) on the two principal axes of all of them, if D is above 2."""
-    if states.shape[2] <= 2:
-        return states
-    flat = states.flatten(0, 1).double()
-    flat = flat - flat.mean(0)
-    axes = torch.linalg.svd(flat, full_matrices=False)[2][:2]
-    return (flat @ axes.T).reshape(*states.shape[:2], 2)
+def _rows_of_states(rows: Sequence[tuple[Tensor, Tensor, Sequence[str], str]], path: Path) -> None:
+    """Draw states (times, N, D) with their targets (N,), titles and label, one row each; those beyond the plane in three dimensions."""
+    columns = max(len(titles) for _, _, titles, _ in rows)
+    figure = new_figure(2.6 * columns, 2.8 * len(rows))
+    figure.get_layout_engine().set(h_pad=0.15)  # type: ignore[union-attr]  # labels in three dimensions are not laid out
+    for i, (states, marks, titles, label) in enumerate(rows):
+        kind = "3d" if states.shape[2] > 2 else None
+        axes = [figure.add_subplot(len(rows), columns, 1 + i * columns + j, projection=kind) for j in range(len(titles))]
+        draw_states(axes, states.double().numpy(), marks.sign())
+        for axis, title in zip(axes, titles, strict=True):
+            axis.set_title(title, fontsize=8)
+        if kind:
+            axes[0].text2D(-0.3, 0.5, label, transform=axes[0].transAxes, rotation=90, va="center", ha="center", fontsize=8)
+        else:
+            axes[0].set_ylabel(f"{label}\n\n{axes[0].get_ylabel()}", fontsize=8)
+    save_figure(figure, path)
 
 
 def draw_training(found: Sequence[Curves], path: Path) -> None:
     """Draw the features of fixed validation points at steps of the training, one row for each run."""
     from cnf.training.feature_history import chosen_points
 
-    shown = [one for one in found if one.frames]
-    figure = new_figure(2.3 * max(len(one.frames) for one in shown), 2.3 * len(shown))
-    axes = subplots(figure, len(shown), max(len(one.frames) for one in shown), squeeze=False)
-    for line, one in zip(axes, shown, strict=True):
-        steps = sorted(one.frames)
-        states = _plane(torch.stack([one.frames[step].cpu() for step in steps]))
-        assert one.data is not None and one.data.validation_context is not None and one.model is not None
-        size = int(np.prod(one.model.state_shape))
-        marks = one.data.validation_context[chosen_points(len(one.data.validation), size)][:, 0]
-        for axis, step, state in zip(line, steps, states, strict=False):
-            _scatter(axis, state, marks)
-            axis.set_title(f"step {step}", fontsize=8)
-        line[0].set_ylabel(f"{one.row['model']}\n{one.row['data']}")
-    save_figure(figure, path)
+    rows = []
+    for one in found:
+        if one.frames:
+            steps = sorted(one.frames)
+            assert one.data is not None and one.data.validation_context is not None and one.model is not None
+            size = int(np.prod(one.model.state_shape))
+            marks = one.data.validation_context[chosen_points(len(one.data.validation), size)][:, 0]
+            titles = [f"step {step:,}" for step in steps]
+            rows.append((torch.stack([one.frames[step].cpu() for step in steps]), marks, titles, f"{one.row['model']}\n{one.row['data']}"))
+    _rows_of_states(rows, path)
 
 
 def draw_flows(found: Sequence[Curves], path: Path, times: int = 5) -> None:
     """Draw the states of test points over depth, one row for each run, with the loss and NFE of its last epoch."""
-    shown = [one for one in found if one.model is not None]
-    figure = new_figure(2.3 * times, 2.3 * len(shown))
-    axes = subplots(figure, len(shown), times, squeeze=False)
-    for line, one in zip(axes, shown, strict=True):
-        assert one.model is not None and one.data is not None and one.data.test_context is not None
-        chosen = torch.randperm(len(one.data.test), generator=torch.Generator().manual_seed(0))[:400]
-        ticks = torch.linspace(0, 1, times)
-        states = _plane(one.model.trajectory(one.data.test[chosen], ticks))  # type: ignore[operator]
-        for axis, tick, state in zip(line, ticks.tolist(), states, strict=True):
-            _scatter(axis, state, one.data.test_context[chosen, 0])
-            axis.set_title(f"t = {tick:g}", fontsize=8)
-        line[0].set_ylabel(f"{one.row['model']}, {one.row['data']}\nMSE {one.row['test']:.2g}, NFE {one.row['nfe'][-1]:.0f}", fontsize=8)
-    save_figure(figure, path)
+    rows = []
+    for one in found:
+        if one.model is not None:
+            assert one.data is not None and one.data.test_context is not None
+            chosen = torch.randperm(len(one.data.test), generator=torch.Generator().manual_seed(0))[:400]
+            ticks = torch.linspace(0, 1, times)
+            states = one.model.trajectory(one.data.test[chosen], ticks)  # type: ignore[operator]
+            label = f"{one.row['model']}, {one.row['data']}\nMSE {one.row['test']:.2g}, NFE {one.row['nfe'][-1]:.0f}"
+            rows.append((states, one.data.test_context[chosen, 0], [f"t = {tick:g}" for tick in ticks.tolist()], label))
+    _rows_of_states(rows, path)
 
 
 def draw_held_out(found: Sequence[Curves], angle: float, path: Path) -> None:

@@ -16,7 +16,7 @@ from cnf.neural_ode import NeuralODE
 from cnf.plotting.boundary import input_grid, input_line, mark_colours
 from cnf.plotting.canvas import array, aspect_of, box_around, new_figure, save_figure, subplots
 
-__all__ = ["feature_evolution", "features_training", "learned_depth", "paths_1d"]
+__all__ = ["draw_states", "feature_evolution", "features_training", "learned_depth", "paths_1d"]
 
 FITTED = 1000  # states used for the principal axes: all those of images would take minutes
 
@@ -97,44 +97,55 @@ def features_training(frames: Mapping[int, Tensor], marks: Tensor, path: Path, *
 
 def _panels(states: Any, marks: Tensor, titles: Sequence[str], path: Path, classes: Sequence[str]) -> Path:
     """Plot states (panels, N, D) side by side."""
-    times = len(titles)
-    colours, handles = mark_colours(marks, classes)
-    spread = np.ptp(states.reshape(times, -1), axis=1)
-    shared = bool(spread.max() <= 4 * spread.min()) or states.shape[2] == 1
     solid = states.shape[2] > 2
-    figure = new_figure(3.1 * times if solid else 2.7 * times, 3.7)
-    options: dict[str, Any] = {"subplot_kw": {"projection": "3d"}} if solid else {"sharex": shared, "sharey": shared}
-    axes = subplots(figure, 1, times, squeeze=False, **options)[0]
-    if solid:
-        points, names = _space(states)
-        for axis, state in zip(axes, points, strict=True):
-            own = (points if shared else state).reshape(-1, 3)
-            low, high = own.min(0), own.max(0)
-            axis.scatter(*state.T, s=5, c=colours, alpha=0.6, linewidths=0)
-            axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(low[2], high[2]))
-            axis.set_box_aspect(np.maximum(high - low, 1e-3 * (high - low).max()), zoom=0.88)
-            for name, label in zip(names, (axis.set_xlabel, axis.set_ylabel, axis.set_zlabel), strict=True):
-                label(name, fontsize=7, labelpad=-7)
-            axis.locator_params(nbins=4)
-            axis.tick_params(labelsize=6, pad=-3)
-    elif states.shape[2] == 1:
-        edges = np.linspace(states.min() - 1e-6, states.max() + 1e-6, 41)
-        for axis, state in zip(axes, states[..., 0], strict=True):
-            _histograms(axis, state, array(marks), edges, handles)
-            axis.set_xlabel("$x$")
-        axes[0].set_ylabel("points")
-    else:
-        points, names = _space(states)
-        for axis, state in zip(axes, points, strict=True):
-            box = box_around((points if shared else state).reshape(-1, 2))
-            axis.scatter(*state.T, 5, c=colours, alpha=0.6, linewidths=0)
-            axis.set(xlim=box[:2], ylim=box[2:], aspect=aspect_of(box) if shared else "auto")
-            axis.set_xlabel(names[0], fontsize=8)
-            axis.tick_params(labelsize=7)
-        axes[0].set_ylabel(names[1], fontsize=8)
+    figure = new_figure((3.1 if solid else 2.7) * len(titles), 3.7)
+    axes = [figure.add_subplot(1, len(titles), 1 + i, projection="3d" if solid else None) for i in range(len(titles))]
+    handles = draw_states(axes, states, marks, classes=classes)
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, fontsize=9)
     return save_figure(figure, path, handles, fontsize=8)
+
+
+def draw_states(axes: Sequence[Any], states: Any, marks: Tensor, *, classes: Sequence[str] = ()) -> list[Line2D]:
+    """Draw states (panels, N, D) on one axis each, of three dimensions if D is above 2; return the handles of a legend.
+
+    All have one frame, unless the spread of the states varies more than fourfold.
+    """
+    colours, handles = mark_colours(marks, classes)
+    spread = np.ptp(states.reshape(len(axes), -1), axis=1)
+    shared = bool(spread.max() <= 4 * spread.min()) or states.shape[2] == 1
+    points, names = _space(states)
+    if states.shape[2] == 1:
+        edges = np.linspace(states.min() - 1e-6, states.max() + 1e-6, 41)
+        for axis, state in zip(axes, states[..., 0], strict=True):
+            _histograms(axis, state, array(marks), edges, handles)
+            axis.set_xlabel(names[0])
+        axes[0].set_ylabel("points")
+        top = max(axis.get_ylim()[1] for axis in axes)
+        for axis in axes:
+            axis.set(xlim=edges[[0, -1]], ylim=(0, top))
+        return handles
+    for i, (axis, state) in enumerate(zip(axes, points, strict=True)):
+        own = (points if shared else state).reshape(-1, len(names))
+        axis.scatter(*state.T, s=5, c=colours, alpha=0.6, linewidths=0)
+        if len(names) == 3:
+            low, high = own.min(0), own.max(0)
+            axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(low[2], high[2]))
+            size = np.maximum(high - low, 1e-3 * (high - low).max())
+            axis.set_box_aspect(size, zoom=0.85)
+            for name, label in zip(names, (axis.set_xlabel, axis.set_ylabel, axis.set_zlabel), strict=True):
+                label(name, fontsize=7, labelpad=-7)
+            for name, share in zip("xyz", size / size.max(), strict=True):
+                axis.locator_params(axis=name, nbins=1 + round(3 * share))
+            axis.tick_params(labelsize=6, pad=-3)
+        else:
+            box = box_around(own)
+            axis.set(xlim=box[:2], ylim=box[2:], aspect=aspect_of(box) if shared else "auto")
+            axis.set_xlabel(names[0], fontsize=8)
+            axis.tick_params(labelsize=7, labelleft=not (shared and i))
+    if len(names) == 2:
+        axes[0].set_ylabel(names[1], fontsize=8)
+    return handles
 
 
 def paths_1d(model: NeuralODE, x: Tensor, marks: Tensor, path: Path) -> Path:
