@@ -108,7 +108,7 @@ def evaluate_run(command: Command, info: RunInfo, data: DataSplits, group: Group
     else:
         flow = _flow(folder, info)
         result, found = score(
-            flow, info, data, command.split, config.train.noise_samples, importance=command.importance, dequantisation=kind,
+            flow, data, command.split, config.train.noise_samples, importance=command.importance, dequantisation=kind,
             items=config.train.test_items, check=command.check, group=group,
         )  # fmt: skip
         if group.main:
@@ -116,7 +116,7 @@ def evaluate_run(command: Command, info: RunInfo, data: DataSplits, group: Group
         write = partial(write_scores, found=found)
     if not group.main:
         return 0
-    result |= {"notices": list(data.notices), "config": dataclasses.asdict(config)}
+    result |= {"seed": config.train.seed, "notices": list(data.notices), "config": dataclasses.asdict(config)}
     kept = _keep(outputs(folder), result)  # before printing, which fails if the output pipe is closed
     if command.per_item is not None:
         write(command.per_item)
@@ -163,7 +163,7 @@ def _predict(command: Command, info: RunInfo, data: DataSplits, group: Group) ->
     elif command.check:
         raise ConfigError(f"--check solves again, and {folder} is a residual net, which solves nothing: leave it out")
     result, found, index = score_predictions(
-        model, info, data, command.split, items=config.train.test_items, check=command.check, group=group
+        model, data, config.train.objective.kind, command.split, items=config.train.test_items, check=command.check, group=group
     )
     return result, partial(write_predictions, found=found, index=index, classes=data.classes)
 
