@@ -350,12 +350,19 @@ def test_a_run_trained_in_tf32_is_scored_anywhere_and_trained_on_a_gpu(tmp_path,
     assert "--precision tf32 is for GPUs, not for --device cpu" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["list"], ["--list"]])
-def test_list_has_a_line_for_each_preset(capsys, words):
+@pytest.mark.parametrize(("words", "width"), [(["list"], 80), (["list"], 120), (["list"], 60), (["--list"], None)])
+def test_list_has_a_line_for_each_preset_and_fits_the_terminal(capsys, monkeypatch, words, width):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if width:
+        monkeypatch.setenv("COLUMNS", str(width))
     assert (main if words == ["list"] else train_main)(words) == 0
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= (width or 80)
+    parts = re.split(r"^  (?=\S)", out, flags=re.M)[1:]
+    entries = {part.split()[0]: " ".join(part.split()) for part in parts}
     for name, entry in PRESETS.items():
-        assert entry.cost in lines[name] and f"{PARAMETERS[name]:,}" in lines[name] and entry.config.data.data in lines[name]
+        expected = f"{name} {entry.config.data.data} {PARAMETERS[name]:,} {entry.summary}. Cost: {entry.cost}"
+        assert entries[name].startswith(" ".join(expected.split()))
 
 
 @pytest.mark.parametrize("name", ["digits", "tabular"])

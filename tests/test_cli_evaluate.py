@@ -95,7 +95,7 @@ def refusal(capsys, folder, *options):
 
 
 def test_what_was_computed_is_kept_though_nobody_reads_it(tmp_path, monkeypatch, digits):
-    def closed(*args):
+    def closed(*args, **options):
         raise BrokenPipeError
 
     before = len(list(digits.glob("evaluation-*.json")))
@@ -308,13 +308,13 @@ def test_what_does_nothing_or_does_not_fit_digits(tmp_path, monkeypatch, capsys,
 
 def test_what_does_not_fit_vectors_or_classes(tmp_path, capsys, rows, table, classes, pictures):
     np.save(tmp_path / "x.npy", np.zeros((2, 3)))
-    (tmp_path / "nan.csv").write_text("a,b,c\n1,2,3\n4,nan,6\n")
+    (tmp_path / "nan.csv").write_text("a,b,c\n1,nan,3\n4,nan,6\n")
     for options, message in (
         (["--mid-bin"], f"--mid-bin is for images, and {rows} models vectors"),
         (["--importance", 5], f"--importance is for images, and {rows} models vectors"),
         (["--noise-samples", 5], "--noise-samples is for likelihoods with noise, and the exact trace of vectors"),
         (["--score", tmp_path / "x.npy", "--mid-bin"], "--mid-bin is for images"),
-        (["--score", tmp_path / "nan.csv"], f"first in row 1 ({tmp_path / 'nan.csv'}:1), column 1 ('b'): nan"),
+        (["--score", tmp_path / "nan.csv"], "no row can be ranked: no value of 'b'"),
         (["--score", tmp_path / "x.npy", tmp_path / "y.npy"], "y.npy' does not exist"),
         (["--score", pictures / "dark" / "00.png"], "holds images, but the model has rows of 3 numbers"),
     ):

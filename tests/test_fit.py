@@ -228,6 +228,63 @@ def test_callbacks_are_left_out_replaced_and_added(tmp_path):
     assert bare.reason == "steps" and [row["step"] for row in bare.history] == [3, 6]
 
 
+def test_a_run_of_fit_has_a_row_in_a_table_of_runs(tmp_path, capsys):
+    """Its figure is the mean of -log p over the test rows, of which training sees none."""
+    from cnf.cli import main
+    from cnf.config.results import COMPARABLE
+
+    test = POINTS.flip(0) + 0.1
+    result = cnf.fit(own_flow(), POINTS, validation=0.25, test=test, folder=tmp_path / "own", **SHORT)
+    with torch.no_grad():
+        nll = -result.flow.log_prob(test).double()
+    assert result.figure["value"] == pytest.approx(float(nll.mean()), abs=2e-3)
+    assert result.figure["standard_error"] == pytest.approx(float(nll.std()) / len(test) ** 0.5, rel=1e-2)
+    kept = json.loads((tmp_path / "own" / "result.json").read_text())
+    assert (kept["value"], kept["split"], kept["items"], kept["validation"]) == (result.figure["value"], "test", 80, result.best)
+    unseen = cnf.fit(own_flow(), POINTS, validation=0.25, **SHORT)
+    assert torch.equal(weights(unseen.flow), weights(result.flow)) and unseen.figure is None
+    held = cnf.fit(own_flow(), POINTS, validation=0.25, folder=tmp_path / "held", **SHORT)
+    assert held.figure["split"] == "validation" and held.figure["value"] == pytest.approx(held.best, abs=2e-3)
+    data = cnf.data.load("2spirals", sizes=(64, 20, 30))
+    cnf.fit(own_flow(), data, folder=tmp_path / "spirals", **SHORT)
+    assert main(["train", "ffjord-toy", "--steps", "1", "--batch-size", "8", "--toy-sizes", "64", "20", "30", "--data", "2spirals", "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+
+    def table(*names):
+        assert main(["compare", *(str(tmp_path / name) for name in names), "--out", str(tmp_path / "table.csv")]) == 0
+        return capsys.readouterr().out, pd.read_csv(tmp_path / "table.csv")
+
+    said, rows = table("spirals", "run")
+    assert "not comparable" not in said and "split" not in rows and list(rows["data"]) == ["2spirals"] * 2 and list(rows["rows"]) == [30, 30]
+    kept = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("spirals", "run")]
+    assert all(kept[0][name] == kept[1][name] for name in COMPARABLE) and kept[0]["integral"] == pytest.approx(1, abs=0.05)
+    assert list(rows["value"]) == [pytest.approx(each["value"], abs=1e-4) for each in kept]
+    said, rows = table("own", "held")
+    assert list(rows["split"]) == ["test", "validation"] and "not comparable as they stand: split is test, validation" in said
+    assert re.search("data is arrays [0-9a-f]{8}, arrays [0-9a-f]{8}", said)  # other rows
+
+
+def test_predictors_of_fit_have_a_figure_and_other_models_none(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = anode_mlp(2, hidden=8, outputs=2, augment=1)
+    result = cnf.fit(model, (POINTS, LABELS), validation=0.25, test=(POINTS, LABELS), folder=tmp_path / "run", **SHORT)
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(result.flow(POINTS), LABELS)
+    assert result.figure["metric"] == "cross_entropy" and result.figure["value"] == pytest.approx(float(loss), abs=1e-3)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["accuracy"] == result.figure["accuracy"]
+    with pytest.raises(ConfigError, match="test= scores a flow, or a predictor by its own loss, got Linear with a custom loss: leave test out"):
+        cnf.fit(nn.Linear(2, 1), POINTS, test=POINTS, loss=lambda model, x, context, noise: model(x).square().mean(1), **SHORT)
+    with pytest.raises(ConfigError, match=r"test=0\.2 must be rows"):
+        cnf.fit(own_flow(), POINTS, test=0.2, **SHORT)
+    data = cnf.data.load("2spirals", sizes=(64, 20, 30))
+    with pytest.raises(ConfigError, match="validation is part of the data set '2spirals'"):
+        cnf.fit(own_flow(), data, validation=0.2, **SHORT)
+    with pytest.raises(DataError, match="'digits' has levels=17, but the model has levels=256"):
+        cnf.fit(cnf.build(cnf.FlowConfig.of(field="conv", hidden=(4,)), cnf.SolverConfig(), (1, 8, 8), levels=256), cnf.data.load("digits"), **SHORT)
+    shifted = cnf.fit(own_flow(), POINTS, validation=0.25, test=POINTS, loss=own_loss, folder=tmp_path / "loss", **SHORT)
+    assert shifted.figure["validation"] is None and shifted.figure["metric"] == "nats"  # the validation is of another loss
+
+
 def test_attention_on_moons_in_ten_lines(tmp_path):
     from sklearn.datasets import make_moons
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from cnf.data import load
 from cnf.data.items import own_names, read_items
+from cnf.data.schema import TableColumn
 from cnf.errors import DataError
 
 
@@ -53,13 +54,49 @@ def test_a_table_with_a_header_is_read_by_name(tmp_path):
     assert own_names(("x", "y")) and not own_names(("column 0", "column 1")) and not own_names(())
 
 
-@pytest.mark.parametrize(("value", "shown"), [("nan", "nan"), ("inf", "inf"), ("-1e39", "-1e")])
-def test_values_that_are_not_finite_are_named(tmp_path, value, shown):
+@pytest.mark.parametrize(("value", "shown"), [("inf", "inf"), ("-1e39", "-1e+39"), ("", ""), ("nan", "")])
+def test_values_without_a_number_are_named_and_the_other_rows_kept(tmp_path, value, shown):
     path = table(tmp_path / "t.csv", [[1, 2], [3, value], [value, 5]], ["age", "size"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(DataError, match=rf"2 values .* first in row 1 \(.*t\.csv:1\), column 1 \('size'\): {shown}"):
-            read_items([path], (2,), columns=("age", "size"))
+        items = read_items([tmp_path / "t.csv", path], (2,), columns=("age", "size"))
+    assert torch.equal(items.x[[0, 3]], torch.tensor([[1.0, 2.0]] * 2)) and items.x.isfinite().all() and len(items.names) == 6
+    assert list(items.cells.columns) == ["age", "size"] and items.cells["age"].tolist()[:2] == [1, 3]
+    if shown:
+        said = {1: f"size = {shown}, beyond the numbers of float32", 2: f"age = {shown}, beyond the numbers of float32"}
+        assert items.unseen == {**said, 4: said[1], 5: said[2]} and not items.incomplete
+    else:
+        said = {1: "no value of 'size'", 2: "no value of 'age'"}
+        assert items.incomplete == {**said, 4: said[1], 5: said[2]} and not items.unseen
+
+
+COLUMNS = (
+    TableColumn("n"), TableColumn("day", kind="date", type="date", step=1.0, epoch=18262, dequantised=True), TableColumn("on", kind="discrete", type="bool", step=1.0, last=1.0),
+    TableColumn("z", "condition", "categorical", "text", categories=("a", "b")), TableColumn("k", "condition", "categorical", "int", categories=("1", "2")),
+)  # fmt: skip
+
+
+def test_cells_that_training_cannot_have_had_are_named_by_row(tmp_path):
+    """Text among numbers and dates, other categories; a column of another type altogether is refused."""
+    good = ["1.5", "2020-01-03", "True", "a", "1"]
+    rows = [good, ["n/a?", *good[1:]], ["", *good[1:]], [*good[:3], "c", "3"], [good[0], "soon", *good[2:]], [good[0], "2020-02-31", *good[2:]], [*good[:2], "maybe", *good[3:]], good]
+    items = read_items([table(tmp_path / "t.csv", rows, [c.name for c in COLUMNS])], (3,), table=COLUMNS)
+    assert items.unseen == {
+        1: "n = 'n/a?', which is no number", 3: "z = 'c', which is no category of training; k = '3', which is no category of training",
+        4: "day = 'soon', which is no date", 5: "day = '2020-02-31', which is no date", 6: "on = 'maybe', which is neither True nor False",
+    }  # fmt: skip
+    assert items.incomplete == {2: "no value of 'n'"}
+    for row in (0, 7):
+        assert items.x[row].tolist() == [1.5, 2.0, 1.0] and items.context[row].tolist() == [1, 0, 1, 0]
+    assert items.x.isfinite().all() and items.cells.loc[1, "n"] == "n/a?"
+    for j, value, message in ((0, "much", "'n' of .* must hold numbers, as in training, got 'much'"), (3, "c", "'z' of .* must hold the categories of training"), (1, "soon", "'day' of .* must hold dates")):
+        other = [[*good[:j], value, *good[j + 1 :]]] * 3
+        with pytest.raises(DataError, match=message):
+            read_items([table(tmp_path / "o.csv", other, [c.name for c in COLUMNS])], (3,), table=COLUMNS)
+    with pytest.raises(DataError, match=r"no row of .* can be ranked: n = 'x', which is no number"):
+        read_items([table(tmp_path / "o.csv", [["x", *good[1:]], [*good[:3], "c", "1"]], [c.name for c in COLUMNS])], (3,), table=COLUMNS)
+    with pytest.raises(DataError, match="expected numbers without separators of thousands"):
+        read_items([table(tmp_path / "o.csv", [["1,234.5", *good[1:]], good], [c.name for c in COLUMNS])], (3,), table=COLUMNS)
 
 
 def test_pictures_are_what_their_data_set_would_hold(tmp_path):

@@ -3,14 +3,13 @@
 import csv
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import F64
 
-from cnf.config import FlowConfig, RunConfig, SolverConfig
+from cnf.config import FlowConfig, SolverConfig
 from cnf.config.results import CAUTION
 from cnf.data import DataSplits
 from cnf.errors import ConfigError, DataError
@@ -31,7 +30,6 @@ from cnf.flow import Flow
 from cnf.models import build
 from cnf.ode.continuous import CNF
 from cnf.ode.divergence import Exact, Hutchinson
-from cnf.runs import RunInfo
 from cnf.solvers import Adaptive, FixedGrid, Stats, refined
 from cnf.training import comparability, score, summary, write_json, write_scores
 from cnf.training.report import columns_text
@@ -524,19 +522,16 @@ def images(n=40):
     return DataSplits("noise", "image", x, x, x, levels=3)
 
 
-INFO = SimpleNamespace(config=RunConfig())
-
-
 def test_result_holds_what_changes_the_number_and_the_line_says_it(tmp_path):
     flow, data = image_flow(divergence=Hutchinson("gaussian", probes=3), solver=Adaptive("dopri5", 1e-4, 1e-6)), images()
-    result, _ = score(flow, INFO, data, draws=3, importance=2)
+    result, _ = score(flow, data, draws=3, importance=2)
     whole = evaluate(flow, data.test, draws=3, importance=2, seed=30_000)
     assert result["bits_per_dim"] == pytest.approx(whole.mean, abs=1e-12)
     expected = {
         "split": "test", "items": 40, "items_of": 40, "data": "noise", "dimensions": 2, "levels": 3, "dequantisation": "uniform",
         "importance_samples": 2, "noise_draws": 3, "alpha": 0.05, "solver": "dopri5", "rtol": 1e-4, "atol": 1e-6,
         "grid_steps": None, "divergence": "hutchinson", "probe": "gaussian", "probes": 3, "bound": False, "checked_items": 16,
-        "dtype": "float64", "device": "cpu", "seed": 0,
+        "dtype": "float64", "device": "cpu",
     }  # fmt: skip
     assert {k: result[k] for k in expected} == expected
     assert result["parameters"] == sum(p.numel() for p in flow.parameters())
@@ -557,21 +552,21 @@ def test_result_holds_what_changes_the_number_and_the_line_says_it(tmp_path):
 
 def test_score_of_some_items_is_that_of_the_same_items_in_the_whole():
     flow, data = image_flow(), images()
-    _, whole = score(flow, INFO, data, draws=2)
-    result, part = score(flow, INFO, data, draws=2, items=10, check=True)
+    _, whole = score(flow, data, draws=2)
+    result, part = score(flow, data, draws=2, items=10, check=True)
     assert result["items"] == 10 and result["items_of"] == 40 and result["checked_items"] == 10
     assert torch.allclose(part.per_item, whole.per_item[part.index], atol=1e-12, rtol=0)
     assert part.index.tolist() == sorted(set(part.index.tolist())) and part.index.tolist() != list(range(10))
     assert result["grid_steps"] == 12 and result["rtol"] is None and "rk4 in 12 steps" in comparability(result)
-    mid, _ = score(flow, INFO, data, dequantisation="mid-bin", items=3)
+    mid, _ = score(flow, data, dequantisation="mid-bin", items=3)
     assert mid["noise_draws"] == 1 and mid["bound"] is False and "not a bound: the density at the middle" in summary(mid)
     assert "mid-bin dequantisation;" in comparability(mid) and "draws" not in comparability(mid)
-    probed, _ = score(image_flow(divergence=Hutchinson(probes=2)), INFO, data, draws=5, dequantisation="mid-bin", items=3)
+    probed, _ = score(image_flow(divergence=Hutchinson(probes=2)), data, draws=5, dequantisation="mid-bin", items=3)
     assert "hutchinson trace (2 rademacher probes), 5 draws;" in comparability(probed)  # the probe is drawn anew all the same
-    one, _ = score(flow, INFO, data, draws=1, items=1)
+    one, _ = score(flow, data, draws=1, items=1)
     assert one["standard_error"] is None and "one draw cannot tell" in summary(one)
     with pytest.raises(ConfigError, match="items=0"):
-        score(flow, INFO, data, items=0)
+        score(flow, data, items=0)
 
 
 def test_score_of_a_toy_set_gives_its_entropy_and_integral():
@@ -579,7 +574,7 @@ def test_score_of_a_toy_set_gives_its_entropy_and_integral():
     x = torch.randn(300, 2)
     data = DataSplits("normal", "toy", x, x, x, entropy=math.log(2 * math.pi * math.e))
     flow = build(FlowConfig.of(hidden=(8,)), SolverConfig(), (2,)).eval()
-    result, _ = score(flow, RunInfo(RunConfig(), (2,), None, 0, (), ()), data)
+    result, _ = score(flow, data)
     assert result["nats"] == pytest.approx(float((0.5 * x.square().sum(1)).mean()) + math.log(2 * math.pi), abs=1e-9)
     assert result["integral"] == pytest.approx(1, abs=1e-3) and result["bound"] is None and result["alpha"] is None
     text = summary(result)

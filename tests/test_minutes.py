@@ -69,7 +69,7 @@ def test_a_table_with_a_category_and_missing_cells(tmp_path, capsys):
     assert abs(draws[:, 0].mean() + 2) < 1
     assert main(["rank", str(folder), str(file)]) == 0
     said = capsys.readouterr().out
-    assert "3 of 500 rows" in said and "497 items" in said
+    assert "not ranked, 3 with missing values" in said and "497 items" in said
     assert main(["sample", str(folder), "-n", "20", "--given", "kind=b", "--out", str(tmp_path / "s.csv")]) == 0
     drawn = pd.read_csv(tmp_path / "s.csv")
     assert list(drawn.columns) == ["kind", "x", "y"] and set(drawn["kind"]) == {"b"} and abs(drawn["x"].mean() - 2) < 1

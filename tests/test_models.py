@@ -86,9 +86,11 @@ def test_counting_makes_the_same_as_building():
         assert len(build(RNODE, SolverConfig(), (3, 256, 256), levels=32).blocks) == 26
 
 
-def test_list_prints_the_counts(capsys):
+def test_list_prints_the_counts(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     assert main(["list", "--published"]) == 0
     said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80  # without a terminal
     for model in PUBLISHED:
         assert f"{model.parameters:,}" in said
     assert "393,470" in said and "669,130" in said and "cannot run" in said

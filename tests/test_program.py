@@ -199,7 +199,7 @@ def test_compare_writes_every_format(tmp_path, capsys, run):
     assert main(["compare", str(run), str(tmp_path / "other.json")]) == 0
     assert re.search(r"also differ in: kinetic [\d.]+, 0.25; lr [\d.e-]+, 0.5$", capsys.readouterr().out, re.M)  # the seed has a column
     cnf.save(cnf.Flow(cnf.CNF(cnf.fields.MLP(2)), (2,)), tmp_path / "model")
-    assert main(["compare", str(run), str(tmp_path / "model")]) == 2 and "a model of cnf.fit" in capsys.readouterr().err
+    assert main(["compare", str(run), str(tmp_path / "model")]) == 2 and "a model without a figure: cnf.fit writes one for a flow" in capsys.readouterr().err
     assert main(["compare", *runs, "--out", str(tmp_path / "table.doc")]) == 2
     assert main(["compare", str(run), "--format", "markdown"]) == 0 and "|---|" in capsys.readouterr().out
 

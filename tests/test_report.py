@@ -82,7 +82,9 @@ def test_fit_leaves_a_report(tmp_path):
     result = cnf.fit(flow, np.random.default_rng(0).normal(size=(60, 2)).astype("float32"), validation=0.5, steps=2, folder=tmp_path / "run", quiet=True)
     page = Page(tmp_path / "run" / "report.html")
     check_alone(page)
-    assert f"validation {result.best:.4f} nats" in page.texts and f"{result.best:.4f}" in page.cells
+    assert any(text.startswith(f"validation: {result.best:.4f} ± ") and "over 30 items" in text for text in page.texts) and f"{result.best:.4f}" in page.cells
+    cnf.fit(flow, np.random.default_rng(0).normal(size=(60, 2)), steps=1, folder=tmp_path / "bare", quiet=True)
+    assert "no validation" in Page(tmp_path / "bare" / "report.html").texts and not (tmp_path / "bare" / "result.json").exists()
 
 
 @pytest.mark.parametrize(

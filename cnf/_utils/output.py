@@ -7,12 +7,12 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["emit", "emit_error", "finite", "output", "reports_progress", "speaks", "take_output"]
+__all__ = ["emit", "emit_error", "finite", "output", "reports_progress", "speaks", "take_output", "terminal_width"]
 
 ESSENTIAL = ("data", "warning", "result", "error")  # what --quiet leaves
 ABOVE_THE_BAR = ("warning", "validation", "progress")  # as text on stderr, above a progress bar
@@ -80,6 +80,21 @@ def emit(event: str, text: str, /, **values: Any) -> None:
         from tqdm import tqdm  # here, so that lists and help need not import it
 
         tqdm.write(text, file=sys.stderr)
+
+
+def terminal_width() -> int:
+    """Return the width of the terminal: COLUMNS if it is set, 80 without a terminal.
+
+    In a pipe it is that of the terminal of the other streams, since a pager shows the text there.
+    """
+    stated = os.environ.get("COLUMNS", "")
+    if stated.isdecimal() and int(stated):
+        return int(stated)
+    for stream in (sys.__stdout__, sys.__stderr__, sys.__stdin__):
+        with suppress(AttributeError, OSError, ValueError):
+            if columns := os.get_terminal_size(stream.fileno()).columns:  # type: ignore[union-attr]
+                return columns
+    return 80
 
 
 def speaks() -> bool:

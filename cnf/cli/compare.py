@@ -21,7 +21,9 @@ SHOWN = ("name", "data", "steps", "seed", "data_root", "device", "threads", "min
 EXAMPLES = """examples:
   cnf compare runs/digits-0 runs/fm-digits-0               # a table on the screen
   cnf compare runs/digits-* --out table.tex                # also as LaTeX, and the curves in table.png
-  cnf compare runs/digits-0/evaluation-1.json runs/digits-0 # an evaluation next to the run's own test"""
+  cnf compare runs/digits-0/evaluation-1.json runs/digits-0 # an evaluation next to the run's own test
+  cnf compare runs/mine runs/digits-0                      # a folder of cnf.fit(..., test=rows, folder="runs/mine") too; without
+                                                           # test rows its figure is that of the validation, and the table says so"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("runs", metavar="RUN", nargs="+", type=Path, help="run folder with a result.json, or a result or evaluation-N.json itself")
+    add("runs", metavar="RUN", nargs="+", type=Path, help="run folder of cnf train or cnf.fit, or a result.json or evaluation-N.json itself")
     add("--out", metavar="FILE", type=Path, help="also write the table: .csv, .md, .tex or .txt by its ending, and the curves next to it")
     add("--format", choices=FORMATS, help="of the table on the screen, or of --out if its ending does not say it")
     add("--plot", metavar="FILE.png", type=Path, help="where to draw the curves (default: next to --out; none without it)")
@@ -49,7 +51,7 @@ def compare(words: Sequence[str]) -> int:
     results = [read_result(path) for path in paths]
     names = _names(options.runs)
     rows = [{"run": name, **row_of(result)} for name, result in zip(names, results, strict=True)]
-    filled = [name for name in rows[0] if any(row[name] for row in rows)]
+    filled = [name for name in rows[0] if any(row[name] for row in rows) and (name != "split" or any(row[name] != "test" for row in rows))]
     rows = [{name: row[name] for name in filled} for row in rows]
     out: Path | None = options.out
     form = options.format or "text"
@@ -82,6 +84,7 @@ def row_of(result: dict[str, Any]) -> dict[str, str]:
         "value": _number(result["value"], "{:.4f}"),
         "±": _number(error, "{:.2g}"),
         "accuracy": _number(None if accuracy is None else 100 * accuracy, "{:.2f} %"),
+        "split": str(result.get("split", "")),
         "rows": _number(result.get("items"), "{:,}"),
         "validation": _number(result.get("validation"), "{:.4f}"),
         "parameters": _number(result.get("parameters"), "{:,}"),

@@ -18,6 +18,7 @@ from cnf._utils.errors import ConfigError, DataError
 from cnf._utils.output import emit
 from cnf._utils.progress import Progress
 from cnf.cli.common import read_run
+from cnf.cli.odd_rows import extrapolated, odd_rows
 from cnf.cli.options import Command
 from cnf.config import ExactConfig, HutchinsonConfig
 from cnf.data import DataSplits, tabular
@@ -108,7 +109,7 @@ def evaluate_run(command: Command, info: RunInfo, data: DataSplits, group: Group
     else:
         flow = _flow(folder, info)
         result, found = score(
-            flow, info, data, command.split, config.train.noise_samples, importance=command.importance, dequantisation=kind,
+            flow, data, command.split, config.train.noise_samples, importance=command.importance, dequantisation=kind,
             items=config.train.test_items, check=command.check, group=group,
         )  # fmt: skip
         if group.main:
@@ -116,7 +117,7 @@ def evaluate_run(command: Command, info: RunInfo, data: DataSplits, group: Group
         write = partial(write_scores, found=found)
     if not group.main:
         return 0
-    result |= {"notices": list(data.notices), "config": dataclasses.asdict(config)}
+    result |= {"seed": config.train.seed, "notices": list(data.notices), "config": dataclasses.asdict(config)}
     kept = _keep(outputs(folder), result)  # before printing, which fails if the output pipe is closed
     if command.per_item is not None:
         write(command.per_item)
@@ -163,7 +164,7 @@ def _predict(command: Command, info: RunInfo, data: DataSplits, group: Group) ->
     elif command.check:
         raise ConfigError(f"--check solves again, and {folder} is a residual net, which solves nothing: leave it out")
     result, found, index = score_predictions(
-        model, info, data, command.split, items=config.train.test_items, check=command.check, group=group
+        model, data, config.train.objective.kind, command.split, items=config.train.test_items, check=command.check, group=group
     )
     return result, partial(write_predictions, found=found, index=index, classes=data.classes)
 
@@ -201,30 +202,31 @@ def score_items(command: Command, info: RunInfo, group: Group = SINGLE_PROCESS) 
     kind = _dequantisation(command, info)
     items = read_items(
         command.score, info.event_shape, info.levels, columns=info.columns, image_size=config.data.image_size, table=info.table,
-        missing=config.data.missing,
     )  # fmt: skip
     for line in (*items.notices, *_preparations(folder, info)):
         emit("data", f"data: {line}")
     context = _context(folder, info, items)
     reference = _reference(command, info)
     _require_writable(command, folder)
+    flow = _flow(folder, info)
     with Progress("scoring", "solves", quiet=not group.main) as work:
         ranking = rank(
-            _flow(folder, info), items.x, items.names, context, reference=reference, draws=config.train.noise_samples,
+            flow, items.x, items.names, context, reference=reference, draws=config.train.noise_samples,
             importance=command.importance, dequantisation=kind, seed=TEST_SEED, group=group, steps=items.steps,
-            progress=work.update,
+            progress=work.update, columns=info.columns, unseen=items.unseen, incomplete=items.incomplete,
         )  # fmt: skip
     if not group.main:
         return 0
     if command.per_item is not None:
         write_scores(command.per_item, ranking.evaluation, names=items.names)
-    lines, unit = [ranking.text()], ranking.evaluation.unit
+    described = odd_rows(flow, items, info.table, ranking)
+    lines, unit = [ranking.text(notes={i: row.lines() for i, row in described.items()}), *extrapolated(items, info.table)], ranking.evaluation.unit
     if ranking.evaluation.note is not None:
         lines.append(f"(not a bound: {ranking.evaluation.note})")
     if reference is not None:
         lines.append(f"(the reference is the run's own test: {len(reference):,} items)")
         lines += _shifted(ranking, [column.name for column in info.table if column.kind == "date" and column.role == "data"])
-    emit("result", "\n".join(lines), unit=unit, items=ranking.rows())
+    emit("result", "\n".join(lines), unit=unit, items=[row | (dataclasses.asdict(described[row["index"]]) if row["index"] in described else {}) for row in ranking.rows()])
     if command.per_item is not None:
         emit("message", f"the likelihood of each item is in {command.per_item}")
     return 0

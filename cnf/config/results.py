@@ -64,7 +64,7 @@ def read_result(path: Path) -> dict[str, Any]:
         keys = {"bits_per_dim": "bits_per_dim", "nats": "nats", "loss": supervised}
         key = next((key for key in keys if key in result), None)
         if key is None and read_json(path.parent / "config.json").get("kind") == "model":
-            raise DataError(f"{path.parent} holds a model of cnf.fit or cnf.save, which no test has scored: only runs of cnf train (--field for your own field) compare")
+            raise DataError(f"{path.parent} holds a model without a figure: cnf.fit writes one for a flow or a predictor that is given test= or validation=")
         if key is None:
             raise DataError(f"{path} {'is no result' if path.is_file() else 'is missing: the run has not been tested yet'}")
         result = figure(keys[key], result[key], result.get("standard_error")) | result

@@ -46,25 +46,17 @@ def require_table(x: Array, name: str) -> None:
         raise DataError(f"{name!r} must have at least one column, got none")
 
 
-def require_finite(table: Table, columns: Sequence[str], name: str, *, scored: bool = False) -> None:
+def require_finite(table: Table, columns: Sequence[str], name: str) -> None:
     """Check that all values (N, D) are finite.
 
-    Args:
-        table: the values.
-        columns: names of the columns.
-        name: name of the data set, for messages.
-        scored: check in float32, and name the row as scores do.
-
     Raises:
-        DataError: for NaN or infinite values.
+        DataError: for NaN or infinite values; the first is named by its row and its column in ``columns``.
     """
-    with np.errstate(over="ignore"):
-        bad = ~np.isfinite(table.astype(np.float32) if scored else table)
+    bad = ~np.isfinite(table)
     if bad.any():
         row, j = (int(i) for i in np.argwhere(bad)[0])
-        kinds, where = ("NaN, infinite or beyond float32", f" ({name}:{row})") if scored else ("NaN or infinite", "")
         raise DataError(
-            f"{name!r} has {int(bad.sum()):,} values that are {kinds}, the first in row {row}{where}, "
+            f"{name!r} has {int(bad.sum()):,} values that are NaN or infinite, the first in row {row}, "
             f"{column_name(columns, j)}: {table[row, j]:g}; remove those rows or fill them in"
         )
 

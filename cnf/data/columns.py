@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -125,8 +125,10 @@ def understand(frame: pd.DataFrame, options: Options, name: str, *, label: bool 
     return Columns(schema, table, {c.name: _numbers(values[c.name], c, name) for c in conditions(schema)}, rows, notices)
 
 
-def by_schema(frame: pd.DataFrame, schema: Sequence[TableColumn], name: str) -> Columns:
-    """Convert a table with the column types of training; missing values stay NaN.
+def by_schema(
+    frame: pd.DataFrame, schema: Sequence[TableColumn], name: str, prepare: Callable[[pd.DataFrame], pd.DataFrame] = lambda frame: frame
+) -> Columns:
+    """Convert a table with the column types of training, after ``prepare`` of its cells; missing values stay NaN.
 
     Raises:
         DataError: for unknown or missing columns, a category absent from training, or values of another type.
@@ -151,7 +153,7 @@ def by_schema(frame: pd.DataFrame, schema: Sequence[TableColumn], name: str) -> 
             raise DataError(f"the run models the columns {', '.join(wanted)}, but {name!r} {fault} (columns are matched by name if there is a header)")
         if ignored:
             notices.append(f"{', '.join(map(repr, ignored))} of {name!r} left out, as in training")
-    arrays = {}
+    frame, arrays = prepare(frame), {}
     for column in used:
         series, said = typed(frame[column.name], name)
         notices += said
@@ -270,10 +272,8 @@ def _numbers(series: pd.Series, column: TableColumn, name: str) -> Array:
     """Convert a column to numbers: its values, days since its epoch, or category indices."""
     where = f"column {column.name!r} of {name!r}"
     if column.categories:
-        if series.dtype.kind in "iuf" and is_whole(series):
-            series = series.astype(np.int64)
         codes = {category: code for code, category in enumerate(column.categories)}
-        numbers = series.map(lambda value: codes.get(str(value)))
+        numbers = series.map(lambda value: codes.get(column.category(value)))
         unknown = (numbers.isna() & series.notna()).to_numpy()
         if unknown.any():
             value = str(series[unknown].iloc[0])

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cnf._utils.errors import DataError
-from cnf.data.checks import require_finite
 from cnf.data.columns import Columns, by_schema, own_names
 from cnf.data.files import read_file
 from cnf.data.folders import Listing, list_folder, stack_pictures
@@ -19,7 +19,11 @@ from cnf.data.pictures import SUFFIXES
 from cnf.data.prepared import reduce_bits
 from cnf.data.schema import TableColumn, conditions, data_columns, encode, plain_table, snap
 from cnf.data.splits import Array, Rows, encode_labels
-from cnf.data.tables import as_frame, off_lattice, without_missing
+from cnf.data.tables import as_frame, off_lattice
+from cnf.data.unseen import blank_unseen, gaps
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["Items", "own_names", "read_items"]
 
@@ -35,6 +39,9 @@ class Items:
         notices: one sentence for each change to the data.
         context: (N, C) context of a table with conditions; None otherwise.
         steps: (N, D) dequantisation steps of a table, 0 for columns without noise; None for images.
+        unseen: by row, the cells that training could not have, such as a new category; such a row has no numbers.
+        incomplete: by row, the values that are missing.
+        cells: the columns of the model as they are in the files; None for images.
     """
 
     x: Tensor
@@ -43,6 +50,9 @@ class Items:
     notices: list[str]
     context: Tensor | None = None
     steps: Tensor | None = None
+    unseen: dict[int, str] = field(default_factory=dict)
+    incomplete: dict[int, str] = field(default_factory=dict)
+    cells: pd.DataFrame | None = None
 
 
 def read_items(
@@ -53,7 +63,6 @@ def read_items(
     columns: Sequence[str] = (),
     image_size: int | None = None,
     table: Sequence[TableColumn] = (),
-    missing: str = "error",
 ) -> Items:
     """Read .npz and .npy files, tables, images and folders of images, in order, in the input format of a model.
 
@@ -65,13 +74,12 @@ def read_items(
         columns: names of the model's columns; a table with a header is read by name.
         image_size: centre-crop and resize image files to this size first.
         table: columns of the trained model, whose types a table is read with; if empty, ``columns`` as numbers.
-        missing: ``"drop"`` leaves out the rows of a table that have missing values, and says so.
 
     Returns:
         The rows or images; an image file is named by its path, a row or image of an array by its file and index.
 
     Raises:
-        DataError: for unreadable files, non-finite values, or rows or images of another kind or shape than the model's.
+        DataError: for unreadable files, or rows or images of another kind or shape than the model's.
 
     Example:
         >>> read_items([Path("new.csv")], (3,)).names[:2]  # doctest: +SKIP
@@ -83,36 +91,46 @@ def read_items(
     notices: list[str] = []
     contexts: list[Array] = []
     steps: list[Array] = []
+    unseen: dict[int, str] = {}
+    incomplete: dict[int, str] = {}
+    cells: list[pd.DataFrame] = []
     schema = tuple(table) or plain_table(columns or [f"column {j}" for j in range(event_shape[0])])
     for path in paths:
         rows, called = _read(path, image_size)
-        kept = None
         if levels:
             x = _image(rows.x, event_shape, levels, path, called)
         else:
-            table_columns = _rows(rows, schema, path)
-            if missing == "drop":
-                table_columns = without_missing(table_columns, str(path))
-                kept = table_columns.rows
-            require_finite(table_columns.joint, (*table_columns.names, *table_columns.given), str(path), scored=True)
+            table_columns, odd = _rows(rows, schema, path, cells)
+            lacking, beyond = gaps(table_columns.joint, (*table_columns.names, *table_columns.given))
+            odd = beyond | odd
+            unseen |= {len(names) + row: said for row, said in odd.items()}
+            incomplete |= {len(names) + row: said for row, said in lacking.items() if row not in odd}
+            _fill(table_columns, [*odd, *lacking])
             x, step, said = _scored(table_columns, path)
             steps.append(np.broadcast_to(step, x.shape))
             if table_columns.given:
                 contexts.append(encode(schema, table_columns.given))
             notices += [*table_columns.notices, *said]
         parts.append(x)
-        names += called or [f"{path}:{i}" for i in (range(len(x)) if kept is None else kept)]
-        labels += [None] * len(x) if rows.labels is None else _label_names(rows.labels if kept is None else rows.labels[kept])
+        names += called or [f"{path}:{i}" for i in range(len(x))]
+        labels += [None] * len(x) if rows.labels is None else _label_names(rows.labels)
         # dark images are expected if the model's own scale is not 8-bit
-        odd = levels is not None and not _is_power(levels)
-        notices += [line for line in rows.notices if not (odd and line.startswith("the highest grey level"))]
+        own = levels is not None and not _is_power(levels)
+        notices += [line for line in rows.notices if not (own and line.startswith("the highest grey level"))]
         if levels and called and x.shape[1] > rows.x.shape[1]:
             notices.append(f"the grey images of {str(path)!r} are read as RGB, as those among colour images are")
     if not names:
         raise DataError(f"{', '.join(map(str, paths)) or 'no file'}: no rows or images to score")
     x = np.ascontiguousarray(np.concatenate(parts))
     context, spread_over = (torch.from_numpy(np.concatenate(p).astype(np.float32)) if p else None for p in (contexts, steps))
-    return Items(torch.from_numpy(x), names, labels, list(dict.fromkeys(notices)), context, spread_over)
+    return Items(torch.from_numpy(x), names, labels, list(dict.fromkeys(notices)), context, spread_over, unseen, incomplete, _joined(cells))
+
+
+def _joined(cells: Sequence[pd.DataFrame]) -> pd.DataFrame | None:
+    """Return the cells of all files, by the row's number among the items."""
+    import pandas as pd
+
+    return pd.concat([part.astype(object) for part in cells], ignore_index=True) if cells else None
 
 
 def _read(path: Path, image_size: int | None) -> tuple[Rows, list[str]]:
@@ -170,8 +188,8 @@ def _image(x: Array, event_shape: tuple[int, ...], levels: int, path: Path, pict
     return x
 
 
-def _rows(rows: Rows, schema: Sequence[TableColumn], path: Path) -> Columns:
-    """Return the columns of a table that the model uses."""
+def _rows(rows: Rows, schema: Sequence[TableColumn], path: Path, cells: list[pd.DataFrame]) -> tuple[Columns, dict[int, str]]:
+    """Return the columns of a table that the model uses, and by row the cells that they cannot hold; append the cells."""
     name, width = str(path), len(data_columns(schema))
     if getattr(rows.x, "ndim", 2) == 4:
         raise DataError(f"{name!r} holds images, but the model has rows of {width} numbers")
@@ -179,7 +197,23 @@ def _rows(rows: Rows, schema: Sequence[TableColumn], path: Path) -> Columns:
     label = next((c.name for c in conditions(schema) if c.name == "label"), None)
     if label and rows.labels is not None and label not in frame.columns:
         frame = frame.set_axis([c.name for c in data_columns(schema)], axis=1).assign(label=rows.labels) if frame.shape[1] == width else frame
-    return by_schema(frame, schema, name)
+    unseen: dict[int, str] = {}
+
+    def prepare(used: pd.DataFrame) -> pd.DataFrame:
+        cells.append(used[[c.name for c in schema if c.role != "left out"]])
+        blanked, said = blank_unseen(used, schema, name)
+        unseen.update(said)
+        return blanked
+
+    return by_schema(frame, schema, name, prepare), unseen
+
+
+def _fill(columns: Columns, rows: Sequence[int]) -> None:
+    """Fill rows that have no numbers with numbers that a column of training may hold, in place."""
+    columns.table[rows] = [c.origin for c in data_columns(columns.schema)]
+    for name, values in columns.given.items():
+        columns.given[name] = values.copy()  # a view of the file's table
+        columns.given[name][rows] = 0.0
 
 
 def _scored(columns: Columns, path: Path) -> tuple[Array, Array, list[str]]:

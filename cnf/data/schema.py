@@ -16,6 +16,7 @@ from cnf.data.lattice import lattice_points
 __all__ = ["MAXIMUM_CATEGORIES", "TableColumn", "conditions", "context_width", "data_columns", "encode", "on_lattice", "parse_given", "plain_table", "snap", "split_names", "to_lattice", "wanted"]  # fmt: skip
 
 MAXIMUM_CATEGORIES = 1000
+LARGEST = 1e30
 OFF_LATTICE = 0.05  # in steps: values printed with few digits deviate from their lattice by this much
 
 Values = NDArray[Any]
@@ -37,6 +38,7 @@ class TableColumn:
         epoch: reference day of a date, in days since 1970-01-01.
         categories: categories of a categorical condition, in the order of the one-hot columns.
         mean, std: mean and standard deviation of a numeric condition over the training rows, which standardise it.
+        extent: least and largest value of the table in a column without a lattice. None if unknown.
     """
 
     name: str
@@ -50,7 +52,36 @@ class TableColumn:
     categories: tuple[str, ...] = ()
     mean: float = 0.0
     std: float = 1.0
-    last: float | None = field(default=None, metadata={"optional": True})  # older run folders lack it
+    # older run folders lack these; a run resumes whether it has them or not
+    last: float | None = field(default=None, compare=False, metadata={"optional": True})
+    extent: tuple[float, float] | None = field(default=None, compare=False, metadata={"optional": True})
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """Least and largest value of the training table, or None if they are unknown.
+
+        Example:
+            >>> TableColumn("k", step=1.0, origin=2.0, last=9.0).limits
+            (2.0, 9.0)
+        """
+        return self.extent if self.last is None else (self.origin, self.last)
+
+    def category(self, value: object) -> str:
+        """Return the name of the category in a cell: of a whole number, without a point.
+
+        Example:
+            >>> z = TableColumn("z", "condition", "categorical", "int", categories=("1", "2"))
+            >>> z.category(2.0), z.category(" 2"), z.category("two")
+            ('2', '2', 'two')
+        """
+        text = str(value).strip()
+        if self.type != "int" and (isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number)):
+            return text
+        try:
+            number = float(text)
+        except ValueError:
+            return text
+        return str(int(number)) if number.is_integer() else text
 
     def fault(self) -> str | None:
         """Return the first inconsistency, as a clause of a message, or None.
@@ -67,6 +98,8 @@ class TableColumn:
             return f"its mean, std or origin is out of range ({self.mean}, {self.std}, {self.origin})"
         if self.last is not None and not self.origin <= self.last < 1e30:
             return f"its last value must be at least its origin {self.origin}, got {self.last}"
+        if self.extent is not None and not -LARGEST < self.extent[0] <= self.extent[1] < LARGEST:
+            return f"its extent must be two numbers in order, got {self.extent}"
         if abs(self.epoch) > 10**6:
             return f"its epoch must be within 2,700 years of 1970, got day {self.epoch}"
         if (self.kind == "categorical") != bool(self.categories) and self.role != "left out":

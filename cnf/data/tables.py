@@ -14,7 +14,7 @@ from cnf.data.columns import Columns, by_schema, own_names, understand
 from cnf.data.dependence import dependent_columns
 from cnf.data.parts import classes_of, drop_duplicates, split
 from cnf.data.rows import Array
-from cnf.data.schema import TableColumn, conditions, data_columns, encode, on_lattice
+from cnf.data.schema import LARGEST, TableColumn, conditions, data_columns, encode, on_lattice
 from cnf.data.splits import DataSplits, Options, Rows, assemble
 
 if TYPE_CHECKING:
@@ -157,8 +157,12 @@ def _complete(
                 raise DataError(f"condition: column {column.name!r} of {name!r} is constant ({values[0]:g}) in the training rows; leave it out")
             column = replace(column, mean=float(values.mean()), std=float(values.std()))
         completed[column.name] = column
-    numbers = [c for c in conditions(columns.schema) if not c.categories]
-    relations = dependent_columns(table, [*columns.names, *(c.name for c in numbers)], [given[c.name] for c in numbers])
+    numbers = dict(zip(columns.names, table.T, strict=True)) | given
+    for key, column in completed.items():
+        if not column.step and not column.categories and np.abs(numbers[key]).max() < LARGEST:
+            completed[key] = replace(column, extent=(float(numbers[key].min()), float(numbers[key].max())))
+    numeric = [c.name for c in conditions(columns.schema) if not c.categories]
+    relations = dependent_columns(table, [*columns.names, *numeric], [given[c] for c in numeric])
     if relations:
         words = "; ".join(f"{', '.join(map(repr, involved))} ({relation[:200]}{' ...' if len(relation) > 200 else ''})" for involved, relation in relations[:10])
         if options.dependent == "error":

@@ -17,7 +17,7 @@ from cnf.ode.divergence import Divergence, Exact
 from cnf.transforms import MarginalTransform, iter_leaves
 from cnf.transforms.quantile_map import MarginalState, forward_map, inverse_map
 
-__all__ = ["Column", "column_report", "conditional_log_prob", "leading_marginals", "spacing_entropy"]
+__all__ = ["Column", "column_marginal", "column_report", "conditional_log_prob", "exact_trace", "leading_marginals", "spacing_entropy"]
 
 BUDGET = 2**18  # default number of evaluations of the density in a report
 FINEST = 1e-3  # resolution of the quadrature, as a fraction of a column's standard deviation
@@ -52,7 +52,7 @@ def _require_table(x: Tensor) -> None:
         raise DataError(f"x has shape {tuple(x.shape)}, expected a table (N, D)")
 
 
-def _exact(block: CNF) -> Divergence:
+def exact_trace(block: CNF) -> Divergence:
     """Return the exact trace of a block: the noise of an estimate would bias the integral."""
     return block.divergence if isinstance(block.divergence, Exact) else Exact()
 
@@ -100,7 +100,7 @@ def conditional_log_prob(
     low, high = support
     if float(own.min()) < low or float(own.max()) > high:
         raise DataError(f"column {column} spans [{own.min():g}, {own.max():g}], beyond support=({low:g}, {high:g}): widen it")
-    marginal = _marginal(flow, column)  # a column with a long tail has its mass anywhere in x, and within a few units of the latent
+    marginal = column_marginal(flow, column)  # a column with a long tail has its mass anywhere in x, and within a few units of the latent
     if marginal is not None:
         ends = forward_map(marginal, torch.cat([own, own.new_tensor([low, high])])[:, None])[0][:, 0]
         own, low, high, scale = ends[:-2], float(ends[-2]), float(ends[-1]), 1.0
@@ -118,10 +118,10 @@ def conditional_log_prob(
     rows[:, :, column] = grid
     owner = torch.arange(len(x), device=x.device).repeat_interleave(points).split(batch_size)  # row of each point
     parts = [
-        flow.log_prob(part, context_rows(context, own), divergence=_exact).double()
+        flow.log_prob(part, context_rows(context, own), divergence=exact_trace).double()
         for part, own in zip(rows.flatten(0, 1).split(batch_size), owner, strict=True)
     ]
-    joint = flow.log_prob(x, context, divergence=_exact).double()
+    joint = flow.log_prob(x, context, divergence=exact_trace).double()
     terms = torch.cat(parts).reshape(len(x), points) + weights
     terms[:, 0] -= math.log(2)
     terms[:, -1] -= math.log(2)
@@ -163,7 +163,7 @@ def leading_marginals(flow: Flow) -> MarginalTransform | None:
     return first if isinstance(first, MarginalTransform) else None
 
 
-def _marginal(flow: Flow, column: int) -> MarginalState | None:
+def column_marginal(flow: Flow, column: int) -> MarginalState | None:
     """Return the marginal map of a column at the beginning of a flow, or None."""
     first = leading_marginals(flow)
     if first is None:

@@ -1,8 +1,11 @@
-"""Data of cnf.fit for a model: training batches, validation rows and a fingerprint."""
+"""Data of cnf.fit for a model: training batches, validation and test rows, and a fingerprint."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
+import zlib
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,13 +24,61 @@ from cnf.neural_ode import Predictor
 from cnf.training.batches import Batches, Validation, fingerprint
 from cnf.training.data import DatasetBatches, StreamBatches, pair, reproducible, split
 
-__all__ = ["training_data"]
+__all__ = ["FitData", "training_data"]
 
+Pair = tuple[Tensor, Tensor | None]
 CHECKED = 20_000  # rows, about, that are searched for columns without density
 
 
+@dataclass(frozen=True)
+class FitData:
+    """Data of a training: batches, validation rows, fingerprint of both, and a data set of the rows that are scored."""
+
+    batches: Batches
+    validation: Validation | None
+    fingerprint: str
+    scored: DataSplits
+
+
 def training_data(
-    model: nn.Module, train: Any, validation: Any, context: Any, batch_size: int, seed: int, group: Group
+    model: nn.Module, train: Any, validation: Any, test: Any, context: Any, batch_size: int, seed: int, group: Group
+) -> FitData:
+    """Return the data of :func:`cnf.fit`, whose arguments these are."""
+    known = None
+    if isinstance(test, float):
+        raise ConfigError(f"test={test} must be rows, of the kind of validation: take them out of train yourself, so that they are known")
+    if isinstance(train, DataSplits):
+        if given := [name for name, value in (("validation", validation), ("test", test), ("context", context)) if value is not None]:
+            raise ConfigError(f"{given[0]} is part of the data set {train.name!r} that train is: leave it out")
+        known = train
+        _require_levels(model, known)
+        train, validation, test = ((getattr(known, name), getattr(known, f"{name}_context")) for name in ("train", "validation", "test"))
+    names = context if isinstance(context, str | list | tuple) and hasattr(train, "columns") else None
+    like = next((v for v in (*model.parameters(), *model.buffers()) if v.is_floating_point()), torch.zeros(()))
+    batches, held_out, mark = _batches(model, train, validation, context, batch_size, seed, group, flip=known is not None and known.flip)
+    tested = None if test is None else _prepared(*_rows(test, "test", names), model, like)
+    checked = None if held_out is None else (held_out.x.cpu(), None if held_out.context is None else held_out.context.cpu())
+    return FitData(batches, held_out, mark, _scored(model, batches.x[:0].cpu(), checked, tested, known))
+
+
+def _require_levels(model: nn.Module, data: DataSplits) -> None:
+    if isinstance(model, Flow | Predictor) and model.levels != data.levels:
+        raise DataError(f"{data.name!r} has levels={data.levels}, but the model has levels={model.levels}: build the model with levels={data.levels}")
+
+
+def _scored(model: nn.Module, none: Tensor, validation: Pair | None, test: Pair | None, known: DataSplits | None) -> DataSplits:
+    """Return the validation and test rows as a data set; rows of arrays are named by their checksum, so that runs on the same ones compare."""
+    (x, c), (last, d) = validation or (none, None), test or (none, None)
+    levels = model.levels if isinstance(model, Flow | Predictor) else None
+    if known is None:
+        rows = x if test is None else last
+        name = f"arrays {zlib.crc32(rows.contiguous().numpy().tobytes()):08x}"
+        known = DataSplits(name, "table" if levels is None else "image", none, none, none, levels=levels)
+    return dataclasses.replace(known, train=none, train_context=None, validation=x, validation_context=c, test=last, test_context=d)
+
+
+def _batches(
+    model: nn.Module, train: Any, validation: Any, context: Any, batch_size: int, seed: int, group: Group, flip: bool = False
 ) -> tuple[Batches, Validation | None, str]:
     """Return the training batches, the validation rows, and the fingerprint of the data."""
     like = next((v for v in (*model.parameters(), *model.buffers()) if v.is_floating_point()), torch.zeros(()))
@@ -37,7 +88,7 @@ def training_data(
             raise ConfigError(f"validation={validation} takes a share of tensors, arrays or DataFrames: give a separate Dataset")
         if context is not None:
             raise ConfigError("context is part of a Dataset's items, (x, context): leave it out")
-        held_out = None if validation is None else _held_out(*_validation_rows(validation, "validation"), model, like)
+        held_out = None if validation is None else _held_out(*_rows(validation, "validation"), model, like)
         if not reproducible(train):
             if group.size > 1:
                 raise ConfigError("several processes need data by index: give a map-style Dataset")
@@ -48,7 +99,7 @@ def training_data(
         if isinstance(train, DataLoader):
             dataset, batch_size, options = train.dataset, train.batch_size or batch_size, {"collate": train.collate_fn}
         if hasattr(dataset, "tensors"):
-            return training_data(model, dataset, validation, None, batch_size, seed, group)
+            return _batches(model, dataset, validation, None, batch_size, seed, group)
         batches = DatasetBatches(dataset, batch_size, seed, device, group, dtype, **options)
         some = batches.x.cpu()
         return batches, held_out, f"{batches.length} {fingerprint(DataSplits('data', 'table', some, some[:0], some[:0]))}"
@@ -59,12 +110,12 @@ def training_data(
         x, c = x[rows], None if c is None else c[rows]
     else:
         names = context if isinstance(context, str | list | tuple) and hasattr(train, "columns") else None
-        held_out = None if validation is None else _held_out(*_validation_rows(validation, "validation", names), model, like)
+        held_out = None if validation is None else _held_out(*_rows(validation, "validation", names), model, like)
     other = (x[:0], None) if held_out is None else (held_out.x.cpu(), None if held_out.context is None else held_out.context.cpu())
     levels = model.levels if isinstance(model, Flow | Predictor) else None
     if isinstance(model, Flow) and levels is None and x.ndim == 2:
         _warn_without_density(x)
-    data = DataSplits("data", "table" if levels is None else "image", x, other[0], x[:0], c, other[1], levels=levels)
+    data = DataSplits("data", "table" if levels is None else "image", x, other[0], x[:0], c, other[1], levels=levels, flip=flip)
     return Batches(data, batch_size, seed, device, group, dtype), held_out, fingerprint(data)
 
 
@@ -86,12 +137,12 @@ def _warn_without_density(x: Tensor) -> None:
         more = f" and {len(said) - 5} more" if len(said) > 5 else ""
         warnings.warn(
             f"the training data have no density, so that the likelihood can grow without bound: {'; '.join(said[:5])}{more}. Drop such "
-            "columns, or add noise to discrete ones, as cnf.DensityEstimator does", stacklevel=4,
+            "columns, or add noise to discrete ones, as cnf.DensityEstimator does", stacklevel=5,
         )  # fmt: skip
 
 
-def _validation_rows(data: Any, name: str, context: Any = None) -> tuple[Tensor, Tensor | None]:
-    """Return validation data as tensors."""
+def _rows(data: Any, name: str, context: Any = None) -> tuple[Tensor, Tensor | None]:
+    """Return validation or test data as tensors."""
     if isinstance(data, DataLoader):
         data = data.dataset
     if isinstance(data, Dataset) and not hasattr(data, "tensors"):

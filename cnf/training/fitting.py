@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,9 +28,9 @@ from cnf.training.checkpointer import Checkpointer
 from cnf.training.defaults import default_callbacks
 from cnf.training.fit_data import training_data
 from cnf.training.fit_optimizer import MakeOptimizer, Schedule, optimizer_and_rates
+from cnf.training.fit_result import finish_fit, require_scorable
 from cnf.training.loop import Trainer
 from cnf.training.phases import Phase
-from cnf.training.report_page import write_report
 from cnf.training.solver_monitor import SolverMonitor
 from cnf.transforms import Standardize
 
@@ -53,6 +52,8 @@ class FitResult:
         unit: of the validation: bits/dim, nats, squared error, or "" for a custom loss.
         seconds: of training, over all calls.
         folder: the run folder.
+        figure: entries of result.json: the score of the test rows, or in a run folder without them of the validation
+            rows; None if neither was scored.
     """
 
     flow: Any = field(repr=False)
@@ -63,6 +64,7 @@ class FitResult:
     unit: str
     seconds: float
     folder: Path | None
+    figure: dict[str, Any] | None = field(default=None, repr=False)
 
 
 def fit(
@@ -70,6 +72,7 @@ def fit(
     train: Any,
     *,
     validation: Any = None,
+    test: Any = None,
     context: Any = None,
     loss: Objective | LossFunction | None = None,
     steps: int = 1000,
@@ -99,9 +102,12 @@ def fit(
         train: x, or (x, context): a tensor, array or DataFrame, a torch Dataset, or a DataLoader, whose batch size
             counts. Items are fetched by index, so that the batch of step k is a function of (seed, k); of an
             IterableDataset, or a DataLoader with its own sampler, the order is its own, and a resumed run takes other
-            batches than one that was never stopped.
+            batches than one that was never stopped. A data set of :func:`cnf.data.load` has its own validation and test
+            rows.
         validation: data of the same kind, or the share of ``train`` to hold out at random. Without it the last weights
             are the best.
+        test: data of the same kind, scored once, at the end, with the best weights: the figure of ``result.json`` in
+            ``folder``, which ``cnf compare`` tabulates. Without it, a run with a folder has that of the validation rows.
         context: condition of a flow, or target of a predictor, for each row of ``train``: an array, or column names of
             the DataFrame.
         loss: an object of :mod:`cnf.losses`, or a function ``loss(model, x, context, noise)`` that returns (N,), a
@@ -161,8 +167,11 @@ def fit(
         flow.double()
     if device is not None:
         _move(flow, device)
-    batches, held_out, mark = training_data(flow, train, validation, context, batch_size, seed, group)
+    data = training_data(flow, train, validation, test, context, batch_size, seed, group)
+    batches, mark = data.batches, data.fingerprint
     objective = _objective(flow, loss, batches)
+    if test is not None:
+        require_scorable(flow, objective)
     if where is None or not (resume and group.on_rank0(lambda: has_trainer(where))):
         if not _fitted(flow):
             objective.prepare(batches.x)
@@ -178,7 +187,7 @@ def fit(
     chosen = [] if callbacks is None else replaced(default_callbacks(where, partial(write_model_info, info=info), mark, group), callbacks)
     _set_precision(flow, precision, compile)
     trainer = Trainer(
-        flow, [phase], steps=steps, validation=held_out, callbacks=chosen, validate_every=validate_every, log_every=log_every,
+        flow, [phase], steps=steps, validation=data.validation, callbacks=chosen, validate_every=validate_every, log_every=log_every,
         accumulate=accumulate, max_grad_norm=max_grad_norm, tf32=precision == "tf32", group=group, quiet=quiet,
     )  # fmt: skip
     with torch.random.fork_rng([batches.device] if batches.device.type == "cuda" else []):  # a loss may seed it
@@ -186,10 +195,8 @@ def fit(
     state = trainer.state
     flow.load_state_dict(state.best_weights)
     flow.eval()
-    if where is not None and group.main:
-        found = f"validation {state.best:.4f} {objective.unit}".rstrip() if math.isfinite(state.best) else "no validation"
-        write_report(where, found, meaning=[f"the best of the validations, at step {state.best_step:,} of {state.step:,}; ended by {reason}"])
-    return FitResult(flow, trainer.history, state.best, state.best_step, reason, objective.unit, state.seconds, where)
+    figure = finish_fit(trainer, flow, data.scored, info, where)
+    return FitResult(flow, trainer.history, state.best, state.best_step, reason, objective.unit, state.seconds, where, figure)
 
 
 def _run(trainer: Trainer, folder: Path | None, info: ModelInfo, resume: bool) -> str:

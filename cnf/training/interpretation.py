@@ -34,7 +34,8 @@ def interpret(result: Mapping[str, Any]) -> list[str]:
         chance = 1 / len(result["classes"])
         lines.append(f"guessing one of {len(result['classes'])} classes gives {100 * chance:.0f} %: {100 * accuracy:.1f} % here")
     if "parts" not in result and result.get("steps") and result.get("best_step") == result["steps"] and result.get("stopped") in ("steps", "max_time"):
-        lines.append(f"the last validation is the best one: more than {result['steps']:,} steps would probably improve it (--resume --steps)")
+        how = "resume=True" if result.get("config", {}).get("kind") == "model" else "--resume --steps"
+        lines.append(f"the last validation is the best one: more than {result['steps']:,} steps would probably improve it ({how})")
     return lines
 
 

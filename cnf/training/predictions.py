@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Mapping
@@ -40,8 +41,8 @@ def predicted(result: dict[str, Any]) -> bool:
 
 def score_predictions(
     model: Predictor,
-    info: RunInfo,
     data: DataSplits,
+    kind: str,
     split: str = "test",
     *,
     items: int | None = None,
@@ -53,8 +54,8 @@ def score_predictions(
 
     Args:
         model: in evaluation mode.
-        info: the run's settings.
         data: the run's data, with targets.
+        kind: ``"regression"`` or ``"classification"``.
         split: ``"test"``, ``"validation"`` or ``"train"``.
         items: number of rows to score, a random subset that is always the same; all if None.
         check: solve all scored rows again at ten times tighter tolerances, instead of some of them.
@@ -69,7 +70,6 @@ def score_predictions(
         SolverError: if a solve fails.
     """
     started = time.monotonic()
-    kind = info.config.train.objective.kind
     total = len(getattr(data, split))
     index = choose_rows(total, items, TEST_SEED)
     x, targets = getattr(data, split)[index], getattr(data, f"{split}_context")[index]
@@ -92,7 +92,7 @@ def score_predictions(
         "classes": list(data.classes),
         **_solver(model, x, found, kind, targets, check, group, quiet),
         "nfe": found.nfe,
-        **about(model, info, started),
+        **about(model, started),
     }
     return result, found, index
 
@@ -215,11 +215,11 @@ def finish_predictions(
     """
     model = trainer.best_model()
     result, found, index = score_predictions(
-        model, info, data, items=info.config.train.test_items, group=trainer.group, quiet=trainer.quiet
+        model, data, info.config.train.objective.kind, items=info.config.train.test_items, group=trainer.group, quiet=trainer.quiet
     )
     solved = [row for row in trainer.history if "nfe" in row]
     result |= {
-        **trained(trainer, info, data),
+        **trained(trainer, info.config.train.seed, data, dataclasses.asdict(info.config)),
         **(about or {}),
         "nfe_training": solved[-1]["nfe"] if solved else None,
         "nfe_backward_training": solved[-1]["nfe_backward"] if solved else None,

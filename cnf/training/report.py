@@ -145,8 +145,8 @@ def finish(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path, abou
         return finish_predictions(trainer, info, data, folder, about)
     flow = trainer.best_model()
     train, group = info.config.train, trainer.group
-    result, found = score(flow, info, data, draws=train.noise_samples, items=train.test_items, group=group, quiet=trainer.quiet)
-    result |= {**trained(trainer, info, data), **(about or {})}
+    result, found = score(flow, data, draws=train.noise_samples, items=train.test_items, group=group, quiet=trainer.quiet)
+    result |= {**trained(trainer, train.seed, data, dataclasses.asdict(info.config)), **(about or {})}
     if not group.main:
         return result
     write_scores(folder / TEST_SCORES, found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 import time
 from collections.abc import Sequence
@@ -24,7 +23,6 @@ from cnf.evaluation import check as check_items
 from cnf.flow import Flow
 from cnf.neural_ode import Predictor
 from cnf.ode.divergence import Exact, Hutchinson
-from cnf.runs import RunInfo
 from cnf.solvers import Adaptive, ExponentialAdams, FixedGrid, Solver
 from cnf.training.batches import choose_rows
 from cnf.training.files import write_items
@@ -37,14 +35,13 @@ TEST_SEED = 30_000  # fixed test noise, so that figures compare between runs, an
 QUICK_CHECK = 256  # most rows of a default check, which takes a tenth of the scored rows
 
 
-def about(model: Flow | Predictor, info: RunInfo, started: float) -> dict[str, Any]:
-    """Return the entries of every result on the model, its seed, the seconds since ``started`` and the versions."""
+def about(model: Flow | Predictor, started: float) -> dict[str, Any]:
+    """Return the entries of every result on the model, the seconds since ``started`` and the versions."""
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(model.like.dtype).removeprefix("torch."),
         "device": model.like.device.type,
         "evaluation_seconds": round(time.monotonic() - started, 1),
-        "seed": info.config.train.seed,
         "versions": {
             "cnf": __version__,
             "python": platform.python_version(),
@@ -54,9 +51,10 @@ def about(model: Flow | Predictor, info: RunInfo, started: float) -> dict[str, A
     }
 
 
-def trained(trainer: Trainer, info: RunInfo, data: DataSplits) -> dict[str, Any]:
-    """Return the entries of a finished run's result on its training."""
+def trained(trainer: Trainer, seed: int, data: DataSplits, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a finished run's result on its training, its seed and its settings."""
     return {
+        "seed": seed,
         "validation": trainer.state.best,
         "best_step": trainer.state.best_step,
         "steps": trainer.state.step,
@@ -64,7 +62,7 @@ def trained(trainer: Trainer, info: RunInfo, data: DataSplits) -> dict[str, Any]
         "skipped": trainer.state.skipped,
         "seconds": round(trainer.state.seconds, 3),
         "notices": list(data.notices),
-        "config": dataclasses.asdict(info.config),
+        "config": config,
     }
 
 
@@ -75,7 +73,6 @@ def rows_checked(rows: int, check: bool) -> int:
 
 def score(
     flow: Flow,
-    info: RunInfo,
     data: DataSplits,
     split: str = "test",
     draws: int = 10,
@@ -92,7 +89,6 @@ def score(
 
     Args:
         flow: in evaluation mode.
-        info: the run's settings.
         data: the run's data.
         split: ``"test"``, ``"validation"`` or ``"train"``.
         draws: noise draws for each row (dequantisation, probe).
@@ -158,7 +154,7 @@ def score(
         "checked_items": checked.items,
         "nfe": found.nfe,
         "products": found.products,
-        **about(flow, info, started),
+        **about(flow, started),
     }
     if data.entropy is not None:
         result["true_entropy"] = data.entropy
