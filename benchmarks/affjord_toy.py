@@ -3,6 +3,7 @@
     python benchmarks/affjord_toy.py --steps 2000                      # three toy sets, three seeds
     python benchmarks/affjord_toy.py --sets digits --seeds 0 1         # the digits preset with each drive
     python benchmarks/affjord_toy.py --sets mnist --drives none hyper both --seeds 0 --minutes 5    # equal CPU minutes
+    python benchmarks/affjord_toy.py --quick                           # half a minute
     python benchmarks/affjord_toy.py --report                          # tables and pictures from what was measured
 
 FFJORD's field is a concatsquash MLP; AFFJORD's has the same hidden sizes, with the learned time next to x (concat),
@@ -232,15 +233,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--drives", nargs="+", default=tuple(AUGMENTED_TIME_LAYERS), choices=tuple(AUGMENTED_TIME_LAYERS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=None, help="the preset's if not given")
+    parser.add_argument("--quick", action="store_true", help="20 steps of one set and one seed without and with a learned time")
     parser.add_argument("--minutes", type=float, help="stop each training after so many CPU minutes")
     parser.add_argument("--test-items", type=int, default=200, help="test images of mnist and cifar10 (default: %(default)s)")
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--path", type=Path, help="images of the same size in place of mnist or cifar10, such as a part of the set")
-    parser.add_argument("--results", type=Path, default=HERE / "affjord_toy.json")
+    parser.add_argument("--results", type=Path, help="JSON file of rows (default: affjord_toy.json next to the script; --quick: a temporary one)")
     parser.add_argument("--densities", type=Path, default=Path(tempfile.gettempdir()) / "affjord-toy-densities")
     parser.add_argument("--pictures", type=Path, default=HERE.parent / "docs" / "pictures")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args(arguments)
+    if options.quick:
+        options.sets, options.drives, options.seeds, options.steps, options.minutes = ["checkerboard"], ["none", "both"], [0], 20, None
+    options.results = options.results or (Path(tempfile.gettempdir()) / "affjord-toy-quick.json" if options.quick else HERE / "affjord_toy.json")
     if set(options.sets) & set(IMAGES) and not (options.minutes or options.steps or options.report):
         parser.error("mnist and cifar10 stop after a time, not by themselves: give --minutes, or --steps")
     options.densities.mkdir(parents=True, exist_ok=True)

@@ -139,9 +139,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--quick", action="store_true", help="one epoch, one seed")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file of rows (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if options.quick:
+        options.seeds = options.epochs = 1
     torch.set_num_threads(1)
     rows = fits(options.seeds, options.epochs)
     if options.picture:

@@ -12,6 +12,8 @@ from conftest import F64, ROOT, mostly_slow
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import affjord_toy
+import anode
 import anode_figures
 import anode_images
 import rnode_figures
@@ -51,6 +53,21 @@ def test_images_with_added_channels(tmp_path, capsys):
     anode_images.main(["--quick", "--pictures", str(tmp_path), "--out", str(tmp_path / "rows.json")])
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:] == ["0", "5"]
     assert (tmp_path / "anode-images-digits.png").exists()
+
+
+@pytest.mark.slow
+def test_losses_and_nfe_over_the_epochs(tmp_path, capsys):
+    anode.main(["--quick", "--picture", str(tmp_path / "fits.png"), "--out", str(tmp_path / "rows.json")])
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) == 1 + 2 * len(anode.FITS)
+    assert (tmp_path / "fits.png").exists()
+
+
+@pytest.mark.slow
+def test_affjord_against_ffjord(tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    affjord_toy.main(["--quick", *(word for name in ("results", "densities", "pictures") for word in (f"--{name}", str(tmp_path / name)))])
+    assert [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:] == ["FFJORD", "AFFJORD"]
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"affjord-checkerboard.png", "affjord-checkerboard-curves.png"}
 
 
 needs_zuko = pytest.mark.skipif(importlib.util.find_spec("zuko") is None, reason="zuko is not installed")
