@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cnf._utils.errors import SolverError
+from cnf._utils.errors import CNFError
 from cnf.config.results import read_json
 from cnf.flow import Flow
 from cnf.losses import FlowMatching, Likelihood
@@ -60,7 +60,7 @@ def samples_image(run: Run) -> Tensor | None:
     """Return samples of the model that is validated as one image (channels, H, W) in [0, 1], by its training solver.
 
     Images are tiles; points in the plane are a histogram over the box of the training data, denser where lighter. None
-    for other events, and where the samples cannot be solved.
+    for other events, and where samples cannot be drawn.
     """
     flow, batches = run.averaged(), run.batches
     if not isinstance(flow, Flow) or not (flow.event_shape == (2,) or (flow.levels is not None and flow.event_shape[0] in (1, 3))):
@@ -70,13 +70,13 @@ def samples_image(run: Run) -> Tensor | None:
     noise = Noise(0, "sample")
     try:
         x = flow.sample(count, noise=noise, solver=_training) if context is None else flow.sample(1, context, noise=noise, solver=_training)[0]
-    except SolverError:
+    except (CNFError, RuntimeError):  # samples of an early model may be anywhere, and a custom transform may have no inverse
         return None
     if flow.levels is not None:
         return _tiles(x.cpu())
     data = batches.x[:POINTS].double().cpu()
     low, high = data.amin(0), data.amax(0)
-    room = 0.1 * (high - low)
+    room = 0.1 * (high - low) + 1e-6 * (1.0 + high.abs())
     edges = [torch.linspace(float(a), float(b), CELLS + 1, dtype=torch.float64) for a, b in zip(low - room, high + room, strict=True)]
     counts = torch.histogramdd(x.double().cpu(), edges).hist.log1p()
     shown = (counts / counts.max().clamp(min=1.0)).T.flip(0)  # the second coordinate points upwards
