@@ -364,6 +364,12 @@ def test_tiny_imagenet_is_read_with_its_labels(tmp_path: Path) -> None:
         for image, label in zip(part, context.argmax(1), strict=True):
             place = next(i for i in range(20) if np.array_equal(images[i], image))
             assert place % 2 == int(label)
+    png(root / "train" / "n02" / "images" / "7.png", pixels(1, 70)[0])
+    said = r"64x64 in '.*' and 70x70 in 'n02.images.7\.png'; those of Tiny ImageNet are 64x64: unpack its archive again, or resize the odd files to that"
+    with pytest.raises(DataError, match=said):
+        datasets.load("tiny-imagenet", root=tmp_path)
+    png(root / "train" / "n02" / "images" / "7.png", images[7])  # what the message advises
+    assert torch.equal(datasets.load("tiny-imagenet", root=tmp_path).train, data.train)
     annotations.write_text("val_0.png\tn09\n")
     with pytest.raises(DataError, match="expected the name of a file and of a class"):
         datasets.load("tiny-imagenet", root=tmp_path)

@@ -281,6 +281,22 @@ def test_predictors_of_fit_have_a_figure_and_other_models_none(tmp_path, capsys)
         cnf.fit(own_flow(), data, validation=0.2, **SHORT)
     with pytest.raises(DataError, match="'digits' has levels=17, but the model has levels=256"):
         cnf.fit(cnf.build(cnf.FlowConfig.of(field="conv", hidden=(4,)), cnf.SolverConfig(), (1, 8, 8), levels=256), cnf.data.load("digits"), **SHORT)
+    from cnf.solvers import Stats
+    from cnf.transforms import Transform, TransformOutput
+
+    class Scale(Transform):
+        """A transform without an inverse."""
+
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros(2))
+
+        def forward(self, x, request):
+            return TransformOutput(x * self.scale.exp(), self.scale.sum().expand(len(x)), {}, Stats())
+
+    scaled = cnf.fit(cnf.Flow(Scale(), (2,)), POINTS, validation=0.25, folder=tmp_path / "scale", **SHORT)
+    assert scaled.figure["value"] == pytest.approx(scaled.best, abs=1e-6)
+    assert json.loads((tmp_path / "scale" / "result.json").read_text())["round_trip_error"] is None
     shifted = cnf.fit(own_flow(), POINTS, validation=0.25, test=POINTS, loss=own_loss, folder=tmp_path / "loss", **SHORT)
     assert shifted.figure["validation"] is None and shifted.figure["metric"] == "nats"  # the validation is of another loss
 

@@ -124,6 +124,9 @@ def test_pictures_are_cropped_as_in_training(tmp_path):
     assert {x.numpy().tobytes() for x in items.x} == rows and any("resized to 6x6" in line for line in items.notices)
     with pytest.raises(DataError, match=r"grey images of 14x20, but the model has grey images of 6x6"):
         read_items([tmp_path / "p"], (1, 6, 6), 256)
+    picture(tmp_path / "p" / "20.png", grey(0, 7))
+    with pytest.raises(DataError, match=r"got 20x14 in '00\.png' and 7x7 in '20\.png'; resize them to the model's 6x6"):
+        read_items([tmp_path / "p"], (1, 6, 6), 256)
 
 
 def test_grey_pictures_serve_a_colour_model_and_colour_no_grey_one(tmp_path):

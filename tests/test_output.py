@@ -8,8 +8,10 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import mostly_slow
 
+import cnf
 from cnf._utils.output import emit, output
 from cnf.cli import main
 from cnf.training.interpretation import place
@@ -180,9 +182,47 @@ def test_tensorboard_holds_groups_pictures_and_settings(tmp_path, monkeypatch, p
     assert ("test/accuracy" in tags["scalars"]) == (metric == "loss") and "solver/nfe" in tags["scalars"]
     (picture,) = events.Images("samples/samples")
     assert picture.step == 4 and np.array_equal(np.asarray(Image.open(io.BytesIO(picture.encoded_image_string))), pixels)
+    # samples of the plane: a histogram with a mark in it
+    drawn = events.Images("validation/samples") if preset == "ffjord-toy" else []
+    assert [each.step for each in drawn] == ([2, 4] if drawn else []) and ("validation/samples" in tags["images"]) == bool(drawn)
+    assert all(np.asarray(Image.open(io.BytesIO(each.encoded_image_string))).max() == 255 for each in drawn)
     text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert json.loads(text) == json.loads((run / "config.json").read_text())
     known = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content).session_start_info.hparams
     assert known["train.lr"].number_value == 0.0125 and known["name"].string_value == preset and known["data.toy_sizes"].string_value == "[40, 20, 20]"
     experiment = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/experiment").plugin_data.content).experiment
     assert {each.name.tag for each in experiment.metric_infos} == {f"validation/{metric}", f"test/{metric}"}
+
+
+def test_tensorboard_shows_samples_while_it_trains(tmp_path):
+    """Those of the weights that are validated: tiles of images, and where points of the plane lie."""
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from cnf.training import WeightAverage
+
+    def logged(folder):
+        events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0}).Reload()
+        return {each.step: np.asarray(Image.open(io.BytesIO(each.encoded_image_string))) for each in events.Images("validation/samples")}
+
+    options = {"batch_size": 16, "quiet": True, "callbacks": [WeightAverage]}
+    torch.manual_seed(0)
+    flow = cnf.build(cnf.FlowConfig.of(field="conv", hidden=(4,), strides=(1, 1)), cnf.SolverConfig.of(grid_steps=2), (1, 4, 4), levels=16)
+    x = torch.randint(0, 16, (40, 1, 4, 4), dtype=torch.uint8)
+    flow = cnf.fit(flow, x, steps=3, validate_every=1, folder=tmp_path / "images", **options).flow
+    images = logged(tmp_path / "images")
+    assert list(images) == [1, 2, 3]
+    samples = flow.sample(16, noise=cnf.Noise(0, "sample"), solver=lambda block: block.solver)
+    tile = images[3][65:129, 130:194, 0]  # the second row's third, of 64 pixels and one between tiles
+    np.testing.assert_allclose(tile[::16, ::16] / 255, samples[6, 0].numpy(), atol=0.01)
+    assert (tile.reshape(4, 16, 4, 16) == tile[::16, None, ::16, None]).all() and not np.array_equal(images[1], images[3])
+    points = torch.randn(4000, 2) * torch.tensor([1.0, 0.1]) + torch.tensor([5.0, -3.0])
+    flow = cnf.build(cnf.FlowConfig.of(hidden=(4,)), cnf.SolverConfig.of(grid_steps=2), (2,))
+    cnf.fit(flow, points, steps=50, validate_every=1, folder=tmp_path / "points", **options)
+    drawn = logged(tmp_path / "points")
+    assert 15 <= len(drawn) <= 21 and max(drawn) == 50
+    weight = drawn[50][..., 0].astype(float) if drawn[50].ndim == 3 else drawn[50].astype(float)
+    across, up = (np.average(np.arange(256), weights=weight.sum(axis)) for axis in (0, 1))
+    assert abs(across - 127.5) < 16 and abs(up - 127.5) < 16 and weight[:26].sum() < 0.05 * weight.sum()
+    cnf.fit(cnf.neural_ode.anode_mlp(2, outputs=1, hidden=4, augment=1), (points[:64], points[:64, :1]), steps=2, folder=tmp_path / "none", **options)
+    assert not EventAccumulator(str(tmp_path / "none" / "tensorboard")).Reload().Tags()["images"]

@@ -29,9 +29,9 @@ from cnf.data import load
 from cnf.data.cells import typed
 from cnf.data.dependence import dependent_columns
 from cnf.data.frames import read_frame
-from cnf.data.schema import TableColumn, parse_given, to_lattice
+from cnf.data.schema import TableColumn, parse_given
 from cnf.data.text import read_csv
-from cnf.data.write import sampled_frame
+from cnf.data.write import as_numbers_of, sampled_frame
 from cnf.errors import CheckpointError, ConfigError, DataError
 from cnf.evaluation import evaluate
 from cnf.models import build
@@ -445,7 +445,7 @@ def test_dependent_columns_are_refused_or_kept(tmp_path: Path) -> None:
 @settings(max_examples=100, **SETTINGS)
 def test_dequantised_values_fall_back_to_their_lattice(step: float, origin: float, k: int, u: float) -> None:
     column = TableColumn("k", kind="discrete", step=step, origin=origin, dequantised=True)
-    assert to_lattice(column, np.array([origin + step * (k + u)]))[0] == pytest.approx(origin + step * k, abs=1e-9 * step)
+    assert as_numbers_of(np.array([[origin + step * (k + u)]]), [column])[0, 0] == pytest.approx(origin + step * k, abs=1e-9 * step)
 
 
 @pytest.fixture(scope="module")
@@ -804,7 +804,7 @@ def test_samples_of_discrete_columns_stay_within_the_table(tmp_path):
     np.savetxt(tmp_path / "t.csv", x, delimiter=",", header="n,a", comments="")
     column = load(str(tmp_path / "t.csv")).table[0]
     assert (column.origin, column.last) == (x[:, 0].min(), x[:, 0].max())
-    values = np.array([-2.7, 0.5, 99.0])
-    assert to_lattice(column, values).tolist() == [0.0, 0.0, x[:, 0].max()]
+    values = np.array([[-2.7], [0.5], [99.0]])
+    assert as_numbers_of(values, [column])[:, 0].tolist() == [0.0, 0.0, x[:, 0].max()]
     known = {k: v for k, v in dataclasses.asdict(column).items() if k != "last"}
-    assert to_lattice(decode(TableColumn, json.loads(json.dumps(known)), "column"), values).tolist() == [-3.0, 0.0, 99.0]
+    assert as_numbers_of(values, [decode(TableColumn, json.loads(json.dumps(known)), "column")])[:, 0].tolist() == [-3.0, 0.0, 99.0]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cnf._utils.errors import SolverError
+from cnf._utils.errors import DataError, SolverError
 from cnf.data.items import Items
 from cnf.data.schema import TableColumn, conditions, data_columns, plain_table
 from cnf.data.write import sampled_frame
@@ -98,7 +98,7 @@ def _odd(flow: Flow, items: Items, schema: Sequence[TableColumn], rows: list[int
     x = items.x[rows] if items.steps is None else items.x[rows] + items.steps[rows] / 2  # the middle of a step
     try:
         values, gains = likeliest_values(flow, x, None if items.context is None else items.context[rows])
-    except SolverError:  # far out; the ranking itself has the likelihood
+    except (DataError, SolverError):  # of rows or samples far out; the ranking itself has the likelihood
         return {}
     likeliest = sampled_frame(values.numpy(), columns, {})
     found = {}

@@ -136,8 +136,14 @@ def read_folder(folder: Path, image_size: int | None = None) -> Rows:
     return Rows(images, np.array(listing.labels) if listing.labels else None, notices=notices)
 
 
-def stack_pictures(files: Sequence[Path], image_size: int | None, name: str) -> tuple[Array, list[str]]:
+def stack_pictures(files: Sequence[Path], image_size: int | None, name: str, advice: str = RESIZE) -> tuple[Array, list[str]]:
     """Decode images one by one into uint8 (N, 1 or 3, H, W), as :func:`read_folder` does; also return notices.
+
+    Args:
+        files: the images.
+        image_size: crop and resize to this size; None if all have one size.
+        name: their folder, for messages.
+        advice: what to do about images of another size.
 
     Raises:
         DataError: for mixed sizes, an unreadable image, or more images than fit into memory.
@@ -159,8 +165,8 @@ def stack_pictures(files: Sequence[Path], image_size: int | None, name: str) -> 
             except MemoryError:
                 raise DataError(f"{len(files):,} images of {size[0]}x{size[1]} (in {name!r}) exceed the memory; {RESIZE}") from None
         if picture.size != size:
-            sizes = ["x".join(map(str, s)) for s in (size, picture.size)]
-            raise DataError(f"images of {name!r} must have one size, got {sizes[0]} in {files[0].name!r} and {sizes[1]} in {file.name!r}; {RESIZE}")
+            got = [f"{w}x{h} in {os.path.relpath(path, name)!r}" for (w, h), path in ((size, files[0]), (picture.size, file))]
+            raise DataError(f"images of {name!r} must have one size, got {got[0]} and {got[1]}; {advice}")
         mixed += grey == (images.shape[1] == 3)
         if not grey and images.shape[1] == 1:  # the first colour image: earlier grey images become RGB
             images = np.repeat(images, 3, axis=1)

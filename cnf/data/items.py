@@ -96,7 +96,7 @@ def read_items(
     cells: list[pd.DataFrame] = []
     schema = tuple(table) or plain_table(columns or [f"column {j}" for j in range(event_shape[0])])
     for path in paths:
-        rows, called = _read(path, image_size)
+        rows, called = _read(path, image_size, event_shape)
         if levels:
             x = _image(rows.x, event_shape, levels, path, called)
         else:
@@ -133,7 +133,7 @@ def _joined(cells: Sequence[pd.DataFrame]) -> pd.DataFrame | None:
     return pd.concat([part.astype(object) for part in cells], ignore_index=True) if cells else None
 
 
-def _read(path: Path, image_size: int | None) -> tuple[Rows, list[str]]:
+def _read(path: Path, image_size: int | None, event_shape: tuple[int, ...]) -> tuple[Rows, list[str]]:
     """Read the rows or images of a path without conversion; also return the names of image files."""
     name = str(path)
     if not path.exists():
@@ -144,7 +144,8 @@ def _read(path: Path, image_size: int | None) -> tuple[Rows, list[str]]:
         if not files:
             hint = f" (give {listing.arrays[0].name} itself)" if listing.arrays else ""
             raise DataError(f"folder {name!r} holds no image; expected {', '.join(SUFFIXES)} files{hint}")
-        x, notices = stack_pictures(files, image_size, name)
+        advice = f"resize them to the model's {event_shape[2]}x{event_shape[1]}" if len(event_shape) == 3 else "and the model has rows, not images"
+        x, notices = stack_pictures(files, image_size, name, advice)
         return Rows(x, np.array(listing.labels) if listing.labels else None, notices), [str(f) for f in files]
     parts = read_file(path)
     if set(parts) != {"all"}:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from cnf.data.dependence import rounding
 from cnf.data.rows import Table
 
-__all__ = ["few_distinct", "find_step", "lattice_points", "lattice_step"]
+__all__ = ["few_distinct", "find_step", "lattice_points", "lattice_step", "to_lattice"]
 
 TOLERANCE = 0.05  # in steps: rounding to five digits moves values this far off (100.025 -> 100.02)
 FRACTION_TOLERANCE = 0.005  # tighter, since almost any values fit a small fraction of the smallest gap
@@ -130,6 +131,34 @@ def lattice_points(origin: float, step: float, indices: Table) -> Table:
     digits = 9 - math.floor(math.log10(step))
     points = origin + step * indices
     return np.round(points, digits) if abs(digits) < 300 else points
+
+
+def to_lattice(
+    values: Table, steps: Sequence[float] | Table, origins: Sequence[float] | Table, ends: Sequence[float | None] | Table, floor: Sequence[bool] | None = None
+) -> Table:
+    """Round values (..., D) of discrete columns to their lattices, and into the range of the data: a count is never negative.
+
+    Args:
+        values: of D columns.
+        steps: of the columns' lattices; 0 or NaN for a continuous column, which is not changed.
+        origins: a point of each lattice, the least one if the column has an end.
+        ends: largest point of each lattice; None for a lattice without limits.
+        floor: whether a point stands for the step above it, [v, v + step), instead of the step around it.
+
+    Example:
+        >>> to_lattice(np.array([[0.2, 0.2, 0.2], [0.7, 0.7, 9.0]]), [0.5, 0.5, 0.0], [0.0] * 3, [5.0] * 3, [True, False, False]).tolist()
+        [[0.0, 0.0, 0.2], [0.5, 0.5, 9.0]]
+    """
+    out = values.copy()
+    for j, (step, origin, end) in enumerate(zip(steps, origins, ends, strict=True)):
+        if not step > 0:
+            continue
+        indices = (values[..., j] - origin) / step
+        whole = np.floor(indices) if floor is not None and floor[j] else np.rint(indices)
+        if end is not None:
+            whole = np.clip(whole, 0, np.rint((end - origin) / step))
+        out[..., j] = lattice_points(origin, step, whole)
+    return out
 
 
 def _snapped(step: float, whole: bool) -> float:

@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cnf._utils.errors import ConfigError
-from cnf.data.lattice import lattice_points
 
-__all__ = ["MAXIMUM_CATEGORIES", "TableColumn", "conditions", "context_width", "data_columns", "encode", "on_lattice", "parse_given", "plain_table", "snap", "split_names", "to_lattice", "wanted"]  # fmt: skip
+__all__ = ["MAXIMUM_CATEGORIES", "TableColumn", "conditions", "context_width", "data_columns", "encode", "on_lattice", "parse_given", "plain_table", "snap", "split_names", "wanted"]  # fmt: skip
 
 MAXIMUM_CATEGORIES = 1000
 LARGEST = 1e30
@@ -171,26 +170,6 @@ def snap(column: TableColumn, values: NDArray[np.float64]) -> NDArray[np.float64
     if column.type != "int" or not column.step or column.step.is_integer():
         return values
     return column.origin + column.step * np.rint((values - column.origin) / column.step)
-
-
-def to_lattice(column: TableColumn, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Round samples (N,) to the column's lattice: down if the column is dequantised, else to the nearest point.
-
-    Values beyond those of the training table, such as a negative count, become its least or largest one.
-
-    Example:
-        >>> k = TableColumn("k", kind="discrete", step=0.5, dequantised=True)
-        >>> to_lattice(k, np.array([0.2, 0.7, -0.1])).tolist()
-        [0.0, 0.5, -0.5]
-    """
-    if not column.step:
-        return np.rint(values) if column.type == "int" else values
-    indices = (values - column.origin) / column.step
-    whole = np.floor(indices) if column.dequantised else np.rint(indices)
-    if column.last is not None:
-        whole = np.clip(whole, 0, np.rint((column.last - column.origin) / column.step))
-    points = lattice_points(column.origin, column.step, whole)
-    return np.rint(points) if column.type == "int" else points  # a non-integer step: the values were rounded to integers
 
 
 def split_names(text: str | Sequence[str] | None, option: str) -> tuple[str, ...]:

@@ -58,8 +58,8 @@ def _read(files: list[Path], folder: Path) -> Array:
     """Read images as uint8 (N, 3, 64, 64); grey ones become colour."""
     if not files:
         raise DataError(f"{str(folder)!r} holds no image; expected {', '.join(SUFFIXES)} files in folders called images")
-    images, _ = stack_pictures(files, None, str(folder))
+    images, _ = stack_pictures(files, None, str(folder), "those of Tiny ImageNet are 64x64: unpack its archive again, or resize the odd files to that")
     images = np.repeat(images, 3, axis=1) if images.shape[1] == 1 else images
     if images.shape[1:] != SHAPE:
-        raise DataError(f"{str(folder)!r} holds images of {images.shape[2]}x{images.shape[3]}; expected 64x64")
+        raise DataError(f"{str(folder)!r} holds images of {images.shape[3]}x{images.shape[2]}; expected 64x64: unpack the archive again, or resize them to that")
     return images

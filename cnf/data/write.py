@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cnf._utils.errors import ConfigError
+from cnf.data.lattice import to_lattice
 from cnf.data.rows import Array, Table, optional_module
-from cnf.data.schema import TableColumn, data_columns, to_lattice
+from cnf.data.schema import TableColumn, data_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,9 +31,11 @@ def as_numbers_of(samples: Array, table: Sequence[TableColumn]) -> Array:
 
 def _exact(samples: Array, table: Sequence[TableColumn]) -> Table:
     columns = data_columns(table)
-    out = samples.astype(np.float64)
+    lattices = ([c.step for c in columns], [c.origin for c in columns], [c.last for c in columns], [c.dequantised for c in columns])
+    out = to_lattice(samples.astype(np.float64), *lattices)
     for j, column in enumerate(columns):
-        out[:, j] = to_lattice(column, out[:, j])
+        if column.type == "int":  # of a step that is no integer, the values were rounded to integers
+            out[:, j] = np.rint(out[:, j])
         if column.kind == "date":
             out[:, j] += column.epoch
     return out

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cnf._utils.errors import ConfigError, DataError, require_at_least, require_inside
 from cnf.data import DataSplits
+from cnf.data.lattice import to_lattice
 from cnf.estimators.conditional_fit import fit_conditional
 from cnf.estimators.quantiles import cdf, mean, quantiles, sorted_crps
 from cnf.estimators.rows import (
@@ -23,7 +24,6 @@ from cnf.estimators.rows import (
     in_chunks,
     prepare_rows,
     seed_of,
-    to_lattice,
 )
 from cnf.estimators.units import Units, require_numbers, spread
 from cnf.random import Noise

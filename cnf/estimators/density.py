@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cnf._utils.errors import require_at_least
 from cnf.data.checks import column_name
+from cnf.data.lattice import to_lattice
 from cnf.estimators.mixtures import COMPONENTS
 from cnf.estimators.rows import (
     LEAST_ROWS,
@@ -24,7 +25,6 @@ from cnf.estimators.rows import (
     in_chunks,
     prepare_rows,
     seed_of,
-    to_lattice,
 )
 from cnf.estimators.search import DensityFit, fit_density
 from cnf.estimators.units import Units, require_numbers

@@ -18,10 +18,10 @@ from torch import Tensor
 from cnf._utils.errors import ConfigError, DataError, constant_column, require_at_least, require_inside
 from cnf.data.checks import repeated_values
 from cnf.data.dependence import dependent_columns
-from cnf.data.lattice import lattice_points, lattice_step
+from cnf.data.lattice import lattice_step
 from cnf.estimators.units import Units
 
-__all__ = ["Layout", "PreparedRows", "check_parameters", "check_weights", "gains", "in_chunks", "prepare_rows", "read_rows", "scored_rows", "seed_of", "to_lattice"]
+__all__ = ["Layout", "PreparedRows", "check_parameters", "check_weights", "gains", "in_chunks", "prepare_rows", "read_rows", "scored_rows", "seed_of"]
 
 Array = NDArray[np.float64]
 
@@ -228,15 +228,6 @@ def _some(x: Tensor, rows: int, seed: int) -> Tensor:
     chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:rows].to(x.device)
     index: Tensor = torch.cat([chosen, x.argmin(0), x.argmax(0)]).unique()  # type: ignore[no-untyped-call]
     return index
-
-
-def to_lattice(x: Array, steps: Array, origins: Array, ends: Array) -> Array:
-    """Round samples (..., D) of discrete columns to the nearest point of their lattice from the least to the largest value seen."""
-    out = x.copy()
-    for j in np.flatnonzero(~np.isnan(steps)):
-        indices = np.rint((np.clip(x[..., j], origins[j], ends[j]) - origins[j]) / steps[j])
-        out[..., j] = lattice_points(origins[j], steps[j], indices)
-    return out
 
 
 def in_chunks(function: Any, *parts: Tensor, rows: int = 8192) -> Tensor:

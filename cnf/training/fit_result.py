@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cnf._utils.errors import ConfigError, SolverError
+from cnf._utils.errors import CNFError, ConfigError
 from cnf.data import DataSplits
 from cnf.flow import Flow
 from cnf.losses import CustomLoss, Supervised
@@ -66,10 +66,10 @@ def finish_fit(trainer: Trainer, model: Any, data: DataSplits, info: ModelInfo, 
     if len(data.test) or (folder is not None and known and _scorable(model, objective)):
         try:
             result = _score(trainer, model, data, split)
-        except SolverError as error:
+        except CNFError as error:
             if split == "test":
                 raise
-            trainer.say(f"the validation rows cannot be scored with all draws, so that the run has no figure: {error}")
+            trainer.say(f"the validation rows cannot be scored, so that the run has no figure: {error}")
     if result is not None:
         result |= trained(trainer, info.seed, data, dataclasses.asdict(info))
         if isinstance(objective, CustomLoss):  # another quantity than the figure

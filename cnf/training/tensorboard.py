@@ -1,8 +1,9 @@
-"""TensorBoard logs: scalars in groups, the settings, and the pictures of a run."""
+"""TensorBoard logs: scalars in groups, samples at validations, the settings, and the pictures of a run."""
 
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -10,13 +11,25 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cnf._utils.errors import CNFError
 from cnf.config.results import read_json
+from cnf.flow import Flow
 from cnf.losses import FlowMatching, Likelihood
+from cnf.ode.continuous import CNF
+from cnf.random import Noise
+from cnf.solvers import Solver
 from cnf.training.callbacks import Callback, Run
 
 __all__ = ["TensorBoardLogger", "conclude", "tag"]
 
 SOLVER = ("nfe", "nfe_backward", "solver_error", "grid_steps", "most_grid_steps", "rtol")
+SHARES = 20  # of the steps, with samples of one validation each
+TILES, SIDE, PIXELS = 4, 64, 2**18  # images in a row, pixels of their longer side at least, of all together at most
+POINTS, CELLS, ENLARGED = 2000, 64, 4  # of the plane: points, bins of a side, pixels of a bin's side
 VALIDATION = ("best", "best_step", "straightness", "path_energy")
 
 
@@ -43,10 +56,51 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-class TensorBoardLogger(Callback):
-    """TensorBoard logger: scalars in three groups, settings as text and as hyper-parameters, pictures at the end.
+def samples_image(run: Run) -> Tensor | None:
+    """Return samples of the model that is validated as one image (channels, H, W) in [0, 1], by its training solver.
 
-    After a failed write (a full disk) it reports once and logs no more.
+    Images are tiles; points in the plane are a histogram over the box of the training data, denser where lighter. None
+    for other events, and where samples cannot be drawn.
+    """
+    flow, batches = run.averaged(), run.batches
+    if not isinstance(flow, Flow) or not (flow.event_shape == (2,) or (flow.levels is not None and flow.event_shape[0] in (1, 3))):
+        return None
+    count = POINTS if flow.event_shape == (2,) else max(1, min(TILES**2, PIXELS // math.prod(flow.event_shape[1:])))
+    context = None if not flow.context_dim or batches.context is None else batches.context[:count]
+    noise = Noise(0, "sample")
+    try:
+        x = flow.sample(count, noise=noise, solver=_training) if context is None else flow.sample(1, context, noise=noise, solver=_training)[0]
+    except (CNFError, RuntimeError):  # samples of an early model may be anywhere, and a custom transform may have no inverse
+        return None
+    if flow.levels is not None:
+        return _tiles(x.cpu())
+    data = batches.x[:POINTS].double().cpu()
+    low, high = data.amin(0), data.amax(0)
+    room = 0.1 * (high - low) + 1e-6 * (1.0 + high.abs())
+    edges = [torch.linspace(float(a), float(b), CELLS + 1, dtype=torch.float64) for a, b in zip(low - room, high + room, strict=True)]
+    counts = torch.histogramdd(x.double().cpu(), edges).hist.log1p()
+    shown = (counts / counts.max().clamp(min=1.0)).T.flip(0)  # the second coordinate points upwards
+    return shown.repeat_interleave(ENLARGED, 0).repeat_interleave(ENLARGED, 1)[None]
+
+
+def _training(block: CNF) -> Solver:
+    return block.solver
+
+
+def _tiles(x: Tensor) -> Tensor:
+    """Return images (N, C, H, W) side by side in rows, small ones enlarged, with grey lines between them."""
+    scale = max(1, SIDE // max(x.shape[2:]))
+    x = functional.pad(x.repeat_interleave(scale, 2).repeat_interleave(scale, 3), (0, 1, 0, 1), value=0.5)
+    across = math.ceil(math.sqrt(len(x)))
+    x = torch.cat([x, x.new_full((-len(x) % across, *x.shape[1:]), 0.5)])
+    return torch.cat([torch.cat(list(row), 2) for row in x.split(across)], 1)
+
+
+class TensorBoardLogger(Callback):
+    """TensorBoard logger: scalars in three groups, samples, settings as text and as hyper-parameters, pictures at the end.
+
+    Samples of images, and of points in the plane, are logged as ``validation/samples`` at about 20 validations, evenly
+    over the steps. After a failed write (a full disk) it reports once and logs no more.
 
     Args:
         folder: the run folder; events go into its ``tensorboard``.
@@ -55,7 +109,7 @@ class TensorBoardLogger(Callback):
     def __init__(self, folder: Path):
         self.folder = folder / "tensorboard"
         self._writer: Any = None
-        self._hook, self._failed = threading.excepthook, False
+        self._hook, self._failed, self._shown = threading.excepthook, False, -1
 
     def setup(self, run: Run) -> None:
         """Remember where messages go, and whether validations are of the likelihood."""
@@ -66,7 +120,18 @@ class TensorBoardLogger(Callback):
         """Open the event file; events of later steps, logged before a resume, are purged."""
         self._hook = threading.excepthook
         threading.excepthook = self._quietly
+        self._shown = SHARES * run.state.step // run.steps if run.state.step else -1
         self._begin(run.state.step)
+
+    def on_validation(self, run: Run, better: bool) -> None:
+        """Log samples, if none have been logged in this twentieth of the steps."""
+        share, step = SHARES * run.state.step // run.steps, run.state.step
+        if share <= self._shown or self._writer is None:
+            return
+        self._shown = share
+        with suppress(ImportError):  # Pillow, which encodes the image, is an extra
+            if (image := samples_image(run)) is not None:
+                self._try(lambda writer: writer.add_image("validation/samples", image, step))
 
     def on_row(self, run: Run, row: dict[str, Any]) -> None:
         """Log the numbers of a row at step ``row["step"]``."""
