@@ -50,7 +50,7 @@ def read_numpy(path: Path) -> dict[str, Array]:
         mapped = np.load(path, mmap_mode="c", allow_pickle=False)
         if mapped.offset + mapped.nbytes != size:
             raise ValueError("it has more bytes than its header says")
-        return {"x": mapped}
+        return {"x": _native(mapped)}
     except Exception as error:  # zipfile and numpy raise many exception types for damaged files
         if "allow_pickle" in str(error) or "Python objects" in str(error):
             raise DataError(
@@ -81,7 +81,12 @@ def _read_array(file: IO[bytes]) -> Array:
         raise ValueError("it has more bytes than its header says")
     if array.nbytes == 0 and max(array.shape, default=0) > MANY_OF_NOTHING:
         raise ValueError(f"it claims the shape {array.shape} and holds nothing")
-    return array
+    return _native(array)
+
+
+def _native(array: Array) -> Array:
+    """Return the array in this machine's byte order, which pandas and torch require."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def rows_of_keys(arrays: dict[str, Array], name: str) -> dict[str, Rows]:

@@ -32,6 +32,7 @@ _MIXING = 0.02  # relative change of a row's value allowed when its neighbours c
 _ROWS = 6  # rows of the batch in the comparison
 _CALLS = 5  # repeated calls that must agree: a layer skipped at random is detected with probability 0.94
 _CHECKED: Findings[tuple[bool, bool]] = Findings()  # (random, whole) by mode
+_PRECOMPUTED: Findings[bool] = Findings()
 
 
 def stated(field: nn.Module, name: str) -> Any:
@@ -76,15 +77,35 @@ def precompute(
     Raises:
         ConfigError: for a field whose value of a row depends on the other rows, such as one with batch statistics.
     """
+    now = x.new_full((), 0.5) if t is None else t
     if isinstance(field, VectorField) and consistent(type(field), "precompute") and intact(field):
         made = field.precompute(x, context)
         if made is not None:
+            if not _built_in(field):
+                _check_precomputed(field, now, x, context)
             return made
     bound = protect(field, noise)
     if isinstance(bound, CustomField):
         _refuse_batch_statistics(bound.module)
-        bound.check(x.new_full((), 0.5) if t is None else t, x, context)
+        bound.check(now, x, context)
     return bound
+
+
+def _check_precomputed(field: VectorField, t: Tensor, x: Tensor, context: Tensor | None) -> None:
+    """Compare what a custom field's ``precompute`` returns with its ``forward``, when due."""
+    if not len(x) or tracing(x) or _PRECOMPUTED.known(field, field.training):
+        return
+    x, context = x[:_ROWS], context_rows(context, slice(_ROWS))
+    with torch.no_grad(), draws_random_numbers(x.device) as drew:
+        whole, made = field(t, x.clone(), context), field.precompute(x, context)
+        found = whole if made is None else made(t, x.clone(), context)
+    apart = float((found - whole).abs().max() / whole.abs().max())
+    if apart > _MIXING and not drew[0]:
+        raise ConfigError(
+            f"field {type(field).__name__} has a precompute that does not match its forward (they differ by {apart:.1%} of its size): correct "
+            "it, or leave it out"
+        )
+    _PRECOMPUTED.keep(field, field.training, True)
 
 
 class _BuiltIn(SolveFunctions):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,15 +15,18 @@ from cnf.fields.base import SolveField
 from cnf.fields.custom import CustomField
 from cnf.fields.findings import Findings
 from cnf.fields.randomness import draws_random_numbers
-from cnf.ode.divergence import Bound, Divergence, closed, jacobian_product
+from cnf.ode.divergence import Bound, Divergence, Exact, closed, jacobian_product
 
 __all__ = ["check_derivative", "check_time_derivative", "first_order"]
 
-ROWS = 8
+ROWS, MOST = 8, 256  # rows, and dimensions of a closed-form divergence
 AGREE, WRONG = 0.05, 0.2  # relative errors: accepted for a difference quotient, rejected for a derivative
 _FIRST: Findings[bool] = Findings()  # True once compared, by (training, mode)
 _SECOND: Findings[tuple[str, bool]] = Findings()  # the fault of the gradient, and whether it needs reverse mode
 _TIME: Findings[bool] = Findings()
+
+
+T = TypeVar("T")
 
 
 class _Compared(NamedTuple):
@@ -99,12 +102,14 @@ def check_derivative(
     key = (field.module.training, getattr(divergence, "mode", "forward"), closed(divergence, field))
     if _FIRST.known(field.module, key) is None:
         with torch.no_grad():
-            found = _attempt(field, divergence, t, x, context, _first)
+            found, error = (_attempt(field, divergence, t, x, context, comparison) for comparison in (_first, _closed_form))
         if isinstance(found, _Compared) and (fault := found.fault()):
             raise ConfigError(
                 f"field {type(field.module).__name__} has a derivative that does not match its values: {fault}, so that the log-det would "
                 "be wrong: remove what cuts or changes gradients (detach, torch.no_grad, inference_mode, NumPy, rounding, backward hooks)"
             )
+        if isinstance(error, ConfigError):
+            raise error
         _FIRST.keep(field.module, key, True)
     if not torch.is_grad_enabled() or not (x.requires_grad or any(p.requires_grad for p in field.module.parameters())):
         return ""
@@ -133,14 +138,34 @@ def check_time_derivative(field: SolveField, divergence: Divergence, t: Tensor, 
 
 
 def _attempt(
-    field: CustomField, divergence: Divergence, t: Tensor, x: Tensor, context: Tensor | None, comparison: Callable[[_Rows], _Compared]
-) -> _Compared | Exception:
+    field: CustomField, divergence: Divergence, t: Tensor, x: Tensor, context: Tensor | None, comparison: Callable[[_Rows], T]
+) -> T | Exception:
     """Return a comparison, or the error that it raised, which the solve itself reports."""
     try:
         with draws_random_numbers(x.device):
             return comparison(_Rows(field, divergence, t, x, context))
     except Exception as error:
         return error
+
+
+def _closed_form(rows: _Rows) -> None:
+    """Compare a closed-form divergence with the exact trace, for few dimensions.
+
+    Raises:
+        ConfigError: if it is another.
+    """
+    if not rows.closed or rows.x[0].numel() > MOST:
+        return
+    div = rows.bound.field.divergence(rows.t, rows.x, rows.context)[1]
+    _, exact, square, _ = Exact(closed_form=False).linearize(rows.bound.field, rows.t, rows.x, None, rows.context, frozenset({"div", "jac_sq"}))
+    assert exact is not None and square is not None
+    wrong = (div - exact).abs() > AGREE * exact.abs() + rows.eps**0.5 * square.sqrt()
+    if 2 * int(wrong.sum()) > len(wrong):
+        row = int(wrong.nonzero()[0])
+        raise ConfigError(
+            f"field {rows.bound.field.name} has a divergence that does not match its forward: {float(div[row]):.3g} in closed form and "
+            f"{float(exact[row]):.3g} by autodiff: correct it, or leave it out"
+        )
 
 
 def _first(rows: _Rows) -> _Compared:
