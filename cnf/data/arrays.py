@@ -13,7 +13,7 @@ from cnf._utils.untrusted import memory, require_file, zip_members
 from cnf.data.rows import Array
 from cnf.data.splits import MAXIMUM_CLASSES, Rows
 
-__all__ = ["MAP_FROM", "as_images", "read_numpy", "rows_of_keys"]
+__all__ = ["MAP_FROM", "as_images", "dark", "read_numpy", "rows_of_keys"]
 
 MAP_FROM = 2**31  # bytes; an .npy file of this size or more is memory-mapped
 MANY_OF_NOTHING = 2**24  # largest dimension of an array with zero elements
@@ -168,13 +168,18 @@ def as_images(x: Array, name: str) -> tuple[Array, list[str]]:
     if x.size == 0:
         raise DataError(f"images of {name!r} must have at least one pixel, got shape {x.shape}")
     x, notices = _grey_levels(x, name)
+    return x, notices + dark(x)
+
+
+def dark(x: Array) -> list[str]:
+    """Return a notice of uint8 images (N, C, H, W) whose scale may not be that of 0 to 255, or none."""
     highest = int(x[:: max(1, len(x) // 10_000)].max())
-    if highest < _DARK:
-        notices.append(
-            f"the highest grey level is {highest}, almost black on the scale of 0 to 255; if {highest} is meant as white, "
-            "stretch the images to 255 in the file and set nbits to their number of bits"
-        )
-    return x, notices
+    if highest >= _DARK:
+        return []
+    return [
+        f"the highest grey level is {highest}, almost black on the scale of 0 to 255; if {highest} is meant as white, "
+        "stretch the images to 255 in the file and set nbits to their number of bits"
+    ]
 
 
 def _grey_levels(x: Array, name: str) -> tuple[Array, list[str]]:
