@@ -683,3 +683,43 @@ def test_a_second_derivative_is_right_or_an_error(solver, field):
     assert solver in ("grid", "adaptive")
     for a, b in zip(*values, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+class Cubic(VectorField):
+    context_dim = 0
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.factor, self.weight = factor, nn.Parameter(torch.tensor([0.1, -0.2], dtype=F64))
+
+    def forward(self, t, x, context=None):
+        return self.weight * x**3
+
+
+class InClosedForm(Cubic):
+    def forward(self, t, x, context=None):
+        return self.weight * x**3
+
+    def divergence(self, t, x, context=None):
+        return self(t, x), self.factor * (3 * self.weight * x.square()).sum(1)
+
+
+class Precomputed(Cubic):
+    def forward(self, t, x, context=None):
+        return self.weight * x**3
+
+    def precompute(self, x, context=None):
+        return protect(lambda t, y, context=None: self.factor * self.weight * y**3)
+
+
+def test_what_a_field_offers_besides_forward_is_compared_with_it():
+    x = torch.randn(5, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+
+    def log_prob(field):
+        return Flow(CNF(field, Exact(), FixedGrid("rk4", 4), FixedGrid("rk4", 4)), (2,)).log_prob(x)
+
+    for kind in (InClosedForm, Precomputed):
+        torch.testing.assert_close(log_prob(kind()), log_prob(Cubic()))
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=f"field {kind.__name__} has a .* that does not match its forward.* correct it, or leave it out"):
+                log_prob(kind(2.0))

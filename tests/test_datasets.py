@@ -630,3 +630,12 @@ def test_names() -> None:
     images = {"digits", "mnist", "fashion-mnist", "cifar10", "svhn", "celeba", "imagenet32", "imagenet64", "celebahq256", "tiny-imagenet"}
     assert set(toy.TOYS) < set(known) and images < set(known) and {"power", "bsds300"} < set(known)
     assert all(line and "\n" not in line for line in known.values())
+
+
+def test_an_array_of_the_other_byte_order(tmp_path):
+    x = np.random.default_rng(0).normal(size=(60, 2))
+    found = []
+    for name, kind in (("plain", "<f8"), ("other", ">f8")):
+        np.save(tmp_path / f"{name}.npy", x.astype(kind))
+        found.append(datasets.load(str(tmp_path / f"{name}.npy")).train)
+    assert torch.equal(*found)

@@ -500,3 +500,13 @@ def test_options_that_would_do_nothing(tmp_path: Path, options: dict[str, Any], 
 def test_flip_of_own_images(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", images())
     assert not datasets.load(tmp_path / "x.npy").flip and datasets.load(tmp_path / "x.npy", flip=True).flip
+
+
+def test_a_folder_of_masks_is_almost_black(tmp_path: Path) -> None:
+    for i in range(12):
+        mask = np.random.default_rng(i).integers(0, 2, (4, 6)).astype(np.uint8)
+        for folder, white in (("masks", 1), ("images", 255)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(white * mask).save(tmp_path / folder / f"{i}.png")
+    assert any("the highest grey level is 1, almost black" in line for line in datasets.load(str(tmp_path / "masks")).notices)
+    assert not any("almost black" in line for line in datasets.load(str(tmp_path / "images")).notices)

@@ -434,3 +434,20 @@ def test_samples_of_discrete_columns_are_values_seen():
     assert drawn["flag"].dtype == bool and set(drawn["count"]) <= set(range(x["count"].max() + 1)) and drawn["count"].max() > 1
     y = ConditionalDensityEstimator(**QUICK, random_state=0).fit(x[["a"]], x["flag"].astype(int)).sample(x[["a"]], 5, random_state=0)
     assert set(np.unique(y)) == {0, 1}
+
+
+def test_masked_values_and_dates_have_no_density_and_no_prediction():
+    x = np.random.default_rng(0).normal(size=(60, 2))
+    masked = np.ma.MaskedArray(x, np.zeros_like(x, dtype=bool))
+    density, given = DensityEstimator(**QUICK, random_state=0).fit(masked), ConditionalDensityEstimator(**QUICK, random_state=0).fit(x[:, :1], x[:, 1])
+    masked[3, 0] = np.ma.masked
+    dates = x.astype("datetime64[s]")
+    for bad, message in ((masked, "masked values, first in row 3"), (dates, "holds dates")):
+        for call in (
+            lambda: density.score_samples(bad),
+            lambda: given.predict(bad[:, :1]),
+            lambda: given.score_samples(bad[:, :1], x[:, 1]),
+            lambda: given.score_samples(x[:, :1], bad[:, 0]),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()

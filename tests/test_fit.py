@@ -158,9 +158,21 @@ def test_all_kinds_of_data_give_the_same_run(data):
     assert torch.equal(weights(plain.flow), weights(other.flow)) and plain.best == other.best
 
 
-def test_a_stream_trains_in_its_own_order():
-    result = cnf.fit(own_flow(), DataLoader(Stream(), 16), **SHORT)
+def test_arrays_of_other_byte_orders_and_with_masks():
+    x = POINTS.double().numpy()
+    plain = cnf.fit(own_flow(), x, **SHORT)
+    for other in (x.astype(">f8"), x.astype(np.longdouble), np.ma.MaskedArray(x)):
+        assert torch.equal(weights(plain.flow), weights(cnf.fit(own_flow(), other, **SHORT).flow))
+    masked = np.ma.MaskedArray(x, np.arange(len(x))[:, None] == [5, 5])
+    with pytest.raises(DataError, match="train has masked values, first in row 5: remove such rows"):
+        cnf.fit(own_flow(), masked, **SHORT)
+
+
+def test_a_stream_trains_in_its_own_order(capsys):
+    result = cnf.fit(own_flow(), DataLoader(Stream(), 16), **{**SHORT, "quiet": False})
     assert result.reason == "steps" and result.best == math.inf and result.best_step == 6
+    shown = capsys.readouterr()
+    assert re.search(r"step 6/6: no validation data, \d+\.\d{4} nats", shown.out + shown.err) and "inf" not in shown.out + shown.err
 
 
 def test_a_condition_by_name_and_columns_that_are_no_numbers():

@@ -15,7 +15,7 @@ from cnf.errors import ConfigError, DataError, SolverError
 from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
 from cnf.neural_ode import NeuralODE
 from cnf.ode.multiscale import multiscale
-from cnf.solvers import Stats
+from cnf.solvers import Reversible, Stats
 from cnf.transforms import DeterministicTransform, Sequential, Transform, TransformOutput
 
 GRID = FixedGrid("rk4", 4)
@@ -86,6 +86,155 @@ def test_a_derivative_that_is_not_that_of_the_values_is_refused(kind, divergence
     for _ in range(2):
         with pytest.raises(ConfigError, match=rf"field {kind.__name__} has a derivative that does not match its values: .* (detach|torch)"):
             flow.log_prob(POINTS, noise=Noise(0))
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * (1 - torch.tanh(ctx.saved_tensors[0]) ** 2)
+
+
+class Once(Twice):
+    backward = staticmethod(torch.autograd.function.once_differentiable(Twice.backward))
+
+
+class NumpyBackward(Twice):
+    @staticmethod
+    def backward(ctx, g):
+        return g * torch.from_numpy(1 - np.tanh(ctx.saved_tensors[0].detach().numpy()) ** 2)
+
+
+class Constant(Twice):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.slope = (1 - torch.tanh(x) ** 2).detach()
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.slope
+
+
+class Applied(Field):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, t, x):
+        return self.net[2](self.function(self.net[0](x)))
+
+
+class Checkpointed(Field):
+    def forward(self, t, x):
+        return torch.utils.checkpoint.checkpoint(self.net, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("solver", [GRID, FixedGrid("rk4", 4, gradient="checkpoint"), Adaptive(gradient="adjoint"), Reversible("rk4", 4)], ids=lambda s: s.gradient)
+@pytest.mark.parametrize("divergence", [Exact(), Hutchinson(), Hutchinson(mode="reverse")], ids=["exact", "forward", "reverse"])
+def test_a_gradient_of_the_log_det_that_is_not_that_of_its_values_is_refused(solver, divergence):
+    """Its derivative is right and its second derivative zero: the values are right, and the gradient would be wrong."""
+    truth = Flow(CNF(Field(), divergence, solver), (2,))
+    x = POINTS.clone().requires_grad_()
+    right = truth.log_prob(x, noise=Noise(0))
+    slopes = torch.autograd.grad(right.sum(), [x, *truth.parameters()])
+    for field in (Applied(Twice.apply), Checkpointed()):
+        flow = Flow(CNF(field, divergence, solver), (2,))
+        found = flow.log_prob(x, noise=Noise(0))
+        torch.testing.assert_close(found, right)
+        torch.testing.assert_close(torch.autograd.grad(found.sum(), [x, *flow.parameters()]), slopes)
+    for function in (Once, NumpyBackward, Constant):
+        flow = Flow(CNF(Applied(function.apply), divergence, solver), (2,))
+        for _ in range(2):
+            found = flow.log_prob(x, noise=Noise(0))
+            torch.testing.assert_close(found, right)
+            with pytest.raises(ConfigError, match=r"field Applied has a second derivative that does not match its values: 0 by autodiff and .* differentiable twice"):
+                torch.autograd.grad(found.sum(), [x, *flow.parameters()])
+        flow.encode(x).sum().backward()  # needs the first derivative alone
+
+
+def test_a_part_that_is_switched_off_at_first_is_checked_when_it_acts():
+    class Gated(Field):
+        def __init__(self, extra):
+            super().__init__()
+            self.gate, self.extra = nn.Parameter(torch.zeros((), dtype=F64)), extra
+
+        def forward(self, t, x):
+            return self.net(x) + self.gate * self.extra(x)
+
+    class Last(Detached):
+        def __init__(self):
+            super().__init__()
+            self.gate = self.net[2].weight
+            nn.init.zeros_(self.gate)
+
+    class Later(Field):
+        def forward(self, t, x):
+            return self.net(x) + t * x.mean(0)
+
+    with pytest.raises(ConfigError, match="another value for a row"):
+        flow_of(Later()).log_prob(POINTS)
+    for made, message in ((lambda: Gated(lambda x: x.mean(0)), "another value for a row"), (Last, "a derivative that does not match")):
+        for training in (True, False):
+            field = made()
+            flow = flow_of(field).train(training)
+            flow.log_prob(POINTS)
+            with torch.no_grad():
+                field.gate += 1.0
+            for _ in range(2):
+                with pytest.raises(ConfigError, match=message):
+                    flow.log_prob(POINTS)
+
+
+@pytest.mark.parametrize("path", [False, True])
+def test_a_time_that_is_read_as_a_number_gives_a_learned_one_no_wrong_gradient(path):
+    class Timed(Field):
+        def __init__(self, read):
+            super().__init__()
+            self.read = read
+
+        def forward(self, t, x):
+            return self.net(x) * self.read(t)
+
+    def flow(read):
+        torch.manual_seed(1)
+        options = {"path": TimePath(2, learn_start=True)} if path else {"learn_end_time": True}
+        return Flow(CNF(Timed(read), Exact(), FixedGrid("rk4", 16), **options), (2,)).to(F64)
+
+    right = flow(lambda t: 1 + t.square().sum())
+    p = right.transform.path.initial if path else right.transform.sqrt_end_time
+    (slope,) = torch.autograd.grad(right.log_prob(POINTS).sum(), p)
+    ends = []
+    with torch.no_grad():
+        for step in (1e-5, -2e-5):
+            p += step
+            ends.append(right.log_prob(POINTS).sum())
+    torch.testing.assert_close(slope.sum(), (ends[0] - ends[1]) / 2e-5, rtol=1e-5, atol=1e-8)
+    wrong = flow(lambda t: 1 + sum(v**2 for v in t.flatten().tolist()))
+    with pytest.raises(ConfigError, match=r"field Timed has a derivative in t that does not match its values: 0 by autodiff and .* float\(t\)"):
+        wrong.log_prob(POINTS)
+    with torch.no_grad():
+        wrong.log_prob(POINTS)
+    if not path:
+        wrong.transform.learn_end_time, wrong.transform.fixed_end_time = False, 1.0
+        wrong.log_prob(POINTS)  # nothing takes its derivative in t
+
+
+def test_torch_func_in_a_field_and_chunks_of_the_exact_trace():
+    class Func(Field):
+        def forward(self, t, x):
+            return torch.func.vmap(torch.func.grad(lambda y: self.net(y).square().sum()))(x)
+
+    found, truth = ([] for _ in range(2))
+    for chunk, into in ((1, found), (2, truth)):
+        flow = flow_of(Func(), Exact(chunk=chunk))
+        log_prob = flow.log_prob(POINTS)
+        into += [log_prob, *torch.autograd.grad(log_prob.sum(), [*flow.parameters()], allow_unused=True, materialize_grads=True)]
+    torch.testing.assert_close(found, truth)
 
 
 @pytest.mark.parametrize("value", [lambda x: x.abs(), lambda x: nn.functional.relu(x), lambda x: torch.sin(1e4 * x), lambda x: 0 * x])

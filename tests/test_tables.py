@@ -808,3 +808,19 @@ def test_samples_of_discrete_columns_stay_within_the_table(tmp_path):
     assert as_numbers_of(values, [column])[:, 0].tolist() == [0.0, 0.0, x[:, 0].max()]
     known = {k: v for k, v in dataclasses.asdict(column).items() if k != "last"}
     assert as_numbers_of(values, [decode(TableColumn, json.loads(json.dumps(known)), "column")])[:, 0].tolist() == [-3.0, 0.0, 99.0]
+
+
+def test_rows_that_begin_with_an_error_of_a_spreadsheet_are_no_comments(tmp_path):
+    x = np.random.default_rng(0).normal(size=(40, 2))
+    path = tmp_path / "t.csv"
+    for cell, message in (("#N/A", "has 1 values that are NaN or missing, the first in line 5"), ("#DIV/0!", "row 5, column 'a' of .* is '#DIV/0!'; expected a number")):
+        path.write_text("a,b\n" + "".join(f"{cell if i == 3 else a},{b}\n" for i, (a, b) in enumerate(x)))
+        with pytest.raises(DataError, match=message):
+            load(path)
+
+
+def test_exponents_of_fortran_are_no_row_names(tmp_path):
+    x = np.random.default_rng(0).normal(size=(40, 2))
+    (tmp_path / "t.csv").write_text("a,b\n" + "".join(f"{a:.6f}D+00,{b}\n" for a, b in x))
+    with pytest.raises(DataError, match="has text in column 'a'"):
+        load(tmp_path / "t.csv")

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from operator import index
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cnf._utils.async_checks import deferred
 from cnf._utils.errors import ConfigError, DataError
 
-__all__ = ["as_rows", "check_context", "check_points", "check_unit_interval", "context_rows", "match_flow", "sample_rows", "sample_shape"]
+__all__ = ["as_rows", "check_context", "check_points", "check_unit_interval", "context_rows", "match_flow", "require_unmasked", "sample_rows", "sample_shape"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -81,6 +82,13 @@ def context_rows(context: Tensor | None, rows: slice | Tensor | list[int]) -> Te
 def match_flow(x: Tensor, context: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """Copy points and context to the flow's dtype and device; uint8 images stay uint8."""
     return x.to(like) if x.is_floating_point() else x.to(like.device), None if context is None else context.to(like)
+
+
+def require_unmasked(name: str, x: Any) -> None:
+    """Raise a DataError for masked values of a NumPy array, whose mask a conversion to an array or a tensor ignores."""
+    if isinstance(x, np.ma.MaskedArray) and np.ma.getmaskarray(x).any():
+        row = int(np.argwhere(np.ma.getmaskarray(x))[0][0])
+        raise DataError(f"{name} has masked values, first in row {row}: remove such rows, or fill the values in")
 
 
 def sample_shape(n: Any) -> tuple[int, ...]:

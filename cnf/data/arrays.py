@@ -13,7 +13,7 @@ from cnf._utils.untrusted import memory, require_file, zip_members
 from cnf.data.rows import Array
 from cnf.data.splits import MAXIMUM_CLASSES, Rows
 
-__all__ = ["MAP_FROM", "as_images", "read_numpy", "rows_of_keys"]
+__all__ = ["MAP_FROM", "as_images", "dark", "read_numpy", "rows_of_keys"]
 
 MAP_FROM = 2**31  # bytes; an .npy file of this size or more is memory-mapped
 MANY_OF_NOTHING = 2**24  # largest dimension of an array with zero elements
@@ -50,7 +50,7 @@ def read_numpy(path: Path) -> dict[str, Array]:
         mapped = np.load(path, mmap_mode="c", allow_pickle=False)
         if mapped.offset + mapped.nbytes != size:
             raise ValueError("it has more bytes than its header says")
-        return {"x": mapped}
+        return {"x": _native(mapped)}
     except Exception as error:  # zipfile and numpy raise many exception types for damaged files
         if "allow_pickle" in str(error) or "Python objects" in str(error):
             raise DataError(
@@ -81,7 +81,12 @@ def _read_array(file: IO[bytes]) -> Array:
         raise ValueError("it has more bytes than its header says")
     if array.nbytes == 0 and max(array.shape, default=0) > MANY_OF_NOTHING:
         raise ValueError(f"it claims the shape {array.shape} and holds nothing")
-    return array
+    return _native(array)
+
+
+def _native(array: Array) -> Array:
+    """Return the array in this machine's byte order, which pandas and torch require."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def rows_of_keys(arrays: dict[str, Array], name: str) -> dict[str, Rows]:
@@ -163,13 +168,18 @@ def as_images(x: Array, name: str) -> tuple[Array, list[str]]:
     if x.size == 0:
         raise DataError(f"images of {name!r} must have at least one pixel, got shape {x.shape}")
     x, notices = _grey_levels(x, name)
+    return x, notices + dark(x)
+
+
+def dark(x: Array) -> list[str]:
+    """Return a notice of uint8 images (N, C, H, W) whose scale may not be that of 0 to 255, or none."""
     highest = int(x[:: max(1, len(x) // 10_000)].max())
-    if highest < _DARK:
-        notices.append(
-            f"the highest grey level is {highest}, almost black on the scale of 0 to 255; if {highest} is meant as white, "
-            "stretch the images to 255 in the file and set nbits to their number of bits"
-        )
-    return x, notices
+    if highest >= _DARK:
+        return []
+    return [
+        f"the highest grey level is {highest}, almost black on the scale of 0 to 255; if {highest} is meant as white, "
+        "stretch the images to 255 in the file and set nbits to their number of bits"
+    ]
 
 
 def _grey_levels(x: Array, name: str) -> tuple[Array, list[str]]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from cnf._utils.errors import DataError
 from cnf._utils.progress import progress
+from cnf.data.arrays import dark
 from cnf.data.pictures import FORMATS, SUFFIXES, open_picture
 from cnf.data.rows import Array
 from cnf.data.splits import Rows
@@ -133,6 +134,7 @@ def read_folder(folder: Path, image_size: int | None = None) -> Rows:
     ignored = [*listing.others, *(p.name for p in listing.arrays)]
     if ignored:
         notices.append(f"{len(ignored):,} files that are no {FORMATS} image were ignored ({ignored[0]}, ...)")
+    notices += dark(images)
     return Rows(images, np.array(listing.labels) if listing.labels else None, notices=notices)
 
 

@@ -17,7 +17,7 @@ __all__ = ["UNNAMED", "are_days", "identifies", "is_index", "is_text", "is_whole
 UNNAMED = re.compile(r"Unnamed: \d+|__index_level_\d+__")
 # text that is a quantity, a date or a time, not a row name: no letter, a number with a unit or words, or a month
 _MONTH = r"\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\b"
-_QUANTITY = re.compile(rf"(?i)[\W\d_]*|\W*[\d.,' ]*\d(?:\s*[^\d\s]{{1,8}}|\s.*)|.*{_MONTH}.*\d.*|.*\d.*{_MONTH}.*")
+_QUANTITY = re.compile(rf"(?i)[\W\d_]*|\W*[\d.,' ]*\d(?:\s*[^\d\s]{{1,8}}|\s.*|d[+-]?\d+)|.*{_MONTH}.*\d.*|.*\d.*{_MONTH}.*")
 _IDENTIFIER = re.compile(r"(?i:index|level_0|id|idx|row|rows?[ _]?(?:id|nr|no|num|number|names?)|nr|key|uuid|guid|.*[ _]id)|.*[a-z]I[Dd]")
 
 

@@ -29,6 +29,7 @@ __all__ = ["HEAD_LINES", "MISSING", "bounded_lines", "read_csv", "read_text"]
 LONGEST = 2**24  # characters of a line, enough for a million columns
 HEAD_LINES, HEAD_CHARACTERS = 50, 2**20  # start of the file from which the dialect is detected
 MISSING = ["?", "-"]  # in addition to pandas' own: "", NA, N/A, NaN, null, None, ...
+_COMMENT = re.compile(r"#(?!(?:N/A|DIV/0!|VALUE!|REF!|NAME\?|NUM!|NULL!))")  # not a row whose first cell is an error of a spreadsheet
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 
@@ -114,7 +115,7 @@ class _Table:
                 break
         file.seek(0)
         self.lines = self._checked(file)
-        begun = [line for line in head if line.strip(" \r\n") and not line.startswith("#")]
+        begun = [line for line in head if line.strip(" \r\n") and not _COMMENT.match(line)]
         declared = re.fullmatch(r'"?sep=(.)"?\s*', begun[0], re.IGNORECASE) if begun else None
         self.dialect = Dialect(declared[1]) if declared else find_dialect(begun)
         self.head = [cells for line in begun[declared is not None :] if (cells := self._split(line))]
@@ -146,7 +147,7 @@ class _Table:
         header = True  # until the first row that is not a comment
         for line in self.lines:
             number = self.number
-            if line.startswith("#"):
+            if _COMMENT.match(line):
                 comment, self.comments = line if header else comment, self.comments + 1
                 continue
             if not line.strip(" \r\n"):

@@ -173,10 +173,12 @@ class ConditionalDensityEstimator(MultiOutputMixin, RegressorMixin, BaseEstimato
     def _context(self, X: Any) -> Tensor:
         """Return the standardised context (N, C) in double precision."""
         check_is_fitted(self)
+        require_numbers(X)
         rows = validate_data(self, X, dtype=np.float64, reset=False)
         return torch.from_numpy((rows - self._x_mean) / self._x_std)
 
     def _target(self, y: Any, n: int) -> Tensor:
+        require_numbers(y, "y")
         values = check_array(y, dtype=np.float64, ensure_2d=False, input_name="y")
         values = values.reshape(-1, 1) if values.ndim == 1 else values
         if values.shape != (n, self.n_outputs_):

@@ -149,6 +149,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def score_samples(self, X: Any) -> Array:
         """Return log p(x) (N,) in nats of rows (N, D); of discrete columns the mean density over a value's cell."""
         check_is_fitted(self)
+        require_numbers(X)
         x = torch.tensor(validate_data(self, X, dtype=np.float64, reset=False))  # a copy: frames are read-only
         offsets = _cell_nodes(self._steps)
         values = torch.stack([in_chunks(self.flow_.log_prob, x + offset) for offset in offsets])

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from cnf._utils.errors import DataError
+from cnf._utils.validation import require_unmasked
 from cnf.flow import Flow
 from cnf.transforms import Sequential, Standardize
 
@@ -26,9 +27,7 @@ def require_numbers(x: Any, name: str = "X") -> None:
 
     scikit-learn ignores a mask, and does not name the column.
     """
-    if isinstance(x, np.ma.MaskedArray) and np.ma.getmaskarray(x).any():
-        row = int(np.argwhere(np.ma.getmaskarray(x))[0][0])
-        raise DataError(f"{name} has masked values, first in row {row}: remove such rows, or fill the values in")
+    require_unmasked(name, x)
     if getattr(getattr(x, "dtype", None), "kind", "") in tuple("Mm"):  # scikit-learn would count nanoseconds
         raise DataError(f"{name} holds dates or durations: convert it to numbers, such as days")
     if not hasattr(x, "select_dtypes"):

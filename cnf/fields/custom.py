@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 from cnf._utils.async_checks import tracing, vectorized
 from cnf._utils.compilation import CompilationWarning
@@ -18,6 +18,7 @@ from cnf._utils.errors import ConfigError
 from cnf._utils.validation import context_rows
 from cnf.fields.autodiff import differentiable_attention
 from cnf.fields.base import SolveField, SolveFunctions, VectorField, consistent, intact
+from cnf.fields.findings import Findings
 from cnf.fields.randomness import SolveRandomness, draws_random_numbers
 from cnf.fields.signature import takes_context, wrapped
 from cnf.random import Noise
@@ -30,8 +31,8 @@ AnyField = nn.Module | SolveField | Callable[..., Tensor]
 _MIXING = 0.02  # relative change of a row's value allowed when its neighbours change (rounding, reduced precision)
 _ROWS = 6  # rows of the batch in the comparison
 _CALLS = 5  # repeated calls that must agree: a layer skipped at random is detected with probability 0.94
-# (random, whole) of each module by mode
-_CHECKED: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[bool, bool]]] = weakref.WeakKeyDictionary()
+_CHECKED: Findings[tuple[bool, bool]] = Findings()  # (random, whole) by mode
+_PRECOMPUTED: Findings[bool] = Findings()
 
 
 def stated(field: nn.Module, name: str) -> Any:
@@ -76,15 +77,35 @@ def precompute(
     Raises:
         ConfigError: for a field whose value of a row depends on the other rows, such as one with batch statistics.
     """
+    now = x.new_full((), 0.5) if t is None else t
     if isinstance(field, VectorField) and consistent(type(field), "precompute") and intact(field):
         made = field.precompute(x, context)
         if made is not None:
+            if not _built_in(field):
+                _check_precomputed(field, now, x, context)
             return made
     bound = protect(field, noise)
     if isinstance(bound, CustomField):
         _refuse_batch_statistics(bound.module)
-        bound.check(x.new_full((), 0.5) if t is None else t, x, context)
+        bound.check(now, x, context)
     return bound
+
+
+def _check_precomputed(field: VectorField, t: Tensor, x: Tensor, context: Tensor | None) -> None:
+    """Compare what a custom field's ``precompute`` returns with its ``forward``, when due."""
+    if not len(x) or tracing(x) or _PRECOMPUTED.known(field, field.training):
+        return
+    x, context = x[:_ROWS], context_rows(context, slice(_ROWS))
+    with torch.no_grad(), draws_random_numbers(x.device) as drew:
+        whole, made = field(t, x.clone(), context), field.precompute(x, context)
+        found = whole if made is None else made(t, x.clone(), context)
+    apart = float((found - whole).abs().max() / whole.abs().max())
+    if apart > _MIXING and not drew[0]:
+        raise ConfigError(
+            f"field {type(field).__name__} has a precompute that does not match its forward (they differ by {apart:.1%} of its size): correct "
+            "it, or leave it out"
+        )
+    _PRECOMPUTED.keep(field, field.training, True)
 
 
 class _BuiltIn(SolveFunctions):
@@ -160,7 +181,7 @@ class CustomField(_BuiltIn):
         return self._checked(dx, x, "returned from divergence"), self._checked(div, x.flatten(1)[:, 0], "returned a divergence of")
 
     def check(self, t: Tensor, x: Tensor, context: Tensor | None) -> None:
-        """Check, once per mode of the module, that rows are independent, and detect random numbers.
+        """Check that rows are independent, and detect random numbers, when due (:class:`~cnf.fields.findings.Findings`).
 
         Raises:
             ConfigError: if the value of a row depends on the other rows of its batch, or changes from call to call, or if the
@@ -168,10 +189,9 @@ class CustomField(_BuiltIn):
         """
         if x.shape[0] == 0 or tracing(x):
             return
-        known = _CHECKED.setdefault(self.module, {})
-        mode = hash(tuple((type(m), m.training) for m in self.module.modules()))
-        if mode in known:
-            self.random, self.whole = known[mode]
+        mode = tuple((type(m), m.training) for m in self.module.modules())
+        if (known := _CHECKED.known(self.module, mode)) is not None:
+            self.random, self.whole = known
             return
         try:
             other = self.twin()
@@ -183,7 +203,7 @@ class CustomField(_BuiltIn):
                     "`with torch.enable_grad(): x = x.requires_grad_()` in front of it, in forward"
                 ) from error
             self.whole = True
-            known[mode] = (False, True)
+            _CHECKED.keep(self.module, mode, (False, True))
             return
         if again > _MIXING:
             raise ConfigError(
@@ -204,11 +224,13 @@ class CustomField(_BuiltIn):
                 f"field {self.name} returns another value for a row when other rows are next to it (they differ by {apart:.1%} of its "
                 "size), so that rows have no separate densities: use statistics of one row (LayerNorm, GroupNorm) instead of the batch's"
             )
-        known[mode] = (self.random, self.whole)
+        _CHECKED.keep(self.module, mode, (self.random, self.whole))
 
     def twin(self) -> CustomField:
         """Return the field with a copy of its module, including counters and buffers."""
-        return CustomField(_copy(self.module), self.randomness.noise, self.usable)
+        twin = CustomField(_copy(self.module), self.randomness.noise, self.usable)
+        twin.reverse = self.reverse
+        return twin
 
     @torch.no_grad()
     def _compare_rows(self, t: Tensor, x: Tensor, context: Tensor | None) -> tuple[bool, float | None, float]:
@@ -233,8 +255,9 @@ def _clones(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """Return a copy without hooks."""
-    twin = copy.deepcopy(module)
+    """Return a copy without hooks; tensors with a history, which torch does not copy, are detached."""
+    held = [v for m in module.modules() for v in tree_leaves(vars(m)) if isinstance(v, Tensor) and not v.is_leaf]
+    twin = copy.deepcopy(module, {id(v): v.detach().clone() for v in held})
     for m in twin.modules():
         for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks):
             hooks.clear()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cnf._utils.errors import ConfigError
 from cnf.distributed import Group
 from cnf.losses import Objective
-from cnf.training.batches import Batches
+from cnf.training.batches import Batches, Validation
 from cnf.training.metrics import StepResult
 from cnf.training.phases import Phase
 from cnf.training.schedule import Average
@@ -36,10 +36,12 @@ class Run(Protocol):
         rate_factor: factor on the scheduled learning rate.
         limits: evaluations of a forward solve and of its backward pass above which a batch is skipped.
         quiet: whether messages and progress are off.
+        validation: validation rows, if there are any.
     """
 
     state: TrainState
     model: nn.Module
+    validation: Validation | None
     phases: list[Phase]
     group: Group
     steps: int

@@ -19,6 +19,7 @@ from torch.utils.data import (
 )
 
 from cnf._utils.errors import ConfigError, DataError
+from cnf._utils.validation import require_unmasked
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.random import Noise
 from cnf.training.batches import Batches
@@ -41,11 +42,14 @@ def rows_of(data: Any, name: str = "train") -> Tensor:
             if not (getattr(kind, "kind", "O") in "fiub" or str(kind) in ("Int64", "Float64", "boolean")):
                 raise DataError(f"column {column!r} of {name} has type {kind}; expected numbers: leave it out, or encode it (one-hot)")
         data = data.to_numpy(dtype="float64", na_value=np.nan)
+    require_unmasked(name, data)
     values = np.asarray(data)
     if values.dtype.kind not in "fiub":
         raise DataError(f"{name} has type {values.dtype}; expected numbers")
     if values.dtype == np.uint16:
         values = values.astype(np.int64)
+    if values.dtype.itemsize > 8 or not values.dtype.isnative:  # which torch does not take
+        values = values.astype(f"{values.dtype.kind}{min(values.dtype.itemsize, 8)}")
     return torch.from_numpy(np.require(values, requirements=("C", "W")))  # pandas may give a view that must not be written
 
 

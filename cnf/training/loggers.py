@@ -164,6 +164,9 @@ class ProgressBar(Callback):
     def _validation(self, run: Run, row: dict[str, Any]) -> str:
         """Return a validation with its interpretation, and the time that is left."""
         state, value = run.state, row["validation"]
+        if run.validation is None:
+            left = [f"about {duration_text(self._seconds_left(run))} left"] if state.step < run.steps and state.step > self._first else []
+            return ", ".join(["no validation data", *self._metrics(run), *left])
         best, form = f"best {self._number(run, state.best)} at {state.best_step:,}", self._number(run, value)
         about = {"value": value, "unit": run.objective.unit, "true_entropy": self.entropy, "levels": getattr(run.model, "levels", None)}
         verdicts = [place(about | {"accuracy": row.get("validation_accuracy"), "outputs": getattr(run.model, "outputs", 0)})]
@@ -188,7 +191,7 @@ class ProgressBar(Callback):
                 text += f", NFE {last.values['nfe']:g}" if last.values["nfe"] else ""
             parts.append(text)
         parts.append(f"{self._speed(run):,.0f} samples/s")
-        return [*parts, f"best {self._number(run, state.best)} at {state.best_step:,}"] if state.best_weights else parts
+        return [*parts, f"best {self._number(run, state.best)} at {state.best_step:,}"] if math.isfinite(state.best) else parts
 
     def _number(self, run: Run, value: float) -> str:
         return f"{value:.4f}" if isinstance(run.model, Flow) else f"{value:.4g}"  # a predictor's loss may fall by orders of magnitude

@@ -1,0 +1,63 @@
+"""What the checks of custom fields found, and when a check is due again."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from torch import nn
+
+__all__ = ["Findings"]
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Record(Generic[T]):
+    finding: T
+    weights: int
+    changes: int = 0
+    due: bool = False
+
+
+class Findings(Generic[T]):
+    """Findings of one check, by module and key.
+
+    A part that is switched off at initialisation, such as a last layer of zeros or a gate, shows nothing, so a finding
+    holds for the weights at which it was made: in evaluation mode the check is due for any others, in training for the
+    1st, 2nd, 4th, 8th, ... change.
+
+    Example:
+        >>> module, findings = nn.Linear(1, 1).eval(), Findings()
+        >>> findings.keep(module, "key", 3)
+        >>> findings.known(module, "key")
+        3
+        >>> _ = nn.init.zeros_(module.bias)
+        >>> findings.known(module, "key") is None
+        True
+    """
+
+    def __init__(self) -> None:
+        self._of: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, _Record[T]]] = weakref.WeakKeyDictionary()
+
+    def known(self, module: nn.Module, key: Hashable) -> T | None:
+        """Return the finding, or None if the check is due."""
+        record = self._of.get(module, {}).get(key)
+        if record is None:
+            return None
+        if (now := _version(module)) != record.weights:
+            record.weights, record.changes = now, record.changes + 1
+            record.due |= not module.training or record.changes & (record.changes - 1) == 0
+        return None if record.due else record.finding
+
+    def keep(self, module: nn.Module, key: Hashable, finding: T) -> None:
+        """Record a finding at the present weights."""
+        records = self._of.setdefault(module, {})
+        records[key] = _Record(finding, _version(module), records[key].changes if key in records else 0)
+
+
+def _version(module: nn.Module) -> int:
+    """Return a number that grows with every change of the weights."""
+    return sum(0 if p.is_inference() else p._version for p in module.parameters())
