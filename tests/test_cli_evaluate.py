@@ -172,6 +172,17 @@ def test_a_table_again_with_its_columns(capsys, rows, table):
     assert f"data: {next(line for line in result['notices'] if 'dequantised' in line)}" in out
 
 
+def test_data_that_have_changed_since_training_are_named(tmp_path, capsys, table):
+    own = tmp_path / "own.csv"
+    own.write_bytes(table.read_bytes())
+    run = train(tmp_path / "run", "tabular", "--data", own)
+    assert train_main(["--evaluate", str(run)]) == 0 and "has changed" not in capsys.readouterr().err
+    own.write_text("".join(own.read_text().splitlines(keepends=True)[:150]))
+    assert train_main(["--evaluate", str(run)]) == 0
+    assert f"{own} has changed since {run} was trained: rows of its training may be among those of its test" in capsys.readouterr().err
+    assert train_main(["--evaluate", str(run), "--data", str(table)]) == 0 and "has changed" not in capsys.readouterr().err
+
+
 def test_other_data_are_read_with_options_of_their_own(tmp_path, capsys, rows, table):
     x = np.random.default_rng(1).normal(size=(50, 3))
     np.savetxt(tmp_path / "other.csv", x, delimiter=",", header="a,b,c", comments="")

@@ -362,10 +362,19 @@ def test_a_field_of_ones_own_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert train_main(["--resume", "--out", out, "--steps", "6", *field]) == 0
     assert train_main(["--evaluate", out, f"{field[0]}={field[1]}"]) == 0
     assert sample_main([out, "-n", "5", *field]) == 0
-    capsys.readouterr()
+    assert "has changed" not in capsys.readouterr().err
+    (tmp_path / "own.py").write_text(code.replace(".tanh()", ".sin()"))  # another density with the same weights
+    for words, program in ((["--evaluate", out], train_main), ([out, "-n", "5"], sample_main), (["--resume", "--out", out, "--steps", "7"], train_main)):
+        assert program([*words, *field]) == 0
+        assert f"the file of the field Own has changed since {out} was trained" in capsys.readouterr().err
+    (tmp_path / "own.py").write_text(code)
     for run in (lambda: train_main(["--evaluate", out]), lambda: train_main(["--resume", "--out", out]), lambda: sample_main([out, "-n", "5"])):
         assert run() != 0
         assert "trained with a field of your own, Own: give --field FILE.py:Own again" in capsys.readouterr().err
+    (tmp_path / "own.py").write_text(code + "\ndef three(dim):\n    return 3\n\nclass Wide(Own):\n    def __init__(self, dim, width):\n        pass\n")
+    for name, message in (("three", "field three makes a int; expected an nn.Module"), ("Wide", "cannot be made (missing a required argument: 'width')")):
+        assert train_main(["ffjord-toy", *small[:-1], f"{out}-{name}", "--steps", "4", "--field", f"{tmp_path / 'own.py'}:{name}"]) == 2
+        assert message in capsys.readouterr().err
     assert train_main(["ffjord-toy", "--field", "nowhere.py:Own"]) == 2
     assert "there is no file nowhere.py" in capsys.readouterr().err
 

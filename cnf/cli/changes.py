@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 
 from cnf._utils.errors import ConfigError
+from cnf._utils.output import emit
 from cnf.cli.options import Command
 from cnf.cli.spelling import option
 from cnf.config import BothConfig, FlowConfig, RunConfig
+from cnf.config.results import read_json
 from cnf.config.tagged import values
+from cnf.data import DataSplits
+from cnf.models.custom import field_code, registered
+from cnf.runs import located
+from cnf.training.batches import fingerprint
 
-__all__ = ["check", "refuse_changes"]
+__all__ = ["check", "refuse_changes", "warn_of_changed_data", "warn_of_changed_field"]
 
 # settings that --resume may change: duration, device and location of the data (a fingerprint verifies the data)
 RESUME = ("data", "data_root", "download", "steps", "patience", "max_time", "device", "threads", "accumulate", "compile", "compile_unit")
@@ -41,6 +48,25 @@ def refuse_changes(old: RunConfig, new: RunConfig, command: Command) -> None:
         uses = "--score does not use" if command.score else "--evaluate does not use"
         what = "--resume cannot change" if command.resume else uses
         raise ConfigError(f"{what} {', '.join(changed)}: leave {'them' if len(changed) > 1 else 'it'} out, or start a new run")
+
+
+def warn_of_changed_data(folder: Path, data: DataSplits, name: str) -> None:
+    """Warn if the data ``name`` of a run are not those of its training, whose rows may then be in its test."""
+    result = read_json(located(folder) / "result.json")
+    config, known = result.get("config"), result.get("data_fingerprint")
+    own = isinstance(config, dict) and isinstance(config.get("data"), dict) and config["data"].get("data") == name
+    if own and known and known != fingerprint(data):
+        emit(
+            "warning", f"{name} has changed since {folder} was trained: rows of its training may be among those of its test. Put the data back, "
+            "or score new rows in a file of another name (--data)"
+        )  # fmt: skip
+
+
+def warn_of_changed_field(folder: Path) -> None:
+    """Warn if the file of a custom field has changed since the run was trained."""
+    known = read_json(located(folder) / "result.json").get("field_code")
+    if known and field_code() and known != field_code():
+        emit("warning", f"the file of the field {registered()} has changed since {folder} was trained: if it computes anything else, so does the density")
 
 
 def check(config: RunConfig, *, trains: bool = True) -> None:

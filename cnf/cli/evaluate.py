@@ -17,6 +17,7 @@ from torch import Tensor
 from cnf._utils.errors import ConfigError, DataError
 from cnf._utils.output import emit
 from cnf._utils.progress import Progress
+from cnf.cli.changes import warn_of_changed_data, warn_of_changed_field
 from cnf.cli.common import read_run
 from cnf.cli.odd_rows import extrapolated, odd_rows
 from cnf.cli.options import Command
@@ -103,6 +104,8 @@ def evaluate_run(command: Command, info: RunInfo, data: DataSplits, group: Group
     kind = _dequantisation(command, info)
     _require_model(folder, info, data)
     _require_writable(command, folder)
+    warn_of_changed_data(folder, data, config.data.data)
+    warn_of_changed_field(folder)
     write: Callable[[Path], None]
     if not config.train.density:
         result, write = _predict(command, info, data, group)

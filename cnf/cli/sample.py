@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cnf._utils.errors import ConfigError, DataError
 from cnf._utils.output import emit
+from cnf.cli.changes import warn_of_changed_field
 from cnf.cli.common import load_splits, read_run, usable_device
 from cnf.cli.sample_options import FRAMES, IMAGES, VECTORS
 from cnf.cli.sample_solver import SamplePlan, sample_plan
@@ -52,6 +53,7 @@ def sample(options: Any) -> int:
 
 def _joined(options: Any, info: RunInfo, group: Group) -> int:
     flow = load(options.run, usable_device(options.device))
+    warn_of_changed_field(options.run)
     if options.guidance is not None:
         if not info.context_dim:
             raise ConfigError(f"--guidance {options.guidance:g} is for runs with --condition, and {options.run} has none")

@@ -12,7 +12,7 @@ from pathlib import Path
 from cnf._utils.errors import ConfigError, DataError, Interrupted
 from cnf._utils.output import emit
 from cnf._utils.progress import duration_text
-from cnf.cli.changes import check, refuse_changes
+from cnf.cli.changes import check, refuse_changes, warn_of_changed_field
 from cnf.cli.common import load_splits, usable_device
 from cnf.cli.evaluate import evaluate_run, score_items
 from cnf.cli.minutes import CHOSEN, refuse_chosen, search
@@ -108,6 +108,7 @@ def _joined(
         assert old is not None
         return evaluate_run(command, dataclasses.replace(old, config=config), data, group)
     if old is not None:
+        warn_of_changed_field(folder)
         info = dataclasses.replace(info, custom_field=old.custom_field)
     if old is not None and dataclasses.replace(info, config=old.config, table=info.table if old.table else ()) != old:
         raise DataError(f"the data are not those that {folder} was trained on ({old.event_shape}): put them back, or start a new run")

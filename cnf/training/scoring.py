@@ -21,10 +21,11 @@ from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.evaluation import Evaluation, evaluate, integral_2d
 from cnf.evaluation import check as check_items
 from cnf.flow import Flow
+from cnf.models.custom import field_code
 from cnf.neural_ode import Predictor
 from cnf.ode.divergence import Exact, Hutchinson
 from cnf.solvers import Adaptive, ExponentialAdams, FixedGrid, Solver
-from cnf.training.batches import choose_rows
+from cnf.training.batches import choose_rows, fingerprint
 from cnf.training.files import write_items
 from cnf.training.loop import Trainer
 from cnf.transforms import Gaussianize, Logit
@@ -63,6 +64,8 @@ def trained(trainer: Trainer, seed: int, data: DataSplits, config: dict[str, Any
         "seconds": round(trainer.state.seconds, 3),
         "notices": list(data.notices),
         "config": config,
+        "data_fingerprint": fingerprint(data),
+        "field_code": field_code(),
     }
 
 
