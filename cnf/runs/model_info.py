@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +18,13 @@ from cnf.config.model import ModelConfig
 from cnf.flow import Flow
 from cnf.models import build, build_predictor
 from cnf.neural_ode import Predictor
+from cnf.ode.continuous import CNF
+from cnf.random import Noise
 from cnf.runs.config import check_digest, present_fields, read_fields, write_fields
+from cnf.solvers import FixedGrid
+from cnf.transforms import Request
 
-__all__ = ["Built", "ModelInfo", "describe", "is_model", "read_model_info", "write_model_info"]
+__all__ = ["Built", "ModelInfo", "describe", "fixed_values", "is_model", "read_model_info", "write_model_info"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,32 @@ class ModelInfo:
     loss: str
     optimizer: str
     seed: int
+    values: tuple[float, ...] = field(default=(), metadata={"optional": True})
+    """Result of :func:`fixed_values` at the weights of ``cnf.save``; empty in a folder of ``cnf.fit``."""
+
+
+@torch.no_grad()
+def fixed_values(model: nn.Module) -> tuple[float, ...]:
+    """Return what a flow computes at fixed points, by one Euler step per block; empty if it cannot be computed.
+
+    They recognise another model with the same weights, such as one with another activation, end time or base.
+    """
+    if not isinstance(model, Flow) or model.context_dim is None:
+        return ()
+    modes, generator = [(m, m.training) for m in model.modules()], torch.Generator().manual_seed(0)
+    x = 0.3 + 0.4 * torch.rand(2, *model.event_shape, generator=generator).to(model.like)
+    context = torch.rand(2, model.context_dim, generator=generator).to(model.like) if model.context_dim else None
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            z = model.eval().evaluate(x, Request(context, Noise(0), log_det=False, solver=FixedGrid("euler", 1))).value
+            found = torch.cat([z.flatten(1).mean(1), model.density(z, z.new_zeros(len(z)), context)])
+    except Exception:  # a custom field's own, or points outside of its support
+        return ()
+    finally:
+        for module, training in modes:
+            module.training = training
+    return tuple(found.tolist()) if bool(found.isfinite().all()) else ()
 
 
 def describe(
@@ -84,7 +115,9 @@ def _built(model: nn.Module) -> Built | None:
     same = [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
     shapes = [{k: (v.shape, v.dtype) for k, v in m.state_dict().items()} for m in (again, model)]
     bases = [repr(getattr(m, "base", None)) for m in (again, model)]
-    return built if same and shapes[0] == shapes[1] and bases[0] == bases[1] else None
+    ends = [[m.fixed_end_time for m in each.modules() if isinstance(m, CNF) and not m.learn_end_time] for each in (again, model)]
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    return built if same and shapes[0] == shapes[1] and bases[0] == bases[1] and ends[0] == ends[1] and not hooked else None
 
 
 def write_model_info(folder: Path, info: ModelInfo) -> None:

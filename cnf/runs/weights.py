@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,10 +20,12 @@ from cnf.config.tagged import values
 from cnf.runs.config import read_config
 from cnf.runs.files import one_line, write_atomic
 from cnf.runs.lock import locked
-from cnf.runs.model_info import describe, is_model, read_model_info, write_model_info
+from cnf.runs.model_info import describe, fixed_values, is_model, read_model_info, write_model_info
 from cnf.runs.shelf import located
 
 __all__ = ["load", "save", "weights_digest", "write_weights"]
+
+VALUE_ERROR = 1e-2  # relative, for reduced precision and other devices
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -77,7 +80,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", *, flow: nn.Mod
     """
     folder = located(folder)
     path = folder / "model.safetensors"
-    build, settings = _builder(folder, flow)
+    build, settings, known = _builder(folder, flow)
     if not path.exists():
         raise CheckpointError(f"{path} is missing: the run has not been validated yet")
     require_file(path, CheckpointError, str(path))
@@ -91,16 +94,22 @@ def load(folder: str | Path, device: str | torch.device = "cpu", *, flow: nn.Mod
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, OverflowError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} does not hold this model's weights: {one_line(error)}") from None
+    now = fixed_values(model) if known else ()
+    if any(abs(a - b) > VALUE_ERROR * (1 + abs(b)) for a, b in zip(now, known, strict=False)):
+        raise CheckpointError(
+            f"{folder}: the model computes something else with these weights than the one that was saved: build it with the same field, "
+            "activation, end time and base"
+        )
     return model.to(device).eval()
 
 
-def _builder(folder: Path, flow: nn.Module | None) -> tuple[Callable[[], nn.Module], ModelConfig | None]:
-    """Return a function that builds the untrained model of a folder, and the settings of a built-in one."""
+def _builder(folder: Path, flow: nn.Module | None) -> tuple[Callable[[], nn.Module], ModelConfig | None, tuple[float, ...]]:
+    """Return a function that builds the untrained model of a folder, the settings of a built-in one, and its fixed values."""
     if not (folder / "config.json").exists() or not is_model(folder):
         info = read_config(folder)
         if flow is not None:
             raise ConfigError(f"flow= is for a custom model, but {folder} is a run with all its settings: leave flow out")
-        return info.build, info.config.model
+        return info.build, info.config.model, ()
     known = read_model_info(folder)
     if flow is None:
         if known.built is None:
@@ -109,11 +118,11 @@ def _builder(folder: Path, flow: nn.Module | None) -> tuple[Callable[[], nn.Modu
                 f"{folder} holds {known.model_class} with {custom}, whose code is not in the folder: build the model and call "
                 "cnf.load(folder, flow=my_flow)"
             )
-        return known.built.build, known.built.model
+        return known.built.build, known.built.model, known.values
     name = f"{type(flow).__module__}.{type(flow).__qualname__}"
     if name.rpartition(".")[2] != known.model_class.rpartition(".")[2]:
         raise CheckpointError(f"flow= is {name}, but {folder} holds {known.model_class}")
-    return lambda: flow, None
+    return lambda: flow, None, known.values
 
 
 def save(flow: nn.Module, folder: str | Path) -> None:
@@ -143,7 +152,7 @@ def save(flow: nn.Module, folder: str | Path) -> None:
         if (folder / "config.json").exists() and not is_model(folder):
             raise ConfigError(f"{folder} is a run of cnf train, which keeps its own weights: use another folder")
         write_weights(folder, flow)
-        write_model_info(folder, describe(flow))
+        write_model_info(folder, dataclasses.replace(describe(flow), values=fixed_values(flow)))
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from conftest import Malicious, normal
 
 import cnf
+from cnf import CNF, Flow
 from cnf.contrib.hub import from_pretrained, model_card
 from cnf.errors import CheckpointError, ConfigError
 from cnf.fields import MLP
@@ -101,3 +102,28 @@ def test_a_repository_is_downloaded_without_code(tmp_path, monkeypatch):
     flow.save_pretrained(tmp_path / "model", push_to="someone/moons")
     assert sent == ["someone/moons", str(tmp_path / "model")]
     assert 'cnf.Flow.from_pretrained("someone/moons")' in (tmp_path / "model/README.md").read_text()
+
+
+def test_another_model_with_the_same_weights_is_not_loaded(tmp_path):
+    x = torch.randn(5, 2)
+
+    def flow(nonlinearity="tanh", end_time=1.0, base_std=1.0):
+        torch.manual_seed(0)
+        made = Flow(CNF(MLP(2, (8,), nonlinearity=nonlinearity, zero_init=False), end_time=end_time), (2,), base_std=base_std)
+        return made.eval()
+
+    saved = flow()
+    cnf.save(saved, tmp_path)
+    torch.testing.assert_close(cnf.load(tmp_path, flow=flow()).log_prob(x), saved.log_prob(x))
+    for options in ({"nonlinearity": "softplus"}, {"end_time": 2.0}, {"base_std": 2.0}):
+        with pytest.raises(CheckpointError, match="computes something else with these weights than the one that was saved"):
+            cnf.load(tmp_path, flow=flow(**options))
+
+
+@pytest.mark.parametrize("change", [lambda block: setattr(block, "fixed_end_time", 2.0), lambda block: block.field.register_forward_hook(lambda m, i, out: 2 * out)], ids=["end time", "hook"])
+def test_a_built_model_that_was_changed_is_not_built_again_without_the_change(tmp_path, change):
+    flow = cnf.build(cnf.FlowConfig.of(hidden=(8,)), cnf.SolverConfig.of(grid_steps=2), (2,))
+    change(flow.blocks[0])
+    flow.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="a flow composed by hand"):
+        Flow.from_pretrained(tmp_path)
