@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -602,6 +603,26 @@ def test_composite_layers_have_the_derivative_of_autograds_jacobian(mix, diverge
 
 
 @pytest.mark.slow
+def test_fields_that_change_their_buffers_run_uncompiled():
+    """spectral_norm iterates at every call in training, which a compiled backward pass would read too late."""
+
+    class Spectral(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2))
+
+        def forward(self, t, x):
+            return t * self.net(x).tanh()
+
+    x, found = torch.randn(4, 2, generator=torch.Generator().manual_seed(0)), []
+    for unit in (False, True):
+        torch.manual_seed(0)
+        flow = Flow(CNF(Spectral(), solver=FixedGrid("rk4", 2), compile=unit), (2,)).train()
+        with nullcontext() if not unit else pytest.warns(CompilationWarning, match="changes its buffers"):
+            found.append(gradients(flow, x))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_attention_compiles(monkeypatch):
     monkeypatch.setattr("cnf._utils.compilation.BACKEND", "aot_eager")
     x = torch.randn(3, 2, dtype=F64)

@@ -28,6 +28,8 @@ class SolveField:
     """True if the code of the field is not part of this package."""
     random = False
     """Whether it draws random numbers; such a field is not compiled."""
+    stateful = False
+    """Whether an evaluation changes its buffers, as with spectral_norm in training; such a field is not compiled."""
     whole = False
     """Whether rows must be evaluated together."""
     reverse = False

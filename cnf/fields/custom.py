@@ -18,7 +18,7 @@ from cnf._utils.errors import ConfigError
 from cnf._utils.validation import context_rows
 from cnf.fields.autodiff import differentiable_attention
 from cnf.fields.base import SolveField, SolveFunctions, VectorField, consistent, intact
-from cnf.fields.findings import Findings
+from cnf.fields.findings import Findings, version
 from cnf.fields.randomness import SolveRandomness, draws_random_numbers
 from cnf.fields.signature import takes_context, wrapped
 from cnf.random import Noise
@@ -31,7 +31,7 @@ AnyField = nn.Module | SolveField | Callable[..., Tensor]
 _MIXING = 0.02  # relative change of a row's value allowed when its neighbours change (rounding, reduced precision)
 _ROWS = 6  # rows of the batch in the comparison
 _CALLS = 5  # repeated calls that must agree: a layer skipped at random is detected with probability 0.94
-_CHECKED: Findings[tuple[bool, bool]] = Findings()  # (random, whole) by mode
+_CHECKED: Findings[tuple[bool, bool, bool]] = Findings()  # (random, whole, stateful) by mode
 _PRECOMPUTED: Findings[bool] = Findings()
 
 
@@ -191,10 +191,11 @@ class CustomField(_BuiltIn):
             return
         mode = tuple((type(m), m.training) for m in self.module.modules())
         if (known := _CHECKED.known(self.module, mode)) is not None:
-            self.random, self.whole = known
+            self.random, self.whole, self.stateful = known
             return
         try:
             other = self.twin()
+            before = version(other.module.buffers())
             self.random, apart, again = other._compare_rows(t, x[:_ROWS], context)
         except Exception as error:  # not copyable, or bound to its own rows: the solve reports the error
             if "does not require grad" in str(error):
@@ -203,8 +204,9 @@ class CustomField(_BuiltIn):
                     "`with torch.enable_grad(): x = x.requires_grad_()` in front of it, in forward"
                 ) from error
             self.whole = True
-            _CHECKED.keep(self.module, mode, (False, True))
+            _CHECKED.keep(self.module, mode, (False, True, False))
             return
+        self.stateful = version(other.module.buffers()) > before
         if again > _MIXING:
             raise ConfigError(
                 f"field {self.name} returns another value for the same point when it is called again (they differ by {again:.1%} of its "
@@ -224,7 +226,7 @@ class CustomField(_BuiltIn):
                 f"field {self.name} returns another value for a row when other rows are next to it (they differ by {apart:.1%} of its "
                 "size), so that rows have no separate densities: use statistics of one row (LayerNorm, GroupNorm) instead of the batch's"
             )
-        _CHECKED.keep(self.module, mode, (self.random, self.whole))
+        _CHECKED.keep(self.module, mode, (self.random, self.whole, self.stateful))
 
     def twin(self) -> CustomField:
         """Return the field with a copy of its module, including counters and buffers."""
@@ -285,11 +287,13 @@ def context_size(field: nn.Module) -> int | None:
 
 
 def can_compile(field: SolveField, label: str) -> bool:
-    """Return whether evaluations may be compiled; warn if the custom field of block ``label`` draws random numbers.
+    """Return whether evaluations may be compiled; else warn.
 
-    Such a field starts every evaluation from the same random state, which compiled code cannot set.
+    A custom field that draws random numbers starts every evaluation from the same random state, which compiled code
+    cannot set, and one that changes its buffers would overwrite what the compiled backward pass reads.
     """
-    if not field.random:
+    if not (field.random or field.stateful):
         return True
-    warnings.warn(f"compile=True: {label} draws random numbers (dropout?) and runs uncompiled", CompilationWarning, stacklevel=2)
+    does = "draws random numbers (dropout?)" if field.random else "changes its buffers (spectral_norm in training?)"
+    warnings.warn(f"compile=True: {label} {does} and runs uncompiled", CompilationWarning, stacklevel=2)
     return False

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["Findings"]
+__all__ = ["Findings", "version"]
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ class Findings(Generic[T]):
         record = self._of.get(module, {}).get(key)
         if record is None:
             return None
-        if (now := _version(module)) != record.weights:
+        if (now := version(module.parameters())) != record.weights:
             record.weights, record.changes = now, record.changes + 1
             record.due |= not module.training or record.changes & (record.changes - 1) == 0
         return None if record.due else record.finding
@@ -55,9 +55,9 @@ class Findings(Generic[T]):
     def keep(self, module: nn.Module, key: Hashable, finding: T) -> None:
         """Record a finding at the present weights."""
         records = self._of.setdefault(module, {})
-        records[key] = _Record(finding, _version(module), records[key].changes if key in records else 0)
+        records[key] = _Record(finding, version(module.parameters()), records[key].changes if key in records else 0)
 
 
-def _version(module: nn.Module) -> int:
-    """Return a number that grows with every change of the weights."""
-    return sum(0 if p.is_inference() else p._version for p in module.parameters())
+def version(tensors: Iterable[Tensor]) -> int:
+    """Return a number that grows with every change of the tensors in place."""
+    return sum(0 if v.is_inference() else v._version for v in tensors)
