@@ -1,4 +1,4 @@
-"""What cnf rank says of the rows that it puts first: their cells, and the columns that make them odd."""
+"""Descriptions of the first rows of cnf rank: cells, values out of range, and columns that are odd given the others."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cnf.data.items import Items
 from cnf.data.schema import TableColumn, conditions, data_columns, plain_table
 from cnf.data.write import sampled_frame
 from cnf.evaluation import Ranking, likeliest_values
-from cnf.evaluation.likeliest import EVALUATIONS
+from cnf.evaluation.likeliest import cost_of_value
 from cnf.flow import Flow
 
 __all__ = ["OddRow", "extrapolated", "odd_rows"]
 
 DESCRIBED = 10  # rows
-BUDGET = 2**15  # evaluations of the density
+BUDGET = 2**15  # evaluations of the density: a few seconds
 SHOWN = 8  # columns of a row
 ODD = 2.0  # nats: two standard deviations of a normal conditional density
 FEW = 5  # names in a line
@@ -70,7 +70,7 @@ def odd_rows(flow: Flow, items: Items, table: Sequence[TableColumn], ranking: Ra
     found, kinds = {}, {column.name: column for column in schema}
     for i in first:
         outside = {} if i in items.unseen else {c.name: _limits(c) for c in schema if c.name in numbers and _beyond(c, numbers[c.name][i])}
-        found[i] = OddRow({name: _plain(value, kinds[name]) for name, value in items.cells.iloc[i].items()}, outside, odd.get(i, []))
+        found[i] = OddRow({name: _plain(value, kinds[name]) for name, value in items.cells.iloc[[i]].astype(object).iloc[0].items()}, outside, odd.get(i, []))
     return found
 
 
@@ -92,7 +92,7 @@ def extrapolated(items: Items, table: Sequence[TableColumn]) -> list[str]:
 def _odd(flow: Flow, items: Items, schema: Sequence[TableColumn], rows: list[int]) -> dict[int, list[dict[str, Any]]]:
     """Return the odd columns of rows that have a likelihood, as far as the budget reaches."""
     columns = data_columns(schema)
-    rows = rows[: BUDGET // (EVALUATIONS * len(columns))]
+    rows = rows[: int(BUDGET / (cost_of_value(flow) * len(columns)))]
     if len(columns) < 2 or not rows or items.cells is None:
         return {}
     x = items.x[rows] if items.steps is None else items.x[rows] + items.steps[rows] / 2  # the middle of a step
@@ -142,9 +142,11 @@ def _limits(column: TableColumn) -> str:
 
 def _plain(value: Any, column: TableColumn) -> Any:
     """Return a cell as a number, text, or None where it is missing."""
+    import pandas as pd
+
     if isinstance(value, np.generic):
         value = value.item()
-    if value is None or value != value:
+    if pd.isna(value):
         return None
     if isinstance(value, bool | int | float):
         return value
