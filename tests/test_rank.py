@@ -151,6 +151,7 @@ def test_rank_names_the_cells_and_columns_of_odd_rows(people, tmp_path, capsys):
     np.testing.assert_allclose(pd.read_csv(tmp_path / "p.csv")["nats"].to_numpy()[same], scores[same], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_without_the_range_of_its_columns_ranks_and_resumes(people, tmp_path, capsys):
     """As older run folders are."""
     from shutil import copytree
