@@ -1,4 +1,4 @@
-"""cnf rank of a table: rows that training cannot have had, gaps, and the columns that make a row odd."""
+"""cnf rank of a table: unseen cells, gaps, and the columns that make a row odd."""
 
 import json
 import math

@@ -37,7 +37,7 @@ class Ranking:
     """(N,) fraction of the reference's rows that are less likely; NaN for rows without a likelihood."""
     evaluation: Evaluation
     unseen: Mapping[int, str] = field(default_factory=dict)
-    """By index, why the model gives a row no probability: a cell that training cannot have had, or a value outside the support."""
+    """By index, why the model gives a row no probability: a cell that the columns of training cannot hold, or a value outside the support."""
     incomplete: Mapping[int, str] = field(default_factory=dict)
     """By index, which values of a row are missing."""
 
@@ -120,8 +120,8 @@ def rank(
 ) -> Ranking:
     """Sort rows by their likelihood, least likely first; rows that cannot be solved come last and are named.
 
-    A row outside the support of a column's logarithm or logit has density 0 and comes first, as do rows that training
-    cannot have had (``unseen``).
+    A row outside the support of a column's logarithm or logit has density 0 and comes first, as do rows with
+    cells that the columns of training cannot hold (``unseen``).
 
     Likelihood alone is not an anomaly score: a density depends on the units of the data and is low for busy or rare
     detail, and image models are known to assign plain images of other kinds a higher likelihood than their own data
@@ -137,7 +137,7 @@ def rank(
         draws, importance, dequantisation, seed, batch_size, group, steps, progress: as for
             :func:`~cnf.evaluation.evaluate`.
         columns: names of the columns of rows (N, D), for messages.
-        unseen: by row, what training cannot have had, such as a category; these rows come first, and are not evaluated.
+        unseen: by row, cells that the columns of training cannot hold, such as a new category; these rows come first, and are not evaluated.
         incomplete: by row, which values are missing; these rows come last, and are not evaluated.
 
     Raises:
