@@ -318,6 +318,9 @@ def test_predictors_of_fit_have_a_figure_and_other_models_none(tmp_path, capsys)
     scaled = cnf.fit(cnf.Flow(Scale(), (2,)), POINTS, validation=0.25, folder=tmp_path / "scale", **SHORT)
     assert scaled.figure["value"] == pytest.approx(scaled.best, abs=1e-6)
     assert json.loads((tmp_path / "scale" / "result.json").read_text())["round_trip_error"] is None
+    Scale.inverse = lambda self, z, request: {}["inverse"]  # a mistake that the training does not meet
+    faulty = cnf.fit(cnf.Flow(Scale(), (2,)), POINTS, validation=0.25, folder=tmp_path / "faulty", **{**SHORT, "quiet": False})
+    assert faulty.best == scaled.best and faulty.figure is None and "cannot be scored, so that the run has no figure" in "".join(capsys.readouterr())
     shifted = cnf.fit(own_flow(), POINTS, validation=0.25, test=POINTS, loss=own_loss, folder=tmp_path / "loss", **SHORT)
     assert shifted.figure["validation"] is None and shifted.figure["metric"] == "nats"  # the validation is of another loss
 

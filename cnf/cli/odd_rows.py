@@ -43,7 +43,8 @@ class OddRow:
     def lines(self) -> list[str]:
         """Return the description as text."""
         kept = list(dict.fromkeys([*self.outside, *(each["column"] for each in self.odd), *self.cells]))[:SHOWN]
-        parts = [f"{name} {_text(value)}" + (f" (training: {self.outside[name]})" if name in self.outside else "") for name, value in self.cells.items() if name in kept]
+        limits = {name: f" (training: {text})" for name, text in self.outside.items()}
+        parts = [f"{name} {_text(value)}{limits.get(name, '')}" for name, value in self.cells.items() if name in kept]
         more = f", and {len(self.cells) - len(kept)} more columns" if len(self.cells) > len(kept) else ""
         lines = [", ".join(parts) + more]
         if self.odd:
@@ -101,13 +102,14 @@ def _odd(flow: Flow, items: Items, schema: Sequence[TableColumn], rows: list[int
     except (DataError, SolverError):  # of rows or samples far out; the ranking itself has the likelihood
         return {}
     likeliest = sampled_frame(values.numpy(), columns, {})
-    found = {}
+    found: dict[int, list[dict[str, Any]]] = {}
     for k, row in enumerate(rows):
         order = [j for j in gains[k].argsort(descending=True).tolist() if gains[k, j] >= max(ODD, 0.5 * float(gains[k].max()))]
-        found[row] = [
-            {"column": columns[j].name, "cell": _plain(items.cells[columns[j].name].iloc[row], columns[j]), "likeliest": _plain(likeliest[columns[j].name].iloc[k], columns[j]), "nats": float(gains[k, j])}
-            for j in order
-        ]
+        found[row] = []
+        for j in order:
+            name = columns[j].name
+            cell, value = (_plain(part.iloc[i], columns[j]) for part, i in ((items.cells[name], row), (likeliest[name], k)))
+            found[row].append({"column": name, "cell": cell, "likeliest": value, "nats": float(gains[k, j])})
     return found
 
 

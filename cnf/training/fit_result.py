@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cnf._utils.errors import CNFError, ConfigError
+from cnf._utils.errors import ConfigError
 from cnf.data import DataSplits
 from cnf.flow import Flow
 from cnf.losses import CustomLoss, Supervised
@@ -66,7 +66,7 @@ def finish_fit(trainer: Trainer, model: Any, data: DataSplits, info: ModelInfo, 
     if len(data.test) or (folder is not None and known and _scorable(model, objective)):
         try:
             result = _score(trainer, model, data, split)
-        except (CNFError, RuntimeError) as error:  # such as one of the memory
+        except Exception as error:  # of memory, or of a custom inverse: the training is done
             if split == "test":
                 raise
             trainer.say(f"the validation rows cannot be scored, so that the run has no figure: {error}")
