@@ -156,7 +156,8 @@ def rank(
     unseen = {**{row: said for row, said in outside.items() if row not in incomplete}, **unseen}
     index = torch.tensor([i for i in range(len(x)) if i not in unseen and i not in incomplete], dtype=torch.long)
     if len(x) and not len(index):
-        raise DataError(f"no row can be ranked: {next(iter({**incomplete, **unseen}.values()))}")
+        first, why = min({**incomplete, **unseen}.items())
+        raise DataError(f"no row can be ranked: {why}, in the first, {first if names is None else names[first]}; give rows with a value in each column of the model")
     evaluation = evaluate(
         flow, x[index], context_rows(context, index), draws=draws, importance=importance, dequantisation=dequantisation, seed=seed,
         batch_size=batch_size, index=index, group=group, steps=None if steps is None else steps[index], progress=progress,
