@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import F64, Malicious
 from test_golden import files, read, substate
 
+import cnf.compat
 from cnf.compat import RELEASED, load_reference, read_reference, released
 from cnf.errors import CheckpointError, ConfigError
 from cnf.fields import MLP
@@ -514,6 +515,8 @@ def test_released_regularisers_and_their_gradients():
                 for a, b in zip(ours, theirs, strict=True):
                     assert torch.allclose(a, b, atol=1e-10), name
     assert set(RELEASED) == set(expected)
+    with pytest.warns(DeprecationWarning, match="FFJORD_REGULARISERS is called RELEASED"):
+        assert cnf.compat.FFJORD_REGULARISERS is RELEASED
     with pytest.raises(ConfigError, match=r"regulariser='l3int' is unknown.*did you mean 'l2int'"):
         released("l3int")
 

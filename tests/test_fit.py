@@ -1,5 +1,6 @@
 """cnf.fit: any model, data and loss; resumed after kill -9 to the same bits; saved and loaded."""
 
+import dataclasses
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import mostly_slow
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -240,11 +242,17 @@ def test_callbacks_are_left_out_replaced_and_added(tmp_path):
     assert bare.reason == "steps" and [row["step"] for row in bare.history] == [3, 6]
 
 
+def table_of_runs(capsys, folder, *names):
+    """Return what cnf compare prints of runs, and its table."""
+    from cnf.cli import main
+
+    capsys.readouterr()
+    assert main(["compare", *(str(folder / name) for name in names), "--out", str(folder / "table.csv")]) == 0
+    return capsys.readouterr().out, pd.read_csv(folder / "table.csv")
+
+
 def test_a_run_of_fit_has_a_row_in_a_table_of_runs(tmp_path, capsys):
     """Its figure is the mean of -log p over the test rows, of which training sees none."""
-    from cnf.cli import main
-    from cnf.config.results import COMPARABLE
-
     test = POINTS.flip(0) + 0.1
     result = cnf.fit(own_flow(), POINTS, validation=0.25, test=test, folder=tmp_path / "own", **SHORT)
     with torch.no_grad():
@@ -257,23 +265,24 @@ def test_a_run_of_fit_has_a_row_in_a_table_of_runs(tmp_path, capsys):
     assert torch.equal(weights(unseen.flow), weights(result.flow)) and unseen.figure is None
     held = cnf.fit(own_flow(), POINTS, validation=0.25, folder=tmp_path / "held", **SHORT)
     assert held.figure["split"] == "validation" and held.figure["value"] == pytest.approx(held.best, abs=2e-3)
+    said, rows = table_of_runs(capsys, tmp_path, "own", "held")
+    assert list(rows["split"]) == ["test", "validation"] and "not comparable as they stand: split is test, validation" in said
+    assert re.search("data is arrays [0-9a-f]{8}, arrays [0-9a-f]{8}", said)  # other rows
+
+
+@pytest.mark.slow
+def test_a_run_of_fit_compares_with_a_run_of_a_preset(tmp_path, capsys):
+    from cnf.cli import main
+    from cnf.config.results import COMPARABLE
+
     data = cnf.data.load("2spirals", sizes=(64, 20, 30))
     cnf.fit(own_flow(), data, folder=tmp_path / "spirals", **SHORT)
     assert main(["train", "ffjord-toy", "--steps", "1", "--batch-size", "8", "--toy-sizes", "64", "20", "30", "--data", "2spirals", "--out", str(tmp_path / "run")]) == 0
-    capsys.readouterr()
-
-    def table(*names):
-        assert main(["compare", *(str(tmp_path / name) for name in names), "--out", str(tmp_path / "table.csv")]) == 0
-        return capsys.readouterr().out, pd.read_csv(tmp_path / "table.csv")
-
-    said, rows = table("spirals", "run")
+    said, rows = table_of_runs(capsys, tmp_path, "spirals", "run")
     assert "not comparable" not in said and "split" not in rows and list(rows["data"]) == ["2spirals"] * 2 and list(rows["rows"]) == [30, 30]
     kept = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("spirals", "run")]
     assert all(kept[0][name] == kept[1][name] for name in COMPARABLE) and kept[0]["integral"] == pytest.approx(1, abs=0.05)
     assert list(rows["value"]) == [pytest.approx(each["value"], abs=1e-4) for each in kept]
-    said, rows = table("own", "held")
-    assert list(rows["split"]) == ["test", "validation"] and "not comparable as they stand: split is test, validation" in said
-    assert re.search("data is arrays [0-9a-f]{8}, arrays [0-9a-f]{8}", said)  # other rows
 
 
 def test_predictors_of_fit_have_a_figure_and_other_models_none(tmp_path, capsys):
@@ -309,8 +318,42 @@ def test_predictors_of_fit_have_a_figure_and_other_models_none(tmp_path, capsys)
     scaled = cnf.fit(cnf.Flow(Scale(), (2,)), POINTS, validation=0.25, folder=tmp_path / "scale", **SHORT)
     assert scaled.figure["value"] == pytest.approx(scaled.best, abs=1e-6)
     assert json.loads((tmp_path / "scale" / "result.json").read_text())["round_trip_error"] is None
+    Scale.inverse = lambda self, z, request: {}["inverse"]  # a mistake that the training does not meet
+    faulty = cnf.fit(cnf.Flow(Scale(), (2,)), POINTS, validation=0.25, folder=tmp_path / "faulty", **{**SHORT, "quiet": False})
+    assert faulty.best == scaled.best and faulty.figure is None and "cannot be scored, so that the run has no figure" in "".join(capsys.readouterr())
     shifted = cnf.fit(own_flow(), POINTS, validation=0.25, test=POINTS, loss=own_loss, folder=tmp_path / "loss", **SHORT)
     assert shifted.figure["validation"] is None and shifted.figure["metric"] == "nats"  # the validation is of another loss
+
+
+@pytest.mark.parametrize("lacking", mostly_slow(["validation", "test"], "validation"))
+def test_a_data_set_without_validation_or_test_rows(tmp_path, lacking):
+    data = cnf.data.load("2spirals", sizes=(64, 20, 30))
+    part = dataclasses.replace(data, kind="table" if lacking == "validation" else "toy", **{lacking: data.test[:0]})
+    figure = cnf.fit(own_flow(), part, folder=tmp_path / "run", **SHORT).figure
+    assert figure["split"] == {"validation": "test", "test": "validation"}[lacking]
+    text = (tmp_path / "run" / "report.html").read_text()
+    if lacking == "validation":  # the last weights are no best ones
+        assert figure["best_step"] is None and "without validation" in text and "the best" not in text
+    else:
+        assert figure["integral"] == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("made", "train", "test", "message"),
+    [
+        (lambda: own_flow(), POINTS, POINTS / 0, "test holds NaN or infinity, first in row 0"),
+        (lambda: own_flow(), POINTS, POINTS[:0], "test has no rows"),
+        (lambda: cnf.build(cnf.FlowConfig.of(hidden=(8,)), cnf.SolverConfig(), (2,), context_dim=1), (POINTS, POINTS[:, :1]), (POINTS, POINTS), r"context has shape .*, expected \(1,\)"),
+        (lambda: anode_mlp(2, hidden=8, outputs=2, augment=1), (POINTS, LABELS), POINTS, "test has no targets"),
+    ],
+    ids=["NaN", "empty", "context", "targets"],
+)
+def test_test_rows_that_cannot_be_scored_are_refused_before_the_training(made, train, test, message):
+    model = made()
+    before = weights(model).clone()
+    with pytest.raises(DataError, match=message):
+        cnf.fit(model, train, test=test, **SHORT)
+    assert torch.equal(weights(model), before)
 
 
 def test_attention_on_moons_in_ten_lines(tmp_path):

@@ -95,6 +95,9 @@ def test_cells_that_training_cannot_have_had_are_named_by_row(tmp_path):
             read_items([table(tmp_path / "o.csv", other, [c.name for c in COLUMNS])], (3,), table=COLUMNS)
     with pytest.raises(DataError, match=r"no row of .* can be ranked: n = 'x', which is no number"):
         read_items([table(tmp_path / "o.csv", [["x", *good[1:]], [*good[:3], "c", "1"]], [c.name for c in COLUMNS])], (3,), table=COLUMNS)
+    truth = (COLUMNS[0], TableColumn("on", "condition", "categorical", "bool", categories=("False", "True")))
+    items = read_items([table(tmp_path / "b.csv", [[1.5, "true"], [1.5, "False"], [1.5, "perhaps"]], ["n", "on"])], (1,), table=truth)
+    assert items.context[:2].tolist() == [[0, 1], [1, 0]] and items.unseen == {2: "on = 'perhaps', which is no category of training"}
     with pytest.raises(DataError, match="expected numbers without separators of thousands"):
         read_items([table(tmp_path / "o.csv", [["1,234.5", *good[1:]], good], [c.name for c in COLUMNS])], (3,), table=COLUMNS)
 

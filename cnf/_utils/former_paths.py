@@ -19,6 +19,7 @@ FORMER = {
     "checkpoint": "runs",
     "collocation": "ode.logdet_quadrature",
     "compilation": "_utils.compilation",
+    "compat.regularisers": "ode.released",
     "continuous": "ode.continuous",
     "datasets": "data",
     "deferral": "_utils.async_checks",

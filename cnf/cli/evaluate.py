@@ -229,7 +229,8 @@ def score_items(command: Command, info: RunInfo, group: Group = SINGLE_PROCESS) 
     if reference is not None:
         lines.append(f"(the reference is the run's own test: {len(reference):,} items)")
         lines += _shifted(ranking, [column.name for column in info.table if column.kind == "date" and column.role == "data"])
-    emit("result", "\n".join(lines), unit=unit, items=[row | (dataclasses.asdict(described[row["index"]]) if row["index"] in described else {}) for row in ranking.rows()])
+    cells = {i: dataclasses.asdict(row) for i, row in described.items()}
+    emit("result", "\n".join(lines), unit=unit, items=[row | cells.get(row["index"], {}) for row in ranking.rows()])
     if command.per_item is not None:
         emit("message", f"the likelihood of each item is in {command.per_item}")
     return 0

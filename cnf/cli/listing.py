@@ -42,12 +42,12 @@ def described(rows: Sequence[Sequence[str]], right: Sequence[int] = (), width: i
     width = width or terminal_width()
     heads = columns((row[:-1] for row in rows), right)
     at = max(map(len, heads)) + 2
-    beside = width - at >= ROOM
+    aside = width - at >= ROOM
     lines = []
     for head, row in zip(heads, rows, strict=True):
-        words = textwrap.wrap(row[-1], width - at if beside else max(1, width - INDENT), break_long_words=False, break_on_hyphens=False)
-        indent, first = (at, head.ljust(at) + "".join(words[:1])) if beside else (INDENT, head)
-        lines += [first.rstrip(), *(" " * indent + line for line in words[beside:])]
+        words = textwrap.wrap(row[-1], width - at if aside else max(1, width - INDENT), break_long_words=False, break_on_hyphens=False)
+        indent, first = (at, head.ljust(at) + "".join(words[:1])) if aside else (INDENT, head)
+        lines += [first.rstrip(), *(" " * indent + line for line in words[aside:])]
     return lines
 
 

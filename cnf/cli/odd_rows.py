@@ -1,4 +1,4 @@
-"""What cnf rank says of the rows that it puts first: their cells, and the columns that make them odd."""
+"""Descriptions of the first rows of cnf rank: cells, values out of range, and columns that are odd given the others."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cnf.data.items import Items
 from cnf.data.schema import TableColumn, conditions, data_columns, plain_table
 from cnf.data.write import sampled_frame
 from cnf.evaluation import Ranking, likeliest_values
-from cnf.evaluation.likeliest import EVALUATIONS
+from cnf.evaluation.likeliest import cost_of_value
 from cnf.flow import Flow
 
 __all__ = ["OddRow", "extrapolated", "odd_rows"]
 
 DESCRIBED = 10  # rows
-BUDGET = 2**15  # evaluations of the density
+BUDGET = 2**15  # evaluations of the density: a few seconds
 SHOWN = 8  # columns of a row
 ODD = 2.0  # nats: two standard deviations of a normal conditional density
 FEW = 5  # names in a line
@@ -43,7 +43,8 @@ class OddRow:
     def lines(self) -> list[str]:
         """Return the description as text."""
         kept = list(dict.fromkeys([*self.outside, *(each["column"] for each in self.odd), *self.cells]))[:SHOWN]
-        parts = [f"{name} {_text(value)}" + (f" (training: {self.outside[name]})" if name in self.outside else "") for name, value in self.cells.items() if name in kept]
+        limits = {name: f" (training: {text})" for name, text in self.outside.items()}
+        parts = [f"{name} {_text(value)}{limits.get(name, '')}" for name, value in self.cells.items() if name in kept]
         more = f", and {len(self.cells) - len(kept)} more columns" if len(self.cells) > len(kept) else ""
         lines = [", ".join(parts) + more]
         if self.odd:
@@ -70,7 +71,7 @@ def odd_rows(flow: Flow, items: Items, table: Sequence[TableColumn], ranking: Ra
     found, kinds = {}, {column.name: column for column in schema}
     for i in first:
         outside = {} if i in items.unseen else {c.name: _limits(c) for c in schema if c.name in numbers and _beyond(c, numbers[c.name][i])}
-        found[i] = OddRow({name: _plain(value, kinds[name]) for name, value in items.cells.iloc[i].items()}, outside, odd.get(i, []))
+        found[i] = OddRow({name: _plain(value, kinds[name]) for name, value in items.cells.iloc[[i]].astype(object).iloc[0].items()}, outside, odd.get(i, []))
     return found
 
 
@@ -92,7 +93,7 @@ def extrapolated(items: Items, table: Sequence[TableColumn]) -> list[str]:
 def _odd(flow: Flow, items: Items, schema: Sequence[TableColumn], rows: list[int]) -> dict[int, list[dict[str, Any]]]:
     """Return the odd columns of rows that have a likelihood, as far as the budget reaches."""
     columns = data_columns(schema)
-    rows = rows[: BUDGET // (EVALUATIONS * len(columns))]
+    rows = rows[: int(BUDGET / (cost_of_value(flow) * len(columns)))]
     if len(columns) < 2 or not rows or items.cells is None:
         return {}
     x = items.x[rows] if items.steps is None else items.x[rows] + items.steps[rows] / 2  # the middle of a step
@@ -101,13 +102,14 @@ def _odd(flow: Flow, items: Items, schema: Sequence[TableColumn], rows: list[int
     except (DataError, SolverError):  # of rows or samples far out; the ranking itself has the likelihood
         return {}
     likeliest = sampled_frame(values.numpy(), columns, {})
-    found = {}
+    found: dict[int, list[dict[str, Any]]] = {}
     for k, row in enumerate(rows):
         order = [j for j in gains[k].argsort(descending=True).tolist() if gains[k, j] >= max(ODD, 0.5 * float(gains[k].max()))]
-        found[row] = [
-            {"column": columns[j].name, "cell": _plain(items.cells[columns[j].name].iloc[row], columns[j]), "likeliest": _plain(likeliest[columns[j].name].iloc[k], columns[j]), "nats": float(gains[k, j])}
-            for j in order
-        ]
+        found[row] = []
+        for j in order:
+            name = columns[j].name
+            cell, value = (_plain(part.iloc[i], columns[j]) for part, i in ((items.cells[name], row), (likeliest[name], k)))
+            found[row].append({"column": name, "cell": cell, "likeliest": value, "nats": float(gains[k, j])})
     return found
 
 
@@ -142,9 +144,11 @@ def _limits(column: TableColumn) -> str:
 
 def _plain(value: Any, column: TableColumn) -> Any:
     """Return a cell as a number, text, or None where it is missing."""
+    import pandas as pd
+
     if isinstance(value, np.generic):
         value = value.item()
-    if value is None or value != value:
+    if pd.isna(value):
         return None
     if isinstance(value, bool | int | float):
         return value

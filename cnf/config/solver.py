@@ -136,7 +136,7 @@ class SolverConfig(Settings):
     compile: bool = setting(False, given=(DENSITY,))
     """Training: compile the solver's steps (torch.compile): faster training, after about a minute for every shape."""
     compile_unit: Literal["step", "solve"] = setting("step", given=(DENSITY, BY_LIKELIHOOD, GRID, COMPILED, STORED), later=True)
-    """With --compile: a solver step (a custom field always), or the whole solve on the grid: faster for small fields, compiled
-    anew for each number of steps."""
+    """With --compile: a solver step (a custom field always), or the whole solve on the grid: faster for small fields,
+    recompiled for each number of steps."""
     precision: Literal["fp32", "bf16", "tf32", "fp64"] = setting("fp32", given=(DENSITY,))
     """bf16: inside the fields, in training only; tf32: in training only, on a GPU; fp64: everything."""

@@ -39,7 +39,7 @@ class Items:
         notices: one sentence for each change to the data.
         context: (N, C) context of a table with conditions; None otherwise.
         steps: (N, D) dequantisation steps of a table, 0 for columns without noise; None for images.
-        unseen: by row, the cells that training could not have, such as a new category; such a row has no numbers.
+        unseen: by row, the cells that the columns of training cannot hold, such as a new category; such a row has no numbers.
         incomplete: by row, the values that are missing.
         cells: the columns of the model as they are in the files; None for images.
     """
@@ -127,10 +127,13 @@ def read_items(
 
 
 def _joined(cells: Sequence[pd.DataFrame]) -> pd.DataFrame | None:
-    """Return the cells of all files, by the row's number among the items."""
+    """Return the cells of all files, by the row's number among the items; a column keeps its type if all files agree on it."""
     import pandas as pd
 
-    return pd.concat([part.astype(object) for part in cells], ignore_index=True) if cells else None
+    if not cells:
+        return None
+    mixed = [column for column in cells[0] if len({part[column].dtype for part in cells}) > 1]
+    return pd.concat([part.astype(dict.fromkeys(mixed, object)) for part in cells], ignore_index=True)
 
 
 def _read(path: Path, image_size: int | None, event_shape: tuple[int, ...]) -> tuple[Rows, list[str]]:

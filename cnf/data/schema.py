@@ -66,7 +66,7 @@ class TableColumn:
         return self.extent if self.last is None else (self.origin, self.last)
 
     def category(self, value: object) -> str:
-        """Return the name of the category in a cell: of a whole number, without a point.
+        """Return the name of the category in a cell: a whole number without a point, True or False with a capital.
 
         Example:
             >>> z = TableColumn("z", "condition", "categorical", "int", categories=("1", "2"))
@@ -74,6 +74,8 @@ class TableColumn:
             ('2', '2', 'two')
         """
         text = str(value).strip()
+        if self.type == "bool":
+            return text.capitalize() if text.lower() in ("true", "false") else text
         if self.type != "int" and (isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number)):
             return text
         try:

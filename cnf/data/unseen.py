@@ -1,4 +1,4 @@
-"""Cells of a table to rank that training could not have: text among numbers, new categories, gaps."""
+"""Cells of a table to rank that the columns of training cannot hold: text among numbers, new categories, gaps."""
 
 from __future__ import annotations
 

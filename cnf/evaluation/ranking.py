@@ -37,7 +37,7 @@ class Ranking:
     """(N,) fraction of the reference's rows that are less likely; NaN for rows without a likelihood."""
     evaluation: Evaluation
     unseen: Mapping[int, str] = field(default_factory=dict)
-    """By index, why the model gives a row no probability: a cell that training cannot have had, or a value outside the support."""
+    """By index, why the model gives a row no probability: a cell that the columns of training cannot hold, or a value outside the support."""
     incomplete: Mapping[int, str] = field(default_factory=dict)
     """By index, which values of a row are missing."""
 
@@ -120,8 +120,8 @@ def rank(
 ) -> Ranking:
     """Sort rows by their likelihood, least likely first; rows that cannot be solved come last and are named.
 
-    A row outside the support of a column's logarithm or logit has density 0 and comes first, as do rows that training
-    cannot have had (``unseen``).
+    A row outside the support of a column's logarithm or logit has density 0 and comes first, as do rows with
+    cells that the columns of training cannot hold (``unseen``).
 
     Likelihood alone is not an anomaly score: a density depends on the units of the data and is low for busy or rare
     detail, and image models are known to assign plain images of other kinds a higher likelihood than their own data
@@ -137,7 +137,7 @@ def rank(
         draws, importance, dequantisation, seed, batch_size, group, steps, progress: as for
             :func:`~cnf.evaluation.evaluate`.
         columns: names of the columns of rows (N, D), for messages.
-        unseen: by row, what training cannot have had, such as a category; these rows come first, and are not evaluated.
+        unseen: by row, cells that the columns of training cannot hold, such as a new category; these rows come first, and are not evaluated.
         incomplete: by row, which values are missing; these rows come last, and are not evaluated.
 
     Raises:
@@ -156,7 +156,8 @@ def rank(
     unseen = {**{row: said for row, said in outside.items() if row not in incomplete}, **unseen}
     index = torch.tensor([i for i in range(len(x)) if i not in unseen and i not in incomplete], dtype=torch.long)
     if len(x) and not len(index):
-        raise DataError(f"no row can be ranked: {next(iter({**incomplete, **unseen}.values()))}")
+        first, why = min({**incomplete, **unseen}.items())
+        raise DataError(f"no row can be ranked: {why}, in the first, {first if names is None else names[first]}; give rows with a value in each column of the model")
     evaluation = evaluate(
         flow, x[index], context_rows(context, index), draws=draws, importance=importance, dequantisation=dequantisation, seed=seed,
         batch_size=batch_size, index=index, group=group, steps=None if steps is None else steps[index], progress=progress,

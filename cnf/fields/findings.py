@@ -1,4 +1,4 @@
-"""What the checks of custom fields found, and when a check is due again."""
+"""Findings of the checks of custom fields, each with the weights for which it holds."""
 
 from __future__ import annotations
 

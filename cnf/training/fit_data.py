@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from cnf._utils.errors import ConfigError, DataError
+from cnf._utils.validation import check_context, check_points
 from cnf.data import DataSplits
 from cnf.data.checks import repetition
 from cnf.data.dependence import dependent_columns
@@ -52,13 +53,26 @@ def training_data(
             raise ConfigError(f"{given[0]} is part of the data set {train.name!r} that train is: leave it out")
         known = train
         _require_levels(model, known)
-        train, validation, test = ((getattr(known, name), getattr(known, f"{name}_context")) for name in ("train", "validation", "test"))
+        train = known.train, known.train_context
+        validation, test = ((x, c) if len(x) else None for x, c in ((known.validation, known.validation_context), (known.test, known.test_context)))
     names = context if isinstance(context, str | list | tuple) and hasattr(train, "columns") else None
     like = next((v for v in (*model.parameters(), *model.buffers()) if v.is_floating_point()), torch.zeros(()))
     batches, held_out, mark = _batches(model, train, validation, context, batch_size, seed, group, flip=known is not None and known.flip)
-    tested = None if test is None else _prepared(*_rows(test, "test", names), model, like)
+    tested = None if test is None else _test_rows(*_rows(test, "test", names), model, like)
     checked = None if held_out is None else (held_out.x.cpu(), None if held_out.context is None else held_out.context.cpu())
     return FitData(batches, held_out, mark, _scored(model, batches.x[:0].cpu(), checked, tested, known))
+
+
+def _test_rows(x: Tensor, context: Tensor | None, model: nn.Module, like: Tensor) -> Pair:
+    """Return test rows on the CPU; what is wrong with them is reported before the training, after which they are scored."""
+    x, context = _prepared(x.to(like.device), None if context is None else context.to(like.device), model, like)
+    if isinstance(model, Flow | Predictor):
+        check_points("test", x, tuple(model.event_shape), like, model.levels)
+    if isinstance(model, Predictor) and context is None:
+        raise DataError("test has no targets: give (x, targets), as in train")
+    if isinstance(model, Flow) and context is not None:
+        check_context(context, model.context_dim, like)
+    return x.cpu(), None if context is None else context.cpu()
 
 
 def _require_levels(model: nn.Module, data: DataSplits) -> None:
@@ -72,7 +86,7 @@ def _scored(model: nn.Module, none: Tensor, validation: Pair | None, test: Pair 
     levels = model.levels if isinstance(model, Flow | Predictor) else None
     if known is None:
         rows = x if test is None else last
-        name = f"arrays {zlib.crc32(rows.contiguous().numpy().tobytes()):08x}"
+        name = f"arrays {zlib.crc32(rows.contiguous().flatten().view(torch.uint8).numpy().data):08x}"
         known = DataSplits(name, "table" if levels is None else "image", none, none, none, levels=levels)
     return dataclasses.replace(known, train=none, train_context=None, validation=x, validation_context=c, test=last, test_context=d)
 

@@ -1,4 +1,4 @@
-"""Figure of a model of cnf.fit: the record that a run of the programs has too."""
+"""Score of a run of cnf.fit, with the entries of the programs' result.json."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cnf._utils.errors import CNFError, ConfigError
+from cnf._utils.errors import ConfigError
 from cnf.data import DataSplits
 from cnf.flow import Flow
 from cnf.losses import CustomLoss, Supervised
@@ -66,7 +66,7 @@ def finish_fit(trainer: Trainer, model: Any, data: DataSplits, info: ModelInfo, 
     if len(data.test) or (folder is not None and known and _scorable(model, objective)):
         try:
             result = _score(trainer, model, data, split)
-        except CNFError as error:
+        except Exception as error:  # of memory, or of a custom inverse: the training is done
             if split == "test":
                 raise
             trainer.say(f"the validation rows cannot be scored, so that the run has no figure: {error}")
@@ -76,7 +76,8 @@ def finish_fit(trainer: Trainer, model: Any, data: DataSplits, info: ModelInfo, 
             result["validation"] = None
     if folder is None or not trainer.group.main:
         return result
-    meaning = [f"the best of the validations, at step {state.best_step:,} of {state.step:,}; ended by {trainer.stop_reason() or 'max_time'}"]
+    weights = f"the best of the validations, at step {state.best_step:,} of {state.step:,}" if known else f"the last weights, of step {state.step:,}, without validation"
+    meaning = [f"{weights}; ended by {trainer.stop_reason() or 'max_time'}"]
     if result is None:
         found = f"validation {state.best:.4f} {objective.unit}".rstrip() if known else "no validation"
         write_report(folder, found, meaning=meaning)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Sequence
@@ -53,11 +54,12 @@ def about(model: Flow | Predictor, started: float) -> dict[str, Any]:
 
 
 def trained(trainer: Trainer, seed: int, data: DataSplits, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of a finished run's result on its training, its seed and its settings."""
+    """Return the entries of a finished run's result on its training, its seed and its settings; None for those of a missing validation."""
+    validated = math.isfinite(trainer.state.best)
     return {
         "seed": seed,
-        "validation": trainer.state.best,
-        "best_step": trainer.state.best_step,
+        "validation": trainer.state.best if validated else None,
+        "best_step": trainer.state.best_step if validated else None,
         "steps": trainer.state.step,
         "stopped": trainer.stop_reason() or "max_time",
         "skipped": trainer.state.skipped,
@@ -162,7 +164,7 @@ def score(
     if data.entropy is not None:
         result["true_entropy"] = data.entropy
     if data.kind == "toy" and context is None and group.main:  # conditional densities have one integral for each class
-        result["integral"] = integral_2d(flow, extent=1.6 * float(data.test.abs().max()))
+        result["integral"] = integral_2d(flow, extent=1.6 * float((data.test if len(data.test) else x).abs().max()))
     return result, found
 
 
