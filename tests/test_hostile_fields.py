@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import F64
+from conftest import F64, mostly_slow
 from torch import nn
 
 from cnf import CNF, Adaptive, Exact, FixedGrid, Flow, Hutchinson, Noise, from_velocity
@@ -15,8 +15,9 @@ from cnf.errors import ConfigError, DataError, SolverError
 from cnf.fields import MLP, AugmentedTimeConditioning, ConvField, TimePath
 from cnf.neural_ode import NeuralODE
 from cnf.ode.multiscale import multiscale
+from cnf.ode.quadratures import Directional, TotalDerivative
 from cnf.solvers import Reversible, Stats
-from cnf.transforms import DeterministicTransform, Sequential, Transform, TransformOutput
+from cnf.transforms import DeterministicTransform, Request, Sequential, Transform, TransformOutput
 
 GRID = FixedGrid("rk4", 4)
 POINTS = torch.randn(4, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
@@ -508,3 +509,53 @@ def test_fields_that_are_gradients_of_an_energy(recorded):
         return
     truth = torch.distributions.Normal(0.0, 1.0).log_prob(x * math.exp(-1)).sum(1) - 2
     assert torch.allclose(flow.log_prob(x), truth, atol=1e-4) and flow.sample(2).shape == (2, 2)
+
+
+OPERATIONS = {
+    "layer": lambda self, h: self.norm(h),
+    "function": lambda self, h: torch.nn.functional.layer_norm(h, (4,)),
+    "instance": lambda self, h: torch.nn.functional.instance_norm(h[:, None])[:, 0],
+    "solve": lambda self, h: torch.linalg.solve(3 * torch.eye(4).to(h) + h[:, :, None] * self.norm.weight * h[:, None], h),
+    "slogdet": lambda self, h: h * torch.linalg.slogdet(3 * torch.eye(4).to(h) + h[:, :, None] * self.norm.weight * h[:, None])[1][:, None],
+}
+
+
+class Normed(nn.Module):
+    """Calls an operation whose second derivative is wrong in torch's forward mode."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.enter, self.leave, self.norm = nn.Linear(3, 4), nn.Linear(4, 2), nn.LayerNorm(4) if operation == "layer" else nn.RMSNorm(4)
+        self.operation = operation
+
+    def forward(self, t, x):
+        return self.leave(OPERATIONS[self.operation](self, torch.tanh(self.enter(torch.cat([x, t.expand(len(x), 1)], 1)))))
+
+
+@pytest.mark.parametrize("operation", mostly_slow(OPERATIONS, "layer", "function"))
+@pytest.mark.parametrize("quadrature", [None, Directional(), TotalDerivative()], ids=["log_det", "directional", "total"])
+def test_second_derivatives_that_forward_mode_gets_wrong(operation, quadrature):
+    torch.manual_seed(1)
+    field, x = Normed(operation).double(), torch.randn(4, 2, dtype=F64)
+    for divergence in (Exact(), Hutchinson("rademacher", "forward"), Hutchinson("rademacher", "reverse")):
+        block = CNF(field, divergence, FixedGrid("rk4", 2), quadratures=() if quadrature is None else (quadrature,)).double().train()
+
+        def loss(block=block):
+            out = block(x, Request(noise=Noise(0)))
+            return (out.log_det if quadrature is None else out.integrals[quadrature.name]).sum()
+
+        weight, step = field.enter.weight, 1e-6
+        if quadrature is not None and operation in ("layer", "function", "instance"):
+            with pytest.raises(ConfigError, match="no right derivative of the derivative along the path: take GroupNorm"):
+                loss()
+            with torch.no_grad():
+                assert math.isfinite(float(loss()))
+            continue
+        slope = torch.autograd.grad(loss(), weight)[0][1, 0]
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                weight[1, 0] += sign * step
+                values.append(float(loss()))
+                weight[1, 0] -= sign * step
+        assert float(slope) == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5, abs=1e-7)

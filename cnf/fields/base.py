@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from cnf._utils.compilation import CompilationWarning
 from cnf._utils.errors import ConfigError
 from cnf.fields.autodiff import autodiff_jvp
 from cnf.solvers.adams import Semilinear
 from cnf.solvers.interpolant import Interpolant
 
-__all__ = ["FusedField", "SolveField", "SolveFunctions", "Structure", "VectorField", "consistent", "intact", "structure"]
+__all__ = ["FusedField", "SolveField", "SolveFunctions", "Structure", "VectorField", "can_compile", "consistent", "intact", "structure"]
 
 Structure = dict[str, tuple[type, tuple[str, ...]]]
 
@@ -229,3 +231,16 @@ def consistent(kind: type, name: str) -> bool:
     own = depth(name)
     rivals = ("forward", "jvp", "divergence") if name == "precompute" else ("forward",)
     return own is not None and all((other := depth(rival)) is None or own <= other for rival in rivals)
+
+
+def can_compile(field: SolveField, label: str) -> bool:
+    """Return whether evaluations may be compiled; else warn.
+
+    A custom field that draws random numbers starts every evaluation from the same random state, which compiled code
+    cannot set, and one that changes its buffers would overwrite what the compiled backward pass reads.
+    """
+    if not (field.random or field.stateful):
+        return True
+    does = "draws random numbers (dropout?)" if field.random else "changes its buffers (spectral_norm in training?)"
+    warnings.warn(f"compile=True: {label} {does} and runs uncompiled", CompilationWarning, stacklevel=2)
+    return False

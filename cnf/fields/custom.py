@@ -13,17 +13,16 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from cnf._utils.async_checks import tracing, vectorized
-from cnf._utils.compilation import CompilationWarning
 from cnf._utils.errors import ConfigError
 from cnf._utils.validation import context_rows
-from cnf.fields.autodiff import differentiable_attention
+from cnf.fields.autodiff import NORMS, NoForwardMode, Operations, differentiable_attention, reverse_jvp
 from cnf.fields.base import SolveField, SolveFunctions, VectorField, consistent, intact
 from cnf.fields.findings import Findings, version
 from cnf.fields.randomness import SolveRandomness, draws_random_numbers
 from cnf.fields.signature import takes_context, wrapped
 from cnf.random import Noise
 
-__all__ = ["AnyField", "CustomField", "can_compile", "context_size", "precompute", "protect", "stated"]
+__all__ = ["AnyField", "CustomField", "context_size", "precompute", "protect", "stated"]
 
 AnyField = nn.Module | SolveField | Callable[..., Tensor]
 """``field(t, x, context) -> dx``: a module, a field bound for one solve, or a function."""
@@ -31,7 +30,8 @@ AnyField = nn.Module | SolveField | Callable[..., Tensor]
 _MIXING = 0.02  # relative change of a row's value allowed when its neighbours change (rounding, reduced precision)
 _ROWS = 6  # rows of the batch in the comparison
 _CALLS = 5  # repeated calls that must agree: a layer skipped at random is detected with probability 0.94
-_CHECKED: Findings[tuple[bool, bool, bool]] = Findings()  # (random, whole, stateful) by mode
+_FOUND = ("random", "whole", "stateful", "reverse", "normalizes")  # attributes that a check finds
+_CHECKED: Findings[dict[str, bool]] = Findings()  # by mode
 _PRECOMPUTED: Findings[bool] = Findings()
 
 
@@ -137,8 +137,9 @@ class CustomField(_BuiltIn):
         super().__init__(module, usable)
         self.randomness, self.usable = SolveRandomness(noise), usable
         self.takes_context = takes_context(module)
+        self.normalizes = any(isinstance(m, NORMS) for m in module.modules())
         # torch.jit silently loses forward-mode derivatives
-        self.reverse = any(isinstance(m, torch.jit.ScriptModule) for m in module.modules())
+        self.reverse = self.normalizes or any(isinstance(m, torch.jit.ScriptModule) for m in module.modules())
 
     def __call__(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         with self.randomness.at(x.device), differentiable_attention(vectorized()):
@@ -167,6 +168,13 @@ class CustomField(_BuiltIn):
     def jvp(
         self, t: Tensor, x: Tensor, v: Tensor, context: Tensor | None = None, *, t_dot: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        if not self.own_jvp and self.reverse:
+            if self.normalizes and torch.is_grad_enabled() and any(p.requires_grad for p in (x, *self.module.parameters())):
+                raise NoForwardMode(
+                    f"field {self.name} has layer norm, batch norm or instance norm, of which torch has no right derivative of the derivative along "
+                    "the path: take GroupNorm or RMSNorm, or leave out what takes that derivative (directional, total derivative)"
+                )
+            return reverse_jvp(lambda s, y: self(s, y, context), t, x, v, t_dot)
         if not self.own_jvp:
             return super().jvp(t, x, v, context, t_dot=t_dot)
         with self.randomness.at(x.device), differentiable_attention():
@@ -191,7 +199,7 @@ class CustomField(_BuiltIn):
             return
         mode = tuple((type(m), m.training) for m in self.module.modules())
         if (known := _CHECKED.known(self.module, mode)) is not None:
-            self.random, self.whole, self.stateful = known
+            vars(self).update(known)
             return
         try:
             other = self.twin()
@@ -204,9 +212,9 @@ class CustomField(_BuiltIn):
                     "`with torch.enable_grad(): x = x.requires_grad_()` in front of it, in forward"
                 ) from error
             self.whole = True
-            _CHECKED.keep(self.module, mode, (False, True, False))
+            _CHECKED.keep(self.module, mode, self._found())
             return
-        self.stateful = version(other.module.buffers()) > before
+        self.stateful, self.reverse, self.normalizes = version(other.module.buffers()) > before, other.reverse, other.normalizes
         if again > _MIXING:
             raise ConfigError(
                 f"field {self.name} returns another value for the same point when it is called again (they differ by {again:.1%} of its "
@@ -226,7 +234,10 @@ class CustomField(_BuiltIn):
                 f"field {self.name} returns another value for a row when other rows are next to it (they differ by {apart:.1%} of its "
                 "size), so that rows have no separate densities: use statistics of one row (LayerNorm, GroupNorm) instead of the batch's"
             )
-        _CHECKED.keep(self.module, mode, (self.random, self.whole, self.stateful))
+        _CHECKED.keep(self.module, mode, self._found())
+
+    def _found(self) -> dict[str, bool]:
+        return {name: getattr(self, name) for name in _FOUND}
 
     def twin(self) -> CustomField:
         """Return the field with a copy of its module, including counters and buffers."""
@@ -244,6 +255,9 @@ class CustomField(_BuiltIn):
             for rows in sorted({min(2, max(1, len(x) - 1)), len(x)}):
                 arguments = self._arguments(t, x[:rows], context_rows(context, slice(rows)))
                 values.append(self._checked(self.module(*arguments), x[:rows], "returned"))
+            with Operations() as called:
+                self.module(*arguments)
+            self.reverse, self.normalizes = self.reverse or called.unreliable, self.normalizes or called.normalizes
             calls = torch.stack([self(t, x, context_rows(context, slice(len(x)))) for _ in range(_CALLS)])
         size = float(values[-1].abs().max())
         if not 0 < size < float("inf"):  # zero at initialisation: checked again later
@@ -284,16 +298,3 @@ def context_size(field: nn.Module) -> int | None:
     if size is None:
         return None if takes_context(field) else 0
     return int(size)
-
-
-def can_compile(field: SolveField, label: str) -> bool:
-    """Return whether evaluations may be compiled; else warn.
-
-    A custom field that draws random numbers starts every evaluation from the same random state, which compiled code
-    cannot set, and one that changes its buffers would overwrite what the compiled backward pass reads.
-    """
-    if not (field.random or field.stateful):
-        return True
-    does = "draws random numbers (dropout?)" if field.random else "changes its buffers (spectral_norm in training?)"
-    warnings.warn(f"compile=True: {label} {does} and runs uncompiled", CompilationWarning, stacklevel=2)
-    return False

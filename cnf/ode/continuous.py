@@ -15,8 +15,8 @@ from cnf._utils.async_checks import outside_inference_mode, vectorized
 from cnf._utils.compilation import require_compile
 from cnf._utils.errors import ConfigError, SolverError, require_inside
 from cnf.fields.augmented import TimePath, check_augmented_time
-from cnf.fields.base import SolveField
-from cnf.fields.custom import can_compile, precompute, protect
+from cnf.fields.base import SolveField, can_compile
+from cnf.fields.custom import precompute, protect
 from cnf.fields.signature import check_signature
 from cnf.ode.derivatives import check_derivative, check_time_derivative, first_order
 from cnf.ode.divergence import Divergence, Exact, closed

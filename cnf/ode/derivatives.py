@@ -199,14 +199,19 @@ def _in_time(rows: _Rows) -> _Compared:
 
 def _fault_of_gradient(field: CustomField, divergence: Divergence, t: Tensor, x: Tensor, context: Tensor | None) -> tuple[str, bool]:
     """Return what is wrong with the derivative of the trace, "" for nothing, and whether it needs reverse mode."""
-    reverse = field.reverse
     found = _attempt(field, divergence, t, x, context, _second)
-    if isinstance(found, Exception) and not reverse:
-        field.reverse = reverse = True
-        found = _attempt(field, divergence, t, x, context, _second)
+    if not field.reverse and not _agrees(found):
+        field.reverse = True
+        if all(_agrees(_attempt(field, divergence, t, x, context, comparison)) for comparison in (_first, _second)):
+            return "", True
+        field.reverse = False
     if isinstance(found, Exception):
-        return f"it cannot be computed ({' '.join(str(found).split())[:200]})", reverse
-    return found.fault(), reverse
+        return f"it cannot be computed ({' '.join(str(found).split())[:200]})", field.reverse
+    return found.fault(), field.reverse
+
+
+def _agrees(found: _Compared | Exception) -> bool:
+    return isinstance(found, _Compared) and not found.fault()
 
 
 class _FirstOrder(torch.autograd.Function):
