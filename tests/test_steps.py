@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import torchdiffeq
-from conftest import F64, mostly_slow, perturbed, slow
+from conftest import F64, perturbed, slow
 from test_fast import LAYERS, Plain, close, gradients, made, traced
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -133,7 +133,8 @@ def test_a_whole_solve_compiled_has_the_plain_paths_gradient(case, traced):
     assert made() >= 2  # a graph for each number of steps: it was compiled
 
 
-@pytest.mark.parametrize("unit", mostly_slow(["step", "solve"], "solve"))
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["step", "solve"])
 def test_the_settings_choose_what_is_compiled(unit, traced):
     """A step is one graph for any number of steps; whole solves have one each."""
     x = torch.randn(4, 2, generator=torch.Generator().manual_seed(1))

@@ -255,7 +255,7 @@ def test_the_learned_depth_is_drawn(tmp_path):
     ("digits --objective classification", "--objective classification with --architecture stack: expected node or resnet"),
     ("node-flip --step-error 0.1", "--step-error 0.1 is for --objective likelihood or both, not for --objective regression"),
     ("node-flip --penalty kinetic", "penalty 'kinetic': expected NAME=WEIGHT, such as total-derivative=0.01"),
-    ("node-flip --penalty bend=1", "penalty='bend' is unknown: expected 'kinetic', 'jacobian', 'directional' or 'total-derivative'"),
+    ("node-flip --penalty bend=1", "penalty='bend' is unknown: expected 'kinetic', 'jacobian', 'directional', 'total-derivative', "),
     ("node-flip --measure bend", "penalty='bend' is unknown"),
     ("node-flip --kinetic 0.1 --penalty kinetic=1", "kinetic has a weight already"),
     ("anode-three-spheres --architecture resnet --hidden 8 --augment 0 --kinetic 0.1", "--kinetic is for models that solve an ODE"),
