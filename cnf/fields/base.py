@@ -31,7 +31,7 @@ class SolveField:
     random = False
     """Whether it draws random numbers; such a field is not compiled."""
     stateful = False
-    """Whether an evaluation changes its buffers, as with spectral_norm in training; such a field is not compiled."""
+    """True if an evaluation changes its buffers, as with spectral_norm in training; such a field is not compiled."""
     whole = False
     """Whether rows must be evaluated together."""
     reverse = False
