@@ -252,11 +252,10 @@ class CustomField(_BuiltIn):
         The changes are that of the first row with the number of rows (None if unknown) and that from call to call."""
         values = []
         with draws_random_numbers(x.device) as drew:
-            for rows in sorted({min(2, max(1, len(x) - 1)), len(x)}):
-                arguments = self._arguments(t, x[:rows], context_rows(context, slice(rows)))
-                values.append(self._checked(self.module(*arguments), x[:rows], "returned"))
             with Operations() as called:
-                self.module(*arguments)
+                for rows in sorted({min(2, max(1, len(x) - 1)), len(x)}):
+                    arguments = self._arguments(t, x[:rows], context_rows(context, slice(rows)))
+                    values.append(self._checked(self.module(*arguments), x[:rows], "returned"))
             self.reverse, self.normalizes = self.reverse or called.unreliable, self.normalizes or called.normalizes
             calls = torch.stack([self(t, x, context_rows(context, slice(len(x)))) for _ in range(_CALLS)])
         size = float(values[-1].abs().max())

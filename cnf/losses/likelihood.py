@@ -103,7 +103,8 @@ class Likelihood(DensityObjective):
             mean = isinstance(quadrature, Released)
             chosen = _BlockMean(quadrature, released_factor(quadrature)) if released and not mean else quadrature
             self.weights[chosen.name] = weights[quadrature.name]
-            self._means |= {chosen.name} if mean else set()
+            if mean:
+                self._means.add(chosen.name)
             if chosen is not quadrature:
                 own.append(chosen)
                 own = own if quadrature.name in {q.name for q in reported} else [q for q in own if q is not quadrature]
