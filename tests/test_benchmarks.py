@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, mostly_slow
+from test_datasets_large import faces
 
 from cnf import CNF, Flow
 from cnf.config import FlowConfig, SolverConfig, preset
@@ -249,14 +250,20 @@ def test_affjord_toy_does_not_mix_lengths(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_affjord_on_images_stops_after_cpu_minutes(tmp_path):
-    x = torch.randint(0, 256, (60, 28, 28), generator=torch.Generator().manual_seed(0)).to(torch.uint8).numpy()
-    np.savez(tmp_path / "images.npz", x=x)
-    words = ["--sets", "mnist", "--drives", "none", "--seeds", "0", "--minutes", "0.0001", "--test-items", "2", "--path", str(tmp_path / "images.npz")]
+@pytest.mark.parametrize("data", ["mnist", "celeba"])
+def test_affjord_on_images_stops_after_cpu_minutes(tmp_path, data):
+    words = ["--sets", data, "--drives", "none", "--seeds", "0", "--minutes", "0.0001", "--test-items", "2"]
+    if data == "mnist":
+        x = torch.randint(0, 256, (60, 28, 28), generator=torch.Generator().manual_seed(0)).to(torch.uint8).numpy()
+        np.savez(tmp_path / "images.npz", x=x)
+        words += ["--path", str(tmp_path / "images.npz")]
+    else:
+        faces(tmp_path, 60)
+        words += ["--data-root", str(tmp_path)]
     affjord_toy.main([*words, "--results", str(tmp_path / "rows.json"), "--densities", str(tmp_path), "--pictures", str(tmp_path)])
     (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert row["steps"] <= 1 and row["cpu_minutes"] == 0.0001 and math.isfinite(row["test"])
-    assert (tmp_path / "affjord-mnist-curves.png").exists()
+    assert (tmp_path / f"affjord-{data}-curves.png").exists()
 
 
 SMALL = {"hidden": (6, 6, 6), "blocks": 1}
