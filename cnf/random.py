@@ -192,12 +192,13 @@ class SharedNoise(Noise):
 def _sample(
     kind: Kind, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device | str | None, generator: torch.Generator | None
 ) -> Tensor:
+    source: Any = {} if generator is None else {"generator": generator}  # generator=None does not compile for any number of rows
     if kind == "uniform":
-        return torch.rand(tuple(shape), dtype=dtype, device=device, generator=generator)
+        return torch.rand(tuple(shape), dtype=dtype, device=device, **source)
     if kind == "normal":
-        return torch.randn(tuple(shape), dtype=dtype, device=device, generator=generator)
+        return torch.randn(tuple(shape), dtype=dtype, device=device, **source)
     if kind == "rademacher":
-        bits = torch.randint(0, 2, tuple(shape), dtype=torch.int8, device=device, generator=generator)
+        bits = torch.randint(0, 2, tuple(shape), dtype=torch.int8, device=device, **source)
         return (2 * bits - 1).to(dtype or torch.get_default_dtype())
     raise unknown_name("kind", kind, ("uniform", "normal", "rademacher"))
 

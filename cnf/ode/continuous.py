@@ -16,7 +16,7 @@ from cnf._utils.compilation import require_compile
 from cnf._utils.errors import ConfigError, SolverError, require_inside
 from cnf.fields.augmented import TimePath, check_augmented_time
 from cnf.fields.base import SolveField, can_compile
-from cnf.fields.custom import precompute, protect
+from cnf.fields.custom import CustomField, precompute, protect
 from cnf.fields.signature import check_signature
 from cnf.ode.derivatives import check_derivative, check_time_derivative, first_order
 from cnf.ode.divergence import Divergence, Exact, closed
@@ -25,6 +25,7 @@ from cnf.ode.halving import separable, solve_in_halves
 from cnf.ode.logdet_quadrature import solve
 from cnf.ode.quadratures import Quadrature, check_names
 from cnf.ode.refinement import Rows
+from cnf.ode.traced import check_while_tracing
 from cnf.random import Noise, draw, number
 from cnf.solvers import Adaptive, FixedGrid, Solution, Solver
 from cnf.transforms import Request, Transform, TransformOutput
@@ -208,6 +209,12 @@ class CNF(Transform):
         # custom fields are checked at an inner time: a part that is zero at the start acts there
         now = ((start if a is None else a[0]) + INNER * span).detach()
         field = precompute(self.field, x, context, noise, t=now)
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and isinstance(field, CustomField):
+            field.reverse, field.normalizes, field.whole = check_while_tracing(
+                self.field, getattr(divergence, "closed_form", None), getattr(divergence, "mode", "forward"), bool(need), INNER,
+                tuple(int(n) for n in x.shape[1:]), (x.dtype, x.device),
+                None if context is None else tuple(int(n) for n in context.shape[-1:]), None if context is None else context.dtype,
+            )  # fmt: skip
         fault = check_derivative(field, divergence, need, now, x, context)
         if torch.is_grad_enabled() and (path is not None or span.requires_grad):
             check_time_derivative(field, divergence, now, x, context)

@@ -17,7 +17,7 @@ from cnf.fields.findings import Findings
 from cnf.fields.randomness import draws_random_numbers
 from cnf.ode.divergence import Bound, Divergence, Exact, closed, jacobian_product
 
-__all__ = ["check_derivative", "check_time_derivative", "first_order"]
+__all__ = ["check_derivative", "check_time_derivative", "first_order", "second_derivative"]
 
 ROWS, MOST = 8, 256  # rows, and dimensions of a closed-form divergence
 # relative errors: of a difference quotient that counts, and of a derivative that is rejected (a quotient's own error, mostly from
@@ -231,13 +231,18 @@ class _FirstOrder(torch.autograd.Function):
         raise ConfigError(ctx.message)
 
 
-def first_order(field: SolveField, fault: str, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return integrals along the path whose gradient is refused for a fault that :func:`check_derivative` found."""
-    if not fault:
-        return values
-    message = (
+def second_derivative(field: SolveField, fault: str) -> str:
+    """Return what is said of a fault that :func:`check_derivative` found in the gradient of the log-det."""
+    return (
         f"field {field.name} has a second derivative that does not match its values: {fault}, so that the gradient of the log-det "
         "would be wrong: use operations that are differentiable twice (a custom autograd.Function needs a backward of torch operations "
         "on saved tensors), or train by flow matching, which takes no divergence"
     )
+
+
+def first_order(field: SolveField, fault: str, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return integrals along the path whose gradient is refused for a fault that :func:`check_derivative` found."""
+    if not fault:
+        return values
+    message = second_derivative(field, fault)
     return tuple(cast(Tensor, _FirstOrder.apply(message, v)) if v.requires_grad else v for v in values)
