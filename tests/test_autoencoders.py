@@ -110,7 +110,7 @@ def test_evaluate_scores_again_and_weights_draws(tmp_path, capsys, run):
     assert weighted["log_likelihood"] == pytest.approx(np.mean(expected), abs=1e-3)
     assert re.search(r"log p by 40 weighted draws: -\d+\.\d\d ± .* nats on 3 images, \d+\.\d\d above their ELBO", said)
     assert main(["compare", str(run), str(run / "evaluation-1.json")]) == 0
-    assert "negative elbo" in capsys.readouterr().out
+    assert "negative ELBO" in capsys.readouterr().out
     (run / "evaluation-1.json").unlink()
 
 
