@@ -2,7 +2,7 @@
 
     python benchmarks/vae_flows.py                                                        # real 8x8 digits, 400 steps
     python benchmarks/vae_flows.py --data mnist --steps 2000 --runs runs                  # binarised MNIST
-    python benchmarks/vae_flows.py --data omniglot --data-root data --posteriors cnf-rank # FFJORD's files: see vae_data.py
+    python benchmarks/vae_flows.py --data omniglot --data-root data --posteriors cnf-rank # FFJORD's files: see data/README.md
     python benchmarks/vae_flows.py --data mnist --posteriors cnf-rank --published         # the published system, days of a GPU
 
 Posteriors: a normal; planar flows, inverse autoregressive flows (IAF, by zuko) and Sylvester flows, whose parameters the encoder
@@ -21,6 +21,7 @@ faces have 256 grey levels, whose bound is also given in bits/dim. ``--quick``: 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -35,37 +36,28 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from measure import RESULTS, machine, markdown, record, spread, versions
-from torch import Tensor
-from vae_data import NAMES, Images, load_images
 from vae_parts import POSTERIORS, Design, build
 
 import cnf
+from cnf.data import DataSplits, load
 from cnf.errors import CNFError, ConfigError
 from cnf.losses.elbo import ELBO, estimate_elbo
 from cnf.ode.divergence import Exact
-from cnf.plotting.canvas import new_figure, save_figure, subplots, tiles
-from cnf.random import Noise, draw
-from cnf.solvers import Stats
+from cnf.plotting import reconstructions
+from cnf.random import Noise
 from cnf.vae import FlowVAE
 
 # of the released script: gated convolutions, two CNFs, updates of rank 64, batches of 100; Adamax, 100 epochs of warm-up
 PUBLISHED = Design("conv", 64, 256, (1024, 1024), 64, 2, 16)
 PUBLISHED_EPOCHS, PUBLISHED_WARMUP = 2000, 100
+BINARIZE = {"digits": "once", "mnist": "once", "fashion-mnist": "once", "omniglot": "redraw", "freyfaces": "no", "caltech": "no"}
+SHOWN = 32  # images of a picture
 Row = dict[str, Any]
 
 
-class Redrawn(ELBO):
-    """Bound of binary images that each step draws anew from grey ones, as published for Omniglot."""
-
-    def evaluate(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> tuple[dict[str, Tensor], Stats]:
-        """Return the terms of images drawn from x."""
-        u = draw(noise, "binarise", "uniform", tuple(x.shape), dtype=x.dtype, device=x.device)
-        return super().evaluate((u < x).to(x), context, noise)
-
-
-def train(model: FlowVAE, images: Images, seed: int, folder: Path, options: argparse.Namespace) -> float:
+def train(model: FlowVAE, images: DataSplits, seed: int, folder: Path, options: argparse.Namespace) -> float:
     """Train a model in a run folder; return the seconds of training, over all calls."""
-    loss = (Redrawn if images.redrawn else ELBO)(model, warmup=options.warmup)
+    loss = ELBO(model, options.warmup, images.train_levels)
     adamax = (lambda p: torch.optim.Adamax(p, options.lr, eps=1e-7)) if options.published else None
     return cnf.fit(
         model, images.train, validation=images.validation[: options.validation_items], loss=loss, steps=options.steps, batch_size=options.batch_size, lr=options.lr,
@@ -74,17 +66,17 @@ def train(model: FlowVAE, images: Images, seed: int, folder: Path, options: argp
     ).seconds  # fmt: skip
 
 
-def run(posterior: str, seed: int, images: Images, folder: Path, options: argparse.Namespace) -> tuple[Row, FlowVAE]:
+def run(posterior: str, seed: int, images: DataSplits, folder: Path, options: argparse.Namespace) -> tuple[Row, FlowVAE]:
     """Return the figures of one training, and the model."""
     begun = time.process_time()
     torch.manual_seed(seed)
-    model = build(posterior, tuple(images.train.shape[1:]), images.levels, options.design)
+    model = build(posterior, images.event_shape, images.levels or 2, options.design)
     seconds = train(model, images, seed, folder, options)
     for block in model.blocks:
         block.divergence = Exact()  # the published tests have the exact trace, too
     trained = time.process_time() - begun
     found = estimate_elbo(model, images.test, draws=2, seed=1)
-    few = images.test[: options.importance_images].to(model.normal.weight)
+    few = images.test[: options.importance_images].to(model.like.device)
     with torch.no_grad():
         weighted = torch.cat([model.log_likelihood(x[None], options.importance_samples, noise=Noise(2, "weighted", i)) for i, x in enumerate(few)])
         bound = estimate_elbo(model, few, draws=10, seed=3).elbo
@@ -97,26 +89,9 @@ def run(posterior: str, seed: int, images: Images, folder: Path, options: argpar
         "training_seconds": seconds, "training_cpu_seconds": trained, "cpu_seconds": time.process_time() - begun,
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
-    pictures({posterior: model}, images, folder / "plots" / "reconstructions.png")
+    (folder / "plots").mkdir(exist_ok=True)
+    reconstructions({posterior: model}, images.test[:SHOWN], folder / "plots" / "reconstructions.png")
     return row, model
-
-
-def pictures(models: dict[str, FlowVAE], images: Images, path: Path) -> None:
-    """Draw data, reconstructions and samples of each model."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure = new_figure(2.6 * (1 + len(models)), 5.4)
-    axes = subplots(figure, 2, 1 + len(models))
-    columns = [("data", images.test[:16], images.test[16:32])]
-    for name, model in models.items():
-        x = images.test[:16].to(model.normal.weight)
-        columns.append((name, model.reconstruct(x, noise=Noise(0)), model.sample(16, noise=Noise(0))))
-    for (top, bottom), (name, first, second) in zip(axes.T, columns, strict=True):
-        for axis, shown in ((top, first), (bottom, second)):
-            axis.imshow(tiles(shown, None, 256), interpolation="nearest")
-            axis.set_axis_off()
-        top.set_title(name if name == "data" else f"{name}: reconstructions", fontsize=9)
-        bottom.set_title("further data" if name == "data" else f"{name}: samples", fontsize=9)
-    save_figure(figure, path)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -142,8 +117,8 @@ def table(rows: Sequence[Row]) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options with all sizes filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=NAMES, default="digits", help="(default: %(default)s)")
-    parser.add_argument("--data-root", default="data", help="folder of the files, see benchmarks/vae_data.py (default: %(default)s)")
+    parser.add_argument("--data", choices=BINARIZE, default="digits", help="(default: %(default)s)")
+    parser.add_argument("--data-root", default="data", help="folder of the files, see data/README.md (default: %(default)s)")
     parser.add_argument("--posteriors", choices=POSTERIORS, nargs="+", default=list(POSTERIORS))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, help="(default: 400; with --published 2,000 epochs)")
@@ -189,8 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     options.pictures.mkdir(parents=True, exist_ok=True)
-    images = load_images(options.data, options.data_root)
-    images = images._replace(test=images.test[: options.test_items])
+    images = load(options.data, root=options.data_root, binarize=BINARIZE[options.data])
+    images = dataclasses.replace(images, test=images.test[: options.test_items])
     fill(options, len(images.train))
     for name in () if options.runs is None or options.resume else options.posteriors:
         if (folder := options.runs / f"vae-{options.data}" / f"{name}-0").exists():
@@ -205,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rows.append(row)
                 models.setdefault(name, model)
                 print(f"{name}, seed {seed}: {row['negative_elbo']:.2f} ± {row['standard_error']:.2f} nats, {row['cpu_seconds']:.0f} CPU s", flush=True)
-    pictures(models, images, options.pictures / f"vae-{options.data}.png")
+    reconstructions(models, images.test[:SHOWN], options.pictures / f"vae-{options.data}.png")
     record(options.out, f"vae_flows {options.data}", arguments, rows, {**machine(), "versions": versions("torch", "torchdiffeq", "zuko")})
     print(table(rows))
 

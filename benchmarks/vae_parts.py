@@ -1,12 +1,11 @@
-"""Parts of the autoencoders of benchmarks/vae_flows.py: gated convolutions, and the flows that CNFs are compared with.
+"""Autoencoders of benchmarks/vae_flows.py, and the flows that CNFs are compared with.
 
-The networks are those of FFJORD's autoencoders (1810.01367), which take them from Sylvester flows (1803.05649): without a
+The convolutions are those of FFJORD's autoencoders (1810.01367), which take them from Sylvester flows (1803.05649): without a
 flow and with 64 latents they have 3,067,105 parameters on MNIST. IAF is zuko's masked autoregressive transform.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +17,9 @@ from cnf.errors import ConfigError
 from cnf.ode.divergence import Divergence, Hutchinson
 from cnf.solvers import Adaptive, FixedGrid, Stats
 from cnf.transforms import Request, Sequential, Transform, TransformOutput
-from cnf.vae import FlowVAE, vae_mlp
+from cnf.vae import FlowVAE, gated_networks, mlp_networks, posterior_flow
 
-__all__ = ["POSTERIORS", "Design", "Planar", "Sylvester", "build", "gated_networks"]
+__all__ = ["POSTERIORS", "Design", "Planar", "Sylvester", "build"]
 
 POSTERIORS = ("normal", "planar", "iaf", "sylvester", "cnf", "cnf-rank")
 
@@ -37,36 +36,6 @@ class Design:
     blocks: int = 1
     flows: int = 4
     """Number of planar, IAF and Sylvester transforms."""
-
-
-class _Gated(nn.Module):
-    """A convolution times the sigmoid of another."""
-
-    def __init__(self, kind: type[nn.Conv2d] | type[nn.ConvTranspose2d], *sizes: Any):
-        super().__init__()
-        self.value, self.gate = kind(*sizes), kind(*sizes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        value: Tensor = self.value(x)
-        return value * self.gate(x).sigmoid()
-
-
-def gated_networks(shape: tuple[int, ...], latent: int, levels: int = 2) -> tuple[nn.Module, nn.Module, int]:
-    """Return encoder, decoder and the number of features, for images (C, H, W) whose sides are multiples of 4.
-
-    The encoder halves twice and ends in a convolution over all that is left; the decoder mirrors it.
-    """
-    channels, height, width = shape
-    if height % 4 or width % 4:
-        raise ConfigError(f"gated convolutions need sides that are multiples of 4, got {height}x{width}: choose --network mlp")
-    end, conv, transposed = (height // 4, width // 4), nn.Conv2d, nn.ConvTranspose2d
-    down = ((channels, 32, 5, 1, 2), (32, 32, 5, 2, 2), (32, 64, 5, 1, 2), (64, 64, 5, 2, 2), (64, 64, 5, 1, 2), (64, 256, end, 1, 0))
-    up = ((latent, 64, end, 1, 0), (64, 64, 5, 1, 2), (64, 32, 5, 2, 2, 1), (32, 32, 5, 1, 2), (32, 32, 5, 2, 2, 1), (32, 32, 5, 1, 2))
-    encoder = nn.Sequential(*(_Gated(conv, *sizes) for sizes in down), nn.Flatten())
-    last: list[nn.Module] = [nn.Conv2d(32, channels, 1)]
-    if levels > 2:
-        last = [nn.Conv2d(32, 256, 5, 1, 2), nn.Conv2d(256, levels * channels, 1), nn.Unflatten(1, (levels, channels))]
-    return encoder, nn.Sequential(nn.Unflatten(1, (latent, 1, 1)), *(_Gated(transposed, *sizes) for sizes in up), *last), 256
 
 
 class _Forward(Transform):
@@ -153,26 +122,24 @@ def _iaf(dim: int, steps: int, context: int) -> Transform:
 
 def build(posterior: str, shape: tuple[int, ...], levels: int, design: Design, divergence: Divergence | None = None) -> FlowVAE:
     """Return the autoencoder of one of :data:`POSTERIORS`."""
-    flow: Any = posterior if posterior.startswith("cnf") else "normal"
-    base = vae_mlp(
-        shape, design.latent, design.hidden, posterior=flow, flow_hidden=design.flow_hidden, rank=design.rank, blocks=design.blocks,
-        solver=FixedGrid("rk4", 4), divergence=divergence or (Hutchinson() if design.latent > 16 else None),
-    )  # fmt: skip
-    for block in base.blocks:
-        block.eval_solver = Adaptive("dopri5", 1e-5, 1e-5)
-    encoder, decoder, features = base.encoder, base.decoder, design.hidden
     if design.network == "conv":
         encoder, decoder, features = gated_networks(shape, design.latent, levels)
-    elif levels > 2:
-        size = math.prod(shape) * levels
-        decoder = nn.Sequential(*list(base.decoder)[:-2], nn.Linear(design.hidden, size), nn.Unflatten(1, (levels, *shape)))  # type: ignore[call-overload]
-    transform, context = base.transform, 0 if base.amortise is None else base.amortise.out_features
-    if posterior == "iaf":
+    else:
+        encoder, decoder, features = mlp_networks(shape, design.latent, (design.hidden, design.hidden), levels)
+    transform: Transform | None = None
+    context = 0
+    if posterior.startswith("cnf"):
+        rank = design.rank if posterior == "cnf-rank" else 0
+        divergence = divergence or (Hutchinson() if design.latent > 16 else None)
+        transform, context = posterior_flow(design.latent, design.flow_hidden, rank, design.blocks, FixedGrid("rk4", 4), divergence)
+    elif posterior == "iaf":
         transform, context = _iaf(design.latent, design.flows, 32), 32
     elif posterior in ("planar", "sylvester"):
         made = (Planar if posterior == "planar" else Sylvester)(design.latent, design.flows)
         transform, context = made, made.context_dim
     model = FlowVAE(encoder, decoder, design.latent, features, transform, context, levels)
+    for block in model.blocks:
+        block.eval_solver = Adaptive("dopri5", 1e-5, 1e-5)
     if posterior == "planar" and model.amortise is not None:  # w near zero would leave its direction to chance
         nn.init.normal_(model.amortise.bias, std=0.3)
     return model

@@ -2,10 +2,8 @@
 
 import importlib.util
 import json
-import pickle
 import sys
 
-import numpy as np
 import pytest
 import torch
 from conftest import F64, ROOT, mostly_slow
@@ -18,12 +16,9 @@ import anode_figures
 import anode_images
 import rnode_figures
 import survey
-import vae_data
 import vae_flows
 import vae_parts
 
-from cnf.errors import DataError
-from cnf.random import Noise
 from cnf.transforms import Request
 
 CASES = [(module, figure) for module in (anode_figures, rnode_figures) for figure in module.FIGURES]
@@ -99,48 +94,3 @@ def test_flows_that_are_compared_have_the_log_det_of_their_jacobian(posterior):
     for n in range(4):
         j = torch.autograd.functional.jacobian(lambda y, n=n: model.transform(y[None], Request(context[n : n + 1])).value[0], z[n])
         torch.testing.assert_close(out.log_det[n], torch.linalg.slogdet(j)[1])
-
-
-def test_gated_convolutions_are_the_published_ones():
-    with torch.device("meta"):
-        plain, rank = (vae_parts.build(name, (1, 28, 28), 2, vae_flows.PUBLISHED) for name in ("normal", "cnf-rank"))
-    assert sum(p.numel() for p in plain.parameters()) == 3_067_105
-    # the released updates leave out the weights of time: 64 entries less for each of three layers of two blocks
-    assert sum(p.numel() for p in rank.parameters()) == 145_473_121 + 2 * 3 * 64 * 257
-    small = vae_parts.build("normal", (1, 28, 20), 256, vae_parts.Design("conv", 3))
-    x = torch.randint(0, 256, (2, 1, 28, 20)).float() / 255
-    assert small.evaluate(x).elbo.shape == (2,) and small.sample(2, noise=Noise(0)).shape == x.shape
-
-
-def test_the_files_of_the_published_code(tmp_path):
-    from scipy.io import savemat
-
-    rng = np.random.default_rng(0)
-    for folder in ("MNIST_static", "OMNIGLOT", "Freyfaces", "Caltech101Silhouettes"):
-        (tmp_path / folder).mkdir()
-    image = np.zeros((28, 28))
-    image[3, 20] = 1  # row 3, column 20
-    for part in ("train", "valid", "test"):
-        np.savetxt(tmp_path / "MNIST_static" / f"binarized_mnist_{part}.amat", image.reshape(1, -1), fmt="%d")
-    grey = np.tile(image.T.reshape(-1, 1), (1, 1350))  # stored column by column, an image a column
-    savemat(tmp_path / "OMNIGLOT" / "chardata.mat", {"data": 0.5 * grey, "testdata": grey[:, :4]})
-    silhouettes = {f"{part}_data": (1 - image.T.reshape(1, -1)).astype(np.uint8) for part in ("train", "val", "test")}
-    savemat(tmp_path / "Caltech101Silhouettes" / "caltech101_silhouettes_28_split1.mat", silhouettes)
-    faces = rng.integers(0, 256, (1965, 560)).astype(float)
-    (tmp_path / "Freyfaces" / "freyfaces.pkl").write_bytes(pickle.dumps([faces], protocol=2))
-    expected = torch.tensor(image).float()
-    for name in ("mnist", "omniglot", "caltech"):
-        found = vae_data.load_images(name, tmp_path)
-        assert torch.equal(found.test[0, 0], expected)
-        assert found.redrawn == (name == "omniglot")
-    omniglot = vae_data.load_images("omniglot", tmp_path)
-    assert len(omniglot.train) == 5 and len(omniglot.validation) == 1345 and torch.equal(omniglot.train[0, 0], 0.5 * expected)
-    assert 0.4 < float(omniglot.validation[:, 0, 3, 20].mean()) < 0.6  # drawn once
-    frey = vae_data.load_images("freyfaces", tmp_path)
-    assert [len(part) for part in frey[:3]] == [1565, 200, 200] and frey.levels == 256
-    assert sorted((255 * torch.cat(frey[:3])).round().sum((1, 2, 3)).tolist()) == sorted(faces.sum(1).tolist())
-    (tmp_path / "Freyfaces" / "freyfaces.pkl").write_bytes(pickle.dumps([print]))
-    with pytest.raises(DataError, match="only arrays are read"):
-        vae_data.load_images("freyfaces", tmp_path)
-    with pytest.raises(DataError, match="was not found"):
-        vae_data.load_images("omniglot", tmp_path / "nowhere")

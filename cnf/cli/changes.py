@@ -9,7 +9,7 @@ from cnf._utils.errors import ConfigError
 from cnf._utils.output import emit
 from cnf.cli.options import Command
 from cnf.cli.spelling import option
-from cnf.config import BothConfig, FlowConfig, RunConfig
+from cnf.config import KINDS, BothConfig, RunConfig
 from cnf.config.results import read_json
 from cnf.config.tagged import values
 from cnf.data import DataSplits
@@ -76,9 +76,11 @@ def check(config: RunConfig, *, trains: bool = True) -> None:
         ConfigError: for the first invalid option; the message states the value and what is expected.
     """
     objective, architecture = config.train.objective, config.model.architecture
-    if config.train.density != isinstance(config.model, FlowConfig):
-        wanted = "stack, multiscale or parallel" if config.train.density else "node or resnet"
-        raise ConfigError(f"--objective {objective.kind} with --architecture {architecture}: expected {wanted} (the presets node-..., anode-...)")
+    expected = KINDS[config.train.model_kind].architectures
+    if architecture not in expected:
+        *most, last = expected
+        wanted = f"{', '.join(most)} or {last}" if most else last
+        raise ConfigError(f"--objective {objective.kind} with --architecture {architecture}: expected {wanted} (the presets node-..., anode-..., vae-...)")
     if trains and config.solver.precision == "tf32" and not config.train.device.startswith("cuda"):
         raise ConfigError(f"--precision tf32 is for GPUs, not for --device {config.train.device}: fp32, or bf16, which a CPU may have")
     if isinstance(objective, BothConfig) and objective.finetune_steps >= config.train.steps:

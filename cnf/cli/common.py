@@ -83,6 +83,7 @@ def _load(config: RunConfig, run: RunInfo | None, download: bool) -> DataSplits:
         nbits=d.nbits,
         image_size=d.image_size,
         invert=d.invert,
+        binarize=d.binarize,
         flip=None if d.flip == "default" else d.flip == "yes",
         sizes=d.toy_sizes,
         hold_out_angle=d.hold_out_angle,

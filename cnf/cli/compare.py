@@ -80,7 +80,7 @@ def row_of(result: dict[str, Any]) -> dict[str, str]:
     return {
         "preset": str(config.get("name", "")),
         "data": str(result.get("data", "")),
-        "metric": result["unit"] if result["unit"] == "bits/dim" else result["metric"].replace("_", " "),
+        "metric": result["unit"] if result["unit"] == "bits/dim" else result["metric"].replace("_", " ").replace("elbo", "ELBO"),
         "value": _number(result["value"], "{:.4f}"),
         "±": _number(error, "{:.2g}"),
         "accuracy": _number(None if accuracy is None else 100 * accuracy, "{:.2f} %"),

@@ -19,6 +19,7 @@ from cnf._utils.output import emit
 from cnf._utils.progress import Progress
 from cnf.cli.changes import warn_of_changed_data, warn_of_changed_field
 from cnf.cli.common import read_run
+from cnf.cli.evaluate_others import OTHERS
 from cnf.cli.odd_rows import extrapolated, odd_rows
 from cnf.cli.options import Command
 from cnf.config import ExactConfig, HutchinsonConfig
@@ -30,10 +31,10 @@ from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.evaluation import Ranking, rank
 from cnf.flow import Flow
 from cnf.models import divergence, eval_solver
-from cnf.neural_ode import NeuralODE
 from cnf.runs import RunInfo, load, located, outputs
 from cnf.training import read_json, score, summary, write_json, write_scores
-from cnf.training.predictions import PREDICTIONS, score_predictions, write_predictions
+from cnf.training.autoencoders import BOUNDS
+from cnf.training.predictions import PREDICTIONS
 from cnf.training.report import TEST_SCORES, add_columns
 from cnf.training.scoring import TEST_SEED
 
@@ -74,7 +75,7 @@ def _require_writable(command: Command, folder: Path) -> None:
     if path is not None:
         if path.suffix not in (".npz", ".csv"):
             raise ConfigError(f"--per-item {path}: expected a file ending in .npz or .csv")
-        if path.resolve() in ((folder / TEST_SCORES).resolve(), (folder / PREDICTIONS).resolve()):
+        if path.resolve() in [(folder / name).resolve() for name in (TEST_SCORES, PREDICTIONS, BOUNDS)]:
             raise ConfigError(f"--per-item {path} holds the scores of the run's own test: choose another file")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,14 +102,15 @@ def evaluate_run(command: Command, info: RunInfo, data: DataSplits, group: Group
     """
     folder, config = command.evaluate, info.config
     assert folder is not None
-    kind = _dequantisation(command, info)
+    kind = _dequantisation(command, info) if config.train.model_kind == "density" else None
     _require_model(folder, info, data)
     _require_writable(command, folder)
     warn_of_changed_data(folder, data, config.data.data)
     warn_of_changed_field(folder)
     write: Callable[[Path], None]
-    if not config.train.density:
-        result, write = _predict(command, info, data, group)
+    other = OTHERS.get(config.train.model_kind)
+    if other is not None:
+        result, write = other(command, info, data, group)
     else:
         flow = _flow(folder, info)
         result, found = score(
@@ -127,7 +129,7 @@ def evaluate_run(command: Command, info: RunInfo, data: DataSplits, group: Group
     emit("result", summary(result), file=kept, **result)
     emit("message", f"written to {kept}")
     if command.per_item is not None:
-        what = "likelihood" if config.train.density else "prediction"
+        what = {"density": "likelihood", "predictor": "prediction", "autoencoder": "bound"}[config.train.model_kind]
         emit("message", f"the {what} of each item is in {command.per_item}")
     return 0
 
@@ -151,25 +153,6 @@ def _keep(folder: Path, result: dict[str, Any]) -> Path:
             path.unlink()
         raise
     return path
-
-
-def _predict(command: Command, info: RunInfo, data: DataSplits, group: Group) -> tuple[dict[str, Any], Callable[[Path], None]]:
-    """Evaluate a run that predicts; return the result and a function that writes the predictions."""
-    folder, config = command.evaluate, info.config
-    assert folder is not None
-    if command.mid_bin or command.importance > 1:
-        raise ConfigError(f"{'--mid-bin' if command.mid_bin else '--importance'} is for densities, and {folder} predicts")
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    model = load(folder, config.train.device)
-    if isinstance(model, NeuralODE):
-        model.eval_solver = eval_solver(config.solver)
-    elif command.check:
-        raise ConfigError(f"--check solves again, and {folder} is a residual net, which solves nothing: leave it out")
-    result, found, index = score_predictions(
-        model, data, config.train.objective.kind, command.split, items=config.train.test_items, check=command.check, group=group
-    )
-    return result, partial(write_predictions, found=found, index=index, classes=data.classes)
 
 
 def _require_model(folder: Path, info: RunInfo, data: DataSplits) -> None:
@@ -200,8 +183,9 @@ def score_items(command: Command, info: RunInfo, group: Group = SINGLE_PROCESS) 
     """
     folder, config = command.evaluate, info.config
     assert folder is not None and command.score is not None
-    if not config.train.density:
-        raise ConfigError(f"--score ranks by likelihood, and {folder} predicts: --split, --data and --per-item are for it")
+    if config.train.model_kind != "density":
+        what = {"predictor": "predicts", "autoencoder": "is an autoencoder, which has a bound"}[config.train.model_kind]
+        raise ConfigError(f"--score ranks by likelihood, and {folder} {what}: --split, --data and --per-item are for it")
     kind = _dequantisation(command, info)
     items = read_items(
         command.score, info.event_shape, info.levels, columns=info.columns, image_size=config.data.image_size, table=info.table,

@@ -14,7 +14,7 @@ __all__ = ["COMMANDS", "OUTPUT", "overview", "short_help"]
 OUTPUT = "--quiet prints warnings and the result only, --json one JSON object a line; both are for every command"
 
 COMMANDS = {
-    "train": "train a density or a predictor, test it, and leave a run folder",
+    "train": "train a density, a predictor or an autoencoder, test it, and leave a run folder",
     "evaluate": "score a run again: another solver, trace, split or data",
     "rank": "rank your own items by likelihood under a run",
     "sample": "draw samples from a run",
@@ -29,6 +29,7 @@ EXAMPLES = {
         ("cnf train --data table.csv --minutes 10", "your own table"),
         ("cnf train demo --data 2spirals", "a density in the plane, in a minute"),
         ("cnf train anode-digits", "a neural ODE that classifies"),
+        ("cnf train vae-digits", "an autoencoder with a flow as posterior"),
         ("cnf train --resume --out runs/digits-0 --steps 5000", "continue a run"),
     ),
     "evaluate": (
@@ -44,8 +45,10 @@ EXAMPLES = {
 TRAIN = {
     "data": "data set by name, or your own file or folder",
     "condition": "label, or columns of a table, to condition on",
-    "objective": "likelihood, flow-matching, both, regression, classification",
+    "objective": "likelihood, flow-matching, both, regression, classification, elbo",
     "hidden": "widths (or channels) of the hidden layers",
+    "latent": "vae: dimension of the latent z",
+    "posterior": "vae: normal, cnf, or cnf-rank, a CNF whose weights the encoder updates",
     "blocks": "number of CNF blocks",
     "steps": "optimiser steps",
     "batch_size": "rows of a step",
@@ -68,7 +71,8 @@ EVALUATE = (
     ("--data DATA", "other data of the same shape", "the run's"),
     ("--test-items N", "score a random subset", "the run's"),
     ("--noise-samples N", "noise draws for each row", "the run's"),
-    ("--importance K", "images: samples of the importance-weighted bound", "1"),
+    ("--importance K", "images: samples of the importance-weighted bound (vae: of the likelihood)", "1"),
+    ("--importance-images N", "vae: number of images of that likelihood", "64"),
     ("--mid-bin", "images: score the middle of each grey level; not a bound", ""),
     ("--check", "solve every row again, ten times tighter", "a tenth"),
     ("--eval-method NAME", "adaptive solver", "the run's"),
@@ -92,7 +96,7 @@ EVALUATE_MORE = (
 )
 OPTIONS = {
     "evaluate": EVALUATE,
-    "rank": tuple(row for row in EVALUATE if row[0].split()[0] not in ("--split", "--data", "--test-items", "--check")),
+    "rank": tuple(row for row in EVALUATE if row[0].split()[0] not in ("--split", "--data", "--test-items", "--check", "--importance-images")),
     "sweep": (
         ("--sweep NAME=V1,V2 ...", "the grid: every combination of these values is a run", ""),
         ("--out DIR", "folder of the runs and of sweep.csv", "runs/sweep-PRESET"),

@@ -53,8 +53,9 @@ def described(rows: Sequence[Sequence[str]], right: Sequence[int] = (), width: i
 
 def _task(entry: Preset) -> str:
     objective = entry.config.train.objective.kind
-    if not entry.config.train.density:
-        return "predictions by neural ODEs"
+    others = {"predictor": "predictions by neural ODEs", "autoencoder": "images by autoencoders"}
+    if (other := others.get(entry.config.train.model_kind)) is not None:
+        return other
     if objective != "likelihood":
         return "images by flow matching"
     return {3: "images by likelihood"}.get(len(entry.shape), "points in the plane" if entry.shape == (2,) else "tables")

@@ -29,7 +29,7 @@ CLASSIFIER = "anode-digits"  # default preset of train_classifier.py
 _REGRESSIONS = {"identity": "anode-flip", "flip": "anode-flip"} | dict.fromkeys(
     ("spheres", "separable2", "shifted-sines"), "anode-spheres"
 )
-SUITED = _REGRESSIONS | {"mnist": "fm-mnist", "cifar10": "fm-cifar10"}
+SUITED = _REGRESSIONS | {"mnist": "fm-mnist", "cifar10": "fm-cifar10"} | {name: f"vae-{name}" for name in ("omniglot", "freyfaces", "caltech")}
 SUITED_CLASSIFIER = _REGRESSIONS | {
     "three-spheres": "anode-three-spheres", "disjoint-spheres": "anode-three-spheres", "mnist": "anode-mnist",
     "cifar10": "anode-cifar10", "svhn": "anode-svhn", "tiny-imagenet": "anode-tiny-imagenet",
@@ -43,7 +43,7 @@ PRESET_HINT = (
 )
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 
-EVALUATIONS = ("split", "importance", "mid_bin", "check", "per_item", "score")  # options of --evaluate only
+EVALUATIONS = ("split", "importance", "importance_images", "mid_bin", "check", "per_item", "score")  # options of --evaluate only
 
 SCORE_HELP = (  # a string, since tyro keeps the line ends of a docstring
     "--evaluate: rank custom rows or images instead of a split, least likely first: .npz, .npy, tables, images, folders. " + CAUTION
@@ -52,8 +52,8 @@ SCORE_HELP = (  # a string, since tyro keeps the line ends of a docstring
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Train a density (a continuous normalizing flow, which sample.py draws from) or a neural ODE that predicts (presets node-...,
-    anode-...) on data, test it, and leave a run folder.
+    """Train a density (a continuous normalizing flow, which sample.py draws from), a neural ODE that predicts (presets node-...,
+    anode-...) or an autoencoder (vae-...) on data, test it, and leave a run folder.
 
     PRESET sets the defaults shown here; cnf list shows the presets. --quiet prints warnings and the result only, --json one JSON
     object a line. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted but saved.
@@ -73,7 +73,9 @@ class Command:
     split: Literal["test", "validation", "train"] = "test"
     """Split that --evaluate scores."""
     importance: int = 1
-    """--evaluate, images: noise samples K of the importance-weighted bound; 1 is the plain bound."""
+    """--evaluate, images: noise samples K of the importance-weighted bound; 1 is the plain bound. vae: draws of z of the importance-weighted likelihood, next to the bound."""
+    importance_images: int = 64
+    """--evaluate, vae: number of images of the importance-weighted likelihood."""
     mid_bin: Flag = False
     """--evaluate, images: score the middle of each grey level, as RNODE reports; not a bound."""
     check: Flag = False
@@ -168,6 +170,8 @@ def parse(
         start = info.config
         if name not in (None, start.name):
             raise ConfigError(f"{folder} is a run of preset {start.name}, not {name}: leave the preset out")
+        if first.importance_images != Command.importance_images and start.train.model_kind != "autoencoder":
+            raise ConfigError(f"--importance-images {first.importance_images} is for autoencoders, and {folder} is none: leave it out")
     elif first.settings is not None:
         start, written = read_settings(first.settings, name, fallback)
         name, named, otherwise = name or start.name, written | named, preset(start.name).otherwise if start.name in PRESETS else {}
@@ -249,6 +253,10 @@ def _exclude(command: Command) -> None:
         raise ConfigError(f"{option(used[0])} is for --evaluate: a training is always tested once, on the test split")
     if command.importance < 1:
         raise ConfigError(f"--importance {command.importance}: expected at least 1 sample")
+    if command.importance_images < 1:
+        raise ConfigError(f"--importance-images {command.importance_images}: expected at least 1 image")
+    if command.importance == 1 and "importance_images" in used:
+        raise ConfigError(f"--importance-images {command.importance_images} is for --importance K, the draws of z for each of them: give both, or neither")
     if command.mid_bin and command.importance > 1:
         raise ConfigError(f"--importance {command.importance} weights noise, and --mid-bin has none: leave one out")
     if command.score == ():

@@ -14,6 +14,7 @@ from cnf._utils.errors import ConfigError, DataError
 from cnf._utils.output import emit
 from cnf.cli.changes import warn_of_changed_field
 from cnf.cli.common import load_splits, read_run, usable_device
+from cnf.cli.sample_images import sample_images
 from cnf.cli.sample_options import FRAMES, IMAGES, VECTORS
 from cnf.cli.sample_solver import SamplePlan, sample_plan
 from cnf.data.schema import conditions, data_columns, encode, parse_given, plain_table, wanted
@@ -42,11 +43,14 @@ BATCH_NUMBERS = 2**20  # numbers per solve, at most 8192 samples
 def sample(options: Any) -> int:
     """Draw samples by these options of the program (see :mod:`cnf.cli.sample_options`) and return the exit code."""
     info = read_run(options.run)
-    if not info.config.train.density:
+    kind = info.config.train.model_kind
+    if kind == "predictor":
         raise ConfigError(
             f"{options.run} was trained for {info.config.train.objective.kind}: it predicts, and has no density to draw from; train_classifier.py "
             f"--evaluate {options.run} --per-item FILE writes its predictions"
         )
+    if kind == "autoencoder":
+        return sample_images(options)
     with join(options.device) as group:
         return _joined(options, info, group)
 

@@ -26,7 +26,7 @@ from cnf.cli.options import (
     suited,
 )
 from cnf.config import PRESETS, AdaptiveConfig, BothConfig, RunConfig
-from cnf.data import DataSplits, tabular
+from cnf.data import DataSplits, binary, tabular
 from cnf.distributed import Group, join
 from cnf.models import slow_bf16
 from cnf.models.custom import registered
@@ -99,7 +99,7 @@ def _joined(
         emit("message", "\n".join([f"columns of {data.name}:", *(f"  {line}" for line in data.report.splitlines())]))
     for notice in data.notices:
         emit("data", f"data: {notice}")
-    if not config.train.density and data.kind == "table":
+    if config.train.model_kind == "predictor" and data.kind == "table":
         emit("data", "data: columns are not standardised: do so beforehand if their units differ")
     info = _describe(config, data)
     if old is not None and info.custom_field and not old.custom_field:
@@ -130,13 +130,13 @@ def _joined(
 def _noisy(command: Command, levels: int | None, *, spreads: bool = False) -> bool:
     """Return whether noise enters the likelihood; ``spreads``: discrete columns are dequantised in each draw."""
     config = command.config
-    exact = config.solver.divergence.kind == "exact" and config.train.density
+    exact = config.solver.divergence.kind == "exact" and config.train.model_kind == "density"
     return not (exact and ((levels is None and not spreads) or command.mid_bin))
 
 
 def _split(config: RunConfig, data: DataSplits) -> str:
     """Return "fixed" if the set's split is, and no random rows are left out, else "random"."""
-    fixed = data.kind == "toy" or data.name == "digits" or data.name in tabular.NAMES
+    fixed = data.kind == "toy" or data.name == "digits" or data.name in (*tabular.NAMES, *binary.FIXED)
     return "fixed" if fixed and config.data.max_train_rows is None else "random"
 
 
@@ -181,10 +181,10 @@ def _run(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path, line: 
     if not trainer.group.main:
         return 0
     emit("result", summary(result), folder=folder, **result)
-    if info.config.train.density:
-        emit("message", f"report in {folder / REPORT}, pictures in {folder / 'samples'} and {folder / 'plots'}; cnf sample {folder} draws more")
-    else:
+    if info.config.train.model_kind == "predictor":
         emit("message", f"report in {folder / REPORT}, pictures in {folder / 'plots'}, the test items' predictions in {folder / PREDICTIONS}")
+    else:
+        emit("message", f"report in {folder / REPORT}, pictures in {folder / 'samples'} and {folder / 'plots'}; cnf sample {folder} draws more")
     return 0
 
 

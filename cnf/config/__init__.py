@@ -15,22 +15,35 @@ from cnf.config.fields import (
 )
 from cnf.config.files import read_settings
 from cnf.config.model import (
-    PREDICTIVE,
+    AmortisedPosteriorConfig,
+    AutoencoderConfig,
     CenterConfig,
     ConditionalMixtureBaseConfig,
     ConstantDepthConfig,
     FlowConfig,
+    FlowPosteriorConfig,
+    GatedNetworkConfig,
     LogitConfig,
     MarginalsConfig,
     MixtureBaseConfig,
     NeuralODEConfig,
     NormalBaseConfig,
+    NormalPosteriorConfig,
+    PerceptronNetworkConfig,
     ResNetConfig,
     VaryingDepthConfig,
 )
-from cnf.config.objective import BothConfig, ClassificationConfig, LikelihoodConfig, MatchingConfig, RegressionConfig
+from cnf.config.objective import (
+    BothConfig,
+    ClassificationConfig,
+    ElboConfig,
+    LikelihoodConfig,
+    MatchingConfig,
+    RegressionConfig,
+)
 from cnf.config.presets import PRESETS, preset
 from cnf.config.published import AFFJORD, FFJORD, PUBLISHED, RNODE, Published
+from cnf.config.rules import KINDS
 from cnf.config.settings import DataConfig, Preset, RunConfig, TrainConfig
 from cnf.config.solver import (
     AdamsConfig,
@@ -45,14 +58,16 @@ from cnf.config.solver import (
 __all__ = [
     "AFFJORD",
     "FFJORD",
-    "PREDICTIVE",
+    "KINDS",
     "PRESETS",
     "PUBLISHED",
     "RNODE",
     "AdamsConfig",
     "AdaptiveConfig",
     "AdaptiveLikelihoodConfig",
+    "AmortisedPosteriorConfig",
     "AugmentedTimeConfig",
+    "AutoencoderConfig",
     "BothConfig",
     "CenterConfig",
     "ClassificationConfig",
@@ -60,9 +75,12 @@ __all__ = [
     "ConstantDepthConfig",
     "ConvConfig",
     "DataConfig",
+    "ElboConfig",
     "ExactConfig",
     "FieldConfig",
     "FlowConfig",
+    "FlowPosteriorConfig",
+    "GatedNetworkConfig",
     "GeneratingTimeConfig",
     "GridConfig",
     "HutchinsonConfig",
@@ -75,6 +93,8 @@ __all__ = [
     "MixtureBaseConfig",
     "NeuralODEConfig",
     "NormalBaseConfig",
+    "NormalPosteriorConfig",
+    "PerceptronNetworkConfig",
     "PlainTimeConfig",
     "PredictorConvConfig",
     "PredictorMLPConfig",

@@ -1,4 +1,4 @@
-"""Settings of the architecture: flows, neural ODEs and residual nets."""
+"""Settings of the architecture: flows, neural ODEs, residual nets and autoencoders."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from cnf.config.fields import FieldConfig, MLPConfig, PredictorFieldConfig, Pred
 from cnf.config.rules import COUNT, NONNEGATIVE, POSITIVE, Family, setting, tag
 from cnf.config.tagged import Settings
 
-__all__ = ["PREDICTIVE", "CenterConfig", "ConditionalMixtureBaseConfig", "ConstantDepthConfig", "FlowConfig", "LogitConfig", "MarginalsConfig", "MixtureBaseConfig", "ModelConfig", "NeuralODEConfig", "NormalBaseConfig", "ResNetConfig", "VaryingDepthConfig"]
+__all__ = ["AmortisedPosteriorConfig", "AutoencoderConfig", "CenterConfig", "ConditionalMixtureBaseConfig", "ConstantDepthConfig", "FlowConfig", "FlowPosteriorConfig", "GatedNetworkConfig", "LogitConfig", "MarginalsConfig", "MixtureBaseConfig", "ModelConfig", "NeuralODEConfig", "NormalBaseConfig", "NormalPosteriorConfig", "PerceptronNetworkConfig", "ResNetConfig", "VaryingDepthConfig"]
 
-PREDICTIVE = ("node", "resnet")  # architectures of predictors, see cnf.models.predictors
-
-ODE = Family("architecture", ("stack", "multiscale", "parallel", "node"), "models that solve an ODE")
+ODE = Family("ode", (True,), "models that solve an ODE")
 IMAGES = Family("events", ("images",), "images")
 VECTORS = Family("events", ("vectors",), "tables and points")
 
@@ -80,7 +78,7 @@ class _Architecture(Settings):
     architecture: str = tag("stack")
     """stack: CNF blocks in sequence; multiscale: FFJORD's and RNODE's multiscale chain; parallel: blocks whose fields
     sum nets at 4 sizes. Predictors: node, a neural ODE with a linear head (--augment makes it an ANODE); resnet, a
-    residual net of --blocks blocks."""
+    residual net of --blocks blocks. vae: an autoencoder of images."""
 
 
 @dataclass(frozen=True)
@@ -174,4 +172,61 @@ class ResNetConfig(_Architecture):
     """node, resnet: outputs from a linear layer on the final state, or its first entries."""
 
 
-ModelConfig = FlowConfig | NeuralODEConfig | ResNetConfig
+@dataclass(frozen=True)
+class PerceptronNetworkConfig(Settings):
+    """Perceptrons as encoder and decoder."""
+
+    kind: Literal["mlp"] = tag("mlp")
+    hidden: tuple[int, ...] = (256, 256)
+    """Widths of the encoder's hidden layers; those of the decoder are in reverse."""
+
+
+@dataclass(frozen=True)
+class GatedNetworkConfig(Settings):
+    """Gated convolutions of FFJORD's autoencoders as encoder and decoder, for sides that are multiples of 4."""
+
+    kind: Literal["conv"] = tag("conv")
+
+
+@dataclass(frozen=True)
+class NormalPosteriorConfig(Settings):
+    """Normal posterior, without a flow."""
+
+    kind: Literal["normal"] = tag("normal")
+
+
+@dataclass(frozen=True)
+class FlowPosteriorConfig(Settings):
+    """Posterior of a CNF that is the same for all images."""
+
+    kind: Literal["cnf"] = tag("cnf")
+    flow_hidden: tuple[int, ...] = (64,)
+    """vae: widths of the hidden layers of the posterior's CNF."""
+    blocks: int = setting(1, POSITIVE)
+    """vae: CNF blocks of the posterior, in sequence."""
+
+
+@dataclass(frozen=True)
+class AmortisedPosteriorConfig(FlowPosteriorConfig):
+    """Posterior of a CNF whose weights the encoder updates (FFJORD's amortised flow)."""
+
+    kind: Literal["cnf-rank"] = tag("cnf-rank")  # type: ignore[assignment]
+    rank: int = setting(8, COUNT)
+    """vae: rank of the encoder's updates of the weights of the posterior's CNF."""
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig(_Architecture):
+    """Architecture of a variational autoencoder of images (FFJORD, 1810.01367)."""
+
+    architecture: Literal["vae"] = tag("vae")
+    network: PerceptronNetworkConfig | GatedNetworkConfig = PerceptronNetworkConfig()
+    """vae: encoder and decoder: mlp, perceptrons; conv, FFJORD's gated convolutions."""
+    latent: int = setting(16, COUNT)
+    """vae: dimension of the latent z."""
+    posterior: AmortisedPosteriorConfig | FlowPosteriorConfig | NormalPosteriorConfig = AmortisedPosteriorConfig()
+    """vae: approximate posterior of z: cnf-rank, a CNF whose weights the encoder updates; cnf, a CNF that is the same for
+    all images; normal."""
+
+
+ModelConfig = FlowConfig | NeuralODEConfig | ResNetConfig | AutoencoderConfig

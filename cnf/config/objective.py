@@ -10,7 +10,7 @@ from cnf.config.rules import NONNEGATIVE, POSITIVE, Bounds, Family, setting, tag
 from cnf.config.solver import GRID
 from cnf.config.tagged import Settings
 
-__all__ = ["BothConfig", "ClassificationConfig", "LikelihoodConfig", "MatchingConfig", "ObjectiveConfig", "RegressionConfig"]
+__all__ = ["BothConfig", "ClassificationConfig", "ElboConfig", "LikelihoodConfig", "MatchingConfig", "ObjectiveConfig", "RegressionConfig"]
 
 REGULARISED = Family("regularised", (True,), "kinetic, jacobian and penalty, and none is given")
 
@@ -88,4 +88,13 @@ class ClassificationConfig(_Penalised):
     kind: Literal["classification"] = tag("classification")
 
 
-ObjectiveConfig = LikelihoodConfig | MatchingConfig | BothConfig | RegressionConfig | ClassificationConfig
+@dataclass(frozen=True)
+class ElboConfig(Settings):
+    """Negative evidence lower bound of an autoencoder."""
+
+    kind: Literal["elbo"] = tag("elbo")
+    kl_warmup: int = setting(0, NONNEGATIVE)
+    """vae: steps in which the weight of the KL term rises linearly from 0 to 1; validation and test always have 1."""
+
+
+ObjectiveConfig = LikelihoodConfig | MatchingConfig | BothConfig | RegressionConfig | ClassificationConfig | ElboConfig

@@ -21,7 +21,7 @@ CAUTION = (
     "known to find plain images of other kinds likelier than their own data (1810.09136)."
 )
 
-UNITS = {"bits_per_dim": "bits/dim", "nats": "nats", "cross_entropy": "nats", "mean_squared_error": "squared error"}
+UNITS = {"bits_per_dim": "bits/dim", "nats": "nats", "cross_entropy": "nats", "mean_squared_error": "squared error", "negative_elbo": "nats"}
 """Unit of each metric; of every metric, less is better."""
 
 COMPARABLE = (

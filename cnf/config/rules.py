@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args, get_origin
 
 from cnf._utils.errors import ConfigError
 
-__all__ = ["COUNT", "DENSITY", "NONNEGATIVE", "POSITIVE", "SEED", "Family", "SettingError", "Tags", "cached", "check_settings", "hints", "lenient", "outside", "setting", "tag"]  # fmt: skip
+__all__ = ["COUNT", "DENSITY", "GENERATIVE", "KINDS", "NONNEGATIVE", "POSITIVE", "SEED", "Family", "Kind", "SettingError", "Tags", "cached", "check_settings", "hints", "lenient", "outside", "setting", "tag"]  # fmt: skip
 
 Tags = Mapping[str, Any]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -24,6 +24,13 @@ class Family(NamedTuple):
     tag: str
     values: tuple[Any, ...]
     words: str
+
+
+class Kind(NamedTuple):
+    """Architectures and objectives of a kind of model."""
+
+    architectures: tuple[str, ...]
+    objectives: tuple[str, ...]
 
 
 class Bounds(NamedTuple):
@@ -44,7 +51,15 @@ POSITIVE = Bounds("a positive number", above=0)
 NONNEGATIVE = Bounds("zero or more", least=0)
 COUNT = Bounds("1 to 100,000", least=1, most=100_000)
 SEED = Bounds(f"zero or more, at most {2**32 - 1}", least=0, most=2**32 - 1)
-DENSITY = Family("objective", ("likelihood", "flow-matching", "both"), "densities")
+
+KINDS = {
+    "density": Kind(("stack", "multiscale", "parallel"), ("likelihood", "flow-matching", "both")),
+    "predictor": Kind(("node", "resnet"), ("regression", "classification")),
+    "autoencoder": Kind(("vae",), ("elbo",)),
+}
+"""Kinds of models: the architectures and objectives of each."""
+DENSITY = Family("objective", KINDS["density"].objectives, "densities")
+GENERATIVE = Family("objective", (*DENSITY.values, *KINDS["autoencoder"].objectives), "densities and autoencoders")
 
 _strict: ContextVar[bool] = ContextVar("strict", default=True)
 

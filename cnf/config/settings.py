@@ -7,14 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cnf.config.model import ODE, VECTORS, FlowConfig, ModelConfig
-from cnf.config.objective import (
-    ClassificationConfig,
-    LikelihoodConfig,
-    MatchingConfig,
-    ObjectiveConfig,
-    RegressionConfig,
+from cnf.config.objective import LikelihoodConfig, MatchingConfig, ObjectiveConfig
+from cnf.config.rules import (
+    COUNT,
+    DENSITY,
+    GENERATIVE,
+    KINDS,
+    NONNEGATIVE,
+    POSITIVE,
+    SEED,
+    Bounds,
+    Family,
+    outside,
+    setting,
 )
-from cnf.config.rules import COUNT, DENSITY, NONNEGATIVE, POSITIVE, SEED, Bounds, Family, outside, setting
 from cnf.config.solver import BY_LIKELIHOOD, FREE, GRID, SolverConfig
 from cnf.config.tagged import Settings, schema, values
 
@@ -27,7 +33,8 @@ ANGLE = Bounds("degrees above 0 and below 360", above=0, below=360)
 TABLES = Family("kind", ("table",), "tables")
 TOYS = Family("kind", ("toy",), "toy points")
 RANDOM = Family("split", ("random",), "random splits, and that of these data is fixed")
-DRAWN = Family("kind", ("toy", "table"), "toy points and the noise on a table's columns")
+DRAWN = Family("drawn", (True,), "toy points, the noise on a table's columns, and images with --binarize")
+AUTOENCODED = Family("objective", KINDS["autoencoder"].objectives, "autoencoders")
 NOISY = Family("noisy", (True,), "likelihoods with noise, and the exact trace of vectors (or of the middle of each grey level) has none")
 WATCHED = Family("watched", (True,), "solver checks and fm_time_sampling='importance'")
 
@@ -46,7 +53,7 @@ class DataConfig(Settings):
     split_seed: int = setting(0, SEED, given=(RANDOM,))
     """Seed of random splits; separate from --seed, so that runs share their test set."""
     data_seed: int = setting(0, SEED, given=(DRAWN,))
-    """Seed of toy points and of --discrete dequantize; separate from --seed, so that runs share their data."""
+    """Seed of toy points, of --discrete dequantize and --binarize; separate from --seed, so that runs share their data."""
     validation_fraction: float = 0.1
     """Validation fraction of custom data."""
     test_fraction: float = 0.1
@@ -64,6 +71,9 @@ class DataConfig(Settings):
     """Bits kept of 8-bit images (5 for CelebA-HQ): 2**nbits grey levels."""
     image_size: int | None = None
     """Crop and resize images of a folder, or of celeba, to this size."""
+    binarize: Literal["no", "once", "redraw"] = setting("no", given=(AUTOENCODED,), later=True)
+    """Autoencoders: binary images. once: each pixel is 1 with its grey level as probability; redraw: the same, and
+    training images are drawn again at each step; no: the grey levels themselves (--nbits 1: black and white)."""
     flip: Literal["default", "yes", "no"] = "default"
     """Flip training images horizontally at random; default: as published (cifar10, celeba, celebahq256)."""
     invert: bool = False
@@ -88,7 +98,7 @@ class TrainConfig(Settings):
 
     objective: ObjectiveConfig = LikelihoodConfig()
     """Densities: maximum likelihood; flow matching, which solves no ODE in training; or both: flow matching, then
-    likelihood in the last --finetune-steps. With --architecture node or resnet: regression or classification."""
+    likelihood in the last --finetune-steps. With --architecture node or resnet: regression or classification; with vae: elbo."""
     steps: int = setting(3000, POSITIVE)
     """Optimiser steps."""
     batch_size: int = setting(256, POSITIVE)
@@ -115,12 +125,12 @@ class TrainConfig(Settings):
     """Validate on a random subset of this size; default: all."""
     test_items: int | None = setting(None, POSITIVE)
     """Test on a random subset of this size; default: all."""
-    noise_samples: int = setting(10, POSITIVE, given=(DENSITY, NOISY,))
-    """Noise samples for each row of the final test, where noise enters (images, Hutchinson's estimate)."""
+    noise_samples: int = setting(10, POSITIVE, given=(GENERATIVE, NOISY,))
+    """Noise samples for each row of the final test, where noise enters (images, Hutchinson's estimate; vae: draws of z)."""
     solver_check_every: int = setting(100, POSITIVE, given=(ODE, WATCHED,))
     """Steps between measurements of the training solver's error, and of the flow-matching loss over time."""
     solver_check_tolerance: float = setting(0.01, POSITIVE, given=(ODE, BY_LIKELIHOOD,))
-    """Solver error, in bits/dim or nats/dim, above which the solver steps of a grid are doubled (the tolerances of an
+    """Solver error, in bits/dim or nats/dim (vae: nats), above which the solver steps of a grid are doubled (the tolerances of an
     adaptive solver divided by ten)."""
     max_grid_steps: int = setting(64, COUNT, given=(ODE, BY_LIKELIHOOD, GRID, FREE))
     """Maximum number of solver steps that are set by the solver checks."""
@@ -138,9 +148,9 @@ class TrainConfig(Settings):
     """CPU threads; default: torch's choice."""
 
     @property
-    def density(self) -> bool:
-        """True if a density is trained, not a predictor."""
-        return not isinstance(self.objective, RegressionConfig | ClassificationConfig)
+    def model_kind(self) -> str:
+        """What is trained: one of :data:`~cnf.config.rules.KINDS`, ``"density"``, ``"predictor"`` or ``"autoencoder"``."""
+        return next(name for name, kind in KINDS.items() if self.objective.kind in kind.objectives)
 
 
 @dataclass(frozen=True)
@@ -168,12 +178,17 @@ class RunConfig(Settings):
         tags = {each.name: each.value for each in values(self)}
         objective = self.train.objective
         matching = isinstance(objective, MatchingConfig) and not isinstance(objective, LikelihoodConfig)
+        ode = tags["architecture"] != "resnet" and tags.get("posterior") != "normal"
         tags |= {
-            "solves": tags["architecture"] != "resnet" and (not matching or tags.get("augmented_time", "none") != "none"),
+            "ode": ode,
+            "traced": ode and self.train.model_kind != "predictor",
+            "solves": ode and (not matching or tags.get("augmented_time", "none") != "none"),
             "denoiser": tags.get("field") == "unet" and tags.get("dequantize") == "truncated-normal",
             "regularised": bool(tags.get("kinetic") or tags.get("jacobian") or tags.get("penalty")),
             "watched": not matching or tags["fm_time_sampling"] == "importance",
         }
+        if "kind" in facts:
+            tags["drawn"] = facts["kind"] in ("toy", "table") or tags["binarize"] != "no"
         return tags | facts
 
     def meaningless(self, names: Collection[str], **facts: Any) -> tuple[str, Any, str] | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cnf.config.model import ODE
-from cnf.config.rules import COUNT, DENSITY, NONNEGATIVE, POSITIVE, Bounds, Family, setting, tag
+from cnf.config.rules import COUNT, DENSITY, GENERATIVE, NONNEGATIVE, POSITIVE, Bounds, Family, setting, tag
 from cnf.config.tagged import Settings
 
 __all__ = [
@@ -19,7 +19,8 @@ GRID = Family("train_solver", ("grid",), "fixed grids")
 FREE = Family("step_size", (None,), "grids without --step-size")
 SHARE = Bounds("above 0, at most 1", above=0, most=1)
 SOLVING = Family("solves", (True,), "training that solves an ODE")
-BY_LIKELIHOOD = Family("objective", ("likelihood", "both", "regression", "classification"), "training that solves an ODE")
+BY_LIKELIHOOD = Family("objective", ("likelihood", "both", "regression", "classification", "elbo"), "training that solves an ODE")
+TRACED = Family("traced", (True,), "densities, and autoencoders with a CNF")
 DENOISER = Family("denoiser", (True,), "denoisers (field='unet', dequantize='truncated-normal')")
 COMPILED = Family("compile", (True,), "training with --compile")
 STORED = Family("gradient", ("direct",), "--gradient direct, which keeps what a checkpoint would compute again")
@@ -129,7 +130,7 @@ class SolverConfig(Settings):
     likelihood_solver: AdaptiveLikelihoodConfig | AdamsConfig = setting(AdaptiveLikelihoodConfig(), given=(DENSITY,), later=True)
     """Evaluation: adaptive, or for denoisers adams, an exponential Adams method that needs a quarter of the
     evaluations (samples and latents stay adaptive)."""
-    divergence: ExactConfig | HutchinsonConfig = setting(ExactConfig(), given=(DENSITY,))
+    divergence: ExactConfig | HutchinsonConfig = setting(ExactConfig(), given=(TRACED,))
     """Exact trace, or Hutchinson's estimate."""
     steer: float = setting(0.0, given=(DENSITY,))
     """Half-width of a random end time in training (STEER)."""
@@ -138,5 +139,5 @@ class SolverConfig(Settings):
     compile_unit: Literal["step", "solve"] = setting("step", given=(DENSITY, BY_LIKELIHOOD, GRID, COMPILED, STORED), later=True)
     """With --compile: a solver step (a custom field always), or the whole solve on the grid: faster for small fields,
     recompiled for each number of steps."""
-    precision: Literal["fp32", "bf16", "tf32", "fp64"] = setting("fp32", given=(DENSITY,))
+    precision: Literal["fp32", "bf16", "tf32", "fp64"] = setting("fp32", given=(GENERATIVE,))
     """bf16: inside the fields, in training only; tf32: in training only, on a GPU; fp64: everything."""

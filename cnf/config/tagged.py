@@ -184,11 +184,12 @@ def _refuse(kinds: Kinds, made: Settings, name: str, value: Any) -> None:
     if value == default:
         return
     chosen = {each.name: each.value for each in values(made)}
-    missed = [next((tag for tag in place.tags if chosen.get(tag[0]) not in tag[1]), None) for place in places]
-    deepest = max((m for m in missed if m), key=lambda m: m[0] in chosen, default=None)
-    if deepest is None:
+    found = (next(((depth, tag) for depth, tag in enumerate(place.tags) if chosen.get(tag[0]) not in tag[1]), None) for place in places)
+    missed = [each for each in found if each]
+    if not missed:
         raise SettingError(name, value, "is no setting of these families")
-    wanted = dict.fromkeys(c for m in missed if m and m[0] == deepest[0] for c in m[1])
+    _, deepest = max(missed, key=lambda m: (m[1][0] in chosen, m[0]))  # the family that is chosen the most of the way
+    wanted = dict.fromkeys(c for _, tag in missed if tag[0] == deepest[0] for c in tag[1])
     *most, last = map(repr, wanted)
     words = f"{', '.join(most)} or {last}" if most else last
     raise SettingError(name, value, f"is for {deepest[0]}={words}, not for {deepest[0]}={chosen.get(deepest[0])!r}: leave it at {default!r}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cnf._utils.errors import ConfigError, DataError
-from cnf.data import celeba, images, large, pictures, supervised, tabular, tiny_imagenet, toy
+from cnf.data import binary, celeba, images, large, pictures, supervised, tabular, tiny_imagenet, toy
 from cnf.data.files import load_path
 from cnf.data.splits import DataSplits, Options
 
@@ -26,11 +26,14 @@ _ALIASES = {
     "celeba-hq-256": "celebahq256",
     "tiny-imagenet-200": "tiny-imagenet",
     "tinyimagenet": "tiny-imagenet",
+    "frey-faces": "freyfaces",
+    "silhouettes": "caltech",
 }
 
 
 _LOADERS: tuple[tuple[str, dict[str, str], Callable[[str, Options], DataSplits]], ...] = (
     ("image", images.NAMES, images.load_images),
+    ("image", binary.NAMES, binary.load_published),
     ("celeba", celeba.NAMES, celeba.load_celeba),
     ("image", large.NAMES, large.load_large),
     ("image", tiny_imagenet.NAMES, tiny_imagenet.load_tiny_imagenet),
@@ -69,6 +72,9 @@ def load(name_or_path: str | Path, **options: Any) -> DataSplits:
         nbits: bits kept of 8-bit images, 1 to 8; ``levels`` becomes 2**nbits.
         image_size: centre-crop and resize the images of a folder, or CelebA's, to this size.
         invert: for the density of an image: make light dense instead of dark.
+        binarize: binary images, for autoencoders: ``"no"``; ``"once"``: each pixel is 1 with its grey level as probability,
+            drawn by ``seed`` (of MNIST the published files, where they are); ``"redraw"``: training images stay grey, and
+            each step of the training draws binary ones.
         flip: flip training images horizontally at random; None follows the published protocol, without one no flips.
         sizes: numbers of training, validation and test samples of a toy set.
         hold_out_angle: degrees of a slice around the first axis, of supervised toy sets: no training point is inside,
@@ -96,10 +102,10 @@ def load(name_or_path: str | Path, **options: Any) -> DataSplits:
     for kind, sets, loader in _LOADERS:
         if supervised.family(plain) in sets:
             _refuse_idle(settings, name, kind)
-            return loader(plain, settings)
+            return binary.binarized(loader(plain, settings), settings)
     _refuse_idle(settings, name, "own")
     if path.exists():
-        return load_path(path, settings)
+        return binary.binarized(load_path(path, settings), settings)
     if path.suffix or len(path.parts) > 1:
         raise DataError(f"data {name!r} does not exist (looked for {str(path.resolve())!r}), nor is it a known name")
     near = get_close_matches(plain, known, 1)
@@ -111,6 +117,7 @@ def load(name_or_path: str | Path, **options: Any) -> DataSplits:
 _APPLIES_TO = {
     "nbits": (("image", "celeba", "own"), "images"),
     "flip": (("image", "celeba", "own"), "images"),
+    "binarize": (("image", "celeba", "own"), "images"),
     "image_size": (("own", "celeba"), "a folder of images and celeba"),
     "invert": (("picture",), "the density of an image"),
     "sizes": (("toy", "supervised", "picture"), "toy sets"),

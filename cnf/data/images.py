@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cnf._utils.errors import ConfigError, DataError
+from cnf.data.binary import static_mnist
 from cnf.data.cifar import read_cifar10
 from cnf.data.prepared import reduce_bits
 from cnf.data.rows import Array, hold_out
@@ -72,6 +73,8 @@ def _digits(options: Options) -> DataSplits:
 
 def _torchvision(name: str, options: Options) -> DataSplits:
     """Load a torchvision set: the official test set, and validation images split off the training set by split_seed."""
+    if name == "mnist" and options.binarize == "once" and (known := static_mnist(options)) is not None:
+        return known
     (images, labels), (test, test_labels) = _read(name, True, options), _read(name, False, options)
     held_out = _VALIDATION[name]
     if len(images) <= held_out:

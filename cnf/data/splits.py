@@ -37,6 +37,8 @@ class DataSplits:
         classes: label names in the order of the one-hot columns; set whenever the data set has labels.
         columns: column names of a table.
         levels: number of grey levels of an image channel; None for vectors.
+        train_levels: grey levels of ``train`` alone, from which each step draws binary images (``binarize="redraw"``); None if
+            they are ``levels``.
         entropy: exact differential entropy in nats if known, else None.
         notices: one sentence for each change to the data that should be reported.
         flip: whether training images are flipped horizontally at random.
@@ -66,6 +68,7 @@ class DataSplits:
     flip: bool = False
     table: tuple[TableColumn, ...] = ()
     report: str = ""
+    train_levels: int | None = None
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -96,6 +99,7 @@ class Options:
     image_size: int | None = None
     invert: bool = False
     flip: bool | None = None
+    binarize: str = "no"
     sizes: tuple[int, int, int] = (50_000, 5_000, 10_000)
     hold_out_angle: float | None = None
     columns: str | Sequence[str] | None = None
@@ -132,7 +136,7 @@ class Options:
         return next((name for name in names if getattr(self, name) != getattr(Options, name)), None)
 
 
-_CHOICES = {"missing": ("error", "drop"), "dependent": ("error", "keep"), "discrete": ("dequantize", "keep", "error"), "duplicates": ("drop", "keep")}
+_CHOICES = {"missing": ("error", "drop"), "dependent": ("error", "keep"), "discrete": ("dequantize", "keep", "error"), "duplicates": ("drop", "keep"), "binarize": ("no", "once", "redraw")}
 
 
 @dataclass

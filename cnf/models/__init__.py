@@ -1,12 +1,17 @@
-"""Flows and predictors built from the settings in a run folder's config.json."""
+"""Flows, predictors and autoencoders built from the settings in a run folder's config.json."""
 
 from cnf._utils.aliases import aliases
+from cnf.models.autoencoders import build_autoencoder
 from cnf.models.flows import build, count_parameters
+from cnf.models.kinds import Model, build_model
 from cnf.models.predictors import build_predictor
 from cnf.models.solving import divergence, eval_solver, slow_bf16, train_solver
 
 __all__ = [
+    "Model",
     "build",
+    "build_autoencoder",
+    "build_model",
     "build_predictor",
     "count_parameters",
     "divergence",

@@ -6,7 +6,7 @@ from cnf.plotting.features import feature_evolution, features_training, learned_
 from cnf.plotting.line import flow_1d
 from cnf.plotting.motion import flow_gif
 from cnf.plotting.plane import density_2d, trajectories_2d, vector_field_2d
-from cnf.plotting.samples import image_grid, samples_beside_data
+from cnf.plotting.samples import image_grid, reconstructions, samples_beside_data
 from cnf.plotting.tables import calibration_plot, corner_plot
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "learned_depth",
     "learning_curves",
     "paths_1d",
+    "reconstructions",
     "samples_beside_data",
     "trajectories_2d",
     "validation_curves",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from cnf.plotting.canvas import PLANE, array, aspect_of, box_around, new_figure, save_figure, subplots, tiles, write, xy
+from cnf.random import Noise
+from cnf.vae import FlowVAE
 
-__all__ = ["image_grid", "samples_beside_data"]
+__all__ = ["image_grid", "reconstructions", "samples_beside_data"]
 
 
 def image_grid(images: Tensor, path: Path, *, columns: int | None = None, levels: int = 256) -> Path:
@@ -76,4 +79,31 @@ def samples_beside_data(
         axes[0].legend(fontsize=8)
         if count < samples.shape[1]:
             figure.supxlabel(f"the first {count} of {samples.shape[1]} columns", fontsize=9)
+    return save_figure(figure, path)
+
+
+def reconstructions(models: Mapping[str, FlowVAE], images: Tensor, path: Path) -> Path:
+    """Plot the first half of images (N, C, H, W) and its reconstructions by autoencoders, above the other half and as many samples.
+
+    Reconstructions and samples are expected values, for binary images probabilities.
+
+    Args:
+        models: by name.
+        images: as the models take them.
+        path: output PNG.
+    """
+    half = (len(images) + 1) // 2
+    shown = images if images.is_floating_point() else images / (next(iter(models.values())).levels - 1)
+    columns = [("data", "further data", shown[:half], shown[half:])]
+    for name, model in models.items():
+        x = images[:half].to(model.like.device)
+        x = x.to(model.like.dtype) if x.is_floating_point() else x
+        columns.append((f"{name}: reconstructions", f"{name}: samples", model.reconstruct(x, noise=Noise(0)), model.sample(half, noise=Noise(0))))
+    figure = new_figure(2.6 * len(columns), 5.6)
+    for pair, (above, below, first, second) in zip(subplots(figure, 2, len(columns), squeeze=False).T, columns, strict=True):
+        for axis, title, part in ((pair[0], above, first), (pair[1], below, second)):
+            if len(part):
+                axis.imshow(tiles(part, None, 256), interpolation="nearest")
+            axis.set_title(title, fontsize=9)
+            axis.axis("off")
     return save_figure(figure, path)

@@ -10,17 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cnf._utils.errors import CheckpointError, ConfigError
+from cnf._utils.errors import CheckpointError
 from cnf._utils.untrusted import require_file
-from cnf.config import FlowConfig, RunConfig
+from cnf.config import RunConfig
 from cnf.config.decoding import decode, once
 from cnf.config.former import from_format_4
 from cnf.config.rules import setting
 from cnf.data.schema import TableColumn, context_width, data_columns
-from cnf.flow import Flow
-from cnf.models import build, build_predictor
+from cnf.models import Model, build_model
 from cnf.models.custom import field_maker
-from cnf.neural_ode import Predictor
 from cnf.runs.files import write_atomic, write_text
 
 __all__ = ["FORMAT", "RunInfo", "config_digest", "read_config", "write_config"]
@@ -49,19 +47,11 @@ class RunInfo:
     table: tuple[TableColumn, ...] = setting((), later=True)
     custom_field: str = setting("", later=True)
 
-    def build(self) -> Flow | Predictor:
-        """Return the untrained model: a flow, or a predictor for regression and classification."""
+    def build(self) -> Model:
+        """Return the untrained model: a flow, a predictor for regression and classification, or an autoencoder."""
         config = self.config
         field = field_maker(self.custom_field) if self.custom_field else None
-        if field is not None and not config.train.density:
-            raise ConfigError(f"--field {self.custom_field} is for a density: a predictor's field is built from its settings")
-        if not isinstance(config.model, FlowConfig):
-            return build_predictor(
-                config.model, config.solver, self.event_shape, outputs=self.context_dim, levels=self.levels
-            )
-        return build(
-            config.model, config.solver, self.event_shape, levels=self.levels, context_dim=self.context_dim, field=field, cells=self.cells
-        )
+        return build_model(config.model, config.solver, self.event_shape, levels=self.levels, width=self.context_dim, field=field, cells=self.cells)
 
     @property
     def cells(self) -> list[tuple[float, float] | None] | None:

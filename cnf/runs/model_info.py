@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 from cnf._utils.errors import CNFError
-from cnf.config import FlowConfig, SolverConfig
+from cnf.config import SolverConfig
 from cnf.config.decoding import decode
 from cnf.config.model import ModelConfig
 from cnf.flow import Flow
-from cnf.models import build, build_predictor
-from cnf.neural_ode import Predictor
+from cnf.models import Model, build_model
 from cnf.ode.continuous import CNF
 from cnf.random import Noise
 from cnf.runs.config import check_digest, present_fields, read_fields, write_fields
@@ -38,11 +37,9 @@ class Built:
     width: int
     predicts: bool
 
-    def build(self) -> Flow | Predictor:
+    def build(self) -> Model:
         """Return the model, untrained."""
-        if not isinstance(self.model, FlowConfig):
-            return build_predictor(self.model, self.solver, self.event_shape, outputs=self.width, levels=self.levels)
-        return build(self.model, self.solver, self.event_shape, levels=self.levels, context_dim=self.width)
+        return build_model(self.model, self.solver, self.event_shape, levels=self.levels, width=self.width)
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def _name(module: nn.Module) -> str:
 def _built(model: nn.Module) -> Built | None:
     """Return the settings of a built-in model, if building it again gives the same modules and weights."""
     settings = getattr(model, "built", None)
-    if not isinstance(settings, dict) or not isinstance(model, Flow | Predictor):
+    if not isinstance(settings, dict) or not isinstance(model, Model):
         return None
     try:
         built = Built(**settings)

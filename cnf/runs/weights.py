@@ -64,8 +64,8 @@ def write_weights(folder: Path, flow: nn.Module, *, half: bool = False) -> None:
 def load(folder: str | Path, device: str | torch.device = "cpu", *, flow: nn.Module | None = None) -> Any:
     """Return the trained model of a folder in evaluation mode; no code in the folder runs.
 
-    The model is a :class:`~cnf.flow.Flow`, or a :class:`~cnf.neural_ode.NeuralODE` or :class:`~cnf.neural_ode.ResidualNet` of a
-    run of a predictor. A custom model, whose classes the folder only names, takes the weights in place:
+    The model is a :class:`~cnf.flow.Flow`, a :class:`~cnf.neural_ode.NeuralODE` or :class:`~cnf.neural_ode.ResidualNet` of a
+    run of a predictor, or a :class:`~cnf.vae.FlowVAE` of an autoencoder's. A custom model, whose classes the folder only names, takes the weights in place:
     ``load(folder, flow=my_flow)``. ``pretrained:NAME`` selects a model of the package (:func:`pretrained` lists them).
 
     Raises:
@@ -172,7 +172,7 @@ def _check(model: ModelConfig, build: Callable[[], nn.Module], tensors: Mapping[
     count = len(tensors)
     named = {each.name: each.value for each in values(model)}
     stacked = named["depth_terms"] if named.get("depth") == "stacked" else 0
-    sizes = {"blocks": named.get("blocks", 0), "hidden": len(named["hidden"]), "unet_depth": named.get("unet_depth", 0), "stacked pieces": stacked}
+    sizes = {"blocks": named.get("blocks", 0), "hidden": len(named.get("hidden", ())), "flow_hidden": len(named.get("flow_hidden", ())), "unet_depth": named.get("unet_depth", 0), "stacked pieces": stacked}
     for name, asked in sizes.items():
         if asked > count:
             raise ValueError(f"config.json asks for {asked} {name}, but there are {count} tensors in all")

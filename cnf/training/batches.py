@@ -59,7 +59,7 @@ class Batches:
     ):
         self.device, self.dtype = device, dtype
         self.x = data.train.to(device) if _fits(data.train, device) else data.train
-        require_values(self.x, data.levels)
+        require_values(self.x, data.train_levels or data.levels)
         self.context = None if data.train_context is None else _cast(data.train_context.to(device), dtype)
         self.length = len(self.x)
         self.seed, self.flip, self.group = seed, data.flip, group

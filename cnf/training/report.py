@@ -20,6 +20,7 @@ from cnf.flow import Flow
 from cnf.losses import FlowMatching
 from cnf.random import Noise
 from cnf.runs import RunInfo
+from cnf.training.autoencoders import bounds_text, encoded, finish_bounds
 from cnf.training.files import write_json
 from cnf.training.interpretation import interpret, warnings
 from cnf.training.loop import Trainer
@@ -77,6 +78,8 @@ def summary(result: dict[str, Any]) -> str:
     """Format a result as text: the figure and every setting that it depends on."""
     if predicted(result):
         return predictions_text(result)
+    if encoded(result):
+        return bounds_text(result)
     lines = [headline(result)]
     lines += [f"  {line}" for line in interpret(result)]
     if result["note"] is not None:
@@ -133,7 +136,7 @@ def finish(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path, abou
     """Score the test split with the best validation's weights; write result.json, test_nll.npz and plots.
 
     For tables the result includes the cost of each column. A run of a predictor reports loss and accuracy and writes
-    test_predictions.npz. Both write report.html. Several processes share the scoring; rank 0 does the rest.
+    test_predictions.npz, one of an autoencoder its bound and test_elbo.npz. All write report.html. Several processes share the scoring; rank 0 does the rest.
 
     Args:
         trainer: after its last step.
@@ -141,8 +144,9 @@ def finish(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Path, abou
         folder: of the run.
         about: further entries of result.json.
     """
-    if not isinstance(trainer.model, Flow):
-        return finish_predictions(trainer, info, data, folder, about)
+    others = {"predictor": finish_predictions, "autoencoder": finish_bounds}
+    if (finish_other := others.get(info.config.train.model_kind)) is not None:
+        return finish_other(trainer, info, data, folder, about)
     flow = trainer.best_model()
     train, group = info.config.train, trainer.group
     result, found = score(flow, data, draws=train.noise_samples, items=train.test_items, group=group, quiet=trainer.quiet)

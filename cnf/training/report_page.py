@@ -21,6 +21,7 @@ ROWS = 12  # validations in the table
 WIDE = 1200  # pixels: pictures of this width, and half of it in height, may be wider than the text
 CAPTIONS = {
     "samples/samples.png": "Samples next to data",
+    "plots/reconstructions.png": "Images, their reconstructions, and samples",
     "plots/flow.gif": "Noise flowing to data",
     "plots/density.png": "Density of the data and of the model",
     "plots/corner.png": "Pairs of columns: data below the diagonal, samples above",

@@ -22,8 +22,9 @@ from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.evaluation import Evaluation, evaluate, integral_2d
 from cnf.evaluation import check as check_items
 from cnf.flow import Flow
+from cnf.models import Model
 from cnf.models.custom import field_code
-from cnf.neural_ode import Predictor
+from cnf.ode.continuous import CNF
 from cnf.ode.divergence import Exact, Hutchinson
 from cnf.solvers import Adaptive, ExponentialAdams, FixedGrid, Solver
 from cnf.training.batches import choose_rows, fingerprint
@@ -31,13 +32,13 @@ from cnf.training.files import write_items
 from cnf.training.loop import Trainer
 from cnf.transforms import Gaussianize, Logit
 
-__all__ = ["TEST_SEED", "about", "rows_checked", "score", "trained", "write_scores"]
+__all__ = ["TEST_SEED", "about", "rows_checked", "score", "solver_facts", "trained", "write_scores"]
 
 TEST_SEED = 30_000  # fixed test noise, so that figures compare between runs, and between a subset and the whole split
 QUICK_CHECK = 256  # most rows of a default check, which takes a tenth of the scored rows
 
 
-def about(model: Flow | Predictor, started: float) -> dict[str, Any]:
+def about(model: Model, started: float) -> dict[str, Any]:
     """Return the entries of every result on the model, the seconds since ``started`` and the versions."""
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -152,7 +153,7 @@ def score(
         "importance_samples": found.importance,
         "noise_draws": found.draws,
         "alpha": next((m.alpha for m in flow.modules() if isinstance(m, Logit | Gaussianize)), None),
-        **_solvers(flow),
+        **solver_facts(flow.blocks),
         "solver_error": checked.difference,
         "solver_error_largest": checked.largest,
         "round_trip_error": checked.round_trip,
@@ -168,16 +169,16 @@ def score(
     return result, found
 
 
-def _solvers(flow: Flow) -> dict[str, Any]:
-    """Return the evaluation solvers and divergence strategies of the flow's blocks."""
+def solver_facts(blocks: Sequence[CNF]) -> dict[str, Any]:
+    """Return the evaluation solvers and divergence strategies of a model's blocks."""
 
     def common(values: list[Any]) -> Any:
         """Return the common value, or a list of all values where blocks differ."""
         different = list(dict.fromkeys(values))
         return different[0] if len(different) == 1 else different or None
 
-    solvers = [block.eval_solver for block in flow.blocks]
-    traces = [block.divergence for block in flow.blocks]
+    solvers = [block.eval_solver for block in blocks]
+    traces = [block.divergence for block in blocks]
     adaptive = [s for s in solvers if isinstance(s, Adaptive)]
     grids = [s for s in solvers if isinstance(s, FixedGrid | ExponentialAdams)]
     probes = [d for d in traces if isinstance(d, Hutchinson)]

@@ -16,6 +16,7 @@ from cnf.config import (
     AdaptiveConfig,
     BothConfig,
     ClassificationConfig,
+    ElboConfig,
     GridConfig,
     LikelihoodConfig,
     MatchingConfig,
@@ -27,7 +28,9 @@ from cnf.data import DataSplits
 from cnf.distributed import SINGLE_PROCESS, Group
 from cnf.flow import Flow
 from cnf.losses import FlowMatching, Likelihood, Objective, Supervised
+from cnf.losses.elbo import ELBO
 from cnf.losses.penalties import parse_penalties
+from cnf.models import Model
 from cnf.neural_ode import Predictor
 from cnf.random import Noise
 from cnf.runs import RunInfo, write_config
@@ -44,6 +47,7 @@ from cnf.training.phases import Phase
 from cnf.training.schedule import adamw, learning_rate
 from cnf.training.solver_monitor import SolverMonitor
 from cnf.training.time_sampler import TimeSampler
+from cnf.vae import FlowVAE
 
 __all__ = ["advice", "from_settings", "prepare"]
 
@@ -64,7 +68,7 @@ def from_settings(
     kind: type[Trainer] = Trainer,
     initial: Mapping[str, Tensor] | None = None,
 ) -> Trainer:
-    """Return the training of a flow or predictor in a run folder; writes only when it resumes.
+    """Return the training of a flow, predictor or autoencoder in a run folder; writes only when it resumes.
 
     Args:
         info: settings and shape of the data.
@@ -114,7 +118,7 @@ def from_settings(
 
 def prepare(
     info: RunInfo, data: DataSplits, group: Group = SINGLE_PROCESS, initial: Mapping[str, Tensor] | None = None
-) -> tuple[Flow | Predictor, list[Phase]]:
+) -> tuple[Model, list[Phase]]:
     """Return the model on its device, with initial weights and statistics (those of ``initial``, if given), and its training phases.
 
     Raises:
@@ -127,7 +131,7 @@ def prepare(
     torch.manual_seed(config.seed)  # the initial weights
     model = info.build().to(device)
     batches = Batches(data, config.batch_size, config.seed, device, group, model.like.dtype)
-    stages = phases(model, config, batches)
+    stages = phases(model, config, batches, data.train_levels)
     if initial is None:
         stages[0].objective.prepare(batches.x)
         if isinstance(model, Flow) and isinstance(model.base, GaussianMixture | ConditionalMixture):
@@ -164,14 +168,14 @@ def _configured(config: TrainConfig, solver: SolverConfig, objective: Objective)
         WeightAverage(config.ema_decay),
         TimeSampler(config.solver_check_every),
         kind(config.solver_check_tolerance, most, config.solver_check_every),
-        NonFinitePolicy(max_error=MAX_ERROR * config.solver_check_tolerance, advice=advice(config, solver)),
+        NonFinitePolicy(max_error=MAX_ERROR * config.solver_check_tolerance, advice=advice(config, solver, objective.solves)),
         EarlyStopping(config.patience),
         TimeLimit(config.max_time),
     ]
 
 
-def phases(model: Flow | Predictor, config: TrainConfig, batches: Batches) -> list[Phase]:
-    """Return the phases in order: two if the objective is ``"both"``, one otherwise.
+def phases(model: Model, config: TrainConfig, batches: Batches, redraw: int | None = None) -> list[Phase]:
+    """Return the phases in order: two if the objective is ``"both"``, one otherwise; ``redraw`` as in :class:`~cnf.losses.elbo.ELBO`.
 
     Raises:
         ConfigError: for settings that the model does not support, or that exclude each other.
@@ -183,6 +187,9 @@ def phases(model: Flow | Predictor, config: TrainConfig, batches: Batches) -> li
         return Phase(objective, batches, optimizer, lambda step, steps: rate(step, steps=steps), steps, message)
 
     settings = config.objective
+    if isinstance(model, FlowVAE):
+        assert isinstance(settings, ElboConfig)
+        return [phase(ELBO(model, settings.kl_warmup, redraw), batches, config.lr, config.warmup)]
     if not isinstance(model, Flow):
         assert isinstance(settings, RegressionConfig | ClassificationConfig)
         weights = parse_penalties(settings.penalty, {"kinetic": settings.kinetic, "jacobian": settings.jacobian})
@@ -210,7 +217,7 @@ def phases(model: Flow | Predictor, config: TrainConfig, batches: Batches) -> li
     return stages
 
 
-def advice(config: TrainConfig, solver: SolverConfig) -> str:
+def advice(config: TrainConfig, solver: SolverConfig, solves: bool = True) -> str:
     """Return the options that may help, with their current values.
 
     Example:
@@ -219,7 +226,7 @@ def advice(config: TrainConfig, solver: SolverConfig) -> str:
     """
     objective, train = config.objective, solver.train_solver
     finer = f"a smaller --rtol (now {train.rtol:g})" if isinstance(train, AdaptiveConfig) else f"more --grid-steps (now {train.steps})"
-    if objective.kind == "flow-matching":
+    if objective.kind == "flow-matching" or not solves:
         return f"a smaller --lr (now {config.lr:g}), or a longer --warmup (now {config.warmup})"
     kinetic = f"--kinetic 0.01 or more (now {objective.kinetic:g}), " if isinstance(objective, LikelihoodConfig) else ""
     rate = f"--lr (now {config.lr:g})"

@@ -22,6 +22,7 @@ from cnf.ode.continuous import CNF
 from cnf.random import Noise
 from cnf.solvers import Solver
 from cnf.training.callbacks import Callback, Run
+from cnf.vae import FlowVAE
 
 __all__ = ["TensorBoardLogger", "conclude", "tag"]
 
@@ -62,6 +63,9 @@ def samples_image(run: Run) -> Tensor | None:
     for other events, and where samples cannot be drawn.
     """
     flow, batches = run.averaged(), run.batches
+    if isinstance(flow, FlowVAE):
+        x = flow.sample(TILES**2, noise=Noise(0, "sample")).cpu()
+        return _tiles(x) if x.ndim == 4 and x.shape[1] in (1, 3) else None
     if not isinstance(flow, Flow) or not (flow.event_shape == (2,) or (flow.levels is not None and flow.event_shape[0] in (1, 3))):
         return None
     count = POINTS if flow.event_shape == (2,) else max(1, min(TILES**2, PIXELS // math.prod(flow.event_shape[1:])))

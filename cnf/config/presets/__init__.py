@@ -6,6 +6,7 @@ from difflib import get_close_matches
 
 from cnf._utils.errors import ConfigError
 from cnf.config.presets.affjord import AFFJORD
+from cnf.config.presets.autoencoders import AUTOENCODERS
 from cnf.config.presets.density import DENSITY
 from cnf.config.presets.exact import EXACT
 from cnf.config.presets.images import IMAGES
@@ -17,7 +18,7 @@ from cnf.config.settings import DataConfig, Preset, RunConfig, TrainConfig
 
 __all__ = ["PRESETS", "DataConfig", "Preset", "RunConfig", "TrainConfig", "preset"]
 
-PRESETS = MINUTES | DENSITY | EXACT | IMAGES | MATCHING | AFFJORD | NEURAL_ODE | SURVEY
+PRESETS = MINUTES | DENSITY | EXACT | IMAGES | MATCHING | AFFJORD | NEURAL_ODE | SURVEY | AUTOENCODERS
 
 
 def preset(name: str) -> Preset:

@@ -50,4 +50,9 @@ PARAMETERS = {
     "survey-chebyshev": 1_277,
     "survey-fourier": 1_332,
     "survey-stacked": 1_419,
+    "vae-digits": 213_944,
+    "vae-mnist": 902_448,
+    "vae-omniglot": 902_448,
+    "vae-freyfaces": 2_880_608,
+    "vae-caltech": 902_448,
 }
