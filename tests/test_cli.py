@@ -365,13 +365,13 @@ def test_list_has_a_line_for_each_preset_and_fits_the_terminal(capsys, monkeypat
         assert entries[name].startswith(" ".join(expected.split()))
 
 
-@pytest.mark.parametrize("name", ["digits", "tabular"])
+@pytest.mark.parametrize("name", ["digits", "tabular", "vae-digits"])
 def test_help_shows_every_option_that_applies_and_its_default(capsys, name):
     assert train_main([name, "--help-all"]) == 0
     shown = capsys.readouterr().out
     said = " ".join(re.sub(r"[│╭╮╰╯─]", " ", shown).split())
     config: RunConfig = PRESETS[name].config
-    tags = config.tags(events="images" if name == "digits" else "vectors")
+    tags = config.tags(events="vectors" if name == "tabular" else "images")
     found = {each.name: each for each in values(config) if each.name != "name" and not outside(each.given, tags)}
     for setting in schema((RunConfig,)):
         option = option_of(setting)

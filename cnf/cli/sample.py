@@ -49,9 +49,9 @@ def sample(options: Any) -> int:
             f"{options.run} was trained for {info.config.train.objective.kind}: it predicts, and has no density to draw from; train_classifier.py "
             f"--evaluate {options.run} --per-item FILE writes its predictions"
         )
-    if kind == "autoencoder":
-        return sample_images(options)
     with join(options.device) as group:
+        if kind == "autoencoder":  # drawn in no time
+            return sample_images(options) if group.main else 0
         return _joined(options, info, group)
 
 

@@ -205,8 +205,8 @@ def finish_bounds(trainer: Trainer, info: RunInfo, data: DataSplits, folder: Pat
     samples.mkdir(exist_ok=True)
     plotting.learning_curves(trainer.history, plots / "learning_curves.png", unit="negative ELBO, nats", name="loss")
     plotting.reconstructions({"autoencoder": model}, data.test[: 2 * SHOWN], plots / "reconstructions.png")
-    drawn = data.test[: 4 * SHOWN]
-    plotting.samples_beside_data(model.sample(len(drawn), noise=Noise(0, "sample")).cpu(), drawn, samples / "samples.png", levels=data.levels)
+    shown = data.test[: 4 * SHOWN] / (model.levels - 1)  # floats, since samples are probabilities
+    plotting.samples_beside_data(model.sample(len(shown), noise=Noise(0, "sample")).cpu(), shown, samples / "samples.png")
     conclude(trainer, result["value"])
     head, *lines = bounds_text(result).splitlines()
     meaning = interpret(result)

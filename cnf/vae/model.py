@@ -19,7 +19,7 @@ from cnf.transforms import Request, Transform
 
 __all__ = ["ELBOTerms", "FlowVAE"]
 
-SOLVED = 4096  # rows of a solve for the importance-weighted likelihood
+SOLVED, DECODED = 4096, 2**27  # most rows of a solve, and numbers of a decoder, for the importance-weighted likelihood
 
 
 class ELBOTerms(NamedTuple):
@@ -148,7 +148,8 @@ class FlowVAE(nn.Module):
     def log_likelihood(self, x: Tensor, samples: int = 5000, *, noise: Noise | None = None) -> Tensor:
         """Return the importance-weighted estimate of log p(x) (N,), a lower bound in expectation that rises with ``samples``."""
         require_at_least(1, samples=samples)
-        at_once, found = max(1, SOLVED // len(x)), []
+        most = min(SOLVED, DECODED // (x[0].numel() * (self.levels if self.levels > 2 else 1)))
+        at_once, found = max(1, most // len(x)), []
         for number, start in enumerate(range(0, samples, at_once)):
             count = min(at_once, samples - start)
             repeated = x.repeat(count, *(1,) * (x.ndim - 1))
