@@ -749,3 +749,10 @@ def test_a_mixture_of_images():
     assert torch.allclose(change, flow.base.log_prob(z) - start.base.log_prob(z), rtol=0, atol=1e-4)
     before, after = (float(each.bits_per_dim(x, noise=Noise(0)).detach().mean()) for each in (start, flow))
     assert after < before
+
+
+def test_a_standard_normal_refuses_other_shapes():
+    """They were taken for events of more dimensions, with another density."""
+    for z in (torch.zeros(5, 2, 3), torch.zeros(5, 4), torch.zeros(3)):
+        with pytest.raises(DataError, match=r"expected \(N, 3\)"):
+            StandardNormal(3).log_prob(z)

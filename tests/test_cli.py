@@ -264,7 +264,7 @@ def test_a_dry_run_answers_soon(monkeypatch, tmp_path, capsys, preset, side):
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (60, 3, side, side), dtype=np.uint8))
     started = time.process_time()
     assert train_main([preset, "--data", str(tmp_path / "images.npy"), "--threads", "1", "--dry-run"]) == 0
-    assert time.process_time() - started < 20
+    assert time.process_time() - started < 60
     assert ("an upper estimate from" in capsys.readouterr().out) == (side > 32)
 
 

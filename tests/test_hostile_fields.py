@@ -62,6 +62,14 @@ class Unrecorded(Field):
         return self.net(x)
 
 
+class StraightThrough(Field):
+    """Values that are rounded, with the derivative of those that are not."""
+
+    def forward(self, t, x):
+        y = self.net(x)
+        return y + (y.mul(4).round() / 4 - y).detach()
+
+
 class Numpy(Field):
     def forward(self, t, x):
         return torch.from_numpy(np.tanh(x.detach().numpy()))
@@ -73,10 +81,10 @@ class WrongProduct(Field):
 
 
 @pytest.mark.parametrize("divergence", [Exact(), Hutchinson(), Hutchinson(mode="reverse")], ids=["exact", "forward", "reverse"])
-@pytest.mark.parametrize("kind", [Detached, Partly, Inference, Unrecorded, Numpy, WrongProduct])
+@pytest.mark.parametrize("kind", [Detached, Partly, Inference, Unrecorded, StraightThrough, Numpy, WrongProduct])
 def test_a_derivative_that_is_not_that_of_the_values_is_refused(kind, divergence):
     flow, truth = flow_of(kind(), divergence), flow_of(Field(), divergence)
-    if kind is not Partly and kind is not Numpy:
+    if kind not in (Partly, StraightThrough, Numpy):
         assert torch.equal(flow.encode(POINTS), truth.encode(POINTS))  # the map needs no derivative
     right = (kind is Unrecorded and divergence.__class__.__name__ + getattr(divergence, "mode", "forward") != "Hutchinsonreverse") or (
         kind is WrongProduct and getattr(divergence, "mode", "") == "reverse"
@@ -270,6 +278,7 @@ def test_torch_jit_and_wrappers_of_two_arguments():
         found = flow(POINTS)
         torch.testing.assert_close(found, truth)
         found.sum().backward()
+        flow_of(field, Exact(chunk=1)).log_prob(POINTS).sum().backward()
         torch.testing.assert_close(flow_of(field, Hutchinson()).log_prob(POINTS, noise=Noise(0)), flow_of(Field(), Hutchinson()).log_prob(POINTS, noise=Noise(0)))
 
 
@@ -559,3 +568,90 @@ def test_second_derivatives_that_forward_mode_gets_wrong(operation, quadrature):
                 values.append(float(loss()))
                 weight[1, 0] -= sign * step
         assert float(slope) == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["sign", "floor", "experts", "where"])
+def test_jumps_are_reported(kind):
+    """The density of a field with jumps does not integrate to 1: what they add to the log-det is not in its derivative."""
+
+    class Jumping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.experts, self.gate = nn.ModuleList(nn.Linear(1, 1) for _ in range(3)), nn.Linear(1, 3)
+
+        def forward(self, t, x):
+            if kind == "experts":  # the likeliest expert alone
+                each = torch.stack([expert(x) for expert in self.experts], 1)
+                return each[torch.arange(len(x)), self.gate(x).argmax(1)]
+            return {"sign": -0.5 * x.sign(), "floor": 0.3 * torch.floor(2 * x), "where": torch.where(x > 0.2, 0.3 * x + 0.2, -0.1 * x)}[kind]
+
+    flow = Flow(CNF(Jumping(), Exact(), GRID, GRID), (1,))
+    x = torch.linspace(-12, 12, 4001)[:, None]
+    with pytest.warns(UserWarning, match=r"field Jumping jumps by \d+% of its size .* does not integrate to 1"), torch.no_grad():
+        mass = torch.trapezoid(flow.log_prob(x).exp(), x[:, 0])
+    assert abs(float(mass) - 1) > 0.02  # the warning is right
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flow.log_prob(x)  # it is given once
+        flow.sample(3)
+
+
+@pytest.mark.parametrize("value", [torch.abs, torch.relu, lambda x: 3 * torch.tanh(1e3 * x), lambda x: x.sort(1).values, lambda x: torch.sin(1e3 * x)])
+def test_continuous_fields_have_no_jumps(value):
+    class Continuous(nn.Module):
+        def forward(self, t, x):
+            return 0.1 * value(x)
+
+    flow = Flow(CNF(Continuous(), Exact(), GRID), (2,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for scale in (1e-3, 1.0, 1e3):
+            flow.log_prob(scale * torch.randn(64, 2))
+
+
+def test_a_branch_that_is_not_taken_makes_no_nan_in_silence():
+    class Branched(nn.Module):
+        def __init__(self, safe):
+            super().__init__()
+            self.safe, self.scale = safe, nn.Parameter(torch.tensor(0.3, dtype=F64))
+
+        def forward(self, t, x):
+            taken = x > 0
+            return self.scale * torch.where(taken, torch.sqrt(torch.where(taken, x, 1.0) if self.safe else x), torch.sin(x))
+
+    def flow(safe, divergence=None):
+        return Flow(CNF(Branched(safe), divergence, GRID, GRID), (2,))
+
+    right = flow(True).log_prob(POINTS)
+    with torch.no_grad():  # forward mode selects the branch
+        torch.testing.assert_close(flow(False).log_prob(POINTS), right)
+    with pytest.raises(ConfigError, match=r"nan by autodiff and .* \(torch\.where differentiates both branches"):
+        flow(False).log_prob(POINTS).sum().backward()
+    with torch.no_grad(), pytest.raises(ConfigError, match=r"nan by autodiff and .* \(torch\.where differentiates both branches"):
+        flow(False, Hutchinson(mode="reverse")).log_prob(POINTS)
+
+
+@pytest.mark.parametrize("unit", [(1e-3, 1e-3), (1e-4, 1e-3, 1.0, 1e3, 1e4)], ids=["small", "mixed"])
+@pytest.mark.parametrize("offset", [0.0, 5.0])
+def test_derivatives_are_compared_in_the_units_of_each_column(unit, offset):
+    """With one step for all columns, right fields were refused, and wrong ones were not."""
+
+    class InUnits(nn.Module):
+        def __init__(self, cut):
+            super().__init__()
+            torch.manual_seed(0)
+            self.cut, self.net = cut, nn.Sequential(nn.Linear(len(unit), 16), nn.Tanh(), nn.Linear(16, len(unit)))
+            self.register_buffer("unit", torch.tensor(unit))
+
+        def forward(self, t, x):
+            y = x / self.unit
+            return self.net(y.detach() if self.cut else y) * self.unit
+
+    torch.manual_seed(0)
+    points = torch.tensor(unit) * (torch.randn(64, len(unit)) + offset)
+    for x in (points, points[:1]):
+        for divergence in (Exact(), Hutchinson(mode="reverse")):
+            Flow(CNF(InUnits(False), divergence, FixedGrid("euler", 1)), (len(unit),)).log_prob(x)
+            with pytest.raises(ConfigError, match=r"has a (second )?derivative that does not match its values"):
+                Flow(CNF(InUnits(True), divergence, FixedGrid("euler", 1)), (len(unit),)).log_prob(x).sum().backward()

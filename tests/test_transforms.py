@@ -262,3 +262,9 @@ def test_squeeze_order_and_refusals():
             Squeeze().latent_shape(shape)
     with pytest.raises(DataError, match="Dequantize"):
         Rescale()(torch.zeros(1, 2, dtype=torch.uint8))
+
+
+def test_standardisation_refuses_integers():
+    """Its statistics would be rounded to them."""
+    with pytest.raises(DataError, match=r"x has type torch\.int64, expected floats"):
+        Standardize(torch.full((2,), 0.5), torch.full((2,), 1.5))(torch.ones(3, 2, dtype=torch.long))

@@ -116,6 +116,7 @@ class StandardNormal(Base):
 
     Raises:
         ConfigError: for an invalid event_shape, or a std that is not positive and finite.
+        DataError: from ``log_prob``, for z of another shape.
 
     Example:
         >>> StandardNormal(2).log_prob(torch.zeros(1, 2))
@@ -129,7 +130,8 @@ class StandardNormal(Base):
 
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Return log q(z) (N,) in nats for z (N, \\*event)."""
-        constant = math.prod(z.shape[1:]) * (0.5 * math.log(2 * math.pi) + math.log(self.std))
+        self._check(z)
+        constant = math.prod(self.event_shape) * (0.5 * math.log(2 * math.pi) + math.log(self.std))
         return -0.5 * (z / self.std).square().flatten(1).sum(1) - constant
 
     def _draw(self, n: int, context: Tensor | None, noise: Noise | None, temperature: float, like: Tensor) -> Tensor:

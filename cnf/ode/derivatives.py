@@ -2,88 +2,35 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnf._utils.async_checks import tracing
 from cnf._utils.errors import ConfigError
-from cnf._utils.validation import context_rows
 from cnf.fields.base import SolveField
 from cnf.fields.custom import CustomField
 from cnf.fields.findings import Findings
 from cnf.fields.randomness import draws_random_numbers
-from cnf.ode.divergence import Bound, Divergence, Exact, closed, jacobian_product
+from cnf.ode.differences import AGREE, Compared, Rows
+from cnf.ode.divergence import Divergence, Exact, closed
+from cnf.ode.jumps import jumps
 
 __all__ = ["check_derivative", "check_time_derivative", "first_order", "second_derivative"]
 
-ROWS, MOST = 8, 256  # rows, and dimensions of a closed-form divergence
-# relative errors: of a difference quotient that counts, and of a derivative that is rejected (a quotient's own error, mostly from
-# kinks, is about a third of its change with the step)
-AGREE, WRONG, CHANGES = 0.05, 0.02, 2
+MOST = 256  # dimensions of a closed-form divergence that is compared
 _FIRST: Findings[bool] = Findings()  # True once compared, by (training, mode)
 _SECOND: Findings[tuple[str, bool]] = Findings()  # the fault of the gradient, and whether it needs reverse mode
 _TIME: Findings[bool] = Findings()
+_JUMPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # fields whose jumps have been reported
+JUMP = 0.02  # relative height of a jump that is reported; rounding to bfloat16 inside of a field makes jumps of 0.01
 
 
 T = TypeVar("T")
-
-
-class _Compared(NamedTuple):
-    """Derivative of each row by autodiff and by a difference quotient, the quotient's change with its step, and whether it is accurate."""
-
-    exact: Tensor
-    quotient: Tensor
-    change: Tensor
-    sure: Tensor
-
-    def fault(self) -> str:
-        """Return the two derivatives of a row if they differ at more than half of the accurate rows, else ""."""
-        wrong = self.sure & ((self.exact - self.quotient).abs() > WRONG * self.quotient.abs() + CHANGES * self.change)
-        if 2 * int(wrong.sum()) <= int(self.sure.sum()):
-            return ""
-        row = int(wrong.nonzero()[0])
-        return f"{float(self.exact[row]):.3g} by autodiff and {float(self.quotient[row]):.3g} by differences"
-
-
-class _Rows:
-    """A few rows of a solve, and a direction e of entries ±1 along which derivatives are compared."""
-
-    def __init__(self, field: CustomField, divergence: Divergence, t: Tensor, x: Tensor, context: Tensor | None):
-        if not field.whole or field.random:
-            x, context = x[:ROWS], context_rows(context, slice(min(ROWS, len(x))))
-        generator = torch.Generator().manual_seed(0)  # a separate generator: torch's global ones are not advanced
-        self.e = (2 * torch.randint(0, 2, x.shape, generator=generator) - 1).to(x)
-        # the precision of the field, which may be lower than that of the state
-        self.eps = max(torch.finfo(p.dtype).eps for p in (x, *field.module.parameters()) if p.is_floating_point())
-        step = self.eps ** (1 / 3) * x.detach().abs().flatten(1).amax(1).clamp(min=1)
-        self.step = step.reshape(-1, *(1,) * (x.ndim - 1))
-        # away from kinks, often at zero
-        self.x = x.detach() + self.step * torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x)
-        self.t, self.context, self.mode = t.detach(), None if context is None else context.detach(), getattr(divergence, "mode", "forward")
-        self.bound, self.closed = Bound(field.twin(), self.context), closed(divergence, field)
-
-    def product(self, x: Tensor) -> Tensor:
-        """Return terms of eᵀJe, whose sum over a row it is."""
-        return jacobian_product(self.bound, self.t, x, self.e[None], self.mode)[1][0] * self.e
-
-    def trace(self, x: Tensor) -> Tensor:
-        """Return terms of the divergence, or of eᵀJe where it has no closed form."""
-        return self.bound.field.divergence(self.t, x, self.context)[1][:, None] if self.closed else self.product(x)
-
-    def compare(self, exact: Tensor, values: Callable[[Tensor], Tensor], step: Tensor) -> _Compared:
-        """Compare derivatives (N, ...), to be summed, with difference quotients of ``values(step)`` (N, ...)."""
-
-        def quotient(h: Tensor) -> Tensor:
-            return ((values(h) - values(-h)) / (2 * h)).flatten(1).sum(1)
-
-        wide, narrow = quotient(step), quotient(step / 2)
-        rounding = 100 * self.eps * values(0 * step).abs().flatten(1).sum(1) / step.flatten()
-        change = (wide - narrow).abs()
-        sure = (change <= AGREE * narrow.abs()) & (narrow.abs() > rounding) & narrow.isfinite()
-        return _Compared(exact.flatten(1).sum(1), narrow, change, sure)
 
 
 def check_derivative(
@@ -107,13 +54,14 @@ def check_derivative(
     if _FIRST.known(field.module, key) is None:
         with torch.no_grad():
             found, error = (_attempt(field, divergence, t, x, context, comparison) for comparison in (_first, _closed_form))
-        if isinstance(found, _Compared) and (fault := found.fault()):
+        if isinstance(found, Compared) and (fault := found.fault()):
             raise ConfigError(
                 f"field {type(field.module).__name__} has a derivative that does not match its values: {fault}, so that the log-det would "
                 "be wrong: remove what cuts or changes gradients (detach, torch.no_grad, inference_mode, NumPy, rounding, backward hooks)"
             )
         if isinstance(error, ConfigError):
             raise error
+        _report_jumps(field, divergence, t, x, context)
         _FIRST.keep(field.module, key, True)
     if not torch.is_grad_enabled() or not (x.requires_grad or any(p.requires_grad for p in field.module.parameters())):
         return ""
@@ -133,7 +81,7 @@ def check_time_derivative(field: SolveField, divergence: Divergence, t: Tensor, 
     if not isinstance(field, CustomField) or tracing(x) or not len(x) or _TIME.known(field.module, field.module.training):
         return
     found = _attempt(field, divergence, t, x, context, _in_time)
-    if isinstance(found, _Compared) and (fault := found.fault()):
+    if isinstance(found, Compared) and (fault := found.fault()):
         raise ConfigError(
             f"field {type(field.module).__name__} has a derivative in t that does not match its values: {fault}, so that a learned time would "
             "get a wrong gradient: compute with t as a tensor, without float(t), t.item() or detach"
@@ -142,17 +90,17 @@ def check_time_derivative(field: SolveField, divergence: Divergence, t: Tensor, 
 
 
 def _attempt(
-    field: CustomField, divergence: Divergence, t: Tensor, x: Tensor, context: Tensor | None, comparison: Callable[[_Rows], T]
+    field: CustomField, divergence: Divergence, t: Tensor, x: Tensor, context: Tensor | None, comparison: Callable[[Rows], T]
 ) -> T | Exception:
     """Return a comparison, or the error that it raised, which the solve itself reports."""
     try:
         with draws_random_numbers(x.device):
-            return comparison(_Rows(field, divergence, t, x, context))
+            return comparison(Rows(field, divergence, t, x, context))
     except Exception as error:
         return error
 
 
-def _closed_form(rows: _Rows) -> None:
+def _closed_form(rows: Rows) -> None:
     """Compare a closed-form divergence with the exact trace, for few dimensions.
 
     Raises:
@@ -160,8 +108,9 @@ def _closed_form(rows: _Rows) -> None:
     """
     if not rows.closed or rows.x[0].numel() > MOST:
         return
-    div = rows.bound.field.divergence(rows.t, rows.x, rows.context)[1]
-    _, exact, square, _ = Exact(closed_form=False).linearize(rows.bound.field, rows.t, rows.x, None, rows.context, frozenset({"div", "jac_sq"}))
+    x = rows.x * rows.bound.unit
+    div = rows.bound.field.divergence(rows.t, x, rows.context)[1]
+    _, exact, square, _ = Exact(closed_form=False).linearize(rows.bound.field, rows.t, x, None, rows.context, frozenset({"div", "jac_sq"}))
     assert exact is not None and square is not None
     wrong = (div - exact).abs() > AGREE * exact.abs() + rows.eps**0.5 * square.sqrt()
     if 2 * int(wrong.sum()) > len(wrong):
@@ -172,20 +121,43 @@ def _closed_form(rows: _Rows) -> None:
         )
 
 
-def _first(rows: _Rows) -> _Compared:
-    return rows.compare(rows.product(rows.x), lambda h: rows.e * rows.bound(rows.t, rows.x + h * rows.e), rows.step)
+@torch.no_grad()
+def _report_jumps(field: CustomField, divergence: Divergence, t: Tensor, x: Tensor, context: Tensor | None) -> None:
+    """Warn once of a field with jumps in x, whose log-det lacks what the jumps contribute."""
+    if field.module in _JUMPED:
+        return
+    found = _attempt(field, divergence, t, x, context, _heights)
+    if isinstance(found, Tensor) and float(found.max()) > JUMP:
+        _JUMPED.add(field.module)
+        warnings.warn(
+            f"field {field.name} jumps by {float(found.max()):.0%} of its size between points that are next to each other: the log-det does not "
+            "contain jumps, so that the density does not integrate to 1 and likelihoods can be far too high. Use continuous functions of x "
+            "(softmax, sigmoid, relu) in place of rounding, argmax, sign and conditions", stacklevel=2,
+        )  # fmt: skip
 
 
-def _second(rows: _Rows) -> _Compared:
+def _heights(rows: Rows) -> Tensor:
+    """Return the heights of jumps between each row and the next, or next to a single one."""
+    if rows.eps > 1e-6:  # values of lower precision jump
+        return torch.zeros(len(rows.x))
+    end = rows.x.roll(1, 0) if len(rows.x) > 1 else rows.x + rows.e
+    return jumps(lambda x: rows.bound(rows.t, x), rows.x, end)
+
+
+def _first(rows: Rows) -> Compared:
+    return rows.compare(rows.product(rows.x), lambda h: rows.e * rows.bound(rows.t, rows.x + h * rows.e))
+
+
+def _second(rows: Rows) -> Compared:
     with torch.enable_grad():
         point = rows.x.requires_grad_()
         total = rows.trace(point).sum()
         exact = torch.autograd.grad(total, point, materialize_grads=True)[0] if total.requires_grad else torch.zeros_like(point)
     with torch.no_grad():
-        return rows.compare(exact * rows.e, lambda h: rows.trace(rows.x + h * rows.e), rows.step)
+        return rows.compare(exact * rows.e, lambda h: rows.trace(rows.x + h * rows.e))
 
 
-def _in_time(rows: _Rows) -> _Compared:
+def _in_time(rows: Rows) -> Compared:
     """Compare the sum of e f, along a direction that no symmetry in the entries of an augmented time hides."""
     d = torch.linspace(1.0, 0.3, max(1, rows.t.numel())).to(rows.t).reshape(rows.t.shape)
     with torch.enable_grad():
@@ -196,9 +168,8 @@ def _in_time(rows: _Rows) -> _Compared:
             exact = torch.stack([(slope * d).sum() for slope in slopes])
         else:
             exact = 0 * values
-    step = torch.full_like(rows.step, rows.eps ** (1 / 3))
     with torch.no_grad():
-        return rows.compare(exact[:, None], lambda h: rows.e * rows.bound(rows.t + h.flatten()[0] * d, rows.x), step)
+        return rows.compare(exact[:, None], lambda h: rows.e * rows.bound(rows.t + h * d, rows.x))
 
 
 def _fault_of_gradient(field: CustomField, divergence: Divergence, t: Tensor, x: Tensor, context: Tensor | None) -> tuple[str, bool]:
@@ -214,8 +185,8 @@ def _fault_of_gradient(field: CustomField, divergence: Divergence, t: Tensor, x:
     return found.fault(), field.reverse
 
 
-def _agrees(found: _Compared | Exception) -> bool:
-    return isinstance(found, _Compared) and not found.fault()
+def _agrees(found: Compared | Exception) -> bool:
+    return isinstance(found, Compared) and not found.fault()
 
 
 class _FirstOrder(torch.autograd.Function):

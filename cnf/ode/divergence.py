@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from cnf._utils.aliases import renamed_arguments
 from cnf._utils.async_checks import vectorized
@@ -161,7 +161,8 @@ class Exact:
         def later(first: int) -> tuple[Tensor, Tensor, Tensor]:
             if torch.is_grad_enabled() and not vectorized():
                 try:
-                    chunk: tuple[Tensor, Tensor, Tensor] = checkpoint(part, first, x, use_reentrant=False, preserve_rng_state=False)
+                    with set_checkpoint_early_stop(False):  # which torch.jit takes for an error
+                        chunk: tuple[Tensor, Tensor, Tensor] = checkpoint(part, first, x, use_reentrant=False, preserve_rng_state=False)
                     return chunk
                 except RuntimeError as error:  # torch.func inside of the field
                     if "saved tensor hooks" not in str(error):

@@ -22,6 +22,7 @@ class Standardize(DeterministicTransform):
 
     Raises:
         ConfigError: for different shapes, a mean that is not finite, or a std that is not finite and positive.
+        DataError: for integers.
 
     Example:
         >>> whiten = Standardize(torch.zeros(2), torch.ones(2))
@@ -83,6 +84,8 @@ class Standardize(DeterministicTransform):
 
     def _factors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean, std and the sum of ln std over the event, in x's dtype."""
+        if not x.is_floating_point():  # in which the statistics would be rounded
+            raise DataError(f"x has type {x.dtype}, expected floats: use x.to({self.mean.dtype})")
         mean, std = self.mean.to(x), self.std.to(x)
         try:
             whole = std.expand(x.shape[1:])
