@@ -27,7 +27,7 @@ _FIRST: Findings[bool] = Findings()  # True once compared, by (training, mode)
 _SECOND: Findings[tuple[str, bool]] = Findings()  # the fault of the gradient, and whether it needs reverse mode
 _TIME: Findings[bool] = Findings()
 _JUMPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # fields whose jumps have been reported
-JUMP = 0.02  # relative height of a jump that is reported; rounding to bfloat16 inside of a field makes jumps of 0.01
+JUMP = 0.003  # relative height of a jump that is reported: above the rounding of float32, and mostly of bfloat16 inside of a field
 
 
 T = TypeVar("T")
@@ -130,7 +130,7 @@ def _report_jumps(field: CustomField, divergence: Divergence, t: Tensor, x: Tens
     if isinstance(found, Tensor) and float(found.max()) > JUMP:
         _JUMPED.add(field.module)
         warnings.warn(
-            f"field {field.name} jumps by {float(found.max()):.0%} of its size between points that are next to each other: the log-det does not "
+            f"field {field.name} jumps by {float(found.max()):.1%} of its size between points that are next to each other: the log-det does not "
             "contain jumps, so that the density does not integrate to 1 and likelihoods can be far too high. Use continuous functions of x "
             "(softmax, sigmoid, relu) in place of rounding, argmax, sign and conditions", stacklevel=2,
         )  # fmt: skip
