@@ -263,7 +263,7 @@ def test_the_learned_depth_is_drawn(tmp_path):
     ("anode-digits --condition label", "--condition is for densities"),
     ("anode-digits --noise-samples 3", "--noise-samples is for densities"),
     ("node-flip --augment -1", "--augment -1: expected zero or more"),
-    ("node-flip --blocks 2", "--blocks 2 is for --architecture stack, multiscale, parallel or resnet"),
+    ("node-flip --blocks 2", "--blocks 2 is for --architecture stack, multiscale, parallel, resnet or vae"),
     ("node-flip --architecture resnet --adaptive-depth", "--adaptive-depth is for --architecture node"),
     ("node-flip --adaptive-depth --depth fourier --depth-terms 3", "depth='fourier' has one set of weights per time"),
     ("anode-digits --alpha 0.1", "--alpha 0.1 is for --architecture stack, multiscale or parallel"),
