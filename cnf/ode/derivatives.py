@@ -27,7 +27,8 @@ _FIRST: Findings[bool] = Findings()  # True once compared, by (training, mode)
 _SECOND: Findings[tuple[str, bool]] = Findings()  # the fault of the gradient, and whether it needs reverse mode
 _TIME: Findings[bool] = Findings()
 _JUMPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # fields whose jumps have been reported
-JUMP = 0.003  # relative height of a jump that is reported: above the rounding of float32, and mostly of bfloat16 inside of a field
+# relative heights of jumps that are reported: above the rounding of float32, and of bfloat16 where a field computes in it
+JUMP, ROUNDED = 0.003, 0.03
 
 
 T = TypeVar("T")
@@ -141,7 +142,10 @@ def _heights(rows: Rows) -> Tensor:
     if rows.eps > 1e-6:  # values of lower precision jump
         return torch.zeros(len(rows.x))
     end = rows.x.roll(1, 0) if len(rows.x) > 1 else rows.x + rows.e
-    return jumps(lambda x: rows.bound(rows.t, x), rows.x, end)
+    heights = jumps(lambda x: rows.bound(rows.t, x), rows.x, end)
+    values = rows.bound.field(rows.t, rows.x * rows.bound.unit, rows.context)
+    rounded = any(bool((values.to(low).to(values) == values).all()) for low in (torch.bfloat16, torch.float16))  # such as under autocast
+    return torch.where(heights > ROUNDED, heights, 0) if rounded else heights
 
 
 def _first(rows: Rows) -> Compared:
