@@ -316,6 +316,10 @@ def test_signatures():
         def forward(self, x, t):
             return self.net(x)
 
+    class ByKeyword(Field):
+        def forward(self, t, x, *, context=None):
+            return self.net(x)
+
     class OneArgument(Field):
         def forward(self, x):
             return self.net(x)
@@ -338,6 +342,8 @@ def test_signatures():
         CNF(PointFirst())
     with pytest.raises(ConfigError, match="takes 1 arguments"):
         CNF(OneArgument())
+    with pytest.raises(ConfigError, match=r"takes context by keyword alone; expected forward\(t, x, context=None\)"):
+        CNF(ByKeyword())
     with pytest.raises(ConfigError, match=r"field is a function; expected an nn\.Module"):
         CNF(lambda t, x: -x)
 

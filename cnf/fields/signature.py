@@ -20,11 +20,12 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
 
 
 class _Parameters(NamedTuple):
-    """Positional parameters of a function, whether it takes \\*args, and the parameters without a default."""
+    """Positional parameters of a function, whether it takes \\*args, the parameters without a default, and those by keyword alone."""
 
     names: tuple[str, ...]
     variadic: bool
     required: tuple[inspect.Parameter, ...] = ()
+    keywords: tuple[str, ...] = ()
 
 
 def _parameters(function: Any) -> _Parameters | None:
@@ -35,7 +36,8 @@ def _parameters(function: Any) -> _Parameters | None:
         return None
     names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
     required = (p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
-    return _Parameters(names, any(p.kind is p.VAR_POSITIONAL for p in parameters), tuple(required))
+    keywords = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    return _Parameters(names, any(p.kind is p.VAR_POSITIONAL for p in parameters), tuple(required), keywords)
 
 
 def wrapped(module: nn.Module) -> nn.Module:
@@ -68,7 +70,8 @@ def check_signature(field: nn.Module) -> None:
     """Check that a field can be called as ``field(t, x)``.
 
     Raises:
-        ConfigError: if it is not an ``nn.Module``, or its ``forward`` has fewer than two arguments or takes x first.
+        ConfigError: if it is not an ``nn.Module``, or its ``forward`` has fewer than two arguments, takes x first, or takes
+            the context by keyword alone.
     """
     if not isinstance(field, nn.Module):
         raise ConfigError(
@@ -76,7 +79,11 @@ def check_signature(field: nn.Module) -> None:
             "(cnf.from_velocity takes a plain function)"
         )
     signature = _signature(field)
-    if signature is None or signature.variadic:
+    if signature is None:
+        return
+    if "context" in signature.keywords:
+        raise ConfigError(f"{type(field).__name__}.forward takes context by keyword alone; expected forward(t, x, context=None), without * in front of it")
+    if signature.variadic:
         return
     names = signature.names
     if len(names) < 2:
