@@ -439,7 +439,7 @@ class Rank(Group):
     """A process of two, played by a thread."""
 
     box: ClassVar[dict[int, torch.Tensor]] = {}
-    gate = threading.Barrier(2, timeout=20)
+    gate = threading.Barrier(2, timeout=180)
 
     def sum(self, value):
         self.box[self.rank] = value
@@ -464,7 +464,7 @@ def test_several_processes_share_the_sorting_to_the_last_bit():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(240)
     alone = evaluate(flow, x, batch_size=7)
     for rank in (0, 1):
         assert torch.equal(found[rank].log_prob, alone.log_prob) and found[rank].nfe == alone.nfe

@@ -112,12 +112,14 @@ def velocity_takes_context(v: Callable[..., Any]) -> bool:
     signature = _parameters(v.forward if isinstance(v, nn.Module) else v)
     if signature is None:
         return True
-    names, variadic, required = signature
+    names, variadic, required, keywords = signature
     listed = ", ".join(names)
     if len(names) < 2 and not variadic:
         raise ConfigError(f"v takes ({listed}); expected (t, x): pass a function, such as lambda t, x: v(torch.cat([x, t.expand(len(x), 1)], 1))")
     if len(names) >= 2 and _point_first(names):
         raise ConfigError(f"v takes ({listed}), the time second; expected (t, x): pass lambda t, x: v(x, t.expand(len(x)))")
+    if "context" in keywords:
+        raise ConfigError("v takes context by keyword alone; expected (t, x) or (t, x, context): pass lambda t, x, c: v(t, x, context=c)")
     if len(required) > 3 or any(p.kind is p.KEYWORD_ONLY for p in required):
         needed = ", ".join(p.name for p in required)
         raise ConfigError(f"v requires ({needed}); expected (t, x) or (t, x, context): pass a function that supplies the other arguments")
