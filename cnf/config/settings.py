@@ -149,7 +149,7 @@ class TrainConfig(Settings):
 
     @property
     def model_kind(self) -> str:
-        """What is trained: one of :data:`~cnf.config.rules.KINDS`, ``"density"``, ``"predictor"`` or ``"autoencoder"``."""
+        """Kind of model that is trained, one of :data:`~cnf.config.rules.KINDS`, ``"density"``, ``"predictor"`` or ``"autoencoder"``."""
         return next(name for name, kind in KINDS.items() if self.objective.kind in kind.objectives)
 
 
