@@ -12,7 +12,7 @@ from cnf._utils.validation import context_rows
 from cnf.fields.custom import CustomField
 from cnf.ode.divergence import Bound, Divergence, closed, jacobian_product
 
-__all__ = ["AGREE", "Compared", "Rows"]
+__all__ = ["AGREE", "ROWS", "Compared", "Rows"]
 
 ROWS, UNITS = 8, 256  # rows to compare, and rows of which the units of their entries are taken
 # relative errors: of a difference quotient that counts, and of a derivative that is rejected (a quotient's own error, mostly from

@@ -12,12 +12,12 @@ from torch import nn
 from cnf._utils.errors import ConfigError
 from cnf.fields.custom import CustomField, precompute
 from cnf.ode.derivatives import check_derivative, second_derivative
+from cnf.ode.differences import ROWS
 from cnf.ode.divergence import Divergence, Exact, Hutchinson, closed
 
 __all__ = ["check_while_tracing"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-ROWS = 8
 
 
 def _constant(function: F) -> F:
